@@ -1,5 +1,41 @@
 """Watch a vision transformer's attention form while it trains."""
 
+from attn_monitor.backbone import TargetError, find_backbones
+from attn_monitor.callback import AttentionMapCallback
 from attn_monitor.capture import AttentionRecorder, LayerAttention, record_attention
+from attn_monitor.errors import (
+    AttentionError,
+    ForwardError,
+    LayerError,
+    NoAttentionError,
+    NonFiniteAttentionError,
+    QueryError,
+    UnsupportedAttentionError,
+    VerificationError,
+)
+from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe import ProbeBatch, ProbeError
+from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
 
-__all__ = ["AttentionRecorder", "LayerAttention", "record_attention"]
+__all__ = [
+    "ArchiveError",
+    "AttentionError",
+    "AttentionMapCallback",
+    "AttentionMonitor",
+    "AttentionRecorder",
+    "AttentionSnapshot",
+    "ForwardError",
+    "LayerAttention",
+    "LayerError",
+    "NoAttentionError",
+    "NonFiniteAttentionError",
+    "ProbeBatch",
+    "ProbeError",
+    "QueryError",
+    "TargetError",
+    "UnsupportedAttentionError",
+    "VerificationError",
+    "find_backbones",
+    "load_snapshots",
+    "record_attention",
+]

@@ -57,7 +57,8 @@ class LayerAttention:
     @property
     def maps(self) -> Tensor:
         """The patch part as images, (B, H, gh, gw), not renormalised: DINO's numbers."""
-        return self.rows[..., self.num_prefix :].unflatten(-1, self.grid)
+        maps: Tensor = self.rows[..., self.num_prefix :].unflatten(-1, self.grid)
+        return maps
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,24 @@ class AttentionRecorder:
         images = self._prepare(images)
         known = (tuple(images.shape[1:]), images.dtype, images.device, _structure(self.model))
         if known != self._known:
-            self._sites, self._known, self._verified = discover(self.model, images, self._forward), known, False
+            self._sites, self._known, self._verified = (
+                discover(self.model, images, self._forward),
+                known,
+                False,
+            )
         return self._sites
+
+    def check(self, images: Tensor) -> None:
+        """Raise the reason if a wanted layer cannot be read on images of this size."""
+        select_sites(self.sites(images), self.layers, self.query, self.model)
 
     def __call__(self, images: Tensor) -> list[LayerAttention]:
         """Attention on (B, C, H, W) images, one entry per wanted layer, on the model's device."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)")
+            raise TypeError(
+                f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
+            )
         images = self._prepare(images)
         wanted = select_sites(self.sites(images), self.layers, self.query, self.model)
         verify = self.verify == "always" or (bool(self.verify) and not self._verified)
@@ -182,9 +193,7 @@ class AttentionRecorder:
         if order != tuple(range(len(order))):
             rows = rows[..., torch.tensor(order, device=rows.device)]
         error = float("nan") if seen.error is None else seen.error
-        return LayerAttention(
-            site.index, site.name, rows, len(site.layout.prefix), site.layout.grid, seen.mixed, error
-        )
+        return LayerAttention(site.index, site.name, rows, len(site.layout.prefix), site.layout.grid, seen.mixed, error)
 
 
 def default_forward(model: nn.Module, images: Tensor) -> Any:
@@ -288,9 +297,7 @@ def _find_layouts(
     return layouts
 
 
-def _patch_codes(
-    model: nn.Module, images: Tensor, forward: Forward, key: SiteKey, conv: lay.PatchConv
-) -> Tensor:
+def _patch_codes(model: nn.Module, images: Tensor, forward: Forward, key: SiteKey, conv: lay.PatchConv) -> Tensor:
     values: list[Tensor] = []
 
     def report(_: SiteKey, seen: Observation) -> None:
@@ -319,7 +326,16 @@ def _shape_problem(seen: Observation, images: int = 3) -> str | None:
 def _site(index: int, entry: _Found, layouts: dict[int, TokenLayout]) -> Site:
     key, seen = entry.key, entry.seen
     site = Site(
-        index, key, seen.op, seen.heads, seen.queries, seen.keys, layouts.get(seen.keys), seen.mixed, seen.error, None
+        index,
+        key,
+        seen.op,
+        seen.heads,
+        seen.queries,
+        seen.keys,
+        layouts.get(seen.keys),
+        seen.mixed,
+        seen.error,
+        None,
     )
     return replace(site, refusal=_refusal(site, entry))
 
@@ -376,8 +392,7 @@ def select_sites(
             raise sites[-1].refusal
     else:
         wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
-        chosen = sorted({i for want in wanted for i in _find_layer(sites, want)})
-        chosen = [sites[i] for i in chosen]
+        chosen = [sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})]
     selected = {}
     for site in chosen:
         if site.refusal is not None:
@@ -395,10 +410,14 @@ def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
     if isinstance(want, int) and not isinstance(want, bool):
         if -len(sites) <= want < len(sites):
             return [want % len(sites)]
-        raise LayerError(f"layers={want}: expected {-len(sites)} to {len(sites) - 1}; this model has {len(sites)} layers")
+        raise LayerError(
+            f"layers={want}: expected {-len(sites)} to {len(sites) - 1}; this model has {len(sites)} layers"
+        )
     named = [s.index for s in sites if s.name == want or s.key[0] == want or s.key[0].startswith(f"{want}.")]
     if not named:
-        raise LayerError(f"layers={want!r}: no attention ran there. Attention ran in: {', '.join(s.name for s in sites)}")
+        raise LayerError(
+            f"layers={want!r}: no attention ran there. Attention ran in: {', '.join(s.name for s in sites)}"
+        )
     return named
 
 
@@ -433,9 +452,8 @@ def _cls_index(site: Site, prefix: tuple[int, ...], where: str, model: nn.Module
     names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
     has_cls = any(re.search(r"cls|class", n) for n in names)
     has_registers = any(re.search(r"reg_|register|storage", n) for n in names)
-    if has_cls or (len(prefix) == 1 and not has_registers):
-        if prefix[0] == 0 or len(prefix) == 1:
-            return prefix[0]
+    if (has_cls or (len(prefix) == 1 and not has_registers)) and (prefix[0] == 0 or len(prefix) == 1):
+        return prefix[0]
     raise QueryError(
         f"{where} has {len(prefix)} tokens that are not patches, at {list(prefix)}, and nothing tells which is the CLS "
         'token (registers are not). Choose one by its index, query=<index>, or use query="mean"'
@@ -461,4 +479,6 @@ def _subtrees(model: nn.Module, roots: set[str]) -> list[tuple[str, nn.Module]]:
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
-    return any("FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__)
+    return any(
+        "FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__
+    )

@@ -40,7 +40,7 @@ class AttentionObserver(TorchDispatchMode):
         verify: bool = True,
         last: SiteKey | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
         self.batch, self.channels = images.shape[:2]
         self.convs: list[PatchConv] = []  # convolutions on the images before the first attention
@@ -67,7 +67,7 @@ class AttentionObserver(TorchDispatchMode):
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if not self._running:
-                self.__enter__()
+                self.__enter__()  # type: ignore[no-untyped-call]
             self._running.append(path)
 
         return hook
@@ -76,14 +76,14 @@ class AttentionObserver(TorchDispatchMode):
         self._running.pop()
         if not self._running:
             self._pending.clear()
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _unwind(self) -> None:
         # PyTorch calls no hooks for `Done`, which is no `Exception`: close what is still open.
         if self._running:
             self._running.clear()
             self._pending.clear()
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -147,7 +147,13 @@ def fused_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fuse
     named = {**dict(zip(_argument_names(func), args, strict=False)), **kwargs}
     bias = named.get("attn_mask", named.get("attn_bias"))
     return FusedCall(
-        str(func), named["query"], named["key"], named["value"], bias, bool(named.get("is_causal")), named.get("scale")
+        str(func),
+        named["query"],
+        named["key"],
+        named["value"],
+        bias,
+        bool(named.get("is_causal")),
+        named.get("scale"),
     )
 
 
@@ -281,4 +287,3 @@ def _batch_and_heads(lead: torch.Size, images: int) -> tuple[int, int]:
     if len(lead) == 1:
         return (images, total // images) if total % images == 0 else (total, 1)
     return lead[0], total // lead[0]
-

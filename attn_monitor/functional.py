@@ -1,0 +1,86 @@
+"""Pure functions on attention tensors. `p` is attention over patches, (..., N), and is renormalised to sum 1.
+
+Everything is computed in float32 (float64 for float64 input), in natural logarithms, and NaN in gives NaN out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def normalise(p: Tensor) -> Tensor:
+    """Scale to sum 1 over the last dimension; all zeros become uniform, the limit of "no preference"."""
+    p = _float(p)
+    total = p.sum(-1, keepdim=True)
+    return torch.where(total == 0, torch.full_like(p, 1 / p.shape[-1]), p / total)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy over patches divided by ln N, (..., N) to (...): 0 one patch, 1 uniform; 0 when N = 1.
+
+    Falls from 1 as attention forms. Source: attention entropy of Zhai et al. 2023, arXiv 2303.06296.
+    """
+    if p.shape[-1] == 1:
+        return 0 * _float(p)[..., 0]
+    p = normalise(p)
+    total: Tensor = torch.special.entr(p).sum(-1)
+    return total / math.log(p.shape[-1])
+
+
+def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
+    """The smallest set of top patches whose mass reaches the threshold, bool (..., N).
+
+    The patch that crosses the threshold is kept: [.5, .3, .1, .1] at 0.6 keeps two. All False where p has NaN.
+    Source: DINO's `visualize_attention.py` (sort ascending, cumulate, keep where the sum exceeds 1 - threshold).
+    """
+    p = normalise(p).double()
+    ascending, index = p.sort(-1)
+    # Sums carry rounding errors of the input's precision; a mass that reaches the threshold but for these counts.
+    keep = ascending.cumsum(-1) > 1 - threshold + 1e-6
+    mask = torch.zeros_like(keep).scatter(-1, index, keep)
+    return mask & p.isfinite().all(-1, keepdim=True)
+
+
+def mask_area(p: Tensor, threshold: float = 0.6) -> Tensor:
+    """Share of patches that `mass_mask` keeps, (..., N) to (...): 0…1, NaN where p has NaN."""
+    area = _float(mass_mask(p, threshold)).mean(-1)
+    return torch.where(p.isfinite().all(-1), area, torch.nan)
+
+
+def peak(p: Tensor) -> Tensor:
+    """Largest weight in units of uniform attention, (..., N) to (...): 1 uniform … N one patch.
+
+    Source: the artefact tokens of Darcet et al. 2023, arXiv 2309.16588.
+    """
+    highest: Tensor = normalise(p).amax(-1) * p.shape[-1]
+    return highest
+
+
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence divided by ln 2, over the last dimension: 0 equal … 1 disjoint."""
+    p, q = normalise(p), normalise(q)
+    mean = (p + q) / 2
+    kl: Tensor = 2 * torch.special.entr(mean) - torch.special.entr(p) - torch.special.entr(q)
+    return (kl.sum(-1) / 2 / math.log(2)).clamp(0, 1)
+
+
+def head_divergence(p: Tensor) -> Tensor:
+    """Mean pairwise `js_divergence` between heads, (..., H, N) to (...): 0 all the same … 1; 0 for one head."""
+    heads = p.shape[-2]
+    first, second = torch.triu_indices(heads, heads, offset=1, device=p.device)
+    if len(first) == 0:
+        return 0 * _float(p).sum((-1, -2))
+    return js_divergence(p[..., first, :], p[..., second, :]).mean(-1)
+
+
+def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of bool masks over the last dimension: 0…1, NaN where both are empty."""
+    both, either = (mask & truth).sum(-1), (mask | truth).sum(-1)
+    return torch.where(either > 0, both / either, torch.nan)

@@ -1,0 +1,135 @@
+"""`AttentionMonitor`: probe, capture and metrics in one, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor import functional as F
+from attn_monitor.capture import AttentionRecorder, Forward, LayerAttention, Layers, QuerySpec
+from attn_monitor.probe import ProbeBatch
+from attn_monitor.snapshot import AttentionSnapshot, metric_tag
+
+Captured = Mapping[tuple[str, int], LayerAttention]
+
+
+class AttentionMonitor:
+    """Takes snapshots of one or more models on a fixed probe.
+
+    ``layers`` and ``query`` are those of `record_attention`; ``threshold`` is the mass that DINO's mask keeps
+    (0…1); ``verify`` is True (first snapshot and after changes), "always" or False; ``forward`` calls a model when
+    ``model(images)`` is not right.
+    """
+
+    def __init__(
+        self,
+        probe: ProbeBatch,
+        *,
+        layers: Layers = -1,
+        query: QuerySpec = "cls",
+        threshold: float = 0.6,
+        verify: bool | str = True,
+        forward: Forward | None = None,
+    ) -> None:
+        self.probe = probe
+        self.layers, self.query, self.threshold = layers, query, check_threshold(threshold)
+        self.verify, self.forward = verify, forward
+        self.previous: AttentionSnapshot | None = None
+        self._recorders: dict[str, AttentionRecorder] = {}
+
+    def check(self, models: Mapping[str, nn.Module]) -> None:
+        """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
+        for role, model in models.items():
+            self._recorder(role, model).check(self.probe.images[:1])
+
+    def snapshot(self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0) -> AttentionSnapshot:
+        """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""
+        layers: dict[tuple[str, int], LayerAttention] = {}
+        for role, model in models.items():
+            for attention in self._recorder(role, model)(self.probe.images):
+                layers[role, attention.layer] = replace(attention, rows=attention.rows.cpu())
+        before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
+        metrics = compute_metrics(layers, before, threshold=self.threshold, masks=self.probe.masks)
+        self.previous = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics)
+        return self.previous
+
+    def _recorder(self, role: str, model: nn.Module) -> AttentionRecorder:
+        known = self._recorders.get(role)
+        if known is None or known.model is not getattr(model, "_orig_mod", model):
+            known = self._recorders[role] = AttentionRecorder(
+                model,
+                layers=self.layers,
+                query=self.query,
+                forward=self.forward,
+                verify=self.verify,
+                nonfinite="keep",
+            )
+        return known
+
+
+def check_threshold(threshold: float) -> float:
+    """The mask's threshold, if it is one."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6")
+    return threshold
+
+
+def compute_metrics(
+    layers: Captured, before: Captured, *, threshold: float, masks: Tensor | None = None
+) -> dict[str, float]:
+    """Every metric of a snapshot by tag: means over heads and images, and each head's own mean over images."""
+    metrics: dict[str, float] = {}
+    for (role, layer), attention in layers.items():
+        p = attention.maps.flatten(-2)  # (B, H, N)
+        per_head = {
+            "entropy": F.entropy(p),
+            "mask_area": F.mask_area(p, threshold),
+            "peak": F.peak(p),
+            **_prefix_mass(attention),
+        }
+        earlier = before.get((role, layer))
+        if earlier is not None and earlier.rows.shape == attention.rows.shape:
+            per_head["drift"] = F.js_divergence(p, earlier.maps.flatten(-2))
+        if role == "student" and ("teacher", layer) in layers:
+            teacher = layers["teacher", layer]
+            if teacher.rows.shape == attention.rows.shape:
+                per_head["student_teacher_divergence"] = F.js_divergence(p, teacher.maps.flatten(-2))
+        for name, values in per_head.items():
+            metrics[metric_tag(role, layer, name)] = float(values.mean())
+            for head, value in enumerate(values.mean(0).tolist()):
+                metrics[metric_tag(role, layer, name, head)] = value
+        metrics[metric_tag(role, layer, "head_divergence")] = float(F.head_divergence(p).mean())
+        if masks is not None:
+            metrics.update(_jaccard(role, attention, masks, threshold))
+    return metrics
+
+
+def _prefix_mass(attention: LayerAttention) -> dict[str, Tensor]:
+    """Attention on all prefix tokens together and, where there are several, on each: (B, H) each."""
+    prefix = attention.rows[..., : attention.num_prefix]
+    if attention.num_prefix == 0:
+        return {}
+    masses = {"prefix_mass": prefix.sum(-1)}
+    if attention.num_prefix > 1:
+        masses["prefix_mass_cls"] = prefix[..., 0]
+        masses.update({f"prefix_mass_register{i}": prefix[..., i] for i in range(1, attention.num_prefix)})
+    return masses
+
+
+def _jaccard(role: str, attention: LayerAttention, masks: Tensor, threshold: float) -> dict[str, float]:
+    """Overlap of mass masks with ground truth: best head per object (DINO's protocol), and the best single head."""
+    shape = masks.shape[-2:]
+    maps = F.mass_mask(attention.maps.flatten(-2), threshold).unflatten(-1, attention.grid)
+    shown = torch.nn.functional.interpolate(maps.float(), shape, mode="nearest").bool().flatten(-2)  # (B, H, pixels)
+    overlap = F.jaccard(shown[:, :, None], masks.flatten(-2)[:, None])  # (B, H, objects)
+    present = masks.flatten(-2).any(-1)  # (B, objects)
+    if not present.any():
+        return {}
+    per_object = overlap.transpose(1, 2)[present]  # (objects, H)
+    tag = metric_tag(role, attention.layer, "jaccard")
+    heads = {metric_tag(role, attention.layer, "jaccard", h): v for h, v in enumerate(per_object.mean(0).tolist())}
+    best, fixed = float(per_object.amax(1).mean()), float(per_object.mean(0).amax())
+    return {f"{tag}_best_head": best, f"{tag}_fixed_head": fixed, **heads}

@@ -1,0 +1,272 @@
+"""`ProbeBatch`: the fixed images that attention is watched on, and how to show them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from attn_monitor.snapshot import read_npz, write_npz
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+IGNORE = 255  # the VOC palette's border
+
+
+class ProbeError(ValueError):
+    """The probe images cannot be used: missing, empty, unreadable, or of the wrong shape."""
+
+
+class ProbeBatch:
+    """Images as the model takes them, (B, C, H, W) floats, with the means to show them again.
+
+    ``mean`` and ``std`` (one number per channel) undo the normalisation: pixels = images · std + mean, in 0…1.
+    ``masks`` are ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        masks: Tensor | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if images.ndim != 4 or not images.is_floating_point() or 0 in images.shape:
+            raise ProbeError(
+                f"images: received {tuple(images.shape)} {images.dtype}, expected floats (images, channels, H, W)"
+            )
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != images.shape[1]:
+                raise ProbeError(f"{name}: received {len(values)} values for images of {images.shape[1]} channels")
+        if names is not None and len(names) != len(images):
+            raise ProbeError(f"names: received {len(names)} for {len(images)} images")
+        if masks is not None and (masks.ndim != 4 or masks.shape[::2] != (len(images), images.shape[2])):
+            raise ProbeError(
+                f"masks: received {tuple(masks.shape)}, expected (images, objects, H, W) of the images' size"
+            )
+        self.images = images.detach().cpu()
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.masks = None if masks is None else masks.bool().cpu()
+        self.names = tuple(names) if names is not None else tuple(f"image{i}" for i in range(len(images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """For display, uint8 (B, H, W, 3); one channel becomes grey, of more than three the first three are kept."""
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        shown = (self.images.float() * std + mean).clamp(0, 1).nan_to_num()
+        shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+        pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        return pixels
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        size: int | tuple[int, int] = 224,
+        num_images: int = 8,
+        masks: str | os.PathLike[str] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> ProbeBatch:
+        """Images of a folder, resized to cover ``size`` (square, or (height, width)) and cropped at the centre.
+
+        When there are more than ``num_images``, they are taken at even distances from the sorted list; a folder of
+        class folders works too. ``masks`` is a folder of PNG masks with the images' names: binary, or one value per
+        object (255 is ignored). Every unreadable file is named in the error.
+        """
+        files = _choose(_list_images(Path(path)), num_images)
+        height, width = (size, size) if isinstance(size, int) else size
+        tensors, broken = [], []
+        for file in files:
+            try:
+                tensors.append(_normalise(_fit(_open_rgb(file), (height, width), Image.Resampling.BICUBIC), mean, std))
+            except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+                broken.append(f"{file.name} ({type(error).__name__}: {error})")
+        if broken:
+            raise ProbeError(f"probe folder {path}: cannot read {'; '.join(broken)}. Remove or replace these files")
+        truth = None if masks is None else _read_masks(Path(masks), files, (height, width))
+        return cls(torch.stack(tensors), mean=mean, std=std, masks=truth, names=[f.stem for f in files])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Store for offline drawing and for resuming; 8-bit when that loses nothing."""
+        header: dict[str, Any] = {"format": 1, "names": list(self.names), "mean": self.mean, "std": self.std}
+        write_npz(Path(path), header, {k: v.numpy() for k, v in self._stored().items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProbeBatch:
+        """Read what `save` wrote."""
+        header, arrays = read_npz(Path(path))
+        tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        return cls._from_stored(tensors, header["names"], header["mean"], header["std"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: tensors and plain values only, loadable with ``weights_only=True``."""
+        return {
+            "tensors": self._stored(),
+            "names": list(self.names),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
+        """The probe that `state_dict` came from, to the bit."""
+        return cls._from_stored(state["tensors"], state["names"], state["mean"], state["std"])
+
+    def _stored(self) -> dict[str, Tensor]:
+        stored = {"images": self.images}
+        if self.images.shape[1] == 3:
+            pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
+            if torch.equal(_scale(pixels, self.mean, self.std), self.images):
+                stored = {"pixels": pixels}
+        return stored if self.masks is None else {**stored, "masks": self.masks}
+
+    @classmethod
+    def _from_stored(cls, tensors: dict[str, Tensor], names: Any, mean: Any, std: Any) -> ProbeBatch:
+        images = tensors["images"] if "images" in tensors else _scale(tensors["pixels"], mean, std)
+        return cls(images, mean=mean, std=std, masks=tensors.get("masks"), names=names)
+
+
+def _list_images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ProbeError(
+            f"probe folder {folder}: {'is a file' if folder.exists() else 'does not exist'}; expected a folder"
+        )
+
+    def images_in(place: Path) -> list[Path]:
+        return sorted(f for f in place.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+
+    files = images_in(folder)
+    if not files:  # class folders: the first image of each, then the second, …
+        columns = [images_in(f) for f in sorted(folder.iterdir()) if f.is_dir()]
+        ranked = sorted((rank, file) for column in columns for rank, file in enumerate(column))
+        classes = sum(bool(c) for c in columns)
+        files = [file for _, file in ranked][: max(classes, 64)]
+    if not files:
+        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _choose(files: list[Path], count: int) -> list[Path]:
+    if count < 1:
+        raise ProbeError(f"num_images={count}: expected at least 1")
+    if len(files) <= count:
+        return files
+    return [files[round(i)] for i in np.linspace(0, len(files) - 1, count)]
+
+
+def _open_rgb(file: Path) -> Image.Image:
+    """Upright RGB of the first frame; transparency over white, 16 bits reduced to 8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                values = np.asarray(image, dtype=np.float64)
+                image = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    return ImageOps.fit(image, (size[1], size[0]), method=resample)
+
+
+def _normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _scale(pixels[None], mean, std)[0]
+
+
+def _scale(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, C, H, W) to what the model takes."""
+    m, s = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
+    return (pixels.float() / 255 - m) / s
+
+
+def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tensor:
+    """bool (B, objects, H, W), each mask resized and cropped exactly as its image."""
+    if not folder.is_dir():
+        raise ProbeError(f"masks folder {folder} does not exist")
+    missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
+    if missing:
+        raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
+    objects = []
+    for file in files:
+        with Image.open(folder / f"{file.stem}.png") as opened:
+            indexed = opened if opened.mode in ("P", "L", "1") else opened.convert("L")
+            labels = np.asarray(_fit(indexed, size, Image.Resampling.NEAREST)).astype(np.int64)
+        values = [v for v in np.unique(labels) if v != 0]
+        if len(values) > 1 or opened.mode == "P":
+            values = [v for v in values if v != IGNORE]  # a lone 255 in a grey mask means "object"
+        objects.append(
+            torch.from_numpy(np.stack([labels == v for v in values]) if values else np.zeros((0, *size), bool))
+        )
+    most = max(len(o) for o in objects)
+    return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])
+
+
+def adopt_images(batch: Any, count: int) -> ProbeBatch:
+    """Make a probe of the images in a training or validation batch; of multi-crop lists, the first (global) view."""
+    images = find_images(batch)
+    if images is None:
+        raise ProbeError(
+            "probe=None: the batch holds no floating-point tensor of images (batch, channels, height, width); received "
+            f"{describe_batch(batch)}. Pass probe= a folder, a tensor or a ProbeBatch"
+        )
+    images = images[:count].detach().float().cpu().clone()
+    mean, std = _display_statistics(images)
+    return ProbeBatch(images, mean=mean, std=std)
+
+
+def find_images(batch: Any) -> Tensor | None:
+    """The first image tensor in nested lists, tuples and dicts, looking at keys that name images first."""
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= 32 else None
+    if isinstance(batch, dict):
+        wanted = ("global", "image", "pixel", "img", "view", "x")
+        ranks = {key: next((r for r, w in enumerate(wanted) if w in str(key).lower()), len(wanted)) for key in batch}
+        batch = [batch[key] for key in sorted(batch, key=lambda k: ranks[k])]
+    if isinstance(batch, (list, tuple)):
+        return next((found for item in batch if (found := find_images(item)) is not None), None)
+    return None
+
+
+def describe_batch(batch: Any) -> str:
+    """Shape of a batch in a few words, for error messages."""
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)} {batch.dtype}"
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{k}: {describe_batch(v)}" for k, v in list(batch.items())[:6]) + "}"
+    if isinstance(batch, (list, tuple)):
+        return "[" + ", ".join(describe_batch(v) for v in batch[:6]) + "]"
+    return type(batch).__name__
+
+
+def _display_statistics(images: Tensor) -> tuple[Sequence[float], Sequence[float]]:
+    """How to show images whose normalisation is unknown: as they are, by ImageNet's numbers, or stretched."""
+    channels = images.shape[1]
+    if images.min() >= 0 and images.max() <= 1:
+        return (0.0,) * channels, (1.0,) * channels
+    if channels == 3:
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        shown = images * std + mean
+        if shown.min() > -0.02 and shown.max() < 1.02:
+            return IMAGENET_MEAN, IMAGENET_STD
+    low, high = float(images.min()), float(images.max())
+    return (-low / max(high - low, 1e-8),) * channels, (1 / max(high - low, 1e-8),) * channels

@@ -1,0 +1,48 @@
+"""When to take a snapshot, in ModelCheckpoint's words."""
+
+from __future__ import annotations
+
+import math
+
+SNAPSHOTS = 50  # over a run, when no schedule is given
+OPEN_ENDED = 50  # steps between the first snapshots of a run whose length is unknown
+
+
+class Schedule:
+    """Decides from the step alone, so that a resumed run goes on as if it had never stopped."""
+
+    def __init__(self, every_n_train_steps: int | None = None, every_n_epochs: int | None = None) -> None:
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+        if every_n_train_steps is not None and every_n_epochs is not None:
+            raise ValueError(
+                f"every_n_train_steps={every_n_train_steps}, every_n_epochs={every_n_epochs}: expected only one of them"
+            )
+        self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
+        self.last_step: int | None = None
+        self._interval: int | None = every_n_train_steps
+
+    def start(self, total_steps: float) -> None:
+        """Learn the length of the run; infinite when it is not known."""
+        if self.every_n_train_steps is None and self.every_n_epochs is None:
+            self._interval = max(1, round(total_steps / SNAPSHOTS)) if math.isfinite(total_steps) else None
+
+    def due(self, step: int) -> bool:
+        """Whether to take one before the batch that follows this many optimizer steps."""
+        if self.last_step is None:
+            return True
+        if step <= self.last_step or self.every_n_epochs is not None:
+            return False
+        if self._interval is None:  # unknown length: ever wider, so that an endless run stays readable
+            return step >= self.last_step + max(OPEN_ENDED, self.last_step // 10)
+        # Not a remainder: with several optimizers the step counter skips numbers.
+        return step // self._interval > self.last_step // self._interval
+
+    def due_at_epoch_end(self, epoch: int, step: int) -> bool:
+        """Whether to take one at the end of this epoch (counted from 0)."""
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
+
+    def taken(self, step: int) -> None:
+        """Remember the step of the latest snapshot."""
+        self.last_step = step

@@ -89,6 +89,28 @@ class ProbeBatch:
         object (255 is ignored). Every unreadable file is named in the error.
         """
         files = _choose(_list_images(Path(path)), num_images)
+        truth = None if masks is None else Path(masks)
+        return cls._from_files(files, f"probe folder {path}", size, mean, std, truth)
+
+    @classmethod
+    def from_path(
+        cls, path: str | os.PathLike[str], *, size: int | tuple[int, int] = 224, num_images: int = 8
+    ) -> ProbeBatch:
+        """One image file, or a folder as `from_folder` takes it."""
+        if Path(path).is_file():
+            return cls._from_files([Path(path)], "image", size, IMAGENET_MEAN, IMAGENET_STD, None)
+        return cls.from_folder(path, size=size, num_images=num_images)
+
+    @classmethod
+    def _from_files(
+        cls,
+        files: list[Path],
+        what: str,
+        size: int | tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        masks: Path | None,
+    ) -> ProbeBatch:
         height, width = (size, size) if isinstance(size, int) else size
         tensors, broken = [], []
         for file in files:
@@ -97,8 +119,8 @@ class ProbeBatch:
             except Exception as error:  # Pillow's plugins raise nearly anything on broken files
                 broken.append(f"{file.name} ({type(error).__name__}: {error})")
         if broken:
-            raise ProbeError(f"probe folder {path}: cannot read {'; '.join(broken)}. Remove or replace these files")
-        truth = None if masks is None else _read_masks(Path(masks), files, (height, width))
+            raise ProbeError(f"{what}: cannot read {'; '.join(broken)}. Remove or replace these files")
+        truth = None if masks is None else _read_masks(masks, files, (height, width))
         return cls(torch.stack(tensors), mean=mean, std=std, masks=truth, names=[f.stem for f in files])
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,108 +1,22 @@
-"""Small real models, real images and a real Lightning module that the tests share."""
+"""Fixtures that every test gets."""
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def tiny_vit(**changes: Any) -> nn.Module:
-    """A timm ViT of 16 patches, 4 heads and 2 blocks."""
-    settings = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "num_classes": 0,
-        "dynamic_img_size": True,
-    }
-    return timm.models.vision_transformer.VisionTransformer(**{**settings, **changes})
-
-
-class NoiseImages(Dataset[Tensor]):
-    """Normal noise, the same for the same index."""
-
-    def __init__(self, count: int = 16, size: int = 32) -> None:
-        self.images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
-
-
-class Distillation(pl.LightningModule):
-    """A student that follows its own moving average: DINO's shape, small enough for a test."""
-
-    def __init__(self, **changes: Any) -> None:
-        super().__init__()
-        self.student_backbone = tiny_vit(**changes)
-        self.teacher_backbone = copy.deepcopy(self.student_backbone).requires_grad_(False)
-        self.head = nn.Linear(32, 8)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        student = self.head(self.student_backbone(batch))
-        with torch.no_grad():
-            teacher = self.head(self.teacher_backbone(batch))
-        loss = nn.functional.cross_entropy(student, (teacher / 0.04).softmax(-1))
-        self.log("loss", loss)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.student_backbone(batch).square().mean())
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        with torch.no_grad():
-            for teacher, student in zip(
-                self.teacher_backbone.parameters(), self.student_backbone.parameters(), strict=True
-            ):
-                teacher.lerp_(student, 0.1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-def loader(count: int = 16, batch_size: int = 4, shuffle: bool = False, size: int = 32) -> DataLoader[Tensor]:
-    """Batches of noise images."""
-    return DataLoader(NoiseImages(count, size), batch_size=batch_size, shuffle=shuffle)
-
-
-def trainer(folder: Path, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:
-    """A quiet CPU trainer for 8 steps that logs to TensorBoard below a folder."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_steps": 8,
-        "logger": TensorBoardLogger(folder, name="run", version=0),
-        "callbacks": list(callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-    }
-    return pl.Trainer(**{**settings, **changes})
-
-
 @pytest.fixture(autouse=True)
-def _known_warnings() -> Any:
-    """Lightning's advice on the number of workers and the like is no finding; everything else fails a test."""
+def _seeded_without_known_warnings() -> Iterator[None]:
+    """Lightning's advice on workers and the like is no finding; every other warning fails the test."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
@@ -113,8 +27,13 @@ def _known_warnings() -> Any:
 
 
 @pytest.fixture(scope="session")
-def photographs() -> Path:
-    """A folder of four real photographs, from the scikit-image wheel."""
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four of the photographs that the scikit-image wheel carries."""
+    import shutil
+
     import skimage.data
 
-    return Path(skimage.data.__file__).parent
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
+        shutil.copy(Path(skimage.data.__file__).parent / name, folder)
+    return folder

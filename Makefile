@@ -1,0 +1,29 @@
+# Three verbs, each doing its own set-up in .venv: make demo, make test, make check.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.setup-examples
+	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
+
+test: $(VENV)/.setup-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m tests.wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A setup is repeated when the list of dependencies has changed.
+$(VENV)/.setup-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -1,0 +1,154 @@
+"""The `attn-monitor` commands: check a model, show an image's attention, redraw a finished run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from attn_monitor import render
+from attn_monitor.capture import AttentionRecorder, Site
+from attn_monitor.errors import AttentionError
+from attn_monitor.isolation import isolated_forward
+from attn_monitor.models import ModelNameError, load_model
+from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe import ProbeBatch, ProbeError
+from attn_monitor.snapshot import ArchiveError, load_snapshots
+
+
+def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
+    """Say which attention a model has and what can be read from it.
+
+    Args:
+        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        size: image size in pixels, one number or [height, width].
+        query: "cls", "mean", a token index, or [row, col] of a patch.
+    """
+    loaded = load_model(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(1, 3, height, width)
+    recorder = AttentionRecorder(loaded, layers="all", query=query)
+    sites = recorder.sites(images)
+    print(f"{model}: {type(loaded).__name__}, images of {height} × {width}, {len(sites)} attention layers")
+    for site in sites:
+        print("  " + _describe(site))
+    print(f"  cost of the last layer: {_cost(loaded, images, query):.2f} of a forward pass")
+
+
+def _describe(site: Site) -> str:
+    head = f"{site.index:3d} {site.name:32s} {site.op.removeprefix('aten._scaled_dot_product_'):34s}"
+    if site.refusal is not None or site.layout is None:
+        return f"{head} refused: {site.refusal}"
+    (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
+    how = "proven" if site.layout.proven else "assumed row by row"
+    error = "not checked" if site.error is None else f"{site.error:.1e}"
+    mixed = ", mixed after the softmax" if site.mixed else ""
+    return f"{head} {site.heads} heads, grid {gh} × {gw} ({how}) + {prefix} prefix, error {error}{mixed}"
+
+
+def _cost(model: nn.Module, images: torch.Tensor, query: Any, repeats: int = 7) -> float:
+    """Median ratio of a last-layer recording to a plain forward, measured in pairs."""
+    recorder = AttentionRecorder(model, query=query)
+    recorder(images)
+    ratios = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with isolated_forward(model):
+            model(images)
+        plain = time.perf_counter() - started
+        started = time.perf_counter()
+        recorder(images)
+        ratios.append((time.perf_counter() - started) / plain)
+    return statistics.median(ratios)
+
+
+def show(
+    model: str,
+    images: str,
+    *,
+    out: str = "attention",
+    checkpoint: str | None = None,
+    weights: bool = True,
+    size: int | tuple[int, int] = 224,
+    num_images: int = 8,
+    layers: Any = -1,
+    query: Any = "cls",
+    threshold: float = 0.6,
+    scale: str = "uniform",
+    heads: list[int] | None = None,
+) -> None:
+    """Draw a model's attention on an image or a folder of images, one PNG each, with the raw numbers beside them.
+
+    Args:
+        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        images: an image file or a folder.
+        out: folder for the pictures and for attention.npz (an AttentionSnapshot).
+        checkpoint: file of weights to load instead of the library's own.
+        weights: whether to load the library's own pretrained weights where no checkpoint is given.
+        size: image size in pixels, one number or [height, width].
+        num_images: how many images of a folder.
+        layers: index, module path, list of these, or "all".
+        query: "cls", "mean", a token index, or [row, col] of a patch.
+        threshold: share of attention mass inside the outline.
+        scale: "uniform" (comparable) or "minmax" (each map for itself).
+        heads: heads to draw; all by default.
+    """
+    loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None)
+    probe = ProbeBatch.from_path(images, size=size, num_images=num_images)
+    snapshot = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold).snapshot(
+        {"backbone": loaded}, step=0
+    )
+    style = render.Style(threshold, scale, None if heads is None else tuple(heads), cell=192)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
+        for layer in snapshot.layers_of("backbone"):
+            path = folder / f"{name}-layer{layer}.png"
+            Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, style=style)).save(path)
+            print(path)
+    snapshot.save(folder / "attention.npz")
+    print(folder / "attention.npz")
+
+
+def replay(archive: str, *, out: str | None = None, scale: str = "uniform", threshold: float = 0.6) -> None:
+    """Redraw a run from its archive: for each probe image a film strip, an animation and the last panel.
+
+    Args:
+        archive: the attn_monitor folder in the log directory of a run.
+        out: folder for the pictures; by default `pictures` inside the archive.
+        scale: "uniform" (comparable) or "minmax" (each map for itself).
+        threshold: share of attention mass inside the outline.
+    """
+    history = load_snapshots(archive)
+    probe = ProbeBatch.load(Path(archive) / "probe.npz")
+    folder = Path(out) if out is not None else Path(archive) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    style = render.Style(threshold, scale)
+    for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
+        truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
+        frames = [render.panel(s, index, pixels, truth=truth, style=style) for s in history]
+        Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
+        Image.fromarray(render.filmstrip(history, index, pixels, style=style)).save(folder / f"{name}-filmstrip.png")
+        (folder / f"{name}.gif").write_bytes(render.encode_gif(frames))
+        print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
+
+
+def main() -> None:
+    """Entry point of `attn-monitor`: mistakes are told in one line, without a traceback."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli([check, show, replay], as_positional=True)
+    except (AttentionError, ArchiveError, ProbeError, ModelNameError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"attn-monitor: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from attn_monitor import render, sinks
+from attn_monitor import drawing, render, sinks
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.capture import Layers, QuerySpec, check_query
 from attn_monitor.errors import AttentionError
@@ -84,7 +84,7 @@ class AttentionMapCallback(pl.Callback):
         self.query: QuerySpec = check_query(query)
         self.threshold, self.verify, self.on_error = check_threshold(threshold), verify, on_error
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
-        self.style = render.Style(threshold, scale, None if heads is None else tuple(heads))
+        self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
         self.monitor: AttentionMonitor | None = None
         self._history: list[AttentionSnapshot] = []
         self._models: dict[str, nn.Module] = {}
@@ -250,7 +250,7 @@ class AttentionMapCallback(pl.Callback):
     def _remember(self, snapshot: AttentionSnapshot) -> None:
         self._history.append(snapshot.only(self._shown_layers(snapshot)))
         if len(self._history) > HISTORY:
-            kept = render.thin([s.step for s in self._history], HISTORY * 3 // 4)
+            kept = drawing.thin([s.step for s in self._history], HISTORY * 3 // 4)
             self._history = [self._history[i] for i in kept]
 
     def _shown_layers(self, snapshot: AttentionSnapshot) -> Sequence[int]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from attn_monitor import render
+from attn_monitor import drawing, render
 from attn_monitor.capture import AttentionRecorder, Site
 from attn_monitor.errors import AttentionError
 from attn_monitor.isolation import isolated_forward
@@ -105,7 +105,7 @@ def show(
     snapshot = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold).snapshot(
         {"backbone": loaded}, step=0
     )
-    style = render.Style(threshold, scale, None if heads is None else tuple(heads), cell=192)
+    style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
@@ -130,13 +130,13 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
     probe = ProbeBatch.load(Path(archive) / "probe.npz")
     folder = Path(out) if out is not None else Path(archive) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    style = render.Style(threshold, scale)
+    style = drawing.Style(threshold, scale)
     for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
         truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
         frames = [render.panel(s, index, pixels, truth=truth, style=style) for s in history]
         Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
         Image.fromarray(render.filmstrip(history, index, pixels, style=style)).save(folder / f"{name}-filmstrip.png")
-        (folder / f"{name}.gif").write_bytes(render.encode_gif(frames))
+        (folder / f"{name}.gif").write_bytes(drawing.gif(frames))
         print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
 
 

@@ -61,7 +61,7 @@ class AttentionObserver(TorchDispatchMode):
                 self._enter(path)()
                 continue
             stack.enter_context(module.register_forward_pre_hook(self._enter(path)))
-            stack.enter_context(module.register_forward_hook(self._leave, always_call=True))
+            stack.enter_context(module.register_forward_hook(self._leave(path), always_call=True))
         return stack
 
     def _enter(self, path: str) -> Callable[..., None]:
@@ -72,11 +72,16 @@ class AttentionObserver(TorchDispatchMode):
 
         return hook
 
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
-        if not self._running:
-            self._pending.clear()
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def _leave(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            # Called even when another pre-hook failed before ours ran: then there is nothing to leave.
+            if self._running and self._running[-1] == path:
+                self._running.pop()
+                if not self._running:
+                    self._pending.clear()
+                    self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        return hook
 
     def _unwind(self) -> None:
         # PyTorch calls no hooks for `Done`, which is no `Exception`: close what is still open.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from attn_monitor.render import Pixels, encode_jpeg
+from attn_monitor import drawing
 
 QUEUE_SIZE = 4
 PATIENCE = 60.0  # seconds that training waits for a slow sink before pictures are skipped
@@ -24,13 +24,13 @@ class Picture:
     """A drawn picture with the tag it is logged under; encoded once, for all loggers."""
 
     tag: str
-    pixels: Pixels
+    pixels: drawing.Pixels
     caption: str
 
     @cached_property
     def jpeg(self) -> bytes:
         """The picture as JPEG."""
-        return encode_jpeg(self.pixels)
+        return drawing.jpeg(self.pixels)
 
 
 def _is_kind(logger: Any, name: str) -> bool:

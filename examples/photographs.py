@@ -104,9 +104,7 @@ def probe_images_of(folder: str | os.PathLike[str], size: int, count: int = 8) -
     return {f"{i}_{file.stem}": _cut(read_rgb(file), _Square(), size) for i, file in enumerate(chosen)}
 
 
-def write_probe(
-    folder: str | os.PathLike[str], size: int, images: Mapping[str, Image.Image] | None = None
-) -> Path:
+def write_probe(folder: str | os.PathLike[str], size: int, images: Mapping[str, Image.Image] | None = None) -> Path:
     """Write the probe images (by default the eight photographs) into a folder as PNG files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

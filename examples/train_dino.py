@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -123,8 +124,8 @@ class DINO(L.LightningModule):
         student_out = project(self.student_backbone, self.student_head, global_crops)
         if local_crops:
             student_out += project(self.student_backbone, self.student_head, local_crops)
-        # The loss moves the centre on, so the distributions are read with the centre it will use.
         temperature = self.teacher_temperature()
+        # Before the loss, which moves the centre on.
         self._log_teacher(torch.cat(teacher_out), temperature)
         loss: Tensor = self.loss(teacher_out, student_out, teacher_temp=temperature)
         self.log("train/loss", loss, prog_bar=True)
@@ -195,9 +196,7 @@ class CropDataset(Dataset[list[Tensor]]):
     different items of a photograph have different things to tell apart.
     """
 
-    def __init__(
-        self, files: Sequence[Path], transforms: Sequence[nn.Module], window: tuple[float, float]
-    ) -> None:
+    def __init__(self, files: Sequence[Path], transforms: Sequence[nn.Module], window: tuple[float, float]) -> None:
         self.files = files
         self.transforms = transforms
         self.window = window
@@ -319,12 +318,12 @@ class TrainCLI(LightningCLI):
         self.config = parser.parse_args([re.sub(r"^--data(?==|$)", "--data.folder", word) for word in words])
 
     def before_instantiate_classes(self) -> None:
-        """Check the folder now: a usage error reads better than a traceback out of the training loop."""
+        """Check the folder now: one line reads better than a traceback out of the training loop."""
         folder = self.config.data.folder
         try:
             image_files(folder) if folder else photograph_files()
         except FileNotFoundError as error:
-            self.parser.error(f"--data: {error}")
+            sys.exit(f"error: --data: {error}")
 
 
 def project(backbone: nn.Module, head: nn.Module, crops: Sequence[Tensor]) -> list[Tensor]:
@@ -386,11 +385,12 @@ def random_window(image: Tensor, scale: tuple[float, float]) -> Tensor:
 
 def attention_summary(log_dir: Path) -> str:
     """The teacher's last-layer attention entropy, head by head, in the first and in the last snapshot."""
-    from attn_monitor import AttentionSnapshot
-
     files = sorted((log_dir / "attn_monitor").glob("step-*.npz"))
     if not files:
         return f"no attention snapshots in {log_dir / 'attn_monitor'}"
+    # Imported here, so that a run without the callback does not need its package.
+    from attn_monitor import AttentionSnapshot
+
     pattern = re.compile(r"attn_heads/teacher/layer(\d+)/entropy/head(\d+)")
     first, last = (
         {
@@ -436,9 +436,30 @@ def report(log_dir: Path, seconds: float, steps: int) -> str:
     )
 
 
+def quiet_libraries() -> None:
+    """Drop the notices of Lightly and Lightning about their own use of PyTorch."""
+    for message in (".*weight_norm. is deprecated", ".*LeafSpec.* is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def leave_cores_for(workers: int) -> None:
+    """Keep PyTorch off the cores that cut crops: threads that share a core keep each other waiting."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - workers))
+
+
 def main(args: ArgsType = None) -> None:
     """Train as configured, then say where the results are."""
-    cli = TrainCLI(DINO, Photographs, run=False, args=args, auto_configure_optimizers=False)
+    quiet_libraries()
+    description = "Trains a ViT with DINO; --data DIR takes a folder of images instead of the photographs."
+    cli = TrainCLI(
+        DINO,
+        Photographs,
+        parser_kwargs={"description": description},
+        args=args,
+        run=False,
+        auto_configure_optimizers=False,
+    )
+    leave_cores_for(cli.datamodule.hparams["num_workers"])
     started = time.monotonic()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if cli.trainer.is_global_zero and cli.trainer.log_dir is not None:

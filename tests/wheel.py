@@ -23,7 +23,7 @@ def main() -> None:
         here = next(p for p in sys.path if p.endswith("site-packages"))
         modules = [p.stem for p in (ROOT / "attn_monitor").glob("*.py") if p.stem not in ("__init__", "__main__")]
         code = (
-            f"import sys; sys.path.append({here!r}); sys.path[:] = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\n"
+            f"import sys; sys.path.append({here!r})\n"
             "import importlib, pathlib, attn_monitor\n"
             f"for name in {modules!r}: importlib.import_module('attn_monitor.' + name)\n"
             "where = pathlib.Path(attn_monitor.__file__).parent\n"

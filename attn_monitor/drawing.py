@@ -144,9 +144,9 @@ class Cells:
         return pictures
 
 
-def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: float) -> None:
+def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: float, largest: int = 13) -> None:
     """A line of text in the largest size that fits the width."""
-    size = next((s for s in (13, 12, 11, 10, 9) if draw.textlength(text, font(s)) <= width), 8)
+    size = next((s for s in range(largest, 8, -1) if draw.textlength(text, font(s)) <= width), 8)
     draw.text(at, text, TEXT, font(size))
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attn_monitor.snapshot import read_npz, write_npz
+
+Item = TypeVar("Item")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -88,7 +90,7 @@ class ProbeBatch:
         class folders works too. ``masks`` is a folder of PNG masks with the images' names: binary, or one value per
         object (255 is ignored). Every unreadable file is named in the error.
         """
-        files = _choose(_list_images(Path(path)), num_images)
+        files = _choose_images(Path(path), num_images)
         truth = None if masks is None else Path(masks)
         return cls._from_files(files, f"probe folder {path}", size, mean, std, truth)
 
@@ -163,32 +165,31 @@ class ProbeBatch:
         return cls(images, mean=mean, std=std, masks=tensors.get("masks"), names=names)
 
 
-def _list_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ProbeError(
-            f"probe folder {folder}: {'is a file' if folder.exists() else 'does not exist'}; expected a folder"
-        )
-
-    def images_in(place: Path) -> list[Path]:
-        return sorted(f for f in place.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-
-    files = images_in(folder)
-    if not files:  # class folders: the first image of each, then the second, …
-        columns = [images_in(f) for f in sorted(folder.iterdir()) if f.is_dir()]
-        ranked = sorted((rank, file) for column in columns for rank, file in enumerate(column))
-        classes = sum(bool(c) for c in columns)
-        files = [file for _, file in ranked][: max(classes, 64)]
-    if not files:
-        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return files
-
-
-def _choose(files: list[Path], count: int) -> list[Path]:
+def _choose_images(folder: Path, count: int) -> list[Path]:
+    """Images of a folder at even distances; of a folder of class folders, one of each class as far as they go."""
     if count < 1:
         raise ProbeError(f"num_images={count}: expected at least 1")
-    if len(files) <= count:
-        return files
-    return [files[round(i)] for i in np.linspace(0, len(files) - 1, count)]
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ProbeError(f"probe folder {folder}: {found}; expected a folder of images")
+    files = _images_in(folder)
+    if files:
+        return _evenly(files, count)
+    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f))]
+    if not classes:
+        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    ranked = sorted((rank, file) for images in _evenly(classes, count) for rank, file in enumerate(images[:count]))
+    return [file for _, file in ranked[:count]]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+
+
+def _evenly(items: list[Item], count: int) -> list[Item]:
+    if len(items) <= count:
+        return items
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
 def _open_rgb(file: Path) -> Image.Image:

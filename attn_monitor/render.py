@@ -94,19 +94,22 @@ def _compose(header: str, rows: list[tuple[str, list[tuple[str, Pixels]]]], styl
     most = max(len(cells) for _, cells in rows)
     columns = columns_for(most, len(rows), height, width)
     lines = [math.ceil(len(cells) / columns) for _, cells in rows]
-    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + LINE + GAP
-    size = max(columns * pitch_x + GAP, 53 * GAP), HEADER + sum(3 * GAP + n * pitch_y for n in lines) + LEGEND
-    canvas = Image.new("RGB", size, BACKGROUND)
+    # Wide panels are shrunk more by a dashboard's card, so their text starts larger.
+    line, large = (3 * GAP, 5) if width >= 20 * GAP else (LINE, 0)
+    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + line + GAP
+    title_height, header_height = line + GAP, HEADER + large
+    size = max(columns * pitch_x + GAP, 53 * GAP), up_to_block(header_height) + LEGEND
+    canvas = Image.new("RGB", (size[0], size[1] + sum(title_height + n * pitch_y for n in lines)), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 7), header, TEXT, drawing.font(17))
-    top = HEADER
+    draw.text((GAP, 7), header, TEXT, drawing.font(17 + large))
+    top = up_to_block(header_height)
     for (title, cells), count in zip(rows, lines, strict=True):
-        draw.text((GAP, top + 2), title, MASK, drawing.font(15))
-        top += 3 * GAP
+        draw.text((GAP, top + 2), title, MASK, drawing.font(15 + large))
+        top += title_height
         for index, (caption, picture) in enumerate(cells):
             x, y = GAP + index % columns * pitch_x, top + index // columns * pitch_y
             canvas.paste(Image.fromarray(picture), (x, y))
-            drawing.write(draw, (x, y + height + 2), caption, width + GAP - 2)
+            drawing.write(draw, (x, y + height + 2), caption, width + GAP - 2, 13 + large)
         top += count * pitch_y
     drawing.legend(canvas, draw, top + 6, style, truth=truth)
     return np.asarray(canvas)

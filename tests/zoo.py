@@ -54,7 +54,7 @@ class Case:
         return torch.randn(count, 3, *self.size, generator=torch.Generator().manual_seed(1))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _built(case: Case) -> nn.Module:
     torch.manual_seed(0)
     with warnings.catch_warnings():

@@ -1,0 +1,160 @@
+"""Probe images from folders, tensors and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attn_monitor import ProbeBatch, ProbeError
+from attn_monitor.probe import adopt_images, find_images
+
+
+def test_photographs_come_back_for_display(photographs: Path) -> None:
+    probe = ProbeBatch.from_folder(photographs, size=(96, 160))
+    assert probe.names == ("astronaut", "chelsea", "coffee", "rocket")
+    assert probe.images.shape == (4, 3, 96, 160)
+    expected = Image.open(photographs / "coffee.png").convert("RGB")
+    height = round(expected.width * 96 / 160)  # the part that a centre crop of this shape keeps
+    crop = expected.crop((0, (expected.height - height) // 2, expected.width, (expected.height + height) // 2))
+    reference = np.asarray(crop.resize((160, 96), Image.Resampling.BICUBIC), dtype=int)
+    assert np.abs(probe.pixels[2].astype(int) - reference).mean() < 3
+
+
+def test_few_of_many_at_even_distances(tmp_path: Path) -> None:
+    for index in range(20):
+        Image.new("RGB", (40, 30), (index, 0, 0)).save(tmp_path / f"{index:02d}.png")
+    assert ProbeBatch.from_folder(tmp_path, size=8, num_images=3).names == ("00", "10", "19")
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            Image.new("RGB", (9, 9)).save(tmp_path / label / f"{label}{index}.png")
+    assert ProbeBatch.from_folder(tmp_path, size=8, num_images=2).names == ("cat0", "dog0")
+
+
+def test_every_kind_of_image(tmp_path: Path) -> None:
+    red = Image.new("RGB", (20, 20), (255, 0, 0))
+    red.save(tmp_path / "a rgb.png")
+    red.convert("CMYK").save(tmp_path / "b.jpg")
+    red.convert("P").save(tmp_path / "c.gif", save_all=True, append_images=[Image.new("P", (20, 20))])
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "d ünicode.png")
+    Image.fromarray(np.full((20, 20), 60000, np.uint16)).save(tmp_path / "e.png")
+    Image.new("RGB", (1, 1), (255, 0, 0)).save(tmp_path / "f.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side: the left half is shown on top
+    sideways = Image.new("RGB", (40, 40))
+    sideways.paste((255, 0, 0), (0, 0, 20, 40))
+    sideways.save(tmp_path / "g.jpg", exif=exif, quality=95)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    pixels = dict(zip(*(lambda p: (p.names, p.pixels))(ProbeBatch.from_folder(tmp_path, size=16)), strict=True))
+    for name in ("a rgb", "c", "f"):
+        assert pixels[name].reshape(-1, 3).mean(0).round().tolist() == [255, 0, 0], name
+    assert pixels["b"][..., 0].min() > 240
+    assert pixels["d ünicode"].min() == 255  # transparent is white
+    assert pixels["e"].min() > 200
+    assert pixels["g"][2, 8, 0] > 200
+    assert pixels["g"][13, 8, 0] < 50
+    assert len(pixels) == 7
+
+
+def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(ProbeError, match=r"cut\.png.*text\.jpg.*Remove or replace"):
+        ProbeBatch.from_folder(tmp_path)
+
+
+def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ProbeError, match=r"bomb\.png.*DecompressionBomb"):
+        ProbeBatch.from_folder(tmp_path)
+
+
+def test_masks_follow_their_image(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for name in ("binary", "indexed"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "images" / f"{name}.jpg")
+    binary = np.zeros((40, 60), np.uint8)
+    binary[:, 30:] = 255
+    Image.fromarray(binary).save(tmp_path / "masks" / "binary.png")
+    indexed = np.zeros((40, 60), np.uint8)
+    indexed[:20], indexed[20:, :30], indexed[39] = 1, 2, 255
+    palette = Image.fromarray(indexed)
+    palette.putpalette([value for colour in range(256) for value in (colour, 0, 0)])
+    palette.save(tmp_path / "masks" / "indexed.png")
+    masks = ProbeBatch.from_folder(tmp_path / "images", size=40, masks=tmp_path / "masks").masks
+    assert masks is not None
+    assert masks.shape == (2, 2, 40, 40)
+    assert masks[0, 0, :, 20:].all()
+    assert not masks[0, 0, :, :20].any()
+    assert not masks[0, 1].any()
+    assert masks[1, 0, :20].all()
+    assert masks[1, 1, 20:39, :20].all()
+    assert not masks[1, :, 39].any()
+    (tmp_path / "masks" / "binary.png").unlink()
+    with pytest.raises(ProbeError, match=r"no binary\.png"):
+        ProbeBatch.from_folder(tmp_path / "images", masks=tmp_path / "masks")
+
+
+def test_states_are_exact_and_small(tmp_path: Path, photographs: Path) -> None:
+    probe = ProbeBatch.from_folder(photographs, size=64)
+    assert set(probe.state_dict()["tensors"]) == {"pixels"}  # 8 bit loses nothing here
+    noise = ProbeBatch(torch.randn(2, 3, 8, 8))
+    assert set(noise.state_dict()["tensors"]) == {"images"}
+    for original in (probe, noise):
+        torch.save(original.state_dict(), tmp_path / "x.pt")
+        loaded = ProbeBatch.from_state_dict(torch.load(tmp_path / "x.pt", weights_only=True))
+        assert torch.equal(loaded.images, original.images)
+        original.save(tmp_path / "x.npz")
+        assert torch.equal(ProbeBatch.load(tmp_path / "x.npz").images, original.images)
+
+
+def test_finds_images_in_batches() -> None:
+    image, label = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+    for batch in (
+        image,
+        (image, label),
+        [[image, image], label],
+        {"label": label, "image": image},
+        {"a": {"b": image}},
+    ):
+        assert find_images(batch) is image
+    assert find_images({"mask": torch.ones(2, 1, 4, 4), "pixel_values": image}) is image
+    with pytest.raises(ProbeError, match=r"a tensor \(2,\) torch.int64"):
+        adopt_images([label, "text"], 4)
+
+
+def test_adopted_images_are_shown_as_well_as_can_be_guessed() -> None:
+    unit = torch.rand(2, 3, 8, 8)
+    assert np.abs(adopt_images(unit, 2).pixels / 255 - unit.permute(0, 2, 3, 1).numpy()).max() < 0.01
+    normal = (unit - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    assert np.abs(adopt_images(normal, 2).pixels / 255 - unit.permute(0, 2, 3, 1).numpy()).max() < 0.01
+    other = adopt_images(unit * 10 - 3, 2).pixels
+    assert (other.min(), other.max()) == (0, 255)
+    assert adopt_images(torch.randn(3, 1, 8, 8), 2).pixels.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"images": torch.zeros(3, 8, 8)}, "images: received"),
+        ({"images": torch.zeros(1, 3, 8, 8).byte()}, "uint8"),
+        ({"images": torch.zeros(1, 4, 8, 8)}, "mean: received 3 values for images of 4 channels"),
+        ({"images": torch.zeros(2, 3, 8, 8), "names": ["a"]}, "names: received 1 for 2"),
+        ({"images": torch.zeros(1, 3, 8, 8), "masks": torch.zeros(1, 8, 8)}, "masks: received"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, text: str) -> None:
+    with pytest.raises(ProbeError, match=text):
+        ProbeBatch(**arguments)

@@ -174,17 +174,9 @@ def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in file.files if name != "header"}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-    ) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, zlib, NumPy's parser and JSON each have their own errors for damaged files
         raise ArchiveError(f"{path} is not a readable attn_monitor file: {error!r}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None

@@ -14,12 +14,14 @@ from PIL import Image
 from torch import nn
 
 from attn_monitor import drawing, render
+from attn_monitor.backbone import find_backbones
 from attn_monitor.capture import AttentionRecorder, Site
-from attn_monitor.errors import AttentionError
+from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.isolation import isolated_forward
 from attn_monitor.models import ModelNameError, load_model
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe import ProbeBatch, ProbeError
+from attn_monitor.running import default_forward
 from attn_monitor.snapshot import ArchiveError, load_snapshots
 
 
@@ -34,39 +36,51 @@ def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") 
     loaded = load_model(model)
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(1, 3, height, width)
-    recorder = AttentionRecorder(loaded, layers="all", query=query)
-    sites = recorder.sites(images)
-    print(f"{model}: {type(loaded).__name__}, images of {height} × {width}, {len(sites)} attention layers")
-    for site in sites:
-        print("  " + _describe(site))
-    print(f"  cost of the last layer: {_cost(loaded, images, query):.2f} of a forward pass")
+    try:
+        roles = find_backbones(loaded)
+    except NoAttentionError:  # by its modules' names; running it may tell otherwise
+        roles = {"model": ""}
+    for role, path in roles.items():
+        backbone = loaded.get_submodule(path)
+        recorder = AttentionRecorder(backbone, layers="all", query=query)
+        sites = recorder.sites(images)
+        where = f"{role} at {path}" if path else role
+        print(
+            f"{model}: {where}, {type(backbone).__name__}, images of {height} × {width}, {len(sites)} attention layers"
+        )
+        for site in sites:
+            print("  " + _describe(site))
+        print("  " + _cost(backbone, recorder, images, query))
 
 
 def _describe(site: Site) -> str:
     head = f"{site.index:3d} {site.name:32s} {site.op.removeprefix('aten._scaled_dot_product_'):34s}"
     if site.refusal is not None or site.layout is None:
-        return f"{head} refused: {site.refusal}"
+        return f"{head} {site.heads} heads, refused: {site.refusal}"
     (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
     how = "proven" if site.layout.proven else "assumed row by row"
-    error = "not checked" if site.error is None else f"{site.error:.1e}"
-    mixed = ", mixed after the softmax" if site.mixed else ""
-    return f"{head} {site.heads} heads, grid {gh} × {gw} ({how}) + {prefix} prefix, error {error}{mixed}"
+    error = "mixed after the softmax" if site.mixed else f"error {site.error:.1e}"
+    return f"{head} {site.heads} heads, grid {gh} × {gw} ({how}) + {prefix} prefix, {error}"
 
 
-def _cost(model: nn.Module, images: torch.Tensor, query: Any, repeats: int = 7) -> float:
-    """Median ratio of a last-layer recording to a plain forward, measured in pairs."""
-    recorder = AttentionRecorder(model, query=query)
+def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:
+    """Median ratio of a recording of the last readable layer to a plain forward, measured in pairs."""
+    try:
+        last = recorder(images)[-1]
+    except AttentionError as error:
+        return f"query={query!r} can be read nowhere: {error}"
+    recorder = AttentionRecorder(backbone, layers=last.layer, query=query)
     recorder(images)
     ratios = []
     for _ in range(repeats):
         started = time.perf_counter()
-        with isolated_forward(model):
-            model(images)
+        with isolated_forward(backbone):
+            default_forward(backbone, images)
         plain = time.perf_counter() - started
         started = time.perf_counter()
         recorder(images)
         ratios.append((time.perf_counter() - started) / plain)
-    return statistics.median(ratios)
+    return f"layer {last.layer}, query={query!r}: costs {statistics.median(ratios):.2f} of a forward pass"
 
 
 def show(

@@ -84,3 +84,15 @@ def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of bool masks over the last dimension: 0…1, NaN where both are empty."""
     both, either = (mask & truth).sum(-1), (mask | truth).sum(-1)
     return torch.where(either > 0, both / either, torch.nan)
+
+
+def attention_distance(p: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Mean distance from each query patch to what it attends to, (..., Q, N) to (..., Q), in the positions' unit.
+
+    ``queries`` (Q, 2) and ``keys`` (N, 2) are patch centres. 0 each patch itself; high for heads that look globally.
+    Source: Dosovitskiy et al. 2020, arXiv 2010.11929, App. D.7; Raghu et al. 2021, arXiv 2108.08810.
+    """
+    p = normalise(p)
+    apart = torch.linalg.vector_norm(queries[:, None].to(p.dtype) - keys[None].to(p.dtype), dim=-1)  # (Q, N)
+    total: Tensor = (p * apart).sum(-1)
+    return total

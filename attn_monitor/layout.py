@@ -10,6 +10,7 @@ the first attention site, so they cost little more than a patch embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +58,29 @@ def changed_tokens(values: Tensor, reference: Tensor) -> Tensor:
     return change / size > max(1e-3, 8 * eps)
 
 
-def candidate_grids(image_size: tuple[int, int], patches: int, convs: list[PatchConv]) -> list[PatchConv]:
-    """Grids with this many patches: those a convolution produced, else the one of the image's own proportions."""
+def candidate_grids(
+    image_size: tuple[int, int], tokens: int, static: int, convs: list[PatchConv]
+) -> Iterator[PatchConv]:
+    """Grids that this many tokens could be: of a convolution that saw the whole image, else of its proportions."""
     height, width = image_size
+    patches = tokens - static
 
     def proportional(grid: tuple[int, int]) -> PatchConv:
         return PatchConv(grid, (round(height / grid[0]), round(width / grid[1])), disjoint=False)
 
-    seen = sorted((c for c in convs if math.prod(c.grid) == patches), key=lambda c: not c.disjoint)
-    if seen or patches < 1:
-        return [c if c.disjoint else proportional(c.grid) for c in seen]
+    def covers(conv: PatchConv) -> bool:  # but for a remainder that makes no patch
+        return all(0 <= size - g * s < s for size, g, s in zip(image_size, conv.grid, conv.stride, strict=True))
+
+    whole = [c for c in convs if c.disjoint and covers(c)]
+    yield from (c for c in whole if math.prod(c.grid) == patches)
+    # Patches that a mask token replaces depend on no image, but keep their place.
+    yield from (c for c in whole if patches < math.prod(c.grid) <= tokens)
+    if patches < 1 or any(math.prod(c.grid) == patches for c in whole):
+        return
+    overlapping = [c.grid for c in convs if not c.disjoint and math.prod(c.grid) == patches]
     rows = [r for r in range(1, patches + 1) if patches % r == 0]
     gh = min(rows, key=lambda r: abs(math.log((r * r / patches) * (width / height))))
-    return [proportional((gh, patches // gh))]
+    yield from (proportional(grid) for grid in dict.fromkeys([*overlapping, (gh, patches // gh)]))
 
 
 def code_images(images: Tensor, conv: PatchConv) -> Tensor:
@@ -97,8 +108,14 @@ def layout_from_codes(codes: Tensor, conv: PatchConv, static: Tensor) -> TokenLa
     prefix = tuple(int(i) for i in static.nonzero().flatten())
     numbers = codes.tolist()
     where = {n: i for i, n in enumerate(numbers) if n}
-    if len(where) == patches == sum(n > 0 for n in numbers) and max(where) == patches:
+    unambiguous = bool(where) and len(where) == sum(n > 0 for n in numbers) and max(where) <= patches
+    if unambiguous and len(where) == patches == len(numbers) - len(prefix):
         return TokenLayout(conv.grid, prefix, tuple(where[n] for n in range(1, patches + 1)), proven=True)
+    first = len(numbers) - patches  # tokens in front of the patches, when some patches show mask tokens
+    if unambiguous and all(i == first + n - 1 for n, i in where.items()):
+        return TokenLayout(conv.grid, tuple(range(first)), tuple(range(first, len(numbers))), proven=True)
+    if len(numbers) - len(prefix) != patches:
+        return None
     rest = tuple(i for i in range(len(numbers)) if i not in set(prefix))
     # A stem whose fields overlap changes each token with its neighbours' digits too, never with fewer than its own.
     if all(numbers[i] & n == n for n, i in enumerate(rest, 1)):

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import operations as ops
 from attn_monitor.layout import PatchConv
-from attn_monitor.operations import Observation, Query
+from attn_monitor.operations import Observation
+from attn_monitor.sources import Query
 
 SiteKey = tuple[str, int]
 """Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
@@ -42,8 +43,9 @@ class AttentionObserver(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.batch, self.channels = images.shape[:2]
-        self.convs: list[PatchConv] = []  # convolutions on the images before the first attention
+        self.batch, self.channels, *self.size = images.shape
+        self.convs: list[PatchConv] = []  # convolutions on whole images before the first attention
+        self._cropped = False  # the convolutions now running see a part of the images
         self.products = 0
         self._running: list[str] = []
         self._count: dict[str, int] = {}
@@ -139,15 +141,18 @@ class AttentionObserver(TorchDispatchMode):
             self._seen(key, None if query is None else ops.observe_explicit(call, self.batch, query))
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        key = self._key()
-        query = self.query(key)
-        seen = ops.observe_unknown(func, args, kwargs, out, 0 if query is None else query)
-        if seen is not None:
-            self._seen(key, None if query is None else seen)
+        calls = ops.unknown_calls(func, args, kwargs, out)
+        if calls:
+            key = self._key()
+            query = self.query(key)
+            self._seen(key, None if query is None else ops.observe_unknown(calls, out, query))
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
         if self._count or out.ndim != 4 or out.shape[0] != self.batch:
             return
-        kernel, stride = tuple(args[1].shape[2:]), tuple(args[3])
-        disjoint = kernel == stride and args[0].shape[1] == self.channels
-        self.convs.append(PatchConv((out.shape[2], out.shape[3]), stride, disjoint))
+        x, kernel, stride = args[0], tuple(args[1].shape[2:]), tuple(args[3])
+        on_pixels = x.shape[1] == self.channels
+        if on_pixels:
+            self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))
+        if not self._cropped:
+            self.convs.append(PatchConv((out.shape[2], out.shape[3]), stride, on_pixels and kernel == stride))

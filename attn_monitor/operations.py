@@ -13,40 +13,31 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from attn_monitor.sources import (
+    AttentionSource,
+    ExplicitCall,
+    Folding,
+    FusedCall,
+    Query,
+    Regrouped,
+    read_rows,
+    regroup,
+    widen,
+    widened,
+)
 
-Query = int | str
-"""A token index, or "mean": the average over all queries."""
+aten = torch.ops.aten
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 PRODUCT = {aten.bmm.default}
 
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-_CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
-
-
-class AttentionSource(Protocol):
-    """Attention that ran, of which any part of the (B, H, Q, K) matrix can be had without building it all."""
-
-    def row(self, query: int) -> Tensor:
-        """What one query attends to: (B, H, K) float32, float64 for float64."""
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first query, (B, H, some queries, K)) until all queries have passed."""
-
-
-def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
-    """One query's row, or the mean over all of them: (B, H, K)."""
-    if query != "mean":
-        return source.row(int(query))
-    return torch.stack([chunk.sum(2) for _, chunk in source.chunks()]).sum(0) / queries
 
 
 @dataclass
@@ -72,15 +63,17 @@ class Observation:
     mixed: Tensor | None = None
     problem: str | None = None
 
-    def heads_first(self, images: int) -> Observation:
-        """Read (H, B, …), folded or not, where the operation was taken for (B, H, …)."""
-
-        def regroup(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.flatten(0, 1).unflatten(0, (-1, images)).transpose(0, 1)
-
-        heads = self.batch * self.heads // images
+    def regrouped(self, images: int, folding: Folding | None) -> Observation:
+        """The same, read with batch and heads in another order; None leaves it as it is."""
+        if folding is None:
+            return self
         return replace(
-            self, batch=images, heads=heads, rows=regroup(self.rows), values=regroup(self.values), source=None
+            self,
+            batch=images,
+            heads=self.batch * self.heads // images,
+            rows=None if self.rows is None else regroup(self.rows, images, folding),
+            values=None if self.values is None else regroup(self.values, images, folding),
+            source=None if self.source is None else Regrouped(self.source, images, folding),
         )
 
 
@@ -108,65 +101,6 @@ def settle(observations: Sequence[Observation]) -> list[Verdict]:
     ]
 
 
-@dataclass
-class FusedCall:
-    """The arguments of one fused attention call, as (B, H, N, D) tensors."""
-
-    op: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-    heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
-
-    def row(self, query: int) -> Tensor:
-        """Attention of one query: (B, H, K)."""
-        return self._softmax(slice(query, query + 1))[:, :, 0]
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, a few queries at a time."""
-        for start in range(0, self.q.shape[2], _CHUNK):
-            yield start, self._softmax(slice(start, start + _CHUNK))
-
-    @functools.cached_property
-    def _keys(self) -> Tensor:
-        k, heads = widen(self.k), self.q.shape[1]
-        return k.repeat_interleave(heads // k.shape[1], 1) if k.shape[1] != heads else k  # grouped queries
-
-    def _softmax(self, queries: slice) -> Tensor:
-        q, k = widen(self.q[:, :, queries]), self._keys
-        scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
-        scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, queries, K)
-        if self.bias is not None:
-            bias = self.bias[..., queries, :] if self.bias.ndim > 1 and self.bias.shape[-2] > 1 else self.bias
-            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        if self.causal:
-            index = torch.arange(self.q.shape[2], device=q.device)[queries]
-            scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > index[:, None], -math.inf)
-        return scores.softmax(-1)
-
-    def output_row(self, out: Tensor, query: Query) -> Tensor:
-        """The operation's own result for the same query: (B, H, D)."""
-        batch, heads, length, _ = self.q.shape
-        if self.heads_first:
-            out = out.reshape(batch, heads, length, -1)
-        else:
-            out = out.reshape(batch, length, heads, -1).transpose(1, 2)
-        return out.mean(2, dtype=widened(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions; float32 and float64 as they are."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def widen(x: Tensor) -> Tensor:
-    """The tensor in its widened type."""
-    return x.to(widened(x.dtype))
-
-
 def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
     """Largest |row·V - output| over the largest sum of |row|·|V| of its channel: 0 exact, ~1 unrelated.
 
@@ -179,7 +113,7 @@ def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
     expected = (rows[:, :, None] @ values)[:, :, 0]  # (B, H, D)
     bound = (rows[:, :, None].abs() @ values.abs())[:, :, 0].amax((0, 1))  # (D,)
     error = (expected - output).abs().amax((0, 1)) / bound.clamp_min(torch.finfo(rows.dtype).tiny)
-    return error.max()
+    return error.max().nan_to_num(nan=math.inf)  # NaN is no agreement
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -241,7 +175,8 @@ def _guesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     if unpacked is not None:
         triples = [unpacked]
     elif packed is not None:
-        triples = [packed.unbind(dim) for dim in range(4) if packed.shape[dim] == 3]
+        splits = (packed.unbind(dim) for dim in range(4) if packed.shape[dim] == 3)
+        triples = [(q, k, v) for q, k, v in splits]
     else:
         return
     triples += [(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) for q, k, v in triples]
@@ -282,26 +217,26 @@ def observe_fused(call: FusedCall, out: Any, query: Query, *, verify: bool) -> O
     return seen
 
 
-def observe_unknown(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, query: Query
-) -> Observation | None:
-    """The reading of an unknown operation that reproduces its output best, whether or not that is well enough.
+def unknown_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[FusedCall]:
+    """The readings under which an unknown operation's result has attention's size: none if it is something else."""
+    result = _first_tensor(out)
+    if result is None:
+        return []
+    return [
+        call
+        for call in _guesses(func, args, kwargs)
+        if result.numel() == call.q.numel() // call.q.shape[-1] * call.v.shape[-1]
+    ]
 
-    None when the output cannot be attention at all (no tensor, or another number of elements than q).
-    """
-    result = out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
-    best: Observation | None = None
-    lowest = math.inf
-    for call in _guesses(func, args, kwargs):
-        if result is None or result.numel() != call.q.numel() // call.q.shape[-1] * call.v.shape[-1]:
-            continue
-        if query != "mean" and int(query) >= call.q.shape[2]:
-            continue
-        seen = observe_fused(call, result, query, verify=True)
-        error = math.inf if seen.error is None else float(seen.error)
-        if best is None or error < lowest:
-            best, lowest = seen, error
-    return best
+
+def observe_unknown(calls: list[FusedCall], out: Any, query: Query) -> Observation:
+    """The reading that reproduces the operation's result best, whether or not that is well enough."""
+    seen = [observe_fused(call, _first_tensor(out), query, verify=True) for call in calls]
+    return min(seen, key=lambda s: math.inf if s.error is None or s.error.isnan() else float(s.error))
+
+
+def _first_tensor(out: Any) -> Tensor | None:
+    return out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
 
 
 # -- explicit attention -----------------------------------------------------------------------------------------
@@ -310,33 +245,6 @@ def observe_unknown(
 def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     """Whether a softmax could be attention: at least (batch, queries, keys), over the last dimension."""
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)
-
-
-@dataclass
-class ExplicitCall:
-    """Softmaxes over (..., Q, K), and what met V as the left operand of a batched product."""
-
-    softmaxes: list[Tensor]  # since the product before; the last one is the most likely
-    applied: Tensor  # (..., Q, K)
-    values: Tensor  # (L, K, D)
-    shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
-    as_applied: Tensor | None = None  # 0-d bool: show the operand, else the softmax before it was mixed
-
-    def row(self, query: int) -> Tensor:
-        """Attention of one query: (B, H, K)."""
-        return self._part(slice(query, query + 1))[:, :, 0]
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, a few queries at a time."""
-        for start in range(0, self.shape[2], _CHUNK):
-            yield start, self._part(slice(start, start + _CHUNK))
-
-    def _part(self, queries: slice) -> Tensor:
-        batch, heads, _, keys = self.shape
-        applied = widen(self.applied[..., queries, :])
-        softmax = widen(self.softmaxes[-1][..., queries, :]).expand_as(applied).to(applied.dtype)
-        part = applied if self.as_applied is None else torch.where(self.as_applied, applied, softmax)
-        return part.reshape(batch, heads, -1, keys)
 
 
 def explicit_call(softmaxes: list[Tensor], args: tuple[Any, ...]) -> ExplicitCall | None:

@@ -33,14 +33,14 @@ def two_crops(model: Any, images: Tensor) -> Any:
     return model([images, images[..., :16, :16]])
 
 
-def split_heads(x: Tensor, heads: int = HEADS) -> Tensor:
+def split_heads(x: Tensor, heads: int | None = None) -> Tensor:
     """(B, N, H·D) to (B, H, N, D)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (heads or HEADS, -1)).transpose(1, 2)
 
 
-def mlp(dim: int = DIM) -> nn.Module:
+def mlp() -> nn.Module:
     """The feed-forward half of a block."""
-    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+    return nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
 
 class Tokens(nn.Module):
@@ -186,7 +186,9 @@ class Dinov2ViT(nn.Module):
     def forward_features(self, x: Any, masks: Any = None) -> Any:
         """A dictionary for one batch, a list of dictionaries for a list of crops."""
         several = isinstance(x, list)
-        tokens = [self.patch_embed(t, m) for t, m in zip(x, masks, strict=True)] if several else self.patch_embed(x, masks)
+        tokens = (
+            [self.patch_embed(t, m) for t, m in zip(x, masks, strict=True)] if several else self.patch_embed(x, masks)
+        )
         for chunk in self.blocks:
             for block in chunk:
                 tokens = block(tokens)

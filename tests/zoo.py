@@ -10,16 +10,14 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests import styles
-
-Matrices = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,10 @@ class Case:
     refused: tuple[int, ...] = ()
     query: Any = "cls"
     forward: Callable[[nn.Module, Tensor], Any] | None = None
-    matrices: Callable[[nn.Module], tuple[type[nn.Module], str]] | None = None
-    """Class and method that give the attention matrix, where it is not a plain softmax."""
+    without_query: tuple[int, ...] = ()  # layers that have a map, but no such query token
+    shapes: Mapping[int, tuple[int, tuple[int, int]]] = field(default_factory=dict, hash=False)  # of the odd layers
+    method: tuple[str, str] | None = None  # class and method that give the matrix, where it is not a plain softmax
+    slow: bool = False
 
     @property
     def id(self) -> str:
@@ -127,7 +127,13 @@ def _hf_cases() -> list[Case]:
         ("I-JEPA", "IJepaModel", "IJepaConfig", {}, {"prefix": 0, "query": "mean"}),
         ("MAE encoder", "ViTMAEModel", "ViTMAEConfig", {"mask_ratio": 0.0}, {"forward": styles.mae_in_order}),
         ("CLIP vision tower", "CLIPVisionModel", "CLIPVisionConfig", {}, {}),
-        ("SigLIP vision tower", "SiglipVisionModel", "SiglipVisionConfig", {}, {"layers": 3, "prefix": 0}),
+        (
+            "SigLIP vision tower",
+            "SiglipVisionModel",
+            "SiglipVisionConfig",
+            {},
+            {"layers": 3, "prefix": 0, "without_query": (0, 1)},
+        ),
     ]
     cases = []
     for name, model, config, changes, expected in regular:
@@ -154,7 +160,13 @@ def _timm_cases() -> list[Case]:
         vit("eva02_tiny_patch14_224"),
         vit("beit_base_patch16_224"),
         vit("beit_base_patch16_224", {"fused": False}, label="beit_base_patch16_224, fused_attn off"),
-        vit("vit_base_patch16_siglip_224", layers=3, prefix=0, label="vit_base_patch16_siglip_224, attention pooling"),
+        vit(
+            "vit_base_patch16_siglip_224",
+            layers=3,
+            prefix=0,
+            without_query=(0, 1),
+            label="vit_base_patch16_siglip_224, attention pooling",
+        ),
         vit("vit_base_patch16_siglip_gap_224", prefix=0, query="mean"),
         vit("vit_relpos_small_patch16_224", prefix=0, query="mean"),
         vit("vit_medium_patch16_reg4_gap_256", prefix=4, query="mean"),
@@ -187,6 +199,7 @@ def _timm_cases() -> list[Case]:
             size=(32, 32),
             layers=4,
             mixed=(0, 1),
+            without_query=(0, 1),
         ),
         Case(
             "timm",
@@ -205,6 +218,8 @@ def _timm_cases() -> list[Case]:
             size=(32, 32),
             layers=3,
             mixed=(0, 1),
+            without_query=(0, 1),
+            method=("GPSA", "get_attention"),
         ),
         Case(
             "timm",
@@ -237,7 +252,7 @@ def lightly_wrapper(library: str) -> nn.Module:
     from lightly.models import modules
 
     if library == "timm":
-        return modules.MaskedVisionTransformerTIMM(timm_vit("vit_tiny_patch16_224"))
+        return modules.MaskedVisionTransformerTIMM(timm_vit("vit_tiny_patch16_224", img_size=32))
     return modules.MaskedVisionTransformerTorchvision(torchvision_vit())
 
 
@@ -260,6 +275,7 @@ def cross_vit() -> nn.Module:
 
 def _other_cases() -> list[Case]:
     square: dict[str, Any] = {"grid": (4, 4), "size": (32, 32)}
+    coarse = {1: (1, (2, 2)), 2: (1, (2, 2))}
     own = "hand-written"
 
     def lucidrains(name: str, module: str, model: str, changes: dict[str, Any] | None = None, **expected: Any) -> Case:
@@ -271,18 +287,27 @@ def _other_cases() -> list[Case]:
         lucidrains("ViT", "vit", "ViT"),
         lucidrains("SimpleViT", "simple_vit", "SimpleViT", prefix=0, query="mean"),
         lucidrains("DeepViT, re-attention", "deepvit", "DeepViT", mixed=(0, 1)),
-        lucidrains("CaiT", "cait", "CaiT", {"cls_depth": 2}, layers=4, mixed=(0, 1, 2, 3)),
-        Case("vit-pytorch", "CrossViT", cross_vit, layers=4, **square),
+        lucidrains("CaiT", "cait", "CaiT", {"cls_depth": 2}, layers=4, mixed=(0, 1, 2, 3), without_query=(0, 1)),
+        Case("vit-pytorch", "CrossViT", cross_vit, layers=4, shapes=coarse, **square),
         Case("open_clip", "vision tower", open_clip_tower, (4, 6), forward=lambda m, x: m.encode_image(x)),
-        Case("lightly", "MaskedVisionTransformerTIMM", functools.partial(lightly_wrapper, "timm"), (4, 6)),
+        Case("lightly", "MaskedVisionTransformerTIMM", functools.partial(lightly_wrapper, "timm"), **square),
         Case("lightly", "MaskedVisionTransformerTorchvision", functools.partial(lightly_wrapper, "tv"), **square),
         Case("torch", "nn.TransformerEncoder", styles.EncoderViT, (4, 6)),
         Case(own, "DINO v1", styles.DinoViT, (4, 6)),
         Case(own, "DINOv2, MemEffAttention", styles.Dinov2ViT, (4, 6)),
         Case(own, "DINOv2, forward_features with masks", styles.Dinov2ViT, (4, 6), forward=styles.masked_features),
         Case(own, "DINOv3, RoPE and storage tokens", styles.Dinov3ViT, (4, 6), prefix=5),
-        Case(own, "DINOv3, list of crops", styles.Dinov3ViT, (4, 6), prefix=5, layers=4, forward=styles.two_crops),
-        Case(own, "AoANet, MultiHeadedDotAttention", styles.CaptionEncoder, (4, 6), prefix=0),
+        Case(
+            own,
+            "DINOv3, list of crops",
+            styles.Dinov3ViT,
+            (4, 6),
+            prefix=5,
+            layers=4,
+            forward=styles.two_crops,
+            refused=(1, 3),
+        ),
+        Case(own, "AoANet, MultiHeadedDotAttention", styles.CaptionEncoder, (4, 6), prefix=0, without_query=(0,)),
         Case(own, "one block used twice, dict of outputs", styles.TwiceViT, (4, 6)),
     ]
 

@@ -1,0 +1,72 @@
+"""Run a model's forward under the observer, isolated, with its failures named."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.errors import AttentionError, ForwardError
+from attn_monitor.isolation import isolated_forward
+from attn_monitor.observer import AttentionObserver, Done
+
+Forward = Callable[[nn.Module, Tensor], Any]
+
+
+def default_forward(model: nn.Module, images: Tensor) -> Any:
+    """``model(images)``; Hugging Face models are told to accept sizes other than their own."""
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        return model(images, interpolate_pos_encoding=True)
+    return model(images)
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Refuse a model whose weights have no values yet."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ForwardError(
+                f"{type(model).__name__} cannot run yet: its parameter {name!r} has no values (meta device, or a lazy "
+                "module). Look at it after it has been materialised: Lightning does so in configure_model"
+            )
+
+
+def run_forward(
+    model: nn.Module,
+    images: Tensor,
+    forward: Forward,
+    observer: AttentionObserver,
+    watched: Iterable[tuple[str, nn.Module]],
+) -> None:
+    """One isolated forward under the observer; a failure of the model becomes a `ForwardError` that names the size."""
+    try:
+        with isolated_forward(model), observer.watch(watched):
+            forward(model, images)
+    except Done:
+        pass
+    except (AttentionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ForwardError(
+            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "
+            f"{type(error).__name__}: {error}. If it is the size, choose one that the model takes (a multiple of its "
+            "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
+        ) from error
+
+
+def subtrees(model: nn.Module, roots: set[str]) -> list[tuple[str, nn.Module]]:
+    """The modules at these paths with all that is below them, so that each operation is credited as on first look."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if any(path == root or root == "" or path.startswith(root + ".") for root in roots)
+    ]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
+    return any(
+        "FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__
+    )

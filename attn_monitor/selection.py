@@ -1,0 +1,115 @@
+"""Choose layers and queries: turn what the user asks for into sites and token indices, or say why it can't be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from attn_monitor.discovery import Site
+from attn_monitor.errors import AttentionError, LayerError, QueryError
+from attn_monitor.observer import SiteKey
+from attn_monitor.sources import Query
+
+Layers = int | str | Sequence[int | str]
+QuerySpec = str | int | tuple[int, int]
+
+
+def check_query(query: QuerySpec) -> QuerySpec:
+    """The query, if it is of a kind that exists; lists from YAML become tuples."""
+    if isinstance(query, (list, tuple)) and len(query) == 2 and all(isinstance(i, int) for i in query):
+        return (query[0], query[1])
+    if query in ("cls", "mean") or (isinstance(query, int) and not isinstance(query, bool) and query >= 0):
+        return query
+    raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
+
+
+def select_sites(
+    sites: Sequence[Site], layers: Layers, query: QuerySpec, model: nn.Module
+) -> dict[SiteKey, tuple[Site, Query]]:
+    """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
+    if layers == "all":
+        return _every_layer(sites, query, model)
+    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+    selected = {}
+    for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
+        if site.refusal is not None:
+            raise _with_alternatives(site.refusal, sites)
+        selected[site.key] = (site, resolve_query(site, query, model))
+    return selected
+
+
+def _every_layer(sites: Sequence[Site], query: QuerySpec, model: nn.Module) -> dict[SiteKey, tuple[Site, Query]]:
+    """All layers that have this query; the last layer's reason if there is none."""
+    selected: dict[SiteKey, tuple[Site, Query]] = {}
+    reason: AttentionError | None = None
+    for site in sites:
+        try:
+            if site.refusal is not None:
+                raise site.refusal
+            selected[site.key] = (site, resolve_query(site, query, model))
+        except AttentionError as error:
+            reason = error
+    if reason is not None and not selected:
+        raise reason
+    return selected
+
+
+def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
+    usable = [s.index for s in sites if s.refusal is None]
+    return type(refusal)(f"{refusal}. Layers that can be read: {usable or 'none'}")
+
+
+def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
+    if isinstance(want, int) and not isinstance(want, bool):
+        if -len(sites) <= want < len(sites):
+            return [want % len(sites)]
+        raise LayerError(
+            f"layers={want}: expected {-len(sites)} to {len(sites) - 1}; this model has {len(sites)} layers"
+        )
+    named = [s.index for s in sites if s.name == want or s.key[0] == want or s.key[0].startswith(f"{want}.")]
+    if not named:
+        raise LayerError(
+            f"layers={want!r}: no attention ran there. Attention ran in: {', '.join(s.name for s in sites)}"
+        )
+    return named
+
+
+def resolve_query(site: Site, query: QuerySpec, model: nn.Module) -> Query:
+    """Token index of the query at this site, or "mean"."""
+    assert site.layout is not None
+    where = f"layer {site.index} ({site.name})"
+    if query == "mean":
+        return "mean"
+    if site.queries == 1:
+        if query in ("cls", 0):
+            return 0
+        raise QueryError(f'{where} has a single query token, so query={query!r} does not exist there; use query="cls"')
+    if isinstance(query, int):
+        if query < site.queries:
+            return query
+        raise QueryError(f"query={query}: {where} has tokens 0 to {site.queries - 1}")
+    if isinstance(query, tuple):
+        (row, col), (gh, gw) = query, site.layout.grid
+        if 0 <= row < gh and 0 <= col < gw:
+            return site.layout.patches[row * gw + col]
+        raise QueryError(f"query=({row}, {col}): {where} has a grid of {gh} rows and {gw} columns of patches")
+    return _cls_index(site, site.layout.prefix, where, model)
+
+
+def _cls_index(site: Site, prefix: tuple[int, ...], where: str, model: nn.Module) -> int:
+    if not prefix:
+        raise QueryError(
+            f'{where} has {site.keys} tokens, all of them patches, so there is no CLS token. Use query="mean": the '
+            "attention each patch receives, averaged over all queries"
+        )
+    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    has_cls = any(re.search(r"cls|class", n) for n in names)
+    has_registers = any(re.search(r"reg_|register|storage", n) for n in names)
+    if (has_cls or (len(prefix) == 1 and not has_registers)) and (prefix[0] == 0 or len(prefix) == 1):
+        return prefix[0]
+    raise QueryError(
+        f"{where} has {len(prefix)} tokens that are not patches, at {list(prefix)}, and nothing tells which is the CLS "
+        'token (registers are not). Choose one by its index, query=<index>, or use query="mean"'
+    )

@@ -1,0 +1,152 @@
+"""Attention that has run, as something to read rows of: from q and k (fused), or from its softmax (explicit).
+
+Neither ever builds a (queries, keys) matrix: one row is one row, and all rows pass by a few at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Query = int | str
+"""A token index, or "mean": the average over all queries."""
+
+Folding = Literal["batch first", "heads first"]
+"""How (B·H, …) or (H·B, …) is to be read."""
+
+_CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
+
+
+class AttentionSource(Protocol):
+    """Attention that ran, of which any part of the (B, H, Q, K) matrix can be had without building it all."""
+
+    def row(self, query: int) -> Tensor:
+        """What one query attends to: (B, H, K) float32, float64 for float64."""
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first query, (B, H, some queries, K)) until all queries have passed."""
+
+
+def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
+    """One query's row, or the mean over all of them: (B, H, K)."""
+    if query != "mean":
+        return source.row(int(query))
+    total: Tensor = functools.reduce(torch.add, (chunk.sum(2) for _, chunk in source.chunks()))
+    return total / queries
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions; float32 and float64 as they are."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def widen(x: Tensor) -> Tensor:
+    """The tensor in its widened type."""
+    return x.to(widened(x.dtype))
+
+
+@dataclass
+class FusedCall:
+    """The arguments of one fused attention call, as (B, H, N, D) tensors."""
+
+    op: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+    heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
+
+    def row(self, query: int) -> Tensor:
+        """Attention of one query: (B, H, K)."""
+        return self._softmax(slice(query, query + 1))[:, :, 0]
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, a few queries at a time."""
+        for start in range(0, self.q.shape[2], _CHUNK):
+            yield start, self._softmax(slice(start, start + _CHUNK))
+
+    @functools.cached_property
+    def _keys(self) -> Tensor:
+        k, heads = widen(self.k), self.q.shape[1]
+        return k.repeat_interleave(heads // k.shape[1], 1) if k.shape[1] != heads else k  # grouped queries
+
+    def _softmax(self, queries: slice) -> Tensor:
+        q, k = widen(self.q[:, :, queries]), self._keys
+        scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
+        scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, queries, K)
+        if self.bias is not None:
+            bias = self.bias[..., queries, :] if self.bias.ndim > 1 and self.bias.shape[-2] > 1 else self.bias
+            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+        if self.causal:
+            index = torch.arange(self.q.shape[2], device=q.device)[queries]
+            scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > index[:, None], -math.inf)
+        return scores.softmax(-1)
+
+    def output_row(self, out: Tensor, query: Query) -> Tensor:
+        """The operation's own result for the same query: (B, H, D)."""
+        batch, heads, length, _ = self.q.shape
+        if self.heads_first:
+            out = out.reshape(batch, heads, length, -1)
+        else:
+            out = out.reshape(batch, length, heads, -1).transpose(1, 2)
+        return out.mean(2, dtype=widened(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
+
+
+@dataclass
+class ExplicitCall:
+    """Softmaxes over (..., Q, K), and what met V as the left operand of a batched product."""
+
+    softmaxes: list[Tensor]  # since the product before; the last one is the most likely
+    applied: Tensor  # (..., Q, K)
+    values: Tensor  # (L, K, D)
+    shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
+    as_applied: Tensor | None = None  # 0-d bool: show the operand, else the softmax before it was mixed
+
+    def row(self, query: int) -> Tensor:
+        """Attention of one query: (B, H, K)."""
+        return self._part(slice(query, query + 1))[:, :, 0]
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, a few queries at a time."""
+        for start in range(0, self.shape[2], _CHUNK):
+            yield start, self._part(slice(start, start + _CHUNK))
+
+    def _part(self, queries: slice) -> Tensor:
+        batch, heads, _, keys = self.shape
+        applied = widen(self.applied[..., queries, :])
+        softmax = widen(self.softmaxes[-1][..., queries, :]).expand_as(applied).to(applied.dtype)
+        part = applied if self.as_applied is None else torch.where(self.as_applied, applied, softmax)
+        return part.reshape(batch, heads, -1, keys)
+
+
+def regroup(x: Tensor, images: int, folding: Folding) -> Tensor:
+    """(B, H, …) of what has its heads and its batch in another order, or in one dimension."""
+    shape = (images, -1) if folding == "batch first" else (-1, images)
+    regrouped: Tensor = x.flatten(0, 1).unflatten(0, shape)
+    return regrouped if folding == "batch first" else regrouped.transpose(0, 1)
+
+
+@dataclass
+class Regrouped:
+    """Attention whose batch and heads are folded, or stand the other way round."""
+
+    source: AttentionSource
+    images: int
+    folding: Folding
+
+    def row(self, query: int) -> Tensor:
+        """Attention of one query: (B, H, K)."""
+        return regroup(self.source.row(query), self.images, self.folding)
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, a few queries at a time."""
+        for start, chunk in self.source.chunks():
+            yield start, regroup(chunk, self.images, self.folding)

@@ -1,0 +1,107 @@
+"""Write docs/models.md from the models that the tests run on: `python docs/make_models.py`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402 - the repository's root must be importable first
+
+from attn_monitor.capture import AttentionRecorder, record_attention  # noqa: E402
+from attn_monitor.errors import AttentionError  # noqa: E402
+from attn_monitor.running import default_forward  # noqa: E402
+from tests import test_refusals  # noqa: E402
+from tests.oracle import attention_matrices  # noqa: E402
+from tests.test_zoo import difference  # noqa: E402
+from tests.zoo import CASES, Case, enliven  # noqa: E402
+
+PACKAGES = ("torch", "timm", "transformers", "torchvision", "vit-pytorch", "open_clip_torch", "lightly")
+INTRODUCTION = """\
+# Models that the capture is tested on
+
+Written by `docs/make_models.py` from `tests/zoo.py` and `tests/test_refusals.py`; do not edit it by hand.
+
+Small models with random weights and sharp attention, run on {versions}.
+
+* **layers**: how many attention layers ran, and of these how many can be read with the query of the test.
+* **grid, prefix**: patches as rows × columns, and tokens in front of them. *Proven*: every patch token was told apart
+  by changing known patches of the image. *Assumed*: the keys are the module's tokens, taken row by row.
+* **row·V**: largest relative difference between the captured row times V and the operation's own output. Explicit
+  attention is compared with what meets V instead; 0 means the same numbers. *Mixed*: heads are mixed after the softmax.
+* **reference**: largest difference to the attention matrix in float64, found by other means, in units of uniform
+  attention (weight × keys). The tests allow 1e-3. The largest in this table is **{largest:.1e}**.
+"""
+
+
+def row(case: Case) -> tuple[str, float]:
+    """One line of the table, and its largest difference to the reference."""
+    model, images = case.model(), case.images()
+    forward = case.forward or default_forward
+    recorder = AttentionRecorder(model, layers="all", query=case.query, forward=case.forward)
+    sites = recorder.sites(images)
+    seen = recorder(images)
+    matrices = attention_matrices(model, images, forward, case.method)
+    largest = max(difference(a, matrices[a.layer], case.query) for a in seen)
+    kinds = {"fused" if "scaled_dot_product" in sites[a.layer].op else "explicit" for a in seen}
+    layouts = {"proven" if sites[a.layer].layout.proven else "assumed" for a in seen}  # type: ignore[union-attr]
+    errors = [a.verified_error for a in seen if not a.mixed]
+    checked = f"{max(errors):.0e}" if errors else "mixed"
+    checked += ", some mixed" if errors and len(errors) < len(seen) else ""
+    grid = f"{case.grid[0]} × {case.grid[1]} + {case.prefix}, {' and '.join(sorted(layouts))}"
+    cells = [
+        case.library,
+        case.name,
+        f"{len(sites)}, {len(seen)} read",
+        " and ".join(sorted(kinds)),
+        grid,
+        str(case.query),
+        checked,
+        f"{largest:.0e}",
+    ]
+    return "| " + " | ".join(cells) + " |", largest
+
+
+def refusal(name: str) -> str:
+    """One line of the second table: the message as a user gets it."""
+    build, size, arguments, _, _ = test_refusals.CASES[name]
+    torch.manual_seed(0)
+    model = build().eval() if name == "NaN" else enliven(build()).eval()
+    try:
+        record_attention(model, torch.randn(3, 3, *size), **arguments)
+    except AttentionError as error:
+        return f"| {name} | {type(error).__name__} | {str(error).replace('|', '/')} |"
+    raise SystemExit(f"{name} was not refused")
+
+
+def main() -> None:
+    """Run every model and write the tables."""
+    warnings.simplefilter("ignore")  # libraries' own deprecations
+    rows = [row(case) for case in CASES]
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    versions += f" and Python {platform.python_version()} on a CPU"
+    lines = [
+        INTRODUCTION.format(versions=versions, largest=max(r[1] for r in rows)),
+        "| library | model | layers | attention | grid + prefix | query | row·V | reference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(r[0] for r in rows),
+        "",
+        "## What is refused, and how",
+        "",
+        "| case | error | message |",
+        "| --- | --- | --- |",
+        *(refusal(name) for name in test_refusals.CASES),
+        "",
+    ]
+    (ROOT / "docs" / "models.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

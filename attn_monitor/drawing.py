@@ -124,7 +124,7 @@ class Cells:
         self.size = cell_size(grid, target)
         self.photo = resize(photo, self.size, Image.Resampling.LANCZOS).copy()
         # A little soft: the photograph is there to place the attention, and sharp texture fills the event file.
-        grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(0.7))
+        grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(max(self.size) / 180))
         self.grey: Array = np.asarray(grey, dtype=np.float32)
         objects = [(mask * np.uint8(255)).astype(np.uint8) for mask in truth if mask.any()] if truth is not None else []
         self.truth = [resize(mask, self.size, Image.Resampling.NEAREST) > 0 for mask in objects]
@@ -171,7 +171,7 @@ def legend(
         x += 32 + draw.textlength(text, font(13))
 
 
-def jpeg(picture: Pixels, quality: int = 75) -> bytes:
+def jpeg(picture: Pixels, quality: int = 70) -> bytes:
     """JPEG without chroma subsampling, which would blur outlines and text."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)

@@ -47,7 +47,7 @@ class AttentionObserver(TorchDispatchMode):
         self.products = 0
         self._running: list[str] = []
         self._count: dict[str, int] = {}
-        self._pending: list[Tensor] = []  # softmaxes that have not met their V yet
+        self._pending: list[ops.PendingSoftmax] = []
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
         """Hooks on these (path, module) pairs; leaving the returned stack removes them.
@@ -98,8 +98,8 @@ class AttentionObserver(TorchDispatchMode):
             return self._fused(func, args, kwargs)
         out = func(*args, **kwargs)
         if func in ops.SOFTMAX:
-            if ops.attention_softmax(func, args, out):
-                self._pending = [*self._pending[-3:], out]  # the last few: gates' own softmaxes never meet a V
+            pending = ops.pending_softmax(func, args, out)
+            self._pending += [pending] if pending else []
         elif func in ops.PRODUCT:
             self.products += 1
             if self._pending:
@@ -131,12 +131,13 @@ class AttentionObserver(TorchDispatchMode):
         return out
 
     def _explicit(self, args: tuple[Any, ...]) -> None:
-        call = ops.explicit_call(self._pending, args)
-        if call is not None:
+        key = self._key()
+        query = self.query(key)
+        # Sites are counted alike whether they are read or passed over, so an unread one is recognised too.
+        seen = ops.observe_explicit(self._pending, args, self.batch, 0 if query is None else query)
+        if seen is not None:
             self._pending.clear()
-            key = self._key()
-            query = self.query(key)
-            self._seen(key, None if query is None else ops.observe_explicit(call, self.batch, query))
+            self._seen(key, None if query is None else seen)
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         key = self._key()

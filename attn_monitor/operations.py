@@ -9,11 +9,10 @@ has been applied by then, so nothing here depends on the library that a model co
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,24 +28,7 @@ PRODUCT = {aten.bmm.default}
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
-_CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
-
-
-class AttentionSource(Protocol):
-    """Attention that ran, of which any part of the (B, H, Q, K) matrix can be had without building it all."""
-
-    def row(self, query: int) -> Tensor:
-        """What one query attends to: (B, H, K) float32, float64 for float64."""
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first query, (B, H, some queries, K)) until all queries have passed."""
-
-
-def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
-    """One query's row, or the mean over all of them: (B, H, K)."""
-    if query != "mean":
-        return source.row(int(query))
-    return torch.stack([chunk.sum(2) for _, chunk in source.chunks()]).sum(0) / queries
+_MEAN_CHUNK = 64  # queries per softmax when all queries are averaged: memory stays O(tokens)
 
 
 @dataclass
@@ -54,9 +36,8 @@ class Observation:
     """One attention operation as it ran: its shape, and the rows that were asked for.
 
     ``rows`` is (B, H, K) float32 and ``values`` (B, H, K, D); both None when ``problem`` says why not.
-    ``error`` is the largest relative difference between what the rows imply and what the model computed, ``mixed``
-    marks attention that is not applied as the softmax gave it (talking heads, gated mixes): both stay on the device
-    until `settle`, so that reading does not make a GPU wait.
+    ``error`` is the largest relative difference between what the rows imply and what the model computed.
+    ``mixed`` marks attention that is not applied as the softmax gave it (talking heads, gated mixes).
     """
 
     op: str
@@ -66,46 +47,10 @@ class Observation:
     keys: int
     rows: Tensor | None = None
     values: Tensor | None = None
-    source: AttentionSource | None = None
-    error: Tensor | None = None
+    error: float | None = None
     tolerance: float = 0.0
-    mixed: Tensor | None = None
+    mixed: bool = False
     problem: str | None = None
-
-    def heads_first(self, images: int) -> Observation:
-        """Read (H, B, …), folded or not, where the operation was taken for (B, H, …)."""
-
-        def regroup(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.flatten(0, 1).unflatten(0, (-1, images)).transpose(0, 1)
-
-        heads = self.batch * self.heads // images
-        return replace(
-            self, batch=images, heads=heads, rows=regroup(self.rows), values=regroup(self.values), source=None
-        )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an observation's checks came to, as plain numbers."""
-
-    finite: bool
-    error: float  # NaN: not checked
-    mixed: bool
-
-
-def settle(observations: Sequence[Observation]) -> list[Verdict]:
-    """Fetch the checks of all observations from the device at once."""
-    facts = []
-    for seen in observations:
-        assert seen.rows is not None
-        nothing = seen.rows.new_full((), math.nan)
-        mixed = seen.mixed if seen.mixed is not None else nothing
-        facts += [seen.rows.isfinite().all(), seen.error if seen.error is not None else nothing, mixed]
-    numbers = torch.stack([f.double() for f in facts]).tolist() if facts else []
-    return [
-        Verdict(finite == 1, error, mixed == 1)
-        for finite, error, mixed in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
-    ]
 
 
 @dataclass
@@ -119,24 +64,20 @@ class FusedCall:
     bias: Tensor | None = None
     causal: bool = False
     scale: float | None = None
-    heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
+    heads_first: bool = True  # False: the operation's own layout, and so its output's, is (B, N, H, D)
 
-    def row(self, query: int) -> Tensor:
-        """Attention of one query: (B, H, K)."""
-        return self._softmax(slice(query, query + 1))[:, :, 0]
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, a few queries at a time."""
-        for start in range(0, self.q.shape[2], _CHUNK):
-            yield start, self._softmax(slice(start, start + _CHUNK))
-
-    @functools.cached_property
-    def _keys(self) -> Tensor:
-        k, heads = widen(self.k), self.q.shape[1]
-        return k.repeat_interleave(heads // k.shape[1], 1) if k.shape[1] != heads else k  # grouped queries
+    def rows(self, query: Query) -> Tensor:
+        """Attention of one query token, or the mean over all: (B, H, K) float32 (float64 for float64 input)."""
+        if query != "mean":
+            return self._softmax(slice(int(query), int(query) + 1))[:, :, 0]
+        total = torch.zeros(())
+        for start in range(0, self.q.shape[2], _MEAN_CHUNK):
+            total = total.to(self.q.device) + self._softmax(slice(start, start + _MEAN_CHUNK)).sum(2)
+        return total / self.q.shape[2]
 
     def _softmax(self, queries: slice) -> Tensor:
-        q, k = widen(self.q[:, :, queries]), self._keys
+        q, k = widen(self.q[:, :, queries]), widen(self.k)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k  # grouped queries
         scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
         scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, queries, K)
         if self.bias is not None:
@@ -150,24 +91,18 @@ class FusedCall:
     def output_row(self, out: Tensor, query: Query) -> Tensor:
         """The operation's own result for the same query: (B, H, D)."""
         batch, heads, length, _ = self.q.shape
-        if self.heads_first:
-            out = out.reshape(batch, heads, length, -1)
-        else:
-            out = out.reshape(batch, length, heads, -1).transpose(1, 2)
-        return out.mean(2, dtype=widened(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions; float32 and float64 as they are."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        dims = (batch, heads, length, -1) if self.heads_first else (batch, length, heads, -1)
+        out = out.reshape(dims)
+        out = out if self.heads_first else out.transpose(1, 2)
+        return widen(out).mean(2) if query == "mean" else widen(out[:, :, int(query)])
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in its widened type."""
-    return x.to(widened(x.dtype))
+    """Half precisions to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
+def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> float:
     """Largest |row·V - output| over the largest sum of |row|·|V| of its channel: 0 exact, ~1 unrelated.
 
     The denominator is the bound that floating-point summation itself obeys, so the tolerance only depends on the
@@ -179,7 +114,7 @@ def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
     expected = (rows[:, :, None] @ values)[:, :, 0]  # (B, H, D)
     bound = (rows[:, :, None].abs() @ values.abs())[:, :, 0].amax((0, 1))  # (D,)
     error = (expected - output).abs().amax((0, 1)) / bound.clamp_min(torch.finfo(rows.dtype).tiny)
-    return error.max()
+    return float(error.max())
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -237,44 +172,31 @@ def _packed_qkv(args: tuple[Any, ...]) -> Tensor | None:
 
 def _guesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[FusedCall]:
     """Every reading of an unknown operation: layouts times scales. Only one that passes the check counts."""
-    unpacked, packed = _unknown_qkv(args), _packed_qkv(args)
+    triples: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+    unpacked = _unknown_qkv(args)
     if unpacked is not None:
-        triples = [unpacked]
-    elif packed is not None:
-        triples = [packed.unbind(dim) for dim in range(4) if packed.shape[dim] == 3]
-    else:
-        return
-    triples += [(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) for q, k, v in triples]
+        q, k, v = unpacked
+        triples += [(q, k, v, True), (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False)]
+    elif (packed := _packed_qkv(args)) is not None:
+        for dim in (d for d in range(4) if packed.shape[d] == 3):
+            q, k, v = packed.unbind(dim)
+            triples += [(q, k, v, True), (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), False)]
     # The scale, if the operation was told one, is among its float arguments.
     told = [a for a in (*args, *kwargs.values()) if isinstance(a, float) and a > 0]
-    for q, k, v in triples:
-        scales = dict.fromkeys([1 / math.sqrt(q.shape[-1]), 1.0, *told])
-        causal = (False, True) if q.shape[2] == k.shape[2] else (False,)
-        for scale, is_causal, heads_first in itertools.product(scales, causal, (True, False)):
-            yield FusedCall(str(func), q, k, v, None, is_causal, scale, heads_first)
-
-
-def _problem(query: Query, queries: int, *tensors: Tensor) -> str | None:
-    """Why an operation cannot be read, whatever it computes."""
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"its tensors are {type(tensor).__name__}s (sharded over devices, or ragged), not plain tensors"
-    if query != "mean" and int(query) >= queries:
-        return f"it has {queries} queries, so no query {query}"
-    return None
+    for q, k, v, heads_first in triples:
+        for scale in dict.fromkeys([1 / math.sqrt(q.shape[-1]), 1.0, *told]):
+            for causal in (False, True) if q.shape[2] == k.shape[2] else (False,):
+                yield FusedCall(str(func), q, k, v, causal=causal, scale=scale, heads_first=heads_first)
 
 
 def observe_fused(call: FusedCall, out: Any, query: Query, *, verify: bool) -> Observation:
     """Rows of a fused operation, checked against the operation's own output unless ``verify`` is off."""
-    if call.q.ndim != 4:
-        problem = f"its q has {call.q.ndim} dimensions, not (batch, heads, tokens, channels)"
-        return Observation(call.op, 1, 1, call.q.shape[-2], call.k.shape[-2], problem=problem)
     batch, heads, length, _ = call.q.shape
-    seen = Observation(call.op, batch, heads, length, call.k.shape[2])
-    seen.problem = _problem(query, length, call.q, call.k, call.v)
-    if seen.problem:
+    seen = Observation(call.op, batch, heads, length, call.k.shape[2], values=call.v)
+    if query != "mean" and int(query) >= length:
+        seen.problem = f"it has {length} queries, so no query {query}"
         return seen
-    seen.values, seen.source, seen.rows = call.v, call, read_rows(call, query, length)
+    seen.rows = call.rows(query)
     if verify:
         result = out if isinstance(out, Tensor) else out[0]
         seen.error = relative_error(seen.rows, call.v, call.output_row(result, query))
@@ -285,101 +207,81 @@ def observe_fused(call: FusedCall, out: Any, query: Query, *, verify: bool) -> O
 def observe_unknown(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, query: Query
 ) -> Observation | None:
-    """The reading of an unknown operation that reproduces its output best, whether or not that is well enough.
+    """The reading of an unknown operation that reproduces its output best, or the reason why none does.
 
     None when the output cannot be attention at all (no tensor, or another number of elements than q).
     """
     result = out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
     best: Observation | None = None
-    lowest = math.inf
     for call in _guesses(func, args, kwargs):
         if result is None or result.numel() != call.q.numel() // call.q.shape[-1] * call.v.shape[-1]:
             continue
         if query != "mean" and int(query) >= call.q.shape[2]:
             continue
         seen = observe_fused(call, result, query, verify=True)
-        error = math.inf if seen.error is None else float(seen.error)
-        if best is None or error < lowest:
-            best, lowest = seen, error
+        if best is None or (seen.error is not None and best.error is not None and seen.error < best.error):
+            best = seen
     return best
 
 
-# -- explicit attention -----------------------------------------------------------------------------------------
+class PendingSoftmax:
+    """A softmax over the last dimension of a (..., Q, K) tensor, waiting for its product with V."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def matches(self, left: Tensor) -> bool:
+        """Whether the left operand of a batched product has this softmax's shape."""
+        return left.shape[-2:] == self.weights.shape[-2:] and left.numel() == self.weights.numel()
 
 
-def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Whether a softmax could be attention: at least (batch, queries, keys), over the last dimension."""
-    return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)
+def pending_softmax(func: Any, args: tuple[Any, ...], out: Any) -> PendingSoftmax | None:
+    """A softmax that could be attention: at least (batch, queries, keys), over the last dimension."""
+    if not isinstance(out, Tensor) or out.ndim < 3 or args[1] not in (-1, out.ndim - 1):
+        return None
+    return PendingSoftmax(out)
 
 
-@dataclass
-class ExplicitCall:
-    """Softmaxes over (..., Q, K), and what met V as the left operand of a batched product."""
-
-    softmaxes: list[Tensor]  # since the product before; the last one is the most likely
-    applied: Tensor  # (..., Q, K)
-    values: Tensor  # (L, K, D)
-    shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
-    as_applied: Tensor | None = None  # 0-d bool: show the operand, else the softmax before it was mixed
-
-    def row(self, query: int) -> Tensor:
-        """Attention of one query: (B, H, K)."""
-        return self._part(slice(query, query + 1))[:, :, 0]
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, a few queries at a time."""
-        for start in range(0, self.shape[2], _CHUNK):
-            yield start, self._part(slice(start, start + _CHUNK))
-
-    def _part(self, queries: slice) -> Tensor:
-        batch, heads, _, keys = self.shape
-        applied = widen(self.applied[..., queries, :])
-        softmax = widen(self.softmaxes[-1][..., queries, :]).expand_as(applied).to(applied.dtype)
-        part = applied if self.as_applied is None else torch.where(self.as_applied, applied, softmax)
-        return part.reshape(batch, heads, -1, keys)
+def _row(weights: Tensor, query: Query) -> Tensor:
+    return widen(weights).mean(-2) if query == "mean" else widen(weights[..., int(query), :])
 
 
-def explicit_call(softmaxes: list[Tensor], args: tuple[Any, ...]) -> ExplicitCall | None:
-    """The batched product as attention, when its left operand has the shape of a softmax before it."""
-    for left, right in (args[:2], (args[1].mT, args[0].mT)):  # einsum may put V first: (D, K) times (K, Q)
-        fitting = [s for s in softmaxes if s.shape[-2:] == left.shape[-2:] and s.numel() == left.numel()]
-        if fitting:
-            return ExplicitCall(fitting, left.reshape(fitting[-1].shape), right)
-    return None
-
-
-def observe_explicit(call: ExplicitCall, images: int, query: Query) -> Observation:
+def observe_explicit(
+    candidates: list[PendingSoftmax], args: tuple[Any, ...], images: int, query: Query
+) -> Observation | None:
     """Rows of explicit attention, from the softmax and from the operand that really meets V.
 
-    The row shown is the operand's when it is still a distribution (plain attention, or a mix of distributions),
-    else the softmax's; it is mixed when the operand is no softmax, and then there is no error to tell.
+    ``candidates`` are the softmaxes since the last product. The row shown is the operand's when it is still a
+    distribution (plain attention, or a mix of distributions), else the softmax's, marked as mixed.
     """
-    *lead, queries, keys = call.applied.shape
+    left, right = args[0], args[1]
+    fitting = [c for c in candidates if c.matches(left)]
+    if not fitting:  # einsum may put V first: (D, K) times (K, Q)
+        left, right = right.transpose(-2, -1), left.transpose(-2, -1)
+        fitting = [c for c in candidates if c.matches(left)]
+    if not fitting:
+        return None
+    lead, (queries, keys) = fitting[-1].weights.shape[:-2], left.shape[-2:]
     batch, heads = _batch_and_heads(lead, images)
     seen = Observation("softmax -> bmm", batch, heads, queries, keys)
-    seen.problem = _problem(query, queries, call.applied, call.values)
-    if seen.problem:
+    if query != "mean" and int(query) >= queries:
+        seen.problem = f"it has {queries} queries, so no query {query}"
         return seen
-    applied = _lead_rows(call.applied, query)
-    limit = 8 * torch.finfo(call.applied.dtype).eps
-    softmaxes = [_lead_rows(s, query).reshape(applied.shape).to(applied.dtype) for s in call.softmaxes]
-    error = torch.stack([((applied - s).abs() / s.clamp_min(1 / keys)).max() for s in softmaxes]).min()
-    seen.mixed = ~(error <= limit)
-    distribution = ((applied.sum(-1) - 1).abs().max() <= 0.02) & (applied >= 0).all()
-    call.as_applied = distribution | ~seen.mixed
-    call.shape = (batch, heads, queries, keys)
-    seen.rows = torch.where(call.as_applied, applied, softmaxes[-1]).reshape(batch, heads, keys)
-    seen.values, seen.source = call.values.reshape(batch, heads, keys, -1), call
-    seen.error, seen.tolerance = error.masked_fill(seen.mixed, math.nan), limit
+    applied = _row(left.reshape(*lead, queries, keys), query)
+    softmaxes = [_row(c.weights, query).expand_as(applied) for c in fitting]
+    limit = 8 * torch.finfo(left.dtype).eps
+    errors = [float(((applied - s).abs() / s.clamp_min(1 / keys)).max()) for s in softmaxes]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    seen.mixed = not errors[best] <= limit
+    distribution = bool((applied.sum(-1) - 1).abs().max() <= 0.02) and bool((applied >= 0).all())
+    rows = applied if distribution or not seen.mixed else softmaxes[-1]
+    seen.rows = rows.reshape(batch, heads, keys).clone()
+    seen.values = right.reshape(batch, heads, keys, -1)
+    seen.error, seen.tolerance = (0.0 if seen.mixed else errors[best]), limit
     return seen
 
 
-def _lead_rows(weights: Tensor, query: Query) -> Tensor:
-    """(..., Q, K) to (..., K)."""
-    return weights.mean(-2, dtype=widened(weights.dtype)) if query == "mean" else widen(weights[..., int(query), :])
-
-
-def _batch_and_heads(lead: Sequence[int], images: int) -> tuple[int, int]:
+def _batch_and_heads(lead: torch.Size, images: int) -> tuple[int, int]:
     """(B, H) of the leading dimensions: (B, H), (B·H,), or more dimensions when attention is windowed."""
     total = math.prod(lead)
     if len(lead) == 1:

@@ -150,6 +150,13 @@ def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: 
     draw.text(at, text, TEXT, font(size))
 
 
+def short(step: int) -> str:
+    """A step in at most five characters or so: 950, 12,500, 1.25M."""
+    if step < 100_000:
+        return f"{step:,}"
+    return f"{step / 1000:.0f}k" if step < 1_000_000 else f"{step / 1_000_000:.3g}M"
+
+
 def legend(
     canvas: Image.Image, draw: ImageDraw.ImageDraw, top: int, style: Style, *, masks: bool = True, truth: bool = False
 ) -> None:

@@ -79,12 +79,12 @@ def _has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
 
 
 def columns_for(cells: int, roles: int, height: int, width: int) -> int:
-    """Cells per line, so that the whole panel comes out near 3:2 with as few empty places as possible."""
+    """Cells per line, so that the panel comes out near square, to be read on a card, with few empty places."""
 
     def cost(columns: int) -> float:
         lines = math.ceil(cells / columns)
         aspect = columns * (width + GAP) / (roles * (lines * (height + LINE + GAP) + LINE))
-        return abs(math.log(aspect / 1.5)) + 0.6 * (lines * columns - cells) / cells
+        return abs(math.log(aspect / 0.9)) + 0.6 * (lines * columns - cells) / cells
 
     return min(range(min(cells, 3), cells + 1), key=cost)
 
@@ -137,7 +137,7 @@ def filmstrip(
         entropies = F.entropy(attention.maps[image].flatten(-2)).nan_to_num(2.0)
         heads = sorted(sorted(heads, key=lambda h: float(entropies[h]))[:STRIP_HEADS])
     rows: list[tuple[str, int | None]] = [(role, None) for role in last.roles] + [(main, head) for head in heads]
-    labels = [f"{role}\n{'head mean' if head is None else f'head {head}'}" for role, head in rows]
+    labels = [f"{role}\n{'mean' if head is None else f'head {head}'}" for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
     maps = torch.stack([torch.stack([_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
     cells = Cells(photo, attention.grid, style, STRIP_CELL)
@@ -159,19 +159,20 @@ def _map(snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: i
 def _compose_strip(title: str, steps: list[int], labels: list[str], pictures: Pixels, cells: Cells) -> Pixels:
     height, width = cells.size
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + GAP
-    margin = 10 * GAP
-    left, top = margin + pitch_x, HEADER + 2 * GAP
+    margin = 13 * GAP
+    left, top = margin + pitch_x, HEADER + 4 * GAP
     size = max(left + len(steps) * pitch_x, 58 * GAP), top + len(labels) * pitch_y + LEGEND
     canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 7), title, TEXT, drawing.font(16))
+    draw.text((GAP, 7), title, TEXT, drawing.font(21))
     canvas.paste(Image.fromarray(cells.photo), (margin, top))
+    draw.text((left - 2 * GAP, top - 23), "step", TEXT, drawing.font(18), anchor="ra")
     for column, step in enumerate(steps):
-        label = f"step {step}" if column == 0 else f"{step:,}"
-        draw.text((left + column * pitch_x + width / 2, top - 17), label, TEXT, drawing.font(13), anchor="ma")
+        at = (left + column * pitch_x + width / 2, top - 23)
+        draw.text(at, drawing.short(step), TEXT, drawing.font(18), anchor="ma")
     for row, label in enumerate(labels):
         y = top + row * pitch_y
-        draw.multiline_text((GAP, y + 4), label, TEXT, drawing.font(13))
+        draw.multiline_text((GAP, y + 8), label, TEXT, drawing.font(18))
         for column, picture in enumerate(pictures[row]):
             canvas.paste(Image.fromarray(picture), (left + column * pitch_x, y))
     drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False)

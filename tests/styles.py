@@ -186,7 +186,9 @@ class Dinov2ViT(nn.Module):
     def forward_features(self, x: Any, masks: Any = None) -> Any:
         """A dictionary for one batch, a list of dictionaries for a list of crops."""
         several = isinstance(x, list)
-        tokens = [self.patch_embed(t, m) for t, m in zip(x, masks, strict=True)] if several else self.patch_embed(x, masks)
+        tokens = (
+            [self.patch_embed(t, m) for t, m in zip(x, masks, strict=True)] if several else self.patch_embed(x, masks)
+        )
         for chunk in self.blocks:
             for block in chunk:
                 tokens = block(tokens)

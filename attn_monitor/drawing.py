@@ -27,7 +27,7 @@ TEXT, DIM = (236, 236, 240), (150, 150, 160)
 MASK, TRUTH, MISSING = (64, 224, 255), (120, 255, 80), (90, 30, 30)
 BLOCK = 8
 GAP, LINE = BLOCK, 2 * BLOCK  # between cells, and for a line of text
-LEGEND = 5 * BLOCK
+LEGEND = 6 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,16 @@ def short(step: int) -> str:
 
 
 def legend(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, top: int, style: Style, *, masks: bool = True, truth: bool = False
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    top: int,
+    style: Style,
+    *,
+    masks: bool = True,
+    truth: bool = False,
+    large: int = 0,
 ) -> None:
-    """Colour bar in units of uniform attention, and what the outlines are."""
+    """Colour bar in units of uniform attention, and what the outlines are; ``large`` adds to the size of the text."""
     bar = min(240, canvas.width // 3)
     table = colours()[np.linspace(0, 255, bar).astype(np.uint8)]
     canvas.paste(Image.fromarray(np.broadcast_to(table, (10, bar, 3)).copy()), (GAP, top))
@@ -168,17 +175,18 @@ def legend(
     for index, tick in enumerate(ticks):
         x = GAP + index * (bar - 1) / (len(ticks) - 1)
         anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
-        draw.text((x, top + 12), tick, DIM, font(12), anchor=f"{anchor}a")
+        draw.text((x, top + 12), tick, DIM, font(12 + large), anchor=f"{anchor}a")
     x = GAP * 3 + bar
-    draw.text((x, top - 3), "x uniform attention" if style.scale == "uniform" else "each map for itself", DIM, font(13))
+    unit = "x uniform attention" if style.scale == "uniform" else "each map for itself"
+    draw.text((x, top - 4), unit, DIM, font(13 + large))
     keys = [(MASK, f"top {style.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
     for colour, text in keys:
-        draw.rectangle((x, top + 15, x + 10, top + 25), outline=colour, width=2)
-        draw.text((x + 16, top + 12), text, DIM, font(13))
-        x += 32 + draw.textlength(text, font(13))
+        draw.rectangle((x, top + 16, x + 11, top + 27), outline=colour, width=2)
+        draw.text((x + 18, top + 12), text, DIM, font(13 + large))
+        x += 36 + int(draw.textlength(text, font(13 + large)))
 
 
-def jpeg(picture: Pixels, quality: int = 70) -> bytes:
+def jpeg(picture: Pixels, quality: int = 65) -> bytes:
     """JPEG without chroma subsampling, which would blur outlines and text."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)

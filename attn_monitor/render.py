@@ -84,7 +84,7 @@ def columns_for(cells: int, roles: int, height: int, width: int) -> int:
     def cost(columns: int) -> float:
         lines = math.ceil(cells / columns)
         aspect = columns * (width + GAP) / (roles * (lines * (height + LINE + GAP) + LINE))
-        return abs(math.log(aspect / 0.9)) + 0.6 * (lines * columns - cells) / cells
+        return abs(math.log(aspect / 0.9)) + 1.2 * (lines * columns - cells) / cells
 
     return min(range(min(cells, 3), cells + 1), key=cost)
 
@@ -111,7 +111,7 @@ def _compose(header: str, rows: list[tuple[str, list[tuple[str, Pixels]]]], styl
             canvas.paste(Image.fromarray(picture), (x, y))
             drawing.write(draw, (x, y + height + 2), caption, width + GAP - 2, 13 + large)
         top += count * pitch_y
-    drawing.legend(canvas, draw, top + 6, style, truth=truth)
+    drawing.legend(canvas, draw, top + 6, style, truth=truth, large=large)
     return np.asarray(canvas)
 
 
@@ -175,5 +175,5 @@ def _compose_strip(title: str, steps: list[int], labels: list[str], pictures: Pi
         draw.multiline_text((GAP, y + 8), label, TEXT, drawing.font(18))
         for column, picture in enumerate(pictures[row]):
             canvas.paste(Image.fromarray(picture), (left + column * pitch_x, y))
-    drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False)
+    drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False, large=3)
     return np.asarray(canvas)

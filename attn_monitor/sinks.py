@@ -1,22 +1,16 @@
-"""Where snapshots go: TensorBoard, Weights & Biases, other loggers, and the background thread that writes.
+"""What each logger can take: TensorBoard, Weights & Biases, and any other by `log_metrics`.
 
-This is the only place that knows what each logger can take, how pictures are encoded and in which channel order.
+This is the only place that knows how pictures are encoded and in which channel order.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from attn_monitor import drawing
-
-QUEUE_SIZE = 4
-PATIENCE = 60.0  # seconds that training waits for a slow sink before pictures are skipped
 
 
 @dataclass(frozen=True)
@@ -95,51 +89,18 @@ def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]]) -
     writer.add_custom_scalars(charts)
 
 
-class BackgroundWriter:
-    """Runs jobs one after another on a thread of its own, so that training does not wait for drawing and writing.
-
-    The queue is bounded: when a sink is slow, `submit` waits up to ``PATIENCE`` seconds and then refuses the job.
-    What a job raises is kept in ``errors`` for the training thread to report.
-    """
-
-    def __init__(self, size: int = QUEUE_SIZE) -> None:
-        self.errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        self.seconds = 0.0
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Queue a job; False when there was no room for too long."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="attn_monitor-writer", daemon=True)
-            self._thread.start()
-        try:
-            self._jobs.put(job, timeout=PATIENCE)
-        except queue.Full:
-            return False
-        return True
-
-    def drain(self) -> None:
-        """Return when everything submitted has been written or has failed."""
-        self._jobs.join()
-
-    def close(self) -> None:
-        """Write what is left and end the thread."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            try:
-                if job is None:
-                    return
-                started = time.perf_counter()
-                job()
-                self.seconds += time.perf_counter() - started
-            except BaseException as error:
-                self.errors.put(error)
-            finally:
-                self._jobs.task_done()
+def how_to_read(threshold: float, scale: str) -> str:
+    """Markdown for the dashboard: what the pictures show, with this run's settings."""
+    colours = (
+        "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "
+        "from half of uniform to 32 times uniform. A flat purple map says that attention is uniform."
+        if scale == "uniform"
+        else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
+    )
+    return (
+        f"### How to read the attention maps\n\n{colours} Outlined in cyan: the smallest set of patches that holds "
+        f"{threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 uniform, 0 one patch); "
+        "the percentage is the outlined area. `attn_filmstrip` shows the steps so far in one picture; start "
+        "TensorBoard with `--samples_per_plugin images=1000` to see more than ten steps of `attn_maps`. Charts of all "
+        "heads of a layer are under *Custom Scalars*."
+    )

@@ -183,7 +183,7 @@ def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert first.monitor is not None
     assert second.monitor is not None
     assert torch.equal(first.monitor.probe.images, second.monitor.probe.images)
-    assert [s.step for s in second._history] == [0, 2, 4, 6, 8]
+    assert [s.step for s in second.monitor.history] == [0, 2, 4, 6, 8]
     assert "attn/student/layer1/drift" in archive(tmp_path / "b")[0].metrics
 
 
@@ -193,7 +193,7 @@ def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
     running.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
     (ours,) = [v for k, v in state.items() if "AttentionMapCallback" in k]
-    torch.testing.assert_close(ProbeBatch.from_state_dict(ours["probe"]).images, loader().dataset.images[:4])
+    torch.testing.assert_close(ProbeBatch.from_state_dict(ours["monitor"]["probe"]).images, loader().dataset.images[:4])
 
 
 def test_checkpoint_and_early_stopping_can_monitor_attention(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
         running.fit(Fragile(), loader())
     texts = [str(w.message) for w in caught if "AttentionMapCallback" in str(w.message)]
     assert len(texts) == 2
-    assert "step 3 was skipped, training goes on. ForwardError" in texts[0]
+    assert "taking a snapshot failed, training goes on. ForwardError" in texts[0]
     assert "switched off after 3 failures" in texts[1]
     assert running.global_step == 8
     assert [s.step for s in archive(tmp_path)] == [0, 1, 2]

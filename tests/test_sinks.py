@@ -1,16 +1,14 @@
-"""The background writer, and what each kind of logger gets."""
+"""What each kind of logger gets."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import sinks
-from attn_monitor.sinks import BackgroundWriter, Picture
+from attn_monitor.sinks import Picture
 from tests.events import Events
 
 PICTURE = Picture("attn_maps/a b", np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8), "a")
@@ -35,28 +33,3 @@ def test_loggers_of_both_namespaces_are_known(tmp_path: Path) -> None:
 
     assert sinks.takes_pictures(TensorBoardLogger(tmp_path))
     assert not sinks.takes_pictures(CSVLogger(tmp_path))
-
-
-def test_writer_runs_jobs_in_order_and_keeps_errors() -> None:
-    writer, done = BackgroundWriter(), []
-
-    def fail() -> None:
-        raise OSError("disk full")
-
-    for job in (lambda: done.append(1), fail, lambda: done.append(2)):
-        assert writer.submit(job)
-    writer.drain()
-    assert done == [1, 2]
-    assert str(writer.errors.get()) == "disk full"
-    writer.close()
-    writer.close()
-
-
-def test_slow_sink_holds_back_and_then_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue is bounded: memory cannot grow, and training waits no longer than PATIENCE."""
-    monkeypatch.setattr(sinks, "PATIENCE", 0.05)
-    writer = BackgroundWriter(size=1)
-    accepted = [writer.submit(lambda: time.sleep(0.5)) for _ in range(4)]
-    assert accepted[0]
-    assert not accepted[-1]
-    writer.close()

@@ -166,27 +166,6 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert torch.is_autocast_cache_enabled()
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """The same images, no step twice, none missing, and the strip still shows the beginning."""
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
-    first = AttentionMapCallback(every_n_train_steps=2)
-    trainer(tmp_path / "a", first, checkpoint, max_steps=4, enable_checkpointing=True).fit(
-        Distillation(), loader(), loader(8)
-    )
-    second = AttentionMapCallback(every_n_train_steps=2)
-    resumed = trainer(tmp_path / "b", second, max_steps=8)
-    resumed.fit(Distillation(), loader(shuffle=True), loader(8, size=32), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
-    assert [s.step for s in archive(tmp_path / "a")] == [0, 2, 4]
-    # The checkpoint of step 4 was written before its snapshot, so the resumed run (in a folder of its own) takes it.
-    assert [s.step for s in archive(tmp_path / "b")] == [4, 6, 8]
-    assert first.monitor is not None
-    assert second.monitor is not None
-    assert torch.equal(first.monitor.probe.images, second.monitor.probe.images)
-    assert [s.step for s in second.monitor.history] == [0, 2, 4, 6, 8]
-    assert "attn/student/layer1/drift" in archive(tmp_path / "b")[0].metrics
-
-
 def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
     running = trainer(tmp_path, AttentionMapCallback(), max_steps=2, enable_checkpointing=True)
     running.fit(Distillation(), loader(), loader(8))

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from attn_monitor import drawing
+from attn_monitor import drawing, sinks
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import PATIENCE, Failures
 from attn_monitor.capture import Layers, QuerySpec, check_query
@@ -110,7 +110,11 @@ class AttentionMapCallback(pl.Callback):
         folder_or_none = None if getattr(trainer, "fast_dev_run", False) else folder
         if trainer.is_global_zero:
             loggers = trainer.loggers
-            self._publisher = Publisher(loggers, folder=folder_or_none, style=self.style, failures=self._failures)
+            settings = f"`{self.state_key}`"
+            self._publisher = Publisher(
+                loggers, folder=folder_or_none, style=self.style, failures=self._failures, settings=settings
+            )
+            self._tell_what_is_skipped(loggers)
         models = resolve_targets(pl_module, self.targets)
         if self.monitor is not None:
             with trainer.precision_plugin.forward_context():
@@ -152,6 +156,8 @@ class AttentionMapCallback(pl.Callback):
         if self.monitor is not None and self.schedule.last_step != trainer.global_step:
             self._snapshot(trainer, pl_module)
         if self._publisher is not None:
+            if self.monitor is not None and self.monitor.previous is not None:
+                self._publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
             self._publisher.drain()
             self._report_cost(self._publisher)
         self._report_failures()
@@ -257,6 +263,12 @@ class AttentionMapCallback(pl.Callback):
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+
+    def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
+        """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""
+        names = [type(x).__name__ for x in loggers if not sinks.takes_pictures(x) and type(x).__name__ != "CSVLogger"]
+        if names:
+            rank_zero_info(f"AttentionMapCallback: {', '.join(names)} get metrics only, as they have no log_image")
 
     def _report_failures(self) -> None:
         self._failures.report(

@@ -1,4 +1,4 @@
-"""Draw snapshots: a panel for one step, a film strip for all steps so far.
+"""Draw snapshots: a panel for one step, a film strip for all steps so far, a time-lapse of all images.
 
 The default colour scale is fixed in units of uniform attention (weight × number of patches), so that two steps can be
 compared: near-uniform attention looks flat instead of being stretched into a pattern. The photograph lies beneath in
@@ -21,6 +21,7 @@ from attn_monitor.drawing import BACKGROUND, GAP, LEGEND, LINE, MASK, TEXT, Arra
 from attn_monitor.snapshot import AttentionSnapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one
+TIMELAPSE_CELL = 128
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
 HEADER = 4 * GAP
 
@@ -144,6 +145,30 @@ def filmstrip(
     pictures = cells.draw(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     title = f"{last.names[image]} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
     return _compose_strip(title, [s.step for s in chosen], labels, pictures, cells)
+
+
+def timelapse(
+    history: Sequence[AttentionSnapshot], photos: Sequence[Pixels], *, layer: int = -1, style: Style = Style()
+) -> list[Pixels]:
+    """One frame a step: the last role's head mean on every probe image, side by side."""
+    last = history[-1]
+    attention = last.layer(last.roles[-1], layer)
+    missing = torch.full(attention.grid, math.nan)
+    cells = [Cells(photo, attention.grid, style, TIMELAPSE_CELL) for photo in photos]
+    height, width = cells[0].size
+    columns = math.ceil(math.sqrt(len(cells)))
+    pitch_x, pitch_y = width + GAP, height + GAP
+    size = max(columns * pitch_x + GAP, 32 * GAP), HEADER + math.ceil(len(cells) / columns) * pitch_y
+    frames = []
+    for snapshot in history:
+        canvas = Image.new("RGB", size, BACKGROUND)
+        title = f"{last.roles[-1]} · layer {attention.layer} · step {drawing.short(snapshot.step)}"
+        ImageDraw.Draw(canvas).text((GAP, 7), title, TEXT, drawing.font(17))
+        for index, cell in enumerate(cells):
+            shown = cell.draw(_map(snapshot, last.roles[-1], layer, index, None, missing).numpy())
+            canvas.paste(Image.fromarray(shown), (GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y))
+        frames.append(np.asarray(canvas))
+    return frames
 
 
 def _map(snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from PIL import Image
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, load_snapshots
@@ -44,6 +46,15 @@ def test_no_arguments_watch_student_and_teacher(tmp_path: Path) -> None:
     assert events.encoded("attn_maps/image0")[0][1].startswith(b"\xff\xd8")  # JPEG, not PNG
     assert "uniform" in events.text("attn_monitor/how_to_read")
     assert "custom_scalars__config__" in events.tags["tensors"]
+
+
+def test_the_end_of_a_run_is_a_time_lapse(tmp_path: Path) -> None:
+    trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader(), loader(8))
+    events = Events(tmp_path / RUN)
+    ((step, gif),) = events.encoded("attn_timelapse")
+    with Image.open(io.BytesIO(gif)) as animation:
+        assert (step, animation.format, animation.n_frames) == (3, "GIF", 4)
+    assert "attn_histogram/teacher/layer1/entropy" in events.tags["histograms"]
 
 
 def test_adopts_the_images_of_the_sanity_check(tmp_path: Path) -> None:
@@ -226,6 +237,8 @@ def test_works_without_a_logger(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no logger.*archive"):
         trainer(tmp_path, AttentionMapCallback(), max_steps=2, logger=False).fit(Distillation(), loader())
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor")] == [0, 1, 2]
+    pictures = {p.name for p in (tmp_path / "attn_monitor" / "pictures").iterdir()}
+    assert {"attn_maps-image0.jpg", "attn_filmstrip-image3.jpg"} <= pictures
 
 
 class NoTransformer(pl.LightningModule):
@@ -335,7 +348,7 @@ def test_event_file_size(tmp_path: Path, photographs: Path) -> None:
     callback = AttentionMapCallback(probe, every_n_train_steps=1)
     trainer(tmp_path, callback, max_steps=10).fit(module, loader(size=224, batch_size=2))
     events = Events(tmp_path / RUN)
-    last = [events.encoded(tag)[-1] for tag in events.tags["images"]]
+    last = [events.encoded(tag)[-1] for tag in events.tags["images"] if tag != "attn_timelapse"]
     assert len(last) == 16
     assert {step for step, _ in last} == {10}
     assert sum(len(data) for _, data in last) <= 1.5e6

@@ -9,7 +9,7 @@ demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
 
 test: $(VENV)/.setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 check: $(VENV)/.setup-dev
 	$(BIN)/ruff check .

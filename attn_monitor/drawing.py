@@ -27,7 +27,7 @@ TEXT, DIM = (236, 236, 240), (150, 150, 160)
 MASK, TRUTH, MISSING = (64, 224, 255), (120, 255, 80), (90, 30, 30)
 BLOCK = 8
 GAP, LINE = BLOCK, 2 * BLOCK  # between cells, and for a line of text
-LEGEND = 5 * BLOCK
+LEGEND = 6 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Cells:
         self.size = cell_size(grid, target)
         self.photo = resize(photo, self.size, Image.Resampling.LANCZOS).copy()
         # A little soft: the photograph is there to place the attention, and sharp texture fills the event file.
-        grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(0.7))
+        grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(max(self.size) / 180))
         self.grey: Array = np.asarray(grey, dtype=np.float32)
         objects = [(mask * np.uint8(255)).astype(np.uint8) for mask in truth if mask.any()] if truth is not None else []
         self.truth = [resize(mask, self.size, Image.Resampling.NEAREST) > 0 for mask in objects]
@@ -150,10 +150,24 @@ def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: 
     draw.text(at, text, TEXT, font(size))
 
 
+def short(step: int) -> str:
+    """A step in at most five characters or so: 950, 12,500, 1.25M."""
+    if step < 100_000:
+        return f"{step:,}"
+    return f"{step / 1000:.0f}k" if step < 1_000_000 else f"{step / 1_000_000:.3g}M"
+
+
 def legend(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, top: int, style: Style, *, masks: bool = True, truth: bool = False
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    top: int,
+    style: Style,
+    *,
+    masks: bool = True,
+    truth: bool = False,
+    large: int = 0,
 ) -> None:
-    """Colour bar in units of uniform attention, and what the outlines are."""
+    """Colour bar in units of uniform attention, and what the outlines are; ``large`` adds to the size of the text."""
     bar = min(240, canvas.width // 3)
     table = colours()[np.linspace(0, 255, bar).astype(np.uint8)]
     canvas.paste(Image.fromarray(np.broadcast_to(table, (10, bar, 3)).copy()), (GAP, top))
@@ -161,17 +175,18 @@ def legend(
     for index, tick in enumerate(ticks):
         x = GAP + index * (bar - 1) / (len(ticks) - 1)
         anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
-        draw.text((x, top + 12), tick, DIM, font(12), anchor=f"{anchor}a")
+        draw.text((x, top + 12), tick, DIM, font(12 + large), anchor=f"{anchor}a")
     x = GAP * 3 + bar
-    draw.text((x, top - 3), "x uniform attention" if style.scale == "uniform" else "each map for itself", DIM, font(13))
+    unit = "x uniform attention" if style.scale == "uniform" else "each map for itself"
+    draw.text((x, top - 4), unit, DIM, font(13 + large))
     keys = [(MASK, f"top {style.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
     for colour, text in keys:
-        draw.rectangle((x, top + 15, x + 10, top + 25), outline=colour, width=2)
-        draw.text((x + 16, top + 12), text, DIM, font(13))
-        x += 32 + draw.textlength(text, font(13))
+        draw.rectangle((x, top + 16, x + 11, top + 27), outline=colour, width=2)
+        draw.text((x + 18, top + 12), text, DIM, font(13 + large))
+        x += 36 + int(draw.textlength(text, font(13 + large)))
 
 
-def jpeg(picture: Pixels, quality: int = 75) -> bytes:
+def jpeg(picture: Pixels, quality: int = 65) -> bytes:
     """JPEG without chroma subsampling, which would blur outlines and text."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attn_monitor import functional as F
 from attn_monitor.capture import AttentionRecorder, Forward, LayerAttention, Layers, QuerySpec
+from attn_monitor.drawing import thin
 from attn_monitor.probe import ProbeBatch
 from attn_monitor.snapshot import AttentionSnapshot, metric_tag
+
+HISTORY = 24  # snapshots kept for film strips
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 
@@ -19,6 +23,7 @@ Captured = Mapping[tuple[str, int], LayerAttention]
 class AttentionMonitor:
     """Takes snapshots of one or more models on a fixed probe.
 
+    ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24.
     ``layers`` and ``query`` are those of `record_attention`; ``threshold`` is the mass that DINO's mask keeps
     (0…1); ``verify`` is True (first snapshot and after changes), "always" or False; ``forward`` calls a model when
     ``model(images)`` is not right.
@@ -38,6 +43,8 @@ class AttentionMonitor:
         self.layers, self.query, self.threshold = layers, query, check_threshold(threshold)
         self.verify, self.forward = verify, forward
         self.previous: AttentionSnapshot | None = None
+        self.history: list[AttentionSnapshot] = []
+        self._chunk = len(probe)
         self._recorders: dict[str, AttentionRecorder] = {}
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
@@ -49,12 +56,56 @@ class AttentionMonitor:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""
         layers: dict[tuple[str, int], LayerAttention] = {}
         for role, model in models.items():
-            for attention in self._recorder(role, model)(self.probe.images):
-                layers[role, attention.layer] = replace(attention, rows=attention.rows.cpu())
+            for attention in self._record(self._recorder(role, model)):
+                layers[role, attention.layer] = attention
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         metrics = compute_metrics(layers, before, threshold=self.threshold, masks=self.probe.masks)
-        self.previous = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics)
-        return self.previous
+        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics)
+        self.remember(snapshot)
+        return snapshot
+
+    def shown_layers(self, snapshot: AttentionSnapshot) -> tuple[int, ...]:
+        """Layers worth drawing: each one of a list, else the last."""
+        captured = snapshot.layers_of(snapshot.roles[-1])
+        return captured if isinstance(self.layers, (list, tuple)) else captured[-1:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Probe, latest snapshot and film-strip history: tensors and text only, for ``weights_only`` loading.
+
+        At most `HISTORY` snapshots of the layers that are drawn, in float16, so its size does not grow with the run.
+        """
+        return {
+            "probe": self.probe.state_dict(),
+            "previous": None if self.previous is None else self.previous.state_dict(),
+            "history": [s.state_dict() for s in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`: the same images, and the same past."""
+        self.probe = ProbeBatch.from_state_dict(state["probe"])
+        self._chunk = len(self.probe)
+        self.previous = None if state["previous"] is None else AttentionSnapshot.from_state_dict(state["previous"])
+        self.history = [AttentionSnapshot.from_state_dict(s) for s in state["history"]]
+
+    def _record(self, recorder: AttentionRecorder) -> list[LayerAttention]:
+        """Rows of the whole probe, on the host; in smaller and smaller chunks when memory runs out."""
+        while True:
+            try:
+                chunks = [_to_host(recorder(images)) for images in self.probe.images.split(self._chunk)]
+            except Exception as error:
+                if not _is_out_of_memory(error) or self._chunk == 1:
+                    raise
+                self._chunk = (self._chunk + 1) // 2
+            else:
+                return [replace(same[0], rows=torch.cat([a.rows for a in same])) for same in zip(*chunks, strict=True)]
+
+    def remember(self, snapshot: AttentionSnapshot) -> None:
+        """Make it the latest snapshot, which the next one is compared with."""
+        self.previous = snapshot
+        kept = [s for s in self.history if s.step < snapshot.step]
+        self.history = [*kept, snapshot.only(self.shown_layers(snapshot))]
+        if len(self.history) > HISTORY:
+            self.history = [self.history[i] for i in thin([s.step for s in self.history], HISTORY * 3 // 4)]
 
     def _recorder(self, role: str, model: nn.Module) -> AttentionRecorder:
         known = self._recorders.get(role)
@@ -68,6 +119,18 @@ class AttentionMonitor:
                 nonfinite="keep",
             )
         return known
+
+
+def _to_host(recorded: list[LayerAttention]) -> list[LayerAttention]:
+    return [replace(attention, rows=attention.rows.cpu()) for attention in recorded]
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """CUDA's own error, the CPU allocator's, or one that was caused by them."""
+    if error is None:
+        return False
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in str(error)
+    return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _is_out_of_memory(error.__cause__)
 
 
 def check_threshold(threshold: float) -> float:

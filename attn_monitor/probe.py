@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class ProbeBatch:
         self.images = images.detach().cpu()
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.masks = None if masks is None else masks.bool().cpu()
-        self.names = tuple(names) if names is not None else tuple(f"image{i}" for i in range(len(images)))
+        self.names = _tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -163,6 +164,16 @@ class ProbeBatch:
     def _from_stored(cls, tensors: dict[str, Tensor], names: Any, mean: Any, std: Any) -> ProbeBatch:
         images = tensors["images"] if "images" in tensors else _scale(tensors["pixels"], mean, std)
         return cls(images, mean=mean, std=std, masks=tensors.get("masks"), names=names)
+
+
+def _tag_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that can stand in a logger's tag and in a file name: no slashes, not too long, each one different."""
+    safe: list[str] = []
+    for name in names:
+        short = re.sub(r"[^\w .+-]", "_", name)[:80].strip() or "image"
+        same = sum(s == short or s.rpartition("~")[0] == short for s in safe)
+        safe.append(f"{short}~{same + 1}" if same else short)
+    return tuple(safe)
 
 
 def _choose_images(folder: Path, count: int) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Draw snapshots: a panel for one step, a film strip for all steps so far.
+"""Draw snapshots: a panel for one step, a film strip for all steps so far, a time-lapse of all images.
 
 The default colour scale is fixed in units of uniform attention (weight × number of patches), so that two steps can be
 compared: near-uniform attention looks flat instead of being stretched into a pattern. The photograph lies beneath in
@@ -21,6 +21,7 @@ from attn_monitor.drawing import BACKGROUND, GAP, LEGEND, LINE, MASK, TEXT, Arra
 from attn_monitor.snapshot import AttentionSnapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one
+TIMELAPSE_CELL = 128
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
 HEADER = 4 * GAP
 
@@ -79,12 +80,12 @@ def _has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
 
 
 def columns_for(cells: int, roles: int, height: int, width: int) -> int:
-    """Cells per line, so that the whole panel comes out near 3:2 with as few empty places as possible."""
+    """Cells per line, so that the panel comes out near square, to be read on a card, with few empty places."""
 
     def cost(columns: int) -> float:
         lines = math.ceil(cells / columns)
         aspect = columns * (width + GAP) / (roles * (lines * (height + LINE + GAP) + LINE))
-        return abs(math.log(aspect / 1.5)) + 0.6 * (lines * columns - cells) / cells
+        return abs(math.log(aspect / 0.9)) + 1.2 * (lines * columns - cells) / cells
 
     return min(range(min(cells, 3), cells + 1), key=cost)
 
@@ -111,7 +112,7 @@ def _compose(header: str, rows: list[tuple[str, list[tuple[str, Pixels]]]], styl
             canvas.paste(Image.fromarray(picture), (x, y))
             drawing.write(draw, (x, y + height + 2), caption, width + GAP - 2, 13 + large)
         top += count * pitch_y
-    drawing.legend(canvas, draw, top + 6, style, truth=truth)
+    drawing.legend(canvas, draw, top + 6, style, truth=truth, large=large)
     return np.asarray(canvas)
 
 
@@ -137,13 +138,37 @@ def filmstrip(
         entropies = F.entropy(attention.maps[image].flatten(-2)).nan_to_num(2.0)
         heads = sorted(sorted(heads, key=lambda h: float(entropies[h]))[:STRIP_HEADS])
     rows: list[tuple[str, int | None]] = [(role, None) for role in last.roles] + [(main, head) for head in heads]
-    labels = [f"{role}\n{'head mean' if head is None else f'head {head}'}" for role, head in rows]
+    labels = [f"{role}\n{'mean' if head is None else f'head {head}'}" for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
     maps = torch.stack([torch.stack([_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
     cells = Cells(photo, attention.grid, style, STRIP_CELL)
     pictures = cells.draw(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     title = f"{last.names[image]} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
     return _compose_strip(title, [s.step for s in chosen], labels, pictures, cells)
+
+
+def timelapse(
+    history: Sequence[AttentionSnapshot], photos: Sequence[Pixels], *, layer: int = -1, style: Style = Style()
+) -> list[Pixels]:
+    """One frame a step: the last role's head mean on every probe image, side by side."""
+    last = history[-1]
+    attention = last.layer(last.roles[-1], layer)
+    missing = torch.full(attention.grid, math.nan)
+    cells = [Cells(photo, attention.grid, style, TIMELAPSE_CELL) for photo in photos]
+    height, width = cells[0].size
+    columns = math.ceil(math.sqrt(len(cells)))
+    pitch_x, pitch_y = width + GAP, height + GAP
+    size = max(columns * pitch_x + GAP, 32 * GAP), HEADER + math.ceil(len(cells) / columns) * pitch_y
+    frames = []
+    for snapshot in history:
+        canvas = Image.new("RGB", size, BACKGROUND)
+        title = f"{last.roles[-1]} · layer {attention.layer} · step {drawing.short(snapshot.step)}"
+        ImageDraw.Draw(canvas).text((GAP, 7), title, TEXT, drawing.font(17))
+        for index, cell in enumerate(cells):
+            shown = cell.draw(_map(snapshot, last.roles[-1], layer, index, None, missing).numpy())
+            canvas.paste(Image.fromarray(shown), (GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y))
+        frames.append(np.asarray(canvas))
+    return frames
 
 
 def _map(snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor) -> Tensor:
@@ -159,20 +184,21 @@ def _map(snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: i
 def _compose_strip(title: str, steps: list[int], labels: list[str], pictures: Pixels, cells: Cells) -> Pixels:
     height, width = cells.size
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + GAP
-    margin = 10 * GAP
-    left, top = margin + pitch_x, HEADER + 2 * GAP
+    margin = 13 * GAP
+    left, top = margin + pitch_x, HEADER + 4 * GAP
     size = max(left + len(steps) * pitch_x, 58 * GAP), top + len(labels) * pitch_y + LEGEND
     canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 7), title, TEXT, drawing.font(16))
+    draw.text((GAP, 7), title, TEXT, drawing.font(21))
     canvas.paste(Image.fromarray(cells.photo), (margin, top))
+    draw.text((left - 2 * GAP, top - 23), "step", TEXT, drawing.font(18), anchor="ra")
     for column, step in enumerate(steps):
-        label = f"step {step}" if column == 0 else f"{step:,}"
-        draw.text((left + column * pitch_x + width / 2, top - 17), label, TEXT, drawing.font(13), anchor="ma")
+        at = (left + column * pitch_x + width / 2, top - 23)
+        draw.text(at, drawing.short(step), TEXT, drawing.font(18), anchor="ma")
     for row, label in enumerate(labels):
         y = top + row * pitch_y
-        draw.multiline_text((GAP, y + 4), label, TEXT, drawing.font(13))
+        draw.multiline_text((GAP, y + 8), label, TEXT, drawing.font(18))
         for column, picture in enumerate(pictures[row]):
             canvas.paste(Image.fromarray(picture), (left + column * pitch_x, y))
-    drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False)
+    drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False, large=3)
     return np.asarray(canvas)

@@ -1,27 +1,33 @@
-"""Where snapshots go: TensorBoard, Weights & Biases, other loggers, and the background thread that writes.
+"""What each logger can take: TensorBoard, Weights & Biases, MLflow, and any other by `log_metrics` and `log_image`.
 
-This is the only place that knows what each logger can take, how pictures are encoded and in which channel order.
+This is the only place that knows how pictures are encoded for whom and in which channel order. No logger's package is
+imported unless that logger is in use.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+import io
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from attn_monitor import drawing
+import numpy as np
+from PIL import Image
 
-QUEUE_SIZE = 4
-PATIENCE = 60.0  # seconds that training waits for a slow sink before pictures are skipped
+from attn_monitor import drawing
+from attn_monitor import functional as F
+from attn_monitor.snapshot import AttentionSnapshot, metric_tag
+
+HISTOGRAM_TAG = "attn_histogram/{role}/layer{layer}/entropy"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture with the tag it is logged under; encoded once, for all loggers."""
+    """A drawn picture with the tag it is logged under; encoded once, for all loggers that want it encoded."""
 
     tag: str
     pixels: drawing.Pixels
@@ -33,113 +39,189 @@ class Picture:
         return drawing.jpeg(self.pixels)
 
 
-def _is_kind(logger: Any, name: str) -> bool:
-    """By class name, so that loggers of `lightning.pytorch` and `pytorch_lightning` are both known, unimported."""
-    return any(base.__name__ == name for base in type(logger).__mro__)
+@dataclass(frozen=True)
+class Overlay:
+    """A photograph with mask layers that a dashboard can switch on and off: (h, w) integers and their names."""
+
+    tag: str
+    photo: drawing.Pixels
+    masks: Mapping[str, np.ndarray[Any, Any]]
 
 
-def _summary_writer(logger: Any) -> Any | None:
-    """The TensorBoard writer of a logger, or the logger itself when it is one."""
-    if _is_kind(logger, "TensorBoardLogger"):
-        return logger.experiment
-    return logger if _is_kind(logger, "SummaryWriter") else None
+def kind_of(logger: Any) -> str:
+    """What a logger is, by class name, so that both Lightning namespaces are known without importing either."""
+    names = {base.__name__ for base in type(logger).__mro__}
+    for name, kind in (
+        ("TensorBoardLogger", "tensorboard"),
+        ("SummaryWriter", "tensorboard"),
+        ("WandbLogger", "wandb"),
+        ("MLFlowLogger", "mlflow"),
+        ("Run", "wandb"),
+    ):
+        if name in names:
+            return kind
+    return "images" if callable(getattr(logger, "log_image", None)) else "metrics"
+
+
+def takes_pictures(logger: Any) -> bool:
+    """Whether `log_pictures` can do anything with this logger."""
+    return kind_of(logger) != "metrics"
 
 
 def log_scalars(logger: Any, *, metrics: Mapping[str, float], step: int) -> None:
-    """Metrics by tag, to any Lightning logger or a plain TensorBoard `SummaryWriter`."""
+    """Metrics by tag, to a Lightning logger, a plain TensorBoard `SummaryWriter` or a W&B run."""
     if hasattr(logger, "log_metrics"):
         logger.log_metrics(dict(metrics), step=step)
+    elif kind_of(logger) == "wandb":
+        logger.log({**metrics, "trainer/global_step": step})
     else:
         for tag, value in metrics.items():
             logger.add_scalar(tag, value, step)
 
 
-def takes_pictures(logger: Any) -> bool:
-    """Whether `log_pictures` can do anything with this logger."""
-    return _summary_writer(logger) is not None or _is_kind(logger, "WandbLogger")
-
-
 def log_pictures(logger: Any, *, pictures: Sequence[Picture], step: int) -> None:
     """Pictures to a logger that takes them."""
-    writer = _summary_writer(logger)
-    if writer is not None:
-        _to_event_file(writer, pictures, step)
+    kind = kind_of(logger)
+    if kind == "tensorboard":
+        for picture in pictures:
+            height, width = picture.pixels.shape[:2]
+            _add_encoded_image(logger, picture.tag, picture.jpeg, (height, width), step)
+    elif kind == "wandb":
+        import wandb
+
+        media = {p.tag: wandb.Image(p.pixels, caption=p.caption, file_type="jpg") for p in pictures}
+        _log_media(logger, media, step)
+    elif kind == "mlflow":
+        for picture in pictures:
+            key = re.sub(r"[^\w ./-]", "_", picture.tag)
+            logger.experiment.log_image(logger.run_id, picture.pixels, key=key, step=step)
     else:
         for picture in pictures:
-            logger.log_image(picture.tag, [picture.pixels], step=step, caption=[picture.caption], file_type=["jpg"])
+            logger.log_image(key=picture.tag, images=[picture.pixels], step=step)
 
 
-def _to_event_file(writer: Any, pictures: Sequence[Picture], step: int) -> None:
-    # add_image would encode as PNG, several times the bytes; TensorBoard serves whatever is stored.
-    from tensorboard.compat.proto.summary_pb2 import Summary
+def log_overlays(logger: Any, *, overlays: Sequence[Overlay], step: int) -> None:
+    """Photographs with switchable masks, where the dashboard has such a thing (W&B)."""
+    if kind_of(logger) != "wandb" or not overlays:
+        return
+    import wandb
 
-    for picture in pictures:
-        height, width = picture.pixels.shape[:2]
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture.jpeg)
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=picture.tag, image=image)]), step)
+    def masks(overlay: Overlay) -> dict[str, Any]:
+        labels = {0: "outside", 1: "attended"}
+        return {
+            name: {"mask_data": mask.astype(np.uint8), "class_labels": labels} for name, mask in overlay.masks.items()
+        }
+
+    _log_media(logger, {o.tag: wandb.Image(o.photo, masks=masks(o), file_type="jpg") for o in overlays}, step)
+
+
+def log_histograms(logger: Any, *, snapshot: AttentionSnapshot) -> None:
+    """Distribution of the entropy over heads and images, for each role and layer (TensorBoard)."""
+    if kind_of(logger) != "tensorboard":
+        return
+    for (role, layer), attention in snapshot.layers.items():
+        values = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
+        if np.isfinite(values).all():
+            _writer(logger).add_histogram(HISTOGRAM_TAG.format(role=role, layer=layer), values, snapshot.step)
+
+
+def log_animation(logger: Any, *, tag: str, gif: bytes, step: int) -> None:
+    """An animated GIF, where the dashboard can play one."""
+    kind = kind_of(logger)
+    if kind == "tensorboard":
+        width, height = Image.open(io.BytesIO(gif)).size
+        _add_encoded_image(logger, tag, gif, (height, width), step)
+    elif kind in ("wandb", "mlflow"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{tag.replace('/', '_')}.gif"
+            path.write_bytes(gif)
+            if kind == "mlflow":
+                logger.experiment.log_artifact(logger.run_id, str(path))
+            else:
+                import wandb
+
+                _log_media(logger, {tag: wandb.Video(str(path), format="gif")}, step)
+
+
+def log_summary(
+    logger: Any,
+    *,
+    snapshot: AttentionSnapshot,
+    thumbnails: Mapping[tuple[str, int, int, int], drawing.Pixels],
+    entropies: Mapping[tuple[str, int], Mapping[int, Sequence[float]]],
+) -> None:
+    """At the end of a run, on W&B: a table of the last snapshot, and one chart of all heads for each layer.
+
+    ``thumbnails`` are by (role, layer, image, head); ``entropies`` are by (role, layer), for each step one per head.
+    """
+    if kind_of(logger) != "wandb":
+        return
+    import wandb
+
+    table = wandb.Table(columns=["image", "role", "layer", "head", "entropy", "mask area", "attention"])
+    for (role, layer, image, head), thumbnail in thumbnails.items():
+        p = snapshot.maps(role, layer)[image, head].flatten()
+        figures = [float(F.entropy(p)), float(F.mask_area(p))]
+        table.add_data(snapshot.names[image], role, layer, head, *figures, wandb.Image(thumbnail, file_type="jpg"))
+    media: dict[str, Any] = {"attn_table": table}
+    for (role, layer), by_step in entropies.items():
+        heads = [list(series) for series in zip(*by_step.values(), strict=True)]
+        media[f"attn_heads_chart/{role}/layer{layer}"] = wandb.plot.line_series(
+            xs=list(by_step),
+            ys=heads,
+            keys=[f"head {h}" for h in range(len(heads))],
+            title=f"entropy per head, {role}, layer {layer}",
+            xname="step",
+        )
+    _log_media(logger, media, snapshot.step)
 
 
 def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]]) -> None:
     """Once for each run, on TensorBoard: how to read the maps, and a chart of all heads for each role and layer."""
-    writer = _summary_writer(logger)
-    if writer is None:
+    if kind_of(logger) != "tensorboard":
         return
-    writer.add_text("attn_monitor/how_to_read", text, 0)
+    _writer(logger).add_text("attn_monitor/how_to_read", text, 0)
     charts = {
         f"{metric.replace('_', ' ')} per head": {
-            f"{role}, layer {layer}": ["Multiline", [f"attn_heads/{role}/layer{layer}/{metric}/head.*"]]
+            f"{role}, layer {layer}": ["Multiline", [f"{metric_tag(role, layer, metric, 0)[:-1]}.*"]]
             for role, layer in layers
         }
         for metric in ("entropy", "mask_area", "prefix_mass", "drift")
     }
-    writer.add_custom_scalars(charts)
+    _writer(logger).add_custom_scalars(charts)
 
 
-class BackgroundWriter:
-    """Runs jobs one after another on a thread of its own, so that training does not wait for drawing and writing.
+def _writer(logger: Any) -> Any:
+    """The TensorBoard writer of a logger, or the logger itself when it is one."""
+    return logger if hasattr(logger, "add_custom_scalars") else logger.experiment
 
-    The queue is bounded: when a sink is slow, `submit` waits up to ``PATIENCE`` seconds and then refuses the job.
-    What a job raises is kept in ``errors`` for the training thread to report.
-    """
 
-    def __init__(self, size: int = QUEUE_SIZE) -> None:
-        self.errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        self.seconds = 0.0
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
-        self._thread: threading.Thread | None = None
+def _add_encoded_image(logger: Any, tag: str, encoded: bytes, size: tuple[int, int], step: int) -> None:
+    # add_image would encode as PNG, several times the bytes; TensorBoard serves whatever is stored.
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Queue a job; False when there was no room for too long."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="attn_monitor-writer", daemon=True)
-            self._thread.start()
-        try:
-            self._jobs.put(job, timeout=PATIENCE)
-        except queue.Full:
-            return False
-        return True
+    image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=encoded)
+    _writer(logger)._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
-    def drain(self) -> None:
-        """Return when everything submitted has been written or has failed."""
-        self._jobs.join()
 
-    def close(self) -> None:
-        """Write what is left and end the thread."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+def _log_media(logger: Any, media: dict[str, Any], step: int) -> None:
+    # Without W&B's own step argument: its steps must not go back, and the background thread logs later than training.
+    run = logger.experiment if hasattr(logger, "experiment") else logger
+    run.log({**media, "trainer/global_step": step})
 
-    def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            try:
-                if job is None:
-                    return
-                started = time.perf_counter()
-                job()
-                self.seconds += time.perf_counter() - started
-            except BaseException as error:
-                self.errors.put(error)
-            finally:
-                self._jobs.task_done()
+
+def how_to_read(threshold: float, scale: str, settings: str = "") -> str:
+    """Markdown for the dashboard: what the pictures show, with this run's settings."""
+    colours = (
+        "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "
+        "from half of uniform to 32 times uniform. A flat purple map says that attention is uniform."
+        if scale == "uniform"
+        else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
+    )
+    return (
+        f"### How to read the attention maps\n\n{colours} Outlined in cyan: the smallest set of patches that holds "
+        f"{threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 uniform, 0 one patch); "
+        "the percentage is the outlined area. `attn_filmstrip` shows the steps so far in one picture; start "
+        "TensorBoard with `--samples_per_plugin images=1000` to see more than ten steps of `attn_maps`. Charts of all "
+        f"heads of a layer are under *Custom Scalars*.\n\n{settings}"
+    )

@@ -171,7 +171,7 @@ def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Any]) 
 def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     """Header and arrays of a file written by `write_npz`; pickles are never loaded."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in file.files if name != "header"}
     except FileNotFoundError:

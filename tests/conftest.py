@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +38,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
         shutil.copy(Path(skimage.data.__file__).parent / name, folder)
     return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from PIL import Image
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, load_snapshots
@@ -44,6 +46,15 @@ def test_no_arguments_watch_student_and_teacher(tmp_path: Path) -> None:
     assert events.encoded("attn_maps/image0")[0][1].startswith(b"\xff\xd8")  # JPEG, not PNG
     assert "uniform" in events.text("attn_monitor/how_to_read")
     assert "custom_scalars__config__" in events.tags["tensors"]
+
+
+def test_the_end_of_a_run_is_a_time_lapse(tmp_path: Path) -> None:
+    trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader(), loader(8))
+    events = Events(tmp_path / RUN)
+    ((step, gif),) = events.encoded("attn_timelapse")
+    with Image.open(io.BytesIO(gif)) as animation:
+        assert (step, animation.format, animation.n_frames) == (3, "GIF", 4)
+    assert "attn_histogram/teacher/layer1/entropy" in events.tags["histograms"]
 
 
 def test_adopts_the_images_of_the_sanity_check(tmp_path: Path) -> None:
@@ -166,34 +177,13 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert torch.is_autocast_cache_enabled()
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """The same images, no step twice, none missing, and the strip still shows the beginning."""
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
-    first = AttentionMapCallback(every_n_train_steps=2)
-    trainer(tmp_path / "a", first, checkpoint, max_steps=4, enable_checkpointing=True).fit(
-        Distillation(), loader(), loader(8)
-    )
-    second = AttentionMapCallback(every_n_train_steps=2)
-    resumed = trainer(tmp_path / "b", second, max_steps=8)
-    resumed.fit(Distillation(), loader(shuffle=True), loader(8, size=32), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
-    assert [s.step for s in archive(tmp_path / "a")] == [0, 2, 4]
-    # The checkpoint of step 4 was written before its snapshot, so the resumed run (in a folder of its own) takes it.
-    assert [s.step for s in archive(tmp_path / "b")] == [4, 6, 8]
-    assert first.monitor is not None
-    assert second.monitor is not None
-    assert torch.equal(first.monitor.probe.images, second.monitor.probe.images)
-    assert [s.step for s in second._history] == [0, 2, 4, 6, 8]
-    assert "attn/student/layer1/drift" in archive(tmp_path / "b")[0].metrics
-
-
 def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
     running = trainer(tmp_path, AttentionMapCallback(), max_steps=2, enable_checkpointing=True)
     running.fit(Distillation(), loader(), loader(8))
     running.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
     (ours,) = [v for k, v in state.items() if "AttentionMapCallback" in k]
-    torch.testing.assert_close(ProbeBatch.from_state_dict(ours["probe"]).images, loader().dataset.images[:4])
+    torch.testing.assert_close(ProbeBatch.from_state_dict(ours["monitor"]["probe"]).images, loader().dataset.images[:4])
 
 
 def test_checkpoint_and_early_stopping_can_monitor_attention(tmp_path: Path) -> None:
@@ -247,6 +237,8 @@ def test_works_without_a_logger(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no logger.*archive"):
         trainer(tmp_path, AttentionMapCallback(), max_steps=2, logger=False).fit(Distillation(), loader())
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor")] == [0, 1, 2]
+    pictures = {p.name for p in (tmp_path / "attn_monitor" / "pictures").iterdir()}
+    assert {"attn_maps-image0.jpg", "attn_filmstrip-image3.jpg"} <= pictures
 
 
 class NoTransformer(pl.LightningModule):
@@ -339,7 +331,7 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
         running.fit(Fragile(), loader())
     texts = [str(w.message) for w in caught if "AttentionMapCallback" in str(w.message)]
     assert len(texts) == 2
-    assert "step 3 was skipped, training goes on. ForwardError" in texts[0]
+    assert "taking a snapshot failed, training goes on. ForwardError" in texts[0]
     assert "switched off after 3 failures" in texts[1]
     assert running.global_step == 8
     assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
@@ -356,7 +348,7 @@ def test_event_file_size(tmp_path: Path, photographs: Path) -> None:
     callback = AttentionMapCallback(probe, every_n_train_steps=1)
     trainer(tmp_path, callback, max_steps=10).fit(module, loader(size=224, batch_size=2))
     events = Events(tmp_path / RUN)
-    last = [events.encoded(tag)[-1] for tag in events.tags["images"]]
+    last = [events.encoded(tag)[-1] for tag in events.tags["images"] if tag != "attn_timelapse"]
     assert len(last) == 16
     assert {step for step, _ in last} == {10}
     assert sum(len(data) for _, data in last) <= 1.5e6

@@ -118,6 +118,12 @@ def test_states_are_exact_and_small(tmp_path: Path, photographs: Path) -> None:
         assert torch.equal(ProbeBatch.load(tmp_path / "x.npz").images, original.images)
 
 
+def test_names_fit_into_tags_and_files() -> None:
+    names = ["a/b", "a_b", "x" * 300, "../..", "größe 1", "", "a/b"]
+    probe = ProbeBatch(torch.zeros(7, 3, 4, 4), names=names)
+    assert probe.names == ("a_b", "a_b~2", "x" * 80, ".._..", "größe 1", "image", "a_b~3")
+
+
 def test_finds_images_in_batches() -> None:
     image, label = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     for batch in (

@@ -1,0 +1,87 @@
+"""The commands, as a user runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, cli
+from attn_monitor.models import ModelNameError, load_model
+from tests.helpers import Distillation, loader, tiny_vit, trainer
+
+MODEL = "tests.helpers:tiny_vit"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "attn_monitor.cli", *arguments], capture_output=True, text=True)
+
+
+def test_check_prints_what_it_found() -> None:
+    ran = command("check", MODEL, "--size", "[32, 64]")
+    assert ran.returncode == 0, ran.stderr
+    assert "2 attention layers" in ran.stdout
+    assert "blocks.1.attn" in ran.stdout
+    assert "grid 4 × 8 (proven) + 1 prefix" in ran.stdout
+    assert "of a forward pass" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("check", "torchvision:resnet18"), "no attention was observed in ResNet"),
+        (("check", "vit"), "expected timm:NAME"),
+        (("show", MODEL, "nowhere", "--size", "32"), "nowhere: does not exist"),
+        (("replay", "nowhere"), "no snapshots"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
+    ran = command(*arguments)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("attn-monitor: ")
+    assert text in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_show_draws_a_folder(tmp_path: Path, photographs: Path) -> None:
+    cli.show(MODEL, str(photographs), out=str(tmp_path), size=(32, 48), layers="all", weights=False)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {f"{n}-layer{i}.png" for n in ("astronaut", "chelsea", "coffee", "rocket") for i in (0, 1)} | {
+        "attention.npz"
+    }
+    assert AttentionSnapshot.load(tmp_path / "attention.npz").maps("backbone").shape == (4, 4, 4, 6)
+    assert np.asarray(Image.open(tmp_path / "coffee-layer1.png")).std() > 10
+
+
+def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: Path) -> None:
+    """The teacher's weights are found inside a Lightning checkpoint, whatever their prefix."""
+    module = Distillation()
+    running = trainer(tmp_path, max_steps=2, enable_checkpointing=True)
+    running.fit(module, loader())
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = load_model(MODEL, checkpoint=str(tmp_path / "x.ckpt"))
+    for name, value in module.teacher_backbone.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    image = photographs / "coffee.png"
+    cli.show(MODEL, str(image), out=str(tmp_path / "o"), size=32, checkpoint=str(tmp_path / "x.ckpt"))
+    assert (tmp_path / "o" / "coffee-layer1.png").exists()
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    torch.save({"model": tiny_vit(depth=1).state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(ModelNameError, match=r"entries are missing.*blocks\.1"):
+        load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
+
+
+def test_replay_redraws_a_run(tmp_path: Path) -> None:
+    trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader())
+    cli.replay(str(tmp_path / "run" / "version_0" / "attn_monitor"), out=str(tmp_path / "o"))
+    with Image.open(tmp_path / "o" / "image0.gif") as animation:
+        assert animation.n_frames == 4
+    assert (tmp_path / "o" / "image3-filmstrip.png").exists()
+    assert (tmp_path / "o" / "image0-panel.png").exists()

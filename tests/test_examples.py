@@ -1,0 +1,49 @@
+"""The demo, as `make demo` starts it, but for a few steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_monitor import load_snapshots
+from tests.events import Events
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "examples" / "train_dino.py", "--config", ROOT / "configs" / "dino_tiny_cpu.yaml"]
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_demo_logs_both_roles_from_the_first_step_to_the_last(tmp_path: Path) -> None:
+    ran = demo(tmp_path, "--trainer.max_steps", "12")
+    assert ran.returncode == 0, ran.stderr
+    run = tmp_path / "runs" / "dino_tiny_cpu" / "version_0"
+    snapshots = load_snapshots(run / "attn_monitor")
+    assert [s.step for s in snapshots] == list(range(13))
+    assert snapshots[0].roles == ("student", "teacher")
+    assert {"astronaut", "coffee"} <= set(snapshots[0].names)
+    assert snapshots[0].maps("teacher").shape == (8, 4, 16, 16)
+    assert len(Events(run).images("attn_maps/coffee")) == 13
+    for line in ("logs are in runs", "tensorboard --logdir", "images=1000", "head 0:"):
+        assert line in ran.stdout
+
+
+@pytest.mark.slow
+def test_demo_takes_a_folder_of_images(tmp_path: Path, photographs: Path) -> None:
+    ran = demo(tmp_path, "--data", str(photographs), "--trainer.max_steps", "2")
+    assert ran.returncode == 0, ran.stderr
+    (archive,) = tmp_path.glob("runs/dino_tiny_cpu/version_*/attn_monitor")
+    assert load_snapshots(archive)[0].names == ("0_astronaut", "1_chelsea", "2_coffee", "3_rocket")
+
+
+def test_demo_names_a_missing_folder(tmp_path: Path) -> None:
+    ran = demo(tmp_path, "--data", str(tmp_path / "nowhere"))
+    assert ran.returncode == 1
+    assert "nowhere" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,232 @@
+"""The callback with every kind of logger, each read back from what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+
+from attn_monitor import AttentionMapCallback
+from tests import wandb_runs
+from tests.events import Events
+from tests.helpers import Distillation, loader, trainer
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for W&B runs that never touch the network."""
+    import wandb
+
+    for name, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "DIR": str(tmp_path),
+        "CACHE_DIR": str(tmp_path / "c"),
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    yield tmp_path
+    wandb.teardown()
+
+
+def fit(folder: Path, logger: Any, **changes: Any) -> None:
+    running = trainer(folder, AttentionMapCallback(num_images=2), logger=logger, max_steps=4, **changes)
+    running.fit(Distillation(), loader(), loader(8))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_wandb(offline: Path) -> None:
+    """Pictures with captions, switchable masks, table, charts and time-lapse, all on the axis of the global step."""
+    logger = WandbLogger(project="test", save_dir=offline, offline=True)
+    fit(offline, logger)
+    logger.experiment.finish()
+    rows = wandb_runs.history(offline)
+    step = "trainer/global_step"
+    entropy = [(r[step], r["attn/teacher/layer1/entropy"]) for r in rows if "attn/teacher/layer1/entropy" in r]
+    assert [s for s, _ in entropy] == [0, 1, 2, 3, 4]
+    panels = [(r[step], r["attn_maps/image0"]) for r in rows if "attn_maps/image0" in r]
+    assert [s for s, _ in panels] == [0, 1, 2, 3, 4]
+    assert panels[0][1]["caption"] == "image0, step 0"
+    media = next(offline.rglob("files")) / panels[0][1]["path"]
+    with Image.open(media) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (panels[0][1]["width"], panels[0][1]["height"]))
+    overlays = [r["attn_overlay/image0"] for r in rows if "attn_overlay/image0" in r]
+    assert set(overlays[0]["masks"]) == {f"head {i}" for i in range(4)}
+    counts = [sum(isinstance(v, dict) and "_type" in v for v in row.values()) for row in rows]
+    assert 0 < max(counts) < 50
+    last = rows[-1]
+    assert last[step] == 4
+    assert last["attn_table"]["nrows"] == 2 * 2 * 4
+    assert any("attn_heads_chart/teacher/layer1" in key for key in last)
+    assert any(r.get("attn_timelapse", {}).get("_type") == "video-file" for r in rows)
+    steps = [r["_step"] for r in rows if "_step" in r]
+    assert steps == sorted(steps)
+
+
+def test_csv(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path, version=0))
+    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    values = [line.split(",")[columns.index("attn/teacher/layer1/entropy")] for line in lines[1:]]
+    assert sum(v != "" for v in values) == 5
+
+
+def check_mlflow(client: Any, run_id: str) -> None:
+    history = client.get_metric_history(run_id, "attn/teacher/layer1/entropy")
+    assert [m.step for m in history] == [0, 1, 2, 3, 4]
+    images = [f.path for f in client.list_artifacts(run_id, "images")]
+    assert sum("attn_maps" in path and "step%4" in path and path.endswith(".png") for path in images) == 2
+    assert "attn_timelapse.gif" in [f.path for f in client.list_artifacts(run_id)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    fit(tmp_path, logger)
+    check_mlflow(logger.experiment, logger.run_id)
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path, free_port: int) -> Iterator[str]:
+    address = f"http://127.0.0.1:{free_port}"
+    options = ["--host", "127.0.0.1", "--port", str(free_port), "--workers", "1"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/store.db",
+        "--artifacts-destination",
+        str(tmp_path / "artifacts"),
+    ]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, *store], stdout=log, stderr=log, cwd=tmp_path
+        )
+    try:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                assert server.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_server(tmp_path: Path, mlflow_server: str) -> None:
+    logger = MLFlowLogger("test", tracking_uri=mlflow_server)
+    fit(tmp_path, logger)
+    check_mlflow(logger.experiment, logger.run_id)
+
+
+class Foreign(Logger):
+    """A third party's logger that takes metrics only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "foreign"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, metrics))
+
+
+class ForeignWithImages(Foreign):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[tuple[str, int]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        assert images[0].shape[2] == 3
+        self.images.append((key, step))
+
+
+def test_several_loggers_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, rich = Foreign(), ForeignWithImages()
+    loggers = [TensorBoardLogger(tmp_path, name="run", version=0), CSVLogger(tmp_path), plain, rich]
+    with caplog.at_level("INFO"):
+        fit(tmp_path, loggers)
+    assert "Foreign get metrics only" in caplog.text
+    assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 5
+    for logger in (plain, rich):
+        assert [s for s, m in logger.metrics if "attn/student/layer1/entropy" in m] == [0, 1, 2, 3, 4]
+    assert [s for k, s in rich.images if k == "attn_maps/image1"] == [0, 1, 2, 3, 4]
+
+
+def test_a_logger_that_raises_does_not_keep_the_others_back(tmp_path: Path) -> None:
+    class Broken(ForeignWithImages):
+        def log_image(self, key: str, images: list[Any], step: int) -> None:
+            raise ConnectionError("no route to host")
+
+    with pytest.warns(UserWarning, match="logging pictures to Broken failed, training goes on. ConnectionError"):
+        fit(tmp_path, [Broken(), TensorBoardLogger(tmp_path, name="run", version=0)])
+    assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 5
+
+
+@pytest.mark.slow
+def test_pytorch_lightning_namespace(tmp_path: Path) -> None:
+    """The same class in a `pytorch_lightning.Trainer` with that namespace's logger."""
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import pytorch_lightning as pl, torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from attn_monitor import AttentionMapCallback
+from tests.helpers import loader, tiny_vit
+
+class Supervised(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.vit = tiny_vit()
+    def training_step(self, batch, index):
+        return self.vit(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+pl.Trainer(max_steps=3, accelerator="cpu", logger=TensorBoardLogger(sys.argv[1], name="run", version=0),
+           callbacks=[AttentionMapCallback()], enable_progress_bar=False, enable_checkpointing=False,
+           enable_model_summary=False).fit(Supervised(), loader())
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, env=dict(os.environ))
+    assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 4
+
+
+def test_wandb_is_never_imported_without_its_logger(tmp_path: Path) -> None:
+    code = f"""
+import sys, json, pathlib, warnings
+warnings.simplefilter("ignore")
+from attn_monitor import AttentionMapCallback
+from tests.helpers import Distillation, loader, trainer
+trainer(pathlib.Path({str(tmp_path)!r}), AttentionMapCallback(), max_steps=2).fit(Distillation(), loader())
+print(json.dumps([m for m in ("wandb", "mlflow") if m in sys.modules]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(ran.stdout.splitlines()[-1]) == []

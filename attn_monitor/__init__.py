@@ -15,6 +15,8 @@ from attn_monitor.errors import (
 )
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe import ProbeBatch, ProbeError
+from attn_monitor.publisher import Publisher
+from attn_monitor.rollout import attention_rollout
 from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "NonFiniteAttentionError",
     "ProbeBatch",
     "ProbeError",
+    "Publisher",
     "QueryError",
     "TargetError",
     "UnsupportedAttentionError",
     "VerificationError",
+    "attention_rollout",
     "find_backbones",
     "load_snapshots",
     "record_attention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -186,7 +185,7 @@ def test_a_logger_that_raises_does_not_keep_the_others_back(tmp_path: Path) -> N
         def log_image(self, key: str, images: list[Any], step: int) -> None:
             raise ConnectionError("no route to host")
 
-    with pytest.warns(UserWarning, match="logging pictures to Broken failed, training goes on. ConnectionError"):
+    with pytest.warns(UserWarning, match="logging pictures to Broken .*ConnectionError. no route to host"):
         fit(tmp_path, [Broken(), TensorBoardLogger(tmp_path, name="run", version=0)])
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 5
 
@@ -219,14 +218,15 @@ pl.Trainer(max_steps=3, accelerator="cpu", logger=TensorBoardLogger(sys.argv[1],
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 4
 
 
-def test_wandb_is_never_imported_without_its_logger(tmp_path: Path) -> None:
+def test_works_where_wandb_and_mlflow_are_not_installed(tmp_path: Path) -> None:
     code = f"""
-import sys, json, pathlib, warnings
+import sys, pathlib, warnings
+sys.modules["wandb"] = sys.modules["mlflow"] = None  # importing them raises ImportError
 warnings.simplefilter("ignore")
 from attn_monitor import AttentionMapCallback
 from tests.helpers import Distillation, loader, trainer
-trainer(pathlib.Path({str(tmp_path)!r}), AttentionMapCallback(), max_steps=2).fit(Distillation(), loader())
-print(json.dumps([m for m in ("wandb", "mlflow") if m in sys.modules]))
+watch = AttentionMapCallback(on_error="raise")
+trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(), loader())
 """
-    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert json.loads(ran.stdout.splitlines()[-1]) == []
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 3

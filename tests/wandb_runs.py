@@ -30,6 +30,16 @@ def records(folder: Path) -> list[Any]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, in order, as plain dicts."""
-    rows = [r.history for r in records(folder) if r.WhichOneof("record_type") == "history"]
-    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row.item} for row in rows]
+    """What was logged, in order, as nested dicts."""
+    rows = []
+    for record in records(folder):
+        if record.WhichOneof("record_type") == "history":
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *above, last = item.nested_key or [item.key]
+                place = row
+                for key in above:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+            rows.append(row)
+    return rows

@@ -86,7 +86,7 @@ def check_mlflow(client: Any, run_id: str) -> None:
     history = client.get_metric_history(run_id, "attn/teacher/layer1/entropy")
     assert [m.step for m in history] == [0, 1, 2, 3, 4]
     images = [f.path for f in client.list_artifacts(run_id, "images")]
-    assert sum("attn_maps" in path and "step%4" in path and path.endswith(".png") for path in images) == 2
+    assert sum("attn_maps" in path and "+step+4+" in path and path.endswith(".png") for path in images) == 2
     assert "attn_timelapse.gif" in [f.path for f in client.list_artifacts(run_id)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from attn_monitor.background import PATIENCE, Failures
 from attn_monitor.capture import Layers, QuerySpec, check_query
 from attn_monitor.errors import AttentionError
 from attn_monitor.monitor import AttentionMonitor, check_threshold
-from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images
+from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
 from attn_monitor.snapshot import ArchiveError, load_snapshots
@@ -92,7 +94,7 @@ class AttentionMapCallback(pl.Callback):
         """Check everything that can be checked before training."""
         if stage != "fit":
             return
-        self._failures = Failures()
+        self._failures, self._begun = Failures(), False
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._load_probe(self.probe))
@@ -129,12 +131,16 @@ class AttentionMapCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adopt the images of the sanity check as the probe, where none was given."""
-        if trainer.sanity_checking and self.monitor is None:
+        if trainer.sanity_checking and self.monitor is None and find_images(batch) is not None:
             self._use_probe(adopt_images(batch, self.num_images))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is."""
-        self.schedule.start(trainer.estimated_stepping_batches)
+        self.schedule.start(_total_steps(trainer))
+        if self.schedule.last_step is not None and self.schedule.last_step > trainer.global_step:
+            self.schedule.last_step = None  # another fit from the start with the same callback
+            if self.monitor is not None:
+                self.monitor.forget()
         self._catch_up(trainer.global_step)
 
     def on_train_batch_start(
@@ -244,11 +250,12 @@ class AttentionMapCallback(pl.Callback):
                 self.schedule.taken(snapshot.step)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        started, step, first = time.perf_counter(), trainer.global_step, self._taken == 0
+        started, step = time.perf_counter(), trainer.global_step
         self.schedule.taken(step)
         self._report_failures()
         # Before the first step, a model that cannot be watched is a mistake to mend now.
-        let = AttentionError if first else ()
+        let = () if self._begun else AttentionError
+        self._begun = True
         self._failures.attempt("taking a snapshot", lambda: self._take(trainer, pl_module, step), let=let)
         self._report_failures()
         self._blocked += time.perf_counter() - started
@@ -282,6 +289,14 @@ class AttentionMapCallback(pl.Callback):
             f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {publisher.writer.seconds:.1f} s behind it"
             + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
         )
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    """Length of the run in optimizer steps, infinite where Lightning cannot tell."""
+    try:
+        return trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return math.inf
 
 
 def _is_mean(tag: str) -> bool:

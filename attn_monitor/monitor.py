@@ -64,6 +64,10 @@ class AttentionMonitor:
         self.remember(snapshot)
         return snapshot
 
+    def forget(self) -> None:
+        """Drop the past: the next snapshot is the first one of a run."""
+        self.previous, self.history = None, []
+
     def shown_layers(self, snapshot: AttentionSnapshot) -> tuple[int, ...]:
         """Layers worth drawing: each one of a list, else the last."""
         captured = snapshot.layers_of(snapshot.roles[-1])

@@ -233,6 +233,32 @@ def test_ground_truth_gives_a_jaccard_curve(tmp_path: Path) -> None:
     assert all(0 < value < 1 for _, value in curve)
 
 
+def test_validation_batches_without_images_are_passed_over(tmp_path: Path) -> None:
+    class Labels(Distillation):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    labels = torch.utils.data.DataLoader(torch.arange(8), batch_size=4)
+    trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Labels(), loader(), labels)
+    assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
+
+
+def test_two_fits_with_one_callback(tmp_path: Path) -> None:
+    callback = AttentionMapCallback()
+    for name in ("a", "b"):
+        trainer(tmp_path / name, callback, max_steps=3).fit(Distillation(), loader())
+        assert [s.step for s in archive(tmp_path / name)] == [0, 1, 2, 3]
+        assert callback.monitor is not None
+        assert [s.step for s in callback.monitor.history] == [0, 1, 2, 3]
+
+
+def test_runs_of_unknown_length(tmp_path: Path) -> None:
+    accumulation = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    running = trainer(tmp_path, AttentionMapCallback(), accumulation, max_steps=-1, max_epochs=2)
+    running.fit(Distillation(), loader())
+    assert [s.step for s in archive(tmp_path)] == [0, 6]
+
+
 def test_works_without_a_logger(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no logger.*archive"):
         trainer(tmp_path, AttentionMapCallback(), max_steps=2, logger=False).fit(Distillation(), loader())

@@ -253,10 +253,13 @@ def test_two_fits_with_one_callback(tmp_path: Path) -> None:
 
 
 def test_runs_of_unknown_length(tmp_path: Path) -> None:
-    accumulation = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
-    running = trainer(tmp_path, AttentionMapCallback(), accumulation, max_steps=-1, max_epochs=2)
-    running.fit(Distillation(), loader())
-    assert [s.step for s in archive(tmp_path)] == [0, 6]
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 120
+
+    running = trainer(tmp_path, AttentionMapCallback(), Stop(), max_steps=-1, max_epochs=-1)
+    running.fit(Distillation(), loader(4))
+    assert [s.step for s in archive(tmp_path)] == [0, 50, 100, 120]
 
 
 def test_works_without_a_logger(tmp_path: Path) -> None:

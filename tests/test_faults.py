@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, drawing, load_snapshots
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, background, drawing, load_snapshots
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
@@ -211,6 +213,28 @@ def test_encoding_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
     assert steps(tmp_path) == list(range(STEPS + 1))
     assert len(Events(tmp_path / RUN).scalars("attn/student/layer1/entropy")) == STEPS + 1
+
+
+class SlowLogger(TensorBoardLogger):
+    """Takes a second for each call."""
+
+    @property
+    def experiment(self) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        return super().experiment
+
+
+def test_slow_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are skipped instead of piling up; the scalars, logged at once, are all there."""
+    monkeypatch.setattr(background, "PATIENCE", 0.01)
+    monkeypatch.setattr(background, "MAX_FAILURES", 1000)
+    _, _, told = fit(tmp_path, logger=SlowLogger(tmp_path, name="run", version=0))
+    assert len(told) >= 1
+    assert "the background writer failed, training goes on. TimeoutError: a logger is too slow" in told[0]
+    events = Events(tmp_path / RUN)
+    assert len(events.scalars("attn/student/layer1/entropy")) == STEPS + 1
+    assert 2 <= len(events.images("attn_maps/image0")) < STEPS + 1
 
 
 def test_raise_ends_training_at_the_next_safe_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

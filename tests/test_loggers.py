@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from attn_monitor import AttentionMapCallback
+from attn_monitor import AttentionMapCallback, load_snapshots
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
@@ -72,6 +73,25 @@ def test_wandb(offline: Path) -> None:
     assert any(r.get("attn_timelapse", {}).get("_type") == "video-file" for r in rows)
     steps = [r["_step"] for r in rows if "_step" in r]
     assert steps == sorted(steps)
+
+
+class Finishes(pl.Callback):
+    """Somebody ends the W&B run while training goes on."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.logger.experiment.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_run_finished_in_mid_training(offline: Path) -> None:
+    logger = WandbLogger(project="test", save_dir=offline, offline=True)
+    watch = AttentionMapCallback(num_images=2)
+    running = trainer(offline, watch, Finishes(), logger=logger, max_steps=4, log_every_n_steps=100)
+    running.fit(Distillation(), loader())
+    assert running.global_step == 4
+    assert [s.step for s in load_snapshots(offline / "attn_monitor")] == [0, 1, 2, 3, 4]
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -198,7 +218,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import pytorch_lightning as pl, torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from attn_monitor import AttentionMapCallback
+from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.helpers import loader, tiny_vit
 
 class Supervised(pl.LightningModule):
@@ -223,7 +243,7 @@ def test_works_where_wandb_and_mlflow_are_not_installed(tmp_path: Path) -> None:
 import sys, pathlib, warnings
 sys.modules["wandb"] = sys.modules["mlflow"] = None  # importing them raises ImportError
 warnings.simplefilter("ignore")
-from attn_monitor import AttentionMapCallback
+from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.helpers import Distillation, loader, trainer
 watch = AttentionMapCallback(on_error="raise")
 trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(), loader())

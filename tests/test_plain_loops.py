@@ -1,0 +1,86 @@
+"""The examples without Lightning, started as a user starts them, and what they wrote."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_monitor import load_snapshots
+from tests import wandb_runs
+from tests.events import Events
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STEPS = [0, 2, 4, 5]
+
+
+def run(example: str, folder: Path, *options: str) -> Path:
+    """Five steps with a snapshot every two; the folder with the results."""
+    out = folder / "out"
+    command = [sys.executable, EXAMPLES / example, "--steps", "5", "--every", "2", "--folder", out, *options]
+    offline = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(folder / "cache")}
+    ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"logs are in {out}" in ran.stdout
+    assert "attn_monitor" not in ran.stderr  # no warning of the monitor
+    assert "failed" not in ran.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_plain_pytorch_with_a_summary_writer(tmp_path: Path) -> None:
+    out = run("plain_pytorch.py", tmp_path)
+    events = Events(out)
+    assert [step for step, _ in events.scalars("attn/teacher/layer3/entropy")] == STEPS
+    assert [step for step, _ in events.images("attn_maps/coffee")] == STEPS
+    assert len(events.encoded("attn_timelapse")) == 1
+    snapshots = load_snapshots(out / "attn_monitor")
+    assert [s.step for s in snapshots] == STEPS
+    assert snapshots[0].roles == ("student", "teacher")
+    assert snapshots[0].maps("teacher").shape == (8, 4, 16, 16)
+    # The same weights at first; then the student is ahead of its average.
+    assert (snapshots[0].maps("student") == snapshots[0].maps("teacher")).all()
+    assert (snapshots[-1].maps("student") != snapshots[-1].maps("teacher")).any()
+
+
+@pytest.mark.slow
+def test_plain_pytorch_with_a_wandb_run(tmp_path: Path) -> None:
+    rows = wandb_runs.history(run("plain_pytorch.py", tmp_path, "--wandb"))
+    step = "trainer/global_step"
+    for tag in ("attn/teacher/layer3/entropy", "attn_maps/coffee"):
+        assert [row[step] for row in rows if tag in row] == STEPS
+    assert sum("attn_table" in row for row in rows) == 1
+
+
+@pytest.mark.slow
+def test_plain_pytorch_with_only_the_archive(tmp_path: Path) -> None:
+    out = run("plain_pytorch.py", tmp_path, "--archive-only")
+    assert [path.name for path in out.iterdir()] == ["attn_monitor"]
+    assert [s.step for s in load_snapshots(out / "attn_monitor")] == STEPS
+    assert (out / "attn_monitor" / "pictures" / "attn_filmstrip-coffee.jpg").is_file()
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    out = run("hf_trainer.py", tmp_path)
+    events = Events(out)
+    assert [step for step, _ in events.scalars("train/loss")] == [2, 4]
+    assert [step for step, _ in events.scalars("attn/backbone/layer3/entropy")] == STEPS
+    assert [step for step, _ in events.images("attn_maps/coffee")] == STEPS
+    assert len(events.encoded("attn_timelapse")) == 1
+    snapshots = load_snapshots(out / "attn_monitor")
+    assert [s.step for s in snapshots] == STEPS
+    assert snapshots[0].maps("backbone").shape == (8, 4, 12, 12)
+    assert (snapshots[0].maps("backbone") != snapshots[-1].maps("backbone")).any()
+
+
+def test_the_examples_are_short() -> None:
+    tree = ast.parse((EXAMPLES / "hf_trainer.py").read_text())
+    (callback,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "AttentionMaps")
+    assert callback.end_lineno is not None
+    assert callback.end_lineno - callback.lineno + 1 <= 40
+    assert len((EXAMPLES / "plain_pytorch.py").read_text().splitlines()) <= 120

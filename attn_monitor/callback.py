@@ -88,8 +88,6 @@ class AttentionMapCallback(pl.Callback):
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
 
-    # -- Lightning's hooks, in the order in which they are called ------------------------------------------------
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that can be checked before training."""
         if stage != "fit":
@@ -179,8 +177,6 @@ class AttentionMapCallback(pl.Callback):
             self._publisher.close()
             self._publisher = None
 
-    # -- state for resuming -------------------------------------------------------------------------------------
-
     @property
     def state_key(self) -> str:
         """Distinct for callbacks that look at different things, so that several can be used at once."""
@@ -218,8 +214,6 @@ class AttentionMapCallback(pl.Callback):
                 f"AttentionMapCallback: the checkpoint was made with {', '.join(others)}, and this callback is "
                 f"{self.state_key}. It starts afresh: new probe images, and film strips from here on"
             )
-
-    # -- one snapshot -------------------------------------------------------------------------------------------
 
     def _load_probe(self, probe: str | os.PathLike[str] | Tensor | ProbeBatch) -> ProbeBatch:
         if isinstance(probe, ProbeBatch):

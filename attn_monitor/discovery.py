@@ -113,9 +113,6 @@ def _examine(key: SiteKey, seen: Observation, module: nn.Module) -> _Found:
     return entry
 
 
-# -- token layouts ----------------------------------------------------------------------------------------------
-
-
 def _find_layouts(
     model: nn.Module, images: Tensor, forward: Forward, found: list[_Found], convs: list[lay.PatchConv]
 ) -> None:
@@ -181,9 +178,6 @@ def _assumed_layout(
         return None
     prefix = tuple(int(i) for i in static.nonzero().flatten())
     return TokenLayout(grid, prefix, tuple(i for i in range(len(static)) if i not in set(prefix)), proven=False)
-
-
-# -- what stands in the way -------------------------------------------------------------------------------------
 
 
 def _shape_problem(seen: Observation) -> str | None:

@@ -239,9 +239,6 @@ def _first_tensor(out: Any) -> Tensor | None:
     return out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
 
 
-# -- explicit attention -----------------------------------------------------------------------------------------
-
-
 def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     """Whether a softmax could be attention: at least (batch, queries, keys), over the last dimension."""
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)

@@ -102,9 +102,6 @@ class PlainViT(nn.Module):
         return self.norm(x)[:, 0]
 
 
-# -- DINO v1: explicit softmax, attention returned beside the result ---------------------------------------------
-
-
 class DinoAttention(nn.Module):
     """Returns (x, attn)."""
 
@@ -135,9 +132,6 @@ class DinoViT(nn.Module):
         for norm, attn in zip(self.norms, self.attn, strict=True):
             x = x + attn(norm(x))[0]
         return x[:, 0]
-
-
-# -- DINOv2: MemEffAttention, nested blocks, chunked, masks, lists of crops --------------------------------------
 
 
 class MemEffAttention(nn.Module):
@@ -200,9 +194,6 @@ class Dinov2ViT(nn.Module):
         return features if is_training else features["x_norm_clstoken"]
 
 
-# -- DINOv3: RoPE on the patch tokens only, storage tokens, lists of crops one after another ----------------------
-
-
 def rope(x: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
     """Rotate the patch tokens of (B, H, N, D) by their row (first half of D) and column (second half)."""
     rows, cols = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -255,9 +246,6 @@ class Dinov3ViT(nn.Module):
         return [{"x_norm_clstoken": s[:, 0]} for s in states]
 
 
-# -- AoANet: heads × queries × keys with a mask, single-query calls, d_k views ------------------------------------
-
-
 class MultiHeadedDotAttention(nn.Module):
     """The explicit attention of the Annotated Transformer, as image captioning models still write it."""
 
@@ -297,9 +285,6 @@ class CaptionEncoder(nn.Module):
         x = x + self.refine(x, x, x, mask)
         pooled: Tensor = self.pool(x.mean(1), x, x)
         return pooled
-
-
-# -- torch.nn ----------------------------------------------------------------------------------------------------
 
 
 class EncoderViT(nn.Module):

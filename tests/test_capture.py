@@ -42,9 +42,6 @@ class Watch(TorchDispatchMode):
         return out
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------
-
-
 def test_one_layer_with_all_its_facts() -> None:
     (attention,) = record_attention(vit(depth=3), IMAGES)
     assert (attention.layer, attention.name) == (2, "blocks.2.attn")
@@ -141,9 +138,6 @@ def test_mean_attention_distance(fused: bool) -> None:
         assert attention.distance is not None
         assert attention.distance.shape == (2, 4)
         assert torch.allclose(attention.distance.double(), expected, rtol=1e-4)
-
-
-# -- what it costs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [{}, {"query": "mean"}, {"distance": True}], ids=["cls", "mean", "distance"])

@@ -197,9 +197,6 @@ def test_grouped_queries() -> None:
     assert off_by(attention.rows, expected.double()) <= 1e-3
 
 
-# -- torch.compile -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by Dynamo itself
 @pytest.mark.parametrize("form", ["wrapper", "in place", "per block"])
@@ -230,9 +227,6 @@ def test_compiled_model_is_read_and_not_traced_again(form: str) -> None:
         trained(images).sum().backward()
     assert counter.frame_count == frames, "the probe made the compiler trace again"
     torch._dynamo.reset()
-
-
-# -- modules in unusual states -----------------------------------------------------------------------------------
 
 
 def test_frozen_and_lora_adapted_models() -> None:

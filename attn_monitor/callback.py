@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -51,7 +52,8 @@ class AttentionMapCallback(pl.Callback):
           student_teacher_divergence (means over heads and images), also in ``trainer.callback_metrics``
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
         - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture
-        - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`
+        - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is
+          never written to
 
     Raises:
         AttentionError, ProbeError, TargetError: before the first training step, with the argument, what was received,
@@ -93,6 +95,7 @@ class AttentionMapCallback(pl.Callback):
         if stage != "fit":
             return
         self._failures, self._begun = Failures(), False
+        self._archive: str | None = None
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._load_probe(self.probe))
@@ -101,20 +104,11 @@ class AttentionMapCallback(pl.Callback):
         if not trainer.loggers:
             rank_zero_warn(
                 "AttentionMapCallback: this trainer has no logger, so attention is only written to the archive "
-                f"({trainer.default_root_dir}/attn_monitor). Pass logger=TensorBoardLogger(...) to watch it"
+                f"and as pictures, in {trainer.default_root_dir}. Pass logger=TensorBoardLogger(...) to watch it"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device now: find its attention, on images of the probe's size."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "attn_monitor"
-        folder_or_none = None if getattr(trainer, "fast_dev_run", False) else folder
-        if trainer.is_global_zero:
-            loggers = trainer.loggers
-            settings = f"`{self.state_key}`"
-            self._publisher = Publisher(
-                loggers, folder=folder_or_none, style=self.style, failures=self._failures, settings=settings
-            )
-            self._tell_what_is_skipped(loggers)
         models = resolve_targets(pl_module, self.targets)
         if self.monitor is not None:
             with trainer.precision_plugin.forward_context():
@@ -133,13 +127,21 @@ class AttentionMapCallback(pl.Callback):
             self._use_probe(adopt_images(batch, self.num_images))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out the schedule, now that Lightning knows how long the run is."""
+        """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
         self.schedule.start(_total_steps(trainer))
         if self.schedule.last_step is not None and self.schedule.last_step > trainer.global_step:
             self.schedule.last_step = None  # another fit from the start with the same callback
             if self.monitor is not None:
                 self.monitor.forget()
-        self._catch_up(trainer.global_step)
+        run_folder = _run_folder(trainer)
+        if trainer.is_global_zero:
+            folder = None if getattr(trainer, "fast_dev_run", False) else self._choose_archive(trainer, run_folder)
+            settings = f"`{self.state_key}`"
+            self._publisher = Publisher(
+                trainer.loggers, folder=folder, style=self.style, failures=self._failures, settings=settings
+            )
+            self._tell_what_is_skipped(trainer.loggers)
+            self._catch_up(trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -186,7 +188,11 @@ class AttentionMapCallback(pl.Callback):
         """The monitor's state and the last step: a few megabytes at most, without pickled objects."""
         if self.monitor is None:
             return {}
-        return {"monitor": self.monitor.state_dict(), "last_step": self.schedule.last_step}
+        return {
+            "monitor": self.monitor.state_dict(),
+            "last_step": self.schedule.last_step,
+            "archive": self._archive,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the same images from the step after the last snapshot."""
@@ -196,7 +202,7 @@ class AttentionMapCallback(pl.Callback):
         self._use_probe(ProbeBatch.from_state_dict(state_dict["monitor"]["probe"]))
         assert self.monitor is not None
         self.monitor.load_state_dict(state_dict["monitor"])
-        self.schedule.last_step = state_dict["last_step"]
+        self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
         if given is not None and not _same_images(given, self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             rank_zero_warn(
@@ -228,6 +234,15 @@ class AttentionMapCallback(pl.Callback):
         self.monitor = AttentionMonitor(
             probe, layers=self.layers, query=self.query, threshold=self.threshold, verify=self.verify
         )
+
+    def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
+        """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
+        if self._archive is None:
+            callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
+            taken = {c._archive for c in callbacks if isinstance(c, AttentionMapCallback) and c is not self}
+            names = ("attn_monitor" if n == 1 else f"attn_monitor-{n}" for n in itertools.count(1))
+            self._archive = next(n for n in names if n not in taken and not any((run_folder / n).glob("*")))
+        return run_folder / self._archive
 
     def _catch_up(self, step: int) -> None:
         """Resuming in the same folder: snapshots taken between the checkpoint and now need not be taken again."""
@@ -283,6 +298,16 @@ class AttentionMapCallback(pl.Callback):
             f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {publisher.writer.seconds:.1f} s behind it"
             + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
         )
+
+
+def _run_folder(trainer: pl.Trainer) -> Path:
+    """Where this run keeps its files: the logger's own folder, else save_dir/name/version as ModelCheckpoint has it."""
+    log_dir = trainer.log_dir  # agreed on by all ranks
+    logger = trainer.logger
+    if logger is None or hasattr(logger, "log_dir"):
+        return Path(log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(log_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def _total_steps(trainer: pl.Trainer) -> float:

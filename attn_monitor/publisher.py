@@ -19,8 +19,8 @@ from attn_monitor.snapshot import AttentionSnapshot, snapshot_path
 class Publisher:
     """Writes snapshots to an archive folder (None: no archive) and to any number of loggers.
 
-    A logger is a Lightning logger or a plain TensorBoard ``SummaryWriter``. Metrics are logged at once; archiving,
-    drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
+    A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter`` or a W&B run. Metrics are logged at once;
+    archiving, drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
     ``settings`` is Markdown that records how the run was watched.
     """
 

@@ -20,13 +20,9 @@ from transformers.integrations import TensorBoardCallback
 from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
 
 SIZE = 96
-to_input = v2.Compose(
-    [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # what ProbeBatch undoes unless told otherwise
-    ]
-)
+# Normalised as ProbeBatch expects it unless told otherwise.
+normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+to_input = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize])
 
 
 class AttentionMaps(TrainerCallback):
@@ -108,6 +104,7 @@ def main() -> None:
         learning_rate=1e-3,
         logging_steps=options.every,
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
     # Losses and maps in one TensorBoard run. Attention first, as the other callback closes the writer at the end.

@@ -20,6 +20,7 @@ from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from photographs import image_files, photograph_files, probe_images, probe_images_of, read_rgb, write_probe
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -385,9 +386,11 @@ def random_window(image: Tensor, scale: tuple[float, float]) -> Tensor:
 
 def attention_summary(log_dir: Path) -> str:
     """The teacher's last-layer attention entropy, head by head, in the first and in the last snapshot."""
-    files = sorted((log_dir / "attn_monitor").glob("step-*.npz"))
+    files = sorted(log_dir.rglob("attn_monitor*/step-*.npz"))
     if not files:
-        return f"no attention snapshots in {log_dir / 'attn_monitor'}"
+        return f"no attention snapshots in {log_dir}"
+    newest = max(files, key=lambda file: file.stat().st_mtime).parent
+    files = sorted(newest.glob("step-*.npz"))
     # Imported here, so that a run without the callback does not need its package.
     from attn_monitor import AttentionSnapshot
 
@@ -420,18 +423,16 @@ def tensorboard_command(log_dir: Path) -> str:
     return shlex.join(words)
 
 
-def report(log_dir: Path, seconds: float, steps: int) -> str:
+def report(log_dir: Path, seconds: float, steps: int, tensorboard: bool) -> str:
     """What to do next, as the last thing on the screen."""
+    look = ["look at them with", f"  {tensorboard_command(log_dir)}", "then open the address it prints"]
     return "\n".join(
         [
             "",
             f"trained {steps} steps in {seconds:.0f} s; logs are in {log_dir}",
             "",
             attention_summary(log_dir),
-            "",
-            "look at them with",
-            f"  {tensorboard_command(log_dir)}",
-            "then open the address it prints",
+            *(["", *look] if tensorboard else []),
         ]
     )
 
@@ -462,9 +463,11 @@ def main(args: ArgsType = None) -> None:
     leave_cores_for(cli.datamodule.hparams["num_workers"])
     started = time.monotonic()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    if cli.trainer.is_global_zero and cli.trainer.log_dir is not None:
+    log_dir = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
+    if cli.trainer.is_global_zero:
         seconds = time.monotonic() - started
-        print(report(Path(cli.trainer.log_dir), seconds, cli.trainer.global_step), flush=True)
+        tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in cli.trainer.loggers)
+        print(report(log_dir, seconds, cli.trainer.global_step, tensorboard), flush=True)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,20 @@ def test_two_fits_with_one_callback(tmp_path: Path) -> None:
         assert [s.step for s in callback.monitor.history] == [0, 1, 2, 3]
 
 
+def test_archives_of_two_runs_are_never_mixed(tmp_path: Path) -> None:
+    """Without versions (no logger), a second run gets a folder of its own; so does a second callback."""
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no logger"):
+            trainer(tmp_path, AttentionMapCallback(), max_steps=2, logger=False).fit(Distillation(), loader())
+    assert [len(load_snapshots(tmp_path / f)) for f in ("attn_monitor", "attn_monitor-2")] == [3, 3]
+    both = [AttentionMapCallback(layers=0), AttentionMapCallback(layers=1)]
+    trainer(tmp_path / "b", *both, max_steps=2).fit(Distillation(), loader())
+    layers = [
+        load_snapshots(tmp_path / "b" / RUN / f)[0].layers_of("student") for f in ("attn_monitor", "attn_monitor-2")
+    ]
+    assert layers == [(0,), (1,)]
+
+
 def test_runs_of_unknown_length(tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

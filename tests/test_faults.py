@@ -147,15 +147,15 @@ def test_nan_weights_are_shown_as_missing(tmp_path: Path) -> None:
     assert (abs(picture.astype(int) - drawing.MISSING).max(-1) < 12).sum() > 2000
 
 
-def test_read_only_archive(tmp_path: Path) -> None:
-    """A file where the archive's folder should be: writing fails for root too."""
+def test_archive_becomes_unwritable(tmp_path: Path) -> None:
+    """A file where the archive's folder was: writing fails, for root too."""
 
-    class Block(pl.Callback):
-        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            (tmp_path / RUN).mkdir(parents=True, exist_ok=True)
-            (tmp_path / RUN / "attn_monitor").write_text("in the way")
+    def block(running: pl.Trainer, module: Any) -> None:
+        time.sleep(1)
+        shutil.rmtree(tmp_path / RUN / "attn_monitor")
+        (tmp_path / RUN / "attn_monitor").write_text("in the way")
 
-    _, _, told = fit(tmp_path, Block())
+    _, _, told = fit(tmp_path, At(2, block))
     assert len(told) == 2
     assert re.search(r"writing the archive failed, training goes on\. (FileExists|NotADirectory)Error", told[0])
     assert "writing the archive is switched off after 3 failures in a row" in told[1]

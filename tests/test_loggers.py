@@ -91,7 +91,8 @@ def test_wandb_run_finished_in_mid_training(offline: Path) -> None:
     running = trainer(offline, watch, Finishes(), logger=logger, max_steps=4, log_every_n_steps=100)
     running.fit(Distillation(), loader())
     assert running.global_step == 4
-    assert [s.step for s in load_snapshots(offline / "attn_monitor")] == [0, 1, 2, 3, 4]
+    (archive,) = offline.rglob("attn_monitor")
+    assert [s.step for s in load_snapshots(archive)] == [0, 1, 2, 3, 4]
 
 
 def test_csv(tmp_path: Path) -> None:

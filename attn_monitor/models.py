@@ -43,7 +43,11 @@ def load_model(name: str, *, checkpoint: str | None = None, weights: bool = Fals
 def _timm(name: str, weights: bool) -> nn.Module:
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=weights)
+    model: nn.Module
+    try:  # vision transformers then take images of any size
+        model = timm.create_model(name, pretrained=weights, dynamic_img_size=True)
+    except TypeError:
+        model = timm.create_model(name, pretrained=weights)
     return model
 
 

@@ -49,9 +49,10 @@ def run_forward(
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        reason = str(error).rstrip(". ")
         raise ForwardError(
             f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "
-            f"{type(error).__name__}: {str(error).rstrip(". ")}. If it is the size, choose one that the model takes (a multiple of its "
+            f"{type(error).__name__}: {reason}. If it is the size, choose one that the model takes (a multiple of its "
             "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
         ) from error
 

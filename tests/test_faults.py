@@ -56,6 +56,13 @@ def fit(
     return running, watch, told
 
 
+def written(running: pl.Trainer) -> None:
+    """Wait until nothing is being written, so that what follows happens between two snapshots."""
+    (watch,) = (c for c in running.callbacks if isinstance(c, AttentionMapCallback))
+    assert watch._publisher is not None
+    watch._publisher.drain()
+
+
 def steps(folder: Path) -> list[int]:
     return [s.step for s in load_snapshots(folder / RUN / "attn_monitor")]
 
@@ -151,7 +158,7 @@ def test_archive_becomes_unwritable(tmp_path: Path) -> None:
     """A file where the archive's folder was: writing fails, for root too."""
 
     def block(running: pl.Trainer, module: Any) -> None:
-        time.sleep(1)
+        written(running)
         shutil.rmtree(tmp_path / RUN / "attn_monitor")
         (tmp_path / RUN / "attn_monitor").write_text("in the way")
 
@@ -181,7 +188,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_archive_deleted_in_mid_run(tmp_path: Path) -> None:
     def delete(running: pl.Trainer, module: Any) -> None:
-        time.sleep(1)
+        written(running)
         shutil.rmtree(tmp_path / RUN / "attn_monitor")
 
     _, _, told = fit(tmp_path, At(4, delete))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 
 from attn_monitor import AttentionMapCallback
 from tests.helpers import Distillation, loader, trainer
+from tests.servers import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -28,28 +26,11 @@ def tensorboard(tmp_path: Path, free_port: int) -> Iterator[str]:
     """Address of a TensorBoard that serves a short run, on a free loopback port."""
     trainer(tmp_path, AttentionMapCallback(num_images=2), max_steps=3).fit(Distillation(), loader(), loader(8))
     options = ["--host", "127.0.0.1", "--port", str(free_port), "--samples_per_plugin", "images=1000"]
-    with open(tmp_path / "tensorboard.log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), *options],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), *options]
     address = f"http://127.0.0.1:{free_port}"
-    try:
-        for _ in range(120):
-            try:
-                with urllib.request.urlopen(f"{address}/data/plugin/images/tags", timeout=2) as answer:
-                    if b"attn_filmstrip" in answer.read():
-                        break
-            except (urllib.error.URLError, TimeoutError, ConnectionError):
-                pass
-            assert server.poll() is None, (tmp_path / "tensorboard.log").read_text()
-            time.sleep(0.5)
+    tags = f"{address}/data/plugin/images/tags"
+    with serving(command, tags, tmp_path, text=b"attn_filmstrip", env={**os.environ, "PYTHONWARNINGS": "ignore"}):
         yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
 
 
 def test_pictures_and_charts_show_in_a_browser(tensorboard: str) -> None:

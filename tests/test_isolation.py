@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attn_monitor.capture import record_attention
 from attn_monitor.errors import ForwardError
 from attn_monitor.isolation import isolated_forward
+from tests.helpers import tiny_vit
 from tests.styles import Block, MemEffAttention, PlainViT
 from tests.zoo import timm_vit
 
@@ -150,3 +151,19 @@ def test_modes_inside() -> None:
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not torch.backends.mha.get_fastpath_enabled()
+
+
+def test_training_finds_no_gradient_free_cast_in_the_autocast_cache() -> None:
+    """Recorded inside the user's own autocast block, before a training step in the same block.
+
+    Newer releases of PyTorch keep such casts out of the cache themselves; the switch is for the older ones.
+    """
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    with isolated_forward(model):
+        assert not torch.is_autocast_cache_enabled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        record_attention(model, images)
+        model(images).square().mean().backward()
+        assert torch.is_autocast_cache_enabled()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == []

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from attn_monitor import AttentionMapCallback, load_snapshots
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
+from tests.servers import serving
 
 
 @pytest.fixture
@@ -130,23 +128,8 @@ def mlflow_server(tmp_path: Path, free_port: int) -> Iterator[str]:
         "--artifacts-destination",
         str(tmp_path / "artifacts"),
     ]
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *options, *store], stdout=log, stderr=log, cwd=tmp_path
-        )
-    try:
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert server.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.5)
+    with serving([sys.executable, "-m", "mlflow", "server", *options, *store], f"{address}/health", tmp_path):
         yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
 
 
 @pytest.mark.slow
@@ -246,6 +229,7 @@ sys.modules["wandb"] = sys.modules["mlflow"] = None  # importing them raises Imp
 warnings.simplefilter("ignore")
 from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.helpers import Distillation, loader, trainer
+from tests.servers import serving
 watch = AttentionMapCallback(on_error="raise")
 trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(), loader())
 """

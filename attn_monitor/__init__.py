@@ -13,6 +13,7 @@ from attn_monitor.errors import (
     UnsupportedAttentionError,
     VerificationError,
 )
+from attn_monitor.health import HealthFlag, HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
@@ -27,6 +28,8 @@ __all__ = [
     "AttentionRecorder",
     "AttentionSnapshot",
     "ForwardError",
+    "HealthFlag",
+    "HealthLimits",
     "LayerAttention",
     "LayerError",
     "NoAttentionError",

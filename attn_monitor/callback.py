@@ -21,6 +21,8 @@ from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import PATIENCE, Failures
 from attn_monitor.capture import Layers, QuerySpec, check_query
 from attn_monitor.errors import AttentionError
+from attn_monitor.health import HealthLimits
+from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
@@ -38,6 +40,8 @@ class AttentionMapCallback(pl.Callback):
         layers: index in order of execution (negative from the end), module path, a list of these, or "all".
         query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index.
         threshold: share of attention mass that DINO's mask keeps.
+        metrics: names of metrics to log; None is all but "distance", which needs every query's row; "all" is all.
+        health: when a health flag is raised, see `HealthLimits`.
         every_n_train_steps, every_n_epochs: the schedule; with neither, about 50 snapshots over the run. There is
             always one before the first step and one after the last.
         num_images: how many images to take from a folder or a batch.
@@ -48,8 +52,8 @@ class AttentionMapCallback(pl.Callback):
         on_error: "warn" (one warning, training goes on) or "raise".
 
     Logged, with {role} student, teacher or backbone:
-        - ``attn/{role}/layer{L}/{metric}``: entropy, mask_area, prefix_mass, peak, head_divergence, drift,
-          student_teacher_divergence (means over heads and images), also in ``trainer.callback_metrics``
+        - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics``
+        - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
         - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture
         - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is
@@ -68,6 +72,8 @@ class AttentionMapCallback(pl.Callback):
         layers: int | str | list[int | str] = -1,
         query: str | int | tuple[int, int] = "cls",
         threshold: float = 0.6,
+        metrics: list[str] | str | None = None,
+        health: HealthLimits = HealthLimits(),
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         num_images: int = 8,
@@ -85,6 +91,7 @@ class AttentionMapCallback(pl.Callback):
         self.layers: Layers = layers
         self.query: QuerySpec = check_query(query)
         self.threshold, self.verify, self.on_error = check_threshold(threshold), verify, on_error
+        self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
         self.monitor: AttentionMonitor | None = None
@@ -232,7 +239,13 @@ class AttentionMapCallback(pl.Callback):
 
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = AttentionMonitor(
-            probe, layers=self.layers, query=self.query, threshold=self.threshold, verify=self.verify
+            probe,
+            layers=self.layers,
+            query=self.query,
+            threshold=self.threshold,
+            metrics=self.metrics,
+            health=self.health,
+            verify=self.verify,
         )
 
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
@@ -279,6 +292,8 @@ class AttentionMapCallback(pl.Callback):
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+        if snapshot.flags:
+            rank_zero_warn("AttentionMapCallback: attention health\n" + "\n".join(f"  {f}" for f in snapshot.flags))
 
     def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
         """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""
@@ -297,6 +312,11 @@ class AttentionMapCallback(pl.Callback):
             f"AttentionMapCallback: {self._taken} snapshots, {self._blocked:.1f} s on the training thread "
             f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {publisher.writer.seconds:.1f} s behind it"
             + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
+        )
+        flags = self.monitor.health.flags if self.monitor is not None else []
+        rank_zero_info(
+            f"AttentionMapCallback: {len(flags) or 'no'} health flag{'' if len(flags) == 1 else 's'} raised"
+            + "".join(f"\n  {flag}" for flag in flags)
         )
 
 

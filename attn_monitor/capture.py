@@ -7,7 +7,9 @@ it. From then on only the wanted modules are watched, and the forward is left af
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from attn_monitor.isolation import model_device_dtype
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
 from attn_monitor.running import Forward, check_materialised, default_forward, is_sharded, run_forward, subtrees
-from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
+from attn_monitor.selection import Layers, QuerySpec, check_query, cls_index, select_sites
 from attn_monitor.sources import Query
+from attn_monitor.tokens import TokenStatistics, block_of, watch_tokens
 
 __all__ = [
     "AttentionRecorder",
@@ -42,7 +45,11 @@ class LayerAttention:
     ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers), then the patches
     row by row; softmax rows sum to 1 over T. ``mixed`` marks layers that do not apply the softmax as it is (talking
     heads, gated mixes). ``verified_error`` is the relative difference between row·V and the model's own output,
-    NaN when it was not checked. ``distance`` is the mean attention distance in pixels, (B, H), if it was asked for.
+    NaN when it was not checked.
+
+    On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
+    those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
+    its patches; None where a block's input is not these tokens, or has no CLS token.
     """
 
     layer: int
@@ -53,6 +60,8 @@ class LayerAttention:
     mixed: bool
     verified_error: float
     distance: Tensor | None = None
+    norms: Tensor | None = None
+    cosine: Tensor | None = None
 
     @property
     def maps(self) -> Tensor:
@@ -88,7 +97,7 @@ class AttentionRecorder:
 
     ``verify``: True checks the first recording and each one after the model or the image size changed; "always"
     checks every one; False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
-    ``distance`` also measures the mean attention distance over all queries.
+    ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
     """
 
     def __init__(
@@ -101,12 +110,13 @@ class AttentionRecorder:
         verify: bool | str = True,
         nonfinite: str = "raise",
         distance: bool = False,
+        tokens: bool = False,
     ) -> None:
         if verify not in (True, False, "always"):
             raise ValueError(f'verify={verify!r}: expected True (first time), False (never) or "always"')
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
-        self._forward, self.distance = forward or default_forward, distance
+        self._forward, self.distance, self.tokens = forward or default_forward, distance, tokens
         self._sites: tuple[Site, ...] = ()
         self._known: tuple[Any, ...] | None = None
         self._verified = False
@@ -178,7 +188,10 @@ class AttentionRecorder:
             verify=verify,
             last=None if is_sharded(self.model) else next(reversed(wanted)),
         )
-        run_forward(self.model, images, self._forward, observer, subtrees(self.model, {path for path, _ in wanted}))
+        with ExitStack() as stack:
+            tokens = self._watch_tokens(stack, images, wanted) if self.tokens else {}
+            watched = subtrees(self.model, {path for path, _ in wanted})
+            run_forward(self.model, images, self._forward, observer, watched)
         for key, (site, _) in wanted.items():
             if key not in found or not _as_found(site, found[key], images):
                 self._known = None  # look again next time
@@ -188,11 +201,33 @@ class AttentionRecorder:
                 )
         verdicts = settle([found[key] for key in wanted])
         return [
-            self._layer(site, found[key], verdict, distances.get(key))
+            self._layer(site, found[key], verdict, distances.get(key), tokens.get(key))
             for (key, (site, _)), verdict in zip(wanted.items(), verdicts, strict=True)
         ]
 
-    def _layer(self, site: Site, seen: Observation, verdict: Verdict, distance: Tensor | None) -> LayerAttention:
+    def _watch_tokens(
+        self, stack: ExitStack, images: Tensor, wanted: dict[SiteKey, tuple[Site, Query]]
+    ) -> dict[SiteKey, TokenStatistics]:
+        """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
+        seen: dict[SiteKey, TokenStatistics] = {}
+        modules, paths = dict(self.model.named_modules()), {site.key[0] for site in self._sites}
+        for key, (site, _) in wanted.items():
+            block = block_of(key[0], paths, modules)
+            if block is None or site.layout is None:
+                continue
+            patches = torch.tensor(site.layout.patches, device=images.device)
+            report = partial(seen.setdefault, key)
+            watch_tokens(stack, modules[block], (len(images), site.keys), patches, cls_index(site, self.model), report)
+        return seen
+
+    def _layer(
+        self,
+        site: Site,
+        seen: Observation,
+        verdict: Verdict,
+        distance: Tensor | None,
+        tokens: TokenStatistics | None,
+    ) -> LayerAttention:
         assert seen.rows is not None
         assert site.layout is not None
         if self.nonfinite == "raise" and not verdict.finite:
@@ -200,8 +235,10 @@ class AttentionRecorder:
         if verdict.finite and (verdict.error > seen.tolerance or verdict.error == float("inf")):
             raise mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
         rows, order = seen.rows.float(), site.layout.order
+        norms = None if tokens is None else tokens.norms.float()
         if order != tuple(range(len(order))):
-            rows = rows[..., torch.tensor(order, device=rows.device)]
+            index = torch.tensor(order, device=rows.device)
+            rows, norms = rows[..., index], None if norms is None else norms[..., index]
         return LayerAttention(
             layer=site.index,
             name=site.name,
@@ -211,6 +248,8 @@ class AttentionRecorder:
             mixed=verdict.mixed,
             verified_error=verdict.error,
             distance=distance,
+            norms=norms,
+            cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
         )
 
 

@@ -40,7 +40,8 @@ def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
     The patch that crosses the threshold is kept: [.5, .3, .1, .1] at 0.6 keeps two. All False where p has NaN.
     Source: DINO's `visualize_attention.py` (sort ascending, cumulate, keep where the sum exceeds 1 - threshold).
     """
-    p = normalise(p).double()
+    p = normalise(p)
+    p = p if p.device.type == "mps" else p.double()  # which has no float64
     ascending, index = p.sort(-1)
     # Sums carry rounding errors of the input's precision; a mass that reaches the threshold but for these counts.
     keep = ascending.cumsum(-1) > 1 - threshold + 1e-6
@@ -50,8 +51,12 @@ def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
 
 def mask_area(p: Tensor, threshold: float = 0.6) -> Tensor:
     """Share of patches that `mass_mask` keeps, (..., N) to (...): 0…1, NaN where p has NaN."""
-    area = _float(mass_mask(p, threshold)).mean(-1)
-    return torch.where(p.isfinite().all(-1), area, torch.nan)
+    return area_of(mass_mask(p, threshold), p)
+
+
+def area_of(mask: Tensor, p: Tensor) -> Tensor:
+    """`mask_area` of a mask that is there already."""
+    return torch.where(p.isfinite().all(-1), _float(mask).mean(-1), torch.nan)
 
 
 def peak(p: Tensor) -> Tensor:
@@ -84,6 +89,23 @@ def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of bool masks over the last dimension: 0…1, NaN where both are empty."""
     both, either = (mask & truth).sum(-1), (mask | truth).sum(-1)
     return torch.where(either > 0, both / either, torch.nan)
+
+
+def outliers(norms: Tensor, cutoff: float = 6.0) -> Tensor:
+    """Which tokens have a norm far above their image's others, bool, over the last dimension of (..., N) norms.
+
+    Far is above the median + cutoff · 1.4826 · MAD (median absolute deviation), so `cutoff` counts robust standard
+    deviations. The artefact tokens of Darcet et al. 2023, arXiv 2309.16588, whose own cut-off of 150 is for one model.
+    """
+    norms = _float(norms)
+    median = norms.quantile(0.5, -1, keepdim=True)
+    spread = (norms - median).abs().quantile(0.5, -1, keepdim=True)
+    return norms > median + cutoff * 1.4826 * spread
+
+
+def outlier_fraction(norms: Tensor, cutoff: float = 6.0) -> Tensor:
+    """Share of `outliers` among (..., N) patch norms: 0…1, NaN where a norm is not finite."""
+    return area_of(outliers(norms, cutoff), norms)
 
 
 def attention_distance(p: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ class Publisher:
         for logger in self.loggers:
             part = partial(sinks.log_scalars, logger, metrics=snapshot.metrics, step=snapshot.step)
             self.failures.attempt(f"logging metrics to {type(logger).__name__}", part)
+            if snapshot.flags:
+                tell = partial(sinks.log_flags, logger, flags=snapshot.flags, step=snapshot.step)
+                self.failures.attempt(f"logging health flags to {type(logger).__name__}", tell)
         job = partial(self._write, snapshot, probe, list(history) or [snapshot], list(layers))
         self.failures.attempt("the background writer", partial(self._submit, job))
 

@@ -98,6 +98,16 @@ def resolve_query(site: Site, query: QuerySpec, model: nn.Module) -> Query:
     return _cls_index(site, site.layout.prefix, where, model)
 
 
+def cls_index(site: Site, model: nn.Module) -> int | None:
+    """Which token of a layer's sequence is CLS; None where there is none, or nothing tells."""
+    if site.layout is None or site.queries == 1:
+        return None
+    try:
+        return _cls_index(site, site.layout.prefix, "", model)
+    except QueryError:
+        return None
+
+
 def _cls_index(site: Site, prefix: tuple[int, ...], where: str, model: nn.Module) -> int:
     if not prefix:
         raise QueryError(

@@ -20,7 +20,9 @@ from PIL import Image
 
 from attn_monitor import drawing
 from attn_monitor import functional as F
-from attn_monitor.snapshot import AttentionSnapshot, metric_tag
+from attn_monitor.health import HealthFlag
+from attn_monitor.metrics import metric_tag
+from attn_monitor.snapshot import AttentionSnapshot
 
 HISTOGRAM_TAG = "attn_histogram/{role}/layer{layer}/entropy"
 
@@ -115,6 +117,17 @@ def log_overlays(logger: Any, *, overlays: Sequence[Overlay], step: int) -> None
     _log_media(logger, {o.tag: wandb.Image(o.photo, masks=masks(o), file_type="jpg") for o in overlays}, step)
 
 
+def log_flags(logger: Any, *, flags: Sequence[HealthFlag], step: int) -> None:
+    """Health flags in words: an alert on W&B, text on TensorBoard, a file on MLflow; others have their number only."""
+    text, kind = "\n".join(f"- {flag}" for flag in flags), kind_of(logger)
+    if kind == "wandb":
+        _run(logger).alert(title="attention health", text=text, level="WARN")
+    elif kind == "tensorboard":
+        _writer(logger).add_text("attn_monitor/health", text, step)
+    elif kind == "mlflow":
+        logger.experiment.log_text(logger.run_id, text, f"attn_health/step-{step:09d}.txt")
+
+
 def log_histograms(logger: Any, *, snapshot: AttentionSnapshot) -> None:
     """Distribution of the entropy over heads and images, for each role and layer (TensorBoard)."""
     if kind_of(logger) != "tensorboard":
@@ -206,8 +219,12 @@ def _add_encoded_image(logger: Any, tag: str, encoded: bytes, size: tuple[int, i
 
 def _log_media(logger: Any, media: dict[str, Any], step: int) -> None:
     # Without W&B's own step argument: its steps must not go back, and the background thread logs later than training.
-    run = logger.experiment if hasattr(logger, "experiment") else logger
-    run.log({**media, "trainer/global_step": step})
+    _run(logger).log({**media, "trainer/global_step": step})
+
+
+def _run(logger: Any) -> Any:
+    """The W&B run of a logger, or the logger itself when it is one."""
+    return logger.experiment if hasattr(logger, "experiment") else logger
 
 
 def how_to_read(threshold: float, scale: str, settings: str = "") -> str:

@@ -1,7 +1,7 @@
 """`AttentionSnapshot`: what was captured at one step, and its file format.
 
-A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array, so that
-`numpy.load(path, allow_pickle=False)` reads it anywhere.
+A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms`,
+`cosine` and `distance` are float32), so that `numpy.load(path, allow_pickle=False)` reads it anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,14 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture import LayerAttention
+from attn_monitor.health import HealthFlag
 
 FORMAT = 1
+OPTIONAL = ("norms", "cosine", "distance")  # of a `LayerAttention`
 
 
 class ArchiveError(ValueError):
     """A file is no readable snapshot: truncated, of another version, or something else altogether."""
-
-
-def metric_tag(role: str, layer: int, metric: str, head: int | None = None) -> str:
-    """Name of a metric wherever it is logged: the mean, or one head's own value."""
-    if head is None:
-        return f"attn/{role}/layer{layer}/{metric}"
-    return f"attn_heads/{role}/layer{layer}/{metric}/head{head}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class AttentionSnapshot:
     """Attention of every role and layer on the probe at one step, on the host, with the metrics made from it.
 
     ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` is what goes to
-    the loggers, by tag.
+    the loggers, by tag; ``flags`` are the health flags raised at this step.
     """
 
     step: int
@@ -48,6 +43,7 @@ class AttentionSnapshot:
     names: tuple[str, ...]
     layers: Mapping[tuple[str, int], LayerAttention]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    flags: tuple[HealthFlag, ...] = ()
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -103,7 +99,8 @@ class AttentionSnapshot:
 
     def only(self, layers: Sequence[int]) -> AttentionSnapshot:
         """The same without metrics and other layers: what a film strip needs."""
-        kept = {key: value for key, value in self.layers.items() if key[1] in layers}
+        nothing: dict[str, Any] = dict.fromkeys(OPTIONAL)
+        kept = {key: replace(value, **nothing) for key, value in self.layers.items() if key[1] in layers}
         return AttentionSnapshot(self.step, self.epoch, self.names, kept)
 
     def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -113,6 +110,7 @@ class AttentionSnapshot:
             "epoch": self.epoch,
             "names": list(self.names),
             "metrics": {k: _finite(v) for k, v in self.metrics.items()},
+            "flags": [flag.state_dict() for flag in self.flags],
             "layers": [
                 {
                     "role": role,
@@ -126,7 +124,11 @@ class AttentionSnapshot:
                 for (role, layer), a in self.layers.items()
             ],
         }
-        return header, {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in self.layers.items()}
+        arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in self.layers.items()}
+        for name in OPTIONAL:
+            optional = {f"{name}/{role}/{layer}": getattr(a, name) for (role, layer), a in self.layers.items()}
+            arrays.update({key: value for key, value in optional.items() if value is not None})
+        return header, arrays
 
     @classmethod
     def _from_stored(cls, header: dict[str, Any], arrays: dict[str, Tensor]) -> AttentionSnapshot:
@@ -139,9 +141,13 @@ class AttentionSnapshot:
             if rows.ndim != 3 or rows.shape[-1] != prefix + grid[0] * grid[1]:
                 raise ValueError(f"rows of {key} have shape {tuple(rows.shape)} for a grid of {grid}")
             error = _number(entry["verified_error"])
-            layers[key] = LayerAttention(key[1], str(entry["name"]), rows, prefix, grid, bool(entry["mixed"]), error)
+            layers[key] = LayerAttention(
+                key[1], str(entry["name"]), rows, prefix, grid, bool(entry["mixed"]), error,
+                **{name: arrays.get(f"{name}/{key[0]}/{key[1]}") for name in OPTIONAL},
+            )  # fmt: skip
         metrics = {str(k): _number(v) for k, v in header["metrics"].items()}
-        return cls(int(header["step"]), int(header["epoch"]), tuple(map(str, header["names"])), layers, metrics)
+        flags = tuple(HealthFlag.from_state_dict(flag) for flag in header.get("flags", ()))
+        return cls(int(header["step"]), int(header["epoch"]), tuple(map(str, header["names"])), layers, metrics, flags)
 
 
 def _finite(value: float) -> float | None:

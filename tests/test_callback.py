@@ -380,6 +380,7 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
     assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*attention health")  # scattered on purpose
 def test_event_file_size(tmp_path: Path, photographs: Path) -> None:
     """8 images, two roles, 12 heads: at most 1.5 MB for all pictures of one snapshot, the film strips included."""
     module = Distillation(embed_dim=96, num_heads=12, img_size=224, patch_size=16)

@@ -141,8 +141,9 @@ def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             near = difflib.get_close_matches(str(name), METRICS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? else " if near else ""
-            raise ValueError(f'metrics: received {name!r}; {hint}Expected None, "all" or some of {", ".join(METRICS)}')
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            expected = f'expected None, "all" or names among {", ".join(METRICS)}'
+            raise ValueError(f"metrics: received {name!r}, {expected}{hint}")
     return tuple(name for name in METRICS if name in names)
 
 

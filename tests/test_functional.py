@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
+from scipy.stats import median_abs_deviation
 
 from attn_monitor import functional as F
 
@@ -95,3 +96,18 @@ def test_jaccard() -> None:
     mask, truth = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([0, 1, 1, 0]).bool()
     assert float(F.jaccard(mask, truth)) == pytest.approx(1 / 3)
     assert math.isnan(float(F.jaccard(mask & False, truth & False)))
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(0.1, 100.0)))
+def test_outliers_by_the_median_absolute_deviation(norms: np.ndarray) -> None:
+    cutoff = np.median(norms) + 6 * median_abs_deviation(norms, scale=1 / 1.4826)
+    got = F.outliers(torch.from_numpy(norms)).numpy()
+    clear = np.abs(norms - cutoff) > 1e-9 * cutoff
+    np.testing.assert_array_equal(got[clear], (norms > cutoff)[clear])
+
+
+def test_outlier_edges() -> None:
+    assert float(F.outlier_fraction(torch.ones(8))) == 0
+    assert float(F.outlier_fraction(torch.tensor([1.0] * 7 + [2.0]))) == 1 / 8  # no spread: any larger norm stands out
+    assert float(F.outlier_fraction(torch.ones(1, dtype=torch.float16))) == 0
+    assert math.isnan(float(F.outlier_fraction(torch.tensor([1.0, math.nan, 2.0]))))

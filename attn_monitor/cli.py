@@ -18,11 +18,12 @@ from attn_monitor.backbone import find_backbones
 from attn_monitor.capture import AttentionRecorder, Site
 from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.isolation import isolated_forward
+from attn_monitor.metrics import metric_tag
 from attn_monitor.models import ModelNameError, load_model
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.running import default_forward
-from attn_monitor.snapshot import ArchiveError, load_snapshots
+from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
 
 
 def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
@@ -97,8 +98,12 @@ def show(
     threshold: float = 0.6,
     scale: str = "uniform",
     heads: list[int] | None = None,
+    masks: str | None = None,
+    metrics: Any = None,
 ) -> None:
     """Draw a model's attention on an image or a folder of images, one PNG each, with the raw numbers beside them.
+
+    Prints the metrics of each layer, means over heads and images.
 
     Args:
         model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
@@ -113,22 +118,25 @@ def show(
         threshold: share of attention mass inside the outline.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         heads: heads to draw; all by default.
+        masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
+        metrics: names of metrics; by default all but distance, "all" for that too.
     """
     loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None)
-    probe = ProbeBatch.from_path(images, size=size, num_images=num_images)
-    snapshot = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold).snapshot(
-        {"backbone": loaded}, step=0
-    )
+    probe = ProbeBatch.from_path(images, size=size, num_images=num_images, masks=masks)
+    monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
+    snapshot = monitor.snapshot({"backbone": loaded}, step=0)
     style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
         for layer in snapshot.layers_of("backbone"):
             path = folder / f"{name}-layer{layer}.png"
-            Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, style=style)).save(path)
+            truth = None if probe.masks is None else probe.masks[index].numpy()
+            Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, truth=truth, style=style)).save(path)
             print(path)
     snapshot.save(folder / "attention.npz")
     print(folder / "attention.npz")
+    _print_metrics(snapshot)
 
 
 def replay(archive: str, *, out: str | None = None, scale: str = "uniform", threshold: float = 0.6) -> None:
@@ -152,6 +160,20 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
         Image.fromarray(render.filmstrip(history, index, pixels, style=style)).save(folder / f"{name}-filmstrip.png")
         (folder / f"{name}.gif").write_bytes(drawing.gif(frames))
         print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
+    _print_metrics(history[-1])
+    flags = [flag for snapshot in history for flag in snapshot.flags]
+    print(f"health flags raised in this run: {len(flags) or 'none'}")
+    for flag in flags:
+        print(f"  {flag}")
+
+
+def _print_metrics(snapshot: AttentionSnapshot) -> None:
+    """Means over heads and images, one line for each role and layer."""
+    print(f"metrics at step {snapshot.step:,}:")
+    for role, layer in snapshot.layers:
+        tag = metric_tag(role, layer, "")
+        values = {t.removeprefix(tag): v for t, v in snapshot.metrics.items() if t.startswith(tag)}
+        print(f"  {role}, layer {layer}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
 
 
 def main() -> None:

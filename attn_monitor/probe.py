@@ -97,12 +97,18 @@ class ProbeBatch:
 
     @classmethod
     def from_path(
-        cls, path: str | os.PathLike[str], *, size: int | tuple[int, int] = 224, num_images: int = 8
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        size: int | tuple[int, int] = 224,
+        num_images: int = 8,
+        masks: str | os.PathLike[str] | None = None,
     ) -> ProbeBatch:
         """One image file, or a folder as `from_folder` takes it."""
         if Path(path).is_file():
-            return cls._from_files([Path(path)], "image", size, IMAGENET_MEAN, IMAGENET_STD, None)
-        return cls.from_folder(path, size=size, num_images=num_images)
+            truth = None if masks is None else Path(masks)
+            return cls._from_files([Path(path)], "image", size, IMAGENET_MEAN, IMAGENET_STD, truth)
+        return cls.from_folder(path, size=size, num_images=num_images, masks=masks)
 
     @classmethod
     def _from_files(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, cli
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, cli, drawing
 from attn_monitor.models import ModelNameError, load_model
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
@@ -48,7 +48,7 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_show_draws_a_folder(tmp_path: Path, photographs: Path) -> None:
+def test_show_draws_a_folder(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.show(MODEL, str(photographs), out=str(tmp_path), size=(32, 48), layers="all", weights=False)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {f"{n}-layer{i}.png" for n in ("astronaut", "chelsea", "coffee", "rocket") for i in (0, 1)} | {
@@ -56,6 +56,23 @@ def test_show_draws_a_folder(tmp_path: Path, photographs: Path) -> None:
     }
     assert AttentionSnapshot.load(tmp_path / "attention.npz").maps("backbone").shape == (4, 4, 4, 6)
     assert np.asarray(Image.open(tmp_path / "coffee-layer1.png")).std() > 10
+    metrics = AttentionSnapshot.load(tmp_path / "attention.npz").metrics
+    assert f"backbone, layer 0: entropy {metrics['attn/backbone/layer0/entropy']:.3g}" in capsys.readouterr().out
+
+
+def test_show_against_ground_truth(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The masks' outline is drawn and the Jaccard index printed, for a single image too."""
+    (tmp_path / "masks").mkdir()
+    mask = np.zeros((300, 451), np.uint8)
+    mask[60:240, 100:350] = 1
+    Image.fromarray(mask).save(tmp_path / "masks" / "chelsea.png")
+    image, out = str(photographs / "chelsea.png"), tmp_path / "out"
+    cli.show(MODEL, image, out=str(out), size=64, weights=False, masks=str(tmp_path / "masks"), metrics=["jaccard"])
+    printed = capsys.readouterr().out
+    assert "jaccard_best_head 0." in printed
+    assert "entropy" not in printed
+    drawn = np.asarray(Image.open(out / "chelsea-layer1.png")).astype(int)
+    assert (np.abs(drawn - drawing.TRUTH).sum(-1) < 30).sum() > 200
 
 
 def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: Path) -> None:

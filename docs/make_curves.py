@@ -1,0 +1,127 @@
+"""Draw the charts of docs/reading-the-curves.md: `python docs/make_curves.py`.
+
+Trains the demo twice, as it is and without the centring that keeps DINO from collapsing, unless the runs are there.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from PIL import Image
+
+from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots, render
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "curves"
+RUNS = ROOT / "runs" / "curves"
+BROKEN = ("--model.center_momentum", "1.0")  # the centre stays at zero
+COLOURS = {"demo": "#1a7f8e", "without centring": "#d9541e"}
+IMAGE = "coffee"
+
+History = list[AttentionSnapshot]
+
+
+def train(name: str, *changes: str) -> History:
+    """A run of the demo with every metric of every layer, from its archive if it has been made before."""
+    archive = RUNS / name / "attn_monitor"
+    if not archive.is_dir():
+        command = ["examples/train_dino.py", "--config", "configs/dino_tiny_cpu.yaml", "--config", "docs/curves.yaml"]
+        version = ["--trainer.logger.init_args.version", name]
+        subprocess.run([sys.executable, *command, *version, *changes], cwd=ROOT, check=True)
+    return load_snapshots(archive)
+
+
+def plot(axes: Axes, history: History, tag: str, label: str, **style: object) -> None:
+    """One line over the steps at which the run has this tag."""
+    points = [(s.step, s.metrics[tag]) for s in history if tag in s.metrics]
+    axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def heads_and_mean(axes: Axes, runs: dict[str, History], metric: str, role: str, layer: int) -> None:
+    """The mean as a thick line; each head as a thin one, where the metric has heads."""
+    for name, history in runs.items():
+        prefix = f"attn_heads/{role}/layer{layer}/{metric}/head"
+        for tag in sorted(t for t in history[-1].metrics if t.startswith(prefix)):
+            plot(axes, history, tag, "_", color=COLOURS[name], linewidth=0.8, alpha=0.45)
+        plot(axes, history, f"attn/{role}/layer{layer}/{metric}", name, color=COLOURS[name], linewidth=2)
+
+
+def layers(axes: Axes, runs: dict[str, History], metric: str, role: str) -> None:
+    """One line for each layer of the demo, the deeper the darker."""
+    history = runs["demo"]
+    deepest = history[-1].layers_of(role)[-1]
+    for layer in history[-1].layers_of(role):
+        alpha = 0.25 + 0.75 * layer / deepest
+        plot(axes, history, f"attn/{role}/layer{layer}/{metric}", f"layer {layer}", color=COLOURS["demo"], alpha=alpha)
+
+
+def chart(file: str, label: str, draw: Callable[[Axes], None], *, log: bool = False) -> None:
+    """A small chart with steps along the bottom."""
+    figure, axes = plt.subplots(figsize=(5.2, 2.5), dpi=110, layout="constrained")
+    draw(axes)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_title(label, fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if log:
+        axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(OUT / f"{file}.png")
+    plt.close(figure)
+    Image.open(OUT / f"{file}.png").convert("RGB").quantize(64).save(OUT / f"{file}.png", optimize=True)
+
+
+def jaccard(axes: Axes, runs: dict[str, History], layer: int) -> None:
+    """The two protocols side by side."""
+    for name, history in runs.items():
+        tag = f"attn/teacher/layer{layer}/jaccard"
+        plot(axes, history, f"{tag}_best_head", f"{name}, best head per object", color=COLOURS[name], linewidth=2)
+        plot(axes, history, f"{tag}_fixed_head", f"{name}, one head", color=COLOURS[name], linestyle="--")
+
+
+def filmstrips(runs: dict[str, History], layer: int) -> None:
+    """The same image in both runs."""
+    probe = ProbeBatch.load(RUNS / "demo" / "attn_monitor" / "probe.npz")
+    index = probe.names.index(IMAGE)
+    for name, history in runs.items():
+        strip = render.filmstrip(history, index, probe.pixels[index], layer=layer)
+        Image.fromarray(strip).save(OUT / f"filmstrip-{name.replace(' ', '-')}.jpg", quality=80)
+
+
+def main() -> None:
+    """Train what is missing, then draw everything."""
+    runs = {"demo": train("demo"), "without centring": train("collapse", *BROKEN)}
+    OUT.mkdir(exist_ok=True)
+    last = runs["demo"][-1].layers_of("teacher")[-1]
+    of_teacher: Sequence[tuple[str, str]] = (
+        ("entropy", "entropy, teacher's last layer: mean (thick) and heads (thin)"),
+        ("mask_area", "mask_area: share of patches that hold 60 % of the attention"),
+        ("prefix_mass", "prefix_mass: attention on the CLS token itself"),
+        ("peak", "peak: largest weight × number of patches"),
+        ("outlier_fraction", "outlier_fraction: patch tokens of unusual norm"),
+        ("head_divergence", "head_divergence: how different heads are"),
+        ("cls_patch_cosine", "cls_patch_cosine: how alike CLS and patches are"),
+        ("drift", "drift: change since the snapshot before"),
+    )
+    for metric, label in of_teacher:
+        chart(metric, label, lambda axes, m=metric: heads_and_mean(axes, runs, m, "teacher", last), log=metric == "peak")
+    for metric, label in (
+        ("student_teacher_divergence", "student_teacher_divergence: how far the teacher lags"),
+        ("mask_agreement", "mask_agreement: overlap of the student's and the teacher's masks"),
+    ):
+        chart(metric, label, lambda axes, m=metric: heads_and_mean(axes, runs, m, "student", last))
+    chart("distance", "distance, pixels: mean attention distance per layer", lambda a: layers(a, runs, "distance", "teacher"))
+    chart("jaccard", "jaccard: overlap with hand-drawn objects", lambda axes: jaccard(axes, runs, last))
+    filmstrips(runs, last)
+    for name, history in runs.items():
+        print(f"{name}: " + ("; ".join(str(f) for s in history for f in s.flags) or "no health flags"))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ from attn_monitor.capture import LayerAttention
 from attn_monitor.metrics import Measured
 
 LEFT = 0.01  # change of a head's entropy that counts as having left its start
-SETTLED = 1e-3  # a student-teacher divergence below this is still the start's, and may grow as it likes
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class HealthLimits:
     its first value. That a near-uniform head is dead is a rule of thumb of this package; low entropy goes with
     instability, see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention
     on patches, on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
-    before. NaN or infinity always raises a flag.
+    before, where that was ``divergence_floor`` already: student and teacher start as equals, and part quickly while
+    the learning rate warms up. NaN or infinity always raises a flag.
     """
 
     low_entropy: float = 0.05
@@ -33,6 +33,7 @@ class HealthLimits:
     snapshots: int = 3
     peak: float = 0.25
     divergence_growth: float = 10.0
+    divergence_floor: float = 0.02
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
@@ -168,7 +169,7 @@ class Health:
 
     def _divergence(self, layer: _Layer, now: float) -> Iterator[tuple[str, Sequence[int], float, str]]:
         before, layer.divergence = layer.divergence, now
-        if before >= SETTLED and now >= self.limits.divergence_growth * before:
+        if before >= self.limits.divergence_floor and now >= self.limits.divergence_growth * before:
             text = f"student-teacher divergence grew {now / before:.0f} times since the snapshot before, to {now:.3f}"
             yield "student_teacher_divergence", (), now, text
 

@@ -44,6 +44,8 @@ class AttentionMapCallback(pl.Callback):
         health: when a health flag is raised, see `HealthLimits`.
         every_n_train_steps, every_n_epochs: the schedule; with neither, about 50 snapshots over the run. There is
             always one before the first step and one after the last.
+        masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it: outlines in the
+            panels, and Jaccard curves.
         num_images: how many images to take from a folder or a batch.
         image_size: size of images from a folder, one number or (height, width), in pixels.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
@@ -76,6 +78,7 @@ class AttentionMapCallback(pl.Callback):
         health: HealthLimits = HealthLimits(),
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
+        masks: str | os.PathLike[str] | None = None,
         num_images: int = 8,
         image_size: int | tuple[int, int] = 224,
         scale: str = "uniform",
@@ -87,7 +90,14 @@ class AttentionMapCallback(pl.Callback):
             raise ValueError(f'on_error={on_error!r}: expected "warn" or "raise"')
         if num_images < 1:
             raise ValueError(f"num_images={num_images}: expected at least 1")
+        if masks is not None and not isinstance(probe, (str, os.PathLike)):
+            received = "None" if probe is None else f"a {type(probe).__name__}"
+            raise ValueError(
+                f"masks={os.fspath(masks)!r}: probe is {received}, expected the folder of images that the masks are "
+                "for; a ProbeBatch takes masks of its own"
+            )
         self.probe, self.targets, self.num_images, self.image_size = probe, targets, num_images, image_size
+        self.masks = masks
         self.layers: Layers = layers
         self.query: QuerySpec = check_query(query)
         self.threshold, self.verify, self.on_error = check_threshold(threshold), verify, on_error
@@ -235,7 +245,7 @@ class AttentionMapCallback(pl.Callback):
             channels = probe.shape[1] if probe.ndim == 4 else 3
             mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
             return ProbeBatch(probe, mean=mean, std=std)
-        return ProbeBatch.from_folder(probe, size=self.image_size, num_images=self.num_images)
+        return ProbeBatch.from_folder(probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
 
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = AttentionMonitor(

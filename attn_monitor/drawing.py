@@ -28,6 +28,7 @@ MASK, TRUTH, MISSING = (64, 224, 255), (120, 255, 80), (90, 30, 30)
 BLOCK = 8
 GAP, LINE = BLOCK, 2 * BLOCK  # between cells, and for a line of text
 LEGEND = 6 * BLOCK
+TWO_PIXELS = 160  # side of a cell from which on ground truth is outlined with two pixels
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,11 @@ class Cells:
         self._outline_truth(self.photo)
 
     def _outline_truth(self, pictures: Pixels) -> None:
-        for mask in self.truth:
-            outline(pictures, np.broadcast_to(mask, pictures.shape[:-1]), TRUTH)
+        width = 2 if max(self.size) >= TWO_PIXELS else 1
+        together = np.zeros(self.size, dtype=bool)
+        for mask in reversed(self.truth):
+            together = together | mask  # so that the border that two objects share is drawn once
+            outline(pictures, np.broadcast_to(together, pictures.shape[:-1]), TRUTH, width)
 
     def draw(self, maps: Array, masks: Array | None = None) -> Pixels:
         """(..., gh, gw) maps, with outlines of their mass masks if given, to (..., h, w, 3) pictures."""

@@ -32,7 +32,8 @@ class ProbeBatch:
     """Images as the model takes them, (B, C, H, W) floats, with the means to show them again.
 
     ``mean`` and ``std`` (one number per channel) undo the normalisation: pixels = images · std + mean, in 0…1.
-    ``masks`` are ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects.
+    ``masks`` are ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects; without
+    any object at all they are None.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ProbeBatch:
             )
         self.images = images.detach().cpu()
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.masks = None if masks is None else masks.bool().cpu()
+        self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
         self.names = _tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
     def __len__(self) -> int:
@@ -89,7 +90,7 @@ class ProbeBatch:
 
         When there are more than ``num_images``, they are taken at even distances from the sorted list; a folder of
         class folders works too. ``masks`` is a folder of PNG masks with the images' names: binary, or one value per
-        object (255 is ignored). Every unreadable file is named in the error.
+        object (255 is ignored), all 0 for an image without truth. Every unreadable file is named in the error.
         """
         files = _choose_images(Path(path), num_images)
         truth = None if masks is None else Path(masks)

@@ -56,7 +56,7 @@ def panel(
         title += " · mixed after the softmax" if attention.mixed else ""
         rows.append((title, list(zip(captions, [cells.photo, *pictures], strict=True))))
     header = f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
-    return _compose(header, rows, style, truth is not None)
+    return _compose(header, rows, style, truth is not None and bool(truth.any()))
 
 
 def _mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor, list[str]]:

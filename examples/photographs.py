@@ -1,4 +1,8 @@
-"""The photographs that ship inside scikit-image and scikit-learn, and the probe images cut from them."""
+"""The photographs that ship inside scikit-image and scikit-learn, and the probe images cut from them.
+
+The object masks in the folder `masks` were drawn by hand for this project, on these very cuts, and are under its MIT
+licence: 0 is background, 1 and up are objects. The retina fills its picture and has none.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from PIL import Image, PngImagePlugin
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 _MADE_BY = "examples/photographs.py"
+_MASKS = Path(__file__).parent / "masks"
 
 
 class _Source(NamedTuple):
@@ -104,19 +109,34 @@ def probe_images_of(folder: str | os.PathLike[str], size: int, count: int = 8) -
     return {f"{i}_{file.stem}": _cut(read_rgb(file), _Square(), size) for i, file in enumerate(chosen)}
 
 
-def write_probe(folder: str | os.PathLike[str], size: int, images: Mapping[str, Image.Image] | None = None) -> Path:
-    """Write the probe images (by default the eight photographs) into a folder as PNG files."""
+def probe_masks(size: int) -> dict[str, Image.Image]:
+    """The objects in each of the eight probe images, as a picture of labels: 0 is background, 1 and up are objects."""
+    return {name: _read_labels(_MASKS / f"{name}.png", size) for name in _PROBES}
+
+
+def no_masks(images: Mapping[str, Image.Image]) -> dict[str, Image.Image]:
+    """Masks that say of each image that no object in it is known."""
+    return {name: Image.new("L", image.size) for name, image in images.items()}
+
+
+def write_pngs(folder: str | os.PathLike[str], images: Mapping[str, Image.Image]) -> Path:
+    """Write images into a folder by name, in place of those that were written here before."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_former_probe(folder)
+    _remove_former_images(folder)
     stamp = PngImagePlugin.PngInfo()
     stamp.add_text("Software", _MADE_BY)
-    for name, image in (probe_images(size) if images is None else images).items():
+    for name, image in images.items():
         image.save(folder / f"{name}.png", pnginfo=stamp)
     return folder
 
 
-def _remove_former_probe(folder: Path) -> None:
+def _read_labels(file: Path, size: int) -> Image.Image:
+    with Image.open(file) as labels:
+        return labels.resize((size, size), Image.Resampling.NEAREST)
+
+
+def _remove_former_images(folder: Path) -> None:
     # A probe of other data would be mixed into this one; files that were not written here stay.
     for file in folder.glob("*.png"):
         with Image.open(file) as image:

@@ -21,7 +21,16 @@ from lightly.models.utils import get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from photographs import image_files, photograph_files, probe_images, probe_images_of, read_rgb, write_probe
+from photographs import (
+    image_files,
+    no_masks,
+    photograph_files,
+    probe_images,
+    probe_images_of,
+    probe_masks,
+    read_rgb,
+    write_pngs,
+)
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -225,6 +234,7 @@ class Photographs(L.LightningDataModule):
         local_scale: Smallest and largest part of the window in a local crop.
         local_crops: Number of local crops.
         probe_folder: Where the eight probe images are written; None writes none.
+        mask_folder: Where masks of the objects in them are written; empty ones for a folder, whose objects are unknown.
         probe_size: Side of the probe images, in pixels.
     """
 
@@ -241,16 +251,22 @@ class Photographs(L.LightningDataModule):
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_crops: int = 8,
         probe_folder: str | None = None,
+        mask_folder: str | None = None,
         probe_size: int = 224,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def prepare_data(self) -> None:
-        """Write the probe images, from the same source as the training images."""
-        folder, probe_folder, size = (self.hparams[key] for key in ("folder", "probe_folder", "probe_size"))
-        if probe_folder is not None:
-            write_probe(probe_folder, size, probe_images_of(folder, size) if folder else probe_images(size))
+        """Write the probe images, from the same source as the training images, and the objects in them."""
+        folder, size = self.hparams["folder"], self.hparams["probe_size"]
+        probe_folder, mask_folder = self.hparams["probe_folder"], self.hparams["mask_folder"]
+        if probe_folder is None:
+            return
+        images = probe_images_of(folder, size) if folder else probe_images(size)
+        write_pngs(probe_folder, images)
+        if mask_folder is not None:
+            write_pngs(mask_folder, no_masks(images) if folder else probe_masks(size))
 
     def train_dataloader(self) -> DataLoader[list[Tensor]]:
         """Batches of crops, each batch a list of tensors."""

@@ -233,6 +233,22 @@ def test_ground_truth_gives_a_jaccard_curve(tmp_path: Path) -> None:
     assert all(0 < value < 1 for _, value in curve)
 
 
+def test_a_probe_folder_may_have_a_folder_of_masks(tmp_path: Path, photographs: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    for file in photographs.iterdir():
+        with Image.open(file) as image:
+            half = np.zeros((image.height, image.width), np.uint8)
+        half[half.shape[0] // 2 :] = 1
+        Image.fromarray(half).save(tmp_path / "masks" / f"{file.stem}.png")
+    watch = AttentionMapCallback(photographs, masks=tmp_path / "masks", image_size=32)
+    trainer(tmp_path, watch, max_steps=1).fit(Distillation(), loader())
+    assert watch.monitor is not None
+    assert watch.monitor.probe.masks is not None
+    assert watch.monitor.probe.masks[:, 0, 16:].all()
+    assert not watch.monitor.probe.masks[:, 0, :16].any()
+    assert len(Events(tmp_path / RUN).scalars("attn/teacher/layer1/jaccard_best_head")) == 2
+
+
 def test_validation_batches_without_images_are_passed_over(tmp_path: Path) -> None:
     class Labels(Distillation):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -349,6 +365,8 @@ def test_no_cls_token_says_what_to_do(tmp_path: Path) -> None:
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"scale": "log"}, "scale='log'"),
         ({"num_images": 0}, "num_images=0"),
+        ({"masks": "m"}, "masks='m': probe is None, expected the folder"),
+        ({"masks": "m", "probe": torch.zeros(1, 3, 8, 8)}, "masks='m': probe is a Tensor"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], text: str) -> None:

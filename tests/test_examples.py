@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from attn_monitor import load_snapshots
+from attn_monitor import ProbeBatch, load_snapshots
 from tests.events import Events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,17 +30,31 @@ def test_demo_logs_both_roles_from_the_first_step_to_the_last(tmp_path: Path) ->
     assert snapshots[0].roles == ("student", "teacher")
     assert {"astronaut", "coffee"} <= set(snapshots[0].names)
     assert snapshots[0].maps("teacher").shape == (8, 4, 16, 16)
-    assert len(Events(run).images("attn_maps/coffee")) == 13
+    events = Events(run)
+    assert len(events.images("attn_maps/coffee")) == 13
+    assert len(events.scalars("attn/teacher/layer3/jaccard_best_head")) == 13
+    truth = ProbeBatch.load(run / "attn_monitor" / "probe.npz").masks
+    assert truth is not None
+    objects = dict(zip(snapshots[0].names, truth.flatten(2).any(-1).sum(1).tolist(), strict=True))
+    assert objects == {
+        "astronaut": 1, "chelsea": 1, "china": 1, "coffee": 2, "flower": 2, "motorcycle": 1, "retina": 0, "rocket": 1,
+    }  # fmt: skip
     for line in ("logs are in runs", "tensorboard --logdir", "images=1000", "head 0:"):
         assert line in ran.stdout
 
 
 @pytest.mark.slow
 def test_demo_takes_a_folder_of_images(tmp_path: Path, photographs: Path) -> None:
+    former = tmp_path / "runs" / "probe_masks"
+    former.mkdir(parents=True)
+    Image.new("L", (128, 128), 1).save(former / "mine.png")  # not written by the demo: it stays, and is not used
     ran = demo(tmp_path, "--data", str(photographs), "--trainer.max_steps", "2")
     assert ran.returncode == 0, ran.stderr
     (archive,) = tmp_path.glob("runs/dino_tiny_cpu/version_*/attn_monitor")
-    assert load_snapshots(archive)[0].names == ("0_astronaut", "1_chelsea", "2_coffee", "3_rocket")
+    snapshot = load_snapshots(archive)[0]
+    assert snapshot.names == ("0_astronaut", "1_chelsea", "2_coffee", "3_rocket")
+    assert not [tag for tag in snapshot.metrics if "jaccard" in tag]  # nobody has drawn the objects of these
+    assert (former / "mine.png").is_file()
 
 
 def test_demo_names_a_missing_folder(tmp_path: Path) -> None:

@@ -105,6 +105,18 @@ def test_masks_follow_their_image(tmp_path: Path) -> None:
         ProbeBatch.from_folder(tmp_path / "images", masks=tmp_path / "masks")
 
 
+def test_masks_without_any_object_are_no_masks(tmp_path: Path) -> None:
+    for folder, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            Image.new(mode, (40, 40)).save(tmp_path / folder / f"{name}.png")
+    assert ProbeBatch.from_folder(tmp_path / "images", size=40, masks=tmp_path / "masks").masks is None
+    Image.new("L", (40, 40), 1).save(tmp_path / "masks" / "b.png")
+    masks = ProbeBatch.from_folder(tmp_path / "images", size=40, masks=tmp_path / "masks").masks
+    assert masks is not None
+    assert masks.flatten(1).any(1).tolist() == [False, True]
+
+
 def test_states_are_exact_and_small(tmp_path: Path, photographs: Path) -> None:
     probe = ProbeBatch.from_folder(photographs, size=64)
     assert set(probe.state_dict()["tensors"]) == {"pixels"}  # 8 bit loses nothing here

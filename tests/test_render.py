@@ -14,7 +14,7 @@ from PIL import Image
 
 from attn_monitor import drawing, render
 from attn_monitor.capture import LayerAttention
-from attn_monitor.drawing import MASK, MISSING, Style
+from attn_monitor.drawing import MASK, MISSING, TRUTH, Style
 from attn_monitor.snapshot import AttentionSnapshot
 
 
@@ -53,6 +53,29 @@ def test_missing_maps_are_marked_and_never_zeros() -> None:
     rows[0, 1, 3] = math.nan
     picture = render.panel(snapshot(rows, (2, 2), ("backbone",)), 0, photo())
     assert (picture == MISSING).all(-1).sum() > 1000
+
+
+def test_the_border_of_two_objects_is_drawn_once() -> None:
+    truth = np.zeros((2, 16, 16), bool)
+    truth[0, 2:14, 2:8], truth[1, 2:14, 8:14] = True, True
+    cells = drawing.Cells(photo(), (2, 2), Style(), 16, truth)
+    green = (cells.photo == TRUTH).all(-1)
+    assert cells.size == (16, 16)
+    assert green[8].nonzero()[0].tolist() == [2, 8, 13]
+    large = drawing.Cells(photo(), (2, 2), Style(), 256, truth)
+    assert (large.photo[128] == TRUTH).all(-1).sum() == 2 * 3
+
+
+def test_only_panels_with_an_object_name_ground_truth() -> None:
+    rows = torch.full((1, 2, 5), 0.2)
+    truth = np.zeros((1, 64, 64), bool)
+    without = render.panel(snapshot(rows, (2, 2)), 0, photo())
+    assert np.array_equal(render.panel(snapshot(rows, (2, 2)), 0, photo(), truth=truth), without)
+    truth[0, 16:32, 16:32] = True
+    bottom = slice(-drawing.LEGEND, None)
+    named = render.panel(snapshot(rows, (2, 2)), 0, photo(), truth=truth)[bottom]
+    assert (named == TRUTH).all(-1).any()
+    assert not (without[bottom] == TRUTH).all(-1).any()
 
 
 def test_outline_is_the_inner_border() -> None:

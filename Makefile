@@ -1,9 +1,9 @@
-# Three verbs, each doing its own set-up in .venv: make demo, make test, make check.
+# Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the documents' charts.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
@@ -16,6 +16,11 @@ check: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.wheel
+
+# The charts come from two training runs of five minutes, kept in runs/curves.
+docs: $(VENV)/.setup-dev
+	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_curves.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,7 +8,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -36,7 +38,7 @@ def train(name: str, *changes: str) -> History:
     return load_snapshots(archive)
 
 
-def plot(axes: Axes, history: History, tag: str, label: str, **style: object) -> None:
+def plot(axes: Axes, history: History, tag: str, label: str, **style: Any) -> None:
     """One line over the steps at which the run has this tag."""
     points = [(s.step, s.metrics[tag]) for s in history if tag in s.metrics]
     axes.plot(*zip(*points, strict=True), label=label, **style)
@@ -51,13 +53,12 @@ def heads_and_mean(axes: Axes, runs: dict[str, History], metric: str, role: str,
         plot(axes, history, f"attn/{role}/layer{layer}/{metric}", name, color=COLOURS[name], linewidth=2)
 
 
-def layers(axes: Axes, runs: dict[str, History], metric: str, role: str) -> None:
-    """One line for each layer of the demo, the deeper the darker."""
-    history = runs["demo"]
-    deepest = history[-1].layers_of(role)[-1]
-    for layer in history[-1].layers_of(role):
-        alpha = 0.25 + 0.75 * layer / deepest
-        plot(axes, history, f"attn/{role}/layer{layer}/{metric}", f"layer {layer}", color=COLOURS["demo"], alpha=alpha)
+def distance(axes: Axes, history: History) -> None:
+    """One line for each layer of the teacher, the deeper the darker."""
+    layers = history[-1].layers_of("teacher")
+    for layer in layers:
+        style = {"color": COLOURS["demo"], "alpha": 0.25 + 0.75 * layer / layers[-1]}
+        plot(axes, history, f"attn/teacher/layer{layer}/distance", f"layer {layer}", **style)
 
 
 def chart(file: str, label: str, draw: Callable[[Axes], None], *, log: bool = False) -> None:
@@ -110,14 +111,15 @@ def main() -> None:
         ("drift", "drift: change since the snapshot before"),
     )
     for metric, label in of_teacher:
-        chart(metric, label, lambda axes, m=metric: heads_and_mean(axes, runs, m, "teacher", last), log=metric == "peak")
+        draw = partial(heads_and_mean, runs=runs, metric=metric, role="teacher", layer=last)
+        chart(metric, label, draw, log=metric == "peak")
     for metric, label in (
         ("student_teacher_divergence", "student_teacher_divergence: how far the teacher lags"),
         ("mask_agreement", "mask_agreement: overlap of the student's and the teacher's masks"),
     ):
-        chart(metric, label, lambda axes, m=metric: heads_and_mean(axes, runs, m, "student", last))
-    chart("distance", "distance, pixels: mean attention distance per layer", lambda a: layers(a, runs, "distance", "teacher"))
-    chart("jaccard", "jaccard: overlap with hand-drawn objects", lambda axes: jaccard(axes, runs, last))
+        chart(metric, label, partial(heads_and_mean, runs=runs, metric=metric, role="student", layer=last))
+    chart("distance", "distance: pixels to what is attended, by layer", partial(distance, history=runs["demo"]))
+    chart("jaccard", "jaccard: overlap with hand-drawn objects", partial(jaccard, runs=runs, layer=last))
     filmstrips(runs, last)
     for name, history in runs.items():
         print(f"{name}: " + ("; ".join(str(f) for s in history for f in s.flags) or "no health flags"))

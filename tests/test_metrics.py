@@ -169,7 +169,9 @@ def _with_artefact(tokens: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision", "vit-pytorch", "hugging face", "sequence first"])
+@pytest.mark.parametrize(
+    "library", ["timm", "torchvision", "vit-pytorch", "hugging face", "sequence first", "attention in a list of its own"]
+)
 def test_blocks_of_every_library(library: str) -> None:
     """Norms are those of the layer's own input: known here, as the block is asked in its own library's names."""
     model, block, size = _model_and_block(library)
@@ -185,6 +187,11 @@ def _model_and_block(library: str) -> tuple[torch.nn.Module, torch.nn.Module, in
     if library == "timm":
         timm_model = tiny_vit()
         return timm_model, timm_model.blocks[1], 32
+    if library == "attention in a list of its own":
+        nested = tiny_vit()
+        for each in nested.blocks:  # what enters the inner list is normalised already, and no block's input
+            each.norm1, each.attn = torch.nn.Identity(), Listed(each.norm1, each.attn)
+        return nested, nested.blocks[1], 32
     if library == "torchvision":
         tv = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64)
         return tv, tv.encoder.layers[1], 32
@@ -197,6 +204,17 @@ def _model_and_block(library: str) -> tuple[torch.nn.Module, torch.nn.Module, in
         return hf, hf.encoder.layer[1] if hasattr(hf, "encoder") else hf.layers[1], 32
     sequence_first = SequenceFirst()
     return sequence_first, sequence_first.layers[1], 32
+
+
+class Listed(torch.nn.Module):
+    """Norm and attention in a list."""
+
+    def __init__(self, *steps: torch.nn.Module) -> None:
+        super().__init__()
+        self.steps = torch.nn.ModuleList(steps)
+
+    def forward(self, x: torch.Tensor, **settings: object) -> torch.Tensor:
+        return self.steps[1](self.steps[0](x), **settings)
 
 
 class SequenceFirst(torch.nn.Module):

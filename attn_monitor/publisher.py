@@ -21,6 +21,8 @@ class Publisher:
 
     A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter`` or a W&B run. Metrics are logged at once;
     archiving, drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
+    On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
+    step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
     ``settings`` is Markdown that records how the run was watched.
     """
 
@@ -38,7 +40,7 @@ class Publisher:
         self.writer = BackgroundWriter()
         # Without any logger, the pictures themselves are what a user can look at.
         self.folder_for_pictures = folder / "pictures" if folder is not None and not self.loggers else None
-        self._described = False
+        self._described = self._axes_defined = False
 
     def publish(
         self,
@@ -49,6 +51,7 @@ class Publisher:
         layers: Sequence[int] = (-1,),
     ) -> None:
         """Log a snapshot; ``layers`` are those to draw, ``history`` what the film strips show (this one included)."""
+        self._define_axes()
         for logger in self.loggers:
             part = partial(sinks.log_scalars, logger, metrics=snapshot.metrics, step=snapshot.step)
             self.failures.attempt(f"logging metrics to {type(logger).__name__}", part)
@@ -65,6 +68,14 @@ class Publisher:
     def close(self) -> None:
         """Write what is left and end the thread."""
         self.writer.close()
+
+    def _define_axes(self) -> None:
+        if self._axes_defined:
+            return
+        self._axes_defined = True
+        for logger in self.loggers:
+            action = partial(sinks.define_axis, logger)
+            self.failures.attempt(f"defining the axis of {type(logger).__name__}", action)
 
     def _submit(self, job: partial[None]) -> None:
         if not self.writer.submit(job):

@@ -24,6 +24,7 @@ from attn_monitor.health import HealthFlag
 from attn_monitor.metrics import metric_tag
 from attn_monitor.snapshot import AttentionSnapshot
 
+WANDB_AXIS = "trainer/global_step"  # Lightning's own name for it
 HISTOGRAM_TAG = "attn_histogram/{role}/layer{layer}/entropy"
 
 
@@ -70,12 +71,26 @@ def takes_pictures(logger: Any) -> bool:
     return kind_of(logger) != "metrics"
 
 
+def define_axis(logger: Any) -> None:
+    """On W&B, once and before anything is logged: charts and pictures of attention are drawn over the global step.
+
+    Lightning says so only for runs that it starts itself, and not when W&B follows TensorBoard.
+    """
+    if kind_of(logger) != "wandb":
+        return
+    run = _run(logger)
+    run.define_metric(WANDB_AXIS)
+    for tags in {"attn*", f"{_prefix(logger)}attn*"}:
+        run.define_metric(tags, step_metric=WANDB_AXIS)
+
+
 def log_scalars(logger: Any, *, metrics: Mapping[str, float], step: int) -> None:
     """Metrics by tag, to a Lightning logger, a plain TensorBoard `SummaryWriter` or a W&B run."""
-    if hasattr(logger, "log_metrics"):
+    if kind_of(logger) == "wandb":
+        # Not by log_metrics, which drops the step when W&B follows TensorBoard.
+        _log_row(logger, {f"{_prefix(logger)}{tag}": value for tag, value in metrics.items()}, step)
+    elif hasattr(logger, "log_metrics"):
         logger.log_metrics(dict(metrics), step=step)
-    elif kind_of(logger) == "wandb":
-        logger.log({**metrics, "trainer/global_step": step})
     else:
         for tag, value in metrics.items():
             logger.add_scalar(tag, value, step)
@@ -92,7 +107,7 @@ def log_pictures(logger: Any, *, pictures: Sequence[Picture], step: int) -> None
         import wandb
 
         media = {p.tag: wandb.Image(p.pixels, caption=p.caption, file_type="jpg") for p in pictures}
-        _log_media(logger, media, step)
+        _log_row(logger, media, step)
     elif kind == "mlflow":
         for picture in pictures:
             key = re.sub(r"[^\w ./-]", "_", picture.tag)
@@ -114,7 +129,7 @@ def log_overlays(logger: Any, *, overlays: Sequence[Overlay], step: int) -> None
             name: {"mask_data": mask.astype(np.uint8), "class_labels": labels} for name, mask in overlay.masks.items()
         }
 
-    _log_media(logger, {o.tag: wandb.Image(o.photo, masks=masks(o), file_type="jpg") for o in overlays}, step)
+    _log_row(logger, {o.tag: wandb.Image(o.photo, masks=masks(o), file_type="jpg") for o in overlays}, step)
 
 
 def log_flags(logger: Any, *, flags: Sequence[HealthFlag], step: int) -> None:
@@ -153,7 +168,7 @@ def log_animation(logger: Any, *, tag: str, gif: bytes, step: int) -> None:
             else:
                 import wandb
 
-                _log_media(logger, {tag: wandb.Video(str(path), format="gif")}, step)
+                _log_row(logger, {tag: wandb.Video(str(path), format="gif")}, step)
 
 
 def log_summary(
@@ -186,7 +201,7 @@ def log_summary(
             title=f"entropy per head, {role}, layer {layer}",
             xname="step",
         )
-    _log_media(logger, media, snapshot.step)
+    _log_row(logger, media, snapshot.step)
 
 
 def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]]) -> None:
@@ -217,9 +232,15 @@ def _add_encoded_image(logger: Any, tag: str, encoded: bytes, size: tuple[int, i
     _writer(logger)._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def _log_media(logger: Any, media: dict[str, Any], step: int) -> None:
+def _log_row(logger: Any, row: Mapping[str, Any], step: int) -> None:
     # Without W&B's own step argument: its steps must not go back, and the background thread logs later than training.
-    _run(logger).log({**media, "trainer/global_step": step})
+    _run(logger).log({**row, WANDB_AXIS: step})
+
+
+def _prefix(logger: Any) -> str:
+    """What a `WandbLogger` puts before the names of metrics."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
 
 
 def _run(logger: Any) -> Any:

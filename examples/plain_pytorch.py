@@ -52,9 +52,7 @@ def open_loggers(options: argparse.Namespace) -> list[Any]:
     if options.wandb:
         import wandb
 
-        run = wandb.init(project="dino", dir=options.folder)  # WANDB_MODE=offline needs no account
-        run.define_metric("*", step_metric="trainer/global_step")
-        return [run]
+        return [wandb.init(project="dino", dir=options.folder)]  # WANDB_MODE=offline needs no account
     return [SummaryWriter(options.folder)]
 
 

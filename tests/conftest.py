@@ -47,3 +47,21 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for W&B runs that never touch the network."""
+    import wandb
+
+    for name, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "DIR": str(tmp_path),
+        "CACHE_DIR": str(tmp_path / "c"),
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    yield tmp_path
+    if wandb.run is not None:
+        wandb.finish()  # of a test that failed
+    wandb.teardown()

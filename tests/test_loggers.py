@@ -21,22 +21,6 @@ from tests.helpers import Distillation, loader, trainer
 from tests.servers import serving
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for W&B runs that never touch the network."""
-    import wandb
-
-    for name, value in {
-        "MODE": "offline",
-        "SILENT": "true",
-        "DIR": str(tmp_path),
-        "CACHE_DIR": str(tmp_path / "c"),
-    }.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    yield tmp_path
-    wandb.teardown()
-
-
 def fit(folder: Path, logger: Any, **changes: Any) -> None:
     running = trainer(folder, AttentionMapCallback(num_images=2), logger=logger, max_steps=4, **changes)
     running.fit(Distillation(), loader(), loader(8))

@@ -1,31 +1,50 @@
-"""Read an offline W&B run back from its own `.wandb` file, a LevelDB-format log of protobuf records."""
+"""Read offline W&B runs back from their own `.wandb` files, LevelDB-format logs of protobuf records."""
 
 from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 BLOCK, HEADER = 32768, 7
 
 
+def parts(folder: Path) -> list[Path]:
+    """The folders of all runs below one, and of a resumed run's parts, in order of time."""
+    return sorted(path.parent for path in folder.rglob("run-*.wandb"))
+
+
 def records(folder: Path) -> list[Any]:
-    """Every record of the one run below a folder."""
+    """Every record of the one finished run below a folder."""
+    (path,) = folder.rglob("run-*.wandb")
+    deadline = time.monotonic() + 30
+    while True:
+        found = _read(path.read_bytes())
+        # W&B's own process may write the end of the file after `finish` has returned.
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline, f"{path} does not end as a finished run does"
+        time.sleep(0.1)
+
+
+def _read(data: bytes) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.rglob("run-*.wandb")
-    data, offset, parts, found = path.read_bytes(), 7, b"", []  # 7 bytes of W&B's own header come first
+    offset, piece, found = 7, b"", []  # 7 bytes of W&B's own header come first
     while offset + HEADER <= len(data):
         if BLOCK - offset % BLOCK < HEADER:  # the rest of a block is too short for a header
             offset += BLOCK - offset % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[offset : offset + HEADER])
-        parts += data[offset + HEADER : offset + HEADER + length]
+        if offset + HEADER + length > len(data):  # still being written
+            break
+        piece += data[offset + HEADER : offset + HEADER + length]
         offset += HEADER + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
+        if kind in (1, 4):  # whole, or the last piece
+            found.append(wandb_internal_pb2.Record.FromString(piece))
+            piece = b""
     return found
 
 
@@ -43,3 +62,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
                 place[last] = json.loads(item.value_json)
             rows.append(row)
     return rows
+
+
+def axes(folder: Path) -> dict[str, str]:
+    """The step metric of each pattern of names that one was defined for."""
+    metrics = [r.metric for r in records(folder) if r.WhichOneof("record_type") == "metric"]
+    return {m.glob_name or m.name: m.step_metric for m in metrics if m.step_metric}

@@ -65,10 +65,12 @@ class BackgroundWriter:
 class Failures:
     """Counts failures in a row for each part of the monitor, tells of them once, and switches a part off after three.
 
-    `attempt` may run on any thread; `report`, on the training thread, warns or raises.
+    `attempt` may run on any thread; `report`, on the training thread, warns or raises. ``hint`` says what to do about
+    a part that is switched off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hint: str = "") -> None:
+        self._hint = f"; {hint}" if hint else ""
         self._news: queue.SimpleQueue[tuple[str, Exception]] = queue.SimpleQueue()
         self._in_a_row: dict[str, tuple[type[Exception], int]] = {}
 
@@ -101,8 +103,7 @@ class Failures:
         if count == 1:
             self._news.put((f"{part} failed, training goes on. {reason}", error))
         elif count == MAX_FAILURES:
-            how = 'on_error="raise" shows the traceback'
-            self._news.put((f"{part} is switched off after {count} failures in a row; {how}. {reason}", error))
+            self._news.put((f"{part} is switched off after {count} failures in a row{self._hint}. {reason}", error))
 
     def report(self, warn: Callable[[str], None], *, reraise: bool = False) -> None:
         """Warn of what happened since the last report, or raise the first of it."""

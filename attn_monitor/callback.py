@@ -111,7 +111,7 @@ class AttentionMapCallback(pl.Callback):
         """Check everything that can be checked before training."""
         if stage != "fit":
             return
-        self._failures, self._begun = Failures(), False
+        self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
         self._archive: str | None = None
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         if self.monitor is None and self.probe is not None:

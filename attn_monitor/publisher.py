@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class Publisher:
     archiving, drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
-    ``settings`` is Markdown that records how the run was watched.
+    Each failure is one warning, told by ``warn`` at the next call of a method; whoever passes ``failures`` reports them
+    instead. ``settings`` is Markdown that records how the run was watched.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Publisher:
         folder: Path | None = None,
         style: drawing.Style = drawing.Style(),
         failures: Failures | None = None,
+        warn: Callable[[str], None] | None = None,
         settings: str = "",
     ) -> None:
         self.loggers, self.folder, self.style, self.settings = list(loggers), folder, style, settings
         self.failures = failures or Failures()
+        self._tell = None if failures is not None else warn or _warn
         self.writer = BackgroundWriter()
         # Without any logger, the pictures themselves are what a user can look at.
         self.folder_for_pictures = folder / "pictures" if folder is not None and not self.loggers else None
@@ -60,6 +64,7 @@ class Publisher:
                 self.failures.attempt(f"logging health flags to {type(logger).__name__}", tell)
         job = partial(self._write, snapshot, probe, list(history) or [snapshot], list(layers))
         self.failures.attempt("the background writer", partial(self._submit, job))
+        self._report()
 
     def drain(self, patience: float | None = None) -> bool:
         """Wait until everything is written; False when that takes more than ``patience`` seconds."""
@@ -68,6 +73,11 @@ class Publisher:
     def close(self) -> None:
         """Write what is left and end the thread."""
         self.writer.close()
+        self._report()
+
+    def _report(self) -> None:
+        if self._tell is not None:
+            self.failures.report(self._tell)
 
     def _define_axes(self) -> None:
         if self._axes_defined:
@@ -124,6 +134,7 @@ class Publisher:
         job = partial(self._finish, probe, list(history), last)
         self.failures.attempt("the background writer", partial(self._submit, job))
         self.drain()
+        self._report()
 
     def _finish(self, probe: ProbeBatch, history: list[AttentionSnapshot], last: AttentionSnapshot) -> None:
         takers = [logger for logger in self.loggers if sinks.takes_pictures(logger)]
@@ -148,6 +159,11 @@ class Publisher:
                 pictures.append(sinks.Picture(f"attn_maps/{name}{suffix}", shown, caption))
                 pictures.append(sinks.Picture(f"attn_filmstrip/{name}{suffix}", strip, caption))
         return pictures
+
+
+def _warn(text: str) -> None:
+    # Four calls up is the line that called the publisher.
+    warnings.warn(f"attn_monitor: {text}", stacklevel=5)
 
 
 def _archive(folder: Path, snapshot: AttentionSnapshot, probe: ProbeBatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ class AttentionMaps(TrainerCallback):
         if self.monitor.previous is not None:
             self.publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
         self.publisher.close()
-        self.publisher.failures.report(warnings.warn)
 
     def _look(self, state: Any, model: torch.nn.Module) -> None:
         taken = self.monitor.previous is not None and self.monitor.previous.step == state.global_step
@@ -55,7 +53,6 @@ class AttentionMaps(TrainerCallback):
             return
         snapshot = self.monitor.snapshot({"backbone": model}, step=state.global_step, epoch=int(state.epoch or 0))
         self.publisher.publish(snapshot, self.monitor.probe, self.monitor.history)
-        self.publisher.failures.report(warnings.warn)
 
 
 class Crops(Dataset[dict[str, Any]]):

@@ -72,7 +72,6 @@ def train(options: argparse.Namespace) -> None:
     def look(step: int) -> AttentionSnapshot:
         snapshot = monitor.snapshot({"student": student[0], "teacher": teacher[0]}, step=step)
         publisher.publish(snapshot, monitor.probe, monitor.history)
-        publisher.failures.report(warnings.warn)  # logging that fails does not stop training
         entropy = snapshot.metrics["attn/teacher/layer3/entropy"]
         print(f"step {step:>4}  entropy of the teacher's attention {entropy:.3f}", flush=True)
         return snapshot
@@ -92,7 +91,6 @@ def train(options: argparse.Namespace) -> None:
     last = look(options.steps)
     publisher.finish(monitor.probe, monitor.history, last)
     publisher.close()
-    publisher.failures.report(warnings.warn)
     for logger in loggers:
         logger.finish() if options.wandb else logger.close()
 

@@ -1,0 +1,85 @@
+"""`Publisher` in a hand-written loop: what fails is told there and then, without anybody asking for it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from attn_monitor import AttentionMonitor, ProbeBatch, Publisher, load_snapshots
+from attn_monitor.background import Failures
+from tests.events import Events
+from tests.helpers import tiny_vit
+
+
+class Unreachable:
+    """A logger of one's own, whose pictures never arrive."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics = metrics
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        raise ConnectionError("no route to host")
+
+
+def loop(publisher: Publisher, steps: int) -> None:
+    model, monitor = tiny_vit(), AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)))
+    for step in range(steps):
+        publisher.publish(monitor.snapshot({"backbone": model}, step=step), monitor.probe, monitor.history)
+        publisher.drain()
+    publisher.close()
+
+
+def test_failures_are_warnings_at_the_line_that_published(tmp_path: Path) -> None:
+    writer = SummaryWriter(tmp_path)
+    with pytest.warns(UserWarning, match="attn_monitor") as caught:
+        loop(Publisher([Unreachable(), writer], folder=tmp_path / "archive"), 5)
+    writer.close()
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == 2
+    assert (
+        "attn_monitor: logging pictures to Unreachable failed, training goes on. ConnectionError: no route" in texts[0]
+    )
+    assert "switched off after 3 failures in a row. ConnectionError" in texts[1]
+    assert {w.filename for w in caught} == {__file__}
+    assert len(load_snapshots(tmp_path / "archive")) == 5
+    assert len(Events(tmp_path).images("attn_maps/image0")) == 5
+
+
+def test_the_last_failure_is_told_at_the_end() -> None:
+    with pytest.warns(UserWarning, match="no route to host"):
+        loop(Publisher([Unreachable()]), 1)
+
+
+def test_finish_tells_too(tmp_path: Path) -> None:
+    writer, told = SummaryWriter(tmp_path), []
+    publisher = Publisher([writer], warn=told.append)
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)))
+    last = monitor.snapshot({"backbone": tiny_vit()}, step=0)
+    publisher.publish(last, monitor.probe, monitor.history)
+    publisher.drain()
+    writer.close()
+    writer._get_file_writer = lambda: (_ for _ in ()).throw(OSError("closed"))
+    publisher.finish(monitor.probe, monitor.history, last)
+    assert told == ["logging the end of the run to SummaryWriter failed, training goes on. OSError: closed"]
+    publisher.close()
+
+
+def test_warnings_go_where_one_says() -> None:
+    told: list[str] = []
+    loop(Publisher([Unreachable()], warn=told.append), 2)
+    assert len(told) == 1
+    assert told[0].startswith("logging pictures to Unreachable failed")
+
+
+def test_whoever_passes_the_account_reports_himself() -> None:
+    failures, told = Failures(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(Publisher([Unreachable()], failures=failures), 1)
+    failures.report(told.append)
+    assert len(told) == 1

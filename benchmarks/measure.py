@@ -82,7 +82,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     function()  # caches that are filled once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
         kept = function()
-    results = log.profiler.kineto_results  # type: ignore[union-attr]
+    results = log.profiler.kineto_results
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     del kept
     taken = highest = 0

@@ -32,12 +32,10 @@ class Memory:
 def measure_memory(size: Size) -> Memory:
     """Peaks of one model, run plainly and captured."""
     model, images = timm_vit(size), size.images()
-    peaks = [
-        peak_bytes(run)
-        for run in (
-            no_grad(model, images),
-            recorder(model, images, "all"),
-            recorder(model, images, "all", "always"),
-        )
-    ]
-    return Memory(size.tokens, *peaks, matrices=size.depth * size.matrix_bytes)
+    return Memory(
+        tokens=size.tokens,
+        plain=peak_bytes(no_grad(model, images)),
+        ours=peak_bytes(recorder(model, images, "all")),
+        verified=peak_bytes(recorder(model, images, "all", "always")),
+        matrices=size.depth * size.matrix_bytes,
+    )

@@ -88,10 +88,11 @@ def timm_vit(size: Size) -> nn.Module:
     """timm's ViT with fused attention."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    model: nn.Module = VisionTransformer(
         img_size=size.pixels, patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads,
         num_classes=0,
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return model.eval()
 
 
 def ours(size: Size) -> dict[str, Run]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from attn_monitor import AttentionSnapshot, LayerAttention, drawing, render
 from benchmarks.measure import Spread, take_turns
@@ -33,9 +34,8 @@ def photographs(count: int, pixels: int = 224) -> list[drawing.Pixels]:
     """Real photographs where scikit-image is installed, which come with it; else smooth noise."""
     if importlib.util.find_spec("skimage") is None:
         noise = np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
-        return [drawing.resize(picture, (pixels, pixels), drawing.Image.Resampling.BICUBIC) for picture in noise]
+        return [drawing.resize(picture, (pixels, pixels), Image.Resampling.BICUBIC) for picture in noise]
     import skimage.data
-    from PIL import Image
 
     folder = Path(skimage.data.__file__).parent
     files = [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]

@@ -45,7 +45,8 @@ class OnlyAttention(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
             x = layer(x)
-        return x
+        tokens: Tensor = x
+        return tokens
 
 
 class _WithoutKernel(TorchDispatchMode):
@@ -80,7 +81,7 @@ def _own_cost(layers: int, images: int, side: int, budget: float) -> float:
 
     def without_kernel(run: Callable[[], Any]) -> Callable[[], None]:
         def inner() -> None:
-            with _WithoutKernel():
+            with _WithoutKernel():  # type: ignore[no-untyped-call]
                 run()
 
         return inner

@@ -192,7 +192,7 @@ def _fit(size: Size, steps: int, callbacks: Callable[[Tensor], list[pl.Callback]
             enable_checkpointing=False, default_root_dir=folder,
         )  # fmt: skip
         module = Distillation(size)
-        loader = DataLoader(images, batch_size=size.batch)  # type: ignore[arg-type]
+        loader: DataLoader[Tensor] = DataLoader(images, batch_size=size.batch)  # type: ignore[arg-type]
         with _quiet():
             started = time.perf_counter()
             trainer.fit(module, loader)

@@ -41,13 +41,17 @@ def panel(
     the share of patches in its mass mask.
     """
     rows: list[tuple[str, list[tuple[str, Pixels]]]] = []
+    known: dict[tuple[tuple[int, int], int], Cells] = {}  # roles mostly share one: the photograph is resized once
     for role in snapshot.roles:
         if not _has_layer(snapshot, role, layer):
             continue
         attention = snapshot.layer(role, layer)
         maps, labels = _mean_and_heads(attention.maps[image], style.heads)
         target = style.cell or round(math.sqrt(PANEL_PIXELS / (len(labels) + 1) / len(snapshot.roles)))
-        cells = Cells(photo, attention.grid, style, min(target, LARGEST_CELL), truth)
+        key = attention.grid, min(target, LARGEST_CELL)
+        if key not in known:
+            known[key] = Cells(photo, attention.grid, style, key[1], truth)
+        cells = known[key]
         pictures = cells.draw(maps.numpy(), _masks(maps, style.threshold))
         flat = maps.flatten(-2)
         figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)

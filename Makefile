@@ -1,9 +1,10 @@
-# Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the documents' charts.
+# Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the
+# documents' charts, make bench writes docs/benchmarks.md.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
@@ -21,6 +22,10 @@ check: $(VENV)/.setup-dev
 docs: $(VENV)/.setup-dev
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_curves.py
+
+# About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
+bench: $(VENV)/.setup-dev
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

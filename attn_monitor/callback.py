@@ -126,10 +126,12 @@ class AttentionMapCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device now: find its attention, on images of the probe's size."""
+        started = time.perf_counter()
         models = resolve_targets(pl_module, self.targets)
         if self.monitor is not None:
             with trainer.precision_plugin.forward_context():
                 self.monitor.check(models)
+        self._blocked += time.perf_counter() - started
 
     def on_validation_batch_start(
         self,
@@ -179,10 +181,11 @@ class AttentionMapCallback(pl.Callback):
         if self.monitor is not None and self.schedule.last_step != trainer.global_step:
             self._snapshot(trainer, pl_module)
         if self._publisher is not None:
+            ended = time.perf_counter()
             if self.monitor is not None and self.monitor.previous is not None:
                 self._publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
             self._publisher.drain()
-            self._report_cost(self._publisher)
+            self._report_cost(self._publisher, time.perf_counter() - ended)
         self._report_failures()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -316,11 +319,12 @@ class AttentionMapCallback(pl.Callback):
             lambda text: rank_zero_warn(f"AttentionMapCallback: {text}"), reraise=self.on_error == "raise"
         )
 
-    def _report_cost(self, publisher: Publisher) -> None:
+    def _report_cost(self, publisher: Publisher, waited: float) -> None:
         wall = time.perf_counter() - self._started
         rank_zero_info(
             f"AttentionMapCallback: {self._taken} snapshots, {self._blocked:.1f} s on the training thread "
-            f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {publisher.writer.seconds:.1f} s behind it"
+            f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {waited:.1f} s waiting at the end, "
+            f"{publisher.writer.seconds:.1f} s behind training"
             + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
         )
         flags = self.monitor.health.flags if self.monitor is not None else []

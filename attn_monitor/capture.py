@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from attn_monitor import functional as F
 from attn_monitor.discovery import Site, discover, mismatch
 from attn_monitor.errors import NonFiniteAttentionError, UnsupportedAttentionError
-from attn_monitor.isolation import model_device_dtype
+from attn_monitor.isolation import all_modules, model_device_dtype
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
-from attn_monitor.running import Forward, check_materialised, default_forward, is_sharded, run_forward, subtrees
-from attn_monitor.selection import Layers, QuerySpec, check_query, cls_index, select_sites
-from attn_monitor.sources import Query
-from attn_monitor.tokens import TokenStatistics, block_of, watch_tokens
+from attn_monitor.plan import Plan, Reading, make_plan
+from attn_monitor.running import Forward, check_materialised, default_forward, run_forward
+from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
+from attn_monitor.tokens import TokenStatistics, watch_tokens
 
 __all__ = [
     "AttentionRecorder",
@@ -119,23 +119,18 @@ class AttentionRecorder:
         self._forward, self.distance, self.tokens = forward or default_forward, distance, tokens
         self._sites: tuple[Site, ...] = ()
         self._known: tuple[Any, ...] | None = None
+        self._plan: Plan | None = None
         self._verified = False
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
-        images = self._prepare(images)
-        known = (tuple(images.shape[1:]), images.dtype, images.device, _structure(self.model))
-        if known != self._known:
-            self._sites, self._known, self._verified = (
-                discover(self.model, images, self._forward),
-                known,
-                False,
-            )
+        self._look(images)
         return self._sites
 
     def check(self, images: Tensor) -> None:
         """Raise the reason if a wanted layer cannot be read on images of this size."""
-        select_sites(self.sites(images), self.layers, self.query, self.model)
+        self._look(images)
+        self._planned()
 
     def __call__(
         self, images: Tensor, *, each: Callable[[Site, Observation], None] | None = None
@@ -149,22 +144,36 @@ class AttentionRecorder:
             raise TypeError(
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
-        images = self._prepare(images)
-        wanted = select_sites(self.sites(images), self.layers, self.query, self.model)
+        images = self._look(images)
         verify = self.verify == "always" or (bool(self.verify) and not self._verified)
-        recorded = self._record(images, wanted, verify, each)
+        recorded = self._record(images, self._planned(), verify, each)
         self._verified = self._verified or verify
         return recorded
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        check_materialised(self.model)
+    def _look(self, images: Tensor) -> Tensor:
+        """The images as the model takes them; finds its sites anew when the model or the images' size has changed."""
+        structure = _structure(self.model)
+        if self._known is None or structure != self._known[-1]:
+            check_materialised(self.model)
         device, dtype = model_device_dtype(self.model)
-        return images.to(device=device, dtype=dtype)
+        images = images.to(device=device, dtype=dtype)
+        known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
+        if known != self._known:
+            self._sites = discover(self.model, images, self._forward)
+            self._known, self._plan, self._verified = known, None, False
+        return images
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            wanted = select_sites(self._sites, self.layers, self.query, self.model)
+            assert self._known is not None
+            self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
+        return self._plan
 
     def _record(
         self,
         images: Tensor,
-        wanted: dict[SiteKey, tuple[Site, Query]],
+        plan: Plan,
         verify: bool,
         each: Callable[[Site, Observation], None] | None,
     ) -> list[LayerAttention]:
@@ -172,7 +181,7 @@ class AttentionRecorder:
         distances: dict[SiteKey, Tensor] = {}
 
         def report(key: SiteKey, seen: Observation) -> None:
-            site, _ = wanted[key]
+            site = plan.readings[key].site
             seen = seen.regrouped(len(images), site.folding)
             if _as_found(site, seen, images):
                 if self.distance:
@@ -183,62 +192,47 @@ class AttentionRecorder:
 
         observer = AttentionObserver(
             report,
-            lambda key: wanted[key][1] if key in wanted else None,
+            lambda key: plan.readings[key].query if key in plan.readings else None,
             images=images,
             verify=verify,
-            last=None if is_sharded(self.model) else next(reversed(wanted)),
+            last=plan.last,
         )
         with ExitStack() as stack:
-            tokens = self._watch_tokens(stack, images, wanted) if self.tokens else {}
-            watched = subtrees(self.model, {path for path, _ in wanted})
-            run_forward(self.model, images, self._forward, observer, watched)
-        for key, (site, _) in wanted.items():
+            tokens = _watch_tokens(stack, images, plan)
+            run_forward(self.model, images, self._forward, observer, plan.watched)
+        for key, reading in plan.readings.items():
+            site = reading.site
             if key not in found or not _as_found(site, found[key], images):
                 self._known = None  # look again next time
                 raise UnsupportedAttentionError(
                     f"layer {site.index} ({site.name}): attention was not where it had been found on the first look; "
                     "the model takes another path for these images"
                 )
-        verdicts = settle([found[key] for key in wanted])
+        verdicts = settle([found[key] for key in plan.readings])
         return [
-            self._layer(site, found[key], verdict, distances.get(key), tokens.get(key))
-            for (key, (site, _)), verdict in zip(wanted.items(), verdicts, strict=True)
+            self._layer(reading, found[key], verdict, distances.get(key), tokens.get(key))
+            for (key, reading), verdict in zip(plan.readings.items(), verdicts, strict=True)
         ]
-
-    def _watch_tokens(
-        self, stack: ExitStack, images: Tensor, wanted: dict[SiteKey, tuple[Site, Query]]
-    ) -> dict[SiteKey, TokenStatistics]:
-        """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
-        seen: dict[SiteKey, TokenStatistics] = {}
-        modules, paths = dict(self.model.named_modules()), {site.key[0] for site in self._sites}
-        for key, (site, _) in wanted.items():
-            block = block_of(key[0], paths, modules)
-            if block is None or site.layout is None:
-                continue
-            patches = torch.tensor(site.layout.patches, device=images.device)
-            report = partial(seen.setdefault, key)
-            watch_tokens(stack, modules[block], (len(images), site.keys), patches, cls_index(site, self.model), report)
-        return seen
 
     def _layer(
         self,
-        site: Site,
+        reading: Reading,
         seen: Observation,
         verdict: Verdict,
         distance: Tensor | None,
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
+        site = reading.site
         assert seen.rows is not None
         assert site.layout is not None
         if self.nonfinite == "raise" and not verdict.finite:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if verdict.finite and (verdict.error > seen.tolerance or verdict.error == float("inf")):
             raise mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
-        rows, order = seen.rows.float(), site.layout.order
+        rows, order = seen.rows.float(), reading.order
         norms = None if tokens is None else tokens.norms.float()
-        if order != tuple(range(len(order))):
-            index = torch.tensor(order, device=rows.device)
-            rows, norms = rows[..., index], None if norms is None else norms[..., index]
+        if order is not None:
+            rows, norms = rows[..., order], None if norms is None else norms[..., order]
         return LayerAttention(
             layer=site.index,
             name=site.name,
@@ -251,6 +245,16 @@ class AttentionRecorder:
             norms=norms,
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
         )
+
+
+def _watch_tokens(stack: ExitStack, images: Tensor, plan: Plan) -> dict[SiteKey, TokenStatistics]:
+    """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
+    seen: dict[SiteKey, TokenStatistics] = {}
+    for key, reading in plan.readings.items():
+        block, shape = reading.block, (len(images), reading.site.keys)
+        if block is not None:
+            watch_tokens(stack, block.module, shape, block.patches, block.cls, partial(seen.setdefault, key))
+    return seen
 
 
 def _as_found(site: Site, seen: Observation, images: Tensor) -> bool:
@@ -278,5 +282,5 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
 
 
 def _structure(model: nn.Module) -> int:
-    """Changes when a submodule is replaced, added or removed."""
-    return hash(tuple((name, id(module)) for name, module in model.named_modules()))
+    """Changes when a submodule is replaced, added, removed, renamed, or given another class (as FSDP does)."""
+    return hash(tuple((id(module), type(module), *module._modules) for module in all_modules(model)))

@@ -89,12 +89,17 @@ def overlay(maps: Array, grey: Array, *, scale: str = "uniform") -> Pixels:
     Where a map is not finite, the whole cell is dull red: missing, never zero.
     """
     finite = np.isfinite(maps).all((-2, -1))
-    level = intensity(np.nan_to_num(maps, posinf=0, neginf=0), scale)
-    colour = enlarge(colours()[(level * 255).astype(np.uint8)], grey.shape)
-    opacity = enlarge((0.45 + 0.5 * level).astype(np.float32)[..., None], grey.shape)
-    mixed = (1 - opacity) * (grey * 0.62)[..., None] + opacity * colour
-    mixed[~finite] = MISSING
-    return np.asarray(mixed.round().clip(0, 255).astype(np.uint8))
+    level = intensity(np.nan_to_num(maps, posinf=0, neginf=0), scale).astype(np.float32)
+    # All that is the same down a patch is computed once for it, and the rest along whole rows of pixels, 3 · w values.
+    (gh, gw), (height, width) = maps.shape[-2:], grey.shape
+    opacity = 0.45 + 0.5 * level
+    colour = opacity[..., None] * colours()[(level * 255).astype(np.uint8)] + np.float32(0.5)  # to be rounded down
+    colour = colour.repeat(width // gw, -2).reshape(*maps.shape[:-1], 1, 3 * width)
+    through = ((1 - opacity) * np.float32(0.62)).repeat(3 * (width // gw), -1)[..., None, :]
+    below = grey.astype(np.float32).repeat(3, -1).reshape(gh, height // gh, 3 * width)
+    pictures: Pixels = (through * below + colour).astype(np.uint8).reshape(*maps.shape[:-2], height, width, 3)
+    pictures[~finite] = MISSING
+    return pictures
 
 
 def enlarge(maps: Array, size: tuple[int, ...]) -> Array:
@@ -148,10 +153,57 @@ class Cells:
         return pictures
 
 
-def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, width: float, largest: int = 13) -> None:
+@functools.lru_cache(maxsize=4096)
+def _word(text: str, size: int) -> tuple[Image.Image, float]:
+    """A word's coverage in 0…255, from the top of its line, and how far it advances."""
+    used = font(size)
+    _, _, right, bottom = used.getbbox(text)
+    mask = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))))
+    ImageDraw.Draw(mask).text((0, 0), text, 255, used)
+    return mask, float(used.getlength(text))
+
+
+def text_width(text: str, size: int) -> float:
+    """Width in pixels of a line of text."""
+    words = text.split(" ")
+    return sum(_word(word, size)[1] for word in words) + (len(words) - 1) * _word(" ", size)[1]
+
+
+def put(
+    canvas: Image.Image,
+    at: tuple[float, float],
+    text: str,
+    colour: tuple[int, int, int],
+    size: int,
+    anchor: str = "l",
+) -> None:
+    """A line of text whose left end ("l"), middle ("m") or right end ("r") is at this place.
+
+    Word by word from those that have been drawn before: captions are made of the same few words and numbers again
+    and again, and letters take longer to draw than maps.
+    """
+    x = at[0] - {"l": 0.0, "m": 0.5, "r": 1.0}[anchor] * text_width(text, size)
+    for word in text.split(" "):
+        mask, advance = _word(word, size)
+        canvas.paste(colour, (round(x), round(at[1])), mask)
+        x += advance + _word(" ", size)[1]
+
+
+def write(canvas: Image.Image, at: tuple[float, float], text: str, width: float, largest: int = 13) -> None:
     """A line of text in the largest size that fits the width."""
-    size = next((s for s in range(largest, 8, -1) if draw.textlength(text, font(s)) <= width), 8)
-    draw.text(at, text, TEXT, font(size))
+    size = next((s for s in range(largest, 8, -1) if text_width(text, s) <= width), 8)
+    put(canvas, at, text, TEXT, size)
+
+
+def blank(width: int, height: int) -> Pixels:
+    """A picture of nothing but background."""
+    return np.array(Image.new("RGB", (width, height), BACKGROUND))
+
+
+def paste(canvas: Pixels, x: int, y: int, picture: Pixels) -> None:
+    """Put a picture onto another, at the pixel of its upper left corner, in place."""
+    height, width = picture.shape[:2]
+    canvas[y : y + height, x : x + width] = picture
 
 
 def short(step: int) -> str:
@@ -163,7 +215,6 @@ def short(step: int) -> str:
 
 def legend(
     canvas: Image.Image,
-    draw: ImageDraw.ImageDraw,
     top: int,
     style: Style,
     *,
@@ -179,15 +230,16 @@ def legend(
     for index, tick in enumerate(ticks):
         x = GAP + index * (bar - 1) / (len(ticks) - 1)
         anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
-        draw.text((x, top + 12), tick, DIM, font(12 + large), anchor=f"{anchor}a")
+        put(canvas, (x, top + 12), tick, DIM, 12 + large, anchor)
     x = GAP * 3 + bar
     unit = "x uniform attention" if style.scale == "uniform" else "each map for itself"
-    draw.text((x, top - 4), unit, DIM, font(13 + large))
+    put(canvas, (x, top - 4), unit, DIM, 13 + large)
     keys = [(MASK, f"top {style.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
+    draw = ImageDraw.Draw(canvas)
     for colour, text in keys:
         draw.rectangle((x, top + 16, x + 11, top + 27), outline=colour, width=2)
-        draw.text((x + 18, top + 12), text, DIM, font(13 + large))
-        x += 36 + int(draw.textlength(text, font(13 + large)))
+        put(canvas, (x + 18, top + 12), text, DIM, 13 + large)
+        x += 36 + int(text_width(text, 13 + large))
 
 
 def jpeg(picture: Pixels, quality: int = 65) -> bytes:

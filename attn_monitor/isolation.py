@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -21,8 +21,9 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
-        stack.enter_context(_eval_mode(model))
-        stack.enter_context(_buffers_restored(model))
+        modules = all_modules(model)
+        stack.enter_context(_eval_mode(modules))
+        stack.enter_context(_buffers_restored(modules))
         stack.enter_context(_random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
@@ -32,8 +33,8 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modules = [m for m in model.modules() if m.training]
+def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modules = [m for m in modules if m.training]
     for module in modules:
         module.training = False  # not .eval(): methods overridden by users may do more than set the flag
     try:
@@ -44,10 +45,10 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
+def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
     before = [
         (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
@@ -64,7 +65,8 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _random_state_restored(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others use is kept
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    parameters = model.parameters() if torch.cuda.is_initialized() else ()
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             yield
@@ -93,6 +95,17 @@ def _mha_fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module once, in no order of use: what `model.modules()` gives, whose nested generators take far longer."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

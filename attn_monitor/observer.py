@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,20 +94,20 @@ class AttentionObserver(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if ops.is_fused(func):
+        kwargs, kind = kwargs or {}, ops.kind_of(func)
+        if kind == "fused":
             return self._fused(func, args, kwargs)
         out = func(*args, **kwargs)
-        if func in ops.SOFTMAX:
+        if kind == "softmax":
             if ops.attention_softmax(func, args, out):
                 self._pending = [*self._pending[-3:], out]  # the last few: gates' own softmaxes never meet a V
-        elif func in ops.PRODUCT:
+        elif kind == "product":
             self.products += 1
             if self._pending:
                 self._explicit(args)
-        elif func is torch.ops.aten.convolution.default:
+        elif kind == "convolution":
             self._convolution(args, out)
-        elif ops.may_be_fused(func, args):
+        elif kind == "foreign" and ops.looks_like_attention(args):
             self._unknown(func, args, kwargs, out)
         return out
 

@@ -35,6 +35,7 @@ aten = torch.ops.aten
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 PRODUCT = {aten.bmm.default}
+_OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -94,7 +95,7 @@ def settle(observations: Sequence[Observation]) -> list[Verdict]:
         nothing = seen.rows.new_full((), math.nan)
         mixed = seen.mixed if seen.mixed is not None else nothing
         facts += [seen.rows.isfinite().all(), seen.error if seen.error is not None else nothing, mixed]
-    numbers = torch.stack([f.double() for f in facts]).tolist() if facts else []
+    numbers = torch.stack([f.float() for f in facts]).tolist() if facts else []
     return [
         Verdict(finite == 1, error, mixed == 1)
         for finite, error, mixed in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
@@ -129,15 +130,26 @@ def _argument_names(func: Any) -> tuple[str, ...]:
     return tuple(a.name for a in schema.arguments) if schema is not None else ()
 
 
-def is_fused(func: Any) -> bool:
-    """PyTorch's own fused attention operations, all of which are (B, H, N, D)."""
-    return getattr(func, "namespace", "") == "aten" and "_scaled_dot_product_" in str(func)
+@functools.lru_cache(maxsize=1024)
+def kind_of(func: Any) -> str:
+    """What an operation could be to attention: "fused", "softmax", "product", "convolution", "foreign", or nothing.
+
+    Fused are PyTorch's own attention operations, all of which are (B, H, N, D). Foreign operations are from outside
+    ATen, and may be somebody's attention kernel.
+    """
+    if getattr(func, "namespace", "") not in _OWN:
+        return "foreign"
+    if func in SOFTMAX:
+        return "softmax"
+    if func in PRODUCT:
+        return "product"
+    if func is aten.convolution.default:
+        return "convolution"
+    return "fused" if "_scaled_dot_product_" in str(func) else ""
 
 
-def may_be_fused(func: Any, args: tuple[Any, ...]) -> bool:
-    """An operation from outside ATen whose first arguments look like q, k, v or like packed qkv."""
-    if getattr(func, "namespace", "") in ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional"):
-        return False
+def looks_like_attention(args: tuple[Any, ...]) -> bool:
+    """Whether the first arguments look like q, k, v or like packed qkv."""
     return _unknown_qkv(args) is not None or _packed_qkv(args) is not None
 
 

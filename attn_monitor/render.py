@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from attn_monitor import drawing
 from attn_monitor import functional as F
-from attn_monitor.drawing import BACKGROUND, GAP, LEGEND, LINE, MASK, TEXT, Array, Cells, Pixels, Style, up_to_block
+from attn_monitor.drawing import GAP, LEGEND, LINE, MASK, TEXT, Array, Cells, Pixels, Style, up_to_block
 from attn_monitor.snapshot import AttentionSnapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one
@@ -41,13 +41,17 @@ def panel(
     the share of patches in its mass mask.
     """
     rows: list[tuple[str, list[tuple[str, Pixels]]]] = []
+    known: dict[tuple[tuple[int, int], int], Cells] = {}  # roles mostly share one: the photograph is resized once
     for role in snapshot.roles:
         if not _has_layer(snapshot, role, layer):
             continue
         attention = snapshot.layer(role, layer)
         maps, labels = _mean_and_heads(attention.maps[image], style.heads)
         target = style.cell or round(math.sqrt(PANEL_PIXELS / (len(labels) + 1) / len(snapshot.roles)))
-        cells = Cells(photo, attention.grid, style, min(target, LARGEST_CELL), truth)
+        key = attention.grid, min(target, LARGEST_CELL)
+        if key not in known:
+            known[key] = Cells(photo, attention.grid, style, key[1], truth)
+        cells = known[key]
         pictures = cells.draw(maps.numpy(), _masks(maps, style.threshold))
         flat = maps.flatten(-2)
         figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)
@@ -100,19 +104,23 @@ def _compose(header: str, rows: list[tuple[str, list[tuple[str, Pixels]]]], styl
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + line + GAP
     title_height, header_height = line + GAP, HEADER + large
     size = max(columns * pitch_x + GAP, 53 * GAP), up_to_block(header_height) + LEGEND
-    canvas = Image.new("RGB", (size[0], size[1] + sum(title_height + n * pitch_y for n in lines)), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 7), header, TEXT, drawing.font(17 + large))
-    top = up_to_block(header_height)
+    pictures = drawing.blank(size[0], size[1] + sum(title_height + n * pitch_y for n in lines))
+    top, titles, captions = up_to_block(header_height), [], []
     for (title, cells), count in zip(rows, lines, strict=True):
-        draw.text((GAP, top + 2), title, MASK, drawing.font(15 + large))
+        titles.append((top + 2, title))
         top += title_height
         for index, (caption, picture) in enumerate(cells):
             x, y = GAP + index % columns * pitch_x, top + index // columns * pitch_y
-            canvas.paste(Image.fromarray(picture), (x, y))
-            drawing.write(draw, (x, y + height + 2), caption, width + GAP - 2, 13 + large)
+            drawing.paste(pictures, x, y, picture)
+            captions.append(((x, y + height + 2), caption))
         top += count * pitch_y
-    drawing.legend(canvas, draw, top + 6, style, truth=truth, large=large)
+    canvas = Image.fromarray(pictures)
+    drawing.put(canvas, (GAP, 7), header, TEXT, 17 + large)
+    for y, title in titles:
+        drawing.put(canvas, (GAP, y), title, MASK, 15 + large)
+    for at, caption in captions:
+        drawing.write(canvas, at, caption, width + GAP - 2, 13 + large)
+    drawing.legend(canvas, top + 6, style, truth=truth, large=large)
     return np.asarray(canvas)
 
 
@@ -161,12 +169,13 @@ def timelapse(
     size = max(columns * pitch_x + GAP, 32 * GAP), HEADER + math.ceil(len(cells) / columns) * pitch_y
     frames = []
     for snapshot in history:
-        canvas = Image.new("RGB", size, BACKGROUND)
+        pictures = drawing.blank(*size)
         title = f"{last.roles[-1]} · layer {attention.layer} · step {drawing.short(snapshot.step)}"
-        ImageDraw.Draw(canvas).text((GAP, 7), title, TEXT, drawing.font(17))
         for index, cell in enumerate(cells):
             shown = cell.draw(_map(snapshot, last.roles[-1], layer, index, None, missing).numpy())
-            canvas.paste(Image.fromarray(shown), (GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y))
+            drawing.paste(pictures, GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y, shown)
+        canvas = Image.fromarray(pictures)
+        drawing.put(canvas, (GAP, 7), title, TEXT, 17)
         frames.append(np.asarray(canvas))
     return frames
 
@@ -187,18 +196,18 @@ def _compose_strip(title: str, steps: list[int], labels: list[str], pictures: Pi
     margin = 13 * GAP
     left, top = margin + pitch_x, HEADER + 4 * GAP
     size = max(left + len(steps) * pitch_x, 58 * GAP), top + len(labels) * pitch_y + LEGEND
-    canvas = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 7), title, TEXT, drawing.font(21))
-    canvas.paste(Image.fromarray(cells.photo), (margin, top))
-    draw.text((left - 2 * GAP, top - 23), "step", TEXT, drawing.font(18), anchor="ra")
+    canvas = drawing.blank(*size)
+    drawing.paste(canvas, margin, top, cells.photo)
+    for row, shown in enumerate(pictures):
+        for column, picture in enumerate(shown):
+            drawing.paste(canvas, left + column * pitch_x, top + row * pitch_y, picture)
+    strip = Image.fromarray(canvas)
+    drawing.put(strip, (GAP, 7), title, TEXT, 21)
+    drawing.put(strip, (left - 2 * GAP, top - 23), "step", TEXT, 18, "r")
     for column, step in enumerate(steps):
-        at = (left + column * pitch_x + width / 2, top - 23)
-        draw.text(at, drawing.short(step), TEXT, drawing.font(18), anchor="ma")
+        drawing.put(strip, (left + column * pitch_x + width / 2, top - 23), drawing.short(step), TEXT, 18, "m")
     for row, label in enumerate(labels):
-        y = top + row * pitch_y
-        draw.multiline_text((GAP, y + 8), label, TEXT, drawing.font(18))
-        for column, picture in enumerate(pictures[row]):
-            canvas.paste(Image.fromarray(picture), (left + column * pitch_x, y))
-    drawing.legend(canvas, draw, top + len(labels) * pitch_y + 6, cells.style, masks=False, large=3)
-    return np.asarray(canvas)
+        for line, text in enumerate(label.split("\n")):
+            drawing.put(strip, (GAP, top + row * pitch_y + 8 + 22 * line), text, TEXT, 18)
+    drawing.legend(strip, top + len(labels) * pitch_y + 6, cells.style, masks=False, large=3)
+    return np.asarray(strip)

@@ -1,0 +1,87 @@
+"""What one recording of a model shares with the next: which sites are wanted, how to read them, what to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.discovery import Site
+from attn_monitor.observer import SiteKey
+from attn_monitor.running import is_sharded
+from attn_monitor.selection import cls_index
+from attn_monitor.sources import Query
+from attn_monitor.tokens import block_of
+
+
+@dataclass(frozen=True)
+class Block:
+    """The transformer block around a site, and where the patches and the CLS token stand in what enters it."""
+
+    module: nn.Module
+    patches: Tensor
+    cls: int | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one wanted site is read."""
+
+    site: Site
+    query: Query
+    order: Tensor | None  # token indices, prefix first and patches row by row; None where they stand so already
+    block: Block | None  # only where its tokens are asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the wanted layers of a model are read; valid while its modules and the images' size stay the same.
+
+    ``watched`` are the (path, module) pairs inside which operations are looked at; after the site ``last`` nothing is
+    needed any more (None: the forward must run to its end).
+    """
+
+    readings: Mapping[SiteKey, Reading]
+    watched: Sequence[tuple[str, nn.Module]]
+    last: SiteKey | None
+
+
+def make_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    wanted: Mapping[SiteKey, tuple[Site, Query]],
+    device: torch.device,
+    *,
+    tokens: bool,
+) -> Plan:
+    """Everything that can be known before the forward runs; ``tokens``: what enters the blocks is asked for too."""
+    modules = dict(model.named_modules())
+    readings = {
+        key: Reading(site, query, _order(site, device), _block(site, sites, modules, model, device) if tokens else None)
+        for key, (site, query) in wanted.items()
+    }
+    roots, paths = {path for path, _ in wanted}, {site.key[0] for site in sites}
+    # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
+    watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
+    return Plan(readings, watched, None if is_sharded(model) else next(reversed(readings)))
+
+
+def _is_below(path: str, root: str) -> bool:
+    return root == "" or path.startswith(f"{root}.")
+
+
+def _order(site: Site, device: torch.device) -> Tensor | None:
+    assert site.layout is not None
+    order = site.layout.order
+    return None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
+
+
+def _block(
+    site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], model: nn.Module, device: torch.device
+) -> Block | None:
+    path = block_of(site.key[0], {s.key[0] for s in sites}, modules)
+    if path is None or site.layout is None:
+        return None
+    return Block(modules[path], torch.tensor(site.layout.patches, device=device), cls_index(site, model))

@@ -1,0 +1,1 @@
+"""What the monitor costs, next to a plain forward and to other ways of getting attention: `make bench`."""

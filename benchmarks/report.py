@@ -1,0 +1,185 @@
+"""Turns a run into the document: tables, targets, and what lies behind the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.measure import Spread
+from benchmarks.results import Results
+from benchmarks.speed import Table
+from benchmarks.targets import targets
+
+_HOW = """All figures are ratios between things that were run in turns, in one process, on the same images and with the
+same threads, round after round in alternating order; each is the median over the rounds, with the quartiles in
+brackets. Models have random weights in float32, on the CPU. *Ours* is what every snapshot but the first does: the
+sites are known, and row · V is compared with the model's output only where it says "verified".
+
+Peers are set up as their users would do for speed. Each ratio is to the plain no-gradient forward of the peer's own
+model in its fastest form (Hugging Face's with fused attention; vit-pytorch has explicit attention only); "over ours"
+divides that ratio by ours on timm's model for as many layers, and "same model" is the peer's time over ours on the
+very model that the peer ran on. Hugging Face and vit-pytorch give all layers or nothing, so they are compared with
+both. timm's `AttentionExtract` sees no fused attention: *as documented* it is switched off in all blocks; *tuned by
+hand* it is off in the last block alone, and the traced model is cut off after its softmax. The DINO-style function
+was written for this benchmark; it runs timm's own modules."""
+
+_FLOOR = """The last layer's row needs everything up to q and k of the last block, and nothing after. What can be left
+out is therefore that block's attention, projection and MLP: counting multiplications, {floors}. What is above it:
+
+- Python at each operation of a watched module (a dozen to twenty for each layer), its hooks, and once per snapshot
+  the walk over the modules that tells whether the model has changed: well under a millisecond for one layer, two or
+  three for twelve. It does not grow with the images, so it weighs most for small models and a single image.
+- One row of attention: a product of q's row with k for each head, O(tokens).
+- With verification, the last block's attention itself and one product with V for each layer.
+
+Where a peer comes close, it leaves out the same part of the model: a graph traced for one layer and cut off there
+does no more work than ours but for the softmax over all queries of the last layer, which is one layer of twelve. An
+explicit model (vit-pytorch, DINO's own code) has already paid for the matrix when it is read. The difference is then
+what a peer copies and stacks, and the last block."""
+
+_PICTURES = """Matplotlib draws one figure of the same cells for each image, as notebooks do, at {figure_kb:.0f} kB of
+PNG for all. Ours are {panel_kb:.0f} kB of panels and {strip_kb:.0f} kB of film strips for each snapshot of
+{images} images, two roles and twelve heads, in {panels_ms:.0f} ms and {strips_ms:.0f} ms, encoding included and
+behind the training loop. Colours are looked up in a table, heads are drawn all at once, and text is the largest part
+of what remains. JPEG is encoded by Pillow: torchvision's encoder is no faster by enough, and halves the resolution of
+colour, which blurs outlines and text."""
+
+_TRAINING = """A student and its moving average (ViT-Ti/16, 224 px) for {steps} steps on random images with
+{snapshots} snapshots of a probe of eight, and metrics to TensorBoard. Each snapshot, metrics and their logging
+included, holds the loop up for {blocked} plain forwards of the probe through both models; {idle} while nothing is
+drawn in the background, which competes for the same cores on a machine without an accelerator. The callback says that
+it took {told:.1%} of the wall time, waiting for the last pictures included; Lightning's profiler, around all its
+hooks, {measured:.1%}. The fit took {longer:.1%} longer than without the callback, on as many cores, drawing
+included; snapshots are far more frequent here than in a real run."""
+
+_GROWTH = """Own cost is the time with the capture of all layers less the time without, on a model of nothing but
+attention whose kernel is left out of both runs: beside attention over 14,400 tokens, which grows with their square,
+it would drown in the noise. Six heads, 384 channels; 4 layers and 784 patches unless varied."""
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """`benchmarks.md` and `benchmarks.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(_sections(results)) + "\n"
+    (folder / "benchmarks.md").write_text(text, encoding="utf-8")
+    stored = {**results.stored(), "targets": [{**asdict(t), "reached": t.reached} for t in targets(results)]}
+    (folder / "benchmarks.json").write_text(json.dumps(stored, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _sections(results: Results) -> Iterator[str]:
+    yield "# What it costs"
+    yield f"Written by `make bench`. {_machine(results)}"
+    if results.quick:
+        yield "**A `--quick` run on tiny models: these figures say nothing.**"
+    yield _HOW
+    yield "## Targets"
+    yield _targets(results)
+    yield "## Next to a plain forward, and to the peers"
+    for measured in results.speed:
+        yield from _speed(measured)
+    if results.left_out:
+        yield "Left out: " + "; ".join(f"{what} ({why})" for what, why in results.left_out.items()) + "."
+    yield "## What remains, and why"
+    yield _FLOOR.format(floors=", ".join(_floor(t) for t in results.speed))
+    yield from _rest(results)
+
+
+def _machine(results: Results) -> str:
+    m = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
+    before, after = results.loads
+    return (
+        f"On {m['processor']}, {m['cores']} cores ({m['threads']} threads), {m['memory_gb']} GB, {m['system']}, Python "
+        f"{m['python']}, {versions}; {results.minutes:.0f} minutes, system load {before:.1f} at the start and "
+        f"{after:.1f} at the end (the run itself is {m['threads']})."
+    )
+
+
+def _targets(results: Results) -> str:
+    rows = [[t.what, t.text, _figure(t.measured), "reached" if t.reached else "**missed**"] for t in targets(results)]
+    return table(["what", "target", "measured", ""], rows)
+
+
+def _figure(spread: Spread) -> str:
+    """Two decimals for ratios, three figures for what is small, none for what is large."""
+    values = [spread.median, spread.low, spread.high]
+    digits = 0 if spread.median >= 100 else 2 if spread.median >= 0.1 else 4
+    median, low, high = (f"{v:,.{digits}f}" for v in values)
+    return median if spread.low == spread.high else f"{median} ({low} to {high})"
+
+
+def _speed(measured: Table) -> Iterator[str]:
+    yield f"### {measured.title}\n\nOne plain forward takes {measured.plain_ms:.0f} ms; {measured.rounds} rounds."
+    rows = [
+        [
+            row.way,
+            row.layers,
+            _figure(row.ratio),
+            *(" / ".join(f"{s.median:.2f}" for s in d.values()) for d in (row.speedup, row.speedup_same_model)),
+        ]
+        for row in measured.rows
+    ]
+    yield table(["", "layers", "in plain forwards", "over ours (last / all)", "same model (last / all)"], rows)
+    if measured.skipped:
+        yield "Skipped: " + "; ".join(f"{what} ({why})" for what, why in measured.skipped.items()) + "."
+
+
+def _floor(measured: Table) -> str:
+    """The share of multiplications up to q and k of the last block."""
+    size = measured.size
+    dense, attention = 24 * size.tokens * size.width**2, 4 * size.tokens**2 * size.width
+    stem = 2 * (size.tokens - 1) * 3 * size.patch**2 * size.width
+    needed = (size.depth - 1) * (dense + attention) + dense / 4 + stem  # a quarter: q, k and v come from one product
+    return f"{needed / (size.depth * (dense + attention) + stem):.3f} at {size.pixels} px ({size.name})"
+
+
+def _rest(results: Results) -> Iterator[str]:
+    if (m := results.memory) is not None:
+        yield "## Memory"
+        yield (
+            f"Peaks from PyTorch's allocator, with {m.tokens:,} tokens and twelve layers, one image: a plain forward "
+            f"takes {m.plain / 1e6:.1f} MB, the capture of all layers {m.ours / 1e6:.1f} MB ({m.extra:+.1%}), verified "
+            f"{m.verified / 1e6:.1f} MB. The full matrices would take {m.matrices / 1e6:,.0f} MB, {m.saving:,.0f} "
+            "times what the capture adds."
+        )
+    if (p := results.pictures) is not None:
+        yield "## Pictures"
+        yield _PICTURES.format(
+            images=p.images, panels_ms=p.panels_ms, strips_ms=p.strips_ms, panel_kb=p.panel_bytes / 1e3,
+            strip_kb=p.strip_bytes / 1e3, figure_kb=p.matplotlib_bytes / 1e3,
+        )  # fmt: skip
+    if (t := results.training) is not None:
+        yield "## In a training"
+        yield _TRAINING.format(**asdict(t) | {"blocked": _figure(t.blocked), "idle": _figure(t.idle)})
+    if results.metrics is not None:
+        yield (
+            "The default metrics of an all-layers snapshot with two roles, drift and divergence included, take "
+            f"{_figure(results.metrics)} of the two plain forwards of its probe of eight (ViT-S/16, 224 px)."
+        )
+    if results.growth:
+        yield "## Growth"
+        yield _GROWTH
+        rows = [
+            [
+                g.of,
+                ", ".join(f"{s:,}" for s in g.sizes),
+                ", ".join(f"{c:.2f}" for c in g.milliseconds),
+                f"{g.fixed:.2f} + {g.slope:.2g} per unit",
+                f"{g.r_squared:.3f}",
+            ]
+            for g in results.growth
+        ]
+        yield table(["of", "sizes", "own cost, ms", "line, ms", "R²"], rows)
+    if (s := results.startup) is not None:
+        yield "## Start"
+        yield (
+            f"`import attn_monitor` adds {_figure(s.milliseconds)} ms to `import lightning.pytorch`, and loads "
+            f"{', '.join(s.unwanted) or 'none of wandb, matplotlib, timm, transformers, mlflow, scipy and pandas'}."
+        )

@@ -1,0 +1,36 @@
+"""Everything that one run measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.measure import Spread
+from benchmarks.memory import Memory
+from benchmarks.pictures import Pictures
+from benchmarks.scaling import Growth
+from benchmarks.speed import Table
+from benchmarks.startup import Startup
+from benchmarks.training import Training
+
+
+@dataclass
+class Results:
+    """One run; what was not measured is None or empty. ``loads`` are the machine's before and after."""
+
+    machine: dict[str, Any]
+    quick: bool
+    left_out: dict[str, str]
+    speed: list[Table] = field(default_factory=list)
+    memory: Memory | None = None
+    pictures: Pictures | None = None
+    training: Training | None = None
+    growth: list[Growth] = field(default_factory=list)
+    metrics: Spread | None = None
+    startup: Startup | None = None
+    minutes: float = 0.0
+    loads: tuple[float, float] = (0.0, 0.0)
+
+    def stored(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)

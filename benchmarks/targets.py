@@ -1,0 +1,72 @@
+"""What is aimed at, and whether a run reached it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.measure import Spread
+from benchmarks.results import Results
+from benchmarks.speed import Table
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a measured figure."""
+
+    what: str
+    bound: float
+    measured: Spread
+    at_most: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median keeps the bound."""
+        return self.measured.median <= self.bound if self.at_most else self.measured.median >= self.bound
+
+    @property
+    def text(self) -> str:
+        """The bound in words."""
+        return f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
+
+
+def targets(results: Results) -> Iterator[Target]:
+    """Every target that this run has measured something for."""
+    for table in results.speed:
+        yield from _captures(table)
+        yield from _peers(table)
+    if (memory := results.memory) is not None:
+        extra, saving = Spread.of([memory.extra]), Spread.of([memory.saving])
+        yield Target(f"extra peak memory of all layers, {memory.tokens:,} tokens, share of a forward's", 0.02, extra)
+        yield Target("full matrices over what the capture adds", 100, saving, at_most=False)
+    if (pictures := results.pictures) is not None:
+        what = f"panels of {pictures.images} images: matplotlib's time over ours"
+        yield Target(what, 20, pictures.speedup, at_most=False)
+    if (training := results.training) is not None:
+        yield Target("training held up for a snapshot, over the probe's plain forward", 1.05, training.blocked)
+        gap = Spread.of([abs(training.told - training.measured)])
+        yield Target("the callback's own share of wall time, apart from the profiler's", 0.01, gap)
+    for growth in results.growth:
+        fit = Spread.of([growth.r_squared])
+        yield Target(f"own cost on a straight line over {growth.of}: R²", 0.95, fit, at_most=False)
+    if results.startup is not None:
+        yield Target("milliseconds that the import adds", 50, results.startup.milliseconds)
+        yield Target("unwanted packages imported", 0, Spread.of([float(len(results.startup.unwanted))]))
+
+
+def _captures(table: Table) -> Iterator[Target]:
+    bounds = {
+        224: {("ours", "last"): 0.95, ("ours", "all"): 1.05, ("ours, verified", "last"): 1.05},
+        960: {("ours", "last"): 1.0, ("ours", "all"): 1.10, ("ours, verified", "last"): 1.05},
+    }.get(table.size.pixels, {})
+    for row in table.rows:
+        if (bound := bounds.get((row.way, row.layers))) is not None:
+            yield Target(f"{row.way}, {row.layers}: {table.title}, in plain forwards", bound, row.ratio)
+
+
+def _peers(table: Table) -> Iterator[Target]:
+    bound = {224: 1.2, 960: 2.0}.get(table.size.pixels)
+    for row in table.rows:
+        if bound is not None and "last" in row.speedup:
+            what = f"last layer, {row.way} over ours: {table.title}"
+            yield Target(what, bound, row.speedup["last"], at_most=False)

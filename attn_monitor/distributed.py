@@ -72,7 +72,8 @@ def agree(action: Callable[[], Result]) -> Result:
     failed = [(memory, rank, kind, text) for rank, (kind, text, memory) in _present(reports)]
     if failed:
         memory, rank, kind, text = min(failed)
-        raise _same_type(kind, f"{text} (process {rank} of {len(reports)})", memory) from error
+        cause = error if rank == dist.get_rank() else None  # another cause here must not change what is done next
+        raise _same_type(kind, f"{text} (process {rank} of {len(reports)})", memory) from cause
     return result
 
 

@@ -83,7 +83,8 @@ def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tenso
         finally:
             delattr(unit, _METHOD)
         return
-    inner: Any = unit.module  # of FullyShardedDataParallel
+    wrapper: Any = unit  # FullyShardedDataParallel
+    inner = wrapper.module
     own = vars(inner).get("forward")
 
     def restore() -> None:
@@ -97,7 +98,7 @@ def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tenso
 
     inner.forward = redirected
     try:
-        unit(images)
+        wrapper(images)
     finally:
         restore()
 
@@ -109,8 +110,9 @@ def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterat
         yield
     except Exception:
         for unit in around[:1] or _outermost(below):
-            if hasattr(unit, "reset_iter_state"):  # PyTorch's own way to recover from a forward that was cut short
-                unit.reset_iter_state()
+            reset = getattr(unit, "reset_iter_state", None)  # PyTorch's own, after a forward that was cut short
+            if reset is not None:
+                reset()
         raise
     finally:
         for unit in (*around, *below):

@@ -48,7 +48,8 @@ def assert_same_attention(seen: list[Seen]) -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_training_is_bit_identical(tmp_path: Path, processes: int) -> None:
     ranks = launch(f"{WORK}:harmless", tmp_path, processes=processes)
-    for way in WAYS:
+    assert len(ranks[0]) == (len(WAYS) if processes == 2 else 2)
+    for way in ranks[0]:
         seen = [rank[way] for rank in ranks]
         for process in seen:
             assert_equal(process["alone"], process["watched"])
@@ -179,6 +180,12 @@ def test_other_layers_in_one_process_are_refused(shares: list[Seen]) -> None:
     for kind, text in by(shares, "other layers"):
         assert kind == "UnsupportedAttentionError"
         assert "process 1 of 3 captured other layers" in text
+
+
+def test_synchronised_batch_norm_is_left_alone(shares: list[Seen]) -> None:
+    seen = shares[0]["batch norm"]
+    assert_equal({"": seen["before"]}, {"": seen["after"]})
+    assert seen["training"]
 
 
 def test_uneven_data_under_join(shares: list[Seen]) -> None:

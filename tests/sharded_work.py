@@ -93,7 +93,7 @@ class Whole(pl.Callback):
                 if handle.flat_param._full_param_padded.untyped_storage().size()
             }
         else:
-            self.names |= {name for name, p in pl_module.named_parameters() if not isinstance(p, DTensor)}
+            self.names |= set(whole_parameters(pl_module))
 
 
 class OnCPU(FSDPStrategy):
@@ -186,11 +186,12 @@ def by_hand(folder: Path) -> Seen:
     inside = AttentionMonitor(probe, layers="all", distributed=True, forward=forward_within(sharded))
     together = inside.snapshot({"backbone": sharded[0]}, step=0)
     seen["rows"] = [(together.rows("backbone", i), alone.rows("backbone", i)) for i in range(2)]
+    seen["left whole"] = whole_parameters(sharded)
     losses = [step(sharded)]
     failing = sharded[0].blocks[1].register_forward_pre_hook(_fail)
     seen["fails"] = error_of(inside, {"backbone": sharded[0]})
     failing.remove()
-    seen["left whole"] = [name for name, p in sharded.named_parameters() if not isinstance(p, DTensor)]
+    seen["left whole"] += whole_parameters(sharded)
     losses += [step(sharded), step(sharded)]
     seen["losses"] = losses, [step(twin) for _ in losses]
     seen["again"] = bool(inside.snapshot({"backbone": sharded[0]}, step=1).rows("backbone").isfinite().all())
@@ -210,6 +211,10 @@ def shard(model: nn.Sequential, mesh: Any) -> nn.Sequential:
     for block in model[0].blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def whole_parameters(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
 
 
 def _fail(module: nn.Module, args: Any) -> None:

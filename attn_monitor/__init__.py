@@ -18,6 +18,7 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.rollout import attention_rollout
+from attn_monitor.sharding import forward_within
 from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "VerificationError",
     "attention_rollout",
     "find_backbones",
+    "forward_within",
     "load_snapshots",
     "record_attention",
 ]

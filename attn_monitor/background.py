@@ -71,7 +71,7 @@ class Failures:
 
     def __init__(self, hint: str = "") -> None:
         self._hint = f"; {hint}" if hint else ""
-        self._news: queue.SimpleQueue[tuple[str, Exception]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
         self._in_a_row: dict[str, tuple[type[Exception], int]] = {}
 
     def attempt(self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[()] = ()) -> bool:
@@ -91,6 +91,10 @@ class Failures:
         self._in_a_row.pop(part, None)
         return True
 
+    def note(self, text: str) -> None:
+        """Something to warn of that is no failure of the monitor."""
+        self._news.put((text, None))
+
     def is_off(self, part: str) -> bool:
         """Whether a part has failed too often to be tried again."""
         return self._in_a_row.get(part, (Exception, 0))[1] >= MAX_FAILURES
@@ -109,6 +113,6 @@ class Failures:
         """Warn of what happened since the last report, or raise the first of it."""
         while not self._news.empty():
             message, error = self._news.get()
-            if reraise:
+            if reraise and error is not None:
                 raise error
             warn(message)

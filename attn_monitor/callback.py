@@ -6,17 +6,17 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from attn_monitor import drawing, sinks
+from attn_monitor import distributed, drawing, sinks
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import PATIENCE, Failures
 from attn_monitor.capture import Layers, QuerySpec, check_query
@@ -27,7 +27,10 @@ from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
-from attn_monitor.snapshot import ArchiveError, load_snapshots
+from attn_monitor.sharding import forward_within
+from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
+
+Result = TypeVar("Result")
 
 
 class AttentionMapCallback(pl.Callback):
@@ -106,6 +109,8 @@ class AttentionMapCallback(pl.Callback):
         self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
+        self._root: nn.Module | None = None
+        self._shared = False  # whether several processes train together
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that can be checked before training."""
@@ -114,8 +119,12 @@ class AttentionMapCallback(pl.Callback):
         self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
         self._archive: str | None = None
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
+        self._shared = trainer.world_size > 1
+        if self.monitor is not None:
+            self.monitor.distributed = self._shared
         if self.monitor is None and self.probe is not None:
-            self._use_probe(self._load_probe(self.probe))
+            given = self.probe
+            self._use_probe(self._from_first(trainer, lambda: self._load_probe(given)))
         if not _configures_late(pl_module):
             resolve_targets(pl_module, self.targets)
         if not trainer.loggers:
@@ -126,7 +135,7 @@ class AttentionMapCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device now: find its attention, on images of the probe's size."""
-        started = time.perf_counter()
+        started, self._root = time.perf_counter(), trainer.strategy.model
         models = resolve_targets(pl_module, self.targets)
         if self.monitor is not None:
             with trainer.precision_plugin.forward_context():
@@ -152,22 +161,28 @@ class AttentionMapCallback(pl.Callback):
             self.schedule.last_step = None  # another fit from the start with the same callback
             if self.monitor is not None:
                 self.monitor.forget()
+        self._share_probe(trainer)
         run_folder = _run_folder(trainer)
+        folder = None
+        if not getattr(trainer, "fast_dev_run", False):
+            folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
         if trainer.is_global_zero:
-            folder = None if getattr(trainer, "fast_dev_run", False) else self._choose_archive(trainer, run_folder)
             settings = f"`{self.state_key}`"
             self._publisher = Publisher(
                 trainer.loggers, folder=folder, style=self.style, failures=self._failures, settings=settings
             )
             self._tell_what_is_skipped(trainer.loggers)
-            self._catch_up(trainer.global_step)
+        for snapshot in self._from_first(trainer, lambda: self._missed(trainer.global_step)):
+            assert self.monitor is not None
+            self.monitor.remember(snapshot)
+            self.schedule.taken(snapshot.step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
         if self.monitor is None:
-            self._use_probe(adopt_images(batch, self.num_images))
+            self._use_probe(self._from_first(trainer, lambda: adopt_images(batch, self.num_images)))
         if self.schedule.due(trainer.global_step):
             self._snapshot(trainer, pl_module)
 
@@ -194,7 +209,8 @@ class AttentionMapCallback(pl.Callback):
             self._publisher.drain(PATIENCE)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the background thread."""
+        """End the background thread, and let go of the model."""
+        self._root = None
         if stage == "fit" and self._publisher is not None:
             self._publisher.close()
             self._publisher = None
@@ -259,7 +275,25 @@ class AttentionMapCallback(pl.Callback):
             metrics=self.metrics,
             health=self.health,
             verify=self.verify,
+            forward=self._forward,
+            distributed=self._shared,
         )
+
+    def _forward(self, model: nn.Module, images: Tensor) -> Any:
+        """The model's own forward, through the FSDP units around it where there are some."""
+        return forward_within(model if self._root is None else self._root)(model, images)
+
+    def _from_first(self, trainer: pl.Trainer, action: Callable[[], Result]) -> Result:
+        return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, action)
+
+    def _share_probe(self, trainer: pl.Trainer) -> None:
+        """The images of the sanity check differ from process to process: those of process 0 are watched."""
+        if self.probe is not None or self.schedule.last_step is not None or not self._shared:
+            return
+        probe = self._from_first(trainer, lambda: None if self.monitor is None else self.monitor.probe)
+        self.monitor = None
+        if probe is not None:
+            self._use_probe(probe)
 
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
@@ -270,19 +304,18 @@ class AttentionMapCallback(pl.Callback):
             self._archive = next(n for n in names if n not in taken and not any((run_folder / n).glob("*")))
         return run_folder / self._archive
 
-    def _catch_up(self, step: int) -> None:
+    def _missed(self, step: int) -> list[AttentionSnapshot]:
         """Resuming in the same folder: snapshots taken between the checkpoint and now need not be taken again."""
         folder = None if self._publisher is None else self._publisher.folder
-        if folder is None or self.monitor is None or self.schedule.last_step is None or not folder.is_dir():
-            return
+        last = self.schedule.last_step
+        if folder is None or self.monitor is None or last is None or not folder.is_dir():
+            return []
         try:
             written = load_snapshots(folder)
         except (FileNotFoundError, ArchiveError):
-            return
-        for snapshot in written:
-            if self.schedule.last_step < snapshot.step <= step and snapshot.names == self.monitor.probe.names:
-                self.monitor.remember(snapshot)
-                self.schedule.taken(snapshot.step)
+            return []
+        names = self.monitor.probe.names
+        return [snapshot for snapshot in written if last < snapshot.step <= step and snapshot.names == names]
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), trainer.global_step
@@ -305,8 +338,6 @@ class AttentionMapCallback(pl.Callback):
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
-        if snapshot.flags:
-            rank_zero_warn("AttentionMapCallback: attention health\n" + "\n".join(f"  {f}" for f in snapshot.flags))
 
     def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
         """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""

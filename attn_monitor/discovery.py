@@ -23,6 +23,7 @@ from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
 from attn_monitor.questions import keys_that_are_tokens, patch_codes
 from attn_monitor.running import Forward, run_forward
+from attn_monitor.sharding import refuse_split_parameters
 from attn_monitor.sources import Folding
 
 _IMAGES = 3  # noise, of which the first two are the same
@@ -74,7 +75,8 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     observer = AttentionObserver(
         lambda key, seen: found.append(_examine(key, seen, modules[key[0]])), lambda key: 0, images=noise
     )
-    run_forward(model, noise, forward, observer, modules.items())
+    with refuse_split_parameters(model):
+        run_forward(model, noise, forward, observer, modules.items())
     if not found:
         hint = "batched products but no softmax over tokens that meets V" if observer.products else "no batched product"
         raise NoAttentionError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from attn_monitor import distributed
 from attn_monitor.capture import AttentionRecorder, Forward, LayerAttention, Layers, QuerySpec
 from attn_monitor.drawing import thin
 from attn_monitor.health import Health, HealthLimits
@@ -19,6 +20,8 @@ from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot
 HISTORY = 24  # snapshots kept for film strips
 HEALTH_TAG = "attn/health_flags"  # how many have been raised so far
 
+Result = TypeVar("Result")
+
 
 class AttentionMonitor:
     """Takes snapshots of one or more models on a fixed probe.
@@ -28,6 +31,8 @@ class AttentionMonitor:
     ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance", which
     needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (first snapshot and
     after changes), "always" or False; ``forward`` calls a model when ``model(images)`` is not right.
+    ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
+    and gets the whole; otherwise a process that calls it looks by itself.
     """
 
     def __init__(
@@ -41,11 +46,12 @@ class AttentionMonitor:
         health: HealthLimits = HealthLimits(),
         verify: bool | str = True,
         forward: Forward | None = None,
+        distributed: bool = False,
     ) -> None:
         self.probe = probe
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = layers, query, check_threshold(threshold)
-        self.verify, self.forward = verify, forward
+        self.verify, self.forward, self.distributed = verify, forward, distributed
         self.previous: AttentionSnapshot | None = None
         self.history: list[AttentionSnapshot] = []
         self._chunk = len(probe)
@@ -53,15 +59,16 @@ class AttentionMonitor:
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
-        for role, model in models.items():
-            self._recorder(role, model).check(self.probe.images[:1])
+
+        def look() -> None:
+            for role, model in models.items():
+                self._recorder(role, model).check(self.probe.images[:1])
+
+        self._together(look)
 
     def snapshot(self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""
-        layers: dict[tuple[str, int], LayerAttention] = {}
-        for role, model in models.items():
-            for attention in self._record(self._recorder(role, model)):
-                layers[role, attention.layer] = attention
+        layers = self._capture(models)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
         layers = {key: _to_host(attention) for key, attention in layers.items()}
@@ -100,17 +107,41 @@ class AttentionMonitor:
         self.history = [AttentionSnapshot.from_state_dict(s) for s in state["history"]]
         self.health.load_state_dict(state["health"])
 
-    def _record(self, recorder: AttentionRecorder) -> list[LayerAttention]:
-        """The whole probe, on the model's device; in smaller and smaller chunks when memory runs out."""
+    def _capture(self, models: Mapping[str, nn.Module]) -> dict[tuple[str, int], LayerAttention]:
+        """The whole probe, on the models' device; in smaller and smaller chunks when memory runs out."""
+        part = distributed.share(len(self.probe)) if self._is_shared() else None
+        images = self.probe.images if part is None else self.probe.images[list(part.indices)]
         while True:
             try:
-                chunks = [recorder(images) for images in self.probe.images.split(self._chunk)]
+                captured = self._together(lambda: self._record(models, images))
             except Exception as error:
-                if not _is_out_of_memory(error) or self._chunk == 1:
+                chunk = min(self._chunk, len(images))
+                if not distributed.is_out_of_memory(error) or chunk == 1:
                     raise
-                self._chunk = (self._chunk + 1) // 2
+                self._chunk = (chunk + 1) // 2
             else:
-                return [_joined(parts) for parts in zip(*chunks, strict=True)]
+                return captured if part is None else distributed.merge(captured, part)
+
+    def _record(self, models: Mapping[str, nn.Module], images: Tensor) -> dict[tuple[str, int], LayerAttention]:
+        layers = {}
+        for role, model in models.items():
+            recorder = self._recorder(role, model)
+            for parts in zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True):
+                layers[role, parts[0].layer] = _joined(parts)
+        return layers
+
+    def _is_shared(self) -> bool:
+        return self.distributed and distributed.is_on()
+
+    def _together(self, action: Callable[[], Result]) -> Result:
+        """Do it; in several processes, with one outcome for all."""
+        if not self._is_shared():
+            return action()
+        try:
+            return distributed.agree(action)
+        except Exception:
+            self._recorders.clear()  # so that all look for the layers anew: sharded models do so together
+            raise
 
     def remember(self, snapshot: AttentionSnapshot) -> None:
         """Make it the latest snapshot, which the next one is compared with."""
@@ -155,14 +186,6 @@ def _joined(parts: Sequence[LayerAttention]) -> LayerAttention:
 def _to_host(attention: LayerAttention) -> LayerAttention:
     moved: dict[str, Any] = {name: value.cpu() for name, value in _tensors(attention).items()}
     return replace(attention, **moved)
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """CUDA's own error, the CPU allocator's, or one that was caused by them."""
-    if error is None:
-        return False
-    cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in str(error)
-    return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _is_out_of_memory(error.__cause__)
 
 
 def check_threshold(threshold: float) -> float:

@@ -24,8 +24,8 @@ class Publisher:
     archiving, drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
-    Each failure is one warning, told by ``warn`` at the next call of a method; whoever passes ``failures`` reports them
-    instead. ``settings`` is Markdown that records how the run was watched.
+    Each failure is one warning, told by ``warn`` at the next call of a method, as are health flags; whoever passes
+    ``failures`` reports both instead. ``settings`` is Markdown that records how the run was watched.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class Publisher:
             if snapshot.flags:
                 tell = partial(sinks.log_flags, logger, flags=snapshot.flags, step=snapshot.step)
                 self.failures.attempt(f"logging health flags to {type(logger).__name__}", tell)
+        if snapshot.flags:
+            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in snapshot.flags))
         job = partial(self._write, snapshot, probe, list(history) or [snapshot], list(layers))
         self.failures.attempt("the background writer", partial(self._submit, job))
         self._report()

@@ -31,6 +31,12 @@ def check_materialised(model: nn.Module) -> None:
                 f"{type(model).__name__} cannot run yet: its parameter {name!r} has no values (meta device, or a lazy "
                 "module). Look at it after it has been materialised: Lightning does so in configure_model"
             )
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            raise ForwardError(
+                f"{type(model).__name__} cannot run by itself: its parameter {name!r} is partitioned by DeepSpeed's "
+                "ZeRO stage 3 (0 of its values are here), expected whole parameters. Train with stage 1 or 2, or with "
+                "FSDP, whose parameters are gathered for the probe"
+            )
 
 
 def run_forward(

@@ -62,3 +62,17 @@ def test_demo_names_a_missing_folder(tmp_path: Path) -> None:
     assert ran.returncode == 1
     assert "nowhere" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_fabric_on_two_processes(tmp_path: Path) -> None:
+    """Lightning Fabric starts two processes; the first one writes what both have seen."""
+    command = [sys.executable, ROOT / "examples" / "fabric.py", "--steps", "4", "--every", "2", "--folder", "run"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    snapshots = load_snapshots(tmp_path / "run" / "attn_monitor")
+    assert [s.step for s in snapshots] == [0, 2, 4]
+    assert snapshots[0].roles == ("student", "teacher")
+    assert "coffee" in snapshots[0].names
+    assert len(Events(tmp_path / "run").images("attn_maps/coffee")) == 3
+    assert ran.stdout.count("logs are in run") == 1

@@ -170,7 +170,8 @@ def _with_artefact(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "library", ["timm", "torchvision", "vit-pytorch", "hugging face", "sequence first", "attention in a list of its own"]
+    "library",
+    ["timm", "torchvision", "vit-pytorch", "hugging face", "sequence first", "attention in a list of its own"],
 )
 def test_blocks_of_every_library(library: str) -> None:
     """Norms are those of the layer's own input: known here, as the block is asked in its own library's names."""

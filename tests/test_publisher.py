@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,18 @@ def test_whoever_passes_the_account_reports_himself() -> None:
         loop(Publisher([Unreachable()], failures=failures), 1)
     failures.report(told.append)
     assert len(told) == 1
+
+
+def test_health_flags_are_warnings_too() -> None:
+    """In a hand-written loop, at the line that published them, and even where the publisher is not asked to write."""
+    publisher = Publisher([])
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)))
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.fill_(math.nan)
+    with pytest.warns(
+        UserWarning, match="attn_monitor: attention health\n  backbone, layer 1, heads 0, 1, 2, 3"
+    ) as told:
+        publisher.publish(monitor.snapshot({"backbone": model}, step=0), monitor.probe, monitor.history)
+    publisher.close()
+    assert [w.filename for w in told] == [__file__]

@@ -72,7 +72,7 @@ def chart(file: str, label: str, draw: Callable[[Axes], None], *, log: bool = Fa
     axes.grid(alpha=0.25)
     if log:
         axes.set_yscale("log")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(axes.get_lines()) > 2 else 4, fontsize=8, frameon=False)
     figure.savefig(OUT / f"{file}.png")
     plt.close(figure)
     Image.open(OUT / f"{file}.png").convert("RGB").quantize(64).save(OUT / f"{file}.png", optimize=True)

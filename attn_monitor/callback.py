@@ -24,6 +24,7 @@ from attn_monitor.errors import AttentionError
 from attn_monitor.health import HealthLimits
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
+from attn_monitor.names import check_name, renamed
 from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
@@ -51,6 +52,9 @@ class AttentionMapCallback(pl.Callback):
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw; None draws all.
         verify: check row·V against the model's output: True (first snapshot and after changes), "always", False.
+        name: tells several callbacks of one trainer apart, by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
+            Without, the first has plain tags and the second ``attn-2/…``. Lightning's checkpoints need names where
+            targets, layers and query are the same.
         on_error: "warn" (one warning, training goes on) or "raise".
 
     Logged, with {role} student, teacher or backbone:
@@ -84,6 +88,7 @@ class AttentionMapCallback(pl.Callback):
         scale: str = "uniform",
         heads: list[int] | None = None,
         verify: bool | str = True,
+        name: str | None = None,
         on_error: str = "warn",
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -104,6 +109,7 @@ class AttentionMapCallback(pl.Callback):
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
+        self.name = check_name(name)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
 
@@ -113,6 +119,7 @@ class AttentionMapCallback(pl.Callback):
             return
         self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
         self._archive: str | None = None
+        self._suffix = self._choose_suffix(trainer)
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._load_probe(self.probe))
@@ -155,7 +162,12 @@ class AttentionMapCallback(pl.Callback):
             folder = None if getattr(trainer, "fast_dev_run", False) else self._choose_archive(trainer, run_folder)
             settings = f"`{self.state_key}`"
             self._publisher = Publisher(
-                trainer.loggers, folder=folder, style=self.style, failures=self._failures, settings=settings
+                trainer.loggers,
+                folder=folder,
+                style=self.style,
+                failures=self._failures,
+                settings=settings,
+                name=self._suffix,
             )
             self._tell_what_is_skipped(trainer.loggers)
             self._catch_up(trainer.global_step)
@@ -199,7 +211,8 @@ class AttentionMapCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Distinct for callbacks that look at different things, so that several can be used at once."""
-        return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query)
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query, **named)
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state and the last step: a few megabytes at most, without pickled objects."""
@@ -258,12 +271,25 @@ class AttentionMapCallback(pl.Callback):
             verify=self.verify,
         )
 
+    def _choose_suffix(self, trainer: pl.Trainer) -> str:
+        """What follows the first part of every tag: the name, else a number from the second callback without one on."""
+        if self.name is not None:
+            same = [c for c in _all_of(trainer) if c.name == self.name]
+            if len(same) > 1:
+                raise ValueError(
+                    f"name={self.name!r}: {len(same)} AttentionMapCallbacks have it, expected different ones"
+                )
+            return self.name
+        number = 1 + [c for c in _all_of(trainer) if c.name is None].index(self)
+        return "" if number == 1 else str(number)
+
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
         if self._archive is None:
-            callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
-            taken = {c._archive for c in callbacks if isinstance(c, AttentionMapCallback) and c is not self}
-            names = ("attn_monitor" if n == 1 else f"attn_monitor-{n}" for n in itertools.count(1))
+            taken = {c._archive for c in _all_of(trainer) if c is not self}
+            base = renamed("attn_monitor", self.name or "")
+            first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
+            names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(first))
             self._archive = next(n for n in names if n not in taken and not any((run_folder / n).glob("*")))
         return run_folder / self._archive
 
@@ -298,7 +324,8 @@ class AttentionMapCallback(pl.Callback):
         with trainer.precision_plugin.forward_context():
             snapshot = self.monitor.snapshot(models, step=step, epoch=trainer.current_epoch)
         self._taken += 1
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)})
+        means = {renamed(k, self._suffix): torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)}
+        trainer.callback_metrics.update(means)
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
@@ -346,6 +373,11 @@ def _total_steps(trainer: pl.Trainer) -> float:
         return trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
         return math.inf
+
+
+def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 
 
 def _is_mean(tag: str) -> bool:

@@ -112,13 +112,15 @@ class AttentionMapCallback(pl.Callback):
         self.name = check_name(name)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
+        self._archive: str | None = None
+        self._run_folder: Path | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that can be checked before training."""
         if stage != "fit":
             return
         self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
-        self._archive: str | None = None
+        self._resumed = False
         self._suffix = self._choose_suffix(trainer)
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         if self.monitor is None and self.probe is not None:
@@ -153,11 +155,12 @@ class AttentionMapCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
         self.schedule.start(_total_steps(trainer))
-        if self.schedule.last_step is not None and self.schedule.last_step > trainer.global_step:
-            self.schedule.last_step = None  # another fit from the start with the same callback
-            if self.monitor is not None:
-                self.monitor.forget()
         run_folder = _run_folder(trainer)
+        ahead = self.schedule.last_step is not None and self.schedule.last_step > trainer.global_step
+        goes_on = self._resumed or (trainer.global_step > 0 and run_folder == self._run_folder)
+        if ahead or not goes_on:
+            self._start_afresh()
+        self._run_folder = run_folder
         if trainer.is_global_zero:
             folder = None if getattr(trainer, "fast_dev_run", False) else self._choose_archive(trainer, run_folder)
             settings = f"`{self.state_key}`"
@@ -233,6 +236,7 @@ class AttentionMapCallback(pl.Callback):
         assert self.monitor is not None
         self.monitor.load_state_dict(state_dict["monitor"])
         self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
+        self._resumed = True
         if given is not None and not _same_images(given, self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             rank_zero_warn(
@@ -270,6 +274,12 @@ class AttentionMapCallback(pl.Callback):
             health=self.health,
             verify=self.verify,
         )
+
+    def _start_afresh(self) -> None:
+        """Another fit with the same callback, and not one that goes on."""
+        self.schedule.last_step = self._archive = None
+        if self.monitor is not None:
+            self.monitor.forget()
 
     def _choose_suffix(self, trainer: pl.Trainer) -> str:
         """What follows the first part of every tag: the name, else a number from the second callback without one on."""

@@ -24,6 +24,7 @@ from attn_monitor.errors import AttentionError
 from attn_monitor.health import HealthLimits
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
+from attn_monitor.names import check_name, renamed
 from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
@@ -54,6 +55,9 @@ class AttentionMapCallback(pl.Callback):
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw; None draws all.
         verify: check row·V against the model's output: True (first snapshot and after changes), "always", False.
+        name: tells several callbacks of one trainer apart, by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
+            Without, the first has plain tags and the second ``attn-2/…``. Lightning's checkpoints need names where
+            targets, layers and query are the same.
         on_error: "warn" (one warning, training goes on) or "raise".
 
     Logged, with {role} student, teacher or backbone:
@@ -87,6 +91,7 @@ class AttentionMapCallback(pl.Callback):
         scale: str = "uniform",
         heads: list[int] | None = None,
         verify: bool | str = True,
+        name: str | None = None,
         on_error: str = "warn",
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -107,8 +112,11 @@ class AttentionMapCallback(pl.Callback):
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
+        self.name = check_name(name)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
+        self._archive: str | None = None
+        self._run_folder: Path | None = None
         self._root: nn.Module | None = None
         self._shared = False  # whether several processes train together
 
@@ -117,7 +125,8 @@ class AttentionMapCallback(pl.Callback):
         if stage != "fit":
             return
         self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
-        self._archive: str | None = None
+        self._resumed = False
+        self._suffix = self._choose_suffix(trainer)
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
         self._shared = trainer.world_size > 1
         if self.monitor is not None:
@@ -157,19 +166,23 @@ class AttentionMapCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
         self.schedule.start(_total_steps(trainer))
-        if self.schedule.last_step is not None and self.schedule.last_step > trainer.global_step:
-            self.schedule.last_step = None  # another fit from the start with the same callback
-            if self.monitor is not None:
-                self.monitor.forget()
-        self._share_probe(trainer)
         run_folder = _run_folder(trainer)
+        if not self._from_first(trainer, lambda: self._goes_on(trainer.global_step, run_folder)):
+            self._start_afresh()
+        self._run_folder = run_folder
+        self._share_probe(trainer)
         folder = None
         if not getattr(trainer, "fast_dev_run", False):
             folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
         if trainer.is_global_zero:
             settings = f"`{self.state_key}`"
             self._publisher = Publisher(
-                trainer.loggers, folder=folder, style=self.style, failures=self._failures, settings=settings
+                trainer.loggers,
+                folder=folder,
+                style=self.style,
+                failures=self._failures,
+                settings=settings,
+                name=self._suffix,
             )
             self._tell_what_is_skipped(trainer.loggers)
         for snapshot in self._from_first(trainer, lambda: self._missed(trainer.global_step)):
@@ -218,7 +231,8 @@ class AttentionMapCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Distinct for callbacks that look at different things, so that several can be used at once."""
-        return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query)
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query, **named)
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state and the last step: a few megabytes at most, without pickled objects."""
@@ -239,6 +253,7 @@ class AttentionMapCallback(pl.Callback):
         assert self.monitor is not None
         self.monitor.load_state_dict(state_dict["monitor"])
         self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
+        self._resumed = True
         if given is not None and not _same_images(given, self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             rank_zero_warn(
@@ -295,12 +310,36 @@ class AttentionMapCallback(pl.Callback):
         if probe is not None:
             self._use_probe(probe)
 
+    def _goes_on(self, step: int, run_folder: Path) -> bool:
+        """Whether this fit continues what the callback has seen: resumed, or the same run trained further."""
+        ahead = self.schedule.last_step is not None and self.schedule.last_step > step
+        return not ahead and (self._resumed or (step > 0 and run_folder == self._run_folder))
+
+    def _start_afresh(self) -> None:
+        """Another fit with the same callback, and not one that goes on."""
+        self.schedule.last_step = self._archive = None
+        if self.monitor is not None:
+            self.monitor.forget()
+
+    def _choose_suffix(self, trainer: pl.Trainer) -> str:
+        """What follows the first part of every tag: the name, else a number from the second callback without one on."""
+        if self.name is not None:
+            same = [c for c in _all_of(trainer) if c.name == self.name]
+            if len(same) > 1:
+                raise ValueError(
+                    f"name={self.name!r}: {len(same)} AttentionMapCallbacks have it, expected different ones"
+                )
+            return self.name
+        number = 1 + [c for c in _all_of(trainer) if c.name is None].index(self)
+        return "" if number == 1 else str(number)
+
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
         if self._archive is None:
-            callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
-            taken = {c._archive for c in callbacks if isinstance(c, AttentionMapCallback) and c is not self}
-            names = ("attn_monitor" if n == 1 else f"attn_monitor-{n}" for n in itertools.count(1))
+            taken = {c._archive for c in _all_of(trainer) if c is not self}
+            base = renamed("attn_monitor", self.name or "")
+            first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
+            names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(first))
             self._archive = next(n for n in names if n not in taken and not any((run_folder / n).glob("*")))
         return run_folder / self._archive
 
@@ -334,7 +373,8 @@ class AttentionMapCallback(pl.Callback):
         with trainer.precision_plugin.forward_context():
             snapshot = self.monitor.snapshot(models, step=step, epoch=trainer.current_epoch)
         self._taken += 1
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)})
+        means = {renamed(k, self._suffix): torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)}
+        trainer.callback_metrics.update(means)
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
@@ -381,6 +421,11 @@ def _total_steps(trainer: pl.Trainer) -> float:
         return trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
         return math.inf
+
+
+def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 
 
 def _is_mean(tag: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from attn_monitor import drawing, render, sinks
 from attn_monitor import functional as F
 from attn_monitor.background import BackgroundWriter, Failures
+from attn_monitor.names import renamed
 from attn_monitor.probe import ProbeBatch
 from attn_monitor.snapshot import AttentionSnapshot, snapshot_path
 
@@ -25,7 +27,8 @@ class Publisher:
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
     Each failure is one warning, told by ``warn`` at the next call of a method, as are health flags; whoever passes
-    ``failures`` reports both instead. ``settings`` is Markdown that records how the run was watched.
+    ``failures`` reports both instead. ``settings`` is Markdown that records how the run was watched. ``name`` keeps
+    several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Publisher:
         failures: Failures | None = None,
         warn: Callable[[str], None] | None = None,
         settings: str = "",
+        name: str = "",
     ) -> None:
         self.loggers, self.folder, self.style, self.settings = list(loggers), folder, style, settings
+        self.name = name
         self.failures = failures or Failures()
         self._tell = None if failures is not None else warn or _warn
         self.writer = BackgroundWriter()
@@ -56,11 +61,12 @@ class Publisher:
     ) -> None:
         """Log a snapshot; ``layers`` are those to draw, ``history`` what the film strips show (this one included)."""
         self._define_axes()
+        metrics = {renamed(tag, self.name): value for tag, value in snapshot.metrics.items()}
         for logger in self.loggers:
-            part = partial(sinks.log_scalars, logger, metrics=snapshot.metrics, step=snapshot.step)
+            part = partial(sinks.log_scalars, logger, metrics=metrics, step=snapshot.step)
             self.failures.attempt(f"logging metrics to {type(logger).__name__}", part)
             if snapshot.flags:
-                tell = partial(sinks.log_flags, logger, flags=snapshot.flags, step=snapshot.step)
+                tell = partial(sinks.log_flags, logger, flags=snapshot.flags, step=snapshot.step, name=self.name)
                 self.failures.attempt(f"logging health flags to {type(logger).__name__}", tell)
         if snapshot.flags:
             self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in snapshot.flags))
@@ -100,9 +106,10 @@ class Publisher:
         if self.folder is not None:
             attempt("writing the archive", partial(_archive, self.folder, snapshot, probe))
         if not self._described:
-            text = sinks.how_to_read(self.style.threshold, self.style.scale, self.settings)
+            text = sinks.how_to_read(self.style.threshold, self.style.scale, self.settings, self.name)
             for logger in self.loggers:
-                action = partial(sinks.describe_run, logger, text=text, layers=list(snapshot.layers))
+                layers_of = list(snapshot.layers)
+                action = partial(sinks.describe_run, logger, text=text, layers=layers_of, name=self.name)
                 attempt(f"describing the run to {type(logger).__name__}", action)
             self._described = True
         takers = [logger for logger in self.loggers if sinks.takes_pictures(logger)]
@@ -126,9 +133,12 @@ class Publisher:
         layer: int,
     ) -> None:
         sinks.log_pictures(logger, pictures=pictures, step=snapshot.step)
-        sinks.log_histograms(logger, snapshot=snapshot)
+        sinks.log_histograms(logger, snapshot=snapshot, name=self.name)
         if sinks.kind_of(logger) == "wandb":
-            overlays = _overlays(snapshot, probe, layer, self.style.threshold)
+            overlays = [
+                replace(o, tag=renamed(o.tag, self.name))
+                for o in _overlays(snapshot, probe, layer, self.style.threshold)
+            ]
             sinks.log_overlays(logger, overlays=overlays, step=snapshot.step)
 
     def finish(self, probe: ProbeBatch, history: Sequence[AttentionSnapshot], last: AttentionSnapshot) -> None:
@@ -144,7 +154,7 @@ class Publisher:
         draw = partial(_timelapse, history, probe, self.style)
         if takers and self.failures.attempt("drawing the time-lapse", lambda: gif.append(draw())):
             for logger in takers:
-                action = partial(_log_end, logger, gif[0], probe, history, last, self.style)
+                action = partial(_log_end, logger, gif[0], probe, history, last, self.style, self.name)
                 self.failures.attempt(f"logging the end of the run to {type(logger).__name__}", action)
 
     def _draw(
@@ -158,8 +168,8 @@ class Publisher:
                 caption = f"{name}, step {snapshot.step}"
                 shown = render.panel(snapshot, index, photo, layer=layer, truth=truth, style=self.style)
                 strip = render.filmstrip(history, index, photo, layer=layer, style=self.style)
-                pictures.append(sinks.Picture(f"attn_maps/{name}{suffix}", shown, caption))
-                pictures.append(sinks.Picture(f"attn_filmstrip/{name}{suffix}", strip, caption))
+                pictures.append(sinks.Picture(renamed(f"attn_maps/{name}{suffix}", self.name), shown, caption))
+                pictures.append(sinks.Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption))
         return pictures
 
 
@@ -206,8 +216,9 @@ def _log_end(
     history: Sequence[AttentionSnapshot],
     last: AttentionSnapshot,
     style: drawing.Style,
+    name: str,
 ) -> None:
-    sinks.log_animation(logger, tag="attn_timelapse", gif=gif, step=last.step)
+    sinks.log_animation(logger, tag=renamed("attn_timelapse", name), gif=gif, step=last.step)
     if sinks.kind_of(logger) != "wandb":
         return
     thumbnails = {}
@@ -221,4 +232,4 @@ def _log_end(
         for key, attention in snapshot.layers.items():
             values = F.entropy(attention.maps.flatten(-2)).mean(0).tolist()
             entropies.setdefault(key, {})[snapshot.step] = values
-    sinks.log_summary(logger, snapshot=last, thumbnails=thumbnails, entropies=entropies)
+    sinks.log_summary(logger, snapshot=last, thumbnails=thumbnails, entropies=entropies, name=name)

@@ -1,7 +1,7 @@
 """What each logger can take: TensorBoard, Weights & Biases, MLflow, and any other by `log_metrics` and `log_image`.
 
 This is the only place that knows how pictures are encoded for whom and in which channel order. No logger's package is
-imported unless that logger is in use.
+imported unless that logger is in use. A ``name`` tells several callbacks of one run apart, see `names`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from PIL import Image
@@ -22,10 +24,15 @@ from attn_monitor import drawing
 from attn_monitor import functional as F
 from attn_monitor.health import HealthFlag
 from attn_monitor.metrics import metric_tag
+from attn_monitor.names import renamed, titled
 from attn_monitor.snapshot import AttentionSnapshot
 
 WANDB_AXIS = "trainer/global_step"  # Lightning's own name for it
 HISTOGRAM_TAG = "attn_histogram/{role}/layer{layer}/entropy"
+
+# Of each TensorBoard writer. Only the last layout in a run is shown, so it has to hold the charts of all callbacks.
+_charts: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_charts_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -132,25 +139,26 @@ def log_overlays(logger: Any, *, overlays: Sequence[Overlay], step: int) -> None
     _log_row(logger, {o.tag: wandb.Image(o.photo, masks=masks(o), file_type="jpg") for o in overlays}, step)
 
 
-def log_flags(logger: Any, *, flags: Sequence[HealthFlag], step: int) -> None:
+def log_flags(logger: Any, *, flags: Sequence[HealthFlag], step: int, name: str = "") -> None:
     """Health flags in words: an alert on W&B, text on TensorBoard, a file on MLflow; others have their number only."""
     text, kind = "\n".join(f"- {flag}" for flag in flags), kind_of(logger)
     if kind == "wandb":
-        _run(logger).alert(title="attention health", text=text, level="WARN")
+        _run(logger).alert(title=titled("attention health", name), text=text, level="WARN")
     elif kind == "tensorboard":
-        _writer(logger).add_text("attn_monitor/health", text, step)
+        _writer(logger).add_text(renamed("attn_monitor/health", name), text, step)
     elif kind == "mlflow":
-        logger.experiment.log_text(logger.run_id, text, f"attn_health/step-{step:09d}.txt")
+        logger.experiment.log_text(logger.run_id, text, renamed(f"attn_health/step-{step:09d}.txt", name))
 
 
-def log_histograms(logger: Any, *, snapshot: AttentionSnapshot) -> None:
+def log_histograms(logger: Any, *, snapshot: AttentionSnapshot, name: str = "") -> None:
     """Distribution of the entropy over heads and images, for each role and layer (TensorBoard)."""
     if kind_of(logger) != "tensorboard":
         return
     for (role, layer), attention in snapshot.layers.items():
         values = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
         if np.isfinite(values).all():
-            _writer(logger).add_histogram(HISTOGRAM_TAG.format(role=role, layer=layer), values, snapshot.step)
+            tag = renamed(HISTOGRAM_TAG.format(role=role, layer=layer), name)
+            _writer(logger).add_histogram(tag, values, snapshot.step)
 
 
 def log_animation(logger: Any, *, tag: str, gif: bytes, step: int) -> None:
@@ -177,6 +185,7 @@ def log_summary(
     snapshot: AttentionSnapshot,
     thumbnails: Mapping[tuple[str, int, int, int], drawing.Pixels],
     entropies: Mapping[tuple[str, int], Mapping[int, Sequence[float]]],
+    name: str = "",
 ) -> None:
     """At the end of a run, on W&B: a table of the last snapshot, and one chart of all heads for each layer.
 
@@ -191,32 +200,36 @@ def log_summary(
         p = snapshot.maps(role, layer)[image, head].flatten()
         figures = [float(F.entropy(p)), float(F.mask_area(p))]
         table.add_data(snapshot.names[image], role, layer, head, *figures, wandb.Image(thumbnail, file_type="jpg"))
-    media: dict[str, Any] = {"attn_table": table}
+    media: dict[str, Any] = {renamed("attn_table", name): table}
     for (role, layer), by_step in entropies.items():
         heads = [list(series) for series in zip(*by_step.values(), strict=True)]
-        media[f"attn_heads_chart/{role}/layer{layer}"] = wandb.plot.line_series(
+        media[renamed(f"attn_heads_chart/{role}/layer{layer}", name)] = wandb.plot.line_series(
             xs=list(by_step),
             ys=heads,
             keys=[f"head {h}" for h in range(len(heads))],
-            title=f"entropy per head, {role}, layer {layer}",
+            title=titled(f"entropy per head, {role}, layer {layer}", name),
             xname="step",
         )
     _log_row(logger, media, snapshot.step)
 
 
-def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]]) -> None:
+def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]], name: str = "") -> None:
     """Once for each run, on TensorBoard: how to read the maps, and a chart of all heads for each role and layer."""
     if kind_of(logger) != "tensorboard":
         return
-    _writer(logger).add_text("attn_monitor/how_to_read", text, 0)
+    writer = _writer(logger)
+    writer.add_text(renamed("attn_monitor/how_to_read", name), text, 0)
     charts = {
-        f"{metric.replace('_', ' ')} per head": {
-            f"{role}, layer {layer}": ["Multiline", [f"{metric_tag(role, layer, metric, 0)[:-1]}.*"]]
+        titled(f"{metric.replace('_', ' ')} per head", name): {
+            f"{role}, layer {layer}": ["Multiline", [f"{renamed(metric_tag(role, layer, metric, 0), name)[:-1]}.*"]]
             for role, layer in layers
         }
         for metric in ("entropy", "mask_area", "prefix_mass", "drift")
     }
-    _writer(logger).add_custom_scalars(charts)
+    with _charts_lock:
+        together = _charts.setdefault(writer, {})
+        together.update(charts)
+        writer.add_custom_scalars(together)
 
 
 def _writer(logger: Any) -> Any:
@@ -248,7 +261,7 @@ def _run(logger: Any) -> Any:
     return logger.experiment if hasattr(logger, "experiment") else logger
 
 
-def how_to_read(threshold: float, scale: str, settings: str = "") -> str:
+def how_to_read(threshold: float, scale: str, settings: str = "", name: str = "") -> str:
     """Markdown for the dashboard: what the pictures show, with this run's settings."""
     colours = (
         "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "
@@ -256,10 +269,11 @@ def how_to_read(threshold: float, scale: str, settings: str = "") -> str:
         if scale == "uniform"
         else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
     )
+    strips, panels = renamed("attn_filmstrip", name), renamed("attn_maps", name)
     return (
-        f"### How to read the attention maps\n\n{colours} Outlined in cyan: the smallest set of patches that holds "
-        f"{threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 uniform, 0 one patch); "
-        "the percentage is the outlined area. `attn_filmstrip` shows the steps so far in one picture; start "
-        "TensorBoard with `--samples_per_plugin images=1000` to see more than ten steps of `attn_maps`. Charts of all "
-        f"heads of a layer are under *Custom Scalars*.\n\n{settings}"
+        f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
+        f"patches that holds {threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "
+        f"uniform, 0 one patch); the percentage is the outlined area. `{strips}` shows the steps so far in one "
+        "picture; start TensorBoard with `--samples_per_plugin images=1000` to see more than ten steps of "
+        f"`{panels}`. Charts of all heads of a layer are under *Custom Scalars*.\n\n{settings}"
     )

@@ -91,11 +91,12 @@ def test_health_flags_are_warnings_too() -> None:
     publisher = Publisher([])
     monitor = AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)))
     model = tiny_vit()
+    publisher.publish(monitor.snapshot({"backbone": model}, step=0), monitor.probe, monitor.history)
     with torch.no_grad():
         model.blocks[1].attn.qkv.weight.fill_(math.nan)
     with pytest.warns(
         UserWarning, match="attn_monitor: attention health\n  backbone, layer 1, heads 0, 1, 2, 3"
     ) as told:
-        publisher.publish(monitor.snapshot({"backbone": model}, step=0), monitor.probe, monitor.history)
+        publisher.publish(monitor.snapshot({"backbone": model}, step=1), monitor.probe, monitor.history)
     publisher.close()
     assert [w.filename for w in told] == [__file__]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import take_turns
 from benchmarks.peers import no_grad, recorder
 
-HEADS, WIDTH, PATCH = 6, 384, 4
+HEADS, WIDTH, PATCH, LAYERS, SIDE = 3, 96, 4, 4, 28
 
 
 class _Attend(nn.Module):
@@ -99,10 +99,9 @@ def _line(of: str, sizes: Sequence[int], costs: Sequence[float]) -> Growth:
 
 
 def measure_growth(sides: Sequence[int], layers: Sequence[int], images: Sequence[int], budget: float) -> list[Growth]:
-    """Own cost against tokens (of 4 layers), layers and images (of 4 layers): a line through each."""
-    side, depth = 28, 4
+    """Own cost against tokens, layers and images, the others as they are: a line through each."""
     return [
-        _line("tokens", [s * s for s in sides], [_own_cost(depth, 1, s, budget) for s in sides]),
-        _line("layers", layers, [_own_cost(n, 1, side, budget) for n in layers]),
-        _line("images", images, [_own_cost(depth, n, side, budget) for n in images]),
+        _line("tokens", [s * s for s in sides], [_own_cost(LAYERS, 1, s, budget) for s in sides]),
+        _line("layers", layers, [_own_cost(n, 1, SIDE, budget) for n in layers]),
+        _line("images", images, [_own_cost(LAYERS, n, SIDE, budget) for n in images]),
     ]

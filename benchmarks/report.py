@@ -55,10 +55,10 @@ it took {told:.1%} of the wall time, waiting for the last pictures included; Lig
 hooks, {measured:.1%}. The fit took {longer:.1%} longer than without the callback, on as many cores, drawing
 included; snapshots are far more frequent here than in a real run."""
 
-_GROWTH = """Own cost is the time with the capture of all layers less the time without, on a model of nothing but
-attention whose kernel is left out of both runs: beside attention over 14,400 tokens, which grows with their square,
-it would drown in the noise. {heads} heads, {width} channels; {layers} layers, {patches} patches and one image unless
-varied."""
+_GROWTH = """Own cost is the processor time, on one thread, with the capture of all layers less that without, on a model
+of nothing but attention whose kernel is left out of both runs: beside attention over 14,400 tokens, which grows with
+their square, it would drown in the noise. {heads} heads, {width} channels; {layers} layers, {patches} patches and one
+image unless varied."""
 
 
 def write_report(results: Results, folder: Path) -> None:

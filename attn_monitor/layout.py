@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_monitor.sources import widen
+
 MAX_PREFIX = 64
 
 
@@ -53,8 +55,9 @@ def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
 def changed_tokens(values: Tensor, reference: Tensor) -> Tensor:
     """Which tokens differ between (B, H, K, D) values and a (1, H, K, D) reference: bool (B, K)."""
     eps = torch.finfo(values.dtype).eps
-    change = (values.double() - reference.double()).square().sum((1, 3)).sqrt()
-    size = reference.double().square().sum((1, 3)).sqrt().clamp_min(1e-12)
+    values, reference = widen(values), widen(reference)
+    change = (values - reference).square().sum((1, 3)).sqrt()
+    size = reference.square().sum((1, 3)).sqrt().clamp_min(1e-12)
     return change / size > max(1e-3, 8 * eps)
 
 

@@ -28,9 +28,9 @@ def patch_codes(
         if seen.values is not None:
             values.append(seen.values)
 
-    observer = AttentionObserver(
-        report, lambda k: 0 if k == key else None, images=coded, last=None if is_sharded(model) else key
-    )
+    last = None if is_sharded(model) else key
+    # Only V is looked at, so the attention of all these images need not be computed.
+    observer = AttentionObserver(report, lambda k: 0 if k == key else None, images=coded, verify=False, last=last)
     run_forward(model, coded, forward, observer, subtrees(model, {key[0]}))
     return lay.read_codes(values[0])
 
@@ -59,7 +59,7 @@ def keys_that_are_tokens(
                 confirmed[key] = max(length, confirmed.get(key, 0))
 
     image = lay.noise_images(images, 1).expand(_MARKS, -1, -1, -1)
-    observer = AttentionObserver(report, lambda key: 0 if key in sites else None, images=image)
+    observer = AttentionObserver(report, lambda key: 0 if key in sites else None, images=image, verify=False)
     paths = {path for path, _ in sites}
     with ExitStack() as stack:
         for path, module in model.named_modules():

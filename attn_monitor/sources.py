@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -70,8 +70,9 @@ class FusedCall:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, a few queries at a time."""
+        laid_out = replace(self, k=self._keys.contiguous())  # once, instead of in the product of every chunk
         for start in range(0, self.q.shape[2], _CHUNK):
-            yield start, self._softmax(slice(start, start + _CHUNK))
+            yield start, laid_out._softmax(slice(start, start + _CHUNK))
 
     @functools.cached_property
     def _keys(self) -> Tensor:
@@ -81,7 +82,9 @@ class FusedCall:
     def _softmax(self, queries: slice) -> Tensor:
         q, k = widen(self.q[:, :, queries]), self._keys
         scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
-        scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, queries, K)
+        q = q * scale
+        # A single query as k · q: with the keys to the right, those of several images would be copied and transposed.
+        scores = (k @ q.mT).mT if q.shape[2] == 1 else q @ k.mT  # (B, H, queries, K)
         if self.bias is not None:
             bias = self.bias[..., queries, :] if self.bias.ndim > 1 and self.bias.shape[-2] > 1 else self.bias
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias

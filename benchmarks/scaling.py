@@ -7,6 +7,7 @@ what remains is the reading.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import take_turns
 from benchmarks.peers import no_grad, recorder
 
-HEADS, WIDTH, PATCH = 6, 384, 4
+HEADS, WIDTH, PATCH, LAYERS, SIDE = 3, 96, 4, 4, 28
 
 
 class _Attend(nn.Module):
@@ -87,7 +88,7 @@ def _own_cost(layers: int, images: int, side: int, budget: float) -> float:
         return inner
 
     turns = {"plain": without_kernel(plain), "ours": without_kernel(captured)}
-    seconds = take_turns(turns, budget=budget, least=7, most=60).seconds
+    seconds = take_turns(turns, budget=budget, least=9, most=60, clock=time.process_time).seconds
     return 1000 * median(ours - plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
 
 
@@ -99,10 +100,14 @@ def _line(of: str, sizes: Sequence[int], costs: Sequence[float]) -> Growth:
 
 
 def measure_growth(sides: Sequence[int], layers: Sequence[int], images: Sequence[int], budget: float) -> list[Growth]:
-    """Own cost against tokens (of 4 layers), layers and images (of 4 layers): a line through each."""
-    side, depth = 28, 4
-    return [
-        _line("tokens", [s * s for s in sides], [_own_cost(depth, 1, s, budget) for s in sides]),
-        _line("layers", layers, [_own_cost(n, 1, side, budget) for n in layers]),
-        _line("images", images, [_own_cost(depth, n, side, budget) for n in images]),
-    ]
+    """Own cost against tokens, layers and images, the others as they are: a line through each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that processor time is work, and not threads that wait for each other
+    try:
+        return [
+            _line("tokens", [s * s for s in sides], [_own_cost(LAYERS, 1, s, budget) for s in sides]),
+            _line("layers", layers, [_own_cost(n, 1, SIDE, budget) for n in layers]),
+            _line("images", images, [_own_cost(LAYERS, n, SIDE, budget) for n in images]),
+        ]
+    finally:
+        torch.set_num_threads(threads)

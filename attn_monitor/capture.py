@@ -267,7 +267,8 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
     """Mean attention distance over all patches as queries, a few at a time: (B, H) pixels."""
     assert site.layout is not None
     assert seen.source is not None
-    (gh, gw), device = site.layout.grid, images.device
+    assert seen.rows is not None
+    (gh, gw), device = site.layout.grid, seen.rows.device  # FSDP may have moved the images to another device
     rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
     centres = torch.cartesian_prod(rows * (images.shape[-2] / gh), cols * (images.shape[-1] / gw))  # (N, 2) pixels
     patches = torch.tensor(site.layout.patches, device=device)

@@ -92,10 +92,10 @@ def _same_type(kind: str, text: str, memory: bool) -> Exception:
 def merge(mine: Captured, part: Share) -> Captured:
     """Every process's images in their places, on the device they are on: sums with zeros, which are exact.
 
-    Two reductions, whose size does not depend on the number of processes. Raises `UnsupportedAttentionError` in all
+    Three reductions, whose size does not depend on the number of processes. Raises `UnsupportedAttentionError` in all
     processes when they do not hold the same layers.
     """
-    _check_same_layers(mine)
+    _check_same_layers(mine, next(iter(mine.values())).rows.device)
     tensors = [
         (key, name, value)
         for key, attention in mine.items()
@@ -145,19 +145,20 @@ def _spread(values: Tensor, part: Share) -> Tensor:
     return whole
 
 
-def _check_same_layers(mine: Captured) -> None:
+def _check_same_layers(mine: Captured, device: torch.device) -> None:
     layout = [
         (key, a.name, a.num_prefix, a.grid, [tuple(v.shape) for v in vars(a).values() if isinstance(v, Tensor)])
         for key, a in mine.items()
     ]
-    digests: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(digests, zlib.crc32(repr(layout).encode()))
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise errors.UnsupportedAttentionError(
-                f"process {rank} of {len(digests)} captured other layers than process 0, so that their rows cannot be "
-                "put together. Watch the same model in every process, or leave out distributed=True"
-            )
+    digest = zlib.crc32(repr(layout).encode())
+    extremes = torch.tensor([digest, -digest], device=device)  # the largest and the smallest of all processes
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest = extremes.tolist()
+    if largest != -smallest:
+        raise errors.UnsupportedAttentionError(
+            f"the {dist.get_world_size()} processes captured different layers, so that their rows cannot be put "
+            "together. Watch the same model in every process, or leave out distributed=True"
+        )
 
 
 def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], tuple[float, bool]]:

@@ -25,6 +25,8 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
     """
 
     def run(model: nn.Module, images: Tensor) -> Any:
+        if not _is_initialised():
+            return forward(model, images)
         around, below = _units_around(root, model), _units_in(model)
         if not around and not below:
             return forward(model, images)
@@ -44,9 +46,11 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
     return run
 
 
+def _is_initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _is_unit(module: nn.Module) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return isinstance(module, (FSDPModule, FullyShardedDataParallel))
@@ -143,7 +147,7 @@ def refuse_split_parameters(model: nn.Module) -> ExitStack:
     tensors that look like a whole model's.
     """
     stack = ExitStack()
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_initialised():
         return stack
     from torch.distributed.tensor import DTensor
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(
-    work: str, folder: Path, *, processes: int, seconds: float = 150, succeed: bool = True
+    work: str, folder: Path, *, processes: int, seconds: float = 300, succeed: bool = True
 ) -> list[dict[str, Any]]:
     """What the function ``module:name`` returned in each process; all must end in time, and without an error.
 
@@ -70,7 +70,7 @@ def main() -> None:
     import faulthandler
     import importlib
 
-    faulthandler.dump_traceback_later(100, exit=False)
+    faulthandler.dump_traceback_later(200, exit=False)
     work, folder = sys.argv[1], Path(sys.argv[2])
     module, _, name = work.partition(":")
     result = getattr(importlib.import_module(module), name)(folder)

@@ -195,6 +195,7 @@ def by_hand(folder: Path) -> Seen:
     losses += [step(sharded), step(sharded)]
     seen["losses"] = losses, [step(twin) for _ in losses]
     seen["again"] = bool(inside.snapshot({"backbone": sharded[0]}, step=1).rows("backbone").isfinite().all())
+    seen["stuck"] = stuck_after_failure(probe, mesh)
     seen["split"] = error_of(AttentionMonitor(probe, distributed=True), {"backbone": split_heads(mesh)})
     dist.destroy_process_group()
     return seen
@@ -211,6 +212,15 @@ def shard(model: nn.Sequential, mesh: Any) -> nn.Sequential:
     for block in model[0].blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def stuck_after_failure(probe: ProbeBatch, mesh: Any) -> bool:
+    """Whether FSDP2 still thinks that it is in the forward that failed, which would cost a GPU its waiting for data."""
+    unit = fully_shard(network()[0], mesh=mesh)
+    failing = unit.blocks[1].register_forward_pre_hook(_fail)
+    error_of(AttentionMonitor(probe, distributed=True, forward=forward_within(unit)), {"backbone": unit})
+    failing.remove()
+    return unit._get_fsdp_state()._state_ctx.iter_forward_root is not None
 
 
 def whole_parameters(model: nn.Module) -> list[str]:

@@ -189,7 +189,7 @@ def by(shares: list[Seen], case: str) -> list[tuple[str, str]]:
 def test_other_layers_in_one_process_are_refused(shares: list[Seen]) -> None:
     for kind, text in by(shares, "other layers"):
         assert kind == "UnsupportedAttentionError"
-        assert "process 1 of 3 captured other layers" in text
+        assert "the 3 processes captured different layers" in text
 
 
 def test_synchronised_batch_norm_is_left_alone(shares: list[Seen]) -> None:
@@ -213,7 +213,7 @@ def test_lightning_starts_the_processes(tmp_path: Path) -> None:
     """By running the script again, and by `multiprocessing`, at the same time to save time."""
     started = {name: start_with_lightning(name, tmp_path / name) for name in ("ddp", "ddp_spawn")}
     for name, process in started.items():
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         assert [s.step for s in load_snapshots(archive(tmp_path / name))] == [0, 1, 2, 3]
 

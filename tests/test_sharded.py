@@ -73,6 +73,7 @@ def test_a_failed_forward_does_not_harm_training(by_hand: list[Seen]) -> None:
         watched, alone = rank["losses"]
         assert watched == alone
         assert rank["again"]
+        assert not rank["stuck"]
 
 
 def test_heads_split_over_processes_are_refused(by_hand: list[Seen]) -> None:

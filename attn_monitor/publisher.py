@@ -108,8 +108,7 @@ class Publisher:
         if not self._described:
             text = sinks.how_to_read(self.style.threshold, self.style.scale, self.settings, self.name)
             for logger in self.loggers:
-                layers_of = list(snapshot.layers)
-                action = partial(sinks.describe_run, logger, text=text, layers=layers_of, name=self.name)
+                action = partial(sinks.describe_run, logger, text=text, snapshot=snapshot, name=self.name)
                 attempt(f"describing the run to {type(logger).__name__}", action)
             self._described = True
         takers = [logger for logger in self.loggers if sinks.takes_pictures(logger)]

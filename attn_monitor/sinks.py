@@ -7,6 +7,7 @@ imported unless that logger is in use. A ``name`` tells several callbacks of one
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from PIL import Image
 from attn_monitor import drawing
 from attn_monitor import functional as F
 from attn_monitor.health import HealthFlag
-from attn_monitor.metrics import metric_tag
+from attn_monitor.metrics import METRICS, metric_tag
 from attn_monitor.names import renamed, titled
 from attn_monitor.snapshot import AttentionSnapshot
 
@@ -213,19 +214,20 @@ def log_summary(
     _log_row(logger, media, snapshot.step)
 
 
-def describe_run(logger: Any, *, text: str, layers: Sequence[tuple[str, int]], name: str = "") -> None:
-    """Once for each run, on TensorBoard: how to read the maps, and a chart of all heads for each role and layer."""
+def describe_run(logger: Any, *, text: str, snapshot: AttentionSnapshot, name: str = "") -> None:
+    """Once for each run, on TensorBoard: how to read the maps, and for each metric charts of all heads of a layer."""
     if kind_of(logger) != "tensorboard":
         return
     writer = _writer(logger)
     writer.add_text(renamed("attn_monitor/how_to_read", name), text, 0)
-    charts = {
-        titled(f"{metric.replace('_', ' ')} per head", name): {
-            f"{role}, layer {layer}": ["Multiline", [f"{renamed(metric_tag(role, layer, metric, 0), name)[:-1]}.*"]]
-            for role, layer in layers
-        }
-        for metric in ("entropy", "mask_area", "prefix_mass", "drift")
-    }
+    charts: dict[str, dict[str, Any]] = {}
+    for (role, layer), metric in itertools.product(snapshot.layers, METRICS):
+        tag = metric_tag(role, layer, metric, 0)
+        if tag in snapshot.metrics or metric == "drift":  # there is no drift yet at the first snapshot
+            lines = ["Multiline", [f"{renamed(tag, name)[:-1]}.*"]]
+            charts.setdefault(titled(f"{metric.replace('_', ' ')} per head", name), {})[f"{role}, layer {layer}"] = (
+                lines
+            )
     with _charts_lock:
         together = _charts.setdefault(writer, {})
         together.update(charts)

@@ -32,3 +32,11 @@ class Events:
     def text(self, tag: str) -> str:
         tensor = self._read.Tensors(f"{tag}/text_summary")[0].tensor_proto
         return tensor.string_val[0].decode()
+
+    def charts(self) -> dict[str, list[str]]:
+        """Categories of the custom-scalars layout, with the tags of their charts."""
+        from tensorboard.plugins.custom_scalar import layout_pb2
+
+        (*_, last) = self._read.Tensors("custom_scalars__config__")
+        layout = layout_pb2.Layout.FromString(last.tensor_proto.string_val[0])
+        return {c.title: [tag for chart in c.chart for tag in chart.multiline.tag] for c in layout.category}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import sinks
+from attn_monitor import AttentionMonitor, ProbeBatch, sinks
 from attn_monitor.sinks import Picture
 from tests.events import Events
+from tests.helpers import tiny_vit
 
 PICTURE = Picture("attn_maps/a b", np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8), "a")
 
@@ -18,7 +20,8 @@ def test_plain_summary_writer_takes_everything(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         sinks.log_scalars(writer, metrics={"attn/x": 0.5}, step=3)
         sinks.log_pictures(writer, pictures=[PICTURE], step=3)
-        sinks.describe_run(writer, text="hello", layers=[("teacher", 3)])
+        monitor = AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)), metrics=["entropy", "drift"])
+        sinks.describe_run(writer, text="hello", snapshot=monitor.snapshot({"teacher": tiny_vit()}, step=0))
     events = Events(tmp_path)
     assert events.scalars("attn/x") == [(3, 0.5)]
     ((step, picture),) = events.images("attn_maps/a b")
@@ -26,6 +29,9 @@ def test_plain_summary_writer_takes_everything(tmp_path: Path) -> None:
     assert picture.shape == (24, 32, 3)
     assert np.abs(picture.astype(int).mean((0, 1)) - PICTURE.pixels.mean((0, 1))).max() < 5  # channels in order
     assert events.text("attn_monitor/how_to_read") == "hello"
+    assert events.charts() == {
+        f"{metric} per head": [f"attn_heads/teacher/layer1/{metric}/head.*"] for metric in ("entropy", "drift")
+    }
 
 
 def test_loggers_of_both_namespaces_are_known(tmp_path: Path) -> None:

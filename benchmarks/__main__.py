@@ -44,7 +44,7 @@ def _quick(results: Results) -> None:
     results.speed.extend(measure_speed(TINY))
     results.memory = measure_memory(tiny)
     results.pictures = measure_pictures(1, budget=0.1)
-    results.training = measure_training(replace(tiny, batch=8), steps=7, every=2)
+    results.training = measure_training(replace(tiny, batch=8), steps=5, every=2)
     results.growth = measure_growth((4, 8), (1, 2), (1, 2), budget=0.05)
     results.metrics = measure_metrics(tiny, budget=0.1)
     results.startup = measure_startup(1)
@@ -59,13 +59,13 @@ def _full(results: Results) -> None:
     _tell("pictures")
     results.pictures = measure_pictures(8, budget=15)
     _tell("training")
-    results.training = measure_training(TRAINED, steps=49, every=6)
+    results.training = measure_training(TRAINED, steps=36, every=5)
     _tell("growth")
     results.growth = measure_growth((14, 28, 42, 60, 84, 120), (1, 2, 4, 8, 12, 24), (1, 2, 4, 8, 16), budget=1.5)
     _tell("metrics")
     results.metrics = measure_metrics(replace(SMALL, batch=8), budget=10)
     _tell("start")
-    results.startup = measure_startup(5)
+    results.startup = measure_startup(4)
 
 
 def _tell(what: str) -> None:

@@ -30,8 +30,9 @@ class Startup:
 
 
 def measure_startup(times: int) -> Startup:
-    """In fresh processes, with bytecode compiled by a first one."""
-    results = [_once() for _ in range(times + 1)][1:]
+    """In fresh processes; the first of several compiles the bytecode and does not count."""
+    results = [_once() for _ in range(times)]
+    results = results[1:] or results
     return Startup(Spread.of([1000 * seconds for seconds, _ in results]), results[0][1])
 
 

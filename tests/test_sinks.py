@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,17 @@ def test_loggers_of_both_namespaces_are_known(tmp_path: Path) -> None:
 
     assert sinks.takes_pictures(TensorBoardLogger(tmp_path))
     assert not sinks.takes_pictures(CSVLogger(tmp_path))
+
+
+def test_a_loggers_prefix_is_kept(tmp_path: Path) -> None:
+    """As Lightning's own log_metrics puts it, since that is not what writes the metrics here."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path, prefix="run", name="", version="")
+    logger.log_metrics({"loss": 1.0}, step=1)
+    sinks.log_scalars(logger, metrics={"attn/x": 0.5, "attn/y": math.nan}, step=3)
+    logger.finalize("success")
+    events = Events(tmp_path)
+    assert events.scalars("run-loss") == [(1, 1.0)]
+    assert events.scalars("run-attn/x") == [(3, 0.5)]
+    assert math.isnan(events.scalars("run-attn/y")[0][1])

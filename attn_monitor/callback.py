@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +10,10 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from attn_monitor import distributed, drawing, sinks
+from attn_monitor import distributed, drawing, run, sinks
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import PATIENCE, Failures
 from attn_monitor.capture import Layers, QuerySpec, check_query
@@ -25,11 +22,11 @@ from attn_monitor.health import HealthLimits
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
-from attn_monitor.probe import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch, adopt_images, find_images
+from attn_monitor.probe import ProbeBatch, adopt_images, find_images
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
 from attn_monitor.sharding import forward_within
-from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
+from attn_monitor.snapshot import AttentionSnapshot
 
 Result = TypeVar("Result")
 
@@ -132,8 +129,7 @@ class AttentionMapCallback(pl.Callback):
         if self.monitor is not None:
             self.monitor.distributed = self._shared
         if self.monitor is None and self.probe is not None:
-            given = self.probe
-            self._use_probe(self._from_first(trainer, lambda: self._load_probe(given)))
+            self._use_probe(self._from_first(trainer, self._load_probe))
         if not _configures_late(pl_module):
             resolve_targets(pl_module, self.targets)
         if not trainer.loggers:
@@ -165,8 +161,8 @@ class AttentionMapCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
-        self.schedule.start(_total_steps(trainer))
-        run_folder = _run_folder(trainer)
+        self.schedule.start(run.total_steps(trainer))
+        run_folder = run.run_folder(trainer)
         if not self._from_first(trainer, lambda: self._goes_on(trainer.global_step, run_folder)):
             self._start_afresh()
         self._run_folder = run_folder
@@ -254,7 +250,7 @@ class AttentionMapCallback(pl.Callback):
         self.monitor.load_state_dict(state_dict["monitor"])
         self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
         self._resumed = True
-        if given is not None and not _same_images(given, self.monitor.probe):
+        if given is not None and not given.shows_the_same_as(self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             rank_zero_warn(
                 f"AttentionMapCallback: the probe images of the checkpoint are shown ({names}) and not those of the "
@@ -272,14 +268,9 @@ class AttentionMapCallback(pl.Callback):
                 f"{self.state_key}. It starts afresh: new probe images, and film strips from here on"
             )
 
-    def _load_probe(self, probe: str | os.PathLike[str] | Tensor | ProbeBatch) -> ProbeBatch:
-        if isinstance(probe, ProbeBatch):
-            return probe
-        if isinstance(probe, Tensor):
-            channels = probe.shape[1] if probe.ndim == 4 else 3
-            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
-            return ProbeBatch(probe, mean=mean, std=std)
-        return ProbeBatch.from_folder(probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
+    def _load_probe(self) -> ProbeBatch:
+        assert self.probe is not None
+        return ProbeBatch.of(self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
 
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = AttentionMonitor(
@@ -337,24 +328,16 @@ class AttentionMapCallback(pl.Callback):
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
         if self._archive is None:
             taken = {c._archive for c in _all_of(trainer) if c is not self}
-            base = renamed("attn_monitor", self.name or "")
             first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
-            names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(first))
-            self._archive = next(n for n in names if n not in taken and not any((run_folder / n).glob("*")))
+            self._archive = run.free_archive(run_folder, renamed("attn_monitor", self.name or ""), first, taken)
         return run_folder / self._archive
 
     def _missed(self, step: int) -> list[AttentionSnapshot]:
-        """Resuming in the same folder: snapshots taken between the checkpoint and now need not be taken again."""
+        """Resuming in the same folder: what was taken between the checkpoint and now need not be taken again."""
         folder = None if self._publisher is None else self._publisher.folder
-        last = self.schedule.last_step
-        if folder is None or self.monitor is None or last is None or not folder.is_dir():
+        if folder is None or self.monitor is None or self.schedule.last_step is None:
             return []
-        try:
-            written = load_snapshots(folder)
-        except (FileNotFoundError, ArchiveError):
-            return []
-        names = self.monitor.probe.names
-        return [snapshot for snapshot in written if last < snapshot.step <= step and snapshot.names == names]
+        return run.written_between(folder, self.schedule.last_step, step, self.monitor.probe.names)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), trainer.global_step
@@ -405,24 +388,6 @@ class AttentionMapCallback(pl.Callback):
         )
 
 
-def _run_folder(trainer: pl.Trainer) -> Path:
-    """Where this run keeps its files: the logger's own folder, else save_dir/name/version as ModelCheckpoint has it."""
-    log_dir = trainer.log_dir  # agreed on by all ranks
-    logger = trainer.logger
-    if logger is None or hasattr(logger, "log_dir"):
-        return Path(log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(log_dir or trainer.default_root_dir, str(logger.name), version)
-
-
-def _total_steps(trainer: pl.Trainer) -> float:
-    """Length of the run in optimizer steps, infinite where Lightning cannot tell."""
-    try:
-        return trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes from epoch to epoch
-        return math.inf
-
-
 def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
@@ -430,10 +395,6 @@ def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
 
 def _is_mean(tag: str) -> bool:
     return tag.startswith("attn/")
-
-
-def _same_images(one: ProbeBatch, other: ProbeBatch) -> bool:
-    return one.images.shape == other.images.shape and torch.equal(one.images, other.images)
 
 
 def _configures_late(pl_module: pl.LightningModule) -> bool:

@@ -75,6 +75,28 @@ class ProbeBatch:
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         return pixels
 
+    def shows_the_same_as(self, other: ProbeBatch) -> bool:
+        """Whether the images are equal to the bit."""
+        return self.images.shape == other.images.shape and torch.equal(self.images, other.images)
+
+    @classmethod
+    def of(
+        cls,
+        probe: str | os.PathLike[str] | Tensor | ProbeBatch,
+        *,
+        size: int | tuple[int, int] = 224,
+        num_images: int = 8,
+        masks: str | os.PathLike[str] | None = None,
+    ) -> ProbeBatch:
+        """What people have: a folder, with its masks, a tensor of normalised images, or a probe as it is."""
+        if isinstance(probe, ProbeBatch):
+            return probe
+        if isinstance(probe, Tensor):
+            channels = probe.shape[1] if probe.ndim == 4 else 3
+            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+            return cls(probe, mean=mean, std=std)
+        return cls.from_folder(probe, size=size, num_images=num_images, masks=masks)
+
     @classmethod
     def from_folder(
         cls,

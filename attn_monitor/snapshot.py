@@ -195,9 +195,19 @@ def snapshot_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.npz"
 
 
+def snapshot_paths(folder: Path) -> list[Path]:
+    """Files of an archive folder in order of steps; none where there is no such folder."""
+    return sorted(path for path in folder.glob("step-*.npz") if path.stem.removeprefix("step-").isdigit())
+
+
+def step_of(path: Path) -> int:
+    """The step that `snapshot_path` was made from."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def load_snapshots(folder: str | os.PathLike[str]) -> list[AttentionSnapshot]:
     """All snapshots of an archive folder, in order of steps."""
-    paths = sorted(Path(folder).glob("step-*.npz"))
+    paths = snapshot_paths(Path(folder))
     if not paths:
         raise FileNotFoundError(f"{folder}: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run")
     return [AttentionSnapshot.load(path) for path in paths]

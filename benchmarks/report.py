@@ -44,8 +44,8 @@ _PICTURES = """Matplotlib draws one figure of the same cells for each image, as 
 PNG for all. Ours are {panel_kb:.0f} kB of panels and {strip_kb:.0f} kB of film strips for each snapshot of
 {images} images, two roles and twelve heads, in {panels_ms:.0f} ms and {strips_ms:.0f} ms, encoding included and
 behind the training loop. Colours are looked up in a table, heads are drawn all at once, and text is the largest part
-of what remains. JPEG is encoded by Pillow: torchvision's encoder is no faster by enough, and halves the resolution of
-colour, which blurs outlines and text."""
+of what remains. JPEG is encoded by Pillow: torchvision's encoder took half as long again for these pictures when it was
+tried, and halves the resolution of colour, which blurs outlines and text."""
 
 _TRAINING = """A student and its moving average (ViT-Ti/16, 224 px) for {steps} steps on random images with
 {snapshots} snapshots of a probe of eight, and metrics to TensorBoard. Each snapshot, metrics and their logging

@@ -235,10 +235,10 @@ def legend(
     unit = "x uniform attention" if style.scale == "uniform" else "each map for itself"
     put(canvas, (x, top - 4), unit, DIM, 13 + large)
     keys = [(MASK, f"top {style.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
-    draw = ImageDraw.Draw(canvas)
+    draw, below = ImageDraw.Draw(canvas), top + 12 + large
     for colour, text in keys:
-        draw.rectangle((x, top + 16, x + 11, top + 27), outline=colour, width=2)
-        put(canvas, (x + 18, top + 12), text, DIM, 13 + large)
+        draw.rectangle((x, below + 4 + large // 2, x + 11, below + 15 + large // 2), outline=colour, width=2)
+        put(canvas, (x + 18, below), text, DIM, 13 + large)
         x += 36 + int(text_width(text, 13 + large))
 
 

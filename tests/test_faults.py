@@ -262,10 +262,12 @@ def test_error_in_user_code_keeps_what_was_captured(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from attn_monitor import AttentionMapCallback
     from tests.helpers import Distillation, loader, trainer
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run started in the background ignores it
 
     class Slow(Distillation):
         def on_train_batch_end(self, *args):

@@ -89,7 +89,7 @@ def _sections(results: Results) -> Iterator[str]:
     if results.left_out:
         yield "Left out: " + "; ".join(f"{what} ({why})" for what, why in results.left_out.items()) + "."
     yield "## What remains, and why"
-    yield _FLOOR.format(floors=", ".join(_floor(t) for t in results.speed))
+    yield _FLOOR.format(floors=", ".join(dict.fromkeys(_floor(t) for t in results.speed)))
     yield from _rest(results)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ from PIL import Image
 
 
 class Events:
-    """Scalars, images and texts of one log directory, by tag: lists of (step, value)."""
+    """Scalars, images and texts of one log directory, by tag: lists of (step, value) in order of steps.
+
+    Ordered here, as event files that one process starts within a second are read in the order of their names.
+    """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,10 +25,10 @@ class Events:
         self.tags: dict[str, list[str]] = self._read.Tags()
 
     def scalars(self, tag: str) -> list[tuple[int, float]]:
-        return [(e.step, e.value) for e in self._read.Scalars(tag)]
+        return sorted(((e.step, e.value) for e in self._read.Scalars(tag)), key=itemgetter(0))
 
     def encoded(self, tag: str) -> list[tuple[int, bytes]]:
-        return [(e.step, e.encoded_image_string) for e in self._read.Images(tag)]
+        return sorted(((e.step, e.encoded_image_string) for e in self._read.Images(tag)), key=itemgetter(0))
 
     def images(self, tag: str) -> list[tuple[int, np.ndarray]]:
         return [(step, np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))) for step, data in self.encoded(tag)]

@@ -171,13 +171,12 @@ class AttentionMapCallback(pl.Callback):
         if not getattr(trainer, "fast_dev_run", False):
             folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
         if trainer.is_global_zero:
-            settings = f"`{self.state_key}`"
             self._publisher = Publisher(
                 trainer.loggers,
                 folder=folder,
                 style=self.style,
                 failures=self._failures,
-                settings=settings,
+                settings=self._settings(),
                 name=self._suffix,
             )
             self._tell_what_is_skipped(trainer.loggers)
@@ -361,6 +360,21 @@ class AttentionMapCallback(pl.Callback):
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+
+    def _settings(self) -> str:
+        """Markdown that records how this run is watched."""
+        settings = {
+            "targets": self.targets or "found",
+            "layers": self.layers,
+            "query": self.query,
+            "threshold": self.threshold,
+            "metrics": ", ".join(self.metrics),
+            "health": self.health,
+            "every_n_train_steps": self.schedule.every_n_train_steps,
+            "every_n_epochs": self.schedule.every_n_epochs,
+            "verify": self.verify,
+        }
+        return "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
 
     def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
         """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""

@@ -280,7 +280,8 @@ def how_to_read(threshold: float, scale: str, settings: str = "", name: str = ""
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
         f"patches that holds {threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "
-        f"uniform, 0 one patch); the percentage is the outlined area. `{strips}` shows the steps so far in one "
-        "picture; start TensorBoard with `--samples_per_plugin images=1000` to see more than ten steps of "
-        f"`{panels}`. Charts of all heads of a layer are under *Custom Scalars*.\n\n{settings}"
+        "uniform, 0 one patch); the percentage is the outlined area. Ground truth, where there is some, is green. "
+        f"`{strips}` shows the steps so far in one picture; start TensorBoard with `--samples_per_plugin images=1000` "
+        f"to see more than ten steps of `{panels}`. Charts of all heads of a layer are under *Custom Scalars*; "
+        f"`{renamed('attn/health_flags', name)}` counts health flags.\n\n{settings}"
     )

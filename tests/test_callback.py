@@ -45,6 +45,7 @@ def test_no_arguments_watch_student_and_teacher(tmp_path: Path) -> None:
         assert [s for s, _ in events.images(f"attn_filmstrip/image{image}")] == steps
     assert events.encoded("attn_maps/image0")[0][1].startswith(b"\xff\xd8")  # JPEG, not PNG
     assert "uniform" in events.text("attn_monitor/how_to_read")
+    assert "- threshold: `0.6`" in events.text("attn_monitor/how_to_read")
     assert "custom_scalars__config__" in events.tags["tensors"]
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch
-from tests.helpers import Distillation, NoiseImages, loader, tiny_vit, trainer
+from tests.helpers import Distillation, NoiseImages, error_of, loader, tiny_vit, trainer
 from tests.test_harmless import Manual, Recorded
 
 RANK, PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -242,14 +242,6 @@ def with_synchronised_batch_norm(probe: ProbeBatch) -> Seen:
 def fail_in(errors: dict[int, Exception], *_: Any) -> None:
     if RANK in errors:
         raise errors[RANK]
-
-
-def error_of(monitor: AttentionMonitor, models: dict[str, nn.Module]) -> tuple[str, str]:
-    try:
-        monitor.snapshot(models, step=0)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "none", ""
 
 
 def joined(probe: ProbeBatch) -> int:

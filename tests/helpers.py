@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from attn_monitor import AttentionMonitor
+
 
 def tiny_vit(**changes: Any) -> nn.Module:
     """A timm ViT of 16 patches, 4 heads and 2 blocks."""
@@ -74,6 +76,15 @@ class Distillation(pl.LightningModule):
 def loader(count: int = 16, batch_size: int = 4, shuffle: bool = False, size: int = 32) -> DataLoader[Tensor]:
     """Batches of noise images."""
     return DataLoader(NoiseImages(count, size), batch_size=batch_size, shuffle=shuffle)
+
+
+def error_of(monitor: AttentionMonitor, models: dict[str, nn.Module]) -> tuple[str, str]:
+    """Type and text of what a snapshot raises, for processes that report to a test."""
+    try:
+        monitor.snapshot(models, step=0)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, forward_within
 from tests.distributed_work import IMAGES, PROCESSES, Seen, attention_of
-from tests.helpers import Distillation, loader, tiny_vit, trainer
+from tests.helpers import Distillation, error_of, loader, tiny_vit, trainer
 from tests.test_harmless import Recorded
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -251,11 +251,3 @@ def split_heads(mesh: Any) -> nn.Module:
     with torch.no_grad():
         model(IMAGES[:1])  # it does run
     return model
-
-
-def error_of(monitor: AttentionMonitor, models: dict[str, nn.Module]) -> tuple[str, str]:
-    try:
-        monitor.snapshot(models, step=0)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "none", ""

@@ -176,7 +176,6 @@ def test_a_model_without_cls_shows_what_patches_receive(tmp_path: Path) -> None:
         num_classes=0,
         class_token=False,
         global_pool="avg",
-        num_classes=0,
     )
     assert fit(tmp_path, aim) == []
     images = torch.randn(2, 3, 32, 32)

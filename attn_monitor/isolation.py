@@ -24,7 +24,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
         stack.enter_context(_buffers_restored(modules))
-        stack.enter_context(_random_state_restored(model))
+        stack.enter_context(random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
@@ -63,7 +63,8 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_restored(model: nn.Module) -> Iterator[None]:
+def random_state_restored(model: nn.Module) -> Iterator[None]:
+    """The random state of torch, CUDA (on the model's devices), NumPy and Python is as it was afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others use is kept
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}

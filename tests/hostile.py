@@ -259,8 +259,8 @@ CASES = [
         "order by image",
         {
             "rolled by content": lambda: between(rolled_by(lambda x: x[..., 0].argmax(1))),
-            "reversed if bright": lambda: between(
-                lambda x, t: torch.where((x.mean((1, 2)) > 0)[:, None, None], t.flip(1), t)
+            "reversed by the first patch": lambda: between(
+                lambda x, t: torch.where((x[:, 0, 1] > 0)[:, None, None], t.flip(1), t)
             ),
             "by index in the batch": lambda: between(rolled_by(lambda x: torch.arange(len(x)))),
         },
@@ -426,10 +426,10 @@ CASES = [
     ),
     *cases("images", {"one channel": lambda: vit("C*", embed=conv(channels=1))}, channels=1, must="all"),
     *cases("images", {"5x7": lambda: vit("CR*", grid=(5, 7))}, size=(40, 56), must="all"),
-    *cases("images", {"one row": lambda: vit("C*", grid=(1, 8))}, size=(8, 64)),
+    *cases("images", {"one row": lambda: vit("C*", grid=(1, 8))}, size=(8, 64), patch=(0, 2)),
     *cases("images", {"a remainder": lambda: vit("C*")}, size=(36, 52)),
     *cases("images", {"float64": vit}, dtype=torch.float64, must="all"),
-    *cases("images", {"bfloat16": vit}, dtype=torch.bfloat16, tolerance=1.0),
+    *cases("images", {"bfloat16": vit}, dtype=torch.bfloat16, tolerance=2.0),
 ]
 
 

@@ -448,6 +448,7 @@ def main(words: list[str]) -> None:
     warnings.simplefilter("ignore")
     start, counts, kinds = time.perf_counter(), Counter(), {}
     wanted_right: Counter[str] = Counter()
+    models: dict[str, bool] = {}  # whether all that was said of it may be said
     for held, table in (("", CASES), ("held out, ", HELD_OUT)):
         chosen = [c for c in table if not words or any(w in f"{held}{c.id} {c.name}" for w in words)]
         for case, found in lines(chosen):
@@ -455,15 +456,15 @@ def main(words: list[str]) -> None:
             counts[sort] += 1
             kinds.setdefault(held + case.kind, Counter())[sort] += 1
             wanted_right[sort] += found.wanted == "right"
+            models[held + case.id] = models.get(held + case.id, True) and found.fine
             sign = " " if found.fine else "!"
             where = f"{found.layer or '-':24} {found.query!s:7}"
             print(f"{sign} {held}{case.kind}: {case.name:38} {where} {found.verdict:28} {found.reason[:90]}")
     print()
     for kind, count in kinds.items():
         print(f"{kind:36} " + ", ".join(f"{n} {sort}" for sort, n in sorted(count.items())))
-    print(
-        f"all: {dict(counts)}; of those that must be right: {dict(wanted_right)}; {time.perf_counter() - start:.0f} s"
-    )
+    print(f"all: {dict(counts)}; of those that must be right: {dict(wanted_right)}")
+    print(f"{sum(models.values())} of {len(models)} models without fault; {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

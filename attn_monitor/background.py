@@ -134,8 +134,10 @@ class Outbox:
                 self.seconds += time.perf_counter() - started
                 self._running, job.tries = None, job.tries + 1
                 lasting = self._patient and isinstance(error, (OSError, Paused))
-                again = error is not None and job.keep and not self._closing and (lasting or job.tries < TRIES)
-                if job in self._jobs and not again:
+                again = lasting or job.tries < TRIES
+                if self._closing:  # no time to wait for the next try
+                    again = not self._failures.pause(job.part)
+                if job in self._jobs and not (error is not None and job.keep and again):
                     self._jobs.remove(job)
                     self._done += 1
                     if error is not None:

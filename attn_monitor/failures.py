@@ -21,6 +21,7 @@ class _Part:
     in_a_row: int = 0
     due: float = 0.0  # when to try again, in `time.monotonic`
     told: bool = False  # of the present failure
+    paused: bool = False  # it is told elsewhere
     quiet_until: float = 0.0
     silence: float = SILENCE
     missing: list[int] = field(default_factory=list)  # steps, until they have been told
@@ -86,7 +87,9 @@ class Failures:
             state.in_a_row += 1
             pause = min(2.0 ** min(state.in_a_row - 2, 30), LONGEST_PAUSE) if state.in_a_row > 1 else 0.0
             state.due = now + pause
-            if state.told or now < state.quiet_until or isinstance(error, Paused):
+            if isinstance(error, Paused):
+                state.paused = True
+            if state.told or state.paused or now < state.quiet_until:
                 return
             state.told, state.quiet_until, state.silence = True, now + state.silence, 2 * state.silence
             raised = error if isinstance(error, Exception) else RuntimeError(repr(error))
@@ -100,10 +103,11 @@ class Failures:
             if state is None or not state.in_a_row:
                 return
             state.in_a_row = 0
-            if state.told:
+            if state.told or (state.paused and state.missing):
                 steps = f"missing: {in_words(state.missing)}" if state.missing else "nothing is missing"
                 self._news.append((f"{part} works again; {steps}", None))
                 state.told, state.missing = False, []
+            state.paused = False
 
     def lost(self, part: str, step: int | None, error: Exception | None = None) -> None:
         """Remember a step that this part goes without; ``error`` says why, unless the part is known to fail."""

@@ -32,7 +32,7 @@ class Space:
 
     def require(self, folder: Path | None, size: int) -> None:
         """Raise `Paused` if writing ``size`` bytes there (None: to no disk) would take some of the reserve."""
-        if folder is None:
+        if folder is None or self._reserve == 0:
             return
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         disk, usage = os.stat(place).st_dev, shutil.disk_usage(place)

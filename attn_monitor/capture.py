@@ -6,7 +6,8 @@ it. From then on only the wanted modules are watched, and the forward is left af
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +18,19 @@ from torch import Tensor, nn
 
 from attn_monitor import functional as F
 from attn_monitor.discovery import Site, discover, mismatch
-from attn_monitor.errors import NonFiniteAttentionError, UnsupportedAttentionError
+from attn_monitor.errors import (
+    AttentionError,
+    LayerError,
+    NonFiniteAttentionError,
+    QueryError,
+    UnsupportedAttentionError,
+)
 from attn_monitor.isolation import all_modules, model_device_dtype
+from attn_monitor.masking import WAYS, Way
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
 from attn_monitor.plan import Plan, Reading, make_plan
-from attn_monitor.running import Forward, check_materialised, default_forward, run_forward
+from attn_monitor.running import Forward, check_materialised, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
 from attn_monitor.tokens import TokenStatistics, watch_tokens
 
@@ -98,6 +106,8 @@ class AttentionRecorder:
     ``verify``: True checks the first recording and each one after the model or the image size changed; "always"
     checks every one; False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
+    ``forward`` is one, or several ways of which the first is taken that gives what is asked for. ``or_mean`` reads
+    query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
 
     def __init__(
@@ -106,7 +116,8 @@ class AttentionRecorder:
         *,
         layers: Layers = -1,
         query: QuerySpec = "cls",
-        forward: Forward | None = None,
+        forward: Forward | Sequence[Way] | None = None,
+        or_mean: bool = False,
         verify: bool | str = True,
         nonfinite: str = "raise",
         distance: bool = False,
@@ -116,11 +127,20 @@ class AttentionRecorder:
             raise ValueError(f'verify={verify!r}: expected True (first time), False (never) or "always"')
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
-        self._forward, self.distance, self.tokens = forward or default_forward, distance, tokens
+        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
+        self._way, self.or_mean = self._ways[0], or_mean
+        self.distance, self.tokens = distance, tokens
         self._sites: tuple[Site, ...] = ()
         self._known: tuple[Any, ...] | None = None
         self._plan: Plan | None = None
         self._verified = False
+        self._query = self.query
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
+        query = "it has no CLS token, so maps show the attention that patches receive (query='mean')"
+        return tuple(note for note in (self._way.said, query if self._query != self.query else "") if note)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
@@ -159,13 +179,44 @@ class AttentionRecorder:
         images = images.to(device=device, dtype=dtype)
         known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
         if known != self._known:
-            self._sites = discover(self.model, images, self._forward)
+            self._sites = self._discover(images)
             self._known, self._plan, self._verified = known, None, False
         return images
 
+    def _discover(self, images: Tensor) -> tuple[Site, ...]:
+        """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
+        outcomes = (self._try(way, images) for way in self._ways)
+        first = next(outcomes)
+        way, sites, problem = next((o for o in itertools.chain([first], outcomes) if o[2] is None), first)
+        self._way, self._query = way, self.query
+        if sites is None:
+            assert problem is not None
+            raise problem
+        return sites
+
+    def _try(self, way: Way, images: Tensor) -> tuple[Way, tuple[Site, ...] | None, AttentionError | None]:
+        """What this way finds, and why another may do better."""
+        try:
+            sites = discover(self.model, images, way.forward)
+        except AttentionError as error:
+            return way, None, error
+        try:
+            select_sites(sites, self.layers, self.query, self.model)
+        except (LayerError, QueryError):  # not for want of another way
+            return way, sites, None
+        except AttentionError as error:
+            return way, sites, error
+        return way, sites, None
+
     def _planned(self) -> Plan:
         if self._plan is None:
-            wanted = select_sites(self._sites, self.layers, self.query, self.model)
+            try:
+                wanted = select_sites(self._sites, self.layers, self._query, self.model)
+            except QueryError:
+                if not self.or_mean or self.query != "cls":
+                    raise
+                self._query = "mean"
+                wanted = select_sites(self._sites, self.layers, self._query, self.model)
             assert self._known is not None
             self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
         return self._plan
@@ -199,7 +250,7 @@ class AttentionRecorder:
         )
         with ExitStack() as stack:
             tokens = _watch_tokens(stack, images, plan)
-            run_forward(self.model, images, self._forward, observer, plan.watched)
+            run_forward(self.model, images, self._way.forward, observer, plan.watched)
         for key, reading in plan.readings.items():
             site = reading.site
             if key not in found or not _as_found(site, found[key], images):

@@ -64,7 +64,8 @@ def steps_done(trainer: pl.Trainer) -> int:
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     # What loggers use, `_batches_that_stepped`, lags behind in checkpoints, until the first batch after them.
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
 
 
 def total_steps(trainer: pl.Trainer) -> float:

@@ -68,6 +68,14 @@ def steps_done(trainer: pl.Trainer) -> int:
     return int(batches.processed)
 
 
+def changes_batches(trainer: pl.Trainer) -> bool:
+    """Whether the module or the data module has hooks that batches go through on their way to the device."""
+    hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
+    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
+    return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace
+
+
 def total_steps(trainer: pl.Trainer) -> float:
     """Length of the run in `steps_done`, infinite where Lightning cannot tell."""
     try:

@@ -42,7 +42,9 @@ class Failures:
         self._parts: dict[str, _Part] = {}
         self._lock = threading.RLock()
 
-    def attempt(self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[()] = ()) -> bool:
+    def attempt(
+        self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[type[Exception], ...] = ()
+    ) -> bool:
         """Do it; what it raises waits for `report`. True when it was done. Errors of the type ``let`` go through."""
         try:
             action()

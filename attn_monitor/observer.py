@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import operations as ops
+from attn_monitor.errors import raises_for
 from attn_monitor.layout import PatchConv
 from attn_monitor.operations import Observation
 from attn_monitor.sources import Query
@@ -20,6 +21,11 @@ SiteKey = tuple[str, int]
 
 class Done(BaseException):
     """Leaves a forward pass once all that was wanted has been seen; no ordinary `except` catches it."""
+
+
+@raises_for("model")
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 class AttentionObserver(TorchDispatchMode):
@@ -91,13 +97,14 @@ class AttentionObserver(TorchDispatchMode):
             self._pending.clear()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @raises_for("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, kind = kwargs or {}, ops.kind_of(func)
         if kind == "fused":
             return self._fused(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         if kind == "softmax":
             if ops.attention_softmax(func, args, out):
                 self._pending = [*self._pending[-3:], out]  # the last few: gates' own softmaxes never meet a V
@@ -127,7 +134,7 @@ class AttentionObserver(TorchDispatchMode):
         query = self.query(key)
         if query is not None and key == self.last and not self.verify:  # its output is not needed by anyone
             self._seen(key, ops.observe_fused(call, None, query, verify=False))
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
         return out
 

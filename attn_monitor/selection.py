@@ -25,12 +25,30 @@ def check_query(query: QuerySpec) -> QuerySpec:
     raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
 
 
+def check_layers(layers: Layers) -> Layers:
+    """The layers, if they are of a kind that exists."""
+    wanted = layers if isinstance(layers, (list, tuple)) else [layers]
+    if not wanted or not all(isinstance(w, (int, str)) and not isinstance(w, bool) and w != "" for w in wanted):
+        raise ValueError(
+            f'layers={layers!r}: expected an index (negative from the end), a module path, a list of these, or "all"'
+        )
+    return layers
+
+
+def left_out(sites: Sequence[Site], query: QuerySpec, model: nn.Module) -> dict[int, str]:
+    """The index of each layer that layers="all" leaves out, and why."""
+    return {index: str(reason) for index, reason in _every_layer(sites, query, model)[1].items()}
+
+
 def select_sites(
     sites: Sequence[Site], layers: Layers, query: QuerySpec, model: nn.Module
 ) -> dict[SiteKey, tuple[Site, Query]]:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
     if layers == "all":
-        return _every_layer(sites, query, model)
+        selected, reasons = _every_layer(sites, query, model)
+        if reasons and not selected:
+            raise list(reasons.values())[-1]
+        return selected
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     selected = {}
     for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
@@ -40,20 +58,20 @@ def select_sites(
     return selected
 
 
-def _every_layer(sites: Sequence[Site], query: QuerySpec, model: nn.Module) -> dict[SiteKey, tuple[Site, Query]]:
-    """All layers that have this query; the last layer's reason if there is none."""
+def _every_layer(
+    sites: Sequence[Site], query: QuerySpec, model: nn.Module
+) -> tuple[dict[SiteKey, tuple[Site, Query]], dict[int, AttentionError]]:
+    """All layers that have this query, and for each other one, by index, why it has not."""
     selected: dict[SiteKey, tuple[Site, Query]] = {}
-    reason: AttentionError | None = None
+    reasons: dict[int, AttentionError] = {}
     for site in sites:
         try:
             if site.refusal is not None:
                 raise site.refusal
             selected[site.key] = (site, resolve_query(site, query, model))
         except AttentionError as error:
-            reason = error
-    if reason is not None and not selected:
-        raise reason
-    return selected
+            reasons[site.index] = error
+    return selected, reasons
 
 
 def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:

@@ -296,7 +296,8 @@ class AttentionMapCallback(pl.Callback):
     def _let_go(self) -> None:
         """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
         self._publisher = self._root = self._checked = None
-        vars(self).pop("_failures", None)
+        for name in ("_failures", "log", "log_dict"):  # Lightning gives callbacks the last two, methods of the model
+            vars(self).pop(name, None)
         if self.monitor is not None:
             self.monitor.let_go()
 

@@ -6,6 +6,7 @@ it. From then on only the wanted modules are watched, and the forward is left af
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import functional as F
-from attn_monitor.discovery import Site, discover, mismatch
+from attn_monitor.discovery import Site, forget, mismatch, sites_of
 from attn_monitor.errors import NonFiniteAttentionError, UnsupportedAttentionError
 from attn_monitor.isolation import all_modules, model_device_dtype
 from attn_monitor.observer import AttentionObserver, SiteKey
-from attn_monitor.operations import Observation, Verdict, settle
+from attn_monitor.operations import Observation, RowKind, Verdict, settle
 from attn_monitor.plan import Plan, Reading, make_plan
 from attn_monitor.running import Forward, check_materialised, default_forward, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
@@ -43,9 +44,11 @@ class LayerAttention:
     """What one layer's query token attends to, for every image and head.
 
     ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers), then the patches
-    row by row; softmax rows sum to 1 over T. ``mixed`` marks layers that do not apply the softmax as it is (talking
-    heads, gated mixes). ``verified_error`` is the relative difference between row·V and the model's own output,
-    NaN when it was not checked.
+    row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that sums to 1 over T,
+    "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are negative;
+    ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
+    relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
+    is known which key is which patch: "exact", "exact but masked" or "centres", see `TokenLayout`.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
@@ -59,6 +62,8 @@ class LayerAttention:
     grid: tuple[int, int]
     mixed: bool
     verified_error: float
+    kind: RowKind = "distribution"
+    places: str = ""
     distance: Tensor | None = None
     norms: Tensor | None = None
     cosine: Tensor | None = None
@@ -95,8 +100,8 @@ def record_attention(
 class AttentionRecorder:
     """Records the same layers again and again, remembering what it found out about the model.
 
-    ``verify``: True checks the first recording and each one after the model or the image size changed; "always"
-    checks every one; False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
+    ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
+    False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
     """
 
@@ -112,8 +117,10 @@ class AttentionRecorder:
         distance: bool = False,
         tokens: bool = False,
     ) -> None:
-        if verify not in (True, False, "always"):
-            raise ValueError(f'verify={verify!r}: expected True (first time), False (never) or "always"')
+        if verify not in (True, False, "first", "always"):
+            raise ValueError(
+                f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False'
+            )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
         self._forward, self.distance, self.tokens = forward or default_forward, distance, tokens
@@ -145,7 +152,7 @@ class AttentionRecorder:
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
         images = self._look(images)
-        verify = self.verify == "always" or (bool(self.verify) and not self._verified)
+        verify = self.verify in (True, "always") or (self.verify == "first" and not self._verified)
         recorded = self._record(images, self._planned(), verify, each)
         self._verified = self._verified or verify
         return recorded
@@ -159,13 +166,13 @@ class AttentionRecorder:
         images = images.to(device=device, dtype=dtype)
         known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
         if known != self._known:
-            self._sites = discover(self.model, images, self._forward)
+            self._sites = sites_of(self.model, images, self._forward, known)
             self._known, self._plan, self._verified = known, None, False
         return images
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            wanted = select_sites(self._sites, self.layers, self.query, self.model)
+            wanted = select_sites(self._sites, self.layers, self.query)
             assert self._known is not None
             self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
         return self._plan
@@ -184,7 +191,7 @@ class AttentionRecorder:
             site = plan.readings[key].site
             seen = seen.regrouped(len(images), site.folding)
             if _as_found(site, seen, images):
-                if self.distance:
+                if self.distance and len(site.places.patch_queries) == math.prod(site.layout.grid):
                     distances[key] = _distance(site, seen, images)
                 if each is not None:
                     each(site, seen)
@@ -203,7 +210,8 @@ class AttentionRecorder:
         for key, reading in plan.readings.items():
             site = reading.site
             if key not in found or not _as_found(site, found[key], images):
-                self._known = None  # look again next time
+                self._known = None
+                forget(self.model)  # look again next time
                 raise UnsupportedAttentionError(
                     f"layer {site.index} ({site.name}): attention was not where it had been found on the first look; "
                     "the model takes another path for these images"
@@ -229,10 +237,7 @@ class AttentionRecorder:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if verdict.finite and (verdict.error > seen.tolerance or verdict.error == float("inf")):
             raise mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
-        rows, order = seen.rows.float(), reading.order
-        norms = None if tokens is None else tokens.norms.float()
-        if order is not None:
-            rows, norms = rows[..., order], None if norms is None else norms[..., order]
+        rows = seen.rows.float() if reading.order is None else seen.rows.float()[..., reading.order]
         return LayerAttention(
             layer=site.index,
             name=site.name,
@@ -241,8 +246,10 @@ class AttentionRecorder:
             grid=site.layout.grid,
             mixed=verdict.mixed,
             verified_error=verdict.error,
-            distance=distance,
-            norms=norms,
+            kind=verdict.kind,
+            places=site.layout.evidence,
+            distance=None if verdict.kind == "signed" else distance,
+            norms=None if tokens is None else tokens.norms.float(),
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
         )
 
@@ -251,9 +258,9 @@ def _watch_tokens(stack: ExitStack, images: Tensor, plan: Plan) -> dict[SiteKey,
     """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
     seen: dict[SiteKey, TokenStatistics] = {}
     for key, reading in plan.readings.items():
-        block, shape = reading.block, (len(images), reading.site.keys)
+        block, report = reading.block, partial(seen.setdefault, key)
         if block is not None:
-            watch_tokens(stack, block.module, shape, block.patches, block.cls, partial(seen.setdefault, key))
+            watch_tokens(stack, block.module, len(images), block.order, block.num_prefix, block.has_cls, report)
     return seen
 
 
@@ -272,8 +279,9 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
     rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
     centres = torch.cartesian_prod(rows * (images.shape[-2] / gh), cols * (images.shape[-1] / gw))  # (N, 2) pixels
     patches = torch.tensor(site.layout.patches, device=device)
-    place = torch.full((site.keys,), -1, device=device)
-    place[patches] = torch.arange(len(patches), device=device)  # token to patch number, -1 for the prefix
+    place = torch.full((site.queries,), -1, device=device)  # query to patch number, -1 for the prefix
+    for number, query in site.places.patch_queries.items():
+        place[query] = number
     total = torch.zeros((), device=device)
     for start, chunk in seen.source.chunks():
         queries = place[start : start + chunk.shape[2]]

@@ -6,21 +6,54 @@ import itertools
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from attn_monitor import distributed, sinks
 from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, snapshot_paths, step_of
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where this run keeps its files: the logger's own folder, else save_dir/name/version as ModelCheckpoint has it."""
-    log_dir = trainer.log_dir  # agreed on by all ranks
-    logger = trainer.logger
-    if logger is None or hasattr(logger, "log_dir"):
-        return Path(log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(log_dir or trainer.default_root_dir, str(logger.name), version)
+    """Where this run keeps its files, the same in every process: beside the first logger that keeps them locally."""
+    return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, lambda: _run_folder(trainer))
+
+
+def _run_folder(trainer: pl.Trainer) -> Path:
+    for logger in trainer.loggers:
+        folder = _folder_of(logger)
+        if folder is not None:
+            return Path(folder)
+    if trainer.logger is None:
+        return Path(trainer.default_root_dir)
+    # A run that is kept elsewhere: the folder that ModelCheckpoint takes for it.
+    logger, version = trainer.logger, trainer.logger.version
+    version = version if version is None or isinstance(version, str) else f"version_{version}"
+    parts = [str(part) for part in (logger.name, version) if part not in (None, "")]
+    return Path(logger.save_dir or trainer.default_root_dir, *parts)
+
+
+def _folder_of(logger: Any) -> str | None:
+    """The local folder of a logger's run alone, None where it has none.
+
+    Lightning's base class gives every logger a ``log_dir``, which is None unless there is one.
+    """
+    kind = sinks.kind_of(logger)
+    if kind == "wandb":
+        run = logger.experiment
+        if run.disabled:
+            return None
+        # A run that is resumed gets another folder each time, and its archive stays in the first.
+        folder = Path(run.sync_dir)
+        parts = [p for p in folder.parent.glob(f"*run-*-{run.id}") if p.is_dir()]
+        return str(min([folder, *parts], key=lambda p: p.name.partition("run-")[2]))
+    if kind == "mlflow":
+        address = urlsplit(logger.experiment.get_run(logger.run_id).info.artifact_uri)
+        return url2pathname(address.path) if address.scheme in ("", "file") else None
+    return getattr(logger, "log_dir", None) or None
 
 
 def total_steps(trainer: pl.Trainer) -> float:

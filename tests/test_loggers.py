@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from PIL import Image
 
 from attn_monitor import AttentionMapCallback, load_snapshots
+from attn_monitor.run import run_folder
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
@@ -100,6 +101,8 @@ def test_mlflow_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
     fit(tmp_path, logger)
     check_mlflow(logger.experiment, logger.run_id)
+    (archive,) = tmp_path.rglob("attn_monitor")
+    assert archive.parent == tmp_path / "mlruns" / logger.experiment_id / logger.run_id / "artifacts"
 
 
 @pytest.fixture
@@ -122,6 +125,8 @@ def test_mlflow_server(tmp_path: Path, mlflow_server: str) -> None:
     logger = MLFlowLogger("test", tracking_uri=mlflow_server)
     fit(tmp_path, logger)
     check_mlflow(logger.experiment, logger.run_id)
+    (archive,) = tmp_path.rglob("attn_monitor")
+    assert archive.parent == tmp_path / logger.experiment_id / logger.run_id  # the artifacts are the server's
 
 
 class Foreign(Logger):
@@ -219,3 +224,39 @@ trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(),
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_each_run_of_a_wandb_sweep_has_its_archive_in_its_own_folder(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All runs start in one working directory; none is given another's archive, and no number is counted up."""
+    monkeypatch.chdir(offline)
+    for _ in range(3):
+        logger = WandbLogger(project="test", offline=True)
+        fit(offline, logger)
+        run = logger.experiment
+        archive = Path(run.dir).parent / "attn_monitor"
+        assert [s.step for s in load_snapshots(archive)] == [0, 1, 2, 3, 4]
+        run.finish()
+    assert len(list(offline.rglob("attn_monitor*"))) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_disabled_wandb_run_has_no_folder_of_its_own(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.chdir(offline)
+    logger = WandbLogger(experiment=wandb.init(mode="disabled"), save_dir=offline / "saved")
+    folder = run_folder(trainer(offline, logger=logger))
+    assert folder.is_relative_to(offline / "saved")
+    assert folder != offline / "saved"
+
+
+def test_the_archive_lies_beside_the_first_logger_that_keeps_its_run_locally(tmp_path: Path) -> None:
+    """Lightning's base class gives every logger a `log_dir`, which is None for those without one."""
+    assert run_folder(trainer(tmp_path, logger=Foreign())) == tmp_path / "foreign" / "version_0"
+    board = TensorBoardLogger(tmp_path, name="run", version=0)
+    assert run_folder(trainer(tmp_path, logger=[Foreign(), board])) == tmp_path / "run" / "version_0"
+    assert run_folder(trainer(tmp_path, logger=False)) == tmp_path

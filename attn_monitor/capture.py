@@ -203,6 +203,7 @@ class AttentionRecorder:
             images=images,
             verify=verify,
             last=plan.last,
+            readings={k: r.site.reading for k, r in plan.readings.items() if r.site.reading is not None},
         )
         with ExitStack() as stack:
             tokens = _watch_tokens(stack, images, plan)

@@ -27,7 +27,7 @@ from attn_monitor.places import SitePlaces, find_places
 from attn_monitor.running import Forward, run_forward
 from attn_monitor.sharding import refuse_split_parameters
 from attn_monitor.silence import HowToRead
-from attn_monitor.sources import Folding, widen
+from attn_monitor.sources import Folding, Reading, widen
 
 _IMAGES = 3  # noise, of which the first two are the same
 
@@ -48,6 +48,7 @@ class Site:
     refusal: AttentionError | None
     folding: Folding | None = None
     scope: str = ""  # path of the module in which all of it ran
+    reading: Reading | None = None  # of an operation that nobody listed
     places: SitePlaces = field(default_factory=SitePlaces)
 
     @property
@@ -196,6 +197,7 @@ def _site(index: int, entry: _Found, places: SitePlaces, verdict: Verdict | None
         None,
         entry.folding,
         seen.scope,
+        seen.reading,
         places,
     )
     return replace(site, refusal=_refusal(site, entry, verdict))

@@ -75,11 +75,7 @@ def candidate_grids(
     Those of a convolution that saw the whole image come first, else the image's proportions tell.
     """
     height, width = image_size
-
-    def covers(conv: PatchConv) -> bool:  # but for a remainder that makes no patch
-        return all(0 <= size - g * s < s for size, g, s in zip(image_size, conv.grid, conv.stride, strict=True))
-
-    whole = [c for c in convs if c.disjoint and covers(c)]
+    whole = [c for c in convs if c.disjoint and is_covering(c, image_size)]
     yield from (c for c in whole if math.prod(c.grid) == moving)
     # Patches that a mask token replaces depend on no image, but keep their place.
     yield from (c for c in whole if moving < math.prod(c.grid) <= tokens)
@@ -87,18 +83,22 @@ def candidate_grids(
     yield from (c for c in whole if moving - 8 <= math.prod(c.grid) < moving)
     if moving < 1 or any(math.prod(c.grid) == moving for c in whole):
         return
-    overlapping = [c.grid for c in convs if not (c.disjoint and covers(c)) and math.prod(c.grid) == moving]
+    overlapping = [c.grid for c in convs if c not in whole and math.prod(c.grid) == moving]
     rows = [r for r in range(1, moving + 1) if moving % r == 0]
     gh = min(rows, key=lambda r: abs(math.log((r * r / moving) * (width / height))))
     for grid in dict.fromkeys([*overlapping, (gh, moving // gh)]):
         yield PatchConv(grid, (round(height / grid[0]), round(width / grid[1])), disjoint=False)
 
 
+def is_covering(conv: PatchConv, size: tuple[int, int]) -> bool:
+    """Whether its patches cover an image of this size, but for a remainder that makes no patch."""
+    return all(0 <= s - g * step < step for s, g, step in zip(size, conv.grid, conv.stride, strict=True))
+
+
 def cell_of_pixels(conv: PatchConv, size: tuple[int, int]) -> Tensor:
     """The cell that each pixel is in, (H, W), or -1 for a remainder that no patch covers."""
     (gh, gw), (height, width) = conv.grid, size
-    covered = all(0 <= s - g * step < step for s, g, step in zip(size, conv.grid, conv.stride, strict=True))
-    sh, sw = conv.stride if covered else (height / gh, width / gw)
+    sh, sw = conv.stride if is_covering(conv, size) else (height / gh, width / gw)
     rows, cols = (torch.arange(height) / sh).floor().long(), (torch.arange(width) / sw).floor().long()
     inside = (rows < gh)[:, None] & (cols < gw)
     return torch.where(inside, rows[:, None] * gw + cols, -1)
@@ -146,6 +146,8 @@ def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
     """Noise images (M, C, H, W) in which each cell of the grid shows the pictures of its `partition_codes`."""
     codes = partition_codes(math.prod(conv.grid))
     pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
+    # The first is bright and the others dark: an order that hangs on brightness is not the same in all images.
+    pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])]).to(pictures)[:, None, None, None]
     table = torch.tensor([*codes, [0] * len(codes[0])], device=images.device)  # pixels outside show the first
     shown = table.T[:, cell_of_pixels(conv, (images.shape[-2], images.shape[-1])).to(images.device)]  # (M, H, W)
     index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
@@ -191,18 +193,42 @@ def layout_of(places: Places, grid: tuple[int, int], evidence: str) -> TokenLayo
     return None
 
 
-RAMPS = 4  # images: as it is, changed as a whole, changed by the row, by the column
-
-
-def ramps(image: Tensor, seed: int = 5) -> Tensor:
+def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
     """(4, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by the row; by the column."""
-    _, height, width = image.shape
-    strength = max(0.02, 25 * torch.finfo(image.dtype).eps)  # so little that the model answers in proportion
-    noise = noise_images(image[None], 1, seed)[0]
-    noise = noise * strength * (float(image.float().std(correction=0)) or 1.0)
-    rows = ((torch.arange(height, device=image.device) + 0.5) / height).to(image.dtype)
-    cols = ((torch.arange(width, device=image.device) + 0.5) / width).to(image.dtype)
-    return torch.stack([image, image + noise, image + noise * rows[:, None], image + noise * cols])
+    height, width = image.shape[-2:]
+    rows, cols = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    return _scaled_noise(image, [torch.ones(1, 1), rows[:, None], cols[None]], strength, seed)
+
+
+def weighted(image: Tensor, conv: PatchConv, strength: float, seed: int = 5) -> Tensor:
+    """(3, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by a weight for each cell."""
+    cells = cell_of_pixels(conv, (image.shape[-2], image.shape[-1]))
+    weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
+    return _scaled_noise(image, [torch.ones(1, 1), weights], strength, seed)
+
+
+def cell_weights(cells: int) -> Tensor:
+    """A number from 0 to 1 for each cell, in no order."""
+    return torch.rand(cells, generator=torch.Generator().manual_seed(11))
+
+
+def _scaled_noise(image: Tensor, scales: Sequence[Tensor], strength: float, seed: int) -> Tensor:
+    noise = noise_images(image[None], 1, seed)[0] * strength * (float(image.float().std(correction=0)) or 1.0)
+    return torch.stack([image, *(image + noise * scale.to(image) for scale in scales)])
+
+
+def little(dtype: torch.dtype) -> float:
+    """How strong a change may be for a model of this precision to answer in proportion, and to answer at all."""
+    return max(0.02, 25 * torch.finfo(dtype).eps)
+
+
+def quadrants_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
+    """(4, C, H, W): the (C, H, W) image with other noise in one quarter of every cell."""
+    (gh, gw), (height, width) = conv.grid, image.shape[-2:]
+    lower, right = ((torch.arange(n) * 2 * g // n) % 2 for n, g in ((height, gh), (width, gw)))
+    quarter = (2 * lower[:, None] + right).to(image.device)
+    other = noise_images(image[None], 1, seed)[0]
+    return torch.stack([torch.where(quarter == q, other, image) for q in range(4)])
 
 
 def outermost_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
@@ -214,17 +240,22 @@ def outermost_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     return other
 
 
-def centres(sketches: Tensor, grid: tuple[int, int], limit: float) -> Tensor:
-    """(row, column) of the centre of what each token holds, in cells: (2, ..., T) from (4, ..., T, S) of `ramps`.
+def shares(sketches: Tensor, limit: float) -> Tensor:
+    """How much of the whole change each token keeps when it is scaled: (n, ..., T) of (2 + n, ..., T, S) sketches.
 
-    The change under a ramp, projected on the whole change, is the ramp's value at the centre. NaN where nothing moves.
+    The change under a scale, projected on the whole change, is the scale where the token looks: a mean over what it
+    holds. NaN where nothing moves.
     """
     base, whole, *scaled = sketches.double().unbind(0)
-    change, energy = whole - base, (whole - base).square().sum(-1)
-    moved = changes(whole, base) > limit
-    share = torch.stack([((s - base) * change).sum(-1) / energy.clamp_min(1e-60) for s in scaled])  # (2, ..., T)
-    sizes = torch.tensor(grid, dtype=share.dtype, device=share.device).reshape(2, *(1 for _ in share.shape[1:]))
-    return torch.where(moved, share * sizes - 0.5, math.nan)
+    change = whole - base
+    energy, moved = change.square().sum(-1).clamp_min(1e-60), changes(whole, base) > limit
+    return torch.stack([torch.where(moved, ((s - base) * change).sum(-1) / energy, math.nan) for s in scaled])
+
+
+def centres(sketches: Tensor, grid: tuple[int, int], limit: float) -> Tensor:
+    """(row, column) of the centre of what each token holds, in cells: (2, ..., T) of (4, ..., T, S) from `ramps`."""
+    share = shares(sketches, limit)
+    return share * torch.tensor(grid).to(share).reshape(2, *(1 for _ in share.shape[1:])) - 0.5
 
 
 def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
@@ -240,6 +271,15 @@ def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
         return None
     found = iter(cells)
     return tuple(next(found) if alive else STATIC for alive in live.tolist())
+
+
+def other_weights(share: Tensor, places: Places, cells: int, slack: float) -> float:
+    """Share of the tokens with a place that do not tell the weight of their cell: from (T,) `shares` of `weighted`."""
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    expected = cell_weights(cells).to(share)[[places[t] for t in tokens]]
+    apart = (share[tokens] - expected).abs()
+    told = ~apart.isnan()
+    return float((apart[told] > slack).double().mean()) if bool(told.any()) else 0.0
 
 
 def far_from(centre: Tensor, places: Places, grid: tuple[int, int], slack: float) -> float:

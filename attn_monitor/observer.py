@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_monitor import operations as ops
 from attn_monitor.layout import PatchConv
 from attn_monitor.operations import Observation
-from attn_monitor.sources import Query
+from attn_monitor.sources import Query, Reading
 
 SiteKey = tuple[str, int]
 """Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
@@ -29,7 +29,8 @@ class AttentionObserver(TorchDispatchMode):
     """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
 
     ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
-    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more.
+    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
+    ``readings`` are known ones of operations that nobody listed.
     """
 
     supports_higher_order_operators = True
@@ -42,9 +43,11 @@ class AttentionObserver(TorchDispatchMode):
         images: Tensor,
         verify: bool = True,
         last: SiteKey | None = None,
+        readings: Mapping[SiteKey, Reading] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
+        self.readings = readings or {}
         self.batch, self.channels, *self.size = images.shape
         self.convs: list[PatchConv] = []  # convolutions on whole images
         self._cropped = False  # the convolutions now running see a part of the images
@@ -162,10 +165,13 @@ class AttentionObserver(TorchDispatchMode):
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         calls = ops.unknown_calls(func, args, kwargs, out)
-        if calls:
-            key = self._key()
-            query = self.query(key)
-            self._seen(key, None if query is None else ops.observe_unknown(calls, out, query))
+        if not calls:
+            return
+        key, seen = self._key(), None
+        query = self.query(key)
+        if query is not None:
+            seen = ops.observe_unknown(func, args, kwargs, calls, out, query, self.readings.get(key))
+        self._seen(key, seen)
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
         if out.ndim != 4 or out.shape[0] != self.batch:

@@ -25,6 +25,7 @@ from attn_monitor.sources import (
     Folding,
     FusedCall,
     Query,
+    Reading,
     Regrouped,
     read_rows,
     regroup,
@@ -67,7 +68,7 @@ class Observation:
     mixed: Tensor | None = None
     problem: str | None = None
     scope: str = ""
-    reading: int = 0
+    reading: Reading | None = None
 
     def regrouped(self, images: int, folding: Folding | None) -> Observation:
         """The same, read with batch and heads in another order; None leaves it as it is."""
@@ -202,20 +203,21 @@ def _guesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     """Every reading of an unknown operation: layouts times scales. Only one that passes the check counts."""
     unpacked, packed = _unknown_qkv(args), _packed_qkv(args)
     if unpacked is not None:
-        triples = [unpacked]
+        triples = {-1: unpacked}
     elif packed is not None:
-        splits = (packed.unbind(dim) for dim in range(4) if packed.shape[dim] == 3)
-        triples = [(q, k, v) for q, k, v in splits]
+        splits = ((dim, packed.unbind(dim)) for dim in range(4) if packed.shape[dim] == 3)
+        triples = {dim: (q, k, v) for dim, (q, k, v) in splits}
     else:
         return
-    triples += [(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) for q, k, v in triples]
     # The scale, if the operation was told one, is among its float arguments.
     told = [a for a in (*args, *kwargs.values()) if isinstance(a, float) and a > 0]
-    for q, k, v in triples:
+    for (dim, triple), swapped in itertools.product(triples.items(), (False, True)):
+        q, k, v = (t.transpose(1, 2) for t in triple) if swapped else triple
         scales = dict.fromkeys([1 / math.sqrt(q.shape[-1]), 1.0, *told])
         causal = (False, True) if q.shape[2] == k.shape[2] else (False,)
         for scale, is_causal, heads_first in itertools.product(scales, causal, (True, False)):
-            yield FusedCall(str(func), q, k, v, None, is_causal, scale, heads_first)
+            reading = (dim, swapped, scale, is_causal, heads_first)
+            yield FusedCall(str(func), q, k, v, None, is_causal, scale, heads_first, reading)
 
 
 def _problem(query: Query, queries: int, *tensors: Tensor) -> str | None:
@@ -258,13 +260,45 @@ def unknown_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     ]
 
 
-def observe_unknown(calls: list[FusedCall], out: Any, query: Query) -> Observation:
-    """The reading that reproduces the operation's result best, whether or not that is well enough."""
-    seen = [
-        replace(observe_fused(call, first_tensor(out), query, verify=True), reading=reading)
-        for reading, call in enumerate(calls)
-    ]
-    return min(seen, key=lambda s: math.inf if s.error is None or s.error.isnan() else float(s.error))
+def observe_unknown(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[FusedCall], out: Any, query: Query,
+    reading: Reading | None,
+) -> Observation:  # fmt: skip
+    """The given reading, else the one that explains best what the kernel makes of sharp made-up q, k and v."""
+    if reading is None:
+        reading = _best_reading(calls, out) if (asked := _ask_kernel(func, args, kwargs)) is None else asked
+    call = reading_of(calls, reading)
+    return replace(observe_fused(call, first_tensor(out), query, verify=True), reading=call.reading)
+
+
+def reading_of(calls: Sequence[FusedCall], reading: Reading | None) -> FusedCall:
+    """The call that is read so."""
+    return next((call for call in calls if call.reading == reading), calls[0])
+
+
+def _ask_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading | None:
+    """Near-uniform attention would agree with many readings, attention to single keys agrees with one."""
+    count = 1 if _unknown_qkv(args) is None else 3
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)][:count]
+    sharp = list(args)
+    for i in places:
+        noise = torch.randn(args[i].shape, generator=torch.Generator().manual_seed(i))
+        sharp[i] = torch.empty_like(args[i]).copy_(2 * noise)
+    try:
+        out = func(*sharp, **kwargs)
+    except Exception:  # a kernel may ask more of its tensors than their shapes; then its own have to tell
+        return None
+    return _best_reading(unknown_calls(func, tuple(sharp), kwargs, out), out)
+
+
+def _best_reading(calls: Sequence[FusedCall], out: Any) -> Reading | None:
+    def error(call: FusedCall) -> float:
+        seen = observe_fused(call, first_tensor(out), "mean", verify=True)
+        other = observe_fused(call, first_tensor(out), 0, verify=True)
+        errors = [float(s.error) for s in (seen, other) if s.error is not None]
+        return max(errors, default=math.inf)
+
+    return min(calls, key=error).reading if calls else None
 
 
 def first_tensor(out: Any) -> Tensor | None:

@@ -56,6 +56,7 @@ class _Mosaic:
     k: dict[SiteKey, Places] = field(default_factory=dict)
     entries: dict[Call, Places] = field(default_factory=dict)
     exits: dict[Call, Places] = field(default_factory=dict)
+    apart: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T): changes between images, where not exact
     dilated: set[SiteKey] = field(default_factory=set)  # sites whose heads hold different cells of this grid
 
     @property
@@ -129,7 +130,8 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
             known = [t for t in (getattr(o, name) for o in others) if t is not None]
             tensors[name] = torch.cat(known) if len(known) == len(parts) else None
         sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=first.dtype, within=first.within)
-    return Tokens(sites, together([p.entries for p in parts]), together([p.exits for p in parts]))
+    entries, exits, again = (together([getattr(p, name) for p in parts]) for name in ("entries", "exits", "again"))
+    return Tokens(sites, entries, exits, again)
 
 
 def find_places(
@@ -144,20 +146,25 @@ def find_places(
 ) -> dict[SiteKey, SitePlaces]:
     """Places of keys and queries at the sites that ``how`` says how to read.
 
-    Of the first of them, ``moving`` of its ``keys`` depend on the image. The user's first image is asked about too.
+    Of the first of them, ``moving`` of its ``keys`` depend on the image. One of the user's images is asked about too.
     """
     around = {path for key in how for path in _ancestors(key[0])}
     ask = _Asker(model, forward, how, around & dict(model.named_modules()).keys(), piece)
     found = {key: SitePlaces() for key in how}
     size = (images.shape[-2], images.shape[-1])
-    mosaics, reference = _ask_mosaics(ask, images, found, list(lay.candidate_grids(size, keys, moving, convs)), convs)
+    grids = [*lay.candidate_grids(size, keys, moving, convs)]
+    # Where the first attention is coarser than the patches, these tell whether its heads see the same of them.
+    grids = [*(c for c in convs if c.disjoint and lay.is_covering(c, size) and math.prod(c.grid) > keys), *grids]
+    mosaics, reference = _ask_mosaics(ask, images, found, grids, convs)
     if not mosaics:
         return found
-    user = ask(lay.ramps(_lively(images[0])), 2)
-    _check_on_user_image(found, mosaics, user)
+    strength = max(lay.little(site.dtype) for site in reference.sites.values())
+    chosen = _least_alike(images)
+    _check_on_user_images(ask, chosen, strength, found, mosaics)
     unplaced = [k for k, f in found.items() if f.layout is None and not f.why and k in reference.sites]
     if unplaced:
-        _rank_centres(ask, images, found, unplaced, mosaics, convs)
+        _rank_centres(ask, images, chosen[0], strength, found, unplaced, mosaics, convs)
+    _refuse_partial_views(ask, images, found, mosaics)
     _find_queries(found, mosaics, reference)
     _find_cls(ask, images, found, mosaics, reference)
     _refuse_mixtures(found, reference)
@@ -173,9 +180,13 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
 
 
-def _lively(image: Tensor) -> Tensor:
-    """The image, or noise where it shows one colour only."""
-    return image if float(image.float().std(correction=0)) > 1e-3 else lay.noise_images(image[None], 1, seed=3)[0]
+def _least_alike(images: Tensor) -> list[Tensor]:
+    """The brightest and the darkest of the user's images; noise where all show one colour only."""
+    lively = images[images.flatten(1).float().std(1, correction=0) > 1e-3]
+    if not len(lively):
+        return [lay.noise_images(images, 1, seed=3)[0]]
+    brightness = lively.flatten(1).float().mean(1)
+    return [lively[i] for i in dict.fromkeys([int(brightness.argmax()), int(brightness.argmin())])]
 
 
 def _limit(site: SiteTokens) -> float:
@@ -236,6 +247,8 @@ def _read_mosaics(tokens: Tokens, conv: PatchConv) -> _Mosaic:
             sketches = getattr(site, name)
             if sketches is not None:
                 getattr(mosaic, name)[key] = lay.read_places(sketches, cells, limits[-1])
+        if not lay.is_whole(mosaic.v[key], cells):
+            mosaic.apart[key] = lay.changes(site.v[:, None], site.v[None])
         if site.heads is not None:
             heads = {lay.read_places(site.heads[:, h], cells, limits[-1]) for h in range(site.heads.shape[1])}
             if len(heads) > 1 and any(p >= 0 for places in heads for p in places):
@@ -272,31 +285,67 @@ def _what_keys_are(key: SiteKey, mosaics: Sequence[_Mosaic]) -> str:
     )
 
 
-# Ramps: the user's own image, and fields that overlap
+# Small changes: the user's own images, and fields that overlap
 
 
-def _check_on_user_image(found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[_Mosaic], user: Tokens) -> None:
-    """The same places must hold on an image of the user's, in another call and another random state."""
+def _check_on_user_images(
+    ask: _Asker,
+    images: Sequence[Tensor],
+    strength: float,
+    found: Mapping[SiteKey, SitePlaces],
+    mosaics: Sequence[_Mosaic],
+) -> None:
+    """The same places must hold on images of the user's, each in another call and another random state."""
+    for mosaic in mosaics:
+        placed = [k for k, f in found.items() if f.layout is not None and f.layout.grid == mosaic.conv.grid]
+        for number, image in enumerate(images if placed else ()):
+            seen = ask(lay.weighted(image, mosaic.conv, strength), 2 + number).sites
+            for key in placed:
+                if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
+                    found[key].layout, found[key].why = (
+                        None,
+                        "it runs in another way on the user's images than on noise",
+                    )
+                elif found[key].layout is not None and _tells_otherwise(seen[key], key, mosaic):
+                    found[key].layout = None
+                    found[key].why = "its tokens hold other patches on another image, or in another call"
+
+
+def _tells_otherwise(seen: SiteTokens, key: SiteKey, mosaic: _Mosaic) -> bool:
+    told = [(seen.v, mosaic.v[key])]
+    if seen.q is not None and lay.is_whole(mosaic.q.get(key), mosaic.cells):
+        told.append((seen.q, mosaic.q[key]))
+    slack = 0.25 if seen.dtype in (torch.float16, torch.bfloat16) else 0.1  # of weights from 0 to 1
+    return any(
+        lay.other_weights(lay.shares(sketches, _limit(seen) / 4)[0], places, mosaic.cells, slack) > 0.02
+        for sketches, places in told
+    )
+
+
+def _refuse_partial_views(
+    ask: _Asker, images: Tensor, found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[_Mosaic]
+) -> None:
+    """Coarse tokens, and tokens whose fields overlap, must see all of their cell and all of the image's border."""
+    finest, base = max(m.cells for m in mosaics), lay.noise_images(images, 1, seed=4)[0]
+    doubtful: dict[tuple[int, int], list[SiteKey]] = {}
     for key, site in found.items():
-        if site.layout is None:
-            continue
-        mosaic, seen = _of_grid(mosaics, site.layout), user.sites.get(key)
-        assert mosaic is not None
-        if seen is None or seen.v.shape[1] != len(mosaic.v[key]):
-            site.layout, site.why = None, "it runs in another way on the user's image than on noise"
-            continue
-        limit = _limit(seen) / 4
-        told = [(lay.centres(seen.v, mosaic.conv.grid, limit), mosaic.v[key])]
-        if seen.q is not None and lay.is_whole(mosaic.q.get(key), mosaic.cells):
-            told.append((lay.centres(seen.q, mosaic.conv.grid, limit), mosaic.q[key]))
-        slack = _slack(seen.dtype)
-        if any(lay.far_from(centre, places, mosaic.conv.grid, slack) > 0.02 for centre, places in told):
-            site.layout, site.why = None, "its tokens hold other patches on another image, or in another call"
-
-
-def _slack(dtype: torch.dtype) -> float:
-    """Cells by which a centre may be off; half precision blurs it."""
-    return 1.5 if dtype in (torch.float16, torch.bfloat16) else 0.9
+        if site.layout is not None and (site.layout.evidence == "centres" or math.prod(site.layout.grid) < finest):
+            doubtful.setdefault(site.layout.grid, []).append(key)
+    for grid, keys in doubtful.items():
+        conv = PatchConv(grid, (0, 0), disjoint=False)
+        changed = [lay.outermost_changed(base, conv)[None], lay.quadrants_changed(base, conv)]
+        seen = ask(torch.cat([base[None], *changed]), 3).sites
+        for key in keys:
+            layout = found[key].layout
+            assert layout is not None
+            moved = lay.changes(seen[key].v[1:], seen[key].v[:1])[:, list(layout.patches)] > _limit(seen[key]) / 4
+            border = torch.ones(grid, dtype=torch.bool, device=moved.device)
+            border[1:-1, 1:-1] = False
+            if not bool(moved[0][border.flatten()].all()):
+                found[key].why = "the outermost pixels of the image are not seen: the model looks at a crop"
+            elif not bool(moved[1:].all()):
+                found[key].why = "its keys hold a part of their patches only (tokens left out, or pooled irregularly)"
+            found[key].layout = None if found[key].why else layout
 
 
 _ROUNDS = 5  # of two base images each: the user's and noise
@@ -305,6 +354,8 @@ _ROUNDS = 5  # of two base images each: the user's and noise
 def _rank_centres(
     ask: _Asker,
     images: Tensor,
+    user: Tensor,
+    strength: float,
     found: Mapping[SiteKey, SitePlaces],
     unplaced: Sequence[SiteKey],
     mosaics: Sequence[_Mosaic],
@@ -312,61 +363,102 @@ def _rank_centres(
 ) -> None:
     """Places of tokens whose fields overlap, by their centres: the user's image and noise must tell the same."""
     size = (images.shape[-2], images.shape[-1])
-    finest = max(mosaics, key=lambda m: m.cells).conv
-    noise = lay.noise_images(images, _ROUNDS, seed=4)
-    edge = ask(torch.stack([noise[0], lay.outermost_changed(noise[0], finest)]), 3)
+    # Dark noise beside a bright image, and the reverse: an order that hangs on brightness is not the same in both.
+    contrast = -0.5 if float(user.float().mean()) > 0 else 0.5
+    noise = lay.noise_images(images, _ROUNDS, seed=4) + contrast
     told: tuple[list[Tokens], list[Tokens]] = ([], [])
     waiting = list(unplaced)
     for number in range(_ROUNDS):
-        for bases, image in zip(told, (_lively(images[0]), noise[number]), strict=True):
-            bases.append(ask(lay.ramps(image, seed=10 + number), 4 + number, by_head=1 + max(m.cells for m in mosaics)))
-        waiting = [key for key in waiting if not _rank_site(found[key], key, told, edge, size, convs)]
+        for bases, image in zip(told, (user, noise[number]), strict=True):
+            coarsest = 1 + max(m.cells for m in mosaics)
+            bases.append(ask(lay.ramps(image, strength, seed=10 + number), 4 + number, by_head=coarsest))
+        waiting = [key for key in waiting if not _rank_site(key, found, told, size, convs, mosaics)]
         if not waiting:
             break
 
 
 def _rank_site(
-    site: SitePlaces,
     key: SiteKey,
+    found: Mapping[SiteKey, SitePlaces],
     told: tuple[list[Tokens], list[Tokens]],
-    edge: Tokens,
     size: tuple[int, int],
     convs: Sequence[PatchConv],
+    mosaics: Sequence[_Mosaic],
 ) -> bool:
     """Place a site's keys and queries; whether that could be settled."""
+    site = found[key]
     seen = [[t.sites[key] for t in bases if key in t.sites] for bases in told]
-    if key not in edge.sites or any(len(some) < len(bases) for some, bases in zip(seen, told, strict=True)):
+    if any(len(some) < len(bases) for some, bases in zip(seen, told, strict=True)):
         site.why = "it runs in another way on other images"
         return True
     limit = _limit(seen[0][0]) / 4
     live = lay.changes(seen[0][0].v[1], seen[0][0].v[0]) > limit
     for conv in lay.candidate_grids(size, len(live), int(live.sum()), convs):
         halves = [_centre([s.v for s in some], conv.grid, limit) for some in seen]
-        user = _agreed_places(halves, conv.grid, rounds=len(seen[0]))
-        if user is None:
+        others = [f.layout for f in found.values() if f.layout is not None and f.layout.grid == conv.grid]
+        places = _agreed_places(halves, conv.grid, len(seen[0]), [o for o in others if len(o.order) == len(live)])
+        if places is None:
             continue
-        if _heads_apart([s.heads for some in seen for s in some], conv.grid, user, limit) > 0.35:
+        if _heads_apart([s.heads for some in seen for s in some], conv.grid, places, limit) > 0.35:
             site.why = "its heads see different parts of each patch (dilated attention)"
-        elif not _sees_the_border(edge.sites[key], user, conv.grid, limit):
-            site.why = "the outermost pixels of the image are not seen: the model looks at a crop"
+        elif any(m.conv.grid == conv.grid and _changes_order(m, key, places, 4 * limit) for m in mosaics):
+            site.why = "its tokens hold other patches on another image, or in another call"
         else:
-            site.layout = lay.layout_of(user, conv.grid, "centres")
-            queries = [s.q for some in seen for s in some]
-            places = lay.places_by_centre(_centre(queries, conv.grid, limit), conv.grid) if all(q is not None for q in queries) else None
-            site.patch_queries = {p: t for t, p in enumerate(places or ()) if p >= 0}
+            site.layout = lay.layout_of(places, conv.grid, "centres")
+            site.patch_queries = _queries_by_centre([s.q for some in seen for s in some], places, conv.grid, limit)
         return True
     return False
 
 
-def _agreed_places(halves: Sequence[Tensor], grid: tuple[int, int], rounds: int) -> Places | None:
-    """Places that two halves of the base images tell alike; or, after a few rounds, together and each nearly so."""
+def _changes_order(mosaic: _Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
+    """Whether tokens change between images as if they were exchanged, and not as if their neighbours did.
+
+    In two images that agree in a token's own cell, a token whose field overlaps others changes a little, or always. One
+    that was exchanged in some of the images changes not at all in some pairs, and as much as any token in others.
+    """
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    apart = mosaic.apart[key].permute(2, 0, 1)[tokens]  # (N, M, M)
+    codes = torch.tensor(lay.partition_codes(mosaic.cells), device=apart.device)[[places[t] for t in tokens]]
+    same = (codes[:, :, None] == codes[:, None]) & ~torch.eye(codes.shape[1], dtype=torch.bool, device=apart.device)
+    own, other = apart[same], apart[codes[:, :, None] != codes[:, None]]
+    still = own <= limit
+    if not 0.05 < float(still.double().mean()) < 0.95:
+        return False
+    return float(own[~still].median()) > 0.8 * float(other.median())
+
+
+def _agreed_places(
+    halves: Sequence[Tensor], grid: tuple[int, int], rounds: int, others: Sequence[TokenLayout]
+) -> Places | None:
+    """Places that two halves of the base images tell alike.
+
+    After a few rounds it is enough that both together tell them, or another layer does, and each half nearly so.
+    """
     one, other = (lay.places_by_centre(half, grid) for half in halves)
     if one is not None and one == other:
         return one
-    both = lay.places_by_centre(torch.stack(list(halves)).nanmean(0), grid) if rounds > 2 else None
-    if both is not None and all(lay.far_from(half, both, grid, 0.9) <= 0.02 for half in halves):
-        return both
-    return None
+    if rounds < 3:
+        return None
+    both = lay.places_by_centre(torch.stack(list(halves)).nanmean(0), grid)
+    guesses = [places for places in (both, *map(_places_of, others)) if places is not None]
+    return next((g for g in guesses if all(lay.far_from(half, g, grid, 0.9) <= 0.02 for half in halves)), None)
+
+
+def _places_of(layout: TokenLayout) -> Places:
+    where = {token: cell for cell, token in enumerate(layout.patches)}
+    return tuple(where.get(token, lay.STATIC) for token in range(len(layout.order)))
+
+
+def _queries_by_centre(
+    queries: Sequence[Tensor | None], keys: Places, grid: tuple[int, int], limit: float
+) -> dict[int, int]:
+    if any(q is None for q in queries):
+        return {}
+    centre = _centre(queries, grid, limit)
+    places = lay.places_by_centre(centre, grid)
+    if places is None and centre.shape[-1] == len(keys) and lay.far_from(centre, keys, grid, 0.9) <= 0.02:
+        places = keys
+    return {p: t for t, p in enumerate(places or ()) if p >= 0}
 
 
 def _centre(sketches: Sequence[Tensor | None], grid: tuple[int, int], limit: float) -> Tensor:
@@ -381,12 +473,6 @@ def _heads_apart(heads: Sequence[Tensor | None], grid: tuple[int, int], places: 
     tokens = [t for t, p in enumerate(places) if p != lay.STATIC]
     own = _centre(heads, grid, limit)[..., tokens].nanmean(-1)  # (2, H)
     return float((own.amax(1) - own.amin(1)).nan_to_num(0).max())
-
-
-def _sees_the_border(site: SiteTokens, places: Places, grid: tuple[int, int], limit: float) -> bool:
-    (gh, gw), moved = grid, (lay.changes(site.v[1], site.v[0]) > limit).tolist()
-    border = [t for t, p in enumerate(places) if p >= 0 and (p // gw in (0, gh - 1) or p % gw in (0, gw - 1))]
-    return all(moved[t] for t in border)
 
 
 # Queries, and which of them is CLS
@@ -556,15 +642,18 @@ def _check_landing(
             by_site[key][1 + marks[key].slot, list(marks[key].queries)] = True
     tokens = ask(shown, 1, marks=by_site)
     landing = _Landing(tokens, marks, found)
-    for key, site in found.items():
-        seen = tokens.sites.get(key)
-        if site.layout is None or seen is None:
+    hops = landing.hops()
+    for key, place in found.items():
+        if place.layout is None or key not in tokens.sites:
             continue
-        mosaic = _of_grid(mosaics, site.layout)
-        if landing.is_second_hop(key):
-            site.layout, site.why = None, "what it reads is itself the result of an attention (two hops), not the image"
-        elif key in marks and not landing.is_right(key, mosaic):
-            site.layout, site.why = None, "the results of its queries do not go to the tokens that its queries are"
+        if key in hops:
+            place.layout, place.why = None, "it is one of two hops: what an attention gave is read by attention again"
+        elif key in marks and not landing.is_right(key, _of_grid(mosaics, place.layout)):
+            place.layout, place.why = None, "the results of its queries do not go to the tokens that its queries are"
+
+
+def _depends_on_image(sketches: Tensor, limit: float) -> bool:
+    return bool((lay.changes(sketches[-1], sketches[0]) > limit).any())
 
 
 @dataclass(frozen=True)
@@ -591,7 +680,7 @@ def _choose_marks(found: Mapping[SiteKey, SitePlaces], reference: Tokens) -> dic
             if grid not in orders:
                 orders[grid] = torch.randperm(math.prod(grid), generator=generator).tolist()
             held = found[key].patch_queries
-            mine = [p for p in orders[grid][number :: len(share)] if p in held]
+            mine = [p for p in orders[grid][number :: max(len(share), 2)] if p in held]  # at most half of them
             if mine:
                 marks[key] = _Marked(slot, frozenset(mine), tuple(held[p] for p in mine))
     return marks
@@ -604,13 +693,18 @@ class _Landing:
         self.tokens, self.marks, self.found = tokens, marks, found
         self.order = [key for key in found if key in tokens.sites]
 
-    def is_second_hop(self, key: SiteKey) -> bool:
-        """Whether V holds nothing but what another operation gave in the same call of the module."""
-        seen = self.tokens.sites[key]
-        before = self.order[: self.order.index(key)]
-        if not seen.within or not any(self.tokens.sites[k].within == seen.within for k in before):
-            return False
-        return not bool((lay.changes(seen.v[-1], seen.v[0]) > _limit(seen)).any())
+    def hops(self) -> set[SiteKey]:
+        """Operations whose V is nothing but what others gave in the same call of a module; and those others."""
+        chained: set[SiteKey] = set()
+        for number, key in enumerate(self.order):
+            seen = self.tokens.sites[key]
+            before = [k for k in self.order[:number] if seen.within and self.tokens.sites[k].within == seen.within]
+            if before and not _depends_on_image(seen.v, _limit(seen)):
+                chained.update([*before, key])
+            again = self.tokens.again.get(key)
+            if again is not None and not _depends_on_image(again, _limit(seen)):
+                chained.add(key)
+        return chained
 
     def is_right(self, key: SiteKey, mosaic: _Mosaic | None) -> bool:
         """Looked at where the modules around end, and where the next attention reads."""

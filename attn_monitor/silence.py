@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attn_monitor import operations as ops
 from attn_monitor.layout import SKETCH
 from attn_monitor.observer import AttentionObserver, SiteKey
-from attn_monitor.sources import Folding, widen
+from attn_monitor.sources import Folding, Reading, widen
 
 Call = tuple[str, int]
 """A module's path, and which of its calls within one forward."""
@@ -29,7 +29,7 @@ class HowToRead:
     """How the tensors of one site are to be read. ``knows_query``: its scores are products of queries and keys."""
 
     folding: Folding | None
-    reading: int
+    reading: Reading | None
     knows_query: bool | None = None
 
 
@@ -53,6 +53,7 @@ class Tokens:
     sites: dict[SiteKey, SiteTokens] = field(default_factory=dict)
     entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
     exits: dict[Call, Tensor] = field(default_factory=dict)
+    again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
 
 
 class SilentObserver(AttentionObserver):
@@ -77,7 +78,7 @@ class SilentObserver(AttentionObserver):
         self.tokens = Tokens()
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # of the last few products
         self._scores_of: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
-        self._spent: list[Tensor] = []  # weights that have met a V: another product may use them again
+        self._spent: list[tuple[Tensor, SiteKey]] = []  # weights that have met a V: another product may use them
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
 
@@ -136,7 +137,7 @@ class SilentObserver(AttentionObserver):
         calls = ops.unknown_calls(func, args, kwargs, out)
         if calls:
             key = self._key()
-            call = calls[self.how[key].reading if key in self.how else 0]
+            call = ops.reading_of(calls, self.how[key].reading if key in self.how else None)
             out = ops.first_tensor(out)
             self._silence(key, _Product(out, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
 
@@ -148,18 +149,29 @@ class SilentObserver(AttentionObserver):
         self._scores_of[id(out)] = (args[0], fitting[-1:])
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
-        before = len(self.tokens.sites), dict(self._count)
+        seen = dict(self._count)
         super()._product(args, out)
-        if before == (len(self.tokens.sites), self._count) and any(_is_same(a, w) for a in args for w in self._spent):
-            out.zero_()
+        if seen == self._count:
+            self._used_again(args, out)
         self._factors = [*self._factors[-3:], (args[0], args[1], out)]
+
+    def _used_again(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """Silence also a further product of weights that have met their V."""
+        for weights, key in self._spent:
+            for left, right in (args, (args[1].mT, args[0].mT)):
+                if _is_same(left, weights) and key in self.how:
+                    values = _group(right, self.batch, self.how[key].folding)
+                    if values is not None:
+                        self.tokens.again[key] = sketch(values)
+                    out.zero_()
+                    return
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
         call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
         if call is None:
             return
         key = self._key()
-        self._spent = [*self._spent, *(weights for weights, _ in self._pending)][-8:]
+        self._spent = [*self._spent, *((weights, key) for weights, _ in self._pending), (call.applied, key)][-8:]
         self._pending.clear()
         made = [self._scores_of[id(w)] for w in reversed(call.weights)]
         scores, factors = next(((s, f[0]) for s, f in made if f), (made[0][0], None))

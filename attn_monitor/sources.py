@@ -20,6 +20,9 @@ Query = int | str
 Folding = Literal["batch first", "heads first"]
 """How (B·H, …) or (H·B, …) is to be read."""
 
+Reading = tuple[int, bool, float, bool, bool]
+"""Which reading of an unknown operation: dimension of packed qkv, tokens before heads, scale, causal, heads first."""
+
 _CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
 
 
@@ -63,6 +66,7 @@ class FusedCall:
     causal: bool = False
     scale: float | None = None
     heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
+    reading: Reading | None = None  # of an operation that nobody listed
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""

@@ -33,6 +33,11 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     paths = [p for p, _ in named if p in holders and not any(q != p and _inside(str(q), p) for q in holders)]
     if not paths:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in module.named_children()) or "no submodules"
+        if not attention and any(_convolves(m) for _, m in named):
+            raise NoAttentionError(
+                f"{type(module).__name__} holds no attention: it is a convolutional network ({children}), and has no "
+                "maps to show"
+            )
         raise NoAttentionError(
             f"no vision transformer was found in {type(module).__name__}. Looked at {children} for a module that holds "
             "both a patch embedding and attention. Name it yourself: targets={'student': 'path.of.the.backbone'}"
@@ -59,6 +64,11 @@ def _embeds_patches(name: str, module: nn.Module) -> bool:
         kernel, stride = tuple(module.kernel_size), tuple(module.stride)
         return kernel == stride and max(kernel) > 1
     return bool(re.search(r"patch|^embeds$", name.rpartition(".")[2].lower())) and _has_parameters(module)
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether it is a convolution over overlapping places, as patch embeddings are not."""
+    return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and module.kernel_size != module.stride
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:

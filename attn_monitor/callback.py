@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from attn_monitor import distributed, drawing, run, sinks
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import PATIENCE, Failures
-from attn_monitor.capture import Layers, QuerySpec, check_query
+from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
 from attn_monitor.errors import AttentionError
 from attn_monitor.health import HealthLimits
+from attn_monitor.masking import WAYS
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
@@ -39,7 +42,8 @@ class AttentionMapCallback(pl.Callback):
             `ProbeBatch`. None adopts the images of the sanity-check batch, else of the first training batch.
         targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches.
         layers: index in order of execution (negative from the end), module path, a list of these, or "all".
-        query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index.
+        query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index. A
+            model without a CLS token is looked at by "mean".
         threshold: share of attention mass that DINO's mask keeps.
         metrics: names of metrics to log; None is all but "distance", which needs every query's row; "all" is all.
         health: when a health flag is raised, see `HealthLimits`.
@@ -67,7 +71,8 @@ class AttentionMapCallback(pl.Callback):
 
     Raises:
         AttentionError, ProbeError, TargetError: before the first training step, with the argument, what was received,
-            what was expected and what to do.
+            what was expected and what to do. Where none of probe, targets, layers and query was given, a model that
+            cannot be watched is a warning, and trains without being watched.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class AttentionMapCallback(pl.Callback):
         self._archive: str | None = None
         self._run_folder: Path | None = None
         self._root: nn.Module | None = None
+        self._stepped_aside = False
         self._shared = False  # whether several processes train together
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,10 +134,11 @@ class AttentionMapCallback(pl.Callback):
         self._shared = trainer.world_size > 1
         if self.monitor is not None:
             self.monitor.distributed = self._shared
+        self._stepped_aside = False
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._from_first(trainer, self._load_probe))
         if not _configures_late(pl_module):
-            resolve_targets(pl_module, self.targets)
+            self._attempt(lambda: resolve_targets(pl_module, self.targets))
         if not trainer.loggers:
             rank_zero_warn(
                 "AttentionMapCallback: this trainer has no logger, so attention is only written to the archive "
@@ -141,10 +148,14 @@ class AttentionMapCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device now: find its attention, on images of the probe's size."""
         started, self._root = time.perf_counter(), trainer.strategy.model
-        models = resolve_targets(pl_module, self.targets)
-        if self.monitor is not None:
-            with trainer.precision_plugin.forward_context():
-                self.monitor.check(models)
+
+        def look() -> None:
+            models = resolve_targets(pl_module, self.targets)
+            if self.monitor is not None:
+                with trainer.precision_plugin.forward_context():
+                    self.monitor.check(models)
+
+        self._attempt(look)
         self._blocked += time.perf_counter() - started
 
     def on_validation_batch_start(
@@ -156,11 +167,15 @@ class AttentionMapCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adopt the images of the sanity check as the probe, where none was given."""
+        if self._stepped_aside:
+            return
         if trainer.sanity_checking and self.monitor is None and find_images(batch) is not None:
             self._use_probe(adopt_images(batch, self.num_images))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
+        if self._stepped_aside:
+            return
         self.schedule.start(run.total_steps(trainer))
         run_folder = run.run_folder(trainer)
         if not self._from_first(trainer, lambda: self._goes_on(trainer.global_step, run_folder)):
@@ -189,6 +204,8 @@ class AttentionMapCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
+        if self._stepped_aside:
+            return
         if self.monitor is None:
             self._use_probe(self._from_first(trainer, lambda: adopt_images(batch, self.num_images)))
         if self.schedule.due(trainer.global_step):
@@ -196,11 +213,13 @@ class AttentionMapCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Snapshots by epoch are taken before checkpoints are saved, so that these can monitor them."""
-        if self.schedule.due_at_epoch_end(trainer.current_epoch, trainer.global_step):
+        if not self._stepped_aside and self.schedule.due_at_epoch_end(trainer.current_epoch, trainer.global_step):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last snapshot, and everything written."""
+        if self._stepped_aside:
+            return
         if self.monitor is not None and self.schedule.last_step != trainer.global_step:
             self._snapshot(trainer, pl_module)
         if self._publisher is not None:
@@ -280,13 +299,29 @@ class AttentionMapCallback(pl.Callback):
             metrics=self.metrics,
             health=self.health,
             verify=self.verify,
-            forward=self._forward,
+            forward=[replace(way, forward=self._within(way.forward)) for way in WAYS],
+            or_mean=True,
             distributed=self._shared,
         )
 
-    def _forward(self, model: nn.Module, images: Tensor) -> Any:
-        """The model's own forward, through the FSDP units around it where there are some."""
-        return forward_within(model if self._root is None else self._root)(model, images)
+    def _within(self, forward: Forward) -> Forward:
+        """A way to call the model, through the FSDP units around it where there are some."""
+        return lambda model, images: forward_within(model if self._root is None else self._root, forward)(model, images)
+
+    def _attempt(self, look: Callable[[], object]) -> None:
+        """A first look; where it fails and the user has not said what to look at, training goes on without maps."""
+        try:
+            look()
+        except AttentionError as error:
+            asked = (self.probe, self.targets, self.layers, self.query) != (None, None, -1, "cls")
+            if asked or self.on_error == "raise":
+                raise
+            self._step_aside(error)
+
+    def _step_aside(self, error: AttentionError) -> None:
+        if not self._stepped_aside:
+            rank_zero_warn(f"AttentionMapCallback: attention is not watched in this run. {str(error).rstrip('.')}")
+        self._stepped_aside = True
 
     def _from_first(self, trainer: pl.Trainer, action: Callable[[], Result]) -> Result:
         return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, action)
@@ -345,7 +380,8 @@ class AttentionMapCallback(pl.Callback):
         # Before the first step, a model that cannot be watched is a mistake to mend now.
         let = () if self._begun else AttentionError
         self._begun = True
-        self._failures.attempt("taking a snapshot", lambda: self._take(trainer, pl_module, step), let=let)
+        take = partial(self._take, trainer, pl_module, step)
+        self._attempt(lambda: self._failures.attempt("taking a snapshot", take, let=let))
         self._report_failures()
         self._blocked += time.perf_counter() - started
 

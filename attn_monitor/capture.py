@@ -6,8 +6,9 @@ it. From then on only the wanted modules are watched, and the forward is left af
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,19 @@ from torch import Tensor, nn
 
 from attn_monitor import functional as F
 from attn_monitor.discovery import Site, forget, mismatch, sites_of
-from attn_monitor.errors import NonFiniteAttentionError, UnsupportedAttentionError
+from attn_monitor.errors import (
+    AttentionError,
+    LayerError,
+    NonFiniteAttentionError,
+    QueryError,
+    UnsupportedAttentionError,
+)
 from attn_monitor.isolation import all_modules, model_device_dtype
+from attn_monitor.masking import WAYS, Way
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, RowKind, Verdict, settle
 from attn_monitor.plan import Plan, Reading, make_plan
-from attn_monitor.running import Forward, check_materialised, default_forward, run_forward
+from attn_monitor.running import Forward, check_materialised, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
 from attn_monitor.tokens import TokenStatistics, watch_tokens
 
@@ -103,6 +111,8 @@ class AttentionRecorder:
     ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
+    ``forward`` is one, or several ways of which the first is taken that gives what is asked for. ``or_mean`` reads
+    query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
 
     def __init__(
@@ -111,7 +121,8 @@ class AttentionRecorder:
         *,
         layers: Layers = -1,
         query: QuerySpec = "cls",
-        forward: Forward | None = None,
+        forward: Forward | Sequence[Way] | None = None,
+        or_mean: bool = False,
         verify: bool | str = True,
         nonfinite: str = "raise",
         distance: bool = False,
@@ -123,11 +134,20 @@ class AttentionRecorder:
             )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
-        self._forward, self.distance, self.tokens = forward or default_forward, distance, tokens
+        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
+        self._way, self.or_mean = self._ways[0], or_mean
+        self.distance, self.tokens = distance, tokens
         self._sites: tuple[Site, ...] = ()
         self._known: tuple[Any, ...] | None = None
         self._plan: Plan | None = None
         self._verified = False
+        self._query = self.query
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
+        query = "it has no CLS token, so maps show the attention that patches receive (query='mean')"
+        return tuple(note for note in (self._way.said, query if self._query != self.query else "") if note)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
@@ -166,13 +186,46 @@ class AttentionRecorder:
         images = images.to(device=device, dtype=dtype)
         known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
         if known != self._known:
-            self._sites = sites_of(self.model, images, self._forward, known)
+            self._sites = self._discover(images, known)
             self._known, self._plan, self._verified = known, None, False
         return images
 
+    def _discover(self, images: Tensor, known: tuple[Any, ...]) -> tuple[Site, ...]:
+        """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
+        outcomes = (self._try(way, images, known) for way in self._ways)
+        first = next(outcomes)
+        way, sites, problem = next((o for o in itertools.chain([first], outcomes) if o[2] is None), first)
+        self._way, self._query = way, self.query
+        if sites is None:
+            assert problem is not None
+            raise problem
+        return sites
+
+    def _try(
+        self, way: Way, images: Tensor, known: tuple[Any, ...]
+    ) -> tuple[Way, tuple[Site, ...] | None, AttentionError | None]:
+        """What this way finds, and why another may do better."""
+        try:
+            sites = sites_of(self.model, images, way.forward, known)
+        except AttentionError as error:
+            return way, None, error
+        try:
+            select_sites(sites, self.layers, self.query)
+        except (LayerError, QueryError):  # not for want of another way
+            return way, sites, None
+        except AttentionError as error:
+            return way, sites, error
+        return way, sites, None
+
     def _planned(self) -> Plan:
         if self._plan is None:
-            wanted = select_sites(self._sites, self.layers, self.query)
+            try:
+                wanted = select_sites(self._sites, self.layers, self._query)
+            except QueryError:
+                if not self.or_mean or self.query != "cls":
+                    raise
+                self._query = "mean"
+                wanted = select_sites(self._sites, self.layers, self._query)
             assert self._known is not None
             self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
         return self._plan
@@ -191,7 +244,7 @@ class AttentionRecorder:
             site = plan.readings[key].site
             seen = seen.regrouped(len(images), site.folding)
             if _as_found(site, seen, images):
-                if self.distance and len(site.places.patch_queries) == math.prod(site.layout.grid):
+                if self.distance and _has_every_query(site):
                     distances[key] = _distance(site, seen, images)
                 if each is not None:
                     each(site, seen)
@@ -207,7 +260,7 @@ class AttentionRecorder:
         )
         with ExitStack() as stack:
             tokens = _watch_tokens(stack, images, plan)
-            run_forward(self.model, images, self._forward, observer, plan.watched)
+            run_forward(self.model, images, self._way.forward, observer, plan.watched)
         for key, reading in plan.readings.items():
             site = reading.site
             if key not in found or not _as_found(site, found[key], images):
@@ -269,6 +322,10 @@ def _as_found(site: Site, seen: Observation, images: Tensor) -> bool:
     """Whether an observation has the shape that the site had on the first look."""
     shape = (len(images), site.heads, site.keys)
     return site.layout is not None and seen.rows is not None and tuple(seen.rows.shape) == shape
+
+
+def _has_every_query(site: Site) -> bool:
+    return site.layout is not None and len(site.places.patch_queries) == math.prod(site.layout.grid)
 
 
 def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:

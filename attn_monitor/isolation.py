@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -16,14 +20,17 @@ from torch import Tensor, nn
 def isolated_forward(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, in which nothing that training can see is changed for good.
 
-    Restored afterwards, also after an exception: the ``training`` flag of every submodule (each its own), every
-    buffer, the random state of torch, CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path.
+    Restored afterwards, also after an exception: the ``training`` flag of every submodule (each its own), the values of
+    every buffer, what every module's attributes are bound to (see `_attributes_restored`), the random state of torch,
+    CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
-        stack.enter_context(_buffers_restored(modules))
+        stack.enter_context(_values_of_buffers_restored(modules))
+        if not _may_be_sharded() or not is_sharded(model):  # FSDP keeps an account of its own in attributes
+            stack.enter_context(_attributes_restored(modules))
         stack.enter_context(_random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
@@ -45,21 +52,73 @@ def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    before = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
+def _values_of_buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """By whole storages, byte by byte.
+
+    This sees what is written through ``.data`` or through another view, works for buffers made in inference mode, and
+    does not count as a change to autograd, which may hold a buffer for a backward that is still to come.
+    """
+    storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+    others: list[tuple[Tensor, Tensor]] = []
+    for buffer in {id(b): b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta}.values():
+        if type(buffer) is Tensor and buffer.layout is torch.strided:
+            storage = buffer.untyped_storage()
+            if storage._cdata not in storages:
+                storages[storage._cdata] = storage, storage.clone()
+        else:
+            others.append((buffer, buffer.clone()))
+    try:
+        yield
+    finally:
+        for storage, value in storages.values():
+            if storage.nbytes() == value.nbytes():  # else the model has resized it, and gave it up
+                storage.copy_(value)
+        for buffer, copy in others:
+            buffer.copy_(copy)
+
+
+@contextmanager
+def _attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Bind every attribute of the modules to what it was bound to, and give lists, dicts and sets their items back.
+
+    This covers the tables of buffers (those that were None, added, removed, replaced), of parameters and submodules,
+    and caches in plain attributes, such as RoPE tables and the size that they were made for: they belong together, and
+    training must not find what was made for the probe. What lies deeper (in objects that are no modules, in containers
+    within containers) is left as the model leaves it.
+    """
+    before = [(vars(module), vars(module).copy()) for module in modules]
+    contents = [
+        (value, value.copy())
+        for _, attributes in before
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in _HOOKS
     ]
     try:
         yield
     finally:
-        for module, name, buffer, version, value in before:
-            if buffer._version != version:
-                buffer.copy_(value)
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
+        for now, attributes in before:
+            if not (_same(now, attributes) and _same(now.values(), attributes.values())):
+                _refill(now, attributes)
+        for now, items in contents:
+            if not (_same(now, items) and (not isinstance(now, dict) or _same(now.values(), items.values()))):
+                _refill(now, items)
+
+
+_CONTAINERS = (dict, list, set, OrderedDict)
+# A module's own tables that no forward fills.
+_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+def _same(now: Collection[Any], before: Collection[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()  # all anew, so that the order is restored too
+    if isinstance(container, list):
+        container.extend(items)
+    else:
+        container.update(items)
 
 
 @contextmanager
@@ -114,3 +173,14 @@ def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if parameter is None:
         return torch.device("cpu"), torch.float32
     return parameter.device, parameter.dtype
+
+
+def _may_be_sharded() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
+    return any(
+        "FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__
+    )

@@ -13,6 +13,7 @@ from attn_monitor import distributed
 from attn_monitor.capture import AttentionRecorder, Forward, LayerAttention, Layers, QuerySpec
 from attn_monitor.drawing import thin
 from attn_monitor.health import Health, HealthLimits
+from attn_monitor.masking import Way
 from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
 from attn_monitor.probe import ProbeBatch
 from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot
@@ -30,7 +31,8 @@ class AttentionMonitor:
     ``health.flags`` are the health flags so far. ``layers`` and ``query`` are those of `record_attention`;
     ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance", which
     needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (first snapshot and
-    after changes), "always" or False; ``forward`` calls a model when ``model(images)`` is not right.
+    after changes), "always" or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean`` reads
+    query="mean" where a model has no CLS token.
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
     """
@@ -45,13 +47,14 @@ class AttentionMonitor:
         metrics: Sequence[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
         verify: bool | str = True,
-        forward: Forward | None = None,
+        forward: Forward | Sequence[Way] | None = None,
+        or_mean: bool = False,
         distributed: bool = False,
     ) -> None:
         self.probe = probe
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = layers, query, check_threshold(threshold)
-        self.verify, self.forward, self.distributed = verify, forward, distributed
+        self.verify, self.forward, self.or_mean, self.distributed = verify, forward, or_mean, distributed
         self.previous: AttentionSnapshot | None = None
         self.history: list[AttentionSnapshot] = []
         self._chunk = len(probe)
@@ -160,6 +163,7 @@ class AttentionMonitor:
                 layers=self.layers,
                 query=self.query,
                 forward=self.forward,
+                or_mean=self.or_mean,
                 verify=self.verify,
                 nonfinite="keep",
                 distance="distance" in self.metrics,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -186,4 +186,5 @@ class AttentionObserver(TorchDispatchMode):
 
 def common_path(paths: Sequence[str]) -> str:
     """Path of the innermost module that holds all of these."""
-    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
+    return ".".join(parts[0] for parts in shared)

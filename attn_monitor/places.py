@@ -272,7 +272,7 @@ def _what_keys_are(key: SiteKey, mosaics: Sequence[_Mosaic]) -> str:
     moving = [p for p in places if p != lay.STATIC]
     if not moving:
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
-    if len(moving) == len(places) and all(p == lay.SEVERAL for p in places) and len(seen[0].conv.grid) == 2:
+    if len(moving) == len(places) and all(p == lay.SEVERAL for p in places):
         several = (
             "each of its keys holds many parts of the image (channel attention, or tokens mixed outside attention)"
         )
@@ -568,8 +568,8 @@ def _choose_cls(
     if len(others) == 1 and not (registers and before.queries > 1):
         return others[0], ""
     return None, (
-        f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and nothing tells which is the CLS "
-        "token (registers are not)"
+        f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and nothing tells which is the "
+        "CLS token (registers are not)"
     )
 
 
@@ -652,6 +652,10 @@ def _check_landing(
             place.layout, place.why = None, "the results of its queries do not go to the tokens that its queries are"
 
 
+def _grid_of(site: SitePlaces) -> tuple[int, int]:
+    return (0, 0) if site.layout is None else site.layout.grid
+
+
 def _depends_on_image(sketches: Tensor, limit: float) -> bool:
     return bool((lay.changes(sketches[-1], sketches[0]) > limit).any())
 
@@ -676,7 +680,7 @@ def _choose_marks(found: Mapping[SiteKey, SitePlaces], reference: Tokens) -> dic
         orders: dict[tuple[int, int], list[int]] = {}
         share = sites[slot::slots]
         for number, key in enumerate(share):
-            grid = found[key].layout.grid
+            grid = _grid_of(found[key])
             if grid not in orders:
                 orders[grid] = torch.randperm(math.prod(grid), generator=generator).tolist()
             held = found[key].patch_queries
@@ -721,13 +725,12 @@ class _Landing:
         return moved
 
     def _marked_places(self, key: SiteKey, others: Sequence[SiteKey]) -> set[int]:
-        grid, mine = self.found[key].layout, self.marks[key]
+        grid, mine = _grid_of(self.found[key]), self.marks[key]
         alike = [
             self.marks[k].places
             for k in others
-            if k in self.marks and self.marks[k].slot == mine.slot and self.found[k].layout is not None
-            and grid is not None and self.found[k].layout.grid == grid.grid
-        ]  # fmt: skip
+            if k in self.marks and self.marks[k].slot == mine.slot and _grid_of(self.found[k]) == grid
+        ]
         return set(mine.places).union(*alike)
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: _Mosaic | None) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.errors import AttentionError, ForwardError
+from attn_monitor.isolation import is_sharded as is_sharded
 from attn_monitor.isolation import isolated_forward
 from attn_monitor.observer import AttentionObserver, Done
 
@@ -70,10 +71,3 @@ def subtrees(model: nn.Module, roots: set[str]) -> list[tuple[str, nn.Module]]:
         for path, module in model.named_modules()
         if any(path == root or root == "" or path.startswith(root + ".") for root in roots)
     ]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
-    return any(
-        "FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__
-    )

@@ -130,7 +130,7 @@ class SilentObserver(AttentionObserver):
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call, out = self._key(), ops.fused_call(func, args, kwargs), func(*args, **kwargs)
-        self._silence(key, _Product(ops.first_tensor(out), call.q.shape[:-1], call.q, call.k, call.v))
+        self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v))
         return out
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -138,8 +138,7 @@ class SilentObserver(AttentionObserver):
         if calls:
             key = self._key()
             call = ops.reading_of(calls, self.how[key].reading if key in self.how else None)
-            out = ops.first_tensor(out)
-            self._silence(key, _Product(out, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
+            self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)
@@ -255,8 +254,14 @@ def _marked(marks: Tensor, folding: Folding | None, product: _Product) -> Tensor
     strength = (1e2 if product.out.dtype == torch.float16 else 1e4) * float(product.v.float().std().clamp_min(1e-3))
     noise = _noise((heads, queries, product.width), product.out) * strength
     content = noise * marks[:, None, :, None].to(noise)  # (B, H, Q, D)
-    content = content if folding != "heads first" else content.transpose(0, 1)
-    return content.reshape(*product.lead, product.width)
+    marked: Tensor = content if folding != "heads first" else content.transpose(0, 1)
+    return marked.reshape(*product.lead, product.width)
+
+
+def _result(out: Any) -> Tensor:
+    tensor = ops.first_tensor(out)
+    assert tensor is not None  # attention gives one
+    return tensor
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -119,6 +119,8 @@ class AttentionSnapshot:
                     "num_prefix": a.num_prefix,
                     "grid": list(a.grid),
                     "mixed": a.mixed,
+                    "kind": a.kind,
+                    "places": a.places,
                     "verified_error": _finite(a.verified_error),
                 }
                 for (role, layer), a in self.layers.items()
@@ -143,7 +145,8 @@ class AttentionSnapshot:
             error = _number(entry["verified_error"])
             layers[key] = LayerAttention(
                 key[1], str(entry["name"]), rows, prefix, grid, bool(entry["mixed"]), error,
-                **{name: arrays.get(f"{name}/{key[0]}/{key[1]}") for name in OPTIONAL},
+                entry.get("kind", "distribution"), str(entry.get("places", "")),
+                *(arrays.get(f"{name}/{key[0]}/{key[1]}") for name in ("distance", "norms", "cosine")),
             )  # fmt: skip
         metrics = {str(k): _number(v) for k, v in header["metrics"].items()}
         flags = tuple(HealthFlag.from_state_dict(flag) for flag in header.get("flags", ()))

@@ -167,8 +167,13 @@ def test_compiled_backbones_are_found() -> None:
 
 
 def test_nothing_to_find() -> None:
+    """A convolutional network has no attention; in anything else it may be where names do not tell."""
     with pytest.raises(NoAttentionError) as caught:
         find_backbones(module(encoder=nn.Conv2d(3, 8, 3), head=head()))
+    assert "no attention: it is a convolutional network (encoder (Conv2d), head (Sequential))" in str(caught.value)
+    assert "targets=" not in str(caught.value)
+    with pytest.raises(NoAttentionError) as caught:
+        find_backbones(module(encoder=nn.Conv2d(3, 8, 4, 4), head=head()))
     for word in ("encoder (Conv2d)", "head (Sequential)", "patch embedding and attention", "targets={"):
         assert word in str(caught.value)
 

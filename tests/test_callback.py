@@ -318,7 +318,7 @@ class NoTransformer(pl.LightningModule):
 def test_no_transformer_is_told_before_training(tmp_path: Path) -> None:
     module = NoTransformer()
     with pytest.raises(NoAttentionError, match=r"NoTransformer.*encoder \(Conv2d\).*targets="):
-        trainer(tmp_path, AttentionMapCallback()).fit(module, loader())
+        trainer(tmp_path, AttentionMapCallback(on_error="raise")).fit(module, loader())
     assert not module.trained
 
 
@@ -348,11 +348,11 @@ def test_size_that_the_model_refuses(tmp_path: Path) -> None:
         trainer(tmp_path, callback).fit(module, loader())
 
 
-def test_no_cls_token_says_what_to_do(tmp_path: Path) -> None:
+def test_a_query_that_the_model_lacks_is_told_and_cls_becomes_the_mean(tmp_path: Path) -> None:
     module = Distillation(class_token=False, global_pool="avg")
-    with pytest.raises(QueryError, match=r'no CLS token.*query="mean"'):
-        trainer(tmp_path, AttentionMapCallback()).fit(module, loader(), loader(8))
-    trainer(tmp_path, AttentionMapCallback(query="mean"), max_steps=1).fit(module, loader(), loader(8))
+    with pytest.raises(QueryError, match="query=77"):
+        trainer(tmp_path, AttentionMapCallback(query=77)).fit(module, loader(), loader(8))
+    trainer(tmp_path, AttentionMapCallback(), max_steps=1).fit(module, loader(), loader(8))
     assert archive(tmp_path)[-1].maps("student").sum().item() == pytest.approx(16, rel=1e-3)
 
 

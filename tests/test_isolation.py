@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,150 @@ def test_training_goes_on_bit_identically() -> None:
         assert torch.equal(plain, watched)
 
 
-def test_a_cache_filled_by_the_probe_can_be_trained_with() -> None:
-    """Tensors made in inference mode would poison it."""
+class Keeps(PlainViT):
+    """Runs something of its own in every forward."""
+
+    def __init__(self, prepare: Callable[[Any], None], run: Callable[[Any, Tensor], None]) -> None:
+        super().__init__(MemEffAttention())
+        prepare(self)
+        self.own = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.own(self, images)
+        return super().forward(images)
+
+
+def late_buffer(model: Any, images: Tensor) -> None:
+    model.late = torch.ones(images.shape[-1])
+
+
+def added_buffer(model: Any, images: Tensor) -> None:
+    model.register_buffer("added", torch.ones(images.shape[-1]), persistent=False)
+
+
+def removed_buffer(model: Any, images: Tensor) -> None:
+    if hasattr(model, "gone"):
+        del model.gone
+
+
+def table_and_its_size(model: Any, images: Tensor) -> None:
+    """Rotary tables as Hugging Face keeps them: made anew only when the images are larger than ever."""
+    if images.shape[-1] > model.largest:
+        model.largest = images.shape[-1]
+        model.register_buffer("table", torch.ones(images.shape[-1]), persistent=False)
+    assert len(model.table) >= images.shape[-1]
+
+
+def through_data(model: Any, images: Tensor) -> None:
+    model.centre.data.add_(1)
+    model.numbers.numpy()[:] += 1
+
+
+def in_inference_mode(model: Any, images: Tensor) -> None:
+    with torch.inference_mode():
+        model.frozen.add_(1)
+
+
+def shared_and_expanded(model: Any, images: Tensor) -> None:
+    model.part.mul_(2)
+    model.seed.add_(1)
+
+
+def attributes(model: Any, images: Tensor) -> None:
+    model.cache, model.new = torch.ones(images.shape[-1]), images
+    model.losses.append(images.mean())
+    model.by_size[tuple(images.shape)] = 1
+    model.calls += 1
+    del model.old
+
+
+def late_modules(model: Any, images: Tensor) -> None:
+    model.head = nn.Linear(images.shape[-1], 2)
+    model.blocks.append(nn.Identity())
+
+
+def make_shared(model: Any) -> None:
+    whole = torch.arange(6.0)
+    for name, value in {"whole": whole, "part": whole[:3], "seed": torch.ones(1)}.items():
+        model.register_buffer(name, value)
+    model.register_buffer("wide", model.seed.expand(4))
+
+
+def make_attributes(model: Any) -> None:
+    model.cache, model.losses, model.by_size, model.calls, model.old = None, [], {}, 0, torch.ones(2)
+
+
+def make_frozen(model: Any) -> None:
+    with torch.inference_mode():
+        model.register_buffer("frozen", torch.zeros(3))
+
+
+def make_table(model: Any) -> None:
+    model.largest = 8
+    model.register_buffer("table", torch.ones(8), persistent=False)
+
+
+KEEPS: dict[str, tuple[Callable[[Any], None], Callable[[Any, Tensor], None]]] = {
+    "None is filled": (lambda m: m.register_buffer("late", None), late_buffer),
+    "None, not persistent": (lambda m: m.register_buffer("late", None, persistent=False), late_buffer),
+    "added": (lambda m: None, added_buffer),
+    "removed": (lambda m: m.register_buffer("gone", torch.ones(2), persistent=False), removed_buffer),
+    "table and its size": (make_table, table_and_its_size),
+    "written through data": (
+        lambda m: (m.register_buffer("centre", torch.zeros(2)), m.register_buffer("numbers", torch.zeros(2))),
+        through_data,
+    ),
+    "inference mode": (make_frozen, in_inference_mode),
+    "shared and expanded": (make_shared, shared_and_expanded),
+    "attributes": (make_attributes, attributes),
+    "modules": (lambda m: None, late_modules),
+}
+
+
+def bound(model: nn.Module) -> list[Any]:
+    """What every module's attributes and tables are, by identity, and the values of tensors."""
+    found: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            items = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+            found += [(name, id(value)), *((name, key, id(item)) for key, item in items.items())]
+            tensors = [v for v in (value, *items.values()) if isinstance(v, Tensor)]
+            found += [t.detach().clone().numpy().tolist() for t in tensors]
+        found.append(sorted(module._non_persistent_buffers_set))
+    return found
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_what_a_module_keeps_is_as_before(name: str) -> None:
+    """Buffers and attributes that belong together, however they are written, and whatever the forward makes of them."""
+    model = Keeps(*KEEPS[name])
+    before = bound(model)
+    record_attention(model, IMAGES)
+    assert bound(model) == before
+    model(IMAGES)
+    assert bound(model) != before, "the comparison sees what an ordinary forward does"
+
+
+def test_a_backward_that_waits_for_a_buffer_is_not_disturbed() -> None:
+    """A recording between forward and backward, of a model that writes to its buffers in training only."""
+
+    class Scaled(PlainViT):
+        def __init__(self) -> None:
+            super().__init__(MemEffAttention())
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images * self.scale)
+
+    model = Scaled()
+    loss = model(IMAGES.clone().requires_grad_()).sum()
+    record_attention(model, IMAGES)
+    loss.backward()
+    assert model.patch_embed.proj.weight.grad is not None
+
+
+def test_a_cache_made_while_recording_is_not_what_training_finds() -> None:
+    """It would have the probe's size; and training can go on with the one it makes itself."""
 
     class Caching(Block):
         table: Tensor | None = None
@@ -140,6 +283,7 @@ def test_a_cache_filled_by_the_probe_can_be_trained_with() -> None:
     model = PlainViT()
     model.blocks.append(Caching(MemEffAttention()))
     record_attention(model, IMAGES)
+    assert model.blocks[-1].table is None
     model(IMAGES).sum().backward()
     assert model.patch_embed.proj.weight.grad is not None
 

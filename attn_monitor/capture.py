@@ -21,6 +21,7 @@ from attn_monitor import functional as F
 from attn_monitor.discovery import Site, forget, mismatch, sites_of
 from attn_monitor.errors import (
     AttentionError,
+    ForwardError,
     LayerError,
     NonFiniteAttentionError,
     QueryError,
@@ -134,7 +135,7 @@ class AttentionRecorder:
             )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
-        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
+        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS[:1])
         self._way, self.or_mean = self._ways[0], or_mean
         self.distance, self.tokens = distance, tokens
         self._sites: tuple[Site, ...] = ()
@@ -194,7 +195,9 @@ class AttentionRecorder:
         """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
         outcomes = (self._try(way, images, known) for way in self._ways)
         first = next(outcomes)
-        way, sites, problem = next((o for o in itertools.chain([first], outcomes) if o[2] is None), first)
+        # Another way is for models that are random or fail; an order that changes is not made right by one.
+        others = outcomes if isinstance(first[2], ForwardError) else ()
+        way, sites, problem = next((o for o in itertools.chain([first], others) if o[2] is None), first)
         self._way, self._query = way, self.query
         if sites is None:
             assert problem is not None

@@ -86,6 +86,7 @@ class Observation:
 
 RowKind = Literal["distribution", "weights", "signed"]
 """Rows that sum to 1; that do not (heads scaled, weights dropped or added); that have negative entries."""
+KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from attn_monitor.snapshot import read_npz, write_npz
+from attn_monitor.fields import ArchiveError, Fields
+from attn_monitor.npz import Take, open_npz, tensors_in, write_npz
 
 Item = TypeVar("Item")
 
@@ -54,7 +55,9 @@ class ProbeBatch:
                 raise ProbeError(f"{name}: received {len(values)} values for images of {images.shape[1]} channels")
         if names is not None and len(names) != len(images):
             raise ProbeError(f"names: received {len(names)} for {len(images)} images")
-        if masks is not None and (masks.ndim != 4 or masks.shape[::2] != (len(images), images.shape[2])):
+        if masks is not None and (
+            masks.ndim != 4 or (len(masks), *masks.shape[2:]) != (len(images), *images.shape[2:])
+        ):
             raise ProbeError(
                 f"masks: received {tuple(masks.shape)}, expected (images, objects, H, W) of the images' size"
             )
@@ -157,15 +160,15 @@ class ProbeBatch:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Store for offline drawing and for resuming; 8-bit when that loses nothing."""
-        header: dict[str, Any] = {"format": 1, "names": list(self.names), "mean": self.mean, "std": self.std}
-        write_npz(Path(path), header, {k: v.numpy() for k, v in self._stored().items()})
+        header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
+        arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
+        write_npz(Path(path), header, arrays)  # NumPy has no bfloat16
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeBatch:
-        """Read what `save` wrote."""
-        header, arrays = read_npz(Path(path))
-        tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
-        return cls._from_stored(tensors, header["names"], header["mean"], header["std"])
+        """Read what `save` wrote; `ArchiveError` when the file is no probe, or its parts contradict each other."""
+        with open_npz(Path(path)) as file:
+            return cls._from_stored(file.header, file.tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: tensors and plain values only, loadable with ``weights_only=True``."""
@@ -178,8 +181,9 @@ class ProbeBatch:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
-        """The probe that `state_dict` came from, to the bit."""
-        return cls._from_stored(state["tensors"], state["names"], state["mean"], state["std"])
+        """The probe that `state_dict` came from, to the bit; `ArchiveError` when it is none."""
+        stored = Fields(state, "state of a probe")
+        return cls._from_stored(stored, tensors_in(stored.mapping("tensors")))
 
     def _stored(self) -> dict[str, Tensor]:
         stored = {"images": self.images}
@@ -190,9 +194,18 @@ class ProbeBatch:
         return stored if self.masks is None else {**stored, "masks": self.masks}
 
     @classmethod
-    def _from_stored(cls, tensors: dict[str, Tensor], names: Any, mean: Any, std: Any) -> ProbeBatch:
-        images = tensors["images"] if "images" in tensors else _scale(tensors["pixels"], mean, std)
-        return cls(images, mean=mean, std=std, masks=tensors.get("masks"), names=names)
+    def _from_stored(cls, header: Fields, take: Take) -> ProbeBatch:
+        names, mean, std = header.names("names"), header.numbers("mean"), header.numbers("std")
+        images = take("images", ("float32", "float16", "float64", "bfloat16"), (len(names), len(mean), None, None))
+        if not 0 < len(mean) == len(std) or 0 in std:
+            raise ArchiveError(f"mean={mean}, std={std} in the {header.where}, expected as many, and no std of 0")
+        if images is None:
+            pixels = take("pixels", ("uint8",), (len(names), 3, None, None))
+            if pixels is None or len(mean) != 3:
+                raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
+            images = _scale(pixels, mean, std)
+        masks = take("masks", ("bool",), (len(names), None, *images.shape[2:]))
+        return cls(images, mean=mean, std=std, masks=masks, names=names)
 
 
 def _tag_names(names: Sequence[str]) -> tuple[str, ...]:

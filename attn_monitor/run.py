@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from attn_monitor import distributed, sinks
-from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, snapshot_paths, step_of
+from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_step, snapshot_paths, step_of
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -73,7 +73,7 @@ def free_archive(folder: Path, base: str, first: int, taken: Collection[str | No
 def written_between(archive: Path, after: int, until: int, names: Sequence[str]) -> list[AttentionSnapshot]:
     """Snapshots of these images at steps above ``after`` and up to ``until``; none where they cannot be read."""
     try:
-        read = [AttentionSnapshot.load(p) for p in snapshot_paths(archive) if after < step_of(p) <= until]
+        read = [load_step(p) for p in snapshot_paths(archive) if after < step_of(p) <= until]
     except ArchiveError:
         return []
     return [s for s in read if s.names == tuple(names)]

@@ -291,7 +291,8 @@ def _group(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:
     x = x.reshape(-1, *x.shape[-2:])
     if len(x) % images:
         return None
-    return x.unflatten(0, (-1, images)).transpose(0, 1) if folding == "heads first" else x.unflatten(0, (images, -1))
+    grouped: Tensor = x.unflatten(0, (-1, images) if folding == "heads first" else (images, -1))
+    return grouped.transpose(0, 1) if folding == "heads first" else grouped
 
 
 def _noise(shape: Sequence[int], like: Tensor) -> Tensor:

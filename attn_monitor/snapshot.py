@@ -9,25 +9,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from attn_monitor.capture import LayerAttention
+from attn_monitor.fields import ArchiveError as ArchiveError
+from attn_monitor.fields import Fields
 from attn_monitor.health import HealthFlag
+from attn_monitor.metrics import metric_tag
+from attn_monitor.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+from attn_monitor.operations import KINDS
 
-FORMAT = 1
 OPTIONAL = ("norms", "cosine", "distance")  # of a `LayerAttention`
-
-
-class ArchiveError(ValueError):
-    """A file is no readable snapshot: truncated, of another version, or something else altogether."""
+PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,22 @@ class AttentionSnapshot:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionSnapshot:
-        """Read a snapshot; `ArchiveError` when the file is not one."""
-        header, arrays = read_npz(Path(path))
-        try:
-            return cls._from_stored(header, {k: torch.from_numpy(v) for k, v in arrays.items()})
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ArchiveError(f"{path}: its header and arrays do not fit together: {error!r}") from error
+        """Read a snapshot; `ArchiveError` when the file is not one, or its parts contradict each other."""
+        with open_npz(Path(path)) as file:
+            return cls._from_stored(file.header, file.tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints: float16 tensors and a JSON text, loadable with ``weights_only=True``."""
         header, arrays = self._stored()
-        return {"header": json.dumps(header), "arrays": arrays}
+        return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> AttentionSnapshot:
-        """The snapshot that `state_dict` came from, in float16 precision."""
-        return cls._from_stored(json.loads(state["header"]), state["arrays"])
+        """The snapshot that `state_dict` came from, in float16 precision; `ArchiveError` when it is not one."""
+        stored = Fields(state, "state of a snapshot")
+        header = Fields(parse_json(stored.text("header")), "header")
+        check_format(header)
+        return cls._from_stored(header, tensors_in(stored.mapping("arrays")))
 
     def only(self, layers: Sequence[int]) -> AttentionSnapshot:
         """The same without metrics and other layers: what a film strip needs."""
@@ -104,8 +103,8 @@ class AttentionSnapshot:
         return AttentionSnapshot(self.step, self.epoch, self.names, kept)
 
     def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in self.layers.items()}
         header = {
-            "format": FORMAT,
             "step": self.step,
             "epoch": self.epoch,
             "names": list(self.names),
@@ -122,75 +121,101 @@ class AttentionSnapshot:
                     "kind": a.kind,
                     "places": a.places,
                     "verified_error": _finite(a.verified_error),
+                    "heads": a.rows.shape[1],
+                    **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
                 }
                 for (role, layer), a in self.layers.items()
             ],
         }
-        arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in self.layers.items()}
         for name in OPTIONAL:
             optional = {f"{name}/{role}/{layer}": getattr(a, name) for (role, layer), a in self.layers.items()}
-            arrays.update({key: value for key, value in optional.items() if value is not None})
+            arrays.update({key: value.float() for key, value in optional.items() if value is not None})
         return header, arrays
 
     @classmethod
-    def _from_stored(cls, header: dict[str, Any], arrays: dict[str, Tensor]) -> AttentionSnapshot:
-        layers = {}
-        for entry in header["layers"]:
-            key = (str(entry["role"]), int(entry["layer"]))
-            rows = arrays[f"rows/{key[0]}/{key[1]}"].float()
-            grid = (int(entry["grid"][0]), int(entry["grid"][1]))
-            prefix = int(entry["num_prefix"])
-            if rows.ndim != 3 or rows.shape[-1] != prefix + grid[0] * grid[1]:
-                raise ValueError(f"rows of {key} have shape {tuple(rows.shape)} for a grid of {grid}")
-            error = _number(entry["verified_error"])
-            layers[key] = LayerAttention(
-                key[1], str(entry["name"]), rows, prefix, grid, bool(entry["mixed"]), error,
-                entry.get("kind", "distribution"), str(entry.get("places", "")),
-                *(arrays.get(f"{name}/{key[0]}/{key[1]}") for name in ("distance", "norms", "cosine")),
-            )  # fmt: skip
-        metrics = {str(k): _number(v) for k, v in header["metrics"].items()}
-        flags = tuple(HealthFlag.from_state_dict(flag) for flag in header.get("flags", ()))
-        return cls(int(header["step"]), int(header["epoch"]), tuple(map(str, header["names"])), layers, metrics, flags)
+    def _from_stored(cls, header: Fields, take: Take) -> AttentionSnapshot:
+        names, metrics = header.names("names"), _metrics(header.within("metrics"))
+        layers: dict[tuple[str, int], LayerAttention] = {}
+        for number, item in enumerate(header.items("layers")):
+            entry = Fields(item, f"header's entry {number} of layers")
+            key = entry.text("role"), entry.whole("layer")
+            if key in layers:
+                raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
+            layers[key] = _layer(entry, len(names), metrics, take)
+        flags = tuple(
+            _flag(Fields(item, f"header's flag {number}"), layers)
+            for number, item in enumerate(header.items("flags", default=[]))
+        )
+        return cls(header.whole("step"), header.whole("epoch"), names, layers, metrics, flags)
+
+
+def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take) -> LayerAttention:
+    """One layer, checked against itself and against its metrics."""
+    role, index, prefix = entry.text("role"), entry.whole("layer"), entry.whole("num_prefix")
+    gh, gw = entry.wholes("grid", count=2, least=1)
+    heads = entry.whole("heads", least=1) if "heads" in entry else None
+    shapes: dict[str, Shape] = {
+        "rows": (images, heads, prefix + gh * gw),
+        "distance": (images, heads),
+        "norms": (images, prefix + gh * gw),
+        "cosine": (images,),
+    }
+    rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
+    if rows is None:
+        raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
+    rows, shapes["distance"] = rows.float(), rows.shape[:2]
+    optional = {name: take(f"{name}/{role}/{index}", ("float32",), shapes[name]) for name in OPTIONAL}
+    name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
+    told = entry.text("kind", default="weights" if mixed else "distribution")
+    kind = next((k for k in KINDS if k == told), None)
+    if kind is None:
+        raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
+    places = entry.text("places", default="")
+    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, places, **optional)
+    _check_rows(entry, attention, metrics)
+    return attention
+
+
+def _check_rows(entry: Fields, attention: LayerAttention, metrics: Mapping[str, float]) -> None:
+    """Refuse rows that are not what the header and the metrics made from them say."""
+    where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
+    facts = _facts(attention.rows, attention.kind)
+    prefix = metric_tag(entry.text("role"), attention.layer, "")
+    of_layer = {tag.removeprefix(prefix): value for tag, value in metrics.items() if tag.startswith(prefix)}
+    # Files of the first stage do not say whether rows hold NaN. Then the entropy is NaN too.
+    told = entry.truth("finite", default=math.isfinite(of_layer.get("entropy", math.nan)))
+    if told and not facts["finite"]:
+        raise ArchiveError(f"{where} hold NaN or infinity, and the header does not say so")
+    if entry.truth("distribution", default=attention.kind == "distribution") and not facts["distribution"]:
+        raise ArchiveError(f"{where} are not distributions: expected shares of at least 0 that sum to 1")
+    found, measured = attention.rows[..., : attention.num_prefix].sum(-1).mean(), of_layer.get("prefix_mass", math.nan)
+    if not attention.mixed and abs(measured - found) > PRECISION:
+        raise ArchiveError(f"{where}: num_prefix={attention.num_prefix} does not fit prefix_mass={measured:.3g}")
+
+
+def _facts(rows: Tensor, kind: str) -> dict[str, bool]:
+    """What a file says of its rows in the header, so that nothing else is taken for it."""
+    finite = rows.isfinite().all(-1)
+    shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
+    return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
+
+
+def _metrics(stored: Fields) -> dict[str, float]:
+    return {name: stored.number(name) for name in stored}
+
+
+def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
+    role, layer, heads = stored.text("role"), stored.whole("layer"), stored.wholes("heads")
+    if (role, layer) not in layers or any(head >= layers[role, layer].rows.shape[1] for head in heads):
+        raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
+    value = stored.number("value")
+    known = None if math.isnan(value) else value
+    return HealthFlag(stored.text("kind"), role, layer, heads, stored.whole("step"), known, stored.text("text"))
 
 
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """An `.npz` with a JSON header, complete or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Header and arrays of a file written by `write_npz`; pickles are never loaded."""
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            arrays = {name: file[name] for name in file.files if name != "header"}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zip, zlib, NumPy's parser and JSON each have their own errors for damaged files
-        raise ArchiveError(f"{path} is not a readable attn_monitor file: {error!r}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else None
-        raise ArchiveError(f"{path} has format {found}, expected {FORMAT}: written by another version of attn_monitor")
-    return header, arrays
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -200,7 +225,7 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 def snapshot_paths(folder: Path) -> list[Path]:
     """Files of an archive folder in order of steps; none where there is no such folder."""
-    return sorted(path for path in folder.glob("step-*.npz") if path.stem.removeprefix("step-").isdigit())
+    return sorted(path for path in folder.glob("step-*.npz") if re.fullmatch(r"step-[0-9]{9,18}", path.stem))
 
 
 def step_of(path: Path) -> int:
@@ -213,4 +238,12 @@ def load_snapshots(folder: str | os.PathLike[str]) -> list[AttentionSnapshot]:
     paths = snapshot_paths(Path(folder))
     if not paths:
         raise FileNotFoundError(f"{folder}: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run")
-    return [AttentionSnapshot.load(path) for path in paths]
+    return [load_step(path) for path in paths]
+
+
+def load_step(path: Path) -> AttentionSnapshot:
+    """A snapshot of an archive folder, which has the step that its file is named after."""
+    snapshot = AttentionSnapshot.load(path)
+    if snapshot.step != step_of(path):
+        raise ArchiveError(f"{path}: holds step {snapshot.step}, expected the step that the file is named after")
+    return snapshot

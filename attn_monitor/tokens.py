@@ -17,7 +17,7 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,), None without CLS."""
+    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS."""
 
     norms: Tensor
     cosine: Tensor | None

@@ -82,16 +82,16 @@ def _recording(matrices: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _replaced(sdpa: Any, softmax: Any, product: Any) -> Iterator[None]:
-        with (
-            mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa),
-            mock.patch("torch.nn.functional.softmax", softmax),
-            mock.patch("torch.softmax", softmax),
-            mock.patch.object(torch.Tensor, "softmax", softmax),
-            mock.patch("torch.einsum", partial(product, torch.einsum)),
-            mock.patch("torch.matmul", partial(product, torch.matmul)),
-            mock.patch.object(torch.Tensor, "__matmul__", _method(product, torch.Tensor.__matmul__)),
-        ):
-            yield
+    with (
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa),
+        mock.patch("torch.nn.functional.softmax", softmax),
+        mock.patch("torch.softmax", softmax),
+        mock.patch.object(torch.Tensor, "softmax", softmax),
+        mock.patch("torch.einsum", partial(product, torch.einsum)),
+        mock.patch("torch.matmul", partial(product, torch.matmul)),
+        mock.patch.object(torch.Tensor, "__matmul__", _method(product, torch.Tensor.__matmul__)),
+    ):
+        yield
 
 
 def _method(product: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

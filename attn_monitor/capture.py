@@ -331,6 +331,7 @@ def _has_every_query(site: Site) -> bool:
     return site.layout is not None and len(site.places.patch_queries) == math.prod(site.layout.grid)
 
 
+@F.full_precision()
 def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
     """Mean attention distance over all patches as queries, a few at a time: (B, H) pixels."""
     assert site.layout is not None

@@ -135,7 +135,7 @@ class AttentionRecorder:
             )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
-        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS[:1])
+        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
         self._way, self.or_mean = self._ways[0], or_mean
         self.distance, self.tokens = distance, tokens
         self._sites: tuple[Site, ...] = ()

@@ -274,7 +274,7 @@ def _what_keys_are(key: SiteKey, mosaics: Sequence[_Mosaic]) -> str:
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
     if len(moving) == len(places) and all(p == lay.SEVERAL for p in places):
         several = (
-            "each of its keys holds many parts of the image (channel attention, or tokens mixed outside attention)"
+            "each of its keys holds many parts of the image (channel or linear attention, or tokens mixed elsewhere)"
         )
         return several
     distinct = len({p for p in moving if p >= 0})

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -49,8 +50,9 @@ def _recording(matrices: list[Tensor]) -> Iterator[None]:
     waiting: list[Tensor] = []  # a softmax that has not met its V; what does so takes its place
 
     def product(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        left = next((a for a in args if isinstance(a, Tensor)), None)
-        if waiting and left is not None and left.shape[-2:] == waiting[0].shape[-2:] and left.ndim >= 3:
+        left, right = [*(a for a in args if isinstance(a, Tensor)), None, None][:2]
+        meets_values = right is not None and right.ndim >= 3 and left.shape[-1] == right.shape[-2]  # else it is mixed
+        if waiting and meets_values and left.shape[-2:] == waiting[0].shape[-2:]:
             matrices[-1] = left
             waiting.clear()
         return original(*args, **kwargs)
@@ -69,7 +71,8 @@ def _recording(matrices: list[Tensor]) -> Iterator[None]:
 
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    by_name = [m for m in list(sys.modules.values()) if getattr(m, "einsum", None) is torch.einsum and m is not torch]
+    loaded = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
+    by_name = [m for m in loaded if vars(m).get("einsum") is torch.einsum and m is not torch]
     try:
         with ExitStack() as stack:
             for module in by_name:  # `from torch import einsum`

@@ -120,7 +120,7 @@ unsupported = errors.UnsupportedAttentionError
 W, S = (32, 48), (32, 32)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], type[Exception], list[str]]] = {
     "windows": (swin, (64, 64), {"layers": 0}, unsupported, ["layers.0.blocks.0.attn", "windowed", "16 windows of 16"]),
-    "channels": (davit, (56, 56), {}, unsupported, ["stages.1.blocks.0.1.attn", "channel attention"]),
+    "channels": (davit, (56, 56), {}, unsupported, ["stages.1.blocks.0.1.attn", "channel or linear attention"]),
     "channels as many as patches": (
         lambda: xcit(64),
         S,

@@ -1,118 +1,173 @@
-"""A thread that draws and writes behind the training loop, and the account of what failed there."""
+"""What runs behind training: a queue and a thread for each destination, and the time that waiting for them may take."""
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
-QUEUE_SIZE = 4
-PATIENCE = 60.0  # seconds that training waits for a slow sink before it goes on without
-MAX_FAILURES = 3  # in a row and of one kind, after which a part is switched off
+from attn_monitor.failures import Failures, Paused
+
+PATIENCE = 60.0  # seconds that all waits of a run may hold it up together
+ROOM_PATIENCE = 5.0  # of these, for room in the queue of one destination that is slow
+LAST_WORDS = 5.0  # and when an exception ends the run
+KEPT_BYTES = 64 * 2**20  # that wait for one destination
+WAITING = 4  # jobs that wait for one destination and that it may also go without: pictures
+TRIES = 10  # of a job that is kept
+UNANSWERED = 60.0  # seconds after which a destination is said not to answer
 
 
-class BackgroundWriter:
-    """Runs jobs one after another on a thread of its own, so that training does not wait for them.
+class Patience:
+    """The seconds that a run may still be held up by waiting: all its waits take from them."""
 
-    The queue is bounded: when a sink is slow, `submit` waits up to ``PATIENCE`` seconds and then refuses the job.
-    ``seconds`` is the time spent on jobs so far.
+    def __init__(self, seconds: float | None = None) -> None:
+        self.left = PATIENCE if seconds is None else seconds
+
+    def wait(self, changed: threading.Condition, until: Callable[[], bool], seconds: float) -> bool:
+        """Wait on a condition that is held, for ``seconds`` at most; whether it came true."""
+        started = time.monotonic()
+        try:
+            return changed.wait_for(until, max(0.0, min(seconds, self.left)))
+        finally:
+            self.left = max(0.0, self.left - (time.monotonic() - started))
+
+    def limit(self, seconds: float) -> None:
+        """Leave no more than this."""
+        self.left = min(self.left, seconds)
+
+
+@dataclass(eq=False)
+class Job:
+    """Something to do at a destination. ``keep``: tried again when it fails; else done once or left out."""
+
+    part: str
+    step: int | None  # None: of the run as a whole
+    action: Callable[[], object]
+    size: int = 0  # bytes of memory
+    keep: bool = True
+    tries: int = 0
+
+
+class Outbox:
+    """The jobs for one destination, done one after another on a thread of its own: one that hangs starves only itself.
+
+    At most ``KEPT_BYTES`` and ``WAITING`` jobs that are not kept wait; beyond that the oldest are left out, pictures
+    first. ``patient`` keeps a job that fails with an OSError for as long as the run lasts, not for ``TRIES``.
+    ``seconds`` is the time spent on jobs so far, ``last_step`` that of the latest job done.
     """
 
-    def __init__(self, size: int = QUEUE_SIZE) -> None:
-        self.seconds = 0.0
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
+    def __init__(self, name: str, failures: Failures, patience: Patience, *, patient: bool = False) -> None:
+        self.name, self.seconds = name, 0.0
+        self.last_step: int | None = None
+        self._failures, self._patience, self._patient = failures, patience, patient
+        self._jobs: list[Job] = []  # the one that runs included
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._running: Job | None = None
+        self._since = 0.0  # when it began, in `time.monotonic`
+        self._closing, self._done, self._gave_up = False, 0, -1  # _gave_up: what _done was when a wait was in vain
 
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Queue a job that raises nothing; False when there was no room for too long."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="attn_monitor-writer", daemon=True)
-            self._thread.start()
-        try:
-            self._jobs.put(job, timeout=PATIENCE)
-        except queue.Full:
-            return False
-        return True
+    def put(self, job: Job) -> None:
+        """Queue a job. Waits a while for room, but not where the destination fails or has not moved since last time."""
+        with self._changed:
+            self._closing = False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"attn_monitor {self.name}", daemon=True)
+                self._thread.start()
+            failing = self._jobs and self._failures.pause(self._jobs[0].part) > 0
+            if not self._has_room(job) and not failing and self._gave_up != self._done:
+                # Half of the patience is for the end, so that a slow logger does not take the archive's.
+                seconds = min(ROOM_PATIENCE, self._patience.left - PATIENCE / 2)
+                if not self._patience.wait(self._changed, lambda: self._has_room(job), seconds):
+                    self._gave_up = self._done
+            self._jobs.append(job)
+            self._leave_out()
+            late = self._running if time.monotonic() - self._since > UNANSWERED else None
+            if late is not None and not self._failures.fails(late.part):
+                self._failures.failed(late.part, TimeoutError(f"no answer for {UNANSWERED:.0f} s"))
+            self._changed.notify_all()
 
-    def drain(self, patience: float | None = None) -> bool:
-        """Wait until everything submitted is done; False when that takes more than ``patience`` seconds."""
-        deadline = None if patience is None else time.monotonic() + patience
-        with self._jobs.all_tasks_done:
-            while self._jobs.unfinished_tasks:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                self._jobs.all_tasks_done.wait(left)
-        return True
+    def drain(self, patience: Patience) -> bool:
+        """Wait until all is done; False when that takes too long, or what is left fails for now."""
+
+        def failing() -> bool:
+            return bool(self._jobs) and self._failures.pause(self._jobs[0].part) > 0
+
+        with self._changed:
+            patience.wait(self._changed, lambda: not self._jobs or failing(), PATIENCE)
+            return not self._jobs
 
     def close(self) -> None:
-        """End the thread once its work is done; one that hangs in a sink is left behind as a daemon."""
-        if self._thread is not None and self.drain(PATIENCE):
-            self._jobs.put(None)
-            self._thread.join()
-        self._thread = None
+        """Try what is left once more, end the thread, and account for the rest; a thread that hangs is left behind."""
+        with self._changed:
+            self._closing, thread = True, self._thread
+            self._changed.notify_all()
+            if thread is None or self._patience.wait(self._changed, lambda: self._thread is None, PATIENCE):
+                return
+            for job in self._jobs:
+                self._failures.lost(job.part, job.step, TimeoutError(f"no answer from {self.name}"))
+            self._jobs.clear()
+
+    def _has_room(self, job: Job) -> bool:
+        if not job.keep:
+            return sum(not j.keep for j in self._jobs) < WAITING
+        return sum(j.size for j in self._jobs) + job.size <= KEPT_BYTES
+
+    def _leave_out(self) -> None:
+        waiting = [job for job in self._jobs if job is not self._running]
+        dispensable = [job for job in waiting if not job.keep]
+        surplus = dispensable[:-WAITING]
+        kept, size = [job for job in waiting if job.keep], sum(job.size for job in self._jobs)
+        while size > KEPT_BYTES and len(kept) > 1:
+            surplus.append(kept.pop(0))
+            size -= surplus[-1].size
+        for job in surplus:
+            self._jobs.remove(job)
+            self._failures.lost(job.part, job.step, TimeoutError(f"{self.name} is too slow"))
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             started = time.perf_counter()
-            job()
-            self.seconds += time.perf_counter() - started
-            self._jobs.task_done()
-        self._jobs.task_done()
+            error = self._try(job)
+            with self._changed:
+                self.seconds += time.perf_counter() - started
+                self._running, job.tries = None, job.tries + 1
+                lasting = self._patient and isinstance(error, (OSError, Paused))
+                again = lasting or job.tries < TRIES
+                if self._closing:  # no time to wait for the next try
+                    again = not self._failures.pause(job.part)
+                if job in self._jobs and not (error is not None and job.keep and again):
+                    self._jobs.remove(job)
+                    self._done += 1
+                    if error is not None:
+                        self._failures.lost(job.part, job.step)
+                    elif job.step is not None:
+                        self.last_step = job.step
+                self._changed.notify_all()
 
+    def _next(self) -> Job | None:
+        """The job to do now; None when the outbox is closed and empty, which ends the thread."""
+        with self._changed:
+            while True:
+                job = self._jobs[0] if self._jobs else None
+                if job is None and self._closing:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return None
+                pause = 0.0 if job is None or self._closing or not job.keep else self._failures.pause(job.part)
+                if job is not None and not pause:
+                    self._running, self._since = job, time.monotonic()
+                    return job
+                self._changed.wait(pause or None)
 
-class Failures:
-    """Counts failures in a row for each part of the monitor, tells of them once, and switches a part off after three.
-
-    `attempt` may run on any thread; `report`, on the training thread, warns or raises. ``hint`` says what to do about
-    a part that is switched off.
-    """
-
-    def __init__(self, hint: str = "") -> None:
-        self._hint = f"; {hint}" if hint else ""
-        self._news: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
-        self._in_a_row: dict[str, tuple[type[Exception], int]] = {}
-
-    def attempt(self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[()] = ()) -> bool:
-        """Do it, unless this part is switched off; what it raises waits for `report`. True when it was done.
-
-        Errors of the type ``let`` are let through.
-        """
-        if self.is_off(part):
-            return False
+    def _try(self, job: Job) -> BaseException | None:
+        if not self._closing and self._failures.pause(job.part):
+            return Paused()  # pictures of a logger that fails for now
         try:
-            action()
-        except let:
-            raise
-        except Exception as error:
-            self._failed(part, error)
-            return False
-        self._in_a_row.pop(part, None)
-        return True
-
-    def note(self, text: str) -> None:
-        """Something to warn of that is no failure of the monitor."""
-        self._news.put((text, None))
-
-    def is_off(self, part: str) -> bool:
-        """Whether a part has failed too often to be tried again."""
-        return self._in_a_row.get(part, (Exception, 0))[1] >= MAX_FAILURES
-
-    def _failed(self, part: str, error: Exception) -> None:
-        kind, count = self._in_a_row.get(part, (type(error), 0))
-        count = count + 1 if kind is type(error) else 1
-        self._in_a_row[part] = (type(error), count)
-        reason = f"{type(error).__name__}: {error}"
-        if count == 1:
-            self._news.put((f"{part} failed, training goes on. {reason}", error))
-        elif count == MAX_FAILURES:
-            self._news.put((f"{part} is switched off after {count} failures in a row{self._hint}. {reason}", error))
-
-    def report(self, warn: Callable[[str], None], *, reraise: bool = False) -> None:
-        """Warn of what happened since the last report, or raise the first of it."""
-        while not self._news.empty():
-            message, error = self._news.get()
-            if reraise and error is not None:
-                raise error
-            warn(message)
+            job.action()
+        except BaseException as error:  # whatever it is, SystemExit too, must not end the thread
+            self._failures.failed(job.part, error)
+            return error
+        self._failures.worked(job.part)
+        return None

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from attn_monitor import distributed, drawing, run, sinks
 from attn_monitor.backbone import resolve_targets
-from attn_monitor.background import PATIENCE, Failures
+from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
 from attn_monitor.claim import Claim, claim_again, claim_free
 from attn_monitor.errors import AttentionError
+from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
 from attn_monitor.masking import WAYS
 from attn_monitor.metrics import select_metrics
@@ -32,8 +33,11 @@ from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
 from attn_monitor.sharding import forward_within
 from attn_monitor.snapshot import AttentionSnapshot
+from attn_monitor.space import check_reserve
 
 Result = TypeVar("Result")
+
+TAKING = "taking a snapshot"
 
 
 class AttentionMapCallback(pl.Callback):
@@ -61,6 +65,8 @@ class AttentionMapCallback(pl.Callback):
         name: tells several callbacks of one trainer apart, by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
             Without, the first has plain tags and the second ``attn-2/…``. Lightning's checkpoints need names where
             targets, layers and query are the same.
+        disk_reserve: bytes; while less is free on a disk, no pictures and no archive are written to it. None: the
+            smaller of 1 GB and 1 % of the disk.
         on_error: "warn" (one warning, training goes on) or "raise".
 
     Logged, with {role} student, teacher or backbone:
@@ -96,6 +102,7 @@ class AttentionMapCallback(pl.Callback):
         heads: list[int] | None = None,
         verify: bool | str = True,
         name: str | None = None,
+        disk_reserve: int | None = None,
         on_error: str = "warn",
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -116,7 +123,7 @@ class AttentionMapCallback(pl.Callback):
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
-        self.name = check_name(name)
+        self.name, self.disk_reserve = check_name(name), check_reserve(disk_reserve)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
         self._archive: str | None = None
@@ -131,7 +138,8 @@ class AttentionMapCallback(pl.Callback):
         """Check everything that can be checked before training."""
         if stage != "fit":
             return
-        self._failures, self._begun = Failures('on_error="raise" shows the traceback'), False
+        self._failures, self._begun = Failures('it is tried again; on_error="raise" shows the traceback'), False
+        self._patience = Patience()
         self._resumed = False
         self._suffix = self._choose_suffix(trainer)
         self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
@@ -197,6 +205,8 @@ class AttentionMapCallback(pl.Callback):
                 failures=self._failures,
                 settings=self._settings(),
                 name=self._suffix,
+                disk_reserve=self.disk_reserve,
+                patience=_all_of(trainer)[0]._patience,  # a minute for all of them together
             )
             self._tell_what_is_skipped(trainer.loggers)
         for snapshot in self._from_first(trainer, lambda: self._missed(trainer.global_step)):
@@ -230,14 +240,21 @@ class AttentionMapCallback(pl.Callback):
             ended = time.perf_counter()
             if self.monitor is not None and self.monitor.previous is not None:
                 self._publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
-            self._publisher.drain()
+            self._publisher.close()
             self._report_cost(self._publisher, time.perf_counter() - ended)
         self._report_failures()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write what was captured before the failure."""
-        if self._publisher is not None:
-            self._publisher.drain(PATIENCE)
+        """Write what was captured before the failure, for a few seconds, and say what is not written."""
+        publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            _all_of(trainer)[0]._patience.limit(LAST_WORDS)
+            publisher.close()
+            self._report_failures(reraise=False)  # the exception that there is comes first
+            if publisher.folder is not None and publisher.archived is not None:
+                rank_zero_info(
+                    f"AttentionMapCallback: the archive in {publisher.folder} ends with step {publisher.archived}"
+                )
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -407,13 +424,20 @@ class AttentionMapCallback(pl.Callback):
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), trainer.global_step
-        self.schedule.taken(step)
         self._report_failures()
         # Before the first step, a model that cannot be watched is a mistake to mend now.
         let = () if self._begun else AttentionError
         self._begun = True
         take = partial(self._take, trainer, pl_module, step)
-        self._attempt(lambda: self._failures.attempt("taking a snapshot", take, let=let))
+        # All processes must agree on it, and their clocks differ.
+        now = self._from_first(trainer, lambda: not self._failures.pause(TAKING))
+
+        def look() -> None:
+            if not now or not self._failures.attempt(TAKING, take, let=let):
+                self._failures.lost(TAKING, step)
+
+        self._attempt(look)
+        self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
         self._report_failures()
         self._blocked += time.perf_counter() - started
 
@@ -450,9 +474,9 @@ class AttentionMapCallback(pl.Callback):
         if names:
             rank_zero_info(f"AttentionMapCallback: {', '.join(names)} get metrics only, as they have no log_image")
 
-    def _report_failures(self) -> None:
+    def _report_failures(self, *, reraise: bool = True) -> None:
         self._failures.report(
-            lambda text: rank_zero_warn(f"AttentionMapCallback: {text}"), reraise=self.on_error == "raise"
+            lambda text: rank_zero_warn(f"AttentionMapCallback: {text}"), reraise=reraise and self.on_error == "raise"
         )
 
     def _report_cost(self, publisher: Publisher, waited: float) -> None:
@@ -460,7 +484,7 @@ class AttentionMapCallback(pl.Callback):
         rank_zero_info(
             f"AttentionMapCallback: {self._taken} snapshots, {self._blocked:.1f} s on the training thread "
             f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {waited:.1f} s waiting at the end, "
-            f"{publisher.writer.seconds:.1f} s behind training"
+            f"{publisher.seconds:.1f} s behind training"
             + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
         )
         flags = self.monitor.health.flags if self.monitor is not None else []

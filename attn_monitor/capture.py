@@ -314,6 +314,7 @@ def _as_found(site: Site, seen: Observation, images: Tensor) -> bool:
     return site.layout is not None and seen.rows is not None and tuple(seen.rows.shape) == shape
 
 
+@F.full_precision()
 def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
     """Mean attention distance over all patches as queries, a few at a time: (B, H) pixels."""
     assert site.layout is not None

@@ -6,9 +6,28 @@ Everything is computed in float32 (float64 for float64 input), in natural logari
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without autocast and with float32 as the default type, whatever a training loop has set."""
+    default, cast = torch.get_default_dtype(), [d for d in _DEVICES if torch.is_autocast_enabled(d)]
+    torch.set_default_dtype(torch.float32)
+    for device in cast:
+        torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        for device in cast:
+            torch.set_autocast_enabled(device, True)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -88,7 +107,7 @@ def head_divergence(p: Tensor) -> Tensor:
 def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of bool masks over the last dimension: 0…1, NaN where both are empty."""
     both, either = (mask & truth).sum(-1), (mask | truth).sum(-1)
-    return torch.where(either > 0, both / either, torch.nan)
+    return torch.where(either > 0, _float(both) / either, torch.nan)
 
 
 def outliers(norms: Tensor, cutoff: float = 6.0) -> Tensor:

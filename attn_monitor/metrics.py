@@ -147,6 +147,7 @@ def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in names)
 
 
+@F.full_precision()
 def measure(
     layers: Captured,
     before: Captured,

@@ -118,10 +118,20 @@ def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """What precision allows; float32 products on CUDA may run in TF32, whose mantissa is that of float16."""
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        dtype = torch.float16
+    """What precision allows, for float32 that of the products which are made of it."""
+    if dtype == torch.float32:
+        dtype = _precision_of_products(device)
     return TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+
+
+def _precision_of_products(device: torch.device) -> torch.dtype:
+    """float32 unless PyTorch was told to multiply float32 matrices in less; TF32 has the mantissa of float16."""
+    backends = {"cuda": torch.backends.cuda.matmul, "cpu": getattr(torch.backends.mkldnn, "matmul", None)}
+    backend = backends.get(device.type)
+    setting = getattr(backend, "fp32_precision", None)  # what was told in either way; PyTorch 2.9 and newer
+    if setting is None and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        setting = "tf32"  # only here, as reading this raises where the newer setting was used
+    return {"tf32": torch.float16, "bf16": torch.bfloat16}.get(setting or "", torch.float32)
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attn_monitor.fields import ArchiveError, Fields
+from attn_monitor.names import LONGEST, cut
 from attn_monitor.npz import Take, open_npz, tensors_in, write_npz
 
 Item = TypeVar("Item")
@@ -212,7 +213,7 @@ def _tag_names(names: Sequence[str]) -> tuple[str, ...]:
     """Names that can stand in a logger's tag and in a file name: no slashes, not too long, each one different."""
     safe: list[str] = []
     for name in names:
-        short = re.sub(r"[^\w .+-]", "_", name)[:80].strip() or "image"
+        short = cut(re.sub(r"[^\w .+-]", "_", name), LONGEST).strip() or "image"
         same = sum(s == short or s.rpartition("~")[0] == short for s in safe)
         safe.append(f"{short}~{same + 1}" if same else short)
     return tuple(safe)

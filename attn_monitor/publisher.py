@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from attn_monitor import drawing, render, sinks
 from attn_monitor import functional as F
-from attn_monitor.background import BackgroundWriter, Failures
+from attn_monitor.background import Job, Outbox, Patience
+from attn_monitor.failures import Failures
 from attn_monitor.names import renamed
 from attn_monitor.probe import ProbeBatch
-from attn_monitor.snapshot import AttentionSnapshot, snapshot_path
+from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot, snapshot_path
+from attn_monitor.space import Space
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class _Channel:
+    """A logger, what it is called, and what waits for it."""
+
+    logger: Any
+    label: str
+    outbox: Outbox
+    done: set[str] = field(default_factory=set)  # what is done once for each run
 
 
 class Publisher:
     """Writes snapshots to an archive folder (None: no archive) and to any number of loggers.
 
-    A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter`` or a W&B run. Metrics are logged at once;
-    archiving, drawing and picture logging happen on a background thread. Each part fails by itself, see `Failures`.
+    A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter`` or a W&B run. The archive and each logger
+    have a queue and a thread of their own, so that one that hangs holds up neither training nor the others. Metrics
+    and archive are tried again when they fail and wait in memory, 64 MB for each; pictures are left out (CSVLogger,
+    which must not be called from two threads, gets its metrics at once). All waiting together, for pictures that are
+    too slow and at the end, takes a run no longer than ``patience`` (a minute). While less than ``disk_reserve`` bytes
+    are free (None: the smaller of 1 GB and 1 % of the disk), pictures and archive pause.
+
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
-    Each failure is one warning, told by ``warn`` at the next call of a method, as are health flags; whoever passes
-    ``failures`` reports both instead. ``settings`` is Markdown that records how the run was watched. ``name`` keeps
-    several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
+    What fails is one warning, and one more when it works again, told by ``warn`` at the next call of a method, as are
+    health flags; whoever passes ``failures`` reports both instead. ``settings`` is Markdown that records how the run
+    was watched. ``name`` keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has
+    plain tags.
     """
 
     def __init__(
@@ -41,15 +64,34 @@ class Publisher:
         warn: Callable[[str], None] | None = None,
         settings: str = "",
         name: str = "",
+        disk_reserve: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.loggers, self.folder, self.style, self.settings = list(loggers), folder, style, settings
         self.name = name
         self.failures = failures or Failures()
         self._tell = None if failures is not None else warn or _warn
-        self.writer = BackgroundWriter()
+        self._patience, self._space = patience or Patience(), Space(self.failures, disk_reserve)
+        self._archive = Outbox("archive", self.failures, self._patience, patient=True)
+        self._channels: list[_Channel] = []
+        seen: Counter[str] = Counter()
         # Without any logger, the pictures themselves are what a user can look at.
-        self.folder_for_pictures = folder / "pictures" if folder is not None and not self.loggers else None
-        self._described = self._axes_defined = False
+        instead = [sinks.PictureFolder(folder / "pictures")] if folder is not None and not self.loggers else []
+        for logger in [*self.loggers, *instead]:
+            kind = type(logger).__name__
+            seen[kind] += 1
+            label = kind if seen[kind] == 1 else f"{kind} {seen[kind]}"
+            self._channels.append(_Channel(logger, label, Outbox(label, self.failures, self._patience)))
+
+    @property
+    def seconds(self) -> float:
+        """Time spent behind training so far."""
+        return self._archive.seconds + sum(channel.outbox.seconds for channel in self._channels)
+
+    @property
+    def archived(self) -> int | None:
+        """Step of the last snapshot that was written to the archive; None when there is none."""
+        return self._archive.last_step
 
     def publish(
         self,
@@ -60,79 +102,96 @@ class Publisher:
         layers: Sequence[int] = (-1,),
     ) -> None:
         """Log a snapshot; ``layers`` are those to draw, ``history`` what the film strips show (this one included)."""
-        self._define_axes()
+        step, past = snapshot.step, list(history) or [snapshot]
+        if self.folder is not None:
+            write = partial(_write, self._space, self.folder, snapshot, probe)
+            self._archive.put(Job("writing the archive", step, write, size=_size(snapshot)))
         metrics = {renamed(tag, self.name): value for tag, value in snapshot.metrics.items()}
-        for logger in self.loggers:
-            part = partial(sinks.log_scalars, logger, metrics=metrics, step=snapshot.step)
-            self.failures.attempt(f"logging metrics to {type(logger).__name__}", part)
+        drawn = _Once(partial(self._draw, snapshot, probe, past, list(layers)))
+        for channel in self._channels:
+            log = partial(self._log_metrics, channel, metrics, step)
+            part = f"logging metrics to {channel.label}"
+            if sinks.is_bound_to_its_thread(channel.logger):
+                if not self.failures.attempt(part, log):
+                    self.failures.lost(part, step)
+            else:
+                channel.outbox.put(Job(part, step, log, size=200 * len(metrics)))
+            if not sinks.takes_pictures(channel.logger):
+                continue
             if snapshot.flags:
-                tell = partial(sinks.log_flags, logger, flags=snapshot.flags, step=snapshot.step, name=self.name)
-                self.failures.attempt(f"logging health flags to {type(logger).__name__}", tell)
+                tell = partial(sinks.log_flags, channel.logger, flags=snapshot.flags, step=step, name=self.name)
+                channel.outbox.put(Job(f"logging health flags to {channel.label}", step, tell, keep=False))
+            log = partial(self._log_pictures, channel, snapshot, probe, drawn, layers[-1])
+            channel.outbox.put(Job(f"logging pictures to {channel.label}", step, log, keep=False))
         if snapshot.flags:
             self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in snapshot.flags))
-        job = partial(self._write, snapshot, probe, list(history) or [snapshot], list(layers))
-        self.failures.attempt("the background writer", partial(self._submit, job))
         self._report()
 
-    def drain(self, patience: float | None = None) -> bool:
-        """Wait until everything is written; False when that takes more than ``patience`` seconds."""
-        return self.writer.drain(patience)
+    def drain(self, seconds: float | None = None) -> bool:
+        """Wait until everything is written, for a minute at most; False when not everything was."""
+        patience = Patience(seconds)
+        drained = [outbox.drain(patience) for outbox in self._outboxes()]
+        return all(drained)
+
+    def finish(self, probe: ProbeBatch, history: Sequence[AttentionSnapshot], last: AttentionSnapshot) -> None:
+        """At the end of a run: a time-lapse, and on W&B a table and charts of all heads. Then as `close`."""
+        gif = _Once(partial(_timelapse, list(history), probe, self.style))
+        for channel in self._channels:
+            if sinks.plays_animations(channel.logger):
+                log = partial(self._log_end, channel.logger, gif, probe, list(history), last)
+                part = f"logging the end of the run to {channel.label}"
+                channel.outbox.put(Job(part, None, log, keep=False))
+        self._close()
+        self._report()
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
-        self.writer.close()
+        """Write what is left, end the threads, and tell what could not be written. Returns whatever the loggers do."""
+        self._close()
         self._report()
+
+    def _outboxes(self) -> list[Outbox]:
+        return [self._archive, *(channel.outbox for channel in self._channels)]
+
+    def _close(self) -> None:
+        for outbox in self._outboxes():
+            outbox.close()
+        self.failures.sum_up()
 
     def _report(self) -> None:
         if self._tell is not None:
             self.failures.report(self._tell)
 
-    def _define_axes(self) -> None:
-        if self._axes_defined:
-            return
-        self._axes_defined = True
-        for logger in self.loggers:
-            action = partial(sinks.define_axis, logger)
-            self.failures.attempt(f"defining the axis of {type(logger).__name__}", action)
+    def _log_metrics(self, channel: _Channel, metrics: dict[str, float], step: int) -> None:
+        self._do_once(channel, f"defining the axis of {channel.label}", partial(sinks.define_axis, channel.logger))
+        sinks.log_scalars(channel.logger, metrics=metrics, step=step)
 
-    def _submit(self, job: partial[None]) -> None:
-        if not self.writer.submit(job):
-            raise TimeoutError("a logger is too slow; the pictures of this step are skipped")
-
-    def _write(
-        self, snapshot: AttentionSnapshot, probe: ProbeBatch, history: list[AttentionSnapshot], layers: list[int]
-    ) -> None:
-        attempt = self.failures.attempt
-        if self.folder is not None:
-            attempt("writing the archive", partial(_archive, self.folder, snapshot, probe))
-        if not self._described:
-            text = sinks.how_to_read(self.style.threshold, self.style.scale, self.settings, self.name)
-            for logger in self.loggers:
-                action = partial(sinks.describe_run, logger, text=text, snapshot=snapshot, name=self.name)
-                attempt(f"describing the run to {type(logger).__name__}", action)
-            self._described = True
-        takers = [logger for logger in self.loggers if sinks.takes_pictures(logger)]
-        pictures: list[sinks.Picture] = []
-        wanted = takers or self.folder_for_pictures is not None
-        if wanted and attempt("drawing", lambda: pictures.extend(self._draw(snapshot, probe, history, layers))):
-            for logger in takers:
-                name = type(logger).__name__
-                attempt(
-                    f"logging pictures to {name}", partial(self._log, logger, snapshot, probe, pictures, layers[-1])
-                )
-            if self.folder_for_pictures is not None:
-                attempt("writing pictures", partial(_save_pictures, self.folder_for_pictures, pictures))
-
-    def _log(
+    def _log_pictures(
         self,
-        logger: Any,
+        channel: _Channel,
         snapshot: AttentionSnapshot,
         probe: ProbeBatch,
-        pictures: list[sinks.Picture],
+        drawn: _Once[list[sinks.Picture]],
         layer: int,
     ) -> None:
-        sinks.log_pictures(logger, pictures=pictures, step=snapshot.step)
-        sinks.log_histograms(logger, snapshot=snapshot, name=self.name)
+        logger, label, step = channel.logger, channel.label, snapshot.step
+        text = sinks.how_to_read(self.style.threshold, self.style.scale, self.settings, self.name)
+        describe = partial(sinks.describe_run, logger, text=text, snapshot=snapshot, name=self.name)
+        self._do_once(channel, f"describing the run to {label}", describe)
+        pictures = drawn()
+        self._space.require(sinks.folder_of(logger), sinks.size_of(logger, pictures))
+        single = {p.tag: partial(sinks.log_pictures, logger, pictures=[p], step=step) for p in pictures}
+        if sinks.kind_of(logger) == "wandb":
+            with suppress(Exception):  # which picture it was that failed is found one by one
+                sinks.log_pictures(logger, pictures=pictures, step=step)  # as one row
+                single = {}
+        self.failures.each(f"logging some pictures to {label}", single, step)
+        histograms = partial(sinks.log_histograms, logger, snapshot=snapshot, name=self.name)
+        self.failures.attempt(f"logging histograms to {label}", histograms)
+        self.failures.attempt(
+            f"logging overlays to {label}", partial(self._log_overlays, logger, snapshot, probe, layer)
+        )
+
+    def _log_overlays(self, logger: Any, snapshot: AttentionSnapshot, probe: ProbeBatch, layer: int) -> None:
         if sinks.kind_of(logger) == "wandb":
             overlays = [
                 replace(o, tag=renamed(o.tag, self.name))
@@ -140,27 +199,31 @@ class Publisher:
             ]
             sinks.log_overlays(logger, overlays=overlays, step=snapshot.step)
 
-    def finish(self, probe: ProbeBatch, history: Sequence[AttentionSnapshot], last: AttentionSnapshot) -> None:
-        """At the end of a run: a time-lapse, and on W&B a table and charts of all heads. Waits until all is written."""
-        job = partial(self._finish, probe, list(history), last)
-        self.failures.attempt("the background writer", partial(self._submit, job))
-        self.drain()
-        self._report()
+    def _do_once(self, channel: _Channel, part: str, action: Callable[[], None]) -> None:
+        if part not in channel.done and not self.failures.pause(part) and self.failures.attempt(part, action):
+            channel.done.add(part)
 
-    def _finish(self, probe: ProbeBatch, history: list[AttentionSnapshot], last: AttentionSnapshot) -> None:
-        takers = [logger for logger in self.loggers if sinks.takes_pictures(logger)]
-        gif: list[bytes] = []
-        draw = partial(_timelapse, history, probe, self.style)
-        if takers and self.failures.attempt("drawing the time-lapse", lambda: gif.append(draw())):
-            for logger in takers:
-                action = partial(_log_end, logger, gif[0], probe, history, last, self.style, self.name)
-                self.failures.attempt(f"logging the end of the run to {type(logger).__name__}", action)
+    def _log_end(
+        self,
+        logger: Any,
+        gif: _Once[bytes],
+        probe: ProbeBatch,
+        history: Sequence[AttentionSnapshot],
+        last: AttentionSnapshot,
+    ) -> None:
+        self._space.require(sinks.folder_of(logger), 2 * len(gif()))
+        sinks.log_animation(logger, tag=renamed("attn_timelapse", self.name), gif=gif(), step=last.step)
+        if sinks.kind_of(logger) == "wandb":
+            _log_summary(logger, probe, history, last, self.style, self.name)
 
     def _draw(
         self, snapshot: AttentionSnapshot, probe: ProbeBatch, history: list[AttentionSnapshot], layers: list[int]
     ) -> list[sinks.Picture]:
-        pictures = []
-        for index, (name, photo) in enumerate(zip(snapshot.names, probe.pixels, strict=True)):
+        """Panels and film strips of every image that can be drawn."""
+        pictures: list[sinks.Picture] = []
+
+        def draw(index: int) -> None:
+            name, photo = snapshot.names[index], probe.pixels[index]
             truth = None if probe.masks is None else probe.masks[index].numpy()
             for layer in layers:
                 suffix = f"/layer{layer}" if len(layers) > 1 else ""
@@ -169,7 +232,27 @@ class Publisher:
                 strip = render.filmstrip(history, index, photo, layer=layer, style=self.style)
                 pictures.append(sinks.Picture(renamed(f"attn_maps/{name}{suffix}", self.name), shown, caption))
                 pictures.append(sinks.Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption))
+
+        images = {name: partial(draw, index) for index, name in enumerate(snapshot.names)}
+        if not self.failures.attempt(
+            "drawing", partial(self.failures.each, "drawing some images", images, snapshot.step)
+        ):
+            self.failures.lost("drawing", snapshot.step)
         return pictures
+
+
+class _Once(Generic[Value]):
+    """What a function gives: called by whichever logger comes first, for all."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: list[Value] = []
+
+    def __call__(self) -> Value:
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
 
 
 def _warn(text: str) -> None:
@@ -177,16 +260,20 @@ def _warn(text: str) -> None:
     warnings.warn(f"attn_monitor: {text}", stacklevel=5)
 
 
-def _archive(folder: Path, snapshot: AttentionSnapshot, probe: ProbeBatch) -> None:
-    if not (folder / "probe.npz").exists():
-        probe.save(folder / "probe.npz")
+def _write(space: Space, folder: Path, snapshot: AttentionSnapshot, probe: ProbeBatch) -> None:
+    """A snapshot to the archive, after its probe."""
+    path = folder / "probe.npz"
+    missing = not path.exists()
+    space.require(folder, _size(snapshot) + missing * probe.images.nbytes)
+    if missing:
+        probe.save(path)
     snapshot.save(snapshot_path(folder, snapshot.step))
 
 
-def _save_pictures(folder: Path, pictures: Sequence[sinks.Picture]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        (folder / f"{picture.tag.replace('/', '-')}.jpg").write_bytes(picture.jpeg)
+def _size(snapshot: AttentionSnapshot) -> int:
+    """Bytes of its tensors."""
+    tensors = [getattr(a, name) for a in snapshot.layers.values() for name in ("rows", *OPTIONAL)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _overlays(
@@ -208,18 +295,14 @@ def _timelapse(history: Sequence[AttentionSnapshot], probe: ProbeBatch, style: d
     return drawing.gif(render.timelapse(history, list(probe.pixels), style=style))
 
 
-def _log_end(
+def _log_summary(
     logger: Any,
-    gif: bytes,
     probe: ProbeBatch,
     history: Sequence[AttentionSnapshot],
     last: AttentionSnapshot,
     style: drawing.Style,
     name: str,
 ) -> None:
-    sinks.log_animation(logger, tag=renamed("attn_timelapse", name), gif=gif, step=last.step)
-    if sinks.kind_of(logger) != "wandb":
-        return
     thumbnails = {}
     for role in last.roles:
         attention = last.layer(role)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 import tempfile
 import threading
@@ -25,7 +26,7 @@ from attn_monitor import drawing
 from attn_monitor import functional as F
 from attn_monitor.health import HealthFlag
 from attn_monitor.metrics import METRICS, metric_tag
-from attn_monitor.names import renamed, titled
+from attn_monitor.names import file_name, renamed, titled
 from attn_monitor.snapshot import AttentionSnapshot
 
 WANDB_AXIS = "trainer/global_step"  # Lightning's own name for it
@@ -50,6 +51,21 @@ class Picture:
         return drawing.jpeg(self.pixels)
 
 
+class PictureFolder:
+    """The latest pictures as files, for runs without any logger; numbers are in the archive beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log_dir = folder
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def log_image(self, key: str, images: Sequence[drawing.Pixels], step: int) -> None:
+        """One picture, in place of the one of the step before."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        (self.log_dir / file_name(key.replace("/", "-"), ".jpg")).write_bytes(drawing.jpeg(images[0]))
+
+
 @dataclass(frozen=True)
 class Overlay:
     """A photograph with mask layers that a dashboard can switch on and off: (h, w) integers and their names."""
@@ -68,15 +84,49 @@ def kind_of(logger: Any) -> str:
         ("WandbLogger", "wandb"),
         ("MLFlowLogger", "mlflow"),
         ("Run", "wandb"),
+        ("CSVLogger", "csv"),
     ):
         if name in names:
             return kind
-    return "images" if callable(getattr(logger, "log_image", None)) else "metrics"
+    try:
+        return "images" if callable(getattr(logger, "log_image", None)) else "metrics"
+    except Exception:  # a property of somebody's logger, asked for on the training thread
+        return "metrics"
 
 
 def takes_pictures(logger: Any) -> bool:
     """Whether `log_pictures` can do anything with this logger."""
-    return kind_of(logger) != "metrics"
+    return kind_of(logger) not in ("metrics", "csv")
+
+
+def plays_animations(logger: Any) -> bool:
+    """Whether `log_animation` can do anything with this logger."""
+    return kind_of(logger) in ("tensorboard", "wandb", "mlflow")
+
+
+def is_bound_to_its_thread(logger: Any) -> bool:
+    """Whether it must only be called on the training thread, as the run itself does.
+
+    CSVLogger collects rows in a list that it writes and empties: called from a second thread at that moment, it loses
+    the run's own rows. Others send each call on by itself.
+    """
+    return kind_of(logger) == "csv"
+
+
+def folder_of(logger: Any) -> Path | None:
+    """A folder on the disk that it writes pictures to, None where it writes to none."""
+    for name in ("log_dir", "save_dir", "dir"):  # of Lightning's loggers and SummaryWriter; of W&B and MLflow; of a run
+        folder = getattr(logger, name, None)
+        if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder):
+            return Path(folder)
+    return None
+
+
+def size_of(logger: Any, pictures: Sequence[Picture]) -> int:
+    """Bytes on disk that a logger makes of pictures, at most."""
+    if kind_of(logger) == "tensorboard":
+        return 2 * sum(len(picture.jpeg) for picture in pictures)  # twice, as those before may wait in its buffer
+    return sum(picture.pixels.nbytes for picture in pictures)
 
 
 def define_axis(logger: Any) -> None:
@@ -99,7 +149,7 @@ def log_scalars(logger: Any, *, metrics: Mapping[str, float], step: int) -> None
         # Not by log_metrics, which drops the step when W&B follows TensorBoard.
         _log_row(logger, named, step)
     elif kind == "tensorboard":
-        # Training waits for this: one record for all is ten times as fast as add_scalar for each.
+        # One record for all is ten times as fast as add_scalar for each.
         _add_summary(logger, [{"tag": tag, "simple_value": value} for tag, value in named.items()], step)
     else:
         logger.log_metrics(dict(metrics), step=step)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.functional import full_precision
 from attn_monitor.sources import widen
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -72,6 +73,7 @@ def watch_tokens(
     stack.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
 
 
+@full_precision()  # what a hook computes in is the model's affair
 def _statistics(x: Tensor, patches: Tensor, cls: int | None) -> TokenStatistics:
     norms: Tensor = torch.linalg.vector_norm(widen(x), dim=-1)
     if cls is None:

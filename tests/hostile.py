@@ -259,8 +259,8 @@ CASES = [
         "order by image",
         {
             "rolled by content": lambda: between(rolled_by(lambda x: x[..., 0].argmax(1))),
-            "reversed if bright": lambda: between(
-                lambda x, t: torch.where((x.mean((1, 2)) > 0)[:, None, None], t.flip(1), t)
+            "reversed by the first patch": lambda: between(
+                lambda x, t: torch.where((x[:, 0, 1] > 0)[:, None, None], t.flip(1), t)
             ),
             "by index in the batch": lambda: between(rolled_by(lambda x: torch.arange(len(x)))),
         },
@@ -426,10 +426,10 @@ CASES = [
     ),
     *cases("images", {"one channel": lambda: vit("C*", embed=conv(channels=1))}, channels=1, must="all"),
     *cases("images", {"5x7": lambda: vit("CR*", grid=(5, 7))}, size=(40, 56), must="all"),
-    *cases("images", {"one row": lambda: vit("C*", grid=(1, 8))}, size=(8, 64)),
+    *cases("images", {"one row": lambda: vit("C*", grid=(1, 8))}, size=(8, 64), patch=(0, 2)),
     *cases("images", {"a remainder": lambda: vit("C*")}, size=(36, 52)),
     *cases("images", {"float64": vit}, dtype=torch.float64, must="all"),
-    *cases("images", {"bfloat16": vit}, dtype=torch.bfloat16, tolerance=1.0),
+    *cases("images", {"bfloat16": vit}, dtype=torch.bfloat16, tolerance=2.0),
 ]
 
 
@@ -448,6 +448,7 @@ def main(words: list[str]) -> None:
     warnings.simplefilter("ignore")
     start, counts, kinds = time.perf_counter(), Counter(), {}
     wanted_right: Counter[str] = Counter()
+    models: dict[str, bool] = {}  # whether all that was said of it may be said
     for held, table in (("", CASES), ("held out, ", HELD_OUT)):
         chosen = [c for c in table if not words or any(w in f"{held}{c.id} {c.name}" for w in words)]
         for case, found in lines(chosen):
@@ -455,15 +456,15 @@ def main(words: list[str]) -> None:
             counts[sort] += 1
             kinds.setdefault(held + case.kind, Counter())[sort] += 1
             wanted_right[sort] += found.wanted == "right"
+            models[held + case.id] = models.get(held + case.id, True) and found.fine
             sign = " " if found.fine else "!"
             where = f"{found.layer or '-':24} {found.query!s:7}"
             print(f"{sign} {held}{case.kind}: {case.name:38} {where} {found.verdict:28} {found.reason[:90]}")
     print()
     for kind, count in kinds.items():
         print(f"{kind:36} " + ", ".join(f"{n} {sort}" for sort, n in sorted(count.items())))
-    print(
-        f"all: {dict(counts)}; of those that must be right: {dict(wanted_right)}; {time.perf_counter() - start:.0f} s"
-    )
+    print(f"all: {dict(counts)}; of those that must be right: {dict(wanted_right)}")
+    print(f"{sum(models.values())} of {len(models)} models without fault; {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

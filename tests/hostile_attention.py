@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.hostile_parts import Attend, matrix_of, scores
-from tests.hostile_tape import Grid, Order, note, nowhere, tape
+from tests.hostile_parts import Attend, matrix_of, plain, scores
+from tests.hostile_tape import Grid, Order, note, nowhere, only_queries, tape
 from tests.styles import DIM, HEADS, split_heads
 
 
@@ -50,18 +50,18 @@ def values_on_the_left(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return note(m, a, v, (v.mT @ a.mT).mT)
 
 
-def chunked(size: int) -> Attend:
+def chunked(size: int, attend: Attend = plain) -> Attend:
     """Queries a few at a time, the last ones in a smaller chunk."""
 
-    def attend(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_to_parts(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, start = [], 0
         for part in q.split(size, 2):
-            a, here = matrix_of(part, k), slice(start, start + part.shape[2])
-            out.append(note(m, a, v, a @ v, queries=lambda p, here=here: p[:, here]))
-            start = here.stop
+            here = slice(start, start := start + part.shape[2])
+            out.append(attend(m, part, k, v))
+            only_queries(lambda p, here=here: p[:, here])
         return torch.cat(out, 2)
 
-    return attend
+    return attend_to_parts
 
 
 def queries_in(order: Order, keep: int, back: bool) -> Attend:
@@ -72,7 +72,7 @@ def queries_in(order: Order, keep: int, back: bool) -> Attend:
         index = torch.cat([index[:, :keep], order(index[:, keep:], index[:, keep:])], 1)[0, :, 0]
         a = matrix_of(q[:, :, index], k)
         void = "" if back else "results are put at other tokens than their queries"
-        out = note(m, a, v, a @ v, queries=lambda p: p[:, index], void=void)
+        out = note(m, a, v, a @ v, queries=lambda p: p[:, index], void=void, alone=v[:, :, index])
         return out[:, :, index.argsort()] if back else out
 
     return attend
@@ -138,14 +138,26 @@ def from_positions(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return note(m, a, fixed, a @ fixed, keys=nowhere)
 
 
+def from_means(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """V is the same for all keys: the image's mean."""
+    a, mean = matrix_of(q, k), v.mean(2, keepdim=True).expand_as(v)
+    return note(m, a, mean, a @ mean, keys=nowhere)
+
+
+def from_next_image(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """V is another image's: no key holds a part of the image."""
+    a, other = matrix_of(q, k), v.roll(1, 0)
+    return note(m, a, other, a @ other, keys=nowhere)
+
+
 def on_channels(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """XCiT's: channels attend to channels, here as many as tokens."""
-    a = matrix_of(F.normalize(q.mT, dim=-1), F.normalize(k.mT, dim=-1)) * 1.0
+    a = matrix_of(F.normalize(q.mT, dim=-1), F.normalize(k.mT, dim=-1))
     return note(m, a, v.mT, a @ v.mT, keys=nowhere, queries=nowhere).mT
 
 
-def on_feature_rows(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Tokens attend with the matrix transposed: its columns, not its rows, are the softmax's."""
+def over_queries_alone(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Columns, not rows, of the matrix are the softmax's."""
     a = scores(q, k).softmax(-2)
     return note(m, a, v, a @ v)
 

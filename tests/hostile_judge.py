@@ -14,9 +14,6 @@ from attn_monitor.errors import AttentionError
 from tests.hostile_tape import CLS, Grid, Truth, taped
 from tests.zoo import enliven
 
-PATCH_QUERY = (1, 2)
-QUERIES: tuple[QuerySpec, ...] = ("cls", "mean", PATCH_QUERY)
-
 
 @dataclass(frozen=True)
 class Hostile:
@@ -34,6 +31,12 @@ class Hostile:
     count: int = 2
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-3  # of uniform attention
+    patch: Grid = (1, 2)  # asked as a query
+
+    @property
+    def queries(self) -> tuple[QuerySpec, ...]:
+        """What is asked of each layer."""
+        return ("cls", "mean", self.patch)
 
     @property
     def id(self) -> str:
@@ -80,6 +83,8 @@ def expected(truth: Truth, query: QuerySpec) -> Expected | None:
     whole = [sorted(p for p in keys.tolist() if p >= 0) == list(range(patches)) for keys in truth.keys]
     if truth.void or truth.matrix is None or not all(whole):
         return None
+    sizes = truth.queries.shape[1], truth.keys.shape[1]
+    assert sizes == tuple(truth.matrix.shape[2:]), (sizes, truth.matrix.shape)
     if query == "mean":
         row = truth.matrix.mean(2)
     else:
@@ -139,11 +144,11 @@ def judge(case: Hostile) -> list[Judgement]:
     except AttentionError as error:
         names, reason = [], str(error)
     except Exception as error:  # a crash is a verdict too
-        return [Judgement("", query, f"crashed: {error!r}", "refused") for query in QUERIES]
+        return [Judgement("", query, f"crashed: {error!r}", "refused") for query in case.queries]
     asked = range(len(names)) if len(names) <= 6 else (0, 1, len(names) // 2, len(names) - 2, len(names) - 1)
-    judgements = [_judge(case, model, images, truths, i, names[i], query) for i in asked for query in QUERIES]
+    judgements = [_judge(case, model, images, truths, i, names[i], query) for i in asked for query in case.queries]
     unseen = [name for name in truths if name not in names]
-    missing = [(n, q, _wanted(case, expected(truths[n], q), q)) for n in unseen for q in QUERIES]
+    missing = [(n, q, _wanted(case, expected(truths[n], q), q)) for n in unseen for q in case.queries]
     return judgements + [Judgement(n, q, "refused", wanted, reason) for n, q, wanted in missing]
 
 

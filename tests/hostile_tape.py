@@ -40,6 +40,7 @@ class Truth:
     grid: Grid
     query_grid: Grid
     void: str  # why there is no true map, else ""
+    values: Tensor | None = None
 
 
 @dataclass
@@ -50,15 +51,16 @@ class Tape:
     grid: Grid = (0, 0)
     void: str = ""
     truths: list[Truth] = field(default_factory=list)
+    silent: bool = False  # no token learns of another: an attention's result is its own V
 
 
 _running: list[Tape] = []
 
 
 @contextmanager
-def taped() -> Iterator[Tape]:
+def taped(silent: bool = False) -> Iterator[Tape]:
     """The tape is on."""
-    _running.append(Tape())
+    _running.append(Tape(silent=silent))
     try:
         yield _running[-1]
     finally:
@@ -88,20 +90,30 @@ def note(
     grid: Grid | None = None,
     query_grid: Grid | None = None,
     void: str = "",
+    alone: Tensor | None = None,
 ) -> Any:
-    """Write down an attention and give back ``out``; ``queries`` and ``keys`` make their places from the tokens'."""
+    """Write down an attention and give back ``out``; ``queries`` and ``keys`` make their places from the tokens'.
+
+    ``alone`` is the result if each query saw its own token only; V, if it is not given.
+    """
     if (t := tape()) is not None:
         matrix = matrix() if callable(matrix) else matrix
         if matrix is not None and v is not None and out is not None:
             torch.testing.assert_close(matrix @ v, out)  # the author's own mistakes
         truth = Truth(
-            module, matrix, queries(t.places), keys(t.places), grid or t.grid, query_grid or t.grid, void or t.void
+            module, matrix, queries(t.places), keys(t.places), grid or t.grid, query_grid or t.grid, void or t.void, v
         )
-        if matrix is not None and not truth.void:
-            assert truth.queries.shape[1] == matrix.shape[2], (truth.queries.shape, matrix.shape)
-            assert truth.keys.shape[1] == matrix.shape[3], (truth.keys.shape, matrix.shape)
         t.truths.append(truth)
+        if t.silent and out is not None:
+            alone = v if alone is None else alone
+            return alone if alone is not None and alone.shape == out.shape else torch.zeros_like(out)
     return out
+
+
+def only_queries(change: Callable[[Tensor], Tensor]) -> None:
+    """The attention noted last had only these of the tokens as queries."""
+    if (t := tape()) is not None:
+        t.truths[-1].queries = change(t.truths[-1].queries)
 
 
 def nowhere(p: Tensor, count: int | None = None) -> Tensor:

@@ -1,79 +1,178 @@
-"""The background writer and the account of failures."""
+"""The outbox of a destination: in order, in bounds, and left behind where it hangs."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from attn_monitor import background
-from attn_monitor.background import BackgroundWriter, Failures
+from attn_monitor.background import Job, Outbox, Patience
+from attn_monitor.failures import Failures
+
+MEGABYTE = 2**20
 
 
-def test_jobs_run_in_order_on_another_thread() -> None:
-    writer, done = BackgroundWriter(), []
-    for index in range(3):
-        assert writer.submit(lambda index=index: done.append((index, threading.current_thread().name)))
-    assert writer.drain()
-    assert [i for i, _ in done] == [0, 1, 2]
-    assert {name for _, name in done} == {"attn_monitor-writer"}
-    writer.close()
-    writer.close()
-    assert not [t for t in threading.enumerate() if t.name == "attn_monitor-writer"]
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("attn_monitor")]
 
 
-def test_slow_sink_holds_back_and_is_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue is bounded: memory cannot grow, and training waits no longer than PATIENCE."""
-    monkeypatch.setattr(background, "PATIENCE", 0.05)
-    writer, release = BackgroundWriter(size=1), threading.Event()
-    accepted = [writer.submit(lambda: release.wait(10) and None) for _ in range(4)]
-    assert accepted[0]
-    assert accepted[-1] is False
+def outbox(failures: Failures | None = None, seconds: float = 20, **settings: bool) -> Outbox:
+    return Outbox("place", failures or Failures(), Patience(seconds), **settings)
+
+
+def told_by(failures: Failures) -> list[str]:
+    told: list[str] = []
+    failures.report(told.append)
+    return told
+
+
+def numbered(done: list[int], step: int) -> Callable[[], None]:
+    return lambda: done.append(step)
+
+
+def test_jobs_are_done_in_order_on_another_thread() -> None:
+    box, done, names = outbox(), [], set()
+    for step in range(3):
+        box.put(Job("part", step, numbered(done, step)))
+        box.put(Job("part", step, lambda: names.add(threading.current_thread().name), keep=False))
+    assert box.drain(Patience())
+    assert (done, names, box.last_step) == ([0, 1, 2], {"attn_monitor place"}, 2)
+    for _ in range(2):
+        box.close()
+        assert not threads()
+    box.put(Job("part", 3, numbered(done, 3)))  # opens again
+    box.close()
+    assert done == [0, 1, 2, 3]
+
+
+def test_a_hanging_job_costs_patience_once_and_then_only_pictures() -> None:
+    """Training waits once for room, then not until the destination moves; metrics are all kept."""
+    failures, release, done = Failures(), threading.Event(), []
+    patience = Patience(background.PATIENCE)
+    box = Outbox("place", failures, patience)
     started = time.monotonic()
-    assert not writer.drain(0.05)
-    assert time.monotonic() - started < 5
+    box.put(Job("metrics", 0, lambda: release.wait(60)))
+    for step in range(1, 30):
+        box.put(Job("pictures", step, numbered(done, -step), keep=False))
+        box.put(Job("metrics", step, numbered(done, step), size=200))
+    assert time.monotonic() - started < 2 * background.ROOM_PATIENCE
     release.set()
-    assert writer.drain(10)
-    writer.close()
-
-
-def fail(error: Exception) -> None:
-    raise error
-
-
-def test_failures_are_told_once_and_switch_off_only_their_part() -> None:
-    failures, told = Failures("look here"), []
-    for _ in range(5):
-        assert not failures.attempt("archive", lambda: fail(OSError("disk full")))
-        assert failures.attempt("drawing", lambda: None)
-    failures.report(told.append)
-    assert [t.split(".")[0] for t in told] == [
-        "archive failed, training goes on",
-        "archive is switched off after 3 failures in a row; look here",
+    assert box.drain(Patience(20))
+    assert [step for step in done if step > 0] == list(range(1, 30))
+    assert [-step for step in done if step < 0] == [26, 27, 28, 29]
+    assert told_by(failures) == [
+        "pictures failed, training goes on. TimeoutError: place is too slow",
+        "pictures works again; missing: steps 1, 2, 3, 4, 5, 6, 7, 8, …, 24, 25 (25 in all)",
     ]
-    assert all("OSError: disk full" in t for t in told)
-    assert failures.is_off("archive")
-    assert not failures.is_off("drawing")
+    box.close()
 
 
-def test_success_or_another_kind_starts_the_count_anew() -> None:
-    failures, told = Failures(), []
-    for error in (OSError("a"), OSError("b"), ValueError("c"), OSError("d"), OSError("e")):
-        failures.attempt("archive", lambda error=error: fail(error))
-    assert not failures.is_off("archive")
-    failures.attempt("archive", lambda: None)
-    failures.report(told.append)
-    assert len(told) == 3
+def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "ROOM_PATIENCE", 0.0)
+    failures, release, done = Failures(), threading.Event(), []
+    box = outbox(failures)
+    box.put(Job("metrics", 0, lambda: release.wait(60), size=10 * MEGABYTE))
+    while not box._running:
+        time.sleep(0.01)
+    for step in range(1, 10):
+        box.put(Job("metrics", step, numbered(done, step), size=10 * MEGABYTE))
+        assert sum(job.size for job in box._jobs) <= background.KEPT_BYTES
+    release.set()
+    box.close()
+    assert done == [5, 6, 7, 8, 9]  # and the one that was running: 60 MB
+    assert "missing: steps 1, 2, 3, 4" in told_by(failures)[1]
 
 
-def test_raise_instead_of_warning() -> None:
-    failures = Failures()
-    failures.attempt("archive", lambda: fail(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        failures.report(lambda text: None, reraise=True)
+@pytest.mark.parametrize("error", [ConnectionError("x"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_a_job_raises_the_thread_goes_on(error: BaseException) -> None:
+    failures, done = Failures(), []
+
+    def fail() -> None:
+        done.append("tried")
+        if len(done) == 1:
+            raise error
+
+    box = outbox(failures)
+    box.put(Job("part", 0, fail))
+    box.put(Job("part", 1, lambda: done.append("next")))
+    assert box.drain(Patience(20))
+    assert done == ["tried", "tried", "next"]
+    first, second = told_by(failures)
+    assert f"part failed, training goes on. {type(error).__name__}" in first
+    assert second == "part works again; nothing is missing"
+    box.close()
 
 
-def test_errors_can_be_let_through() -> None:
-    with pytest.raises(KeyError):
-        Failures().attempt("snapshot", lambda: fail(KeyError("x")), let=KeyError)
+def test_what_fails_for_ever_is_given_up_in_the_end() -> None:
+    """A row that a logger never takes must not keep the others back; nor the end of the run."""
+    failures, done = Failures(), []
+    box = outbox(failures)
+    box.put(Job("metrics", 0, lambda: 1 / 0))
+    for step in (1, 2):
+        box.put(Job("metrics", step, numbered(done, step)))
+    started = time.monotonic()
+    box.close()
+    assert done == [1, 2]
+    assert time.monotonic() - started < 10
+    assert "missing: step 0" in told_by(failures)[1]
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_tries_are_bounded_where_it_may_be_the_jobs_own_fault(patient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_monitor.failures.LONGEST_PAUSE", 0.001)
+    box, tries, done = outbox(patient=patient), [], []
+
+    def full() -> None:
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    box.put(Job("archive", 0, full))
+    box.put(Job("archive", 1, numbered(done, 1)))
+    deadline = time.monotonic() + 20
+    while len(tries) < (background.TRIES * 3 if patient else background.TRIES) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    box.close()
+    assert done == [1]
+    assert (len(tries) > background.TRIES) == patient
+
+
+def test_closing_never_waits_longer_than_the_patience_that_is_left() -> None:
+    failures, release = Failures(), threading.Event()
+    patience = Patience(0.3)
+    boxes = [Outbox(name, failures, patience) for name in ("a", "b", "c")]
+    for box in boxes:
+        for step in range(3):
+            box.put(Job(f"metrics to {box.name}", step, lambda: release.wait(60)))
+    started = time.monotonic()
+    for box in boxes:
+        box.close()
+    assert time.monotonic() - started < 10
+    assert patience.left == 0
+    failures.sum_up()
+    told = told_by(failures)
+    assert "no answer from a" in told[0]
+    assert told[-1].splitlines() == [
+        "the run has ended, and this was not done:",
+        *(f"  metrics to {name}: steps 0, 1, 2" for name in "abc"),
+    ]
+    assert len(threads()) == 3
+    release.set()
+    for thread in threads():  # left behind, and ended by itself
+        thread.join(10)
+    assert not threads()
+
+
+def test_one_that_does_not_answer_is_told_of_while_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "UNANSWERED", 0.05)
+    failures, release = Failures(), threading.Event()
+    box = outbox(failures)
+    for step in range(3):
+        box.put(Job("metrics", step, lambda: release.wait(60)))
+        time.sleep(0.1)
+    assert told_by(failures) == ["metrics failed, training goes on. TimeoutError: no answer for 0 s"]
+    release.set()
+    box.close()
+    assert told_by(failures) == ["metrics works again; nothing is missing"]

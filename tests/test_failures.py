@@ -1,0 +1,122 @@
+"""The account of failures: what is told, how often, and when a part is tried again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from attn_monitor import failures as account
+from attn_monitor.failures import Failures, Paused, in_words
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def told_by(failures: Failures) -> list[str]:
+    told: list[str] = []
+    failures.report(told.append)
+    return told
+
+
+def test_a_failure_and_its_end_are_told_once_each() -> None:
+    failures = Failures("look here")
+    for step in range(5):
+        assert not failures.attempt("archive", lambda: fail(OSError("disk full")))
+        failures.lost("archive", step)
+        assert failures.attempt("drawing", lambda: None)
+    assert told_by(failures) == ["archive failed, training goes on. OSError: disk full (look here)"]
+    assert failures.attempt("archive", lambda: None)
+    assert told_by(failures) == ["archive works again; missing: steps 0, 1, 2, 3, 4"]
+    failures.sum_up()
+    assert told_by(failures) == []
+
+
+def test_tried_again_at_growing_distances_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, pauses = Failures(), []
+    for _ in range(3000):
+        failures.failed("archive", OSError("x"))
+        pauses.append(failures.pause("archive"))
+    assert pauses[:9] == pytest.approx([0, 1, 2, 4, 8, 16, 32, 64, 120], abs=0.5)
+    assert max(pauses) <= account.LONGEST_PAUSE <= 180
+    assert failures.pause("drawing") == 0
+    failures.worked("archive")
+    assert failures.pause("archive") == 0
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_on_and_off_or_of_changing_types_is_not_told_each_time(recovers: bool) -> None:
+    """Every other time, and errors of alternating types: a hundred of them are two warnings and one at the end."""
+    failures = Failures()
+    for step in range(100):
+        error = OSError("a") if step % 2 else ValueError("b")
+        failures.attempt("metrics", lambda error=error: fail(error))
+        failures.lost("metrics", step)
+        if recovers:
+            failures.attempt("metrics", lambda: None)
+    failures.sum_up()
+    told = told_by(failures)
+    assert len(told) == 2 + recovers
+    assert "(99 in all)" in told[-1] if recovers else "(100 in all)" in told[-1]
+
+
+def test_a_later_outage_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "SILENCE", 0.0)
+    failures = Failures()
+    failures._parts["metrics"] = account._Part(silence=0.01)
+    for _ in range(2):
+        failures.attempt("metrics", lambda: fail(OSError("x")))
+        failures.attempt("metrics", lambda: None)
+        time.sleep(0.05)
+    assert len(told_by(failures)) == 4
+
+
+def test_an_outage_that_began_in_silence_is_told_when_it_lasts() -> None:
+    failures = Failures()
+    failures._parts["metrics"] = account._Part(silence=0.2)
+    failures.attempt("metrics", lambda: fail(OSError("first")))
+    failures.attempt("metrics", lambda: None)
+    failures.attempt("metrics", lambda: fail(OSError("second")))
+    assert len(told_by(failures)) == 2
+    time.sleep(0.25)
+    failures.attempt("metrics", lambda: fail(OSError("still")))
+    assert told_by(failures) == ["metrics failed, training goes on. OSError: still"]
+
+
+def test_what_is_paused_has_no_words_of_its_own() -> None:
+    failures = Failures()
+    assert not failures.attempt("pictures", lambda: fail(Paused("disk")))
+    assert failures.fails("pictures")
+    failures.attempt("pictures", lambda: None)
+    assert told_by(failures) == []
+
+
+def test_one_of_many_is_one_of_many() -> None:
+    failures, done = Failures(), []
+    actions = {name: lambda name=name: fail(OSError("x")) if name == "b" else done.append(name) for name in "abc"}
+    assert failures.attempt("drawing", lambda: failures.each("some images", actions, 3))
+    assert done == ["a", "c"]
+    assert told_by(failures) == ["some images failed, training goes on. b: OSError: x"]
+    failures.each("some images", {"b": lambda: None}, 4)
+    assert told_by(failures) == ["some images works again; missing: step 3"]
+    assert not failures.attempt("drawing", lambda: failures.each("some images", {"b": actions["b"]}, 5))
+    assert told_by(failures) == ["drawing failed, training goes on. OSError: x"]
+
+
+def test_raise_instead_of_warning() -> None:
+    failures = Failures()
+    failures.attempt("archive", lambda: fail(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        failures.report(lambda text: None, reraise=True)
+
+
+def test_errors_can_be_let_through() -> None:
+    with pytest.raises(KeyError):
+        Failures().attempt("snapshot", lambda: fail(KeyError("x")), let=KeyError)
+
+
+def test_steps_in_words() -> None:
+    assert in_words([4]) == "step 4"
+    assert in_words([4, 3, 3]) == "steps 3, 4"
+    assert in_words(range(100)) == "steps 0, 1, 2, 3, 4, 5, 6, 7, …, 98, 99 (100 in all)"

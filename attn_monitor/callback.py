@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from attn_monitor import distributed, drawing, run, sinks
+from attn_monitor.adoption import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
 from attn_monitor.backbone import resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
@@ -27,8 +28,9 @@ from attn_monitor.masking import WAYS
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
+from attn_monitor.normalisation import declared_in
 from attn_monitor.npz import remove_unfinished
-from attn_monitor.probe import ProbeBatch, adopt_images, find_images
+from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
 from attn_monitor.sharding import forward_within
@@ -45,7 +47,7 @@ class AttentionMapCallback(pl.Callback):
 
     Args:
         probe: the images: a folder, a tensor (images, channels, H, W) normalised as the model expects, or a
-            `ProbeBatch`. None adopts the images of the sanity-check batch, else of the first training batch.
+            `ProbeBatch`. None takes evenly spaced images of the validation data set, else of the training data.
         targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches.
         layers: index in order of execution (negative from the end), module path, a list of these, or "all".
         query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index. A
@@ -132,6 +134,7 @@ class AttentionMapCallback(pl.Callback):
         self._run_folder: Path | None = None
         self._root: nn.Module | None = None
         self._stepped_aside = False
+        self._checked: Tensor | None = None  # images of the sanity check
         self._shared = False  # whether several processes train together
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -146,7 +149,7 @@ class AttentionMapCallback(pl.Callback):
         self._shared = trainer.world_size > 1
         if self.monitor is not None:
             self.monitor.distributed = self._shared
-        self._stepped_aside = False
+        self._stepped_aside, self._checked = False, None
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._from_first(trainer, self._load_probe))
         if not _configures_late(pl_module):
@@ -178,11 +181,16 @@ class AttentionMapCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adopt the images of the sanity check as the probe, where none was given."""
-        if self._stepped_aside:
+        """Keep the images of the sanity check, for a validation data set that cannot be asked for others."""
+        lacking = self.num_images - (0 if self._checked is None else len(self._checked))
+        if not trainer.sanity_checking or self.monitor is not None or lacking <= 0:
             return
-        if trainer.sanity_checking and self.monitor is None and find_images(batch) is not None:
-            self._use_probe(adopt_images(batch, self.num_images))
+        images = find_images(batch)
+        if images is None:
+            return
+        images = images[:lacking].detach().cpu()
+        if self._checked is None or self._checked.shape[1:] == images.shape[1:]:
+            self._checked = images if self._checked is None else torch.cat([self._checked, images])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and open what is written to."""
@@ -193,7 +201,7 @@ class AttentionMapCallback(pl.Callback):
         if not self._from_first(trainer, lambda: self._goes_on(trainer.global_step, run_folder)):
             self._start_afresh()
         self._run_folder = run_folder
-        self._share_probe(trainer)
+        self._find_probe(trainer, pl_module)
         folder = None
         if not getattr(trainer, "fast_dev_run", False):
             folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
@@ -221,7 +229,9 @@ class AttentionMapCallback(pl.Callback):
         if self._stepped_aside:
             return
         if self.monitor is None:
-            self._use_probe(self._from_first(trainer, lambda: adopt_images(batch, self.num_images)))
+            self._attempt(lambda: self._adopt(trainer, batch))
+            if self._stepped_aside:
+                return
         if self.schedule.due(trainer.global_step):
             self._snapshot(trainer, pl_module)
 
@@ -316,6 +326,10 @@ class AttentionMapCallback(pl.Callback):
         assert self.probe is not None
         return ProbeBatch.of(self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
 
+    def _adopt(self, trainer: pl.Trainer, batch: Any) -> None:
+        adopt = partial(adopt_images, batch, self.num_images, caption=CROP)
+        self._use_probe(self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader))))
+
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = AttentionMonitor(
             probe,
@@ -338,13 +352,13 @@ class AttentionMapCallback(pl.Callback):
         """A first look; where it fails and the user has not said what to look at, training goes on without maps."""
         try:
             look()
-        except AttentionError as error:
+        except (AttentionError, ProbeError) as error:
             asked = (self.probe, self.targets, self.layers, self.query) != (None, None, -1, "cls")
             if asked or self.on_error == "raise":
                 raise
             self._step_aside(error)
 
-    def _step_aside(self, error: AttentionError) -> None:
+    def _step_aside(self, error: Exception) -> None:
         if not self._stepped_aside:
             rank_zero_warn(f"AttentionMapCallback: attention is not watched in this run. {str(error).rstrip('.')}")
         self._stepped_aside = True
@@ -352,14 +366,33 @@ class AttentionMapCallback(pl.Callback):
     def _from_first(self, trainer: pl.Trainer, action: Callable[[], Result]) -> Result:
         return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, action)
 
-    def _share_probe(self, trainer: pl.Trainer) -> None:
-        """The images of the sanity check differ from process to process: those of process 0 are watched."""
-        if self.probe is not None or self.schedule.last_step is not None or not self._shared:
+    def _find_probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where none was given: validation images, else those of the sanity check, else of the training data set.
+
+        Process 0 chooses. Where all of these fail, the images of the first training batch are taken.
+        """
+        if self.monitor is not None:
             return
-        probe = self._from_first(trainer, lambda: None if self.monitor is None else self.monitor.probe)
-        self.monitor = None
+        probe = self._from_first(trainer, lambda: self._images_of_data(trainer, pl_module))
+        self._checked = None
         if probe is not None:
             self._use_probe(probe)
+
+    def _images_of_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ProbeBatch | None:
+        validation, training = trainer.val_dataloaders, trainer.train_dataloader
+        # Images are changed on the way to the model: those of the data set are not what it sees.
+        as_is = not run.changes_batches(trainer)
+
+        def ask(loaders: Any, caption: str) -> ProbeBatch | None:
+            found: list[ProbeBatch | None] = []
+            adopt = partial(adopt_from_loaders, loaders, self.num_images, pl_module, caption=caption)
+            self._failures.attempt(f"finding a {caption}", lambda: found.append(adopt()))
+            return found[0] if found else None
+
+        probe = ask(validation, VALIDATION) if as_is else None
+        if probe is None and self._checked is not None:
+            probe = probe_of(self._checked, caption=VALIDATION, declared=declared_in([validation, training]))
+        return ask(training, CROP) if probe is None and as_is else probe
 
     def _goes_on(self, step: int, run_folder: Path) -> bool:
         """Whether this fit continues what the callback has seen: resumed, or the same run trained further."""

@@ -20,6 +20,7 @@ from attn_monitor import functional as F
 from attn_monitor.discovery import Site, discover, mismatch
 from attn_monitor.errors import (
     AttentionError,
+    ForwardError,
     LayerError,
     NonFiniteAttentionError,
     QueryError,
@@ -30,7 +31,7 @@ from attn_monitor.masking import WAYS, Way
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
 from attn_monitor.plan import Plan, Reading, make_plan
-from attn_monitor.running import Forward, check_materialised, run_forward
+from attn_monitor.running import Forward, check_materialised, is_sharded, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
 from attn_monitor.tokens import TokenStatistics, watch_tokens
 
@@ -98,6 +99,21 @@ def record_attention(
     """
     recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
     return recorder(images)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a way of calling the model finds, and what is wrong with that."""
+
+    way: Way
+    sites: tuple[Site, ...] | None
+    problem: AttentionError | None
+
+
+def _calls_for_another_way(problem: AttentionError | None) -> bool:
+    """Whether calling the model differently may help: it ran and cannot be read, or it wants other arguments."""
+    ran = not isinstance(problem, ForwardError) or problem.__cause__ is None
+    return problem is not None and (ran or isinstance(problem.__cause__, TypeError))
 
 
 class AttentionRecorder:
@@ -185,28 +201,30 @@ class AttentionRecorder:
 
     def _discover(self, images: Tensor) -> tuple[Site, ...]:
         """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
-        outcomes = (self._try(way, images) for way in self._ways)
+        # Sharded models run together in all processes, and a failure may be one process's alone.
+        ways = self._ways[:1] if is_sharded(self.model) else self._ways
+        outcomes = (self._try(way, images) for way in ways)
         first = next(outcomes)
-        way, sites, problem = next((o for o in itertools.chain([first], outcomes) if o[2] is None), first)
-        self._way, self._query = way, self.query
-        if sites is None:
-            assert problem is not None
-            raise problem
-        return sites
+        others = outcomes if _calls_for_another_way(first.problem) else ()
+        found = next((o for o in itertools.chain([first], others) if o.problem is None), first)
+        self._way, self._query = found.way, self.query
+        if found.sites is None:
+            assert found.problem is not None
+            raise found.problem
+        return found.sites
 
-    def _try(self, way: Way, images: Tensor) -> tuple[Way, tuple[Site, ...] | None, AttentionError | None]:
-        """What this way finds, and why another may do better."""
+    def _try(self, way: Way, images: Tensor) -> _Outcome:
         try:
             sites = discover(self.model, images, way.forward)
         except AttentionError as error:
-            return way, None, error
+            return _Outcome(way, None, error)
         try:
             select_sites(sites, self.layers, self.query, self.model)
         except (LayerError, QueryError):  # not for want of another way
-            return way, sites, None
+            return _Outcome(way, sites, None)
         except AttentionError as error:
-            return way, sites, error
-        return way, sites, None
+            return _Outcome(way, sites, error)
+        return _Outcome(way, sites, None)
 
     def _planned(self) -> Plan:
         if self._plan is None:

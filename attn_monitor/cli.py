@@ -155,7 +155,8 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
     style = drawing.Style(threshold, scale)
     for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
         truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
-        frames = [render.panel(s, index, pixels, truth=truth, style=style) for s in history]
+        caption = probe.caption
+        frames = [render.panel(s, index, pixels, truth=truth, caption=caption, style=style) for s in history]
         Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
         Image.fromarray(render.filmstrip(history, index, pixels, style=style)).save(folder / f"{name}-filmstrip.png")
         (folder / f"{name}.gif").write_bytes(drawing.gif(frames))

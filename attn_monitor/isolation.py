@@ -31,7 +31,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_values_of_buffers_restored(modules))
         if not _may_be_sharded() or not is_sharded(model):  # FSDP keeps an account of its own in attributes
             stack.enter_context(_attributes_restored(modules))
-        stack.enter_context(_random_state_restored(model))
+        stack.enter_context(random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
@@ -122,7 +122,8 @@ def _refill(container: Any, items: Any) -> None:
 
 
 @contextmanager
-def _random_state_restored(model: nn.Module) -> Iterator[None]:
+def random_state_restored(model: nn.Module) -> Iterator[None]:
+    """The random state of torch, CUDA (on the model's devices), NumPy and Python is as it was afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others use is kept
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}

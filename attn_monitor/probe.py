@@ -34,6 +34,7 @@ class ProbeBatch:
     """Images as the model takes them, (B, C, H, W) floats, with the means to show them again.
 
     ``mean`` and ``std`` (one number per channel) undo the normalisation: pixels = images · std + mean, in 0…1.
+    ``caption`` says in panels what is shown of them, ``source`` where mean and std are from.
     ``masks`` are ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects; without
     any object at all they are None.
     """
@@ -46,6 +47,8 @@ class ProbeBatch:
         std: Sequence[float] = IMAGENET_STD,
         masks: Tensor | None = None,
         names: Sequence[str] | None = None,
+        caption: str = "original",
+        source: str = "",
     ) -> None:
         if images.ndim != 4 or not images.is_floating_point() or 0 in images.shape:
             raise ProbeError(
@@ -64,6 +67,7 @@ class ProbeBatch:
             )
         self.images = images.detach().cpu()
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.caption, self.source = caption, source
         self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
         self.names = _tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
@@ -162,6 +166,7 @@ class ProbeBatch:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Store for offline drawing and for resuming; 8-bit when that loses nothing."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
+        header.update(caption=self.caption, source=self.source)
         arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
         write_npz(Path(path), header, arrays)  # NumPy has no bfloat16
 
@@ -178,6 +183,8 @@ class ProbeBatch:
             "names": list(self.names),
             "mean": list(self.mean),
             "std": list(self.std),
+            "caption": self.caption,
+            "source": self.source,
         }
 
     @classmethod
@@ -206,7 +213,8 @@ class ProbeBatch:
                 raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
             images = _scale(pixels, mean, std)
         masks = take("masks", ("bool",), (len(names), None, *images.shape[2:]))
-        return cls(images, mean=mean, std=std, masks=masks, names=names)
+        caption, source = header.text("caption", default="original"), header.text("source", default="")
+        return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
 
 
 def _tag_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -296,54 +304,3 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
         )
     most = max(len(o) for o in objects)
     return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])
-
-
-def adopt_images(batch: Any, count: int) -> ProbeBatch:
-    """Make a probe of the images in a training or validation batch; of multi-crop lists, the first (global) view."""
-    images = find_images(batch)
-    if images is None:
-        raise ProbeError(
-            "probe=None: the batch holds no floating-point tensor of images (batch, channels, height, width); received "
-            f"{describe_batch(batch)}. Pass probe= a folder, a tensor or a ProbeBatch"
-        )
-    images = images[:count].detach().float().cpu().clone()
-    mean, std = _display_statistics(images)
-    return ProbeBatch(images, mean=mean, std=std)
-
-
-def find_images(batch: Any) -> Tensor | None:
-    """The first image tensor in nested lists, tuples and dicts, looking at keys that name images first."""
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= 32 else None
-    if isinstance(batch, dict):
-        wanted = ("global", "image", "pixel", "img", "view", "x")
-        ranks = {key: next((r for r, w in enumerate(wanted) if w in str(key).lower()), len(wanted)) for key in batch}
-        batch = [batch[key] for key in sorted(batch, key=lambda k: ranks[k])]
-    if isinstance(batch, (list, tuple)):
-        return next((found for item in batch if (found := find_images(item)) is not None), None)
-    return None
-
-
-def describe_batch(batch: Any) -> str:
-    """Shape of a batch in a few words, for error messages."""
-    if isinstance(batch, Tensor):
-        return f"a tensor {tuple(batch.shape)} {batch.dtype}"
-    if isinstance(batch, dict):
-        return "{" + ", ".join(f"{k}: {describe_batch(v)}" for k, v in list(batch.items())[:6]) + "}"
-    if isinstance(batch, (list, tuple)):
-        return "[" + ", ".join(describe_batch(v) for v in batch[:6]) + "]"
-    return type(batch).__name__
-
-
-def _display_statistics(images: Tensor) -> tuple[Sequence[float], Sequence[float]]:
-    """How to show images whose normalisation is unknown: as they are, by ImageNet's numbers, or stretched."""
-    channels = images.shape[1]
-    if images.min() >= 0 and images.max() <= 1:
-        return (0.0,) * channels, (1.0,) * channels
-    if channels == 3:
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        shown = images * std + mean
-        if shown.min() > -0.02 and shown.max() < 1.02:
-            return IMAGENET_MEAN, IMAGENET_STD
-    low, high = float(images.min()), float(images.max())
-    return (-low / max(high - low, 1e-8),) * channels, (1 / max(high - low, 1e-8),) * channels

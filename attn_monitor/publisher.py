@@ -228,7 +228,9 @@ class Publisher:
             for layer in layers:
                 suffix = f"/layer{layer}" if len(layers) > 1 else ""
                 caption = f"{name}, step {snapshot.step}"
-                shown = render.panel(snapshot, index, photo, layer=layer, truth=truth, style=self.style)
+                shown = render.panel(
+                    snapshot, index, photo, layer=layer, truth=truth, caption=probe.caption, style=self.style
+                )
                 strip = render.filmstrip(history, index, photo, layer=layer, style=self.style)
                 pictures.append(sinks.Picture(renamed(f"attn_maps/{name}{suffix}", self.name), shown, caption))
                 pictures.append(sinks.Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption))

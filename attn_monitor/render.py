@@ -33,12 +33,13 @@ def panel(
     *,
     layer: int = -1,
     truth: Array | None = None,
+    caption: str = "original",
     style: Style = Style(),
 ) -> Pixels:
     """One probe image at one step: for each role the original, the head mean and every head, (height, width, 3).
 
-    ``truth`` are ground-truth objects, bool (objects, H, W). Captions give the head, its entropy (H, 1 is uniform) and
-    the share of patches in its mass mask.
+    ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
+    the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask.
     """
     rows: list[tuple[str, list[tuple[str, Pixels]]]] = []
     known: dict[tuple[tuple[int, int], int], Cells] = {}  # roles mostly share one: the photograph is resized once
@@ -55,7 +56,7 @@ def panel(
         pictures = cells.draw(maps.numpy(), _masks(maps, style.threshold))
         flat = maps.flatten(-2)
         figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)
-        captions = ["original", *(_caption(*f) for f in figures)]
+        captions = [caption, *(_caption(*f) for f in figures)]
         title = f"{role} · layer {attention.layer} ({attention.name})"
         title += " · mixed after the softmax" if attention.mixed else ""
         rows.append((title, list(zip(captions, [cells.photo, *pictures], strict=True))))

@@ -56,6 +56,14 @@ def _folder_of(logger: Any) -> str | None:
     return getattr(logger, "log_dir", None) or None
 
 
+def changes_batches(trainer: pl.Trainer) -> bool:
+    """Whether the module or the data module has hooks that batches go through on their way to the device."""
+    hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
+    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
+    return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace
+
+
 def total_steps(trainer: pl.Trainer) -> float:
     """Length of the run in optimizer steps, infinite where Lightning cannot tell."""
     try:

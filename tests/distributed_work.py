@@ -108,7 +108,7 @@ def agreement(folder: Path) -> Seen:
         "resumed": resumed(folder / "resumed"),
         "fails": fit_with(folder / "fails", partial(Fragile, RuntimeError("deliberate"))),
         "memory": fit_with(folder / "memory", partial(Fragile, torch.OutOfMemoryError("deliberate"), images=2)),
-        "no images": refused(folder / "no images", AttentionMapCallback(), data=labels_in_process(0)),
+        "no images": refused(folder / "no images", AttentionMapCallback(on_error="raise"), data=labels_in_process(0)),
         "other's images": refused(folder / "other's images", AttentionMapCallback(), data=labels_in_process(1)),
         "no folder": refused(folder / "no folder", AttentionMapCallback(folder / "nowhere")),
         "no layer": refused(folder / "no layer", AttentionMapCallback(IMAGES[:3], layers=7)),

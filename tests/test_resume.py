@@ -74,7 +74,7 @@ def test_another_probe_is_told_and_the_old_one_kept(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"probe images of the checkpoint are shown \(image0, image1"):
         trainer(tmp_path / "b", other, max_steps=4).fit(Distillation(), loader(), ckpt_path=checkpoint)
     assert other.monitor is not None
-    assert len(other.monitor.probe) == 4
+    assert len(other.monitor.probe) == 8
 
 
 def test_checkpoint_from_before_the_callback(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""By which mean and std images were normalised, told from the images themselves or from the data set's transforms."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WHOLE = 0.05  # grey levels: mean distance from whole 8-bit values up to which images are taken to be made of them
+MOST = 2000  # objects that are looked at below a data set in search of transforms
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One mean and std per channel, with pixels = images · std + mean in 0…1, and where they are from."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    def __str__(self) -> str:
+        numbers = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return "{} (mean {}; std {})".format(self.source, *numbers)
+
+
+KNOWN = (
+    Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's statistics"),
+    Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "the statistics 0.5 and 0.5"),
+    Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "CLIP's statistics"),
+    Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10's statistics"),
+    Statistics((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "CIFAR-10's statistics, as often copied"),
+    Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "CIFAR-100's statistics"),
+    Statistics((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), "Tiny ImageNet's statistics"),
+    Statistics((0.5,), (0.5,), "the statistics 0.5 and 0.5"),
+    Statistics((0.1307,), (0.3081,), "MNIST's statistics"),
+)
+
+
+def find_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Statistics:
+    """What normalised these (B, C, H, W) images.
+
+    The candidate whose undoing leaves whole 8-bit values; else what the data set's transforms declare, where the
+    values allow it; else nothing for values in 0…1; else the contrast is stretched to the images' percentiles.
+    """
+    channels, images = images.shape[1], images.float()
+    plain = Statistics((0.0,) * channels, (1.0,) * channels, "no normalisation")
+    bytes_ = Statistics((0.0,) * channels, (1 / 255,) * channels, "values of 0 to 255")
+    declared = [s for s in declared if len(s.mean) == channels]
+    known = [s for s in KNOWN if len(s.mean) == channels]
+    rests = [(_rest(images, s), s) for s in (*declared, plain, bytes_, *known)]
+    rest, best = min(rests, key=lambda found: found[0])
+    if rest < WHOLE:
+        return best
+    for statistics in (*declared, plain):
+        shown = _undone(images, statistics)
+        if shown.min() > -0.02 and shown.max() < 1.02:
+            return statistics
+    values = images.flatten()[:: max(1, images.numel() // 100_000)]
+    low, high = torch.quantile(values.nan_to_num(), torch.tensor([0.005, 0.995])).tolist()
+    span = max(high - low, 1e-8)
+    return Statistics((-low / span,) * channels, (1 / span,) * channels, "contrast by percentiles, as nothing tells")
+
+
+def _undone(images: Tensor, statistics: Statistics) -> Tensor:
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
+    return images * std + mean
+
+
+def _rest(images: Tensor, statistics: Statistics) -> float:
+    """Mean distance of undone values from whole grey levels, infinite where they are outside 0…255."""
+    levels = _undone(images, statistics) * 255
+    if not (levels.min() > -0.5 and levels.max() < 255.5):  # NaN too
+        return float("inf")
+    return float((levels - levels.round()).abs().mean())
+
+
+def declared_in(data: Any) -> list[Statistics]:
+    """Every mean and std that a data set, its transforms or an image processor below it hold, the nearest first."""
+    found: list[Statistics] = []
+    for owner in _below(data):
+        space = owner if isinstance(owner, dict) else _attributes(owner)
+        for names in (("mean", "std"), ("image_mean", "image_std")):
+            mean, std = (_numbers(space.get(name)) for name in names)
+            if mean and len(mean) == len(std) and 0 not in std:
+                found.append(Statistics(mean, std, f"the statistics of {type(owner).__name__}"))
+    return found
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """One number per channel, none where it is something else."""
+    try:
+        numbers = np.asarray(value, dtype=float).ravel()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(numbers.tolist()) if value is not None and 0 < numbers.size <= 32 else ()
+
+
+def _below(data: Any) -> Iterator[Any]:
+    """The object and what it holds, breadth first: attributes, and items of short lists, tuples and dicts."""
+    waiting, seen = deque([data]), {id(data)}
+    while waiting and len(seen) < MOST:
+        owner = waiting.popleft()
+        yield owner
+        for part in _parts(owner):
+            if id(part) not in seen and not isinstance(part, (str, bytes, int, float, Tensor, np.ndarray)):
+                seen.add(id(part))
+                waiting.append(part)
+
+
+def _parts(owner: Any) -> list[Any]:
+    if isinstance(owner, (list, tuple, dict)):
+        items = list(owner.values()) if isinstance(owner, dict) else list(owner)
+        return items if len(items) <= 64 else []  # not the samples themselves
+    bound = getattr(owner, "__self__", None) if inspect.isroutine(owner) else None  # such as a collate function's
+    closure = inspect.getclosurevars(owner).nonlocals.values() if inspect.isfunction(owner) else ()
+    partial = (owner.func, *owner.args, *owner.keywords.values()) if isinstance(owner, functools.partial) else ()
+    return [part for part in (*_attributes(owner).values(), bound, *closure, *partial) if part is not None]
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What is stored in an object, children and buffers of modules included; no property of foreign code is run."""
+    if isinstance(owner, (type, ModuleType)):
+        return {}
+    own: dict[str, Any] = dict(getattr(owner, "__dict__", {}))
+    return {**own, **own.get("_buffers", {}), **own.get("_modules", {})} if isinstance(owner, nn.Module) else own

@@ -10,8 +10,23 @@ from torch import nn
 
 from attn_monitor.errors import NoAttentionError
 
-TEACHER = re.compile(r"teacher|momentum|ema|target|key")
-STUDENT = re.compile(r"student|online|query|anchor")
+TEACHER = {"teacher", "momentum", "ema", "target", "key"}
+STUDENT = {"student", "online", "query", "anchor"}
+PARTS = {
+    "backbone",
+    "encoder",
+    "model",
+    "net",
+    "network",
+    "vit",
+    "trunk",
+    "base",
+    "branch",
+    "ema",
+    "momentum",
+    "teacher",
+}
+"""Words beside "teacher" that say what the module is, and not which of several teachers."""
 
 
 class TargetError(ValueError):
@@ -22,8 +37,9 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     """Role to dotted path, such as ``{"student": "student.backbone", "teacher": "teacher.backbone"}``.
 
     A backbone is the smallest module that holds a patch embedding and attention. Roles are read from the words in its
-    path (teacher, momentum, ema, target; student, online, anchor); one unnamed backbone beside a named one takes the
-    other role, and one alone is called "backbone". A module reachable by two names counts once, by its first name.
+    path (teacher, momentum, ema, target, key; student, online, anchor, query); one unnamed backbone beside a named
+    one takes the other role, and one alone is called "backbone". A module reachable by two names counts once, by its
+    first name.
 
     Raises `NoAttentionError`, listing what was looked at, when there is none.
     """
@@ -84,7 +100,7 @@ def _name_roles(paths: list[str]) -> dict[str, str]:
     roles: dict[str, str] = {}
     unnamed = []
     for path in paths:
-        role = _role(path)
+        role = role_of(path)
         if role is None:
             unnamed.append(path)
         else:
@@ -98,13 +114,18 @@ def _name_roles(paths: list[str]) -> dict[str, str]:
     return dict(sorted(roles.items(), key=lambda item: order.get(item[0], 2)))
 
 
-def _role(path: str) -> str | None:
-    """Role by the first word in the path that tells one; an additional teacher keeps its own name."""
-    for part in path.lower().split("."):
-        if TEACHER.search(part):
-            extra = re.match(r"(\w+?)_teacher", part)
-            return f"{extra[1]}_teacher" if extra and extra[1] not in ("model", "ema") else "teacher"
-        if STUDENT.search(part):
+def role_of(path: str) -> str | None:
+    """Role by the first name in the path with a word that tells one; an additional teacher keeps its own name.
+
+    Words are whole: there is no "ema" in ``semantic_encoder``. MoCo's encoders end in ``_q`` and ``_k``.
+    """
+    for part in path.split("."):
+        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)]
+        ending = words[-1] if len(words) > 1 else ""
+        if not TEACHER.isdisjoint(words) or ending == "k":
+            which = [word for word in words[:-1] if word not in PARTS] if ending == "teacher" else []
+            return "_".join([*which, "teacher"])
+        if not STUDENT.isdisjoint(words) or ending == "q":
             return "student"
     return None
 

@@ -54,7 +54,8 @@ class AttentionMapCallback(pl.Callback):
         metrics: names of metrics to log; None is all but "distance", which needs every query's row; "all" is all.
         health: when a health flag is raised, see `HealthLimits`.
         every_n_train_steps, every_n_epochs: the schedule; with neither, about 50 snapshots over the run. There is
-            always one before the first step and one after the last.
+            always one before the first step and one after the last. Steps are those of Lightning's loggers: batches
+            that ended in an optimizer step, of which there is one also where several optimizers step in it.
         masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it: outlines in the
             panels, and Jaccard curves.
         num_images: how many images to take from a folder or a batch.
@@ -194,7 +195,7 @@ class AttentionMapCallback(pl.Callback):
             return
         self.schedule.start(run.total_steps(trainer))
         run_folder = run.run_folder(trainer)
-        if not self._from_first(trainer, lambda: self._goes_on(trainer.global_step, run_folder)):
+        if not self._from_first(trainer, lambda: self._goes_on(run.steps_done(trainer), run_folder)):
             self._start_afresh()
         self._run_folder = run_folder
         self._find_probe(trainer, pl_module)
@@ -213,7 +214,7 @@ class AttentionMapCallback(pl.Callback):
                 patience=_all_of(trainer)[0]._patience,  # a minute for all of them together
             )
             self._tell_what_is_skipped(trainer.loggers)
-        for snapshot in self._from_first(trainer, lambda: self._missed(trainer.global_step)):
+        for snapshot in self._from_first(trainer, lambda: self._missed(run.steps_done(trainer))):
             assert self.monitor is not None
             self.monitor.remember(snapshot)
             self.schedule.taken(snapshot.step)
@@ -228,19 +229,19 @@ class AttentionMapCallback(pl.Callback):
             self._attempt(lambda: self._adopt(trainer, batch))
             if self._stepped_aside:
                 return
-        if self.schedule.due(trainer.global_step):
+        if self.schedule.due(run.steps_done(trainer)):
             self._snapshot(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Snapshots by epoch are taken before checkpoints are saved, so that these can monitor them."""
-        if not self._stepped_aside and self.schedule.due_at_epoch_end(trainer.current_epoch, trainer.global_step):
+        if not self._stepped_aside and self.schedule.due_at_epoch_end(trainer.current_epoch, run.steps_done(trainer)):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last snapshot, and everything written."""
         if self._stepped_aside:
             return
-        if self.monitor is not None and self.schedule.last_step != trainer.global_step:
+        if self.monitor is not None and self.schedule.last_step != run.steps_done(trainer):
             self._snapshot(trainer, pl_module)
         if self._publisher is not None:
             ended = time.perf_counter()
@@ -424,7 +425,7 @@ class AttentionMapCallback(pl.Callback):
         return run.written_between(folder, self.schedule.last_step, step, self.monitor.probe.names)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        started, step = time.perf_counter(), trainer.global_step
+        started, step = time.perf_counter(), run.steps_done(trainer)
         self._report_failures()
         # Before the first step, a model that cannot be watched is a mistake to mend now.
         let = () if self._begun else AttentionError

@@ -90,6 +90,7 @@ def show(
     *,
     out: str = "attention",
     checkpoint: str | None = None,
+    key: str | None = None,
     weights: bool = True,
     size: int | tuple[int, int] = 224,
     num_images: int = 8,
@@ -110,6 +111,7 @@ def show(
         images: an image file or a folder.
         out: folder for the pictures and for attention.npz (an AttentionSnapshot).
         checkpoint: file of weights to load instead of the library's own.
+        key: what to take from the checkpoint, such as student.backbone; without it a teacher before a student.
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
         size: image size in pixels, one number or [height, width].
         num_images: how many images of a folder.
@@ -121,7 +123,7 @@ def show(
         masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
         metrics: names of metrics; by default all but distance, "all" for that too.
     """
-    loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None)
+    loaded = load_model(model, checkpoint=checkpoint, key=key, weights=weights and checkpoint is None)
     probe = ProbeBatch.from_path(images, size=size, num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
     snapshot = monitor.snapshot({"backbone": loaded}, step=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_monitor.backbone import role_of
+
 
 class ModelNameError(ValueError):
     """The name does not lead to a model, or the checkpoint does not fit it."""
 
 
-def load_model(name: str, *, checkpoint: str | None = None, weights: bool = False) -> nn.Module:
+def load_model(name: str, *, checkpoint: str | None = None, key: str | None = None, weights: bool = False) -> nn.Module:
     """The named model on the CPU in eval mode.
 
     ``weights`` loads the library's own pretrained weights; ``checkpoint`` a file of weights, from which the entries
-    that fit are taken (a Lightning or DINO checkpoint's prefix, such as ``teacher.backbone.``, is found by itself).
+    below ``key`` are taken; without it, see `load_checkpoint`. What was loaded is said on stderr.
     """
     library, _, rest = name.partition(":")
     loaders: dict[str, Callable[[str, bool], nn.Module]] = {
@@ -36,7 +39,9 @@ def load_model(name: str, *, checkpoint: str | None = None, weights: bool = Fals
     except ModuleNotFoundError as error:
         raise ModelNameError(f"model {name!r}: {error}. Install that package, or check the name") from error
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        print(load_checkpoint(model, checkpoint, key=key), file=sys.stderr)
+    elif key is not None:
+        raise ModelNameError(f"key={key!r}: no checkpoint was given that it could choose from")
     return model.eval()
 
 
@@ -79,25 +84,49 @@ def _importable(module: str, attribute: str) -> nn.Module:
     return model
 
 
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """Fill the model from a file of weights, whatever prefix its entries have there; pickled code is never run."""
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = _flatten(stored)
-    wanted = model.state_dict()
-    prefixes = {key[: -len(name)] for key in tensors for name in list(wanted)[:1] if key.endswith(name)}
+def load_checkpoint(model: nn.Module, path: str, *, key: str | None = None) -> str:
+    """Fill the model from the entries below ``key`` in a file of weights; pickled code is never run.
 
-    def rank(prefix: str) -> tuple[int, bool]:
-        fits = sum(prefix + n in tensors and tensors[prefix + n].shape == w.shape for n, w in wanted.items())
-        return fits, "teacher" in prefix
+    Without a key, those of the prefixes (``teacher.backbone.``, …) below which most entries fit; of equals a teacher,
+    as DINO evaluates, before a student, then the first in alphabetical order. Returns what was loaded and left over.
+    """
+    tensors, wanted = _flatten(torch.load(path, map_location="cpu", weights_only=True)), model.state_dict()
 
-    best = max(prefixes, key=rank, default="")
-    missing = [n for n, w in wanted.items() if (t := tensors.get(best + n)) is None or t.shape != w.shape]
-    if missing:
+    def missing(prefix: str) -> list[str]:
+        return [n for n, w in wanted.items() if (t := tensors.get(prefix + n)) is None or t.shape != w.shape]
+
+    first = next(iter(wanted))
+    prefixes = sorted({name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")})
+    among = [p for p in prefixes if key is None or p == key or p.startswith(f"{key.rstrip('.')}.")]
+    if not among:
+        of = "" if key is None else f"nothing of it lies below key={key!r}; "
         raise ModelNameError(
-            f"checkpoint {path}: {len(missing)} of {len(wanted)} entries are missing or of another shape, such as "
-            f"{missing[0]!r} (looked below {best!r})"
+            f"checkpoint {path}: {of}a {type(model).__name__} was looked for below "
+            f"{', '.join(map(repr, prefixes)) or 'every name'} (it has {len(tensors)} entries, and needs {first!r})"
+        )
+    best = min(among, key=lambda prefix: (len(missing(prefix)), _PREFERENCE.get(role_of(prefix) or "", 1), prefix))
+    if lacking := missing(best):
+        raise ModelNameError(
+            f"checkpoint {path}: {len(lacking)} of {len(wanted)} entries are missing or of another shape, such as "
+            f"{lacking[0]!r} (looked below {best!r})"
         )
     model.load_state_dict({n: tensors[best + n] for n in wanted})
+    left = [name for name in tensors if not (name.startswith(best) and name.removeprefix(best) in wanted)]
+    others = [repr(prefix) for prefix in prefixes if prefix != best and not missing(prefix)]
+    return (
+        f"{path}: loaded all {len(wanted)} entries of the model from below {best!r}; {len(left)} entries are left over"
+        + (f" ({', '.join(_parents(left))})" if left else "")
+        + (f"; {', '.join(others)} would fit too: choose by --key" if others else "")
+    )
+
+
+_PREFERENCE = {"teacher": 0, "student": 2}
+
+
+def _parents(names: list[str], most: int = 6) -> list[str]:
+    """The first two parts of names, each once."""
+    parents = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+    return parents[:most] + ["…"] * (len(parents) > most)
 
 
 def _flatten(stored: Any, prefix: str = "") -> dict[str, torch.Tensor]:

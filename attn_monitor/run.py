@@ -56,6 +56,18 @@ def _folder_of(logger: Any) -> str | None:
     return getattr(logger, "log_dir", None) or None
 
 
+def steps_done(trainer: pl.Trainer) -> int:
+    """How many batches have ended in an optimizer step: the step under which Lightning's loggers have everything.
+
+    With manual optimization that is every batch, however many optimizers step in it and `global_step` counts.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    # What loggers use, `_batches_that_stepped`, lags behind in checkpoints, until the first batch after them.
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
+
+
 def changes_batches(trainer: pl.Trainer) -> bool:
     """Whether the module or the data module has hooks that batches go through on their way to the device."""
     hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
@@ -65,11 +77,14 @@ def changes_batches(trainer: pl.Trainer) -> bool:
 
 
 def total_steps(trainer: pl.Trainer) -> float:
-    """Length of the run in optimizer steps, infinite where Lightning cannot tell."""
+    """Length of the run in `steps_done`, infinite where Lightning cannot tell."""
     try:
-        return trainer.estimated_stepping_batches
+        total = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
         return math.inf
+    if not trainer.lightning_module.automatic_optimization and total == trainer.max_steps:
+        return total / max(1, len(trainer.optimizers))  # max_steps counts the steps of each
+    return total
 
 
 def free_archive(folder: Path, base: str, first: int, taken: Collection[str | None]) -> str:

@@ -124,6 +124,28 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: module(online_encoder=vit(), target_encoder=vit()),
         {"student": "online_encoder", "teacher": "target_encoder"},
     ),
+    "backbone_student": (
+        lambda: module(backbone_student=vit(), backbone_teacher=vit()),
+        {"student": "backbone_student", "teacher": "backbone_teacher"},
+    ),
+    "encoder_teacher": (
+        lambda: module(encoder=vit(), encoder_teacher=vit()),
+        {"student": "encoder", "teacher": "encoder_teacher"},
+    ),
+    "momentum_teacher": (
+        lambda: module(student=vit(), momentum_teacher=vit()),
+        {"student": "student", "teacher": "momentum_teacher"},
+    ),
+    "MoCo": (lambda: module(encoder_q=vit(), encoder_k=vit()), {"student": "encoder_q", "teacher": "encoder_k"}),
+    "camel case": (
+        lambda: module(studentNet=vit(), modelEMA=vit()),
+        {"student": "studentNet", "teacher": "modelEMA"},
+    ),
+    "whole words only": (lambda: module(semantic_encoder=vit()), {"backbone": "semantic_encoder"}),
+    "words within words": (
+        lambda: module(monkey_encoder=vit(), schema=vit()),
+        {"monkey_encoder": "monkey_encoder", "schema": "schema"},
+    ),
     "MAE": (mae, {"backbone": "backbone.vit"}),
     "shared weights": (shared, {"student": "student_backbone"}),
     "Hugging Face model.vit": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,57 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
     image = photographs / "coffee.png"
     cli.show(MODEL, str(image), out=str(tmp_path / "o"), size=32, checkpoint=str(tmp_path / "x.ckpt"))
     assert (tmp_path / "o" / "coffee-layer1.png").exists()
+
+
+CHOICE = """
+import sys, torch
+from attn_monitor.models import load_model
+print(load_model(sys.argv[1], checkpoint=sys.argv[2], key=sys.argv[3] or None).state_dict()["pos_embed"].sum().item())
+"""
+
+
+def both(folder: Path) -> tuple[Path, dict[str, float]]:
+    """A checkpoint as DINO writes them: student, teacher and a head, and what tells the two apart."""
+    student, teacher = tiny_vit(), tiny_vit()
+    sums = {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        torch.nn.init.normal_(model.pos_embed)
+        sums[role] = model.pos_embed.sum().item()
+    entries = {
+        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()},
+        "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()} | {"head.weight": torch.zeros(2)},
+    }
+    torch.save(entries, folder / "dino.pth")
+    return folder / "dino.pth", sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "role"), [("", "teacher"), ("student", "student"), ("student.module.backbone.", "student")]
+)
+def test_the_same_weights_whatever_the_hash_seed(tmp_path: Path, key: str, role: str) -> None:
+    path, sums = both(tmp_path)
+    for seed in ("0", "3"):
+        command = [sys.executable, "-c", CHOICE, MODEL, str(path), key]
+        ran = subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        )
+        assert float(ran.stdout) == pytest.approx(sums[role], rel=1e-5)
+
+
+def test_what_was_loaded_and_left_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = both(tmp_path)
+    count = len(tiny_vit().state_dict())
+    load_model(MODEL, checkpoint=str(path))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"loaded all {count} entries of the model from below 'teacher.backbone.'" in said.err
+    assert f"{count + 1} entries are left over (student.module, teacher.head)" in said.err
+    assert "'student.module.backbone.' would fit too: choose by --key" in said.err
+    with pytest.raises(ModelNameError, match=r"nothing of it lies below key='techer'.*'teacher\.backbone\.'"):
+        load_model(MODEL, checkpoint=str(path), key="techer")
+    with pytest.raises(ModelNameError, match="no checkpoint was given"):
+        load_model(MODEL, key="teacher")
 
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from attn_monitor.arguments import (
 from attn_monitor.backbone import TargetError, resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
+from attn_monitor.claim import Claim, claim_again, claim_free
 from attn_monitor.errors import AttentionError, HeadError
 from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
@@ -37,6 +38,7 @@ from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
 from attn_monitor.normalisation import declared_in
+from attn_monitor.npz import remove_unfinished
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
@@ -78,7 +80,7 @@ class AttentionMapCallback(pl.Callback):
         image_size: size of images from a folder, one number or (height, width), in pixels; None is 224.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw, from 0 on; None draws all.
-        verify: check row·V against the model's output: True (first snapshot and after changes), "always", False.
+        verify: check row·V against the model's output: True (every snapshot), "first" (and after changes), False.
         forward: how to call a model where ``model(images)`` is not right: a function of (model, images), or its import
             path "package.module:function", as in YAML. Attention that runs in it is found.
         dirpath: folder of the archive, as `ModelCheckpoint` has it; None is ``attn_monitor`` in the run's folder, False
@@ -143,6 +145,8 @@ class AttentionMapCallback(pl.Callback):
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
         self._archive: str | None = None
+        self._run: str | None = None  # what the archive's claim calls this run
+        self._claim: Claim | None = None
         self._run_folder: Path | None = None
         self._root: nn.Module | None = None
         self._stepped_aside = False
@@ -295,6 +299,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _let_go(self) -> None:
         """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
+        self._release()
         self._publisher = self._root = self._checked = None
         for name in ("_failures", "log", "log_dict"):  # Lightning gives callbacks the last two, methods of the model
             vars(self).pop(name, None)
@@ -316,6 +321,7 @@ class AttentionMapCallback(pl.Callback):
             "monitor": self.monitor.state_dict(),
             "last_step": self.schedule.last_step,
             "archive": self._archive,
+            "run": self._run,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,6 +367,7 @@ class AttentionMapCallback(pl.Callback):
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.schedule.last_step, self._archive, self._resumed = monitor, last_step, archive, True
+        self._run = state.get("run")  # the first stage had none
 
     def _load_probe(self) -> ProbeBatch:
         assert self.probe is not None
@@ -468,7 +475,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _start_afresh(self) -> None:
         """Another fit with the same callback, and not one that goes on."""
-        self.schedule.last_step = self._archive = None
+        self.schedule.last_step = self._archive = self._run = None
         if self.monitor is not None:
             self.monitor.forget()
 
@@ -489,18 +496,41 @@ class AttentionMapCallback(pl.Callback):
         place, base = run_folder, renamed("attn_monitor", self.name or "")
         if self.dirpath:
             place, base = self.dirpath.parent, self.dirpath.name
-        if self._archive is None:
-            taken = {c._archive for c in _all_of(trainer) if c is not self}
+        self._release()
+        before = None if self._archive is None else place / self._archive
+        claim = None if before is None else claim_again(before, self._run)
+        if claim is None:
             first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
-            self._archive = run.free_archive(place, base, first, taken)
-        return place / self._archive
+            claim = claim_free(place, base, first)
+        else:
+            self._tidy(claim.folder, run.steps_done(trainer))
+        if claim.note:
+            rank_zero_info(f"AttentionMapCallback: {claim.note}")
+        self._claim, self._archive, self._run = claim, claim.folder.name, claim.run
+        return claim.folder
+
+    def _tidy(self, folder: Path, step: int) -> None:
+        """What a process of this run left behind when it was killed."""
+
+        def tidy() -> None:
+            remove_unfinished(folder)
+            if told := run.set_aside(folder, step):
+                rank_zero_warn(f"AttentionMapCallback: {told}")
+
+        self._failures.attempt("tidying the archive", tidy)
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _missed(self, step: int) -> list[AttentionSnapshot]:
         """Resuming in the same folder: what was taken between the checkpoint and now need not be taken again."""
         folder = None if self._publisher is None else self._publisher.folder
         if folder is None or self.monitor is None or self.schedule.last_step is None:
             return []
-        return run.written_between(folder, self.schedule.last_step, step, self.monitor.probe.names)
+        names = self.monitor.probe.names
+        return run.written_between(folder, self.schedule.last_step, step, names, self._failures.note)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), run.steps_done(trainer)

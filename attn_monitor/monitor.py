@@ -40,9 +40,9 @@ class AttentionMonitor:
     ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24;
     ``health.flags`` are the health flags so far. ``layers`` and ``query`` are those of `record_attention`;
     ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance", which
-    needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (first snapshot and
-    after changes), "always" or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean`` reads
-    query="mean" where a model has no CLS token.
+    needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (every snapshot),
+    "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean``
+    reads query="mean" where a model has no CLS token.
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
     """

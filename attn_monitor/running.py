@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.errors import AttentionError, ForwardError, of_monitor
+from attn_monitor.blame import of_monitor
+from attn_monitor.errors import AttentionError, ForwardError
 from attn_monitor.isolation import is_sharded as is_sharded
 from attn_monitor.isolation import isolated_forward
 from attn_monitor.observer import AttentionObserver, Done

@@ -85,3 +85,20 @@ def _block(
     if path is None or site.layout is None:
         return None
     return Block(modules[path], torch.tensor(site.layout.patches, device=device), cls_index(site, model))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a first look has found in one model."""
+
+    model: str  # name of its class
+    layers: tuple[int, ...]
+    of: int  # how many layers there are
+    heads: int
+    grid: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
+        which = f"all {self.of} layers" if 1 < len(self.layers) == self.of else f"{many} of 0 to {self.of - 1}"
+        return f"{self.model}, {which}, {self.heads} heads, grid {self.grid[0]} × {self.grid[1]}"

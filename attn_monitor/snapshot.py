@@ -117,6 +117,8 @@ class AttentionSnapshot:
                     "num_prefix": a.num_prefix,
                     "grid": list(a.grid),
                     "mixed": a.mixed,
+                    "model": a.model,
+                    "query": a.query,
                     "verified_error": _finite(a.verified_error),
                     "heads": a.rows.shape[1],
                     **_facts(arrays[f"rows/{role}/{layer}"].float(), a.mixed),
@@ -161,9 +163,10 @@ def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take)
     if rows is None:
         raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
     rows, shapes["distance"] = rows.float(), rows.shape[:2]
-    optional = {name: take(f"{name}/{role}/{index}", ("float32",), shapes[name]) for name in OPTIONAL}
+    optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL}
     name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
-    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, **optional)
+    told: dict[str, Any] = {key: entry.text(key, default="") for key in ("model", "query")}  # older files have neither
+    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, **optional, **told)
     _check_rows(entry, attention, metrics)
     return attention
 

@@ -20,6 +20,7 @@ from attn_monitor.adoption import CROP, VALIDATION, adopt_from_loaders, adopt_im
 from attn_monitor.backbone import find_backbones, resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
+from attn_monitor.claim import Claim, claim_again, claim_free
 from attn_monitor.errors import AttentionError
 from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
@@ -28,6 +29,7 @@ from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
 from attn_monitor.normalisation import declared_in
+from attn_monitor.npz import remove_unfinished
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
@@ -128,6 +130,8 @@ class AttentionMapCallback(pl.Callback):
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
         self._archive: str | None = None
+        self._run: str | None = None  # what the archive's claim calls this run
+        self._claim: Claim | None = None
         self._run_folder: Path | None = None
         self._root: nn.Module | None = None
         self._stepped_aside = False
@@ -264,6 +268,7 @@ class AttentionMapCallback(pl.Callback):
                 rank_zero_info(
                     f"AttentionMapCallback: the archive in {publisher.folder} ends with step {publisher.archived}"
                 )
+        self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End the background thread, and let go of the model."""
@@ -271,6 +276,8 @@ class AttentionMapCallback(pl.Callback):
         if stage == "fit" and self._publisher is not None:
             self._publisher.close()
             self._publisher = None
+        if stage == "fit":
+            self._release()
 
     @property
     def state_key(self) -> str:
@@ -286,6 +293,7 @@ class AttentionMapCallback(pl.Callback):
             "monitor": self.monitor.state_dict(),
             "last_step": self.schedule.last_step,
             "archive": self._archive,
+            "run": self._run,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,6 +305,7 @@ class AttentionMapCallback(pl.Callback):
         assert self.monitor is not None
         self.monitor.load_state_dict(state_dict["monitor"])
         self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
+        self._run = state_dict.get("run")  # the first stage had none
         self._resumed = True
         if given is not None and not given.shows_the_same_as(self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
@@ -395,7 +404,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _start_afresh(self) -> None:
         """Another fit with the same callback, and not one that goes on."""
-        self.schedule.last_step = self._archive = None
+        self.schedule.last_step = self._archive = self._run = None
         if self.monitor is not None:
             self.monitor.forget()
 
@@ -413,18 +422,41 @@ class AttentionMapCallback(pl.Callback):
 
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
-        if self._archive is None:
-            taken = {c._archive for c in _all_of(trainer) if c is not self}
+        self._release()
+        before = None if self._archive is None else run_folder / self._archive
+        claim = None if before is None else claim_again(before, self._run)
+        if claim is None:
             first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
-            self._archive = run.free_archive(run_folder, renamed("attn_monitor", self.name or ""), first, taken)
-        return run_folder / self._archive
+            claim = claim_free(run_folder, renamed("attn_monitor", self.name or ""), first)
+        else:
+            self._tidy(claim.folder, trainer.global_step)
+        if claim.note:
+            rank_zero_info(f"AttentionMapCallback: {claim.note}")
+        self._claim, self._archive, self._run = claim, claim.folder.name, claim.run
+        return claim.folder
+
+    def _tidy(self, folder: Path, step: int) -> None:
+        """What a process of this run left behind when it was killed."""
+
+        def tidy() -> None:
+            remove_unfinished(folder)
+            if told := run.set_aside(folder, step):
+                _warn(f"AttentionMapCallback: {told}")
+
+        self._failures.attempt("tidying the archive", tidy)
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _missed(self, step: int) -> list[AttentionSnapshot]:
         """Resuming in the same folder: what was taken between the checkpoint and now need not be taken again."""
         folder = None if self._publisher is None else self._publisher.folder
         if folder is None or self.monitor is None or self.schedule.last_step is None:
             return []
-        return run.written_between(folder, self.schedule.last_step, step, self.monitor.probe.names)
+        names = self.monitor.probe.names
+        return run.written_between(folder, self.schedule.last_step, step, names, self._failures.note)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), run.steps_done(trainer)

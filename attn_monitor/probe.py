@@ -69,7 +69,7 @@ class ProbeBatch:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.caption, self.source = caption, source
         self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
-        self.names = _tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
+        self.names = tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -219,13 +219,19 @@ class ProbeBatch:
         return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
 
 
-def _tag_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that can stand in a logger's tag and in a file name: no slashes, not too long, each one different."""
+def tag_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that can stand in a logger's tag and in a file name: no slashes, not too long, each one different.
+
+    Names that this gave stay as they are, so that a stored probe has those of its snapshots.
+    """
     safe: list[str] = []
     for name in names:
-        short = cut(re.sub(r"[^\w .+-]", "_", name), LONGEST).strip() or "image"
-        same = sum(s == short or s.rpartition("~")[0] == short for s in safe)
-        safe.append(f"{short}~{same + 1}" if same else short)
+        short = cut(re.sub(r"[^\w .+~-]", "_", name), LONGEST).strip() or "image"
+        unique, number = short, 1
+        while unique in safe:
+            number += 1
+            unique = cut(short, LONGEST - len(f"~{number}")) + f"~{number}"
+        safe.append(unique)
     return tuple(safe)
 
 

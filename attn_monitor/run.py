@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,16 +87,34 @@ def total_steps(trainer: pl.Trainer) -> float:
     return total
 
 
-def free_archive(folder: Path, base: str, first: int, taken: Collection[str | None]) -> str:
-    """The first of ``base``, ``base-2``, ``base-3``, … from number ``first`` on that is empty, and nobody else's."""
-    names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(first))
-    return next(n for n in names if n not in taken and not any((folder / n).glob("*")))
-
-
-def written_between(archive: Path, after: int, until: int, names: Sequence[str]) -> list[AttentionSnapshot]:
-    """Snapshots of these images at steps above ``after`` and up to ``until``; none where they cannot be read."""
-    try:
-        read = [load_step(p) for p in snapshot_paths(archive) if after < step_of(p) <= until]
-    except ArchiveError:
-        return []
+def written_between(
+    archive: Path, after: int, until: int, names: Sequence[str], warn: Callable[[str], None]
+) -> list[AttentionSnapshot]:
+    """Snapshots of these images at steps above ``after`` and up to ``until``; files that cannot be read are told."""
+    read = []
+    for path in snapshot_paths(archive):
+        if after < step_of(path) <= until:
+            try:
+                read.append(load_step(path))
+            except (ArchiveError, OSError) as error:
+                warn(f"a snapshot of this run is left out of film strips. {error}")
     return [s for s in read if s.names == tuple(names)]
+
+
+def set_aside(archive: Path, after: int) -> str:
+    """Move snapshots of later steps out of the way: the checkpoint that a run is resumed from has not seen them.
+
+    Returns what to say of it, nothing where there are none.
+    """
+    later = [path for path in snapshot_paths(archive) if step_of(path) > after]
+    if not later:
+        return ""
+    folder = next(f for n in itertools.count(1) if not (f := archive / f"superseded-{n}").exists())
+    folder.mkdir()
+    for path in later:
+        path.rename(folder / path.name)
+    steps = ", ".join(str(step_of(path)) for path in later[:20]) + (", …" if len(later) > 20 else "")
+    return (
+        f"this run is resumed from step {after}, and had gone on to step {step_of(later[-1])} before. Snapshots of "
+        f"steps {steps} are moved to {folder}; in loggers these steps may be there twice"
+    )

@@ -248,10 +248,11 @@ def test_states_get_the_same_checks(files: dict[str, Path], kind: str) -> None:
     good = load(files[kind])
     broken: list[Any] = [None, {}, [], {"header": "["}, {"header": "{}"}, {"header": 3, "arrays": {}}]
     state = good.state_dict()
+    needed = [key for key in state if key not in ("caption", "source")]  # the first stage had none
     tensors = "arrays" if kind == "snapshot" else "tensors"
     broken += [{**state, tensors: wrong} for wrong in (None, {}, dict.fromkeys(state[tensors], 3))]
     broken += [{**state, tensors: {k: v[:1] for k, v in state[tensors].items()}}]
-    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in state]
+    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in needed]
     for wrong in broken:
         with pytest.raises(ArchiveError):
             type(good).from_state_dict(wrong)

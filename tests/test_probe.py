@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from attn_monitor import ProbeBatch, ProbeError
 from attn_monitor.adoption import adopt_images, find_images
+from attn_monitor.names import LONGEST
+from attn_monitor.probe import tag_names
 
 
 def test_photographs_come_back_for_display(photographs: Path) -> None:
@@ -136,6 +140,28 @@ def test_names_fit_into_tags_and_files() -> None:
     assert probe.names == ("a_b", "a_b~2", "x" * 80, ".._..", "größe 1", "image", "a_b~3")
 
 
+@given(st.lists(st.text("a~2/ é界", max_size=100), min_size=1, max_size=6))
+def test_names_are_different_and_stay_as_they_are(names: list[str]) -> None:
+    once = tag_names(names)
+    assert len(set(once)) == len(names)
+    assert all(len(name.encode()) <= LONGEST for name in once)
+    assert tag_names(once) == once
+
+
+def test_a_stored_probe_has_the_names_of_its_snapshots(tmp_path: Path) -> None:
+    probe = ProbeBatch(torch.zeros(3, 3, 4, 4), names=["a", "a", "x" * 90])
+    probe.save(tmp_path / "x.npz")
+    assert ProbeBatch.load(tmp_path / "x.npz").names == probe.names == ("a", "a~2", "x" * LONGEST)
+    assert ProbeBatch.from_state_dict(probe.state_dict()).names == probe.names
+
+
+def test_bfloat16_is_stored(tmp_path: Path) -> None:
+    """NumPy has no such type: the same numbers are stored as float32."""
+    probe = ProbeBatch(torch.randn(1, 3, 4, 4, dtype=torch.bfloat16))
+    probe.save(tmp_path / "x.npz")
+    assert torch.equal(ProbeBatch.load(tmp_path / "x.npz").images, probe.images.float())
+
+
 def test_finds_images_in_batches() -> None:
     image, label = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     for batch in (
@@ -159,6 +185,7 @@ def test_finds_images_in_batches() -> None:
         ({"images": torch.zeros(1, 4, 8, 8)}, "mean: received 3 values for images of 4 channels"),
         ({"images": torch.zeros(2, 3, 8, 8), "names": ["a"]}, "names: received 1 for 2"),
         ({"images": torch.zeros(1, 3, 8, 8), "masks": torch.zeros(1, 8, 8)}, "masks: received"),
+        ({"images": torch.zeros(1, 3, 8, 8), "masks": torch.zeros(1, 1, 8, 9)}, "masks: received"),
     ],
 )
 def test_wrong_arguments(arguments: dict, text: str) -> None:

@@ -1,24 +1,16 @@
-"""What the callback asks of a run: a free archive, and what an archive holds already."""
+"""What the callback asks of a run's archive: what it holds already, and what a resumed run has not seen."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 
 from attn_monitor import AttentionMonitor, ProbeBatch
-from attn_monitor.run import free_archive, written_between
-from attn_monitor.snapshot import snapshot_path
+from attn_monitor.run import set_aside, written_between
+from attn_monitor.snapshot import snapshot_path, snapshot_paths
 from tests.helpers import tiny_vit
-
-
-def test_an_archive_is_free_when_it_is_empty_and_promised_to_nobody(tmp_path: Path) -> None:
-    """The first callback of a new run may have been given the number that the second would start with."""
-    assert free_archive(tmp_path, "attn_monitor", 1, {None}) == "attn_monitor"
-    (tmp_path / "attn_monitor").mkdir()
-    (tmp_path / "attn_monitor" / "step-000000000.npz").touch()
-    assert free_archive(tmp_path, "attn_monitor", 1, {None}) == "attn_monitor-2"
-    assert free_archive(tmp_path, "attn_monitor", 2, {None, "attn_monitor-2"}) == "attn_monitor-3"
 
 
 def test_snapshots_between_a_checkpoint_and_now(tmp_path: Path) -> None:
@@ -28,8 +20,27 @@ def test_snapshots_between_a_checkpoint_and_now(tmp_path: Path) -> None:
     for step in (0, 2, 4, 6, 8):
         monitor.snapshot({"backbone": model}, step=step).save(snapshot_path(tmp_path, step))
     (tmp_path / "step-copy.npz").touch()
-    assert [s.step for s in written_between(tmp_path, 2, 6, ["a"])] == [4, 6]
-    assert written_between(tmp_path, 2, 6, ["b"]) == []
-    assert written_between(tmp_path / "nowhere", 2, 6, ["a"]) == []
+    told: list[str] = []
+    assert [s.step for s in written_between(tmp_path, 2, 6, ["a"], told.append)] == [4, 6]
+    assert written_between(tmp_path, 2, 6, ["b"], told.append) == []
+    assert written_between(tmp_path / "nowhere", 2, 6, ["a"], told.append) == []
+    assert told == []
     snapshot_path(tmp_path, 4).write_bytes(b"broken")
-    assert written_between(tmp_path, 2, 6, ["a"]) == []
+    assert [s.step for s in written_between(tmp_path, 2, 6, ["a"], told.append)] == [6]
+    assert len(told) == 1
+    assert "left out of film strips" in told[0]
+    assert "step-000000004.npz" in told[0]
+
+
+def test_later_steps_are_set_aside_each_time(tmp_path: Path) -> None:
+    for step in (0, 2, 4):
+        snapshot_path(tmp_path, step).write_text(f"first {step}")
+    assert set_aside(tmp_path, 4) == ""
+    assert re.search(
+        r"resumed from step 1.*gone on to step 4.*steps 2, 4 are moved to .*superseded-1", set_aside(tmp_path, 1)
+    )
+    snapshot_path(tmp_path, 2).write_text("second 2")
+    assert "superseded-2" in set_aside(tmp_path, 1)
+    assert [p.name for p in snapshot_paths(tmp_path)] == ["step-000000000.npz"]
+    assert snapshot_path(tmp_path / "superseded-1", 2).read_text() == "first 2"
+    assert snapshot_path(tmp_path / "superseded-2", 2).read_text() == "second 2"

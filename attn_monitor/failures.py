@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 LONGEST_PAUSE = 120.0  # seconds between two tries of a part that fails
+Passing = type[Exception] | tuple[type[Exception], ...]
 SILENCE = 60.0  # seconds after news of a part before the next; doubles each time
 
 

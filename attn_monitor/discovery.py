@@ -136,7 +136,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     if how:
         first = next(e for e in found if e.key in how)
         places = find_places(
-            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=len(images)
+            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=min(len(images), 8)
         )
     read = [entry.seen for entry in found if entry.seen.rows is not None]
     verdicts = iter(settle(read))

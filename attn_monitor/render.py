@@ -55,10 +55,14 @@ def panel(
         cells = known[key]
         pictures = cells.draw(maps.numpy(), _masks(maps, style.threshold))
         flat = maps.flatten(-2)
-        figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)
+        entropy, area = F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist()
+        figures = zip(labels, entropy, area, flat.isfinite().all(-1).tolist(), strict=True)
         captions = [caption, *(_caption(*f) for f in figures)]
         title = f"{role} · layer {attention.layer} ({attention.name})"
         title += " · mixed after the softmax" if attention.mixed else ""
+        title += {"weights": " · weights that do not sum to 1", "signed": " · some weights are negative"}.get(
+            attention.kind, ""
+        )
         rows.append((title, list(zip(captions, [cells.photo, *pictures], strict=True))))
     header = f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, style, truth is not None and bool(truth.any()))
@@ -75,8 +79,10 @@ def _masks(maps: Tensor, threshold: float) -> Array:
     return masks.numpy()
 
 
-def _caption(label: str, entropy: float, area: float) -> str:
-    return f"{label} · missing" if math.isnan(entropy) else f"{label} · H {entropy:.2f} · {area:.0%}"
+def _caption(label: str, entropy: float, area: float, finite: bool) -> str:
+    if not finite:
+        return f"{label} · missing"
+    return label if math.isnan(entropy) else f"{label} · H {entropy:.2f} · {area:.0%}"  # signed weights have neither
 
 
 def _has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:

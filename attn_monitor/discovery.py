@@ -23,10 +23,11 @@ from attn_monitor.errors import (
 from attn_monitor.layout import TokenLayout
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
-from attn_monitor.places import SitePlaces, find_places
+from attn_monitor.places import find_places
 from attn_monitor.running import Forward, run_forward
 from attn_monitor.sharding import refuse_split_parameters
 from attn_monitor.silence import HowToRead
+from attn_monitor.sites import SitePlaces
 from attn_monitor.sources import Folding, Reading, widen
 
 _IMAGES = 3  # noise, of which the first two are the same

@@ -83,4 +83,4 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
             tensors[name] = torch.cat(known) if len(known) == len(parts) else None
         sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=first.dtype, within=first.within)
     entries, exits, again = (together([getattr(p, name) for p in parts]) for name in ("entries", "exits", "again"))
-    return Tokens(sites, entries, exits, again)
+    return Tokens(sites, entries, exits, again, set().union(*(p.mixed for p in parts)))

@@ -18,12 +18,15 @@ from attn_monitor.sites import Mosaic, SitePlaces, grid_of, limit_of, mosaic_of
 
 def refuse_mixtures(found: Mapping[SiteKey, SitePlaces], reference: Tokens) -> None:
     """Two products of one V in one call of a module: for the same queries a mixture, for others a part each."""
+    for key in reference.mixed & set(found):
+        found[key].layout, found[key].why = None, "what it reads is also combined with other weights (a mixture)"
     sites = [(key, reference.sites[key]) for key in found if key in reference.sites]
     for i, (key, a) in enumerate(sites):
         for other, b in sites[i + 1 :]:
             if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
                 continue
             shared = set(found[key].patch_queries) & set(found[other].patch_queries)
+            shared |= {-1} if found[key].cls is not None and found[other].cls is not None else set()
             if shared or (
                 a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
             ):
@@ -185,7 +188,7 @@ class _Landing:
                 continue
             newly = self._at_places(key, later, mosaic) - own
             if newly:
-                expected = self._marked_places(key, self.order[number:i])
+                expected = self._marked_places(key, self.order[:i])  # branches that run side by side land together
                 return "right" if self.marks[key].places <= newly | own and newly <= expected else "wrong"
         return ""
 

@@ -23,6 +23,8 @@ def find_queries(found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[Mosaic],
         mosaic = None if site.layout is None else mosaic_of(mosaics, site.layout)
         if site.layout is None or mosaic is None or key not in reference.sites:
             continue
+        # Queries that are no token are cut off again (padding), and no part of a mean.
+        site.part = site.part or reference.sites[key].queries > max(len(site.layout.order), 1)
         if not site.patch_queries and key in mosaic.q:
             held = [p for p in mosaic.q[key] if p >= 0]
             if len(held) == len(set(held)):

@@ -46,7 +46,7 @@ def _class_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Parameters that are a class token by their name, as (module, name)."""
     found = []
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in module.named_parameters(recurse=False):
             small = parameter is not None and parameter.is_floating_point() and parameter.numel() <= 65536
             if small and _CLASS_NAME.search(name) and not hasattr(parameter, "ds_id"):
                 found.append((module, name))
@@ -63,7 +63,7 @@ def find_cls(
     """Which query is CLS: the one that moves when the class token's parameter is changed."""
     first = lay.mosaics(images, mosaics[0].conv)[:1]
     nudges = [ask(first, 1, nudged=[owner]) for owner in _class_parameters(ask.model)]
-    registers = any(_REGISTER_NAME.search(name) for m in ask.model.modules() for name in m._parameters)
+    registers = any(_REGISTER_NAME.search(name) for m in ask.model.modules() for name, _ in m.named_parameters(recurse=False))
     for key, site in found.items():
         if site.layout is None or key not in reference.sites:
             continue

@@ -238,7 +238,7 @@ class AttentionMapCallback(pl.Callback):
                 settings=self._settings(),
                 name=self._suffix,
                 disk_reserve=self.disk_reserve,
-                patience=_all_of(trainer)[0]._patience,  # a minute for all of them together
+                patience=all_of(trainer)[0]._patience,  # a minute for all of them together
             )
             self._tell_what_is_skipped(trainer.loggers)
         for snapshot in self._from_first(trainer, lambda: self._missed(run.steps_done(trainer))):
@@ -283,7 +283,7 @@ class AttentionMapCallback(pl.Callback):
         """Write what was captured before the failure, for a few seconds, and say what is not written."""
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
-            _all_of(trainer)[0]._patience.limit(LAST_WORDS)
+            all_of(trainer)[0]._patience.limit(LAST_WORDS)
             publisher.close()
             self._report_failures(reraise=False)  # the exception that there is comes first
             if publisher.folder is not None and publisher.archived is not None:
@@ -484,13 +484,13 @@ class AttentionMapCallback(pl.Callback):
     def _choose_suffix(self, trainer: pl.Trainer) -> str:
         """What follows the first part of every tag: the name, else a number from the second callback without one on."""
         if self.name is not None:
-            same = [c for c in _all_of(trainer) if c.name == self.name]
+            same = [c for c in all_of(trainer) if c.name == self.name]
             if len(same) > 1:
                 raise ValueError(
                     f"name={self.name!r}: {len(same)} AttentionMapCallbacks have it, expected different ones"
                 )
             return self.name
-        number = 1 + [c for c in _all_of(trainer) if c.name is None].index(self)
+        number = 1 + [c for c in all_of(trainer) if c.name is None].index(self)
         return "" if number == 1 else str(number)
 
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
@@ -630,7 +630,8 @@ def _warn(text: str) -> None:
     telling.warn(text)
 
 
-def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+    """Every callback of this kind that a trainer has."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 

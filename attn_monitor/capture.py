@@ -403,4 +403,4 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
 
 def _structure(model: nn.Module) -> int:
     """Changes when a submodule is replaced, added, removed, renamed, or given another class (as FSDP does)."""
-    return hash(tuple((id(module), type(module), *module._modules) for module in all_modules(model)))
+    return hash(tuple((id(module), type(module), *module._modules.keys()) for module in all_modules(model)))

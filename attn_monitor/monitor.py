@@ -24,6 +24,7 @@ from attn_monitor.drawing import thin
 from attn_monitor.health import Health, HealthLimits
 from attn_monitor.masking import Way
 from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
+from attn_monitor.operations import KINDS
 from attn_monitor.plan import Found
 from attn_monitor.probe import ProbeBatch
 from attn_monitor.selection import check_layers
@@ -77,7 +78,7 @@ class AttentionMonitor:
 
         def look() -> None:
             for role, model in models.items():
-                self._recorder(role, model).check(self.probe.images[:1])
+                self._recorder(role, model).check(self.probe.images)
 
         self._together(look)
 
@@ -166,6 +167,8 @@ class AttentionMonitor:
         layers = {}
         for role, model in models.items():
             recorder = self._recorder(role, model)
+            if self._is_shared():
+                recorder.check(self.probe.images)  # all processes ask the same questions, and as many
             for parts in zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True):
                 layers[role, parts[0].layer] = _joined(parts)
         return layers
@@ -221,7 +224,9 @@ def _joined(parts: Sequence[LayerAttention]) -> LayerAttention:
         return parts[0]
     values: list[dict[str, Tensor]] = [_tensors(part) for part in parts]
     together: dict[str, Any] = {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    return replace(parts[0], **together)
+    kind = max((part.kind for part in parts), key=KINDS.index)
+    error = max(part.verified_error for part in parts)
+    return replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error, **together)
 
 
 def _to_host(attention: LayerAttention) -> LayerAttention:

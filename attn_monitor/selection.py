@@ -39,6 +39,12 @@ def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
 
 def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
+    if layers != "all" and (
+        not isinstance(layers, (int, str, Sequence)) or (not isinstance(layers, int) and not layers)
+    ):
+        raise LayerError(
+            f'layers={layers!r}: expected an index, a module path, a list of at least one of these, or "all"'
+        )
     if layers == "all":
         selected, reasons = _every_layer(sites, query)
         if reasons and not selected:
@@ -97,7 +103,9 @@ def resolve_query(site: Site, query: QuerySpec) -> Query:
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
         if places.part:
-            raise QueryError(f"{where} has a part of the queries only, so there is no mean over all of them here")
+            raise QueryError(
+                f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
+            )
         return "mean"
     if isinstance(query, int):
         if query < site.queries:

@@ -26,6 +26,19 @@ def check_on_error(on_error: str) -> OnError:
     return on_error  # type: ignore[return-value]
 
 
+def check_statistics(
+    probe: object, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and std by which the user's images are normalised, if both are given and could be."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None or len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
+        raise ValueError(f"mean={mean!r}, std={std!r}: expected both, one number a channel, and no std of 0")
+    if isinstance(probe, ProbeBatch):
+        raise ValueError(f"mean={mean!r}, std={std!r}: probe is a ProbeBatch, which takes mean and std of its own")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
 def check_probe(
     probe: Probe | None,
     num_images: int | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from attn_monitor.arguments import (
     check_heads,
     check_on_error,
     check_probe,
+    check_statistics,
     import_forward,
 )
 from attn_monitor.backbone import TargetError, find_backbones, resolve_targets
@@ -78,6 +79,8 @@ class AttentionMapCallback(pl.Callback):
             panels, and Jaccard curves.
         num_images: how many images to take from a folder or from the run's data; None is 8.
         image_size: size of images from a folder, one number or (height, width), in pixels; None is 224.
+        mean, std: one number a channel, by which images are normalised. None finds out where they are the run's own or
+            a tensor, and is ImageNet's for a folder.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw, from 0 on; None draws all.
         verify: check row·V against the model's output: True (every snapshot), "first" (and after changes), False.
@@ -121,6 +124,8 @@ class AttentionMapCallback(pl.Callback):
         masks: str | os.PathLike[str] | None = None,
         num_images: int | None = None,
         image_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         scale: Literal["uniform", "minmax"] = "uniform",
         heads: list[int] | None = None,
         verify: Verify = True,
@@ -132,6 +137,7 @@ class AttentionMapCallback(pl.Callback):
     ) -> None:
         self.num_images, self.image_size = check_probe(probe, num_images, image_size, masks)
         self.probe, self.targets, self.masks = probe, targets, masks
+        self.statistics = check_statistics(probe, mean, std)
         self.forward, self.dirpath = import_forward(forward), check_dirpath(dirpath)
         self.layers: Layers = check_layers(layers)
         self.query: QuerySpec = check_query(query)
@@ -373,11 +379,14 @@ class AttentionMapCallback(pl.Callback):
 
     def _load_probe(self) -> ProbeBatch:
         assert self.probe is not None
-        return ProbeBatch.of(self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
+        mean, std = self.statistics or (None, None)
+        size, count = self.image_size, self.num_images
+        return ProbeBatch.of(self.probe, size=size, num_images=count, masks=self.masks, mean=mean, std=std)
 
     def _adopt(self, trainer: pl.Trainer, batch: Any) -> None:
         adopt = partial(adopt_images, batch, self.num_images, caption=CROP)
-        self._use_probe(self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader))))
+        probe = self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader)))
+        self._use_probe(probe.shown_by(*self.statistics) if self.statistics else probe)
 
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = self._make_monitor(probe)
@@ -452,7 +461,7 @@ class AttentionMapCallback(pl.Callback):
         probe = self._from_first(trainer, lambda: self._images_of_data(trainer, pl_module))
         self._checked = None
         if probe is not None:
-            self._use_probe(probe)
+            self._use_probe(probe.shown_by(*self.statistics) if self.statistics else probe)
 
     def _images_of_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ProbeBatch | None:
         validation, training = trainer.val_dataloaders, trainer.train_dataloader

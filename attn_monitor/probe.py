@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attn_monitor.fields import ArchiveError, Fields
 from attn_monitor.names import LONGEST, cut
+from attn_monitor.normalisation import find_statistics
 from attn_monitor.npz import Take, open_npz, tensors_in, write_npz
 
 Item = TypeVar("Item")
@@ -95,15 +96,30 @@ class ProbeBatch:
         size: int | tuple[int, int] = 224,
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> ProbeBatch:
-        """What people have: a folder, with its masks, a tensor of normalised images, or a probe as it is."""
+        """What people have: a folder, with its masks, a tensor of normalised images, or a probe as it is.
+
+        Without ``mean`` and ``std``, those of a tensor are told from its values, and a folder is normalised by
+        ImageNet's.
+        """
         if isinstance(probe, ProbeBatch):
             return probe
         if isinstance(probe, Tensor):
-            channels = probe.shape[1] if probe.ndim == 4 else 3
-            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+            if mean is None or std is None:
+                if probe.ndim != 4 or not probe.is_floating_point() or not probe.numel():
+                    return cls(probe)  # raises what is wrong with it
+                found = find_statistics(probe.detach().cpu())
+                return cls(probe, mean=found.mean, std=found.std, source=str(found))
             return cls(probe, mean=mean, std=std)
-        return cls.from_folder(probe, size=size, num_images=num_images, masks=masks)
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+        return cls.from_folder(probe, size=size, num_images=num_images, masks=masks, mean=mean, std=std)
+
+    def shown_by(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
+        """The same images, shown by other statistics."""
+        images, masks, names = self.images, self.masks, self.names
+        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption)
 
     @classmethod
     def from_folder(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attn_monitor import distributed, drawing, run, telling
 from attn_monitor.adoption import CROP, adopt_from_loaders, adopt_images
+from attn_monitor.arguments import check_heads, check_on_error, check_statistics
 from attn_monitor.backbone import find_backbones
 from attn_monitor.capture import Forward, Layers, QuerySpec
 from attn_monitor.claim import Claim, claim_again, claim_free
@@ -49,7 +50,7 @@ class Watch:
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: of the run; the archive is in ``attn_monitor`` below it. None: no archive.
         every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either.
-        layers, query, threshold, metrics, health, verify, num_images, image_size, scale, heads: as in
+        layers, query, threshold, metrics, health, verify, num_images, image_size, mean, std, scale, heads: as in
             `AttentionMapCallback`.
         forward: calls a model when ``model(images)`` is not right.
         on_error: "warn" or "raise".
@@ -73,27 +74,28 @@ class Watch:
         forward: Forward | None = None,
         num_images: int = 8,
         image_size: int | tuple[int, int] = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         scale: str = "uniform",
         heads: Sequence[int] | None = None,
         on_error: str = "warn",
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f'on_error={on_error!r}: expected "warn" or "raise"')
+        self.on_error, self.statistics = check_on_error(on_error), check_statistics(probe, mean, std)
         if not loggers and folder is None:
             raise ValueError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
         self.models, self.probe, self.loggers = models, probe, list(loggers)
         self.folder = None if folder is None else Path(folder)
-        self.num_images, self.image_size, self.on_error = num_images, image_size, on_error
+        self.num_images, self.image_size = num_images, image_size
         self.schedule, self.total_steps = Schedule(every_n_train_steps), total_steps or float("inf")
         self.schedule.start(self.total_steps)
-        self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
+        self.style = drawing.Style(threshold, scale, check_heads(heads))
         self._settings: dict[str, Any] = {
             "layers": layers, "query": query, "threshold": threshold, "metrics": metrics, "health": health,
             "verify": verify, "forward": forward,
         }  # fmt: skip
         self.monitor: AttentionMonitor | None = None
         if isinstance(probe, (ProbeBatch, Tensor, str, os.PathLike)):
-            self._use(ProbeBatch.of(probe, size=image_size, num_images=num_images))
+            self._use(ProbeBatch.of(probe, size=image_size, num_images=num_images, mean=mean, std=std))
         self.active = distributed.is_first()
         self._failures = Failures('it is tried again; on_error="raise" shows the traceback')
         self._publisher: Publisher | None = None
@@ -217,7 +219,8 @@ class Watch:
             caption = CROP if _shuffles(loader) else "original"
             probe = adopt_from_loaders(loader, self.num_images, model, caption=caption)
             batch = next(iter(loader)) if probe is None and batch is None else batch
-        self._use(probe or adopt_images(batch, self.num_images, caption=caption))
+        probe = probe or adopt_images(batch, self.num_images, caption=caption)
+        self._use(probe.shown_by(*self.statistics) if self.statistics else probe)
 
     def _open(self, step: int) -> None:
         """Where to write: the folder of this run's past, else one that is nobody's."""

@@ -125,6 +125,27 @@ def test_neither_random_states_nor_the_loader_move(workers: int) -> None:
     assert torch.equal(before[2], after[2])
 
 
+@pytest.mark.parametrize("validation", [None, DataLoader(Numbered(100), batch_size=1)])
+def test_statistics_can_be_set(tmp_path: Path, validation: Any) -> None:
+    callback = AttentionMapCallback(mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    data = loader() if validation is None else DataLoader(Stream(), batch_size=3)
+    trainer(tmp_path, callback, max_steps=1).fit(Distillation(), data, validation)
+    assert callback.monitor is not None
+    probe = callback.monitor.probe
+    assert (probe.mean, probe.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert probe.caption == ("training crop" if validation is None else "validation image")
+
+
+@pytest.mark.parametrize(
+    "given", [{"mean": [1.0]}, {"mean": [1], "std": [0]}, {"mean": [1], "std": [1, 2]}, {"mean": [], "std": []}]
+)
+def test_wrong_statistics_fail_at_once(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"mean=.*std=.*expected both"):
+        AttentionMapCallback(**given)
+    with pytest.raises(ValueError, match="a ProbeBatch, which takes mean and std of its own"):
+        AttentionMapCallback(ProbeBatch(torch.zeros(1, 3, 8, 8)), mean=[0, 0, 0], std=[1, 1, 1])
+
+
 def test_the_largest_crops_come_first() -> None:
     small, large = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16)
     assert find_images([small, small, large, large.clone()]) is large

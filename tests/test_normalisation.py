@@ -109,6 +109,13 @@ def test_noise_one_channel_and_many(pixels: Tensor) -> None:
     assert probe_of(torch.full((1, 3, 8, 8), torch.nan)).pixels.max() == 0
 
 
+def test_a_tensor_without_a_word_and_with_one(pixels: Tensor, photographs: Path) -> None:
+    assert error(ProbeBatch.of(normalised(pixels, *CLIP)), pixels) < 0.1
+    assert error(ProbeBatch.of(normalised(pixels, *OWN), mean=OWN[0], std=OWN[1]), pixels) < 0.1
+    folder = ProbeBatch.of(photographs, size=96, mean=CLIP[0], std=CLIP[1])
+    torch.testing.assert_close(folder.images, normalised(pixels, *CLIP))
+
+
 def test_where_the_numbers_are_from_is_kept(tmp_path: Path, pixels: Tensor) -> None:
     probe = probe_of(normalised(pixels, *CLIP), caption="training crop")
     probe.save(tmp_path / "probe.npz")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import operations as ops
+from attn_monitor.blame import raises_for
 from attn_monitor.layout import PatchConv
 from attn_monitor.operations import Observation
 from attn_monitor.sources import ExplicitCall, Query, Reading
@@ -24,6 +25,12 @@ SiteKey = tuple[str, int]
 
 class Done(BaseException):
     """Leaves a forward pass once all that was wanted has been seen; no ordinary `except` catches it."""
+
+
+@raises_for("model")
+def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model runs, whose errors are the model's."""
+    return func(*args, **kwargs)
 
 
 class AttentionObserver(TorchDispatchMode):
@@ -101,13 +108,14 @@ class AttentionObserver(TorchDispatchMode):
             self._pending.clear()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @raises_for("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, kind = kwargs or {}, ops.kind_of(func)
         if kind == "fused":
             return self._fused(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run_operation(func, args, kwargs)
         if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
             kind == "elementwise" and self._made_of_scores(out)
         ):
@@ -150,7 +158,7 @@ class AttentionObserver(TorchDispatchMode):
         query = self.query(key)
         if query is not None and key == self.last and not self.verify:  # its output is not needed by anyone
             self._seen(key, ops.observe_fused(call, None, query, verify=False))
-        out = func(*args, **kwargs)
+        out = run_operation(func, args, kwargs)
         self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
         return out
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import operations as ops
+from attn_monitor.blame import raises_for
 from attn_monitor.layout import SKETCH
-from attn_monitor.observer import AttentionObserver, SiteKey
+from attn_monitor.observer import AttentionObserver, SiteKey, run_operation
 from attn_monitor.sources import Folding, Reading, widen
 
 Call = tuple[str, int]
@@ -115,6 +116,7 @@ class SilentObserver(AttentionObserver):
                 kept[call] = sketch(x[:, None])
                 return
 
+    @raises_for("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -133,7 +135,7 @@ class SilentObserver(AttentionObserver):
         return argument
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, call, out = self._key(), ops.fused_call(func, args, kwargs), func(*args, **kwargs)
+        key, call, out = self._key(), ops.fused_call(func, args, kwargs), run_operation(func, args, kwargs)
         self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v))
         return out
 

@@ -13,7 +13,7 @@ PATIENCE = 60.0  # seconds that all waits of a run may hold it up together
 ROOM_PATIENCE = 5.0  # of these, for room in the queue of one destination that is slow
 LAST_WORDS = 5.0  # and when an exception ends the run
 KEPT_BYTES = 64 * 2**20  # that wait for one destination
-WAITING = 4  # jobs that wait for one destination and that it may also go without: pictures
+WAITING = 4  # jobs of a part, such as pictures, that wait and that one may also go without
 TRIES = 10  # of a job that is kept
 UNANSWERED = 60.0  # seconds after which a destination is said not to answer
 
@@ -52,8 +52,9 @@ class Job:
 class Outbox:
     """The jobs for one destination, done one after another on a thread of its own: one that hangs starves only itself.
 
-    At most ``KEPT_BYTES`` and ``WAITING`` jobs that are not kept wait; beyond that the oldest are left out, pictures
-    first. ``patient`` keeps a job that fails with an OSError for as long as the run lasts, not for ``TRIES``.
+    At most ``KEPT_BYTES`` of jobs that are kept wait, and of the others ``WAITING`` of a part; beyond that the oldest
+    are left out.
+    ``patient`` keeps a job that fails with an OSError for as long as the run lasts, not for ``TRIES``.
     ``seconds`` is the time spent on jobs so far, ``last_step`` that of the latest job done.
     """
 
@@ -111,13 +112,15 @@ class Outbox:
 
     def _has_room(self, job: Job) -> bool:
         if not job.keep:
-            return sum(not j.keep for j in self._jobs) < WAITING
+            return sum(j.part == job.part for j in self._jobs) < WAITING
         return sum(j.size for j in self._jobs) + job.size <= KEPT_BYTES
 
     def _leave_out(self) -> None:
         waiting = [job for job in self._jobs if job is not self._running]
         dispensable = [job for job in waiting if not job.keep]
-        surplus = dispensable[:-WAITING]
+        # Drawn pictures of a step are some 50 MB: for one that hangs, only the latest wait.
+        few = 1 if self._gave_up == self._done else WAITING
+        surplus = [job for i, job in enumerate(dispensable) if sum(j.part == job.part for j in dispensable[i:]) > few]
         kept, size = [job for job in waiting if job.keep], sum(job.size for job in self._jobs)
         while size > KEPT_BYTES and len(kept) > 1:
             surplus.append(kept.pop(0))
@@ -145,6 +148,7 @@ class Outbox:
                     elif job.step is not None:
                         self.last_step = job.step
                 self._changed.notify_all()
+            del job, error  # with the pictures they hold, until there is something to do again
 
     def _next(self) -> Job | None:
         """The job to do now; None when the outbox is closed and empty, which ends the thread."""

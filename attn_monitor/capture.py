@@ -7,6 +7,7 @@ it. From then on only the wanted modules are watched, and the forward is left af
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import functional as F
-from attn_monitor.discovery import Site, discover, mismatch
+from attn_monitor.discovery import Site, forget, mismatch, sites_of
 from attn_monitor.errors import (
     AttentionError,
     ForwardError,
@@ -29,7 +30,7 @@ from attn_monitor.errors import (
 from attn_monitor.isolation import all_modules, model_device_dtype
 from attn_monitor.masking import WAYS, Way
 from attn_monitor.observer import AttentionObserver, SiteKey
-from attn_monitor.operations import Observation, Verdict, settle
+from attn_monitor.operations import Observation, RowKind, Verdict, settle
 from attn_monitor.plan import Plan, Reading, make_plan
 from attn_monitor.running import Forward, check_materialised, is_sharded, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
@@ -52,9 +53,11 @@ class LayerAttention:
     """What one layer's query token attends to, for every image and head.
 
     ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers), then the patches
-    row by row; softmax rows sum to 1 over T. ``mixed`` marks layers that do not apply the softmax as it is (talking
-    heads, gated mixes). ``verified_error`` is the relative difference between row·V and the model's own output,
-    NaN when it was not checked.
+    row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that sums to 1 over T,
+    "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are negative;
+    ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
+    relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
+    is known which key is which patch: "exact", "exact but masked" or "centres", see `TokenLayout`.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
@@ -68,6 +71,8 @@ class LayerAttention:
     grid: tuple[int, int]
     mixed: bool
     verified_error: float
+    kind: RowKind = "distribution"
+    places: str = ""
     distance: Tensor | None = None
     norms: Tensor | None = None
     cosine: Tensor | None = None
@@ -119,8 +124,8 @@ def _calls_for_another_way(problem: AttentionError | None) -> bool:
 class AttentionRecorder:
     """Records the same layers again and again, remembering what it found out about the model.
 
-    ``verify``: True checks the first recording and each one after the model or the image size changed; "always"
-    checks every one; False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
+    ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
+    False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
     ``forward`` is one, or several ways of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
@@ -139,8 +144,10 @@ class AttentionRecorder:
         distance: bool = False,
         tokens: bool = False,
     ) -> None:
-        if verify not in (True, False, "always"):
-            raise ValueError(f'verify={verify!r}: expected True (first time), False (never) or "always"')
+        if verify not in (True, False, "first", "always"):
+            raise ValueError(
+                f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False'
+            )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
         self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
@@ -181,7 +188,7 @@ class AttentionRecorder:
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
         images = self._look(images)
-        verify = self.verify == "always" or (bool(self.verify) and not self._verified)
+        verify = self.verify in (True, "always") or (self.verify == "first" and not self._verified)
         recorded = self._record(images, self._planned(), verify, each)
         self._verified = self._verified or verify
         return recorded
@@ -195,15 +202,15 @@ class AttentionRecorder:
         images = images.to(device=device, dtype=dtype)
         known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
         if known != self._known:
-            self._sites = self._discover(images)
+            self._sites = self._discover(images, known)
             self._known, self._plan, self._verified = known, None, False
         return images
 
-    def _discover(self, images: Tensor) -> tuple[Site, ...]:
+    def _discover(self, images: Tensor, known: tuple[Any, ...]) -> tuple[Site, ...]:
         """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
         # Sharded models run together in all processes, and a failure may be one process's alone.
         ways = self._ways[:1] if is_sharded(self.model) else self._ways
-        outcomes = (self._try(way, images) for way in ways)
+        outcomes = (self._try(way, images, known) for way in ways)
         first = next(outcomes)
         others = outcomes if _calls_for_another_way(first.problem) else ()
         found = next((o for o in itertools.chain([first], others) if o.problem is None), first)
@@ -213,13 +220,13 @@ class AttentionRecorder:
             raise found.problem
         return found.sites
 
-    def _try(self, way: Way, images: Tensor) -> _Outcome:
+    def _try(self, way: Way, images: Tensor, known: tuple[Any, ...]) -> _Outcome:
         try:
-            sites = discover(self.model, images, way.forward)
+            sites = sites_of(self.model, images, way.forward, known)
         except AttentionError as error:
             return _Outcome(way, None, error)
         try:
-            select_sites(sites, self.layers, self.query, self.model)
+            select_sites(sites, self.layers, self.query)
         except (LayerError, QueryError):  # not for want of another way
             return _Outcome(way, sites, None)
         except AttentionError as error:
@@ -229,12 +236,12 @@ class AttentionRecorder:
     def _planned(self) -> Plan:
         if self._plan is None:
             try:
-                wanted = select_sites(self._sites, self.layers, self._query, self.model)
+                wanted = select_sites(self._sites, self.layers, self._query)
             except QueryError:
                 if not self.or_mean or self.query != "cls":
                     raise
                 self._query = "mean"
-                wanted = select_sites(self._sites, self.layers, self._query, self.model)
+                wanted = select_sites(self._sites, self.layers, self._query)
             assert self._known is not None
             self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
         return self._plan
@@ -253,7 +260,7 @@ class AttentionRecorder:
             site = plan.readings[key].site
             seen = seen.regrouped(len(images), site.folding)
             if _as_found(site, seen, images):
-                if self.distance:
+                if self.distance and _has_every_query(site):
                     distances[key] = _distance(site, seen, images)
                 if each is not None:
                     each(site, seen)
@@ -265,6 +272,7 @@ class AttentionRecorder:
             images=images,
             verify=verify,
             last=plan.last,
+            readings={k: r.site.reading for k, r in plan.readings.items() if r.site.reading is not None},
         )
         with ExitStack() as stack:
             tokens = _watch_tokens(stack, images, plan)
@@ -272,7 +280,8 @@ class AttentionRecorder:
         for key, reading in plan.readings.items():
             site = reading.site
             if key not in found or not _as_found(site, found[key], images):
-                self._known = None  # look again next time
+                self._known = None
+                forget(self.model)  # look again next time
                 raise UnsupportedAttentionError(
                     f"layer {site.index} ({site.name}): attention was not where it had been found on the first look; "
                     "the model takes another path for these images"
@@ -298,10 +307,7 @@ class AttentionRecorder:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if verdict.finite and (verdict.error > seen.tolerance or verdict.error == float("inf")):
             raise mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
-        rows, order = seen.rows.float(), reading.order
-        norms = None if tokens is None else tokens.norms.float()
-        if order is not None:
-            rows, norms = rows[..., order], None if norms is None else norms[..., order]
+        rows = seen.rows.float() if reading.order is None else seen.rows.float()[..., reading.order]
         return LayerAttention(
             layer=site.index,
             name=site.name,
@@ -310,8 +316,10 @@ class AttentionRecorder:
             grid=site.layout.grid,
             mixed=verdict.mixed,
             verified_error=verdict.error,
-            distance=distance,
-            norms=norms,
+            kind=verdict.kind,
+            places=site.layout.evidence,
+            distance=None if verdict.kind == "signed" else distance,
+            norms=None if tokens is None else tokens.norms.float(),
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
         )
 
@@ -320,9 +328,9 @@ def _watch_tokens(stack: ExitStack, images: Tensor, plan: Plan) -> dict[SiteKey,
     """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
     seen: dict[SiteKey, TokenStatistics] = {}
     for key, reading in plan.readings.items():
-        block, shape = reading.block, (len(images), reading.site.keys)
+        block, report = reading.block, partial(seen.setdefault, key)
         if block is not None:
-            watch_tokens(stack, block.module, shape, block.patches, block.cls, partial(seen.setdefault, key))
+            watch_tokens(stack, block.module, len(images), block.order, block.num_prefix, block.has_cls, report)
     return seen
 
 
@@ -330,6 +338,10 @@ def _as_found(site: Site, seen: Observation, images: Tensor) -> bool:
     """Whether an observation has the shape that the site had on the first look."""
     shape = (len(images), site.heads, site.keys)
     return site.layout is not None and seen.rows is not None and tuple(seen.rows.shape) == shape
+
+
+def _has_every_query(site: Site) -> bool:
+    return site.layout is not None and len(site.places.patch_queries) == math.prod(site.layout.grid)
 
 
 @F.full_precision()
@@ -342,8 +354,9 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
     rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
     centres = torch.cartesian_prod(rows * (images.shape[-2] / gh), cols * (images.shape[-1] / gw))  # (N, 2) pixels
     patches = torch.tensor(site.layout.patches, device=device)
-    place = torch.full((site.keys,), -1, device=device)
-    place[patches] = torch.arange(len(patches), device=device)  # token to patch number, -1 for the prefix
+    place = torch.full((site.queries,), -1, device=device)  # query to patch number, -1 for the prefix
+    for number, query in site.places.patch_queries.items():
+        place[query] = number
     total = torch.zeros((), device=device)
     for start, chunk in seen.source.chunks():
         queries = place[start : start + chunk.shape[2]]

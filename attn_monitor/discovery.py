@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import types
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,10 +23,11 @@ from attn_monitor.errors import (
 from attn_monitor.layout import TokenLayout
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
-from attn_monitor.questions import keys_that_are_tokens, patch_codes
+from attn_monitor.places import SitePlaces, find_places
 from attn_monitor.running import Forward, run_forward
 from attn_monitor.sharding import refuse_split_parameters
-from attn_monitor.sources import Folding
+from attn_monitor.silence import HowToRead
+from attn_monitor.sources import Folding, Reading, widen
 
 _IMAGES = 3  # noise, of which the first two are the same
 
@@ -44,6 +47,9 @@ class Site:
     error: float | None
     refusal: AttentionError | None
     folding: Folding | None = None
+    scope: str = ""  # path of the module in which all of it ran
+    reading: Reading | None = None  # of an operation that nobody listed
+    places: SitePlaces = field(default_factory=SitePlaces)
 
     @property
     def name(self) -> str:
@@ -58,23 +64,61 @@ class _Found:
 
     key: SiteKey
     seen: Observation
-    kind: tuple[Any, ...] = ()
     folding: Folding | None = None
-    static: Tensor | None = None  # keys that do not depend on the image, bool (K,)
+    moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
     repeatable: bool = True
-    layout: TokenLayout | None = field(default=None, init=False)
-    are_tokens: bool = field(default=True, init=False)  # told only where there is no layout
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a model was found to have, for as long as it lives."""
+
+    known: tuple[Any, ...]
+    forward: Callable[[], object]
+    sites: tuple[Site, ...]
+
+
+_LOOKS: weakref.WeakKeyDictionary[nn.Module, list[_Look]] = weakref.WeakKeyDictionary()
+
+
+def sites_of(model: nn.Module, images: Tensor, forward: Forward, known: tuple[Any, ...]) -> tuple[Site, ...]:
+    """Every attention site of the model, asked once for what is ``known``: its structure, image size and precision."""
+    looks, identity = _LOOKS.setdefault(model, []), _identity(forward)
+    for look in looks:
+        if look.known == known and look.forward() is identity():
+            return look.sites
+    sites = discover(model, images, forward)
+    looks.append(_Look(known, identity, sites))
+    del looks[:-8]  # sizes come and go
+    return sites
+
+
+def forget(model: nn.Module) -> None:
+    """Ask anew the next time."""
+    _LOOKS.pop(model, None)
+
+
+def _identity(forward: Forward) -> Callable[[], object]:
+    """What tells a forward from others without keeping it alive: the code, where nothing else is part of it."""
+    if isinstance(forward, types.FunctionType) and not (forward.__closure__ or forward.__defaults__):
+        code = forward.__code__
+        return lambda: code
+    try:
+        return weakref.WeakMethod(forward) if isinstance(forward, types.MethodType) else weakref.ref(forward)
+    except TypeError:  # an object without weak references is told by its own identity alone
+        return object
 
 
 def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, ...]:
-    """Run the model on noise of the images' size and list every attention site in order of execution."""
+    """Run the model on noise of the images' size and list every attention site in order of execution.
+
+    Then it is asked where the keys and queries of each stand in the image; see `places`.
+    """
     found: list[_Found] = []
     modules = dict(model.named_modules())
     one, other = lay.noise_images(images, 2)
     noise = torch.stack([one, one, other])
-    observer = AttentionObserver(
-        lambda key, seen: found.append(_examine(key, seen, modules[key[0]])), lambda key: 0, images=noise
-    )
+    observer = AttentionObserver(lambda key, seen: found.append(_examine(key, seen)), lambda key: 0, images=noise)
     with refuse_split_parameters(model):
         run_forward(model, noise, forward, observer, modules.items())
     if not found:
@@ -83,103 +127,48 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             f"no attention was observed in {type(model).__name__}: its forward ran {hint}. "
             "Models without softmax attention (convolutional networks, linear attention) have no map to show"
         )
-    _find_layouts(model, images, forward, found, observer.convs)
+    how = {
+        e.key: HowToRead(e.folding, e.seen.reading)
+        for e in found
+        if e.repeatable and not _shape_problem(e.seen) and e.seen.rows is not None
+    }
+    places: dict[SiteKey, SitePlaces] = {}
+    if how:
+        first = next(e for e in found if e.key in how)
+        places = find_places(
+            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=len(images)
+        )
     read = [entry.seen for entry in found if entry.seen.rows is not None]
     verdicts = iter(settle(read))
     return tuple(
-        _site(index, entry, next(verdicts) if entry.seen.rows is not None else None)
+        _site(
+            index, entry, places.get(entry.key, SitePlaces()), next(verdicts) if entry.seen.rows is not None else None
+        )
         for index, entry in enumerate(found)
     )
 
 
-def _examine(key: SiteKey, seen: Observation, module: nn.Module) -> _Found:
-    """Which keys depend on the image, and in which order batch and heads are."""
+def _examine(key: SiteKey, seen: Observation) -> _Found:
+    """In which order batch and heads are, and whether equal images give equal tokens."""
     entry = _Found(key, seen)
     foldings: list[Folding | None] = [None] if seen.values is not None else []
     if seen.values is not None and seen.batch * seen.heads % _IMAGES == 0:
         foldings += ["batch first", "heads first"] if seen.batch == 1 else ["heads first"]
     for folding in foldings:
         reading = seen.regrouped(_IMAGES, folding)
-        if reading.values is None or reading.batch != _IMAGES:
+        if reading.values is None or reading.rows is None or reading.batch != _IMAGES:
             continue
-        first, same, other = reading.values.split(1)
-        repeatable = not bool(lay.changed_tokens(same, first).any())
+        limit = lay.threshold(reading.values.dtype, reading.values.device)
+        values, rows = widen(reading.values).transpose(1, 2).flatten(2), reading.rows.flatten(1)[:, None]  # (B, …, C)
+        # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
+        repeatable = all(bool((lay.changes(t[1], t[0]) <= limit).all()) for t in (values, rows))
         if repeatable or folding is None:  # a reading other than the plain one must explain what is seen
             entry.seen, entry.folding, entry.repeatable = reading, folding, repeatable
-            entry.static = ~lay.changed_tokens(other, first)[0]
+            entry.moving = int((lay.changes(values[2], values[0]) > limit).sum())
         if repeatable:
             break
-    width = 0 if seen.values is None else seen.values.shape[-1]
-    entry.kind = (type(module), seen.op, entry.seen.heads, seen.queries, seen.keys, width)
     entry.seen = replace(entry.seen, values=None, source=None)
     return entry
-
-
-def _find_layouts(
-    model: nn.Module, images: Tensor, forward: Forward, found: list[_Found], convs: list[lay.PatchConv]
-) -> None:
-    """Give each entry whose keys are the image's patches its token layout.
-
-    A layout is proven where patches can still be told apart: before attention has mixed them. Sites of the same kind
-    have the same layout. Any other site inherits one, or the order of the patch embedding, if its keys are tokens.
-    """
-    readable = [e for e in found if e.static is not None and e.repeatable and not _shape_problem(e.seen)]
-    # Queries and keys of different number: tokens are pooled on the way, and a grid can only be proven, not assumed.
-    pooled = any(e.seen.queries not in (1, e.seen.keys) for e in found if e.seen.batch == _IMAGES)
-    known: dict[tuple[Any, ...], TokenLayout | None] = {}
-
-    @functools.cache
-    def tokens() -> dict[SiteKey, int]:
-        return keys_that_are_tokens(model, images, forward, {e.key: e.folding for e in readable})
-
-    for entry in readable:
-        if entry.kind in known:
-            entry.layout = known[entry.kind]
-            continue
-        inherited = [la for la in known.values() if la is not None and len(la.order) == entry.seen.keys]
-        layout = inherited[0] if inherited else _own_layout(model, images, forward, entry, convs)
-        if layout is None:
-            layout = _assumed_layout(entry, known, convs)
-        if layout is not None and (inherited or not layout.proven):
-            assumable = layout.proven or not pooled
-            if not assumable or tokens().get(entry.key, 0) < len(layout.patches):
-                layout = None
-        entry.layout = known[entry.kind] = layout
-    for entry in readable:
-        entry.are_tokens = entry.layout is not None or entry.key in tokens()
-
-
-def _static(entry: _Found) -> Tensor:
-    assert entry.static is not None
-    return entry.static if not bool(entry.static.all()) else torch.zeros_like(entry.static)
-
-
-def _own_layout(
-    model: nn.Module, images: Tensor, forward: Forward, entry: _Found, convs: list[lay.PatchConv]
-) -> TokenLayout | None:
-    """What the patches spell out at this site."""
-    static = _static(entry)
-    size = (images.shape[-2], images.shape[-1])
-    for conv in lay.candidate_grids(size, len(static), int(static.sum()), convs):
-        codes = patch_codes(model, images, forward, entry.key, entry.folding, conv)
-        layout = lay.layout_from_codes(codes, conv, static)
-        if layout is not None and (layout.proven or conv.grid in [c.grid for c in convs]):
-            return layout
-    return None
-
-
-def _assumed_layout(
-    entry: _Found, known: dict[tuple[Any, ...], TokenLayout | None], convs: list[lay.PatchConv]
-) -> TokenLayout | None:
-    """The order of the patch embedding, where attention has mixed the patches already (class attention)."""
-    static = _static(entry)
-    patches = len(static) - int(static.sum())
-    grids = [la.grid for la in known.values() if la is not None] + [c.grid for c in convs]
-    grid = next((g for g in grids if g[0] * g[1] == patches), None)
-    if grid is None:
-        return None
-    prefix = tuple(int(i) for i in static.nonzero().flatten())
-    return TokenLayout(grid, prefix, tuple(i for i in range(len(static)) if i not in set(prefix)), proven=False)
 
 
 def _shape_problem(seen: Observation) -> str | None:
@@ -190,19 +179,27 @@ def _shape_problem(seen: Observation) -> str | None:
         return f"it runs on {seen.batch} sequences for {_IMAGES} images (several images packed into one, or a part)"
     if seen.batch != _IMAGES:
         return f"it is windowed attention ({seen.batch // _IMAGES} windows of {seen.keys} tokens for each image)"
-    if seen.queries not in (1, seen.keys):
-        return f"its {seen.queries} queries and {seen.keys} keys are different tokens (pooled keys or cross-attention)"
     return None
 
 
-def _site(index: int, entry: _Found, verdict: Verdict | None) -> Site:
+def _site(index: int, entry: _Found, places: SitePlaces, verdict: Verdict | None) -> Site:
     seen = entry.seen
-    error = None if verdict is None or seen.error is None else verdict.error
-    mixed = verdict is not None and verdict.mixed
     site = Site(
-        index, entry.key, seen.op, seen.heads, seen.queries, seen.keys, entry.layout, mixed, error, None,
+        index,
+        entry.key,
+        seen.op,
+        seen.heads,
+        seen.queries,
+        seen.keys,
+        places.layout,
+        verdict is not None and verdict.mixed,
+        None if verdict is None or seen.error is None else verdict.error,
+        None,
         entry.folding,
-    )  # fmt: skip
+        seen.scope,
+        seen.reading,
+        places,
+    )
     return replace(site, refusal=_refusal(site, entry, verdict))
 
 
@@ -221,13 +218,10 @@ def _refusal(site: Site, entry: _Found, verdict: Verdict | None) -> AttentionErr
             "(random token masking, as in MAE?). Pass a deterministic forward=lambda model, images: ..."
         )
     if site.layout is None:
-        what = (
-            "tokens, which are not the image's grid of patches plus a prefix (a pooled hierarchy, patches left out, or "
-            "a part of the image)"
-            if entry.are_tokens
-            else "keys that are not the tokens entering the module (channel attention, or linear attention)"
+        return UnsupportedAttentionError(
+            f"{where} has {site.queries} queries and {site.keys} keys of which no map can be drawn: "
+            f"{site.places.why}. Choose another layer"
         )
-        return UnsupportedAttentionError(f"{where} attends over {site.keys} {what}. Choose another layer")
     return None
 
 

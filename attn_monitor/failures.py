@@ -92,8 +92,8 @@ class Failures:
             if state.told or state.paused or now < state.quiet_until:
                 return
             state.told, state.quiet_until, state.silence = True, now + state.silence, 2 * state.silence
-            raised = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            reason = f"{about}{type(error).__name__}: {error}"
+            raised = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+            reason = f"{about}{type(error).__name__}: {_text(error)}"
             self._news.append((f"{part} failed, training goes on. {reason}{self._hint}", raised))
 
     def worked(self, part: str) -> None:
@@ -139,6 +139,13 @@ class Failures:
             if reraise and error is not None:
                 raise error
             warn(message)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as another:  # of an exception class with a mistake of its own
+        return f"(its text is {another!r})"
 
 
 def in_words(steps: Sequence[int]) -> str:

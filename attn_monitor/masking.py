@@ -56,7 +56,7 @@ def unmasked(model: nn.Module) -> Iterator[None]:
 
     Arguments of the forward and attributes of modules or of their ``config`` that are called ``mask_ratio`` are 0
     meanwhile; ``torch.rand`` of two dimensions, whose order is what masks and shuffles are made of, gives ascending
-    numbers, and ``torch.randperm`` the identity.
+    numbers. Another random order is part of what the model computes, and such a model is refused.
     """
     with ExitStack() as stack:
         for attributes, name in _ratios(model):
@@ -90,6 +90,4 @@ class _InOrder(TorchFunctionMode):
         if func in (torch.rand, torch.rand_like) and out.ndim == 2:
             ascending = torch.linspace(0, 1, out.shape[1] + 1, device=out.device, dtype=out.dtype)[:-1]
             return ascending.expand_as(out)
-        if func is torch.randperm:
-            return torch.arange(len(out), device=out.device, dtype=out.dtype)
         return out

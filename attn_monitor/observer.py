@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_monitor import operations as ops
 from attn_monitor.layout import PatchConv
 from attn_monitor.operations import Observation
-from attn_monitor.sources import Query
+from attn_monitor.sources import Query, Reading
 
 SiteKey = tuple[str, int]
 """Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
@@ -26,7 +29,8 @@ class AttentionObserver(TorchDispatchMode):
     """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
 
     ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
-    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more.
+    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
+    ``readings`` are known ones of operations that nobody listed.
     """
 
     supports_higher_order_operators = True
@@ -39,16 +43,19 @@ class AttentionObserver(TorchDispatchMode):
         images: Tensor,
         verify: bool = True,
         last: SiteKey | None = None,
+        readings: Mapping[SiteKey, Reading] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
+        self.readings = readings or {}
         self.batch, self.channels, *self.size = images.shape
-        self.convs: list[PatchConv] = []  # convolutions on whole images before the first attention
+        self.convs: list[PatchConv] = []  # convolutions on whole images
         self._cropped = False  # the convolutions now running see a part of the images
         self.products = 0
         self._running: list[str] = []
         self._count: dict[str, int] = {}
-        self._pending: list[Tensor] = []  # softmaxes that have not met their V yet
+        self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
+        self._pending: list[tuple[Tensor, str]] = []  # softmaxes that have not met their V yet, and where they ran
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
         """Hooks on these (path, module) pairs; leaving the returned stack removes them.
@@ -98,27 +105,40 @@ class AttentionObserver(TorchDispatchMode):
         if kind == "fused":
             return self._fused(func, args, kwargs)
         out = func(*args, **kwargs)
-        if kind == "softmax":
-            if ops.attention_softmax(func, args, out):
-                self._pending = [*self._pending[-3:], out]  # the last few: gates' own softmaxes never meet a V
+        if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
+            kind == "elementwise" and self._made_of_scores(out)
+        ):
+            self._weights(args, out)
         elif kind == "product":
             self.products += 1
-            if self._pending:
-                self._explicit(args)
+            self._product(args[-2:], out)
         elif kind == "convolution":
             self._convolution(args, out)
         elif kind == "foreign" and ops.looks_like_attention(args):
             self._unknown(func, args, kwargs, out)
         return out
 
+    def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
+        self._pending = [*self._pending[-3:], (out, self._running[-1])]  # gates' own softmaxes never meet a V
+
+    def _made_of_scores(self, out: Any) -> bool:
+        return isinstance(out, Tensor) and any(
+            out.shape[-2:] == scores[-2:] and out.numel() == math.prod(scores) for scores in self._scores
+        )
+
+    def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
+        if self._pending:
+            self._explicit(args, out)
+        self._scores = [*self._scores[-3:], tuple(out.shape)]
+
     def _key(self) -> SiteKey:
         path = self._running[-1]
         return path, self._count.get(path, 0)
 
-    def _seen(self, key: SiteKey, seen: Observation | None) -> None:
+    def _seen(self, key: SiteKey, seen: Observation | None, scope: str | None = None) -> None:
         self._count[key[0]] = key[1] + 1
         if seen is not None:
-            self.report(key, seen)
+            self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
         if key == self.last:
             raise Done
 
@@ -131,23 +151,30 @@ class AttentionObserver(TorchDispatchMode):
         self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
         return out
 
-    def _explicit(self, args: tuple[Any, ...]) -> None:
-        call = ops.explicit_call(self._pending, args)
-        if call is not None:
-            self._pending.clear()
-            key = self._key()
-            query = self.query(key)
-            self._seen(key, None if query is None else ops.observe_explicit(call, self.batch, query))
+    def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
+        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
+        if call is None:
+            return
+        key, scope = self._key(), common_path([self._running[-1], *(path for _, path in self._pending)])
+        self._pending.clear()
+        query = self.query(key)
+        seen = None
+        if query is not None:
+            seen = ops.observe_explicit(call, out, self.batch, query, verify=self.verify)
+        self._seen(key, seen, scope)
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         calls = ops.unknown_calls(func, args, kwargs, out)
-        if calls:
-            key = self._key()
-            query = self.query(key)
-            self._seen(key, None if query is None else ops.observe_unknown(calls, out, query))
+        if not calls:
+            return
+        key, seen = self._key(), None
+        query = self.query(key)
+        if query is not None:
+            seen = ops.observe_unknown(func, args, kwargs, calls, out, query, self.readings.get(key))
+        self._seen(key, seen)
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
-        if self._count or out.ndim != 4 or out.shape[0] != self.batch:
+        if out.ndim != 4 or out.shape[0] != self.batch:
             return
         x, kernel, stride = args[0], tuple(args[1].shape[2:]), tuple(args[3])
         on_pixels = x.shape[1] == self.channels
@@ -155,3 +182,9 @@ class AttentionObserver(TorchDispatchMode):
             self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))
         if not self._cropped:
             self.convs.append(PatchConv((out.shape[2], out.shape[3]), stride, on_pixels and kernel == stride))
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of these."""
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
+    return ".".join(parts[0] for parts in shared)

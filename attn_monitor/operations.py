@@ -1,9 +1,10 @@
 """Recognise attention among the operations that PyTorch runs, and read single rows of it.
 
 Two forms exist once a model has been dispatched to ATen. *Fused* operations receive q, k and v; the rows asked
-for are recomputed from q and k in float32. *Explicit* attention is a softmax whose result later becomes the left
-operand of the product with V; the rows are sliced from it. Whatever came before (RoPE, q/k norm, masks, autocast)
-has been applied by then, so nothing here depends on the library that a model comes from.
+for are recomputed from q and k in float32. *Explicit* attention is a softmax (or other weights made of scores) that
+later becomes the left operand of the product with V; the rows are sliced from that operand. Whatever came before
+(RoPE, q/k norm, masks, autocast) has been applied by then, so nothing here depends on the library that a model comes
+from.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from attn_monitor.sources import (
     Folding,
     FusedCall,
     Query,
+    Reading,
     Regrouped,
     read_rows,
     regroup,
@@ -34,11 +36,12 @@ from attn_monitor.sources import (
 aten = torch.ops.aten
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
-PRODUCT = {aten.bmm.default}
+ELEMENTWISE = {aten.sigmoid.default, aten.relu.default}  # make weights of scores where there is no softmax
+PRODUCT = {aten.bmm.default, aten.baddbmm.default}
 _OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Observation:
     ``rows`` is (B, H, K) float32 and ``values`` (B, H, K, D); both None when ``problem`` says why not.
     ``error`` is the largest relative difference between what the rows imply and what the model computed, ``mixed``
     marks attention that is not applied as the softmax gave it (talking heads, gated mixes): both stay on the device
-    until `settle`, so that reading does not make a GPU wait.
+    until `settle`, so that reading does not make a GPU wait. ``scope`` is the path of the module in which all of it
+    ran, and ``reading`` says which reading of an unknown operation this is.
     """
 
     op: str
@@ -63,6 +67,8 @@ class Observation:
     tolerance: float = 0.0
     mixed: Tensor | None = None
     problem: str | None = None
+    scope: str = ""
+    reading: Reading | None = None
 
     def regrouped(self, images: int, folding: Folding | None) -> Observation:
         """The same, read with batch and heads in another order; None leaves it as it is."""
@@ -78,13 +84,19 @@ class Observation:
         )
 
 
+RowKind = Literal["distribution", "weights", "signed"]
+"""Rows that sum to 1; that do not (heads scaled, weights dropped or added); that have negative entries."""
+KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What an observation's checks came to, as plain numbers."""
+    """What an observation's checks came to, as plain values."""
 
     finite: bool
     error: float  # NaN: not checked
     mixed: bool
+    kind: RowKind
 
 
 def settle(observations: Sequence[Observation]) -> list[Verdict]:
@@ -93,13 +105,16 @@ def settle(observations: Sequence[Observation]) -> list[Verdict]:
     for seen in observations:
         assert seen.rows is not None
         nothing = seen.rows.new_full((), math.nan)
-        mixed = seen.mixed if seen.mixed is not None else nothing
-        facts += [seen.rows.isfinite().all(), seen.error if seen.error is not None else nothing, mixed]
+        facts += [seen.rows.isfinite().all(), *(nothing if f is None else f for f in (seen.error, seen.mixed))]
+        explicit = seen.mixed is not None  # what a fused operation applies is a softmax
+        facts += [seen.rows.amin(), (seen.rows.sum(-1) - 1).abs().amax()] if explicit else [nothing, nothing]
     numbers = torch.stack([f.float() for f in facts]).tolist() if facts else []
-    return [
-        Verdict(finite == 1, error, mixed == 1)
-        for finite, error, mixed in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
-    ]
+    return [_verdict(*numbers[i : i + 5]) for i in range(0, len(numbers), 5)]
+
+
+def _verdict(finite: float, error: float, mixed: float, lowest: float, apart: float) -> Verdict:
+    kind: RowKind = "signed" if lowest < -1e-6 else "weights" if apart > 0.02 else "distribution"
+    return Verdict(finite == 1, error, mixed == 1, kind)
 
 
 def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
@@ -142,7 +157,9 @@ def _argument_names(func: Any) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def kind_of(func: Any) -> str:
-    """What an operation could be to attention: "fused", "softmax", "product", "convolution", "foreign", or nothing.
+    """What an operation could be to attention; nothing where it is none of these.
+
+    "fused", "softmax", "elementwise", "product", "convolution" or "foreign".
 
     Fused are PyTorch's own attention operations, all of which are (B, H, N, D). Foreign operations are from outside
     ATen, and may be somebody's attention kernel.
@@ -151,6 +168,8 @@ def kind_of(func: Any) -> str:
         return "foreign"
     if func in SOFTMAX:
         return "softmax"
+    if func in ELEMENTWISE:
+        return "elementwise"
     if func in PRODUCT:
         return "product"
     if func is aten.convolution.default:
@@ -195,20 +214,21 @@ def _guesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     """Every reading of an unknown operation: layouts times scales. Only one that passes the check counts."""
     unpacked, packed = _unknown_qkv(args), _packed_qkv(args)
     if unpacked is not None:
-        triples = [unpacked]
+        triples = {-1: unpacked}
     elif packed is not None:
-        splits = (packed.unbind(dim) for dim in range(4) if packed.shape[dim] == 3)
-        triples = [(q, k, v) for q, k, v in splits]
+        splits = ((dim, packed.unbind(dim)) for dim in range(4) if packed.shape[dim] == 3)
+        triples = {dim: (q, k, v) for dim, (q, k, v) in splits}
     else:
         return
-    triples += [(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) for q, k, v in triples]
     # The scale, if the operation was told one, is among its float arguments.
     told = [a for a in (*args, *kwargs.values()) if isinstance(a, float) and a > 0]
-    for q, k, v in triples:
+    for (dim, triple), swapped in itertools.product(triples.items(), (False, True)):
+        q, k, v = (t.transpose(1, 2) for t in triple) if swapped else triple
         scales = dict.fromkeys([1 / math.sqrt(q.shape[-1]), 1.0, *told])
         causal = (False, True) if q.shape[2] == k.shape[2] else (False,)
         for scale, is_causal, heads_first in itertools.product(scales, causal, (True, False)):
-            yield FusedCall(str(func), q, k, v, None, is_causal, scale, heads_first)
+            reading = (dim, swapped, scale, is_causal, heads_first)
+            yield FusedCall(str(func), q, k, v, None, is_causal, scale, heads_first, reading)
 
 
 def _problem(query: Query, queries: int, *tensors: Tensor) -> str | None:
@@ -241,7 +261,7 @@ def observe_fused(call: FusedCall, out: Any, query: Query, *, verify: bool) -> O
 
 def unknown_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[FusedCall]:
     """The readings under which an unknown operation's result has attention's size: none if it is something else."""
-    result = _first_tensor(out)
+    result = first_tensor(out)
     if result is None:
         return []
     return [
@@ -251,13 +271,49 @@ def unknown_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     ]
 
 
-def observe_unknown(calls: list[FusedCall], out: Any, query: Query) -> Observation:
-    """The reading that reproduces the operation's result best, whether or not that is well enough."""
-    seen = [observe_fused(call, _first_tensor(out), query, verify=True) for call in calls]
-    return min(seen, key=lambda s: math.inf if s.error is None or s.error.isnan() else float(s.error))
+def observe_unknown(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[FusedCall], out: Any, query: Query,
+    reading: Reading | None,
+) -> Observation:  # fmt: skip
+    """The given reading, else the one that explains best what the kernel makes of sharp made-up q, k and v."""
+    if reading is None:
+        reading = _best_reading(calls, out) if (asked := _ask_kernel(func, args, kwargs)) is None else asked
+    call = reading_of(calls, reading)
+    return replace(observe_fused(call, first_tensor(out), query, verify=True), reading=call.reading)
 
 
-def _first_tensor(out: Any) -> Tensor | None:
+def reading_of(calls: Sequence[FusedCall], reading: Reading | None) -> FusedCall:
+    """The call that is read so."""
+    return next((call for call in calls if call.reading == reading), calls[0])
+
+
+def _ask_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading | None:
+    """Near-uniform attention would agree with many readings, attention to single keys agrees with one."""
+    count = 1 if _unknown_qkv(args) is None else 3
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)][:count]
+    sharp = list(args)
+    for i in places:
+        noise = torch.randn(args[i].shape, generator=torch.Generator().manual_seed(i))
+        sharp[i] = torch.empty_like(args[i]).copy_(2 * noise)
+    try:
+        out = func(*sharp, **kwargs)
+    except Exception:  # a kernel may ask more of its tensors than their shapes; then its own have to tell
+        return None
+    return _best_reading(unknown_calls(func, tuple(sharp), kwargs, out), out)
+
+
+def _best_reading(calls: Sequence[FusedCall], out: Any) -> Reading | None:
+    def error(call: FusedCall) -> float:
+        seen = observe_fused(call, first_tensor(out), "mean", verify=True)
+        other = observe_fused(call, first_tensor(out), 0, verify=True)
+        errors = [float(s.error) for s in (seen, other) if s.error is not None]
+        return max(errors, default=math.inf)
+
+    return min(calls, key=error).reading if calls else None
+
+
+def first_tensor(out: Any) -> Tensor | None:
+    """The tensor itself, or the first one of a tuple."""
     return out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
 
 
@@ -266,22 +322,25 @@ def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)
 
 
-def explicit_call(softmaxes: list[Tensor], args: tuple[Any, ...]) -> ExplicitCall | None:
-    """The batched product as attention, when its left operand has the shape of a softmax before it."""
-    for left, right in (args[:2], (args[1].mT, args[0].mT)):  # einsum may put V first: (D, K) times (K, Q)
-        fitting = [s for s in softmaxes if s.shape[-2:] == left.shape[-2:] and s.numel() == left.numel()]
+def explicit_call(weights: Sequence[Tensor], args: tuple[Any, ...], images: int) -> ExplicitCall | None:
+    """The batched product as attention, when its left operand has the shape of softmaxed scores before it."""
+    for swapped, left, right in ((False, *args[:2]), (True, args[1].mT, args[0].mT)):  # einsum may put V first
+        fitting = [w for w in weights if w.shape[-2:] == left.shape[-2:] and _fits(w, left, images)]
         if fitting:
-            return ExplicitCall(fitting, left.reshape(fitting[-1].shape), right)
+            return ExplicitCall(fitting, left, right, swapped)
     return None
 
 
-def observe_explicit(call: ExplicitCall, images: int, query: Query) -> Observation:
-    """Rows of explicit attention, from the softmax and from the operand that really meets V.
+def _fits(weights: Tensor, left: Tensor, images: int) -> bool:
+    """As many heads, or fewer where some were pruned."""
+    heads, kept = (math.prod(t.shape[:-2]) for t in (weights, left))
+    return heads == kept or (kept < heads and kept % images == 0)
 
-    The row shown is the operand's when it is still a distribution (plain attention, or a mix of distributions),
-    else the softmax's; it is mixed when the operand is no softmax, and then there is no error to tell.
-    """
-    *lead, queries, keys = call.applied.shape
+
+def observe_explicit(call: ExplicitCall, out: Tensor, images: int, query: Query, *, verify: bool) -> Observation:
+    """Rows of the operand that meets V, whether or not it is a softmax; it is mixed where it is not the one before."""
+    lead = call.weights[-1].shape[:-2] if call.weights[-1].numel() == call.applied.numel() else call.applied.shape[:-2]
+    queries, keys = call.applied.shape[-2:]
     batch, heads = _batch_and_heads(lead, images)
     seen = Observation("softmax -> bmm", batch, heads, queries, keys)
     seen.problem = _problem(query, queries, call.applied, call.values)
@@ -289,15 +348,16 @@ def observe_explicit(call: ExplicitCall, images: int, query: Query) -> Observati
         return seen
     applied = _lead_rows(call.applied, query)
     limit = 8 * torch.finfo(call.applied.dtype).eps
-    softmaxes = [_lead_rows(s, query).reshape(applied.shape).to(applied.dtype) for s in call.softmaxes]
-    error = torch.stack([((applied - s).abs() / s.clamp_min(1 / keys)).max() for s in softmaxes]).min()
-    seen.mixed = ~(error <= limit)
-    distribution = ((applied.sum(-1) - 1).abs().max() <= 0.02) & (applied >= 0).all()
-    call.as_applied = distribution | ~seen.mixed
+    rows = [_lead_rows(w, query).reshape(applied.shape) for w in call.weights if w.numel() == call.applied.numel()]
+    apart = [((applied - w.to(applied.dtype)).abs() / w.clamp_min(1 / keys)).max() for w in rows]
+    seen.mixed = ~(torch.stack(apart).min() <= limit) if apart else applied.new_ones((), dtype=torch.bool)
     call.shape = (batch, heads, queries, keys)
-    seen.rows = torch.where(call.as_applied, applied, softmaxes[-1]).reshape(batch, heads, keys)
+    seen.rows = applied.reshape(batch, heads, keys)
     seen.values, seen.source = call.values.reshape(batch, heads, keys, -1), call
-    seen.error, seen.tolerance = error.masked_fill(seen.mixed, math.nan), limit
+    if verify:
+        result = _lead_rows(out.mT if call.swapped else out, query)
+        seen.error = relative_error(seen.rows, seen.values, result.reshape(batch, heads, -1))
+        seen.tolerance = tolerance(out.dtype, out.device)
     return seen
 
 

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from attn_monitor.discovery import Site
 from attn_monitor.observer import SiteKey
 from attn_monitor.running import is_sharded
-from attn_monitor.selection import cls_index
 from attn_monitor.sources import Query
 from attn_monitor.tokens import block_of
 
 
 @dataclass(frozen=True)
 class Block:
-    """The transformer block around a site, and where the patches and the CLS token stand in what enters it."""
+    """The transformer block around a site, and the order of the tokens that enter it."""
 
     module: nn.Module
-    patches: Tensor
-    cls: int | None
+    order: Tensor  # (T,): prefix first, CLS first of all, and patches row by row
+    num_prefix: int
+    has_cls: bool
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def make_plan(
     """Everything that can be known before the forward runs; ``tokens``: what enters the blocks is asked for too."""
     modules = dict(model.named_modules())
     readings = {
-        key: Reading(site, query, _order(site, device), _block(site, sites, modules, model, device) if tokens else None)
+        key: Reading(site, query, _order(site, device), _block(site, sites, modules, device) if tokens else None)
         for key, (site, query) in wanted.items()
     }
-    roots, paths = {path for path, _ in wanted}, {site.key[0] for site in sites}
+    roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
     # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
     return Plan(readings, watched, None if is_sharded(model) else next(reversed(readings)))
@@ -78,10 +78,12 @@ def _order(site: Site, device: torch.device) -> Tensor | None:
     return None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
 
 
-def _block(
-    site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], model: nn.Module, device: torch.device
-) -> Block | None:
+def _block(site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], device: torch.device) -> Block | None:
     path = block_of(site.key[0], {s.key[0] for s in sites}, modules)
-    if path is None or site.layout is None:
+    entering, layout = None if path is None else site.places.entries.get(path), site.layout
+    if path is None or entering is None or layout is None:
         return None
-    return Block(modules[path], torch.tensor(site.layout.patches, device=device), cls_index(site, model))
+    if (entering.grid, len(entering.prefix)) != (layout.grid, len(layout.prefix)):
+        return None  # its tokens are not those of the rows
+    order = torch.tensor(entering.order, device=device)
+    return Block(modules[path], order, len(entering.prefix), site.places.cls is not None and bool(entering.prefix))

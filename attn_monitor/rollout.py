@@ -52,7 +52,7 @@ def attention_rollout(
     recorder(images, each=keep)
     last, layout = sites[-1], sites[-1].layout
     assert layout is not None
-    token = resolve_query(last, query, model)
+    token = resolve_query(last, query)
     row = torch.zeros(len(images), last.keys, device=images.device)  # (B, T)
     row[:, slice(None) if token == "mean" else int(token)] = 1 / last.keys if token == "mean" else 1
     for source in reversed(sources):
@@ -77,6 +77,13 @@ def _check(site: Site, last: Site) -> None:
     if problem is None and site.mixed:
         problem = "mixes its heads after the softmax, so no matrix says where it reads from"
     if problem is None and (site.queries, site.keys, site.layout) != (last.keys, last.keys, last.layout):
-        problem = f"has {site.queries} queries and {site.keys} keys where the last layer has {last.keys} tokens"
+        problem = (
+            f"has {site.queries} queries and {site.keys} keys where the last layer has {last.keys} tokens, or has them "
+            "in another order"
+        )
+    if problem is None and site.layout is not None:
+        patches = dict(enumerate(site.layout.patches))
+        if {p: q for p, q in site.places.patch_queries.items() if p in patches} != patches:
+            problem = "has its queries in another order than its keys"
     if problem is not None:
         raise UnsupportedAttentionError(f"{where}: {problem}. Look at single layers with record_attention instead")

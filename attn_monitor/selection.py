@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-
-from torch import nn
 
 from attn_monitor.discovery import Site
 from attn_monitor.errors import AttentionError, LayerError, QueryError
@@ -25,34 +22,33 @@ def check_query(query: QuerySpec) -> QuerySpec:
     raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
 
 
-def select_sites(
-    sites: Sequence[Site], layers: Layers, query: QuerySpec, model: nn.Module
-) -> dict[SiteKey, tuple[Site, Query]]:
+def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
     if layers == "all":
-        return _every_layer(sites, query, model)
+        return _every_layer(sites, query)
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     selected = {}
     for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
         if site.refusal is not None:
             raise _with_alternatives(site.refusal, sites)
-        selected[site.key] = (site, resolve_query(site, query, model))
+        selected[site.key] = (site, resolve_query(site, query))
     return selected
 
 
-def _every_layer(sites: Sequence[Site], query: QuerySpec, model: nn.Module) -> dict[SiteKey, tuple[Site, Query]]:
+def _every_layer(sites: Sequence[Site], query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
     """All layers that have this query; the last layer's reason if there is none."""
     selected: dict[SiteKey, tuple[Site, Query]] = {}
     reason: AttentionError | None = None
     for site in sites:
+        if site.refusal is not None:
+            reason = site.refusal
+            continue
         try:
-            if site.refusal is not None:
-                raise site.refusal
-            selected[site.key] = (site, resolve_query(site, query, model))
+            selected[site.key] = (site, resolve_query(site, query))
         except AttentionError as error:
             reason = error
     if reason is not None and not selected:
-        raise reason
+        raise type(reason)(str(reason))  # a new one: a site's own would keep the model alive by its traceback
     return selected
 
 
@@ -76,50 +72,44 @@ def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
     return named
 
 
-def resolve_query(site: Site, query: QuerySpec, model: nn.Module) -> Query:
+def resolve_query(site: Site, query: QuerySpec) -> Query:
     """Token index of the query at this site, or "mean"."""
     assert site.layout is not None
-    where = f"layer {site.index} ({site.name})"
+    where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
+        if places.part:
+            raise QueryError(f"{where} has a part of the queries only, so there is no mean over all of them here")
         return "mean"
-    if site.queries == 1:
-        if query in ("cls", 0):
-            return 0
-        raise QueryError(f'{where} has a single query token, so query={query!r} does not exist there; use query="cls"')
     if isinstance(query, int):
         if query < site.queries:
             return query
         raise QueryError(f"query={query}: {where} has tokens 0 to {site.queries - 1}")
     if isinstance(query, tuple):
-        (row, col), (gh, gw) = query, site.layout.grid
-        if 0 <= row < gh and 0 <= col < gw:
-            return site.layout.patches[row * gw + col]
+        return _patch_query(site, query, where)
+    if places.cls is not None:
+        return places.cls
+    raise QueryError(_no_cls(site, where))
+
+
+def _patch_query(site: Site, query: tuple[int, int], where: str) -> int:
+    assert site.layout is not None
+    (row, col), (gh, gw) = query, site.layout.grid
+    if not (0 <= row < gh and 0 <= col < gw):
         raise QueryError(f"query=({row}, {col}): {where} has a grid of {gh} rows and {gw} columns of patches")
-    return _cls_index(site, site.layout.prefix, where, model)
-
-
-def cls_index(site: Site, model: nn.Module) -> int | None:
-    """Which token of a layer's sequence is CLS; None where there is none, or nothing tells."""
-    if site.layout is None or site.queries == 1:
-        return None
-    try:
-        return _cls_index(site, site.layout.prefix, "", model)
-    except QueryError:
-        return None
-
-
-def _cls_index(site: Site, prefix: tuple[int, ...], where: str, model: nn.Module) -> int:
-    if not prefix:
+    index = site.places.patch_queries.get(row * gw + col)
+    if index is None:
+        what = "a single query token" if site.queries == 1 else f"{site.queries} queries"
         raise QueryError(
-            f'{where} has {site.keys} tokens, all of them patches, so there is no CLS token. Use query="mean": the '
-            "attention each patch receives, averaged over all queries"
+            f'{where} has {what}, none of which is known to be patch ({row}, {col}); use query="mean" or a token index'
         )
-    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
-    has_cls = any(re.search(r"cls|class", n) for n in names)
-    has_registers = any(re.search(r"reg_|register|storage", n) for n in names)
-    if (has_cls or (len(prefix) == 1 and not has_registers)) and (prefix[0] == 0 or len(prefix) == 1):
-        return prefix[0]
-    raise QueryError(
-        f"{where} has {len(prefix)} tokens that are not patches, at {list(prefix)}, and nothing tells which is the CLS "
-        'token (registers are not). Choose one by its index, query=<index>, or use query="mean"'
-    )
+    return index
+
+
+def _no_cls(site: Site, where: str) -> str:
+    if not site.places.no_cls:
+        what = f"{site.keys} tokens, all of them patches" if site.queries > 1 else "a single query, which is a patch"
+        return (
+            f'{where} has {what}, so there is no CLS token. Use query="mean": the attention each patch receives, '
+            "averaged over all queries"
+        )
+    return f'{where}: {site.places.no_cls}. Choose one by its index, query=<index>, or use query="mean"'

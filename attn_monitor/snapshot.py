@@ -23,6 +23,7 @@ from attn_monitor.fields import Fields
 from attn_monitor.health import HealthFlag
 from attn_monitor.metrics import metric_tag
 from attn_monitor.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+from attn_monitor.operations import KINDS
 
 OPTIONAL = ("norms", "cosine", "distance")  # of a `LayerAttention`
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
@@ -117,9 +118,11 @@ class AttentionSnapshot:
                     "num_prefix": a.num_prefix,
                     "grid": list(a.grid),
                     "mixed": a.mixed,
+                    "kind": a.kind,
+                    "places": a.places,
                     "verified_error": _finite(a.verified_error),
                     "heads": a.rows.shape[1],
-                    **_facts(arrays[f"rows/{role}/{layer}"].float(), a.mixed),
+                    **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
                 }
                 for (role, layer), a in self.layers.items()
             ],
@@ -163,7 +166,12 @@ def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take)
     rows, shapes["distance"] = rows.float(), rows.shape[:2]
     optional = {name: take(f"{name}/{role}/{index}", ("float32",), shapes[name]) for name in OPTIONAL}
     name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
-    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, **optional)
+    told = entry.text("kind", default="weights" if mixed else "distribution")
+    kind = next((k for k in KINDS if k == told), None)
+    if kind is None:
+        raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
+    places = entry.text("places", default="")
+    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, places, **optional)
     _check_rows(entry, attention, metrics)
     return attention
 
@@ -171,25 +179,25 @@ def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take)
 def _check_rows(entry: Fields, attention: LayerAttention, metrics: Mapping[str, float]) -> None:
     """Refuse rows that are not what the header and the metrics made from them say."""
     where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
-    facts = _facts(attention.rows, attention.mixed)
+    facts = _facts(attention.rows, attention.kind)
     prefix = metric_tag(entry.text("role"), attention.layer, "")
     of_layer = {tag.removeprefix(prefix): value for tag, value in metrics.items() if tag.startswith(prefix)}
     # Files of the first stage do not say whether rows hold NaN. Then the entropy is NaN too.
     told = entry.truth("finite", default=math.isfinite(of_layer.get("entropy", math.nan)))
     if told and not facts["finite"]:
         raise ArchiveError(f"{where} hold NaN or infinity, and the header does not say so")
-    if entry.truth("distribution", default=not attention.mixed) and not facts["distribution"]:
+    if entry.truth("distribution", default=attention.kind == "distribution") and not facts["distribution"]:
         raise ArchiveError(f"{where} are not distributions: expected shares of at least 0 that sum to 1")
     found, measured = attention.rows[..., : attention.num_prefix].sum(-1).mean(), of_layer.get("prefix_mass", math.nan)
     if not attention.mixed and abs(measured - found) > PRECISION:
         raise ArchiveError(f"{where}: num_prefix={attention.num_prefix} does not fit prefix_mass={measured:.3g}")
 
 
-def _facts(rows: Tensor, mixed: bool) -> dict[str, bool]:
+def _facts(rows: Tensor, kind: str) -> dict[str, bool]:
     """What a file says of its rows in the header, so that nothing else is taken for it."""
     finite = rows.isfinite().all(-1)
     shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
-    return {"finite": bool(finite.all()), "distribution": not mixed and bool((shares | ~finite).all())}
+    return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
 
 
 def _metrics(stored: Fields) -> dict[str, float]:

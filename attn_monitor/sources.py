@@ -20,6 +20,9 @@ Query = int | str
 Folding = Literal["batch first", "heads first"]
 """How (B·H, …) or (H·B, …) is to be read."""
 
+Reading = tuple[int, bool, float, bool, bool]
+"""Which reading of an unknown operation: dimension of packed qkv, tokens before heads, scale, causal, heads first."""
+
 _CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
 
 
@@ -63,6 +66,7 @@ class FusedCall:
     causal: bool = False
     scale: float | None = None
     heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
+    reading: Reading | None = None  # of an operation that nobody listed
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""
@@ -105,13 +109,13 @@ class FusedCall:
 
 @dataclass
 class ExplicitCall:
-    """Softmaxes over (..., Q, K), and what met V as the left operand of a batched product."""
+    """What met V as the left operand of a batched product, and the softmaxes (..., Q, K) that it may be."""
 
-    softmaxes: list[Tensor]  # since the product before; the last one is the most likely
-    applied: Tensor  # (..., Q, K)
+    weights: list[Tensor]  # since the product before; the last one is the most likely
+    applied: Tensor  # (L, Q, K)
     values: Tensor  # (L, K, D)
+    swapped: bool = False  # the product was (D, K) times (K, Q)
     shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
-    as_applied: Tensor | None = None  # 0-d bool: show the operand, else the softmax before it was mixed
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""
@@ -124,10 +128,7 @@ class ExplicitCall:
 
     def _part(self, queries: slice) -> Tensor:
         batch, heads, _, keys = self.shape
-        applied = widen(self.applied[..., queries, :])
-        softmax = widen(self.softmaxes[-1][..., queries, :]).expand_as(applied).to(applied.dtype)
-        part = applied if self.as_applied is None else torch.where(self.as_applied, applied, softmax)
-        return part.reshape(batch, heads, -1, keys)
+        return widen(self.applied[..., queries, :]).reshape(batch, heads, -1, keys)
 
 
 def regroup(x: Tensor, images: int, folding: Folding) -> Tensor:

@@ -18,7 +18,7 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of one layer's input: ``norms`` (B, T) in the order of the sequence, ``cosine`` (B,) or None without CLS."""
+    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS."""
 
     norms: Tensor
     cosine: Tensor | None
@@ -57,27 +57,32 @@ def _callable_below(item: str, path: str, modules: dict[str, nn.Module]) -> str 
 
 
 def watch_tokens(
-    stack: ExitStack, block: nn.Module, shape: tuple[int, int], patches: Tensor, cls: int | None,
+    stack: ExitStack, block: nn.Module, batch: int, order: Tensor, num_prefix: int, has_cls: bool,
     report: Callable[[TokenStatistics], object],
 ) -> None:  # fmt: skip
-    """Report the statistics of what enters a block as (B, T, C), or (T, B, C), tokens; nothing where there are none."""
+    """Report the statistics of what enters a block as (B, T, C), or (T, B, C), tokens; nothing where there are none.
+
+    ``order`` (T,) puts the prefix first, and CLS first of all.
+    """
+    shape = (batch, len(order))
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for x in (*args, *kwargs.values()):
             if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):
                 continue
             batch_first = x.shape[:2] == shape
-            report(_statistics(x if batch_first else x.transpose(0, 1), patches, cls))
+            report(_statistics(x if batch_first else x.transpose(0, 1), order, num_prefix, has_cls))
             return
 
     stack.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 @full_precision()  # what a hook computes in is the model's affair
-def _statistics(x: Tensor, patches: Tensor, cls: int | None) -> TokenStatistics:
+def _statistics(x: Tensor, order: Tensor, num_prefix: int, has_cls: bool) -> TokenStatistics:
     norms: Tensor = torch.linalg.vector_norm(widen(x), dim=-1)
-    if cls is None:
-        return TokenStatistics(norms, None)
-    products = (widen(x) @ widen(x[:, cls, :, None]))[..., 0]  # (B, T)
-    cosines = products / (norms * norms[:, cls, None]).clamp_min(1e-8)
-    return TokenStatistics(norms, cosines[:, patches].mean(-1))
+    if not has_cls:
+        return TokenStatistics(norms[:, order], None)
+    cls = order[:1]
+    products = (widen(x) @ widen(x[:, cls]).mT)[..., 0]  # (B, T)
+    cosines = products / (norms * norms[:, cls]).clamp_min(1e-8)
+    return TokenStatistics(norms[:, order], cosines[:, order[num_prefix:]].mean(-1))

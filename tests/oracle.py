@@ -1,15 +1,19 @@
 """Attention matrices of a model in float64, by means that have nothing to do with PyTorch's dispatcher.
 
 Python names are replaced while the model runs: `scaled_dot_product_attention` by a plain computation, `softmax` by one
-that keeps its result. Only what a Python call gives is seen here; only what the dispatcher is asked for is seen there.
+that keeps its result, products by ones that keep what a softmax was made into before it met V. Only what a Python call
+gives is seen here; only what the dispatcher is asked for is seen there.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -43,6 +47,16 @@ def plain_attention(
 
 @contextmanager
 def _recording(matrices: list[Tensor]) -> Iterator[None]:
+    waiting: list[Tensor] = []  # a softmax that has not met its V; what does so takes its place
+
+    def product(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        left, right = [*(a for a in args if isinstance(a, Tensor)), None, None][:2]
+        meets_values = right is not None and right.ndim >= 3 and left.shape[-1] == right.shape[-2]  # else it is mixed
+        if waiting and meets_values and left.shape[-2:] == waiting[0].shape[-2:]:
+            matrices[-1] = left
+            waiting.clear()
+        return original(*args, **kwargs)
+
     def sdpa(*args: Any, **kwargs: Any) -> Tensor:
         out, matrix = plain_attention(*args, **kwargs)
         matrices.append(matrix)
@@ -52,20 +66,39 @@ def _recording(matrices: list[Tensor]) -> Iterator[None]:
         out = _softmax(x, dim)
         if x.ndim >= 3 and dim in (-1, x.ndim - 1):
             matrices.append(out)
+            waiting[:] = [out]
         return out
 
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    loaded = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
+    by_name = [m for m in loaded if vars(m).get("einsum") is torch.einsum and m is not torch]
     try:
-        with (
-            mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa),
-            mock.patch("torch.nn.functional.softmax", softmax),
-            mock.patch("torch.softmax", softmax),
-            mock.patch.object(torch.Tensor, "softmax", softmax),
-        ):
+        with ExitStack() as stack:
+            for module in by_name:  # `from torch import einsum`
+                stack.enter_context(mock.patch.object(module, "einsum", partial(product, torch.einsum)))
+            stack.enter_context(_replaced(sdpa, softmax, product))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _replaced(sdpa: Any, softmax: Any, product: Any) -> Iterator[None]:
+    with (
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa),
+        mock.patch("torch.nn.functional.softmax", softmax),
+        mock.patch("torch.softmax", softmax),
+        mock.patch.object(torch.Tensor, "softmax", softmax),
+        mock.patch("torch.einsum", partial(product, torch.einsum)),
+        mock.patch("torch.matmul", partial(product, torch.matmul)),
+        mock.patch.object(torch.Tensor, "__matmul__", _method(product, torch.Tensor.__matmul__)),
+    ):
+        yield
+
+
+def _method(product: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: product(original, self, other)
 
 
 def attention_matrices(

@@ -153,12 +153,12 @@ def test_memory_is_linear_in_tokens(arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "explicit"])
 def test_an_unverified_recording_never_makes_the_host_wait(fused: bool) -> None:
-    recorder = AttentionRecorder(vit(fused=fused), layers="all", query="mean")
-    recorder(IMAGES)  # the first one is verified
+    recorder = AttentionRecorder(vit(fused=fused), layers="all", query="mean", verify="first")
+    recorder(IMAGES)
     with Watch() as watch:
         seen = recorder(IMAGES)
     assert watch.waits == 0
-    assert [math.isnan(a.verified_error) for a in seen] == [fused, fused], "explicit rows are checked for nothing"
+    assert all(math.isnan(a.verified_error) for a in seen)
 
 
 def test_the_forward_is_left_after_the_last_wanted_layer() -> None:
@@ -173,9 +173,9 @@ def test_the_forward_is_left_after_the_last_wanted_layer() -> None:
     assert not [n for n in ran if n.startswith(("blocks.2", "blocks.3")) or n in ("norm", "head")]
 
 
-def test_verification_happens_first_and_after_changes() -> None:
+def test_verification_happens_always_or_first_and_after_changes() -> None:
     model = vit(dynamic_img_size=True)
-    recorder, always, never = (AttentionRecorder(model, verify=v) for v in (True, "always", False))
+    recorder, always, never = (AttentionRecorder(model, verify=v) for v in ("first", True, False))
 
     def checked(r: AttentionRecorder, images: Tensor) -> bool:
         return not math.isnan(r(images)[0].verified_error)
@@ -234,4 +234,5 @@ def test_talking_heads_keep_their_mark_in_every_recording() -> None:
     for _ in range(2):
         (attention,) = recorder(IMAGES[..., :32])
         assert attention.mixed
-        assert torch.allclose(attention.rows.sum(-1), torch.ones(2, 4))
+        assert attention.kind == "signed"
+        assert not torch.allclose(attention.rows.sum(-1), torch.ones(2, 4), atol=0.1)

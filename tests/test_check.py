@@ -32,18 +32,18 @@ def test_check_looks_at_every_role(capsys: pytest.CaptureFixture[str]) -> None:
             for word in (
                 f"{index} blocks.{index}.attn",
                 "flash_attention",
-                "4 heads, grid 4 × 6 (proven) + 1 prefix, error ",
+                "4 heads, grid 4 × 6 (places exact) + 1 prefix, error ",
             ):
                 assert word in line
         assert "layer 1, query='cls': costs" in lines[3]
         assert 0.1 < float(lines[3].split("costs ")[1].split()[0]) < 20
 
 
-def test_check_tells_mixed_and_assumed_layers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tells_mixed_layers_and_how_places_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     cli.check("tests.test_check:cait", size=32)
     printed = capsys.readouterr().out
-    assert "4 heads, grid 4 × 4 (proven) + 0 prefix, mixed after the softmax" in printed
-    assert "4 heads, grid 4 × 4 (assumed row by row) + 1 prefix, error" in printed
+    assert "4 heads, grid 4 × 4 (places exact) + 0 prefix, mixed after the softmax" in printed
+    assert "4 heads, grid 4 × 4 (places exact) + 1 prefix, error" in printed
 
 
 def test_check_goes_on_after_a_refused_layer(capsys: pytest.CaptureFixture[str]) -> None:

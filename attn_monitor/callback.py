@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
-from attn_monitor import distributed, drawing, run, sinks
+from attn_monitor import distributed, drawing, run, sinks, telling
 from attn_monitor.adoption import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
-from attn_monitor.backbone import resolve_targets
+from attn_monitor.backbone import find_backbones, resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
 from attn_monitor.claim import Claim, claim_again, claim_free
@@ -146,7 +146,7 @@ class AttentionMapCallback(pl.Callback):
         self._patience = Patience()
         self._resumed = False
         self._suffix = self._choose_suffix(trainer)
-        self._blocked, self._taken, self._started = 0.0, 0, time.perf_counter()
+        self._looked, self._blocked, self._taken, self._started = 0.0, 0.0, 0, time.perf_counter()
         self._shared = trainer.world_size > 1
         if self.monitor is not None:
             self.monitor.distributed = self._shared
@@ -156,7 +156,7 @@ class AttentionMapCallback(pl.Callback):
         if not _configures_late(pl_module):
             self._attempt(lambda: resolve_targets(pl_module, self.targets))
         if not trainer.loggers:
-            rank_zero_warn(
+            _warn(
                 "AttentionMapCallback: this trainer has no logger, so attention is only written to the archive "
                 f"and as pictures, in {trainer.default_root_dir}. Pass logger=TensorBoardLogger(...) to watch it"
             )
@@ -172,7 +172,7 @@ class AttentionMapCallback(pl.Callback):
                     self.monitor.check(models)
 
         self._attempt(look)
-        self._blocked += time.perf_counter() - started
+        self._looked += time.perf_counter() - started
 
     def on_validation_batch_start(
         self,
@@ -202,7 +202,9 @@ class AttentionMapCallback(pl.Callback):
         if not self._from_first(trainer, lambda: self._goes_on(run.steps_done(trainer), run_folder)):
             self._start_afresh()
         self._run_folder = run_folder
+        started = time.perf_counter()
         self._find_probe(trainer, pl_module)
+        self._looked += time.perf_counter() - started
         folder = None
         if not getattr(trainer, "fast_dev_run", False):
             folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
@@ -307,7 +309,7 @@ class AttentionMapCallback(pl.Callback):
         self._resumed = True
         if given is not None and not given.shows_the_same_as(self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
-            rank_zero_warn(
+            _warn(
                 f"AttentionMapCallback: the probe images of the checkpoint are shown ({names}) and not those of the "
                 "probe argument, so that maps can be compared over the whole run"
             )
@@ -318,7 +320,7 @@ class AttentionMapCallback(pl.Callback):
         """Say so when the checkpoint comes from a callback with other arguments, whose state cannot be used."""
         others = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__)]
         if others and self.state_key not in others:
-            rank_zero_warn(
+            _warn(
                 f"AttentionMapCallback: the checkpoint was made with {', '.join(others)}, and this callback is "
                 f"{self.state_key}. It starts afresh: new probe images, and film strips from here on"
             )
@@ -361,7 +363,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _step_aside(self, error: Exception) -> None:
         if not self._stepped_aside:
-            rank_zero_warn(f"AttentionMapCallback: attention is not watched in this run. {str(error).rstrip('.')}")
+            _warn(f"AttentionMapCallback: attention is not watched in this run. {str(error).rstrip('.')}")
         self._stepped_aside = True
 
     def _from_first(self, trainer: pl.Trainer, action: Callable[[], Result]) -> Result:
@@ -439,7 +441,7 @@ class AttentionMapCallback(pl.Callback):
         def tidy() -> None:
             remove_unfinished(folder)
             if told := run.set_aside(folder, step):
-                rank_zero_warn(f"AttentionMapCallback: {told}")
+                _warn(f"AttentionMapCallback: {told}")
 
         self._failures.attempt("tidying the archive", tidy)
 
@@ -479,13 +481,41 @@ class AttentionMapCallback(pl.Callback):
         assert self.monitor is not None
         models = resolve_targets(pl_module, self.targets)  # each time: modules may have been replaced
         with trainer.precision_plugin.forward_context():
+            if not self._taken:
+                self._look(lambda monitor: monitor.check(models))
+            started = time.perf_counter()
             snapshot = self.monitor.snapshot(models, step=step, epoch=trainer.current_epoch)
         self._taken += 1
+        if self._taken == 1:
+            self._tell_what_was_found(trainer, pl_module, time.perf_counter() - started)
         means = {renamed(k, self._suffix): torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)}
         trainer.callback_metrics.update(means)
         if self._publisher is not None:
             layers = self.monitor.shown_layers(snapshot)
             self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+
+    def _look(self, action: Callable[[AttentionMonitor], object]) -> None:
+        """What happens once a run, whose time is told apart from that of snapshots."""
+        started = time.perf_counter()
+        assert self.monitor is not None
+        action(self.monitor)
+        self._looked += time.perf_counter() - started
+        self._blocked -= time.perf_counter() - started
+
+    def _tell_what_was_found(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float) -> None:
+        if self._publisher is None or self.monitor is None:
+            return
+        text = telling.found_text(
+            self.monitor.found(),
+            self.targets or find_backbones(pl_module),
+            self.monitor.probe,
+            schedule=str(self.schedule),
+            seconds=seconds,
+            count=self.schedule.count(run.total_steps(trainer)),
+            folder=self._publisher.folder,
+        )
+        rank_zero_info(f"AttentionMapCallback: {text}")
+        self._publisher.settings = f"{text}\n\n{self._publisher.settings}"
 
     def _settings(self) -> str:
         """Markdown that records how this run is watched."""
@@ -500,7 +530,7 @@ class AttentionMapCallback(pl.Callback):
             "every_n_epochs": self.schedule.every_n_epochs,
             "verify": self.verify,
         }
-        return "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
+        return telling.settings_text([*settings.items()])
 
     def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
         """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""
@@ -510,22 +540,24 @@ class AttentionMapCallback(pl.Callback):
 
     def _report_failures(self, *, reraise: bool = True) -> None:
         self._failures.report(
-            lambda text: rank_zero_warn(f"AttentionMapCallback: {text}"), reraise=reraise and self.on_error == "raise"
+            lambda text: _warn(f"AttentionMapCallback: {text}"), reraise=reraise and self.on_error == "raise"
         )
 
     def _report_cost(self, publisher: Publisher, waited: float) -> None:
         wall = time.perf_counter() - self._started
-        rank_zero_info(
-            f"AttentionMapCallback: {self._taken} snapshots, {self._blocked:.1f} s on the training thread "
-            f"({self._blocked / max(wall, 1e-9):.1%} of {wall:.0f} s), {waited:.1f} s waiting at the end, "
-            f"{publisher.seconds:.1f} s behind training"
-            + (f"; archive in {publisher.folder}" if publisher.folder is not None else "")
-        )
+        text = telling.cost_text(self._taken, self._looked, self._blocked, wall, waited, publisher.seconds)
+        where = f"; archive in {publisher.folder}" if publisher.folder is not None else ""
+        rank_zero_info(f"AttentionMapCallback: {text}{where}")
         flags = self.monitor.health.flags if self.monitor is not None else []
         rank_zero_info(
             f"AttentionMapCallback: {len(flags) or 'no'} health flag{'' if len(flags) == 1 else 's'} raised"
             + "".join(f"\n  {flag}" for flag in flags)
         )
+
+
+@rank_zero_only
+def _warn(text: str) -> None:
+    telling.warn(text)
 
 
 def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:

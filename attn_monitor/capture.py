@@ -31,7 +31,7 @@ from attn_monitor.isolation import all_modules, model_device_dtype
 from attn_monitor.masking import WAYS, Way
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, RowKind, Verdict, settle
-from attn_monitor.plan import Plan, Reading, make_plan
+from attn_monitor.plan import Found, Plan, Reading, make_plan
 from attn_monitor.running import Forward, check_materialised, is_sharded, run_forward
 from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
 from attn_monitor.tokens import TokenStatistics, watch_tokens
@@ -58,6 +58,7 @@ class LayerAttention:
     ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
     relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
     is known which key is which patch: "exact", "exact but masked" or "centres", see `TokenLayout`.
+    ``model`` is the name of the model's class, ``query`` the query that was read.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
@@ -76,6 +77,8 @@ class LayerAttention:
     distance: Tensor | None = None
     norms: Tensor | None = None
     cosine: Tensor | None = None
+    model: str = ""
+    query: str = ""
 
     @property
     def maps(self) -> Tensor:
@@ -164,6 +167,15 @@ class AttentionRecorder:
         """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
         query = "it has no CLS token, so maps show the attention that patches receive (query='mean')"
         return tuple(note for note in (self._way.said, query if self._query != self.query else "") if note)
+
+    def found(self) -> Found:
+        """What the latest look has found, in the layers that are wanted."""
+        sites = [reading.site for reading in self._planned().readings.values()]
+        layout = sites[-1].layout
+        assert layout is not None
+        layers = tuple(site.index for site in sites)
+        name = type(self.model).__name__
+        return Found(name, layers, len(self._sites), sites[-1].heads, layout.grid, self.notes)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
@@ -321,6 +333,8 @@ class AttentionRecorder:
             distance=None if verdict.kind == "signed" else distance,
             norms=None if tokens is None else tokens.norms.float(),
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
+            model=type(self.model).__name__,
+            query=str(self._query),
         )
 
 

@@ -189,10 +189,17 @@ def put(
         x += advance + _word(" ", size)[1]
 
 
-def write(canvas: Image.Image, at: tuple[float, float], text: str, width: float, largest: int = 13) -> None:
+def write(
+    canvas: Image.Image,
+    at: tuple[float, float],
+    text: str,
+    width: float,
+    largest: int = 13,
+    colour: tuple[int, int, int] = TEXT,
+) -> None:
     """A line of text in the largest size that fits the width."""
     size = next((s for s in range(largest, 8, -1) if text_width(text, s) <= width), 8)
-    put(canvas, at, text, TEXT, size)
+    put(canvas, at, text, colour, size)
 
 
 def blank(width: int, height: int) -> Pixels:

@@ -21,9 +21,10 @@ class HealthLimits:
     """When a flag is raised.
 
     ``low_entropy`` and ``high_entropy``: a head beyond these in ``snapshots`` snapshots in a row, after it had left
-    its first value. That a near-uniform head is dead is a rule of thumb of this package; low entropy goes with
-    instability, see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention
-    on patches, on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
+    its first value, and above the high one for at least ``steps`` optimizer steps, as snapshots may follow one another
+    quickly. That a near-uniform head is dead is a rule of thumb of this package; low entropy goes with instability,
+    see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention on patches,
+    on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
     before, where that was ``divergence_floor`` already: student and teacher start as equals, and part quickly while
     the learning rate warms up. NaN or infinity always raises a flag.
     """
@@ -31,6 +32,7 @@ class HealthLimits:
     low_entropy: float = 0.05
     high_entropy: float = 0.995
     snapshots: int = 3
+    steps: int = 5
     peak: float = 0.25
     divergence_growth: float = 10.0
     divergence_floor: float = 0.02
@@ -41,6 +43,8 @@ class HealthLimits:
                 f"health: low_entropy={self.low_entropy}, high_entropy={self.high_entropy}; expected "
                 "0 <= low_entropy < high_entropy <= 1"
             )
+        if self.steps < 0:
+            raise ValueError(f"health: steps={self.steps}; expected at least 0")
         if self.snapshots < 1 or not 0 < self.peak <= 1 or self.divergence_growth <= 1:
             raise ValueError(
                 f"health: snapshots={self.snapshots}, peak={self.peak}, divergence_growth={self.divergence_growth}; "
@@ -83,6 +87,7 @@ class _Layer:
     left: list[bool] = field(default_factory=list)
     low: list[int] = field(default_factory=list)  # snapshots in a row
     high: list[int] = field(default_factory=list)
+    since: list[int] = field(default_factory=list)  # step of the last snapshot that was not high
     divergence: float = 0.0
 
 
@@ -101,7 +106,7 @@ class Health:
         found = []
         for (role, index), attention in layers.items():
             layer = self._layers.setdefault(f"{role}/{index}", _Layer())
-            for kind, heads, value, text in self._findings(layer, attention, measured[role, index]):
+            for kind, heads, value, text in self._findings(layer, step, attention, measured[role, index]):
                 known = value if math.isfinite(value) else None
                 found.append(HealthFlag(kind, role, index, tuple(heads), step, known, text))
         return self.add(found)
@@ -126,29 +131,32 @@ class Health:
         self._layers = {key: _Layer(**layer) for key, layer in state["layers"].items()}
 
     def _findings(
-        self, layer: _Layer, attention: LayerAttention, values: Mapping[str, Tensor]
+        self, layer: _Layer, step: int, attention: LayerAttention, values: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Sequence[int], float, str]]:
         """(kind, heads, worst value, text) of everything that is beyond a limit now."""
         broken = (~attention.rows.isfinite()).any(-1).any(0)  # (H,)
         if broken.any():
             yield "nan", _heads(broken), math.nan, "attention holds NaN or infinity; its maps are shown as missing"
         if "entropy" in values:
-            yield from self._entropy(layer, values["entropy"].mean(0))
+            yield from self._entropy(layer, step, values["entropy"].mean(0))
         if "peak" in values:
             yield from self._peak(values["peak"], attention.grid[0] * attention.grid[1])
         if "student_teacher_divergence" in values:
             yield from self._divergence(layer, float(values["student_teacher_divergence"].mean()))
 
-    def _entropy(self, layer: _Layer, entropy: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
+    def _entropy(self, layer: _Layer, step: int, entropy: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
         limits, now = self.limits, entropy.tolist()
         if len(layer.start) != len(now):
             layer.start, layer.left = now, [False] * len(now)
-            layer.low, layer.high = [0] * len(now), [0] * len(now)
+            layer.low, layer.high, layer.since = [0] * len(now), [0] * len(now), [step] * len(now)
+        layer.since = layer.since or [step] * len(now)  # state of an older version has none
         for head, value in enumerate(now):
             layer.left[head] |= abs(value - layer.start[head]) > LEFT
             layer.low[head] = layer.low[head] + 1 if layer.left[head] and value < limits.low_entropy else 0
             layer.high[head] = layer.high[head] + 1 if layer.left[head] and value > limits.high_entropy else 0
+            layer.since[head] = layer.since[head] if layer.high[head] else step
         low, high = (torch.tensor(n) >= limits.snapshots for n in (layer.low, layer.high))
+        high &= step - torch.tensor(layer.since) >= limits.steps
         for_long = f"for {limits.snapshots} snapshots"
         if low.any():
             worst = float(entropy[low].min())

@@ -15,6 +15,7 @@ from attn_monitor.drawing import thin
 from attn_monitor.health import Health, HealthLimits
 from attn_monitor.masking import Way
 from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
+from attn_monitor.plan import Found
 from attn_monitor.probe import ProbeBatch
 from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot
 
@@ -68,6 +69,10 @@ class AttentionMonitor:
                 self._recorder(role, model).check(self.probe.images[:1])
 
         self._together(look)
+
+    def found(self) -> dict[str, Found]:
+        """What the latest look has found, by role."""
+        return {role: recorder.found() for role, recorder in self._recorders.items()}
 
     def snapshot(self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""

@@ -87,3 +87,20 @@ def _block(site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], dev
         return None  # its tokens are not those of the rows
     order = torch.tensor(entering.order, device=device)
     return Block(modules[path], order, len(entering.prefix), site.places.cls is not None and bool(entering.prefix))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a first look has found in one model."""
+
+    model: str  # name of its class
+    layers: tuple[int, ...]
+    of: int  # how many layers there are
+    heads: int
+    grid: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
+        which = f"all {self.of} layers" if 1 < len(self.layers) == self.of else f"{many} of 0 to {self.of - 1}"
+        return f"{self.model}, {which}, {self.heads} heads, grid {self.grid[0]} × {self.grid[1]}"

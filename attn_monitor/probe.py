@@ -161,7 +161,9 @@ class ProbeBatch:
         if broken:
             raise ProbeError(f"{what}: cannot read {'; '.join(broken)}. Remove or replace these files")
         truth = None if masks is None else _read_masks(masks, files, (height, width))
-        return cls(torch.stack(tensors), mean=mean, std=std, masks=truth, names=[f.stem for f in files])
+        several = len({file.parent for file in files}) > 1  # class folders
+        names = [f"{file.parent.name}-{file.stem}" if several else file.stem for file in files]
+        return cls(torch.stack(tensors), mean=mean, std=std, masks=truth, names=names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Store for offline drawing and for resuming; 8-bit when that loses nothing."""

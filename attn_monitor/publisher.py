@@ -284,7 +284,7 @@ def _overlays(
     """Mass masks of every head of the last role, for the first few images, to be switched on and off."""
     role = snapshot.roles[-1]
     maps = snapshot.maps(role, layer)
-    masks = F.mass_mask(maps.flatten(-2), threshold).unflatten(-1, maps.shape[-2:])
+    masks = render.shown_masks(maps, threshold)
     overlays = []
     for image, photo in enumerate(probe.pixels[:images]):
         enlarged = torch.nn.functional.interpolate(masks[image][None].float(), photo.shape[:2]).numpy()[0]

@@ -24,6 +24,9 @@ PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side
 TIMELAPSE_CELL = 128
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
 HEADER = 4 * GAP
+UNIFORM = 0.995
+"""Entropy above which attention is practically uniform, and written as 1.00: which patches are largest is noise."""
+_QUERIES = {"mean": "what patches receive"}
 
 
 def panel(
@@ -39,7 +42,7 @@ def panel(
     """One probe image at one step: for each role the original, the head mean and every head, (height, width, 3).
 
     ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
-    the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask.
+    the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask, "uniform" where there is none.
     """
     rows: list[tuple[str, list[tuple[str, Pixels]]]] = []
     known: dict[tuple[tuple[int, int], int], Cells] = {}  # roles mostly share one: the photograph is resized once
@@ -53,11 +56,13 @@ def panel(
         if key not in known:
             known[key] = Cells(photo, attention.grid, style, key[1], truth)
         cells = known[key]
-        pictures = cells.draw(maps.numpy(), _masks(maps, style.threshold))
+        pictures = cells.draw(maps.numpy(), shown_masks(maps, style.threshold).numpy())
         flat = maps.flatten(-2)
         figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)
         captions = [caption, *(_caption(*f) for f in figures)]
-        title = f"{role} · layer {attention.layer} ({attention.name})"
+        model = f" {attention.model}" if attention.model else ""
+        title = f"{role}{model} · layer {attention.layer} ({attention.name})"
+        title += "" if attention.query in ("", "cls") else f" · {_QUERIES.get(attention.query, attention.query)}"
         title += " · mixed after the softmax" if attention.mixed else ""
         rows.append((title, list(zip(captions, [cells.photo, *pictures], strict=True))))
     header = f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
@@ -70,13 +75,18 @@ def _mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor
     return torch.cat([maps.mean(0, keepdim=True), maps[shown]]), ["mean", *(f"head {h}" for h in shown)]
 
 
-def _masks(maps: Tensor, threshold: float) -> Array:
-    masks: Tensor = F.mass_mask(maps.flatten(-2), threshold).unflatten(-1, maps.shape[-2:])
-    return masks.numpy()
+def shown_masks(maps: Tensor, threshold: float) -> Tensor:
+    """Mass masks of maps (..., gh, gw) as they are shown: empty where attention is practically uniform."""
+    flat = maps.flatten(-2)
+    masks = F.mass_mask(flat, threshold) & (F.entropy(flat) <= UNIFORM)[..., None]
+    shown: Tensor = masks.unflatten(-1, maps.shape[-2:])
+    return shown
 
 
 def _caption(label: str, entropy: float, area: float) -> str:
-    return f"{label} · missing" if math.isnan(entropy) else f"{label} · H {entropy:.2f} · {area:.0%}"
+    if math.isnan(entropy):
+        return f"{label} · missing"
+    return f"{label} · H {entropy:.2f} · " + ("uniform" if entropy > UNIFORM else f"{area:.0%}")
 
 
 def _has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
@@ -118,7 +128,7 @@ def _compose(header: str, rows: list[tuple[str, list[tuple[str, Pixels]]]], styl
     canvas = Image.fromarray(pictures)
     drawing.put(canvas, (GAP, 7), header, TEXT, 17 + large)
     for y, title in titles:
-        drawing.put(canvas, (GAP, y), title, MASK, 15 + large)
+        drawing.write(canvas, (GAP, y), title, size[0] - 2 * GAP, 15 + large, MASK)
     for at, caption in captions:
         drawing.write(canvas, at, caption, width + GAP - 2, 13 + large)
     drawing.legend(canvas, top + 6, style, truth=truth, large=large)

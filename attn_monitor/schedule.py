@@ -28,6 +28,19 @@ class Schedule:
         if self.every_n_train_steps is None and self.every_n_epochs is None:
             self._interval = max(1, round(total_steps / SNAPSHOTS)) if math.isfinite(total_steps) else None
 
+    def __str__(self) -> str:
+        if self.every_n_epochs is not None:
+            return "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
+        if self._interval is None:
+            return "at ever wider distances, as the length of the run is not known,"
+        return "every step" if self._interval == 1 else f"every {self._interval} steps"
+
+    def count(self, total_steps: float) -> float | None:
+        """How many snapshots a run of so many steps has, where that can be told."""
+        if self._interval is None or not math.isfinite(total_steps):
+            return None
+        return total_steps // self._interval + 1 + (total_steps % self._interval > 0)
+
     def due(self, step: int) -> bool:
         """Whether to take one before the batch that follows this many optimizer steps."""
         if self.last_step is None:

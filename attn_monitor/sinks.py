@@ -12,11 +12,11 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -84,14 +84,26 @@ def kind_of(logger: Any) -> str:
         ("WandbLogger", "wandb"),
         ("MLFlowLogger", "mlflow"),
         ("Run", "wandb"),
-        ("CSVLogger", "csv"),
     ):
         if name in names:
             return kind
     try:
-        return "images" if callable(getattr(logger, "log_image", None)) else "metrics"
+        if callable(getattr(logger, "log_image", None)):
+            return "images"  # the CSV logger's too, where a subclass takes images
+        if "CSVLogger" not in names and _adds_images(logger) is not None:
+            return "images"
     except Exception:  # a property of somebody's logger, asked for on the training thread
         return "metrics"
+    return "csv" if "CSVLogger" in names else "metrics"
+
+
+def _adds_images(logger: Any) -> Callable[..., None] | None:
+    """The ``add_image(tag, image, step, dataformats=…)`` of a logger or its experiment, as SummaryWriters have it."""
+    for owner in (logger, getattr(logger, "experiment", None)):
+        add = getattr(owner, "add_image", None)
+        if callable(add):
+            return cast("Callable[..., None]", add)
+    return None
 
 
 def takes_pictures(logger: Any) -> bool:
@@ -171,9 +183,14 @@ def log_pictures(logger: Any, *, pictures: Sequence[Picture], step: int) -> None
         for picture in pictures:
             key = re.sub(r"[^\w ./-]", "_", picture.tag)
             logger.experiment.log_image(logger.run_id, picture.pixels, key=key, step=step)
-    else:
+    elif callable(getattr(logger, "log_image", None)):
         for picture in pictures:
             logger.log_image(key=picture.tag, images=[picture.pixels], step=step)
+    else:
+        add = _adds_images(logger)
+        assert add is not None
+        for picture in pictures:
+            add(picture.tag, picture.pixels, step, dataformats="HWC")
 
 
 def log_overlays(logger: Any, *, overlays: Sequence[Overlay], step: int) -> None:
@@ -330,7 +347,8 @@ def how_to_read(threshold: float, scale: str, settings: str = "", name: str = ""
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
         f"patches that holds {threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "
-        "uniform, 0 one patch); the percentage is the outlined area. Ground truth, where there is some, is green. "
+        "uniform, 0 one patch); the percentage is the outlined area; with H 1.00 there is none. "
+        "Ground truth, where there is some, is green. "
         f"`{strips}` shows the steps so far in one picture; start TensorBoard with `--samples_per_plugin images=1000` "
         f"to see more than ten steps of `{panels}`. Charts of all heads of a layer are under *Custom Scalars*; "
         f"`{renamed('attn/health_flags', name)}` counts health flags.\n\n{settings}"

@@ -120,6 +120,8 @@ class AttentionSnapshot:
                     "mixed": a.mixed,
                     "kind": a.kind,
                     "places": a.places,
+                    "model": a.model,
+                    "query": a.query,
                     "verified_error": _finite(a.verified_error),
                     "heads": a.rows.shape[1],
                     **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
@@ -166,14 +168,14 @@ def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take)
     if rows is None:
         raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
     rows, shapes["distance"] = rows.float(), rows.shape[:2]
-    optional = {name: take(f"{name}/{role}/{index}", ("float32",), shapes[name]) for name in OPTIONAL}
+    optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL}
     name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
     told = entry.text("kind", default="weights" if mixed else "distribution")
     kind = next((k for k in KINDS if k == told), None)
     if kind is None:
         raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
-    places = entry.text("places", default="")
-    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, places, **optional)
+    optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
+    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
     return attention
 

@@ -114,6 +114,16 @@ def test_dead_uniform_head() -> None:
     assert flag.value == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize(("apart", "told"), [(1, None), (2, 6)])
+def test_a_head_is_not_called_dead_in_a_run_of_four_steps(apart: int, told: int | None) -> None:
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(4, 3, 32, 32)), health=ONLY_DEAD_HEADS)
+    model = sharp_vit()
+    monitor.snapshot({"teacher": model}, step=0)
+    kill(model)
+    flags = [f for n in range(1, 5) for f in monitor.snapshot({"teacher": model}, step=n * apart).flags]
+    assert [flag.step for flag in flags] == ([] if told is None else [told])
+
+
 def test_uniform_from_the_start_is_no_finding() -> None:
     """Every run starts near uniform attention: only a head that comes back to it is told of."""
     monitor = AttentionMonitor(ProbeBatch(torch.randn(2, 3, 32, 32)))

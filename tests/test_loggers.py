@@ -161,6 +161,39 @@ class ForeignWithImages(Foreign):
         self.images.append((key, step))
 
 
+class AddsImages(Foreign):
+    """A third party's logger around something like a SummaryWriter."""
+
+    class Writer:
+        def __init__(self) -> None:
+            self.images: list[tuple[str, int]] = []
+
+        def add_image(self, tag: str, image: Any, global_step: int | None = None, dataformats: str = "CHW") -> None:
+            assert image.shape[dataformats.index("C")] == 3
+            assert global_step is not None
+            self.images.append((tag, global_step))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment = self.Writer()
+
+
+class CSVWithImages(CSVLogger):
+    """stable-pretraining's RegistryLogger has this shape."""
+
+    images: list[str]
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        self.images = [*getattr(self, "images", []), key]
+
+
+def test_loggers_that_take_images_by_another_name_get_them(tmp_path: Path) -> None:
+    writer, registry = AddsImages(), CSVWithImages(tmp_path)
+    fit(tmp_path, [writer, registry])
+    assert [step for tag, step in writer.experiment.images if tag == "attn_maps/image1"] == [0, 1, 2, 3, 4]
+    assert registry.images.count("attn_maps/image1") == 5
+
+
 def test_several_loggers_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, rich = Foreign(), ForeignWithImages()
     loggers = [TensorBoardLogger(tmp_path, name="run", version=0), CSVLogger(tmp_path), plain, rich]

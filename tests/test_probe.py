@@ -38,8 +38,8 @@ def test_class_folders(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for index in range(3):
-            Image.new("RGB", (9, 9)).save(tmp_path / label / f"{label}{index}.png")
-    assert ProbeBatch.from_folder(tmp_path, size=8, num_images=2).names == ("cat0", "dog0")
+            Image.new("RGB", (9, 9)).save(tmp_path / label / f"{index}.png")
+    assert ProbeBatch.from_folder(tmp_path, size=8, num_images=2).names == ("cat-0", "dog-0")
 
 
 def test_every_kind_of_image(tmp_path: Path) -> None:

@@ -55,6 +55,24 @@ def test_missing_maps_are_marked_and_never_zeros() -> None:
     assert (picture == MISSING).all(-1).sum() > 1000
 
 
+def outlined(rows: torch.Tensor) -> int:
+    """Pixels in the colour of the mask's outline on the maps of a panel, below titles and above the legend."""
+    picture = render.panel(snapshot(rows, (14, 14), ("backbone",)), 0, photo(112, 112))
+    return int((picture[80:-80] == MASK).all(-1).sum())
+
+
+def test_no_outline_where_attention_is_practically_uniform() -> None:
+    """Which patches are the largest is noise there; an outline of them would be a maze."""
+    noise = torch.randn(1, 2, 197)
+    faint, clear = (noise * 0.1).softmax(-1), noise.softmax(-1)
+    assert render.F.entropy(faint[..., 1:]).min() > render.UNIFORM > render.F.entropy(clear[..., 1:]).max()
+    assert outlined(faint) == 0
+    assert outlined(clear) > 500
+    assert not render.shown_masks(faint[..., 1:].unflatten(-1, (14, 14)), 0.6).any()
+    one = torch.cat([faint[:, :1], clear[:, 1:]], 1)
+    assert render.shown_masks(one[..., 1:].unflatten(-1, (14, 14)), 0.6).flatten(2).any(-1).tolist() == [[False, True]]
+
+
 def test_the_border_of_two_objects_is_drawn_once() -> None:
     truth = np.zeros((2, 16, 16), bool)
     truth[0, 2:14, 2:8], truth[1, 2:14, 8:14] = True, True

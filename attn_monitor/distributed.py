@@ -1,6 +1,6 @@
 """Several processes watch one probe: each runs its share, all agree on how that went, and all get the whole.
 
-Every function here except `is_on` and `share` is collective: all processes call it, in the same order.
+Every function here except `is_on`, `is_first` and `share` is collective: all processes call it, in the same order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ Captured = dict[tuple[str, int], LayerAttention]
 def is_on() -> bool:
     """Whether there is a process group of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of the group, or the only one."""
+    return not is_on() or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from attn_monitor.capture import AttentionRecorder, Site
 from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.isolation import isolated_forward
 from attn_monitor.metrics import metric_tag
-from attn_monitor.models import ModelNameError, load_model
+from attn_monitor.models import load_model
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.probe import ProbeBatch, ProbeError
+from attn_monitor.probe import ProbeBatch, tag_names
 from attn_monitor.running import default_forward
 from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
 
@@ -128,16 +130,15 @@ def show(
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
     snapshot = monitor.snapshot({"backbone": loaded}, step=0)
     style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
-        for layer in snapshot.layers_of("backbone"):
-            path = folder / f"{name}-layer{layer}.png"
-            truth = None if probe.masks is None else probe.masks[index].numpy()
-            Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, truth=truth, style=style)).save(path)
-            print(path)
-    snapshot.save(folder / "attention.npz")
-    print(folder / "attention.npz")
+    with _writing_to(Path(out)) as folder:
+        for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
+            for layer in snapshot.layers_of("backbone"):
+                path = folder / f"{name}-layer{layer}.png"
+                truth = None if probe.masks is None else probe.masks[index].numpy()
+                Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, truth=truth, style=style)).save(path)
+                print(path)
+        snapshot.save(folder / "attention.npz")
+        print(folder / "attention.npz")
     _print_metrics(snapshot)
 
 
@@ -152,22 +153,39 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
     """
     history = load_snapshots(archive)
     probe = ProbeBatch.load(Path(archive) / "probe.npz")
-    folder = Path(out) if out is not None else Path(archive) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    for snapshot in history:
+        if tag_names(snapshot.names) != probe.names:
+            raise ArchiveError(
+                f"{archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
+                f"{', '.join(probe.names)}: these are files of two runs"
+            )
     style = drawing.Style(threshold, scale)
-    for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
-        truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
-        caption = probe.caption
-        frames = [render.panel(s, index, pixels, truth=truth, caption=caption, style=style) for s in history]
-        Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
-        Image.fromarray(render.filmstrip(history, index, pixels, style=style)).save(folder / f"{name}-filmstrip.png")
-        (folder / f"{name}.gif").write_bytes(drawing.gif(frames))
-        print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
+    with _writing_to(Path(out) if out is not None else Path(archive) / "pictures") as folder:
+        for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
+            truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
+            caption = probe.caption
+            frames = [render.panel(s, index, pixels, truth=truth, caption=caption, style=style) for s in history]
+            strip = render.filmstrip(history, index, pixels, style=style)
+            Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
+            Image.fromarray(strip).save(folder / f"{name}-filmstrip.png")
+            (folder / f"{name}.gif").write_bytes(drawing.gif(frames))
+            print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
     _print_metrics(history[-1])
     flags = [flag for snapshot in history for flag in snapshot.flags]
     print(f"health flags raised in this run: {len(flags) or 'none'}")
     for flag in flags:
         print(f"  {flag}")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[Path]:
+    """A folder for results; that it cannot be written to is told with its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        raise OSError(f"out={folder}: cannot be written to ({reason}); pass another folder, or make room") from error
 
 
 def _print_metrics(snapshot: AttentionSnapshot) -> None:
@@ -185,8 +203,9 @@ def main() -> None:
 
     try:
         auto_cli([check, show, replay], as_positional=True)
-    except (AttentionError, ArchiveError, ProbeError, ModelNameError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"attn-monitor: {error}")
+        sys.stdout.flush()  # a full disk is met here, and not while Python ends
+    except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
+        sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

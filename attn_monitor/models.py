@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from attn_monitor.backbone import role_of
+from attn_monitor.connection import hub_or_cache, impatient_sockets
 
 
 class ModelNameError(ValueError):
@@ -38,6 +40,10 @@ def load_model(name: str, *, checkpoint: str | None = None, key: str | None = No
         model = loaders[library](rest, weights) if library in loaders else _importable(library, rest)
     except ModuleNotFoundError as error:
         raise ModelNameError(f"model {name!r}: {error}. Install that package, or check the name") from error
+    except (OSError, RuntimeError) as error:  # what the libraries raise for downloads, and for names they do not know
+        if library not in loaders:
+            raise
+        raise ModelNameError(f"model {name!r}: {_first_line(error)}. {_remedy(library, weights)}") from error
     if checkpoint is not None:
         print(load_checkpoint(model, checkpoint, key=key), file=sys.stderr)
     elif key is not None:
@@ -48,30 +54,57 @@ def load_model(name: str, *, checkpoint: str | None = None, key: str | None = No
 def _timm(name: str, weights: bool) -> nn.Module:
     import timm
 
+    if ":" not in name:  # those are repositories on a hub
+        if not timm.is_model(name):
+            raise ModelNameError(f"model 'timm:{name}': timm knows no {name!r}{_near(name, timm.list_models())}")
+        if weights and not timm.get_pretrained_cfg(name).has_weights:
+            raise RuntimeError("timm has no weights for it")
     model: nn.Module
-    try:  # vision transformers then take images of any size
-        model = timm.create_model(name, pretrained=weights, dynamic_img_size=True)
-    except TypeError:
-        model = timm.create_model(name, pretrained=weights)
+    with hub_or_cache(weights or ":" in name):
+        try:  # vision transformers then take images of any size
+            model = timm.create_model(name, pretrained=weights, dynamic_img_size=True)
+        except TypeError:
+            model = timm.create_model(name, pretrained=weights)
     return model
 
 
 def _hugging_face(name: str, weights: bool) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
     model: nn.Module
-    if weights or Path(name).is_dir():
-        model = AutoModel.from_pretrained(name)
-    else:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+    with hub_or_cache(not Path(name).is_dir()):
+        from transformers import AutoConfig, AutoModel
+
+        if weights or Path(name).is_dir():
+            model = AutoModel.from_pretrained(name)
+        else:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(name))
     return model
 
 
 def _torchvision(name: str, weights: bool) -> nn.Module:
-    from torchvision.models import get_model
+    from torchvision.models import get_model, list_models
 
-    model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
+    if name.lower() not in list_models():
+        raise ModelNameError(f"model 'torchvision:{name}': torchvision knows no {name!r}{_near(name, list_models())}")
+    with impatient_sockets():
+        model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
     return model
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _remedy(library: str, weights: bool) -> str:
+    if library == "hf":
+        return "Check the name and the connection, or give a folder that holds the model: hf:FOLDER"
+    if weights:
+        return "Pass --checkpoint FILE for weights that you have, or --weights false to go without"
+    return "Check the name"
 
 
 def _importable(module: str, attribute: str) -> nn.Module:
@@ -90,7 +123,13 @@ def load_checkpoint(model: nn.Module, path: str, *, key: str | None = None) -> s
     Without a key, those of the prefixes (``teacher.backbone.``, …) below which most entries fit; of equals a teacher,
     as DINO evaluates, before a student, then the first in alphabetical order. Returns what was loaded and left over.
     """
-    tensors, wanted = _flatten(torch.load(path, map_location="cpu", weights_only=True)), model.state_dict()
+    try:
+        tensors = _flatten(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and torch each have their own errors for other files
+        raise ModelNameError(f"checkpoint {path}: no readable file of weights ({_first_line(error)})") from error
+    wanted = model.state_dict()
 
     def missing(prefix: str) -> list[str]:
         return [n for n, w in wanted.items() if (t := tensors.get(prefix + n)) is None or t.shape != w.shape]

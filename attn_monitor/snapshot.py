@@ -144,6 +144,8 @@ class AttentionSnapshot:
             if key in layers:
                 raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
             layers[key] = _layer(entry, len(names), metrics, take)
+        if not layers:
+            raise ArchiveError("the header has no layers: expected at least one")
         flags = tuple(
             _flag(Fields(item, f"header's flag {number}"), layers)
             for number, item in enumerate(header.items("flags", default=[]))

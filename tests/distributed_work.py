@@ -144,7 +144,7 @@ def resumed(folder: Path) -> Seen:
     running = trainer(node, again, strategy="ddp", devices=PROCESSES, max_steps=5)
     checkpoint = next((folder / "ckpt").glob("*step=2.ckpt"))
     running.fit(Distillation(), loader(24, batch_size=2), ckpt_path=checkpoint)
-    return {"attention": attention_of(again), "archives": sorted(p.name for p in node.rglob("step-*.npz"))}
+    return {"attention": attention_of(again), "archives": sorted(p.name for p in node.rglob("attn_monitor/step-*.npz"))}
 
 
 class Fragile(Distillation):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import shutil
+import socketserver
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +22,24 @@ from PIL import Image
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, cli, drawing
 from attn_monitor.models import ModelNameError, load_model
 from tests.helpers import Distillation, loader, tiny_vit, trainer
+from tests.test_archives import FIRST
 
 MODEL = "tests.helpers:tiny_vit"
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "attn_monitor.cli", *arguments], capture_output=True, text=True)
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    pipes = {"capture_output": True} if "stdout" not in options else {"stderr": subprocess.PIPE}
+    return subprocess.run([sys.executable, "-m", "attn_monitor.cli", *arguments], text=True, **pipes, **options)
+
+
+def mistake(*arguments: str, **options: Any) -> str:
+    """What a command says that fails: one line, and status 1."""
+    ran = command(*arguments, **options)
+    assert ran.returncode == 1, ran.stderr
+    (line,) = (x for x in ran.stderr.splitlines() if x.startswith("attn-monitor: "))
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.endswith(line + "\n")
+    return line
 
 
 def test_check_prints_what_it_found() -> None:
@@ -42,11 +61,118 @@ def test_check_prints_what_it_found() -> None:
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
-    ran = command(*arguments)
-    assert ran.returncode == 1
-    assert ran.stderr.startswith("attn-monitor: ")
-    assert text in ran.stderr
+    assert text in mistake(*arguments)
+
+
+def test_wrong_usage_has_a_status_of_its_own() -> None:
+    ran = command("show", MODEL)
+    assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
+
+
+def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    show = ("show", MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false", "--out")
+    line = mistake(*show, str(tmp_path / "file"))
+    assert f"out={tmp_path / 'file'}: cannot be written to (it is a file)" in line
+    assert f"out={tmp_path / 'file' / 'below'}: cannot be written to (Not a dir" in mistake(
+        *show, str(tmp_path / "file" / "below")
+    )
+    assert "out=/sys/attention: cannot be written to (" in mistake(*show, "/sys/attention")
+
+
+@pytest.mark.parametrize("name", ["show", "replay"])
+def test_no_room_for_pictures(tmp_path: Path, photographs: Path, name: str) -> None:
+    """A file may not grow beyond a few bytes, as on a full disk; no half picture stays."""
+    subject = (MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false")
+    arguments = subject if name == "show" else (str(FIRST / "distillation"),)
+    out = tmp_path / "out"
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+
+    line = mistake(name, *arguments, "--out", str(out), preexec_fn=small_files)
+    assert f"out={out}: cannot be written to (File too large); pass another folder, or make room" in line
+    assert [path.name for path in out.iterdir() if path.stat().st_size] == []
+
+
+def test_nowhere_to_print(photographs: Path) -> None:
+    with open("/dev/full", "w") as full:
+        assert "No space left on device" in command("check", MODEL, "--size", "32", stdout=full).stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("timm:vit_base_patch16_225", "timm knows no 'vit_base_patch16_225'; did you mean vit_base_patch16_224"),
+        ("timm:vit_base_patch16_224.none", "Invalid pretrained tag (none) for vit_base_patch16_224"),
+        ("torchvision:vit_b_17", "torchvision knows no 'vit_b_17'; did you mean vit_b_16"),
+    ],
+)
+def test_unknown_names(model: str, text: str) -> None:
+    assert text in mistake("check", model)
+
+
+class Silent(socketserver.BaseRequestHandler):
+    """Takes a connection and answers nothing."""
+
+    def handle(self) -> None:
+        self.request.settimeout(60)
+        with contextlib.suppress(OSError):
+            while self.request.recv(1000):
+                pass
+
+
+@pytest.mark.parametrize("network", ["refused", "silent"])
+@pytest.mark.parametrize("model", ["timm:vit_tiny_patch16_224", "hf:google/vit-base-patch16-224"])
+def test_without_network_the_answer_comes_at_once(
+    tmp_path: Path, photographs: Path, free_port: int, network: str, model: str
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and "proxy" not in k.lower()}
+    environment.update(HF_ENDPOINT=f"http://127.0.0.1:{free_port}", HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1")
+    server = None
+    if network == "silent":
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", free_port), Silent)
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = time.monotonic()
+    try:
+        line = mistake("show", model, str(photographs / "coffee.png"), env=environment)
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+    assert time.monotonic() - started < 45, "most of it imports; the hub's own client takes a minute more"
+    assert "does not answer, and nothing is cached" in line
+    assert ("--checkpoint FILE" in line and "--weights false" in line) == model.startswith("timm")
+
+
+def test_other_files_than_checkpoints(tmp_path: Path) -> None:
+    for content in (b"", b"text", b"PK\x03\x04"):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(ModelNameError, match=r"x\.pt: no readable file of weights"):
+            load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("wrong", ["snapshot", "probe", "names", "missing"])
+def test_replay_of_damaged_archives(tmp_path: Path, wrong: str) -> None:
+    archive = tmp_path / "archive"
+    shutil.copytree(FIRST / "distillation", archive)
+    expected = {
+        "snapshot": "step-000000003.npz: the file is not readable",
+        "probe": "probe.npz: the file is not readable",
+        "names": "step 0 shows cat, größe 1, and probe.npz holds grey: these are files of two runs",
+        "missing": "No such file or directory",
+    }
+    if wrong == "names":
+        shutil.copy(FIRST / "mixed" / "probe.npz", archive / "probe.npz")
+    elif wrong == "missing":
+        (archive / "probe.npz").unlink()
+    else:
+        next(archive.glob(f"{wrong}*" if wrong == "probe" else "step*3.npz")).write_bytes(b"damaged")
+    line = mistake("replay", str(archive), "--out", str(tmp_path / "out"))
+    assert expected[wrong] in line
+    assert "archive" in line
 
 
 def test_show_draws_a_folder(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import stat
 import tracemalloc
 import zipfile
@@ -18,8 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
+from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch, cli
 from tests.helpers import tiny_vit
+from tests.test_archives import FIRST
 
 Arrays = dict[str, np.ndarray]
 ZEROS = bytes(1 << 20)
@@ -336,3 +338,38 @@ def test_ways_of_packing_that_are_not_ours(files: dict[str, Path], tmp_path: Pat
             new.writestr(name, old.read(name))
     with pytest.raises(ArchiveError, match="compressed by method 12"):
         load(path)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_replay_draws_or_refuses(tmp_path: Path, data: st.DataObject) -> None:
+    """Also where each file by itself is right, but not with the others."""
+    archive = tmp_path / "archive"
+    shutil.copytree(FIRST / "distillation", archive, dirs_exist_ok=True)
+    path = data.draw(st.sampled_from(sorted(archive.glob("*.npz"))))
+    how = data.draw(st.sampled_from(["another's layers", "another's", "one head", "fewer layers", "header"]))
+    header, arrays = parts(path)
+    if how == "another's":
+        shutil.copy(FIRST / data.draw(st.sampled_from(["mixed", "nan"])) / "probe.npz", archive / "probe.npz")
+    elif how == "header":
+        place = data.draw(st.sampled_from([p for p in places(header) if "metrics" not in p]))
+        put_together(path, change(header, place, data.draw(values), data.draw(st.booleans())), arrays)
+    elif "layers" in header:
+        if how == "another's layers":
+            other = parts(FIRST / "mixed" / "step-000000005.npz")
+            for entry in other[0]["layers"]:
+                entry["role"] = "student"
+            arrays = {k.replace("backbone", "student"): np.concatenate([v, v]) for k, v in other[1].items()}
+            header.update(layers=other[0]["layers"], flags=[], metrics={})
+        elif how == "one head":
+            arrays = {k: v[:, :1] if k.split("/")[0] in ("rows", "distance") else v for k, v in arrays.items()}
+            header.update(flags=[])
+        else:
+            header.update(layers=header["layers"][: data.draw(st.integers(0, 3))], flags=[])
+        put_together(path, header, arrays)
+    try:
+        cli.replay(str(archive), out=str(tmp_path / "out"))
+    except ArchiveError as error:
+        told = str(error)
+        assert str(archive) in told

@@ -109,9 +109,11 @@ def test_a_file_has_the_step_it_is_named_after(tmp_path: Path, snapshot: Attenti
 
 
 def test_rows_that_are_no_distributions_are_stored_as_such(tmp_path: Path, snapshot: AttentionSnapshot) -> None:
-    attention = replace(snapshot.layers["student", 0], rows=3 * snapshot.rows("student", 0), mixed=True)
-    other = AttentionSnapshot(7, 1, snapshot.names, {("student", 0): attention})
-    other.save(tmp_path / "x.npz")
-    torch.testing.assert_close(
-        AttentionSnapshot.load(tmp_path / "x.npz").rows("student"), attention.rows, atol=1e-3, rtol=1e-3
-    )
+    """Weights of any size, whose sums float16 does not hold to a hundredth."""
+    rows = 3000.1 * snapshot.rows("student", 0)
+    attention = replace(snapshot.layers["student", 0], rows=rows, kind="weights")
+    metrics = {"attn/student/layer0/prefix_mass": float(rows[..., 0].mean())}
+    AttentionSnapshot(7, 1, snapshot.names, {("student", 0): attention}, metrics).save(tmp_path / "x.npz")
+    loaded = AttentionSnapshot.load(tmp_path / "x.npz")
+    assert loaded.layer("student").kind == "weights"
+    torch.testing.assert_close(loaded.rows("student"), rows, atol=1e-3, rtol=1e-3)

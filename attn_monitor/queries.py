@@ -63,7 +63,9 @@ def find_cls(
     """Which query is CLS: the one that moves when the class token's parameter is changed."""
     first = lay.mosaics(images, mosaics[0].conv)[:1]
     nudges = [ask(first, 1, nudged=[owner]) for owner in _class_parameters(ask.model)]
-    registers = any(_REGISTER_NAME.search(name) for m in ask.model.modules() for name, _ in m.named_parameters(recurse=False))
+    registers = any(
+        _REGISTER_NAME.search(name) for m in ask.model.modules() for name, _ in m.named_parameters(recurse=False)
+    )
     for key, site in found.items():
         if site.layout is None or key not in reference.sites:
             continue

@@ -1,16 +1,21 @@
 # Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the
-# documents' charts, make bench writes docs/benchmarks.md.
+# documents' charts, make bench writes docs/benchmarks.md. make test-oldest has a .venv-oldest of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+CONSTRAINTS := constraints/tested.txt
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-oldest check docs bench clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
 
 test: $(VENV)/.setup-dev
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The quick part of the suite on the oldest releases that pyproject.toml promises.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt PYTEST='-m "not slow" $(PYTEST)'
 
 check: $(VENV)/.setup-dev
 	$(BIN)/ruff check .
@@ -28,12 +33,12 @@ bench: $(VENV)/.setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A setup is repeated when the list of dependencies has changed.
-$(VENV)/.setup-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+$(VENV)/.setup-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint $(CONSTRAINTS)
 	touch $@

@@ -31,7 +31,7 @@ from attn_monitor.backbone import TargetError, find_backbones, resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
 from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
 from attn_monitor.claim import Claim, claim_again, claim_free
-from attn_monitor.errors import AttentionError, HeadError
+from attn_monitor.errors import AttentionError
 from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
 from attn_monitor.masking import WAYS, Way
@@ -433,13 +433,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _learn(self, monitor: AttentionMonitor) -> None:
         """What the first look at the model tells: heads that it has not are a mistake, layers left out are said."""
-        for (role, layer), count in monitor.heads.items():
-            missing = [head for head in self.style.heads or () if head >= count]
-            if missing:
-                raise HeadError(
-                    f"heads={list(self.style.heads or ())}: layer {layer} of {role} has heads 0 to {count - 1}, so no "
-                    f"{', '.join(map(str, missing))}. Choose among these"
-                )
+        monitor.check_heads(self.style.heads)
         for text in monitor.left_out():
             self._failures.note(text)
 

@@ -21,6 +21,7 @@ from attn_monitor.capture import (
     check_verify,
 )
 from attn_monitor.drawing import thin
+from attn_monitor.errors import HeadError
 from attn_monitor.health import Health, HealthLimits
 from attn_monitor.masking import Way
 from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
@@ -98,10 +99,16 @@ class AttentionMonitor:
         self.remember(snapshot)
         return snapshot
 
-    @property
-    def heads(self) -> dict[tuple[str, int], int]:
-        """How many heads each watched layer has, by role and index; known after the first look."""
-        return {(role, layer): n for role, seen in self._recorders.items() for layer, n in seen.heads.items()}
+    def check_heads(self, heads: Sequence[int] | None) -> None:
+        """Raise `HeadError` if one of these is no head of a watched layer; known after the first look."""
+        for role, recorder in self._recorders.items():
+            for layer, count in recorder.heads.items():
+                missing = [str(head) for head in heads or () if head >= count]
+                if missing:
+                    raise HeadError(
+                        f"heads={list(heads or ())}: layer {layer} of {role} has heads 0 to {count - 1}, so no "
+                        f"{', '.join(missing)}. Choose among these"
+                    )
 
     def left_out(self) -> list[str]:
         """What layers="all" leaves out of each role, in words and with the reasons; said once, until it changes."""

@@ -14,18 +14,20 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attn_monitor import distributed, drawing, run, telling
 from attn_monitor.adoption import CROP, adopt_from_loaders, adopt_images
-from attn_monitor.arguments import check_heads, check_on_error, check_statistics
+from attn_monitor.arguments import OnError, check_heads, check_on_error, check_statistics
 from attn_monitor.backbone import find_backbones
-from attn_monitor.capture import Forward, Layers, QuerySpec
+from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
 from attn_monitor.claim import Claim, claim_again, claim_free
 from attn_monitor.errors import AttentionError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
-from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.metrics import select_metrics
+from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.running import is_sharded
 from attn_monitor.schedule import Schedule
+from attn_monitor.selection import check_layers
 from attn_monitor.snapshot import AttentionSnapshot
 
 TAKING = "taking a snapshot"
@@ -70,7 +72,7 @@ class Watch:
         threshold: float = 0.6,
         metrics: Sequence[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
-        verify: bool | str = True,
+        verify: Verify = True,
         forward: Forward | None = None,
         num_images: int = 8,
         image_size: int | tuple[int, int] = 224,
@@ -78,7 +80,7 @@ class Watch:
         std: Sequence[float] | None = None,
         scale: str = "uniform",
         heads: Sequence[int] | None = None,
-        on_error: str = "warn",
+        on_error: OnError = "warn",
     ) -> None:
         self.on_error, self.statistics = check_on_error(on_error), check_statistics(probe, mean, std)
         if not loggers and folder is None:
@@ -90,8 +92,8 @@ class Watch:
         self.schedule.start(self.total_steps)
         self.style = drawing.Style(threshold, scale, check_heads(heads))
         self._settings: dict[str, Any] = {
-            "layers": layers, "query": query, "threshold": threshold, "metrics": metrics, "health": health,
-            "verify": verify, "forward": forward,
+            "layers": check_layers(layers), "query": check_query(query), "threshold": check_threshold(threshold),
+            "metrics": select_metrics(metrics), "health": health, "verify": check_verify(verify), "forward": forward,
         }  # fmt: skip
         self.monitor: AttentionMonitor | None = None
         if isinstance(probe, (ProbeBatch, Tensor, str, os.PathLike)):
@@ -142,7 +144,7 @@ class Watch:
             self.monitor.load_state_dict(state["monitor"])
             archive = state["archive"]
             self.schedule.last_step, self._archive = state["last_step"], None if archive is None else tuple(archive)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # another version's may hold anything
             self.monitor, self.schedule.last_step, self._archive = None, None, None
             self._failures.failed("reading the state of a checkpoint", error)
             self._report()
@@ -192,6 +194,9 @@ class Watch:
                     "AttentionMonitor(distributed=True) with forward_within, in every process"
                 )
             self.monitor.check(models)
+            self.monitor.check_heads(self.style.heads)
+            for text in self.monitor.left_out():
+                self._failures.note(text)
             self._open(step)
             looked = time.perf_counter() - started
             self._looked, self._blocked, started = self._looked + looked, self._blocked - looked, time.perf_counter()

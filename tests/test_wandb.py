@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Publisher, load_snapshots
+from attn_monitor import functional as F
 from tests import wandb_runs
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
@@ -186,3 +187,22 @@ def test_a_step_has_less_than_fifty_media(offline: Path) -> None:
     assert watch.monitor is not None
     assert len(watch.monitor.probe) == 8
     assert all(8 + 8 + 2 * 13 <= count < 50 for count in per_step.values()), per_step
+
+
+def test_the_table_has_the_mask_area_of_the_pictures(offline: Path) -> None:
+    """At the run's own threshold, and not at the usual one."""
+    watch = AttentionMapCallback(num_images=2, threshold=0.9)
+    logger = WandbLogger(project="test", save_dir=offline, offline=True)
+    trainer(offline, watch, logger=logger, max_steps=2).fit(Distillation(), loader(), loader(8))
+    logger.experiment.finish()
+    (file,) = offline.rglob("attn_table*.table.json")
+    table = json.loads(file.read_text())
+    areas = {tuple(row[:4]): row[table["columns"].index("mask area")] for row in table["data"]}
+    assert watch.monitor is not None
+    last = watch.monitor.previous
+    assert last is not None
+    assert len(areas) == 2 * 2 * 4
+    for (image, role, layer, head), area in areas.items():
+        p = last.maps(role, layer)[last.names.index(image), head].flatten()
+        assert area == pytest.approx(float(F.mask_area(p, 0.9)))
+        assert area != pytest.approx(float(F.mask_area(p, 0.6)))

@@ -20,6 +20,7 @@ from attn_monitor.publisher import Publisher
 from attn_monitor.rollout import attention_rollout
 from attn_monitor.sharding import forward_within
 from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
+from attn_monitor.watch import Watch
 
 __all__ = [
     "ArchiveError",
@@ -42,6 +43,7 @@ __all__ = [
     "TargetError",
     "UnsupportedAttentionError",
     "VerificationError",
+    "Watch",
     "attention_rollout",
     "find_backbones",
     "forward_within",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,14 +17,23 @@ from torch import Tensor, nn
 
 from attn_monitor import distributed, drawing, run, sinks, telling
 from attn_monitor.adoption import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
-from attn_monitor.backbone import find_backbones, resolve_targets
+from attn_monitor.arguments import (
+    OnError,
+    Probe,
+    check_dirpath,
+    check_heads,
+    check_on_error,
+    check_probe,
+    import_forward,
+)
+from attn_monitor.backbone import TargetError, find_backbones, resolve_targets
 from attn_monitor.background import LAST_WORDS, Patience
-from attn_monitor.capture import Forward, Layers, QuerySpec, check_query
+from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
 from attn_monitor.claim import Claim, claim_again, claim_free
-from attn_monitor.errors import AttentionError
+from attn_monitor.errors import AttentionError, HeadError
 from attn_monitor.failures import Failures
 from attn_monitor.health import HealthLimits
-from attn_monitor.masking import WAYS
+from attn_monitor.masking import WAYS, Way
 from attn_monitor.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
 from attn_monitor.names import check_name, renamed
@@ -33,6 +42,7 @@ from attn_monitor.npz import remove_unfinished
 from attn_monitor.probe import ProbeBatch, ProbeError
 from attn_monitor.publisher import Publisher
 from attn_monitor.schedule import Schedule
+from attn_monitor.selection import check_layers
 from attn_monitor.sharding import forward_within
 from attn_monitor.snapshot import AttentionSnapshot
 from attn_monitor.space import check_reserve
@@ -40,6 +50,12 @@ from attn_monitor.space import check_reserve
 Result = TypeVar("Result")
 
 TAKING = "taking a snapshot"
+MENDABLE: tuple[type[Exception], ...] = (
+    AttentionError,
+    ProbeError,
+    TargetError,
+)  # by the user, in what the callback was given
+STATE_VERSION = 1
 
 
 class AttentionMapCallback(pl.Callback):
@@ -60,11 +76,15 @@ class AttentionMapCallback(pl.Callback):
             that ended in an optimizer step, of which there is one also where several optimizers step in it.
         masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it: outlines in the
             panels, and Jaccard curves.
-        num_images: how many images to take from a folder or a batch.
-        image_size: size of images from a folder, one number or (height, width), in pixels.
+        num_images: how many images to take from a folder or from the run's data; None is 8.
+        image_size: size of images from a folder, one number or (height, width), in pixels; None is 224.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
-        heads: heads to draw; None draws all.
-        verify: check row·V against the model's output: True (first snapshot and after changes), "always", False.
+        heads: heads to draw, from 0 on; None draws all.
+        verify: check row·V against the model's output: True (every snapshot), "first" (and after changes), False.
+        forward: how to call a model where ``model(images)`` is not right: a function of (model, images), or its import
+            path "package.module:function", as in YAML. Attention that runs in it is found.
+        dirpath: folder of the archive, as `ModelCheckpoint` has it; None is ``attn_monitor`` in the run's folder, False
+            keeps no archive.
         name: tells several callbacks of one trainer apart, by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
             Without, the first has plain tags and the second ``attn-2/…``. Lightning's checkpoints need names where
             targets, layers and query are the same.
@@ -82,50 +102,45 @@ class AttentionMapCallback(pl.Callback):
 
     Raises:
         AttentionError, ProbeError, TargetError: before the first training step, with the argument, what was received,
-            what was expected and what to do. Where none of probe, targets, layers and query was given, a model that
-            cannot be watched is a warning, and trains without being watched.
+            what was expected and what to do. Where none of probe, targets, layers, query, forward and heads was given,
+            a model that cannot be watched is a warning, and trains without being watched.
     """
 
     def __init__(
         self,
-        probe: str | os.PathLike[str] | Tensor | ProbeBatch | None = None,
+        probe: Probe | None = None,
         *,
         targets: Mapping[str, str] | None = None,
         layers: int | str | list[int | str] = -1,
-        query: str | int | tuple[int, int] = "cls",
+        query: Literal["cls", "mean"] | int | tuple[int, int] = "cls",
         threshold: float = 0.6,
         metrics: list[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         masks: str | os.PathLike[str] | None = None,
-        num_images: int = 8,
-        image_size: int | tuple[int, int] = 224,
-        scale: str = "uniform",
+        num_images: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        scale: Literal["uniform", "minmax"] = "uniform",
         heads: list[int] | None = None,
-        verify: bool | str = True,
+        verify: Verify = True,
+        forward: Forward | str | None = None,
+        dirpath: str | os.PathLike[str] | Literal[False] | None = None,
         name: str | None = None,
         disk_reserve: int | None = None,
-        on_error: str = "warn",
+        on_error: OnError = "warn",
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f'on_error={on_error!r}: expected "warn" or "raise"')
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images}: expected at least 1")
-        if masks is not None and not isinstance(probe, (str, os.PathLike)):
-            received = "None" if probe is None else f"a {type(probe).__name__}"
-            raise ValueError(
-                f"masks={os.fspath(masks)!r}: probe is {received}, expected the folder of images that the masks are "
-                "for; a ProbeBatch takes masks of its own"
-            )
-        self.probe, self.targets, self.num_images, self.image_size = probe, targets, num_images, image_size
-        self.masks = masks
-        self.layers: Layers = layers
+        self.num_images, self.image_size = check_probe(probe, num_images, image_size, masks)
+        self.probe, self.targets, self.masks = probe, targets, masks
+        self.forward, self.dirpath = import_forward(forward), check_dirpath(dirpath)
+        self.layers: Layers = check_layers(layers)
         self.query: QuerySpec = check_query(query)
-        self.threshold, self.verify, self.on_error = check_threshold(threshold), verify, on_error
+        self.threshold, self.verify = check_threshold(threshold), check_verify(verify)
+        self.on_error = check_on_error(on_error)
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
-        self.style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
+        self._ways = WAYS if self.forward is None else (Way(self.forward),)
+        self.style = drawing.Style(threshold, scale, check_heads(heads))
         self.name, self.disk_reserve = check_name(name), check_reserve(disk_reserve)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
@@ -154,11 +169,13 @@ class AttentionMapCallback(pl.Callback):
         if self.monitor is None and self.probe is not None:
             self._use_probe(self._from_first(trainer, self._load_probe))
         if not _configures_late(pl_module):
-            self._attempt(lambda: resolve_targets(pl_module, self.targets))
+            self._attempt("finding backbones", lambda: resolve_targets(pl_module, self.targets))
         if not trainer.loggers:
+            where = f"only written to the archive and as pictures, in {self.dirpath or trainer.default_root_dir}"
             _warn(
-                "AttentionMapCallback: this trainer has no logger, so attention is only written to the archive "
-                f"and as pictures, in {trainer.default_root_dir}. Pass logger=TensorBoardLogger(...) to watch it"
+                "AttentionMapCallback: this trainer has no logger, so attention is "
+                f"{'written nowhere, with dirpath=False' if self.dirpath is False else where}. "
+                "Pass logger=TensorBoardLogger(...) to watch it"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,8 +187,10 @@ class AttentionMapCallback(pl.Callback):
             if self.monitor is not None:
                 with trainer.precision_plugin.forward_context():
                     self.monitor.check(models)
+                self._learn(self.monitor)
 
-        self._attempt(look)
+        self._attempt(TAKING, look)
+        self._report_failures()
         self._looked += time.perf_counter() - started
 
     def on_validation_batch_start(
@@ -198,7 +217,8 @@ class AttentionMapCallback(pl.Callback):
         if self._stepped_aside:
             return
         self.schedule.start(run.total_steps(trainer))
-        run_folder = run.run_folder(trainer)
+        run_folder = self._try("finding the run's folder", lambda: run.run_folder(trainer))
+        run_folder = Path(trainer.default_root_dir) if run_folder is None else run_folder
         if not self._from_first(trainer, lambda: self._goes_on(run.steps_done(trainer), run_folder)):
             self._start_afresh()
         self._run_folder = run_folder
@@ -206,8 +226,9 @@ class AttentionMapCallback(pl.Callback):
         self._find_probe(trainer, pl_module)
         self._looked += time.perf_counter() - started
         folder = None
-        if not getattr(trainer, "fast_dev_run", False):
-            folder = self._from_first(trainer, lambda: self._choose_archive(trainer, run_folder))
+        if self.dirpath is not False and not getattr(trainer, "fast_dev_run", False):
+            choose = partial(self._choose_archive, trainer, run_folder)
+            folder = self._try("opening the archive", lambda: self._from_first(trainer, choose))
         if trainer.is_global_zero:
             self._publisher = Publisher(
                 trainer.loggers,
@@ -217,7 +238,7 @@ class AttentionMapCallback(pl.Callback):
                 settings=self._settings(),
                 name=self._suffix,
                 disk_reserve=self.disk_reserve,
-                patience=_all_of(trainer)[0]._patience,  # a minute for all of them together
+                patience=all_of(trainer)[0]._patience,  # a minute for all of them together
             )
             self._tell_what_is_skipped(trainer.loggers)
         for snapshot in self._from_first(trainer, lambda: self._missed(run.steps_done(trainer))):
@@ -229,14 +250,15 @@ class AttentionMapCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
-        if self._stepped_aside:
-            return
-        if self.monitor is None:
-            self._attempt(lambda: self._adopt(trainer, batch))
-            if self._stepped_aside:
-                return
-        if self.schedule.due(run.steps_done(trainer)):
-            self._snapshot(trainer, pl_module)
+        step = run.steps_done(trainer)
+        if not self._stepped_aside and self.schedule.due(step):
+            adopt = partial(self._adopt, trainer, batch)
+            if self.monitor is not None or self._attempt("taking images of a batch", adopt):
+                self._snapshot(trainer, pl_module)
+            else:
+                self.schedule.taken(step)  # the next try is where the next snapshot is due
+                self._report_failures()
+        self._begun = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Snapshots by epoch are taken before checkpoints are saved, so that these can monitor them."""
@@ -261,23 +283,30 @@ class AttentionMapCallback(pl.Callback):
         """Write what was captured before the failure, for a few seconds, and say what is not written."""
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
-            _all_of(trainer)[0]._patience.limit(LAST_WORDS)
+            all_of(trainer)[0]._patience.limit(LAST_WORDS)
             publisher.close()
             self._report_failures(reraise=False)  # the exception that there is comes first
             if publisher.folder is not None and publisher.archived is not None:
                 rank_zero_info(
                     f"AttentionMapCallback: the archive in {publisher.folder} ends with step {publisher.archived}"
                 )
-        self._release()
+        self._let_go()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the background thread, and let go of the model."""
-        self._root = None
-        if stage == "fit" and self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
+        """End the background threads, and let go of the model."""
         if stage == "fit":
-            self._release()
+            if self._publisher is not None:
+                self._publisher.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
+        self._release()
+        self._publisher = self._root = self._checked = None
+        for name in ("_failures", "log", "log_dict"):  # Lightning gives callbacks the last two, methods of the model
+            vars(self).pop(name, None)
+        if self.monitor is not None:
+            self.monitor.let_go()
 
     @property
     def state_key(self) -> str:
@@ -290,6 +319,7 @@ class AttentionMapCallback(pl.Callback):
         if self.monitor is None:
             return {}
         return {
+            "version": STATE_VERSION,
             "monitor": self.monitor.state_dict(),
             "last_step": self.schedule.last_step,
             "archive": self._archive,
@@ -297,16 +327,19 @@ class AttentionMapCallback(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same images from the step after the last snapshot."""
+        """Go on with the same images from the step after the last snapshot; start afresh if it cannot be read."""
         if not state_dict:
             return
-        given = self.monitor.probe if self.monitor is not None else None
-        self._use_probe(ProbeBatch.from_state_dict(state_dict["monitor"]["probe"]))
+        given = None if self.monitor is None else self.monitor.probe
+        try:
+            self._read_state(state_dict)
+        except Exception as error:  # another version's may hold anything, and must not end a run
+            _warn(
+                "AttentionMapCallback: what the checkpoint holds of attention cannot be read, and film strips start "
+                f"afresh. {type(error).__name__}: {error}"
+            )
+            return
         assert self.monitor is not None
-        self.monitor.load_state_dict(state_dict["monitor"])
-        self.schedule.last_step, self._archive = state_dict["last_step"], state_dict["archive"]
-        self._run = state_dict.get("run")  # the first stage had none
-        self._resumed = True
         if given is not None and not given.shows_the_same_as(self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             _warn(
@@ -325,6 +358,19 @@ class AttentionMapCallback(pl.Callback):
                 f"{self.state_key}. It starts afresh: new probe images, and film strips from here on"
             )
 
+    def _read_state(self, state: dict[str, Any]) -> None:
+        """Take over a state, or raise why not and leave all as it is."""
+        version = state.get("version", 1)  # the first had no number
+        if not isinstance(version, int) or version > STATE_VERSION:
+            raise ValueError(f"its version is {version!r}, expected up to {STATE_VERSION}")
+        monitor = self._make_monitor(ProbeBatch.from_state_dict(state["monitor"]["probe"]))
+        monitor.load_state_dict(state["monitor"])
+        last_step, archive = state["last_step"], state["archive"]
+        if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
+            raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
+        self.monitor, self.schedule.last_step, self._archive, self._resumed = monitor, last_step, archive, True
+        self._run = state.get("run")  # the first stage had none
+
     def _load_probe(self) -> ProbeBatch:
         assert self.probe is not None
         return ProbeBatch.of(self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks)
@@ -334,7 +380,10 @@ class AttentionMapCallback(pl.Callback):
         self._use_probe(self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader))))
 
     def _use_probe(self, probe: ProbeBatch) -> None:
-        self.monitor = AttentionMonitor(
+        self.monitor = self._make_monitor(probe)
+
+    def _make_monitor(self, probe: ProbeBatch) -> AttentionMonitor:
+        return AttentionMonitor(
             probe,
             layers=self.layers,
             query=self.query,
@@ -342,24 +391,48 @@ class AttentionMapCallback(pl.Callback):
             metrics=self.metrics,
             health=self.health,
             verify=self.verify,
-            forward=[replace(way, forward=self._within(way.forward)) for way in WAYS],
+            forward=[replace(way, forward=partial(self._call, way.forward)) for way in self._ways],
             or_mean=True,
             distributed=self._shared,
         )
 
-    def _within(self, forward: Forward) -> Forward:
-        """A way to call the model, through the FSDP units around it where there are some."""
-        return lambda model, images: forward_within(model if self._root is None else self._root, forward)(model, images)
+    def _call(self, forward: Forward, model: nn.Module, images: Tensor) -> Any:
+        """The model called so, through the FSDP units around it where there are some."""
+        return forward_within(model if self._root is None else self._root, forward)(model, images)
 
-    def _attempt(self, look: Callable[[], object]) -> None:
-        """A first look; where it fails and the user has not said what to look at, training goes on without maps."""
+    def _attempt(self, part: str, look: Callable[[], object]) -> bool:
+        """Do it; whether it was done. Want of memory or a mistake of ours is one warning, and tried again.
+
+        Before the first step, what the user can mend ends the run if it is of what they have asked for; else the run
+        goes on without maps.
+        """
         try:
-            look()
-        except (AttentionError, ProbeError) as error:
-            asked = (self.probe, self.targets, self.layers, self.query) != (None, None, -1, "cls")
+            return self._failures.attempt(part, look, let=() if self._begun else MENDABLE)
+        except MENDABLE as error:
+            given = (self.probe, self.targets, self.forward, self.style.heads)
+            asked = any(g is not None for g in given) or (self.layers, self.query) != (-1, "cls")
             if asked or self.on_error == "raise":
                 raise
             self._step_aside(error)
+            return False
+
+    def _try(self, part: str, action: Callable[[], Result]) -> Result | None:
+        """What it gives, None where it fails."""
+        found: list[Result] = []
+        self._failures.attempt(part, lambda: found.append(action()))
+        return found[0] if found else None
+
+    def _learn(self, monitor: AttentionMonitor) -> None:
+        """What the first look at the model tells: heads that it has not are a mistake, layers left out are said."""
+        for (role, layer), count in monitor.heads.items():
+            missing = [head for head in self.style.heads or () if head >= count]
+            if missing:
+                raise HeadError(
+                    f"heads={list(self.style.heads or ())}: layer {layer} of {role} has heads 0 to {count - 1}, so no "
+                    f"{', '.join(map(str, missing))}. Choose among these"
+                )
+        for text in monitor.left_out():
+            self._failures.note(text)
 
     def _step_aside(self, error: Exception) -> None:
         if not self._stepped_aside:
@@ -411,25 +484,28 @@ class AttentionMapCallback(pl.Callback):
     def _choose_suffix(self, trainer: pl.Trainer) -> str:
         """What follows the first part of every tag: the name, else a number from the second callback without one on."""
         if self.name is not None:
-            same = [c for c in _all_of(trainer) if c.name == self.name]
+            same = [c for c in all_of(trainer) if c.name == self.name]
             if len(same) > 1:
                 raise ValueError(
                     f"name={self.name!r}: {len(same)} AttentionMapCallbacks have it, expected different ones"
                 )
             return self.name
-        number = 1 + [c for c in _all_of(trainer) if c.name is None].index(self)
+        number = 1 + [c for c in all_of(trainer) if c.name is None].index(self)
         return "" if number == 1 else str(number)
 
     def _choose_archive(self, trainer: pl.Trainer, run_folder: Path) -> Path:
         """The folder that a resumed run wrote to, else one that no other run or callback writes to."""
+        place, base = run_folder, renamed("attn_monitor", self.name or "")
+        if self.dirpath:
+            place, base = self.dirpath.parent, self.dirpath.name
         self._release()
-        before = None if self._archive is None else run_folder / self._archive
+        before = None if self._archive is None else place / self._archive
         claim = None if before is None else claim_again(before, self._run)
         if claim is None:
             first = 1 if self.name is not None else int(self._suffix or 1)  # the same number as in its tags
-            claim = claim_free(run_folder, renamed("attn_monitor", self.name or ""), first)
+            claim = claim_free(place, base, first)
         else:
-            self._tidy(claim.folder, trainer.global_step)
+            self._tidy(claim.folder, run.steps_done(trainer))
         if claim.note:
             rank_zero_info(f"AttentionMapCallback: {claim.note}")
         self._claim, self._archive, self._run = claim, claim.folder.name, claim.run
@@ -461,18 +537,11 @@ class AttentionMapCallback(pl.Callback):
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), run.steps_done(trainer)
         self._report_failures()
-        # Before the first step, a model that cannot be watched is a mistake to mend now.
-        let = () if self._begun else AttentionError
-        self._begun = True
-        take = partial(self._take, trainer, pl_module, step)
         # All processes must agree on it, and their clocks differ.
         now = self._from_first(trainer, lambda: not self._failures.pause(TAKING))
-
-        def look() -> None:
-            if not now or not self._failures.attempt(TAKING, take, let=let):
-                self._failures.lost(TAKING, step)
-
-        self._attempt(look)
+        taken = now and self._attempt(TAKING, partial(self._take, trainer, pl_module, step))
+        if not taken and not self._stepped_aside:
+            self._failures.lost(TAKING, step)
         self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
         self._report_failures()
         self._blocked += time.perf_counter() - started
@@ -483,6 +552,7 @@ class AttentionMapCallback(pl.Callback):
         with trainer.precision_plugin.forward_context():
             if not self._taken:
                 self._look(lambda monitor: monitor.check(models))
+                self._learn(self.monitor)
             started = time.perf_counter()
             snapshot = self.monitor.snapshot(models, step=step, epoch=trainer.current_epoch)
         self._taken += 1
@@ -560,7 +630,8 @@ def _warn(text: str) -> None:
     telling.warn(text)
 
 
-def _all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
+    """Every callback of this kind that a trainer has."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 

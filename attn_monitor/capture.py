@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, RowKind, Verdict, settle
 from attn_monitor.plan import Found, Plan, Reading, make_plan
 from attn_monitor.running import Forward, check_materialised, is_sharded, run_forward
-from attn_monitor.selection import Layers, QuerySpec, check_query, select_sites
+from attn_monitor.selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
 from attn_monitor.tokens import TokenStatistics, watch_tokens
 
 __all__ = [
@@ -46,6 +46,18 @@ __all__ = [
     "check_query",
     "record_attention",
 ]
+
+
+Verify = bool | Literal["first", "always"]
+
+
+def check_verify(verify: Verify | str) -> Verify:
+    """When to check rows, if it is one of the ways there are; "always", an older word for True, becomes True."""
+    if isinstance(verify, bool) or verify == "always":
+        return bool(verify)
+    if verify == "first":
+        return "first"
+    raise ValueError(f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False')
 
 
 @dataclass(frozen=True)
@@ -142,17 +154,14 @@ class AttentionRecorder:
         query: QuerySpec = "cls",
         forward: Forward | Sequence[Way] | None = None,
         or_mean: bool = False,
-        verify: bool | str = True,
+        verify: Verify = True,
         nonfinite: str = "raise",
         distance: bool = False,
         tokens: bool = False,
     ) -> None:
-        if verify not in (True, False, "first", "always"):
-            raise ValueError(
-                f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False'
-            )
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        self.layers, self.query, self.verify, self.nonfinite = layers, check_query(query), verify, nonfinite
+        self.layers, self.query = check_layers(layers), check_query(query)
+        self.verify, self.nonfinite = check_verify(verify), nonfinite
         self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
         self._way, self.or_mean = self._ways[0], or_mean
         self.distance, self.tokens = distance, tokens
@@ -167,6 +176,19 @@ class AttentionRecorder:
         """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
         query = "it has no CLS token, so maps show the attention that patches receive (query='mean')"
         return tuple(note for note in (self._way.said, query if self._query != self.query else "") if note)
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Under layers="all", the layers that are left out, each with the reason; known after the first look."""
+        if self._plan is None or self.layers != "all":
+            return {}
+        return left_out(self._sites, self._query)
+
+    @property
+    def heads(self) -> dict[int, int]:
+        """How many heads each wanted layer has, by index; known after the first look."""
+        readings = () if self._plan is None else self._plan.readings.values()
+        return {reading.site.index: reading.site.heads for reading in readings}
 
     def found(self) -> Found:
         """What the latest look has found, in the layers that are wanted."""
@@ -200,7 +222,7 @@ class AttentionRecorder:
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
         images = self._look(images)
-        verify = self.verify in (True, "always") or (self.verify == "first" and not self._verified)
+        verify = self.verify is True or (self.verify == "first" and not self._verified)
         recorded = self._record(images, self._planned(), verify, each)
         self._verified = self._verified or verify
         return recorded
@@ -381,4 +403,4 @@ def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
 
 def _structure(model: nn.Module) -> int:
     """Changes when a submodule is replaced, added, removed, renamed, or given another class (as FSDP does)."""
-    return hash(tuple((id(module), type(module), *module._modules) for module in all_modules(model)))
+    return hash(tuple((id(module), type(module), *module._modules.keys()) for module in all_modules(model)))

@@ -23,10 +23,11 @@ from attn_monitor.errors import (
 from attn_monitor.layout import TokenLayout
 from attn_monitor.observer import AttentionObserver, SiteKey
 from attn_monitor.operations import Observation, Verdict, settle
-from attn_monitor.places import SitePlaces, find_places
+from attn_monitor.places import find_places
 from attn_monitor.running import Forward, run_forward
 from attn_monitor.sharding import refuse_split_parameters
 from attn_monitor.silence import HowToRead
+from attn_monitor.sites import SitePlaces
 from attn_monitor.sources import Folding, Reading, widen
 
 _IMAGES = 3  # noise, of which the first two are the same
@@ -136,7 +137,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     if how:
         first = next(e for e in found if e.key in how)
         places = find_places(
-            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=len(images)
+            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=min(len(images), 8)
         )
     read = [entry.seen for entry in found if entry.seen.rows is not None]
     verdicts = iter(settle(read))

@@ -1,6 +1,6 @@
 """Several processes watch one probe: each runs its share, all agree on how that went, and all get the whole.
 
-Every function here except `is_on` and `share` is collective: all processes call it, in the same order.
+Every function here except `is_on`, `is_first` and `share` is collective: all processes call it, in the same order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attn_monitor import errors
 from attn_monitor.capture import LayerAttention
+from attn_monitor.operations import KINDS
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
@@ -26,6 +27,11 @@ Captured = dict[tuple[str, int], LayerAttention]
 def is_on() -> bool:
     """Whether there is a process group of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of the group, or the only one."""
+    return not is_on() or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def merge(mine: Captured, part: Share) -> Captured:
     pieces = flat.split([s.numel() for s in spread])
     for (key, name, value), empty, piece in zip(tensors, spread, pieces, strict=True):
         whole[key][name] = piece.view_as(empty).to(value)
-    for key, (error, mixed) in _verdicts(mine, flat.device).items():
-        whole[key].update(verified_error=error, mixed=mixed)
+    for key, verdict in _verdicts(mine, flat.device).items():
+        whole[key].update(verdict)
     return {key: replace(attention, **whole[key]) for key, attention in mine.items()}
 
 
@@ -161,12 +167,19 @@ def _check_same_layers(mine: Captured, device: torch.device) -> None:
         )
 
 
-def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], tuple[float, bool]]:
-    """Largest error that any process found at each layer (NaN: not checked), and whether any found it mixed."""
-    found = [[-1.0 if math.isnan(a.verified_error) else a.verified_error, float(a.mixed)] for a in mine.values()]
+def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], dict[str, Any]]:
+    """The largest error that any process found at each layer (NaN: not checked), and the least regular rows."""
+    found = [
+        [-1.0 if math.isnan(a.verified_error) else a.verified_error, float(a.mixed), float(KINDS.index(a.kind))]
+        for a in mine.values()
+    ]
     worst = torch.tensor(found, dtype=torch.float32, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return {
-        key: (math.nan if error < 0 else error, mixed == 1)
-        for key, (error, mixed) in zip(mine, worst.tolist(), strict=True)
+        key: {
+            "verified_error": math.nan if error < 0 else error,
+            "mixed": mixed == 1,
+            "kind": KINDS[int(kind)],
+        }
+        for key, (error, mixed, kind) in zip(mine, worst.tolist(), strict=True)
     }

@@ -31,3 +31,7 @@ class NonFiniteAttentionError(AttentionError):
 
 class ForwardError(AttentionError):
     """The model refused the images, or gives a different answer each time it is asked."""
+
+
+class HeadError(AttentionError):
+    """The head asked for does not exist in this model."""

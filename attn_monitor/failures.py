@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 LONGEST_PAUSE = 120.0  # seconds between two tries of a part that fails
+Passing = type[Exception] | tuple[type[Exception], ...]
 SILENCE = 60.0  # seconds after news of a part before the next; doubles each time
 
 
@@ -42,7 +43,9 @@ class Failures:
         self._parts: dict[str, _Part] = {}
         self._lock = threading.RLock()
 
-    def attempt(self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[()] = ()) -> bool:
+    def attempt(
+        self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[type[Exception], ...] = ()
+    ) -> bool:
         """Do it; what it raises waits for `report`. True when it was done. Errors of the type ``let`` go through."""
         try:
             action()

@@ -35,10 +35,14 @@ def _float(x: Tensor) -> Tensor:
 
 
 def normalise(p: Tensor) -> Tensor:
-    """Scale to sum 1 over the last dimension; all zeros become uniform, the limit of "no preference"."""
+    """Scale to sum 1 over the last dimension; all zeros become uniform, the limit of "no preference".
+
+    Weights of which some are negative are no distribution: all NaN.
+    """
     p = _float(p)
     total = p.sum(-1, keepdim=True)
-    return torch.where(total == 0, torch.full_like(p, 1 / p.shape[-1]), p / total)
+    shares = torch.where(total == 0, torch.full_like(p, 1 / p.shape[-1]), p / total)
+    return torch.where((p < 0).any(-1, keepdim=True), torch.nan, shares)
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ def mask_area(p: Tensor, threshold: float = 0.6) -> Tensor:
 
 def area_of(mask: Tensor, p: Tensor) -> Tensor:
     """`mask_area` of a mask that is there already."""
-    return torch.where(p.isfinite().all(-1), _float(mask).mean(-1), torch.nan)
+    return torch.where((p.isfinite() & (p >= 0)).all(-1), _float(mask).mean(-1), torch.nan)
 
 
 def peak(p: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
     CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path.
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # in which no operation could be seen
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))

@@ -129,6 +129,7 @@ METRICS = {
     "jaccard": Metric(_jaccard),
 }
 OF_TOKENS = {"outlier_fraction", "cls_patch_cosine"}
+OF_ANY_WEIGHTS = {"prefix_mass", *OF_TOKENS}  # the others are of distributions, which signed weights are not
 
 
 def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -170,7 +171,8 @@ def measure(
         )
     measured: Measured = {}
     for key in layers:
-        measured[key] = {k: v.detach() for m in metrics for k, v in METRICS[m].compute(scenes[key]).items()}
+        told = [m for m in metrics if layers[key].kind != "signed" or m in OF_ANY_WEIGHTS]
+        measured[key] = {k: v.detach() for m in told for k, v in METRICS[m].compute(scenes[key]).items()}
     return _to_host(measured)
 
 

@@ -10,13 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import distributed
-from attn_monitor.capture import AttentionRecorder, Forward, LayerAttention, Layers, QuerySpec
+from attn_monitor.capture import (
+    AttentionRecorder,
+    Forward,
+    LayerAttention,
+    Layers,
+    QuerySpec,
+    Verify,
+    check_query,
+    check_verify,
+)
 from attn_monitor.drawing import thin
 from attn_monitor.health import Health, HealthLimits
 from attn_monitor.masking import Way
 from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
+from attn_monitor.operations import KINDS
 from attn_monitor.plan import Found
 from attn_monitor.probe import ProbeBatch
+from attn_monitor.selection import check_layers
 from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot
 
 HISTORY = 24  # snapshots kept for film strips
@@ -31,9 +42,9 @@ class AttentionMonitor:
     ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24;
     ``health.flags`` are the health flags so far. ``layers`` and ``query`` are those of `record_attention`;
     ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance", which
-    needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (first snapshot and
-    after changes), "always" or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean`` reads
-    query="mean" where a model has no CLS token.
+    needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (every snapshot),
+    "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean``
+    reads query="mean" where a model has no CLS token.
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
     """
@@ -47,26 +58,27 @@ class AttentionMonitor:
         threshold: float = 0.6,
         metrics: Sequence[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
-        verify: bool | str = True,
+        verify: Verify = True,
         forward: Forward | Sequence[Way] | None = None,
         or_mean: bool = False,
         distributed: bool = False,
     ) -> None:
         self.probe = probe
         self.metrics, self.health = select_metrics(metrics), Health(health)
-        self.layers, self.query, self.threshold = layers, query, check_threshold(threshold)
-        self.verify, self.forward, self.or_mean, self.distributed = verify, forward, or_mean, distributed
+        self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
+        self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
         self.previous: AttentionSnapshot | None = None
         self.history: list[AttentionSnapshot] = []
         self._chunk = len(probe)
         self._recorders: dict[str, AttentionRecorder] = {}
+        self._told: dict[str, dict[int, str]] = {}  # what was said to be left out
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
 
         def look() -> None:
             for role, model in models.items():
-                self._recorder(role, model).check(self.probe.images[:1])
+                self._recorder(role, model).check(self.probe.images)
 
         self._together(look)
 
@@ -85,6 +97,27 @@ class AttentionMonitor:
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, flags)
         self.remember(snapshot)
         return snapshot
+
+    @property
+    def heads(self) -> dict[tuple[str, int], int]:
+        """How many heads each watched layer has, by role and index; known after the first look."""
+        return {(role, layer): n for role, seen in self._recorders.items() for layer, n in seen.heads.items()}
+
+    def left_out(self) -> list[str]:
+        """What layers="all" leaves out of each role, in words and with the reasons; said once, until it changes."""
+        news = []
+        for role, recorder in self._recorders.items():
+            reasons = recorder.left_out
+            if reasons and reasons != self._told.get(role):
+                lines = "".join(f"\n  {reason}" for reason in reasons.values())
+                news.append(f'layers="all" leaves out {len(reasons)} of the layers of {role}:{lines}')
+                self._told[role] = reasons
+        return news
+
+    def let_go(self) -> None:
+        """Hold no model: the next look finds everything anew."""
+        self._recorders.clear()
+        self._told.clear()
 
     def forget(self) -> None:
         """Drop the past: the next snapshot is the first one of a run."""
@@ -134,6 +167,8 @@ class AttentionMonitor:
         layers = {}
         for role, model in models.items():
             recorder = self._recorder(role, model)
+            if self._is_shared():
+                recorder.check(self.probe.images)  # all processes ask the same questions, and as many
             for parts in zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True):
                 layers[role, parts[0].layer] = _joined(parts)
         return layers
@@ -189,7 +224,9 @@ def _joined(parts: Sequence[LayerAttention]) -> LayerAttention:
         return parts[0]
     values: list[dict[str, Tensor]] = [_tensors(part) for part in parts]
     together: dict[str, Any] = {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    return replace(parts[0], **together)
+    kind = max((part.kind for part in parts), key=KINDS.index)
+    error = max(part.verified_error for part in parts)
+    return replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error, **together)
 
 
 def _to_host(attention: LayerAttention) -> LayerAttention:

@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import operations as ops
+from attn_monitor.blame import raises_for
 from attn_monitor.layout import PatchConv
 from attn_monitor.operations import Observation
-from attn_monitor.sources import Query, Reading
+from attn_monitor.sources import ExplicitCall, Query, Reading
 
 SiteKey = tuple[str, int]
 """Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
@@ -23,6 +25,12 @@ SiteKey = tuple[str, int]
 
 class Done(BaseException):
     """Leaves a forward pass once all that was wanted has been seen; no ordinary `except` catches it."""
+
+
+@raises_for("model")
+def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model runs, whose errors are the model's."""
+    return func(*args, **kwargs)
 
 
 class AttentionObserver(TorchDispatchMode):
@@ -68,6 +76,8 @@ class AttentionObserver(TorchDispatchMode):
             if path == "":
                 self._enter(path)()
                 continue
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operations are seen all the same
+                continue
             stack.enter_context(module.register_forward_pre_hook(self._enter(path)))
             stack.enter_context(module.register_forward_hook(self._leave(path), always_call=True))
         return stack
@@ -98,13 +108,14 @@ class AttentionObserver(TorchDispatchMode):
             self._pending.clear()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @raises_for("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, kind = kwargs or {}, ops.kind_of(func)
         if kind == "fused":
             return self._fused(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run_operation(func, args, kwargs)
         if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
             kind == "elementwise" and self._made_of_scores(out)
         ):
@@ -119,7 +130,7 @@ class AttentionObserver(TorchDispatchMode):
         return out
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
-        self._pending = [*self._pending[-3:], (out, self._running[-1])]  # gates' own softmaxes never meet a V
+        self._pending = [*self._pending[-31:], (out, self._running[-1])]  # gates' own softmaxes never meet a V
 
     def _made_of_scores(self, out: Any) -> bool:
         return isinstance(out, Tensor) and any(
@@ -147,21 +158,31 @@ class AttentionObserver(TorchDispatchMode):
         query = self.query(key)
         if query is not None and key == self.last and not self.verify:  # its output is not needed by anyone
             self._seen(key, ops.observe_fused(call, None, query, verify=False))
-        out = func(*args, **kwargs)
+        out = run_operation(func, args, kwargs)
         self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
         return out
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
-        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
-        if call is None:
+        taken = self._take_weights(args)
+        if taken is None:
             return
-        key, scope = self._key(), common_path([self._running[-1], *(path for _, path in self._pending)])
-        self._pending.clear()
+        call, scope = taken
+        key, seen = self._key(), None
         query = self.query(key)
-        seen = None
         if query is not None:
             seen = ops.observe_explicit(call, out, self.batch, query, verify=self.verify)
         self._seen(key, seen, scope)
+
+    def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
+        """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
+        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
+        if call is None:
+            return None
+        used = [w for w in call.weights if ops.is_same(call.applied, w)][-1:] or call.weights
+        call = replace(call, weights=used)
+        scope = common_path([self._running[-1], *(path for w, path in self._pending if any(w is u for u in used))])
+        self._pending = [(w, path) for w, path in self._pending if not any(w is u for u in used)]
+        return call, scope
 
     def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         calls = ops.unknown_calls(func, args, kwargs, out)

@@ -317,6 +317,18 @@ def first_tensor(out: Any) -> Tensor | None:
     return out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
 
 
+def is_same(a: Any, b: Tensor) -> bool:
+    """Whether both are the same numbers in memory, whatever their shape."""
+    return isinstance(a, Tensor) and a.numel() == b.numel() and _pointer(a) == _pointer(b) is not None
+
+
+def _pointer(x: Tensor) -> int | None:
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:  # a subclass without storage of its own
+        return None
+
+
 def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     """Whether a softmax could be attention: at least (batch, queries, keys), over the last dimension."""
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)

@@ -316,4 +316,6 @@ def _log_summary(
         for key, attention in snapshot.layers.items():
             values = F.entropy(attention.maps.flatten(-2)).mean(0).tolist()
             entropies.setdefault(key, {})[snapshot.step] = values
-    sinks.log_summary(logger, snapshot=last, thumbnails=thumbnails, entropies=entropies, name=name)
+    sinks.log_summary(
+        logger, snapshot=last, thumbnails=thumbnails, entropies=entropies, threshold=style.threshold, name=name
+    )

@@ -58,12 +58,16 @@ def panel(
         cells = known[key]
         pictures = cells.draw(maps.numpy(), shown_masks(maps, style.threshold).numpy())
         flat = maps.flatten(-2)
-        figures = zip(labels, F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist(), strict=True)
+        entropy, area = F.entropy(flat).tolist(), F.mask_area(flat, style.threshold).tolist()
+        figures = zip(labels, entropy, area, flat.isfinite().all(-1).tolist(), strict=True)
         captions = [caption, *(_caption(*f) for f in figures)]
         model = f" {attention.model}" if attention.model else ""
         title = f"{role}{model} · layer {attention.layer} ({attention.name})"
         title += "" if attention.query in ("", "cls") else f" · {_QUERIES.get(attention.query, attention.query)}"
         title += " · mixed after the softmax" if attention.mixed else ""
+        title += {"weights": " · weights that do not sum to 1", "signed": " · some weights are negative"}.get(
+            attention.kind, ""
+        )
         rows.append((title, list(zip(captions, [cells.photo, *pictures], strict=True))))
     header = f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, style, truth is not None and bool(truth.any()))
@@ -83,9 +87,11 @@ def shown_masks(maps: Tensor, threshold: float) -> Tensor:
     return shown
 
 
-def _caption(label: str, entropy: float, area: float) -> str:
-    if math.isnan(entropy):
+def _caption(label: str, entropy: float, area: float, finite: bool) -> str:
+    if not finite:
         return f"{label} · missing"
+    if math.isnan(entropy):
+        return label  # signed weights have neither entropy nor mask
     return f"{label} · H {entropy:.2f} · " + ("uniform" if entropy > UNIFORM else f"{area:.0%}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.blame import of_monitor
 from attn_monitor.errors import AttentionError, ForwardError
 from attn_monitor.isolation import is_sharded as is_sharded
 from attn_monitor.isolation import isolated_forward
@@ -47,7 +48,10 @@ def run_forward(
     observer: AttentionObserver,
     watched: Iterable[tuple[str, nn.Module]],
 ) -> None:
-    """One isolated forward under the observer; a failure of the model becomes a `ForwardError` that names the size."""
+    """One isolated forward under the observer; a failure of the model becomes a `ForwardError` that names the size.
+
+    A mistake of this package is raised as it is.
+    """
     try:
         with isolated_forward(model), observer.watch(watched):
             forward(model, images)
@@ -56,6 +60,8 @@ def run_forward(
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if of_monitor(error):  # not to be told as the model's
+            raise
         reason = str(error).rstrip(". ")
         raise ForwardError(
             f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "

@@ -22,10 +22,35 @@ def check_query(query: QuerySpec) -> QuerySpec:
     raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
 
 
+def check_layers(layers: Layers) -> Layers:
+    """The layers, if they are of a kind that exists."""
+    wanted = layers if isinstance(layers, (list, tuple)) else [layers]
+    if not wanted or not all(isinstance(w, (int, str)) and not isinstance(w, bool) and w != "" for w in wanted):
+        raise ValueError(
+            f'layers={layers!r}: expected an index (negative from the end), a module path, a list of these, or "all"'
+        )
+    return layers
+
+
+def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
+    """The index of each layer that layers="all" leaves out, and why."""
+    return {index: str(reason) for index, reason in _every_layer(sites, query)[1].items()}
+
+
 def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
+    if layers != "all" and (
+        not isinstance(layers, (int, str, Sequence)) or (not isinstance(layers, int) and not layers)
+    ):
+        raise LayerError(
+            f'layers={layers!r}: expected an index, a module path, a list of at least one of these, or "all"'
+        )
     if layers == "all":
-        return _every_layer(sites, query)
+        selected, reasons = _every_layer(sites, query)
+        if reasons and not selected:
+            last = list(reasons.values())[-1]
+            raise type(last)(str(last))  # a new one: a site's own would keep the model alive by its traceback
+        return selected
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     selected = {}
     for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
@@ -35,21 +60,21 @@ def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dic
     return selected
 
 
-def _every_layer(sites: Sequence[Site], query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
-    """All layers that have this query; the last layer's reason if there is none."""
+def _every_layer(
+    sites: Sequence[Site], query: QuerySpec
+) -> tuple[dict[SiteKey, tuple[Site, Query]], dict[int, AttentionError]]:
+    """All layers that have this query, and for each other one, by index, why it has not."""
     selected: dict[SiteKey, tuple[Site, Query]] = {}
-    reason: AttentionError | None = None
+    reasons: dict[int, AttentionError] = {}
     for site in sites:
         if site.refusal is not None:
-            reason = site.refusal
+            reasons[site.index] = site.refusal
             continue
         try:
             selected[site.key] = (site, resolve_query(site, query))
         except AttentionError as error:
-            reason = error
-    if reason is not None and not selected:
-        raise type(reason)(str(reason))  # a new one: a site's own would keep the model alive by its traceback
-    return selected
+            reasons[site.index] = error
+    return selected, reasons
 
 
 def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
@@ -78,7 +103,9 @@ def resolve_query(site: Site, query: QuerySpec) -> Query:
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
         if places.part:
-            raise QueryError(f"{where} has a part of the queries only, so there is no mean over all of them here")
+            raise QueryError(
+                f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
+            )
         return "mean"
     if isinstance(query, int):
         if query < site.queries:

@@ -114,13 +114,23 @@ def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterat
         yield
     except Exception:
         for unit in around[:1] or _outermost(below):
-            reset = getattr(unit, "reset_iter_state", None)  # PyTorch's own, after a forward that was cut short
-            if reset is not None:
-                reset()
+            _end_forward(unit)
         raise
     finally:
         for unit in (*around, *below):
             _free(unit)
+
+
+def _end_forward(unit: nn.Module) -> None:
+    """Have FSDP2 forget a forward that was cut short."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(unit, FSDPModule):
+        return
+    if hasattr(unit, "reset_iter_state"):
+        unit.reset_iter_state()
+    else:  # PyTorch before 2.14
+        unit._get_fsdp_state()._state_ctx.iter_forward_root = None
 
 
 def _outermost(units: list[nn.Module]) -> list[nn.Module]:

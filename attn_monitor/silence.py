@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import operations as ops
+from attn_monitor.blame import raises_for
 from attn_monitor.layout import SKETCH
-from attn_monitor.observer import AttentionObserver, SiteKey
+from attn_monitor.observer import AttentionObserver, SiteKey, run_operation
 from attn_monitor.sources import Folding, Reading, widen
 
 Call = tuple[str, int]
@@ -54,6 +55,7 @@ class Tokens:
     entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
     exits: dict[Call, Tensor] = field(default_factory=dict)
     again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
+    mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
 
 
 class SilentObserver(AttentionObserver):
@@ -79,12 +81,15 @@ class SilentObserver(AttentionObserver):
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # of the last few products
         self._scores_of: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
         self._spent: list[tuple[Tensor, SiteKey]] = []  # weights that have met a V: another product may use them
+        self._values: list[tuple[Tensor, SiteKey]] = []  # the last few V
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
 
     def watch_calls(self, stack: ExitStack, modules: Mapping[str, nn.Module], paths: set[str]) -> None:
         """Also read the tokens with which the modules at these paths are called, and what they return."""
         for path in paths:
+            if isinstance(modules[path], torch.jit.ScriptModule):
+                continue
             stack.enter_context(modules[path].register_forward_pre_hook(self._begin(path), with_kwargs=True))
             stack.enter_context(modules[path].register_forward_hook(self._end(path)))
 
@@ -111,6 +116,7 @@ class SilentObserver(AttentionObserver):
                 kept[call] = sketch(x[:, None])
                 return
 
+    @raises_for("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -124,12 +130,12 @@ class SilentObserver(AttentionObserver):
         if isinstance(argument, Tensor):
             for module, name in self.nudged:
                 now = module._parameters[name]  # under FSDP another tensor than before the forward
-                if now is not None and _is_same(argument, now):
+                if now is not None and ops.is_same(argument, now):
                     return argument + _noise(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, call, out = self._key(), ops.fused_call(func, args, kwargs), func(*args, **kwargs)
+        key, call, out = self._key(), ops.fused_call(func, args, kwargs), run_operation(func, args, kwargs)
         self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v))
         return out
 
@@ -155,23 +161,27 @@ class SilentObserver(AttentionObserver):
         self._factors = [*self._factors[-3:], (args[0], args[1], out)]
 
     def _used_again(self, args: tuple[Any, ...], out: Tensor) -> None:
-        """Silence also a further product of weights that have met their V."""
-        for weights, key in self._spent:
-            for left, right in (args, (args[1].mT, args[0].mT)):
-                if _is_same(left, weights) and key in self.how:
+        """Silence also a further product of weights that have met their V, or of a V that weights have met."""
+        for left, right in (args, (args[1].mT, args[0].mT)):
+            for weights, key in self._spent:
+                if ops.is_same(left, weights) and key in self.how:
                     values = _group(right, self.batch, self.how[key].folding)
                     if values is not None:
                         self.tokens.again[key] = sketch(values)
                     out.zero_()
                     return
+            for values, key in self._values:
+                if ops.is_same(right, values):
+                    self.tokens.mixed.add(key)
+                    out.zero_()
+                    return
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
-        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
-        if call is None:
+        taken = self._take_weights(args)
+        if taken is None:
             return
-        key = self._key()
-        self._spent = [*self._spent, *((weights, key) for weights, _ in self._pending), (call.applied, key)][-8:]
-        self._pending.clear()
+        call, key = taken[0], self._key()
+        self._spent = [*self._spent, *((weights, key) for weights in call.weights), (call.applied, key)][-32:]
         made = [self._scores_of[id(w)] for w in reversed(call.weights)]
         scores, factors = next(((s, f[0]) for s, f in made if f), (made[0][0], None))
         q = k = None
@@ -194,6 +204,9 @@ class SilentObserver(AttentionObserver):
         """Replace the result, and keep sketches of what came in."""
         how, out = self.how.get(key), product.out
         self._count[key[0]] = key[1] + 1
+        if any(ops.is_same(right, product.v) or ops.is_same(left, product.v) for left, right, _ in self._factors):
+            self.tokens.mixed.add(key)
+        self._values = [*self._values[-7:], (product.v, key)]
         if how is not None:
             self._read(key, how, product)
         content = None
@@ -273,17 +286,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _is_same(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and a.numel() == b.numel() and _pointer(a) == _pointer(b) is not None
-
-
-def _pointer(x: Tensor) -> int | None:
-    try:
-        return x.data_ptr() or None
-    except RuntimeError:  # a subclass without storage of its own
-        return None
 
 
 def _group(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:

@@ -254,11 +254,13 @@ def log_summary(
     snapshot: AttentionSnapshot,
     thumbnails: Mapping[tuple[str, int, int, int], drawing.Pixels],
     entropies: Mapping[tuple[str, int], Mapping[int, Sequence[float]]],
+    threshold: float,
     name: str = "",
 ) -> None:
     """At the end of a run, on W&B: a table of the last snapshot, and one chart of all heads for each layer.
 
-    ``thumbnails`` are by (role, layer, image, head); ``entropies`` are by (role, layer), for each step one per head.
+    ``thumbnails`` are by (role, layer, image, head); ``entropies`` are by (role, layer), for each step one per head;
+    ``threshold`` is that of the mask area.
     """
     if kind_of(logger) != "wandb":
         return
@@ -267,7 +269,7 @@ def log_summary(
     table = wandb.Table(columns=["image", "role", "layer", "head", "entropy", "mask area", "attention"])
     for (role, layer, image, head), thumbnail in thumbnails.items():
         p = snapshot.maps(role, layer)[image, head].flatten()
-        figures = [float(F.entropy(p)), float(F.mask_area(p))]
+        figures = [float(F.entropy(p)), float(F.mask_area(p, threshold))]
         table.add_data(snapshot.names[image], role, layer, head, *figures, wandb.Image(thumbnail, file_type="jpg"))
     media: dict[str, Any] = {renamed("attn_table", name): table}
     for (role, layer), by_step in entropies.items():

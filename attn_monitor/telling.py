@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from attn_monitor.probe import ProbeBatch
 def warn(text: str) -> None:
     """A warning without a place: no line of this package explains it, and none of the user's caused it."""
     warnings.warn_explicit(text, UserWarning, "attn_monitor", 0, module="attn_monitor")
+
+
+def inform(text: str) -> None:
+    """Tell how things go, where no framework's logging does: standard output is the loop's own."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def found_text(

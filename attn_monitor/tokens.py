@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.blame import raises_for
 from attn_monitor.functional import full_precision
 from attn_monitor.sources import widen
 
@@ -66,6 +67,7 @@ def watch_tokens(
     """
     shape = (batch, len(order))
 
+    @raises_for("monitor")
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for x in (*args, *kwargs.values()):
             if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):

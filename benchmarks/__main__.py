@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.asking import measure_asking
 from benchmarks.measure import machine
 from benchmarks.memory import measure_memory
 from benchmarks.metrics_cost import measure_metrics
@@ -48,6 +49,7 @@ def _quick(results: Results) -> None:
     results.growth = measure_growth((4, 8), (1, 2), (1, 2), budget=0.05)
     results.metrics = measure_metrics(tiny, budget=0.1)
     results.startup = measure_startup(1)
+    results.asking = measure_asking(tiny, budget=0.1)
 
 
 def _full(results: Results) -> None:
@@ -66,6 +68,8 @@ def _full(results: Results) -> None:
     results.metrics = measure_metrics(replace(SMALL, batch=8), budget=10)
     _tell("start")
     results.startup = measure_startup(4)
+    _tell("asking")
+    results.asking = measure_asking(replace(SMALL, pixels=224, batch=1), budget=15)
 
 
 def _tell(what: str) -> None:

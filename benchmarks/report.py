@@ -179,6 +179,12 @@ def _rest(results: Results) -> Iterator[str]:
             for g in results.growth
         ]
         yield table(["of", "sizes", "own cost, ms", "line, ms", "R²"], rows)
+    if (a := results.asking) is not None:
+        yield "## Asking for places"
+        yield (
+            f"{a.model} is asked {a.images} images once, which with the recording takes {_figure(a.first)} plain "
+            f"forwards of one image. `record_attention` takes {_figure(a.again)} from its second call on."
+        )
     if (s := results.startup) is not None:
         yield "## Start"
         yield (

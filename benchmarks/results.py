@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.asking import Asking
 from benchmarks.measure import Spread
 from benchmarks.memory import Memory
 from benchmarks.pictures import Pictures
@@ -28,6 +29,7 @@ class Results:
     growth: list[Growth] = field(default_factory=list)
     metrics: Spread | None = None
     startup: Startup | None = None
+    asking: Asking | None = None
     minutes: float = 0.0
     loads: tuple[float, float] = (0.0, 0.0)
 

@@ -49,6 +49,9 @@ def targets(results: Results) -> Iterator[Target]:
     for growth in results.growth:
         fit = Spread.of([growth.r_squared])
         yield Target(f"own cost on a straight line over {growth.of}: R²", 0.95, fit, at_most=False)
+    if results.asking is not None:
+        yield Target("images that a plain ViT is asked once, 224 px", 20, Spread.of([float(results.asking.images)]))
+        yield Target("record_attention from its second call on, in plain forwards", 1.1, results.asking.again)
     if results.startup is not None:
         yield Target("milliseconds that the import adds", 50, results.startup.milliseconds)
         yield Target("unwanted packages imported", 0, Spread.of([float(len(results.startup.unwanted))]))

@@ -32,10 +32,10 @@ Written by `docs/make_models.py` from `tests/zoo.py` and `tests/test_refusals.py
 Small models with random weights and sharp attention, run on {versions}.
 
 * **layers**: how many attention layers ran, and of these how many can be read with the query of the test.
-* **grid, prefix**: patches as rows × columns, and tokens in front of them. *Proven*: every patch token was told apart
-  by changing known patches of the image. *Assumed*: the keys are the module's tokens, taken row by row.
-* **row·V**: largest relative difference between the captured row times V and the operation's own output. Explicit
-  attention is compared with what meets V instead; 0 means the same numbers. *Mixed*: heads are mixed after the softmax.
+* **grid, prefix**: patches as rows × columns, and tokens beside them. *Exact*: every key changes with its own patch of
+  the image and with no other. *Centres*: fields overlap, and keys are ordered by the centre of what they hold.
+* **row·V**: largest relative difference between the captured row times V and the operation's own output. *Mixed*: what
+  meets V is no plain softmax.
 * **reference**: largest difference to the attention matrix in float64, found by other means, in units of uniform
   attention (weight × keys). The tests allow 1e-3. The largest in this table is **{largest:.1e}**.
 """
@@ -51,10 +51,10 @@ def row(case: Case) -> tuple[str, float]:
     matrices = attention_matrices(model, images, forward, case.method)
     largest = max(difference(a, matrices[a.layer], case.query) for a in seen)
     kinds = {"fused" if "scaled_dot_product" in sites[a.layer].op else "explicit" for a in seen}
-    layouts = {"proven" if sites[a.layer].layout.proven else "assumed" for a in seen}  # type: ignore[union-attr]
-    errors = [a.verified_error for a in seen if not a.mixed]
-    checked = f"{max(errors):.0e}" if errors else "mixed"
-    checked += ", some mixed" if errors and len(errors) < len(seen) else ""
+    layouts = {a.places for a in seen}
+    mixed = sum(a.mixed for a in seen)
+    checked = f"{max(a.verified_error for a in seen):.0e}"
+    checked += "" if mixed == 0 else ", mixed" if mixed == len(seen) else ", some mixed"
     grid = f"{case.grid[0]} × {case.grid[1]} + {case.prefix}, {' and '.join(sorted(layouts))}"
     cells = [
         case.library,

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from photographs import photographs, probe_images
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
-from transformers.integrations import TensorBoardCallback
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
+from attn_monitor import ProbeBatch
+from attn_monitor.hugging_face import AttentionMapTrainerCallback
 
 SIZE = 96
 # Normalised as ProbeBatch expects it unless told otherwise.
 normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 to_input = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize])
-
-
-class AttentionMaps(TrainerCallback):
-    """Logs attention before the first step, every few steps and after the last."""
-
-    def __init__(self, probe: ProbeBatch, loggers: Sequence[Any] = (), *, every: int = 100) -> None:
-        self.monitor, self.loggers, self.every = AttentionMonitor(probe), loggers, every
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is on its device now."""
-        self.publisher = Publisher(self.loggers, folder=Path(args.output_dir) / "attn_monitor")
-        self._look(state, kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Between two steps."""
-        if state.global_step % self.every == 0:
-            self._look(state, kwargs["model"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last snapshot, and everything written."""
-        self._look(state, kwargs["model"])
-        if self.monitor.previous is not None:
-            self.publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
-        self.publisher.close()
-
-    def _look(self, state: Any, model: torch.nn.Module) -> None:
-        taken = self.monitor.previous is not None and self.monitor.previous.step == state.global_step
-        if taken or not state.is_world_process_zero:
-            return
-        snapshot = self.monitor.snapshot({"backbone": model}, step=state.global_step, epoch=int(state.epoch or 0))
-        self.publisher.publish(snapshot, self.monitor.probe, self.monitor.history)
 
 
 class Crops(Dataset[dict[str, Any]]):
@@ -93,7 +60,6 @@ def main() -> None:
     )
     shown = probe_images(SIZE)
     probe = ProbeBatch(torch.stack([to_input(image) for image in shown.values()]), names=[*shown])
-    writer = SummaryWriter(options.folder)
     arguments = TrainingArguments(
         output_dir=str(options.folder),
         max_steps=options.steps,
@@ -102,11 +68,10 @@ def main() -> None:
         logging_steps=options.every,
         save_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to="tensorboard",
     )
-    # Losses and maps in one TensorBoard run. Attention first, as the other callback closes the writer at the end.
-    callbacks = [AttentionMaps(probe, [writer], every=options.every), TensorBoardCallback(writer)]
-    Trainer(model=ViTForImageClassification(config), args=arguments, train_dataset=data, callbacks=callbacks).train()
+    callback = AttentionMapTrainerCallback(probe, every_n_train_steps=options.every)
+    Trainer(model=ViTForImageClassification(config), args=arguments, train_dataset=data, callbacks=[callback]).train()
     print(f"logs are in {options.folder}")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
+from attn_monitor import ProbeBatch, Watch
 
 PROTOTYPES = 256
 normalize = v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # which ProbeBatch undoes unless told otherwise
@@ -46,7 +46,7 @@ def cut(images: list[Tensor], crop: nn.Module, times: int) -> list[Tensor]:
 
 
 def open_loggers(options: argparse.Namespace) -> list[Any]:
-    """What a Publisher logs to; with an empty list it writes the archive and the latest pictures."""
+    """What is logged to; with an empty list the archive and the latest pictures are written."""
     if options.archive_only:
         return []
     if options.wandb:
@@ -65,20 +65,12 @@ def train(options: argparse.Namespace) -> None:
     loss_function = DINOLoss(PROTOTYPES)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     shown = probe_images(128)
-    monitor = AttentionMonitor(ProbeBatch(torch.stack([to_input(image) for image in shown.values()]), names=[*shown]))
+    probe = ProbeBatch(torch.stack([to_input(image) for image in shown.values()]), names=[*shown])
     loggers = open_loggers(options)
-    publisher = Publisher(loggers, folder=options.folder / "attn_monitor")
-
-    def look(step: int) -> AttentionSnapshot:
-        snapshot = monitor.snapshot({"student": student[0], "teacher": teacher[0]}, step=step)
-        publisher.publish(snapshot, monitor.probe, monitor.history)
-        entropy = snapshot.metrics["attn/teacher/layer3/entropy"]
-        print(f"step {step:>4}  entropy of the teacher's attention {entropy:.3f}", flush=True)
-        return snapshot
-
+    models, every = {"student": student, "teacher": teacher}, options.every
+    watch = Watch(models, probe, loggers=loggers, folder=options.folder, every_n_train_steps=every)
     for step in range(options.steps):
-        if step % options.every == 0:
-            look(step)
+        watch.step(step)
         batch = [images[i] for i in torch.randint(len(images), (8,))]
         global_crops, local_crops = cut(batch, global_crop, 2), cut(batch, local_crop, 4)
         with torch.no_grad():
@@ -88,9 +80,7 @@ def train(options: argparse.Namespace) -> None:
         loss.backward()
         optimizer.step()
         update_momentum(student, teacher, m=0.98)
-    last = look(options.steps)
-    publisher.finish(monitor.probe, monitor.history, last)
-    publisher.close()
+    watch.close(options.steps)
     for logger in loggers:
         logger.finish() if options.wandb else logger.close()
 

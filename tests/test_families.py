@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from attn_monitor import places as asking
+from attn_monitor.asking import Asker
 from attn_monitor.capture import AttentionRecorder, LayerAttention, Site, record_attention
 from attn_monitor.errors import AttentionError
 from tests.families import FAMILIES, Family
@@ -181,14 +181,14 @@ def moved_by_class_token(case: Family) -> list[set[int] | None]:
 def sites_asked(case: Family) -> tuple[tuple[Site, ...], int]:
     """The sites of a model, and how many images were asked about."""
     asked = 0
-    original = asking._Asker.__call__
+    original = Asker.__call__
 
     def counted(self: Any, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal asked
         asked += len(images)
         return original(self, images, *args, **kwargs)
 
-    with mock.patch.object(asking._Asker, "__call__", counted):
+    with mock.patch.object(Asker, "__call__", counted):
         sites = AttentionRecorder(case.model(), query="mean", forward=case.forward).sites(case.images())
     return sites, asked
 

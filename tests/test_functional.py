@@ -111,3 +111,10 @@ def test_outlier_edges() -> None:
     assert float(F.outlier_fraction(torch.tensor([1.0] * 7 + [2.0]))) == 1 / 8  # no spread: any larger norm stands out
     assert float(F.outlier_fraction(torch.ones(1, dtype=torch.float16))) == 0
     assert math.isnan(float(F.outlier_fraction(torch.tensor([1.0, math.nan, 2.0]))))
+
+
+def test_signed_weights_are_no_distribution() -> None:
+    p = torch.tensor([[0.5, 0.7, -0.2], [0.5, 0.25, 0.25]])
+    for values in (F.entropy(p), F.mask_area(p), F.peak(p), F.js_divergence(p, p.flip(-1))):
+        assert values.isnan().tolist() == [True, False]
+    assert not F.mass_mask(p)[0].any()

@@ -18,6 +18,7 @@ from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionRecord
 from attn_monitor.metrics import METRICS, select_metrics
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices
+from tests.zoo import enliven, timm_model
 
 IMAGES, HEADS, SIDE = 3, 4, 4
 
@@ -270,3 +271,16 @@ def test_metrics_of_halved_probes_are_the_same() -> None:
     for tag, value in one.metrics.items():
         assert other.metrics[tag] == pytest.approx(value, abs=1e-5), tag
     torch.testing.assert_close(one.layer("backbone").norms, other.layer("backbone").norms)
+
+
+def test_of_signed_weights_only_what_needs_no_distribution() -> None:
+    """Talking heads of CaiT: rows with negative entries have no entropy, no mask and no divergence."""
+    model = enliven(timm_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4)).eval()
+    probe = ProbeBatch(torch.randn(2, 3, 32, 32))
+    snapshot = AttentionMonitor(probe, layers="all", query="mean").snapshot({"backbone": model}, step=0)
+    assert next(iter(snapshot.layers.values())).kind == "signed"
+    names = {tag.rsplit("/", 1)[1] for tag in snapshot.metrics if tag.startswith("attn/backbone/layer0/")}
+    assert "entropy" not in names
+    assert names <= {"prefix_mass", "outlier_fraction", "cls_patch_cosine"}
+    assert "attn/backbone/layer1/entropy" in snapshot.metrics
+    assert all(np.isfinite(v) for v in snapshot.metrics.values())

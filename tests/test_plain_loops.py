@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ def run(example: str, folder: Path, *options: str) -> Path:
     ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert f"logs are in {out}" in ran.stdout
-    assert "attn_monitor" not in ran.stderr  # no warning of the monitor
+    assert "Warning: attn_monitor" not in ran.stderr
     assert "failed" not in ran.stderr
     return out
 
@@ -67,8 +66,9 @@ def test_plain_pytorch_with_only_the_archive(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     out = run("hf_trainer.py", tmp_path)
-    events = Events(out)
-    assert [step for step, _ in events.scalars("train/loss")] == [2, 4]
+    (losses,) = {path.parent for path in (out / "runs").glob("*/events*")}
+    assert [step for step, _ in Events(losses).scalars("train/loss")] == [2, 4]
+    events = Events(out / "runs")
     assert [step for step, _ in events.scalars("attn/backbone/layer3/entropy")] == STEPS
     assert [step for step, _ in events.images("attn_maps/coffee")] == STEPS
     assert len(events.encoded("attn_timelapse")) == 1
@@ -79,8 +79,9 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
 
 
 def test_the_examples_are_short() -> None:
-    tree = ast.parse((EXAMPLES / "hf_trainer.py").read_text())
-    (callback,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "AttentionMaps")
-    assert callback.end_lineno is not None
-    assert callback.end_lineno - callback.lineno + 1 <= 40
-    assert len((EXAMPLES / "plain_pytorch.py").read_text().splitlines()) <= 120
+    """Three lines are about attention in the loop, and one in the Trainer."""
+    plain, hugging_face = ((EXAMPLES / name).read_text() for name in ("plain_pytorch.py", "hf_trainer.py"))
+    assert plain.count("watch") == 3
+    assert hugging_face.count("AttentionMapTrainerCallback(") == 1
+    assert len(plain.splitlines()) <= 110
+    assert len(hugging_face.splitlines()) <= 85

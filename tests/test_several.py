@@ -128,7 +128,7 @@ def test_a_checkpoint_can_monitor_the_second(tmp_path: Path) -> None:
     assert any(torch.isclose(best.best_model_score, torch.tensor(e)) for e in entropies)
 
 
-@pytest.mark.parametrize("second", [{}, {"threshold": 0.9}, {"probe": torch.randn(2, 3, 32, 32)}])
+@pytest.mark.parametrize("second", [{}, {"threshold": 0.9}, {"probe": torch.randn(2, 3, 32, 32), "num_images": None}])
 def test_without_a_difference_that_checkpoints_can_tell_lightning_asks_for_one(
     tmp_path: Path, second: dict[str, Any]
 ) -> None:

@@ -24,7 +24,7 @@ def main() -> None:
         modules = [p.stem for p in (ROOT / "attn_monitor").glob("*.py") if p.stem not in ("__init__", "__main__")]
         code = (
             f"import sys; sys.path.append({here!r})\n"
-            "import importlib, pathlib, attn_monitor\n"
+            "import importlib, pathlib, attn_monitor, attn_monitor_auto\n"
             f"for name in {modules!r}: importlib.import_module('attn_monitor.' + name)\n"
             "where = pathlib.Path(attn_monitor.__file__).parent\n"
             "assert 'venv' in where.parts and (where / 'py.typed').exists(), where\n"

@@ -1,0 +1,43 @@
+"""The callback for frameworks that hide Lightning's Trainer: ``ATTN_MONITOR=1 their-command …``, and no code.
+
+Arguments of `AttentionMapCallback` come from variables, such as ``ATTN_MONITOR_EVERY_N_TRAIN_STEPS=100``, and from a
+YAML file that ``ATTN_MONITOR_CONFIG`` names; a variable goes before the file. Lightning finds it by an entry point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]  # it is public
+
+from attn_monitor.callback import AttentionMapCallback, all_of
+
+PREFIX = "ATTN_MONITOR"
+
+
+class AttentionMapFromEnvironment(AttentionMapCallback):
+    """Leaves a run alone that has a callback of its own."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look whether somebody watches already."""
+        super().setup(trainer, pl_module, stage)
+        self._stepped_aside |= any(type(other) is not type(self) for other in all_of(trainer))
+
+
+def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:
+    """The callback with the arguments that the variables and the file give; `ValueError` for others."""
+    parser = ArgumentParser(env_prefix=PREFIX, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    names = parser.add_class_arguments(AttentionMapFromEnvironment, None)
+    known = {f"{PREFIX}_{name.upper()}" for name in (*names, "config")}
+    unknown = sorted(name for name in environment if name.startswith(f"{PREFIX}_") and name not in known)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join(sorted(known))}")
+    try:
+        given = parser.parse_env(dict(environment))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    given.pop("config", None)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as older versions call it
+    return AttentionMapFromEnvironment(**instantiate(given).as_dict())

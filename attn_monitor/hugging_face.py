@@ -1,0 +1,107 @@
+"""`AttentionMapTrainerCallback` for the Hugging Face `Trainer`. The only module here that needs transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from attn_monitor import telling
+from attn_monitor.watch import Watch
+
+STATE = "attn_monitor.pt"  # in each checkpoint
+
+
+class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs what the CLS token attends to while a Hugging Face `Trainer` trains::
+
+        Trainer(..., callbacks=[AttentionMapTrainerCallback()]).train()
+
+    Pictures and metrics go to TensorBoard beside the Trainer's own curves and to the running W&B run, as
+    ``report_to`` has it, and the archive to ``{output_dir}/attn_monitor``. A checkpoint holds what a resumed run needs.
+
+    Args:
+        probe: as in `Watch`, such as the evaluation data set. None takes evenly spaced images of the training data.
+        loggers: what to log to instead.
+        every_n_train_steps: None: 50 snapshots over the run.
+        settings: other arguments of `Watch`.
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        *,
+        loggers: Sequence[Any] | None = None,
+        every_n_train_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.probe, self.loggers = probe, loggers
+        self.settings = {**settings, "every_n_train_steps": every_n_train_steps}
+        self.watch: Watch | None = None
+        self._opened: list[Any] = []  # loggers of our own, closed at the end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The model is on its device now: the first snapshot."""
+        if not state.is_world_process_zero:
+            return
+        self.watch = Watch(
+            kwargs["model"],
+            kwargs.get("train_dataloader") if self.probe is None else self.probe,
+            loggers=self._find_loggers(args) if self.loggers is None else self.loggers,
+            folder=args.output_dir,
+            total_steps=state.max_steps,
+            **self.settings,
+        )
+        self._resume(args, state)
+        self._look(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between two steps."""
+        self._look(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a resumed run needs, into the checkpoint that was just written."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.watch is not None and folder.is_dir():
+            try:
+                torch.save(self.watch.state_dict(), folder / STATE)
+            except OSError as error:
+                telling.warn(f"attn_monitor: {folder / STATE} cannot be written ({error}); a resumed run starts afresh")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last snapshot, and everything written."""
+        if self.watch is not None:
+            self.watch.close(state.global_step)
+        for logger in self._opened:
+            logger.close()
+        self._opened, self.watch = [], None
+
+    def _look(self, state: Any) -> None:
+        if self.watch is not None:
+            self.watch.step(state.global_step, epoch=int(state.epoch or 0))
+
+    def _resume(self, args: Any, state: Any) -> None:
+        given = args.resume_from_checkpoint
+        folder = given if isinstance(given, str) else os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        path = Path(folder, STATE)
+        if self.watch is not None and state.global_step and path.is_file():
+            self.watch.load_state_dict(torch.load(path, weights_only=True))
+
+    def _find_loggers(self, args: Any) -> list[Any]:
+        """The loggers of ``report_to`` that take pictures."""
+        loggers: list[Any] = []
+        if "wandb" in args.report_to:
+            import wandb
+
+            loggers += [wandb.run] if wandb.run is not None else []
+        if "tensorboard" in args.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = os.getenv("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
+            self._opened = [SummaryWriter(os.path.expanduser(folder or os.path.join(args.output_dir, "runs")))]
+            loggers += self._opened
+        return loggers

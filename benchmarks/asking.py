@@ -1,0 +1,48 @@
+"""What it costs to ask a model for its places once, and what `record_attention` costs after that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from attn_monitor import record_attention
+from attn_monitor.discovery import discover, forget
+from benchmarks.measure import Spread, take_turns
+from benchmarks.peers import Size, no_grad, timm_vit
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Images that a plain ViT is asked, and times in plain forwards of one image."""
+
+    model: str
+    images: int
+    first: Spread  # asking, once
+    again: Spread  # record_attention from the second call on
+
+
+def measure_asking(size: Size, budget: float) -> Asking:
+    """Of one model, on one image."""
+    model, images = timm_vit(size), size.images()[:1]
+    shown: list[int] = []
+
+    def counted(m: nn.Module, x: Tensor) -> Any:
+        shown.append(len(x))
+        return m(x)
+
+    discover(model, images, counted)
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": no_grad(model, images),
+        "again": lambda: record_attention(model, images),
+    }
+    again = take_turns(ways, budget=budget)
+
+    def anew() -> None:
+        forget(model)
+        record_attention(model, images)
+
+    first = take_turns({"plain": ways["plain"], "first": anew}, budget=budget, most=5)
+    return Asking(size.name, sum(shown), first.ratio("first", "plain"), again.ratio("again", "plain"))

@@ -13,7 +13,7 @@ from attn_monitor.asking import Asker
 from attn_monitor.layout import PatchConv, Places, TokenLayout
 from attn_monitor.observer import SiteKey
 from attn_monitor.silence import SiteTokens, Tokens
-from attn_monitor.sites import Mosaic, SitePlaces, limit_of
+from attn_monitor.sites import Mosaic, SitePlaces, limit_of, mosaic_of
 
 _ROUNDS = 5  # of two base images each: the user's and noise
 
@@ -78,6 +78,24 @@ def refuse_partial_views(
             found[key].layout = None if found[key].why else layout
 
 
+def refuse_overlaps(ask: Asker, images: Tensor, found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[Mosaic]) -> None:
+    """A key that is no patch and yet depends on the image holds all of it: else it is a patch of a finer grid."""
+    doubtful: dict[SiteKey, list[int]] = {}
+    for key, site in found.items():
+        mosaic = None if site.layout is None else mosaic_of(mosaics, site.layout)
+        if mosaic is not None and key in mosaic.v and lay.SEVERAL in mosaic.v[key] and lay.has_own(mosaic.v[key]):
+            doubtful[key] = [t for t, p in enumerate(mosaic.v[key]) if p == lay.SEVERAL]
+    if not doubtful:
+        return
+    base = lay.noise_images(images, 1, seed=4)[0]
+    seen = ask(torch.cat([base[None], lay.corners_changed(base)]), 3).sites
+    for key, tokens in doubtful.items():
+        moved = lay.changes(seen[key].v[1:], seen[key].v[:1])[:, tokens] > limit_of(seen[key]) / 4
+        if not bool(moved.all()):
+            found[key].layout = None
+            found[key].why = "some of its keys hold parts of several patches of the grid that the others form"
+
+
 def rank_centres(
     ask: Asker,
     images: Tensor,
@@ -119,10 +137,11 @@ def _rank_site(
         site.why = "it runs in another way on other images"
         return True
     limit = limit_of(seen[0][0]) / 4
-    live = lay.changes(seen[0][0].v[1], seen[0][0].v[0]) > limit
+    live, hopeful = lay.changes(seen[0][0].v[1], seen[0][0].v[0]) > limit, False
     for conv in lay.candidate_grids(size, len(live), int(live.sum()), convs):
         halves = [_centre([s.v for s in some], conv.grid, limit) for some in seen]
         others = [f.layout for f in found.values() if f.layout is not None and f.layout.grid == conv.grid]
+        hopeful = hopeful or len(seen[0]) < 2 or _agreement(halves, conv.grid) >= 0.5
         places = _agreed_places(halves, conv.grid, len(seen[0]), [o for o in others if len(o.order) == len(live)])
         if places is None:
             continue
@@ -132,9 +151,17 @@ def _rank_site(
             site.why = "its tokens hold other patches on another image, or in another call"
         else:
             site.layout = lay.layout_of(places, conv.grid, "centres")
-            site.patch_queries = _queries_by_centre([s.q for some in seen for s in some], places, conv.grid, limit)
+            if site.layout is not None:
+                queries = [[s.q for s in some] for some in seen]
+                site.patch_queries = _queries_by_centre(queries, site.layout, conv.grid, limit)
         return True
-    return False
+    return not hopeful
+
+
+def _agreement(halves: Sequence[Tensor], grid: tuple[int, int]) -> float:
+    """Share of tokens that two halves of the base images rank alike: with more of them, a few others may follow."""
+    one, other = (lay.cells_by_rank(half[:, ~half.isnan().any(0)], grid) for half in halves)
+    return float((one == other).double().mean()) if len(one) == len(other) else 0.0
 
 
 def _changes_order(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
@@ -177,15 +204,31 @@ def _places_of(layout: TokenLayout) -> Places:
 
 
 def _queries_by_centre(
-    queries: Sequence[Tensor | None], keys: Places, grid: tuple[int, int], limit: float
+    queries: Sequence[Sequence[Tensor | None]], keys: TokenLayout, grid: tuple[int, int], limit: float
 ) -> dict[int, int]:
-    if any(q is None for q in queries):
+    """Where two halves of the base images tell the queries alike; as the keys where each half tells most of them so.
+
+    An order that is nearly that of the keys is none to trust: a few queries may be exchanged by chance.
+    """
+    if any(q is None for some in queries for q in some):
         return {}
-    centre = _centre(queries, grid, limit)
-    places = lay.places_by_centre(centre, grid)
-    if places is None and centre.shape[-1] == len(keys) and lay.far_from(centre, keys, grid, 0.9) <= 0.02:
-        places = keys
+    halves = [_centre(some, grid, limit) for some in queries]
+    one, other = (lay.places_by_centre(half, grid) for half in halves)
+    places = one if one == other else None
+    order = _places_of(keys)
+    if halves[0].shape[-1] == len(order):
+        alike = min(_told_as(half, order, grid) for half in halves)
+        places = order if alike > 0.5 else places if alike < 0.5 else None
     return {p: t for t, p in enumerate(places or ()) if p >= 0}
+
+
+def _told_as(centre: Tensor, places: Places, grid: tuple[int, int]) -> float:
+    """Share of the tokens with a place that (2, T) centres rank into it; 0 where they leave some of them out."""
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    if bool(centre[:, tokens].isnan().any()):
+        return 0.0
+    ranked = lay.cells_by_rank(centre[:, tokens], grid)
+    return float((ranked == torch.tensor([places[t] for t in tokens], device=ranked.device)).double().mean())
 
 
 def _centre(sketches: Sequence[Tensor | None], grid: tuple[int, int], limit: float) -> Tensor:

@@ -106,8 +106,12 @@ def _attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 _CONTAINERS = (dict, list, set, OrderedDict)
-# A module's own tables that no forward fills.
-_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+# A module's own tables that no forward fills; Transformers hooks modules the first time that they run.
+_HOOKS = vars(nn.Module()).keys() - {
+    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+}
 
 
 def _same(now: Collection[Any], before: Collection[Any]) -> bool:

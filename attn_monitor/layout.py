@@ -179,10 +179,18 @@ def is_whole(places: Places | None, cells: int) -> bool:
     return places is not None and sorted(p for p in places if p >= 0) == list(range(cells))
 
 
+def has_own(places: Places) -> bool:
+    """Whether tokens of a part of their own are the rule, and those that hold several are few, such as a mean.
+
+    Where fields overlap, some tokens lie inside a cell of a coarser grid than theirs, and the others between them.
+    """
+    return places.count(SEVERAL) <= min(8, max(sum(p >= 0 for p in places) - 1, 0))
+
+
 def layout_of(places: Places, grid: tuple[int, int], evidence: str) -> TokenLayout | None:
     """The layout that places amount to, None where cells are missing or held twice."""
     cells = math.prod(grid)
-    if is_whole(places, cells):
+    if is_whole(places, cells) and has_own(places):
         where = {place: token for token, place in enumerate(places) if place >= 0}
         prefix = tuple(token for token, place in enumerate(places) if place < 0)
         return TokenLayout(grid, prefix, tuple(where[cell] for cell in range(cells)), evidence)
@@ -231,6 +239,16 @@ def quadrants_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     return torch.stack([torch.where(quarter == q, other, image) for q in range(4)])
 
 
+def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
+    """(2, C, H, W): the (C, H, W) image with other noise in its first corner, and in the opposite one."""
+    height, width = (n // 4 for n in image.shape[-2:])
+    other = noise_images(image[None], 1, seed)[0]
+    first, last = image.clone(), image.clone()
+    first[:, :height, :width] = other[:, :height, :width]
+    last[:, -height:, -width:] = other[:, -height:, -width:]
+    return torch.stack([first, last])
+
+
 def outermost_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """The (C, H, W) image with other noise in its outermost pixels, an eighth of a cell wide."""
     _, height, width = image.shape
@@ -258,15 +276,22 @@ def centres(sketches: Tensor, grid: tuple[int, int], limit: float) -> Tensor:
     return share * torch.tensor(grid).to(share).reshape(2, *(1 for _ in share.shape[1:])) - 0.5
 
 
+def cells_by_rank(centre: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(T,) cells of the rows and the columns into which (2, T) centres are ranked."""
+    gh, gw = grid
+    rows, cols = (ranked.argsort().argsort() // size for ranked, size in zip(centre, (gw, gh), strict=True))
+    cells: Tensor = rows * gw + cols
+    return cells
+
+
 def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
     """Rank the (2, T) centres into rows and columns; None where they are not one token for each cell of the grid."""
     (gh, gw), live = grid, ~centre.isnan().any(0)
     if int(live.sum()) != gh * gw:
         return None
-    rows, cols = (ranked.argsort().argsort() // size for ranked, size in zip(centre[:, live], (gw, gh), strict=True))
-    ranks = torch.stack([rows, cols])
+    cell = cells_by_rank(centre[:, live], grid)
+    ranks, cells = torch.stack([cell // gw, cell % gw]), cell.tolist()
     slack = torch.tensor([0.9 + 0.03 * gh, 0.9 + 0.03 * gw], device=centre.device)  # borders are drawn inwards
-    cells = (rows * gw + cols).tolist()
     if bool(((centre[:, live] - ranks).abs() > slack[:, None]).any()) or sorted(cells) != list(range(gh * gw)):
         return None
     found = iter(cells)

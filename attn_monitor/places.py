@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attn_monitor import layout as lay
 from attn_monitor.asking import Asker
-from attn_monitor.centres import check_on_user_images, rank_centres, refuse_partial_views
+from attn_monitor.centres import check_on_user_images, rank_centres, refuse_overlaps, refuse_partial_views
 from attn_monitor.landing import check_landing, refuse_mixtures
 from attn_monitor.layout import PatchConv
 from attn_monitor.mosaics import ask_mosaics, what_keys_are
@@ -55,6 +55,7 @@ def find_places(
     if unplaced:
         rank_centres(ask, images, chosen[0], strength, found, unplaced, mosaics, convs)
     refuse_partial_views(ask, images, found, mosaics)
+    refuse_overlaps(ask, images, found, mosaics)
     find_queries(found, mosaics, reference)
     find_cls(ask, images, found, mosaics, reference)
     refuse_mixtures(found, reference)

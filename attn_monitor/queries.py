@@ -27,7 +27,7 @@ def find_queries(found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[Mosaic],
         site.part = site.part or reference.sites[key].queries > max(len(site.layout.order), 1)
         if not site.patch_queries and key in mosaic.q:
             held = [p for p in mosaic.q[key] if p >= 0]
-            if len(held) == len(set(held)):
+            if len(held) == len(set(held)) and lay.has_own(mosaic.q[key]):
                 site.patch_queries = {p: t for t, p in enumerate(mosaic.q[key]) if p >= 0}
                 masked = lay.layout_of(mosaic.q[key], site.layout.grid, "exact")
                 if masked is not None:  # also the queries of patches that a mask token replaced

@@ -311,3 +311,39 @@ def test_training_finds_no_gradient_free_cast_in_the_autocast_cache() -> None:
         assert torch.is_autocast_cache_enabled()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
+
+
+class HooksItselfOnFirstUse(nn.Module):
+    """As Transformers does to collect hidden states: hooked once, and marked as hooked."""
+
+    hooked = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.collected: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.inner.register_forward_pre_hook(lambda _, args: None)
+            self.inner.register_forward_hook(lambda _, args, out: self.collected.append(out))
+            self.hooked = True
+        self.collected.clear()
+        out: Tensor = self.inner(x)
+        assert len(self.collected) == 1, f"hooked {len(self.collected)} times"
+        return out
+
+
+def test_hooks_and_their_mark_stay_together() -> None:
+    model = HooksItselfOnFirstUse()
+    for _ in range(3):
+        with isolated_forward(model):
+            model(torch.zeros(1, 4))
+        assert not model.hooked
+        assert not model.inner._forward_hooks
+        assert not model.inner._forward_pre_hooks
+    model(torch.zeros(1, 4))
+    with isolated_forward(model):
+        model(torch.zeros(1, 4))
+    assert model.hooked
+    assert len(model.inner._forward_hooks) == len(model.inner._forward_pre_hooks) == 1

@@ -39,12 +39,6 @@ def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
 
 def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
-    if layers != "all" and (
-        not isinstance(layers, (int, str, Sequence)) or (not isinstance(layers, int) and not layers)
-    ):
-        raise LayerError(
-            f'layers={layers!r}: expected an index, a module path, a list of at least one of these, or "all"'
-        )
     if layers == "all":
         selected, reasons = _every_layer(sites, query)
         if reasons and not selected:

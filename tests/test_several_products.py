@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.errors import LayerError, QueryError, UnsupportedAttentionError
+from attn_monitor.errors import QueryError, UnsupportedAttentionError
 from tests import styles
 from tests.zoo import timm_vit
 
@@ -132,5 +132,5 @@ def test_scripted_parts_and_inference_mode() -> None:
 
 @pytest.mark.parametrize("layers", [[], None, ()])
 def test_no_layers_at_all(layers: object) -> None:
-    with pytest.raises(LayerError, match="layers="):
+    with pytest.raises(ValueError, match="layers="):
         record_attention(timm_vit("vit_tiny_patch16_224").eval(), IMAGES, layers=layers)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def test_check_prints_what_it_found() -> None:
     assert ran.returncode == 0, ran.stderr
     assert "2 attention layers" in ran.stdout
     assert "blocks.1.attn" in ran.stdout
-    assert "grid 4 × 8 (proven) + 1 prefix" in ran.stdout
+    assert "grid 4 × 8 (places exact) + 1 prefix" in ran.stdout
     assert "of a forward pass" in ran.stdout
 
 

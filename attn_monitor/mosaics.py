@@ -38,7 +38,7 @@ def ask_mosaics(
         reference = reference if reference.sites else tokens
         for key, places in mosaic.v.items():
             site = found[key]
-            if site.layout is not None:
+            if site.layout is not None or site.why:
                 continue
             site.layout = lay.layout_of(places, conv.grid, "exact")
             k = mosaic.k.get(key)
@@ -90,10 +90,7 @@ def what_keys_are(key: SiteKey, mosaics: Sequence[Mosaic]) -> str:
     if not moving:
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
     if len(moving) == len(places) and all(p == lay.SEVERAL for p in places):
-        several = (
-            "each of its keys holds many parts of the image (channel or linear attention, or tokens mixed elsewhere)"
-        )
-        return several
+        return "each of its keys holds many parts of the image (channel or linear attention, or tokens mixed elsewhere)"
     distinct = len({p for p in moving if p >= 0})
     return (
         f"{len(moving)} of its {len(places)} keys hold parts of the image, and they are not the grid of its patches "

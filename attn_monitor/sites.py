@@ -19,8 +19,9 @@ class SitePlaces:
     """What is known of one attention operation's keys and queries.
 
     ``layout`` is that of the keys, None with the reason in ``why``. ``cls`` is the query index of the CLS token, None
-    with the reason in ``no_cls``; ``patch_queries`` maps a cell to the query that holds it. ``part`` says that other
-    operations have the rest of the queries. ``entries`` are the layouts of the tokens that enter the modules around.
+    with the reason in ``no_cls``; ``patch_queries`` maps a cell to the query that holds it. ``part`` says that its
+    queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
+    ``entries`` are the layouts of the tokens that enter the modules around.
     """
 
     layout: TokenLayout | None = None
@@ -47,16 +48,20 @@ class Mosaic:
 
     @property
     def cells(self) -> int:
+        """How many cells the grid has."""
         return math.prod(self.conv.grid)
 
 
 def limit_of(site: SiteTokens) -> float:
+    """By how much one of its tokens has to differ to count as changed."""
     return lay.threshold(site.dtype, site.v.device)
 
 
 def mosaic_of(mosaics: Sequence[Mosaic], layout: TokenLayout) -> Mosaic | None:
+    """The mosaic of a layout's grid, if that was asked."""
     return next((m for m in mosaics if m.conv.grid == layout.grid), None)
 
 
 def grid_of(site: SitePlaces) -> tuple[int, int]:
+    """Rows and columns of its keys' patches; (0, 0) without a layout."""
     return (0, 0) if site.layout is None else site.layout.grid

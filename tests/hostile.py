@@ -259,6 +259,9 @@ CASES = [
         "order by image",
         {
             "rolled by content": lambda: between(rolled_by(lambda x: x[..., 0].argmax(1))),
+            "reversed if bright": lambda: between(
+                lambda x, t: torch.where((x.mean((1, 2)) > 0)[:, None, None], t.flip(1), t)
+            ),
             "reversed by the first patch": lambda: between(
                 lambda x, t: torch.where((x[:, 0, 1] > 0)[:, None, None], t.flip(1), t)
             ),

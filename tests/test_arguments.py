@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ TENSOR = torch.zeros(4, 3, 32, 32)
         ({"dirpath": ""}, "dirpath=''"),
         ({"dirpath": "s3://bucket/x"}, "dirpath='s3://bucket/x'"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every process that collects them
 )
 def test_the_constructor_refuses(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):

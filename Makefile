@@ -10,8 +10,9 @@ CONSTRAINTS := constraints/tested.txt
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
 
+# Three processes on two cores: many tests wait for other processes. One thread each, or they get in each other's way.
 test: $(VENV)/.setup-dev
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(PYTEST)
 
 # The quick part of the suite on the oldest releases that pyproject.toml promises.
 test-oldest:

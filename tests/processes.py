@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,7 @@ def launch(
     With ``succeed=False`` each must fail instead, and there is nothing to return.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running = [_start(work, folder, rank, processes, port) for rank in range(processes)]
     deadline = time.monotonic() + seconds
     try:
@@ -44,6 +44,19 @@ def launch(
     if not succeed:
         return []
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on, nor is given by chance.
+
+    It lies below those that systems hand out: a process takes seconds to come to listen, and every connection that
+    another test opens meanwhile is handed one of these.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(work: str, folder: Path, rank: int, processes: int, port: int) -> subprocess.Popen[bytes]:

@@ -89,8 +89,9 @@ def test_before_any_fit_it_can_be_copied() -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_are_spawned_get_it(tmp_path: Path) -> None:
+def test_processes_that_are_spawned_get_it(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a fit in this process: `ddp_spawn` pickles the trainer with all its callbacks."""
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
     watch = AttentionMapCallback(every_n_train_steps=1)
     trainer(tmp_path / "a", watch, max_steps=1).fit(Distillation(), loader(), loader(8))
     running = trainer(tmp_path / "b", watch, max_steps=2, strategy="ddp_spawn", devices=2)

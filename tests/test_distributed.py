@@ -15,7 +15,7 @@ import torch
 from attn_monitor import AttentionMonitor, ForwardError, ProbeBatch, load_snapshots, record_attention
 from tests.distributed_work import IMAGES, WAYS
 from tests.helpers import Distillation, tiny_vit
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, free_port, launch
 from tests.test_harmless import assert_equal
 
 pytestmark = pytest.mark.slow
@@ -222,7 +222,7 @@ def test_lightning_starts_the_processes(tmp_path: Path) -> None:
 
 def start_with_lightning(strategy: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.start_with_lightning", strategy, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -1,26 +1,25 @@
 """Watch a vision transformer's attention form while it trains."""
 
-from attn_monitor.backbone import TargetError, find_backbones
-from attn_monitor.callback import AttentionMapCallback
-from attn_monitor.capture import AttentionRecorder, LayerAttention, record_attention
-from attn_monitor.errors import (
-    AttentionError,
-    ForwardError,
-    LayerError,
-    NoAttentionError,
-    NonFiniteAttentionError,
-    QueryError,
-    UnsupportedAttentionError,
-    VerificationError,
-)
-from attn_monitor.health import HealthFlag, HealthLimits
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.backbones import find_backbones
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
+from attn_monitor.capture.rollout import attention_rollout
+from attn_monitor.capture.sharding import forward_within
+from attn_monitor.draw.canvas import Style
+from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
+from attn_monitor.measure.health import HealthFlag, HealthLimits
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.probe import ProbeBatch, ProbeError
-from attn_monitor.publisher import Publisher
-from attn_monitor.rollout import attention_rollout
-from attn_monitor.sharding import forward_within
-from attn_monitor.snapshot import ArchiveError, AttentionSnapshot, load_snapshots
+from attn_monitor.publish.publisher import Publisher
+from attn_monitor.record.archive import load_snapshots
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.watch import Watch
+
+if TYPE_CHECKING:
+    from attn_monitor.callback import AttentionMapCallback
 
 __all__ = [
     "ArchiveError",
@@ -29,20 +28,15 @@ __all__ = [
     "AttentionMonitor",
     "AttentionRecorder",
     "AttentionSnapshot",
-    "ForwardError",
+    "AttnMonitorError",
     "HealthFlag",
     "HealthLimits",
     "LayerAttention",
-    "LayerError",
-    "NoAttentionError",
-    "NonFiniteAttentionError",
     "ProbeBatch",
     "ProbeError",
     "Publisher",
-    "QueryError",
+    "Style",
     "TargetError",
-    "UnsupportedAttentionError",
-    "VerificationError",
     "Watch",
     "attention_rollout",
     "find_backbones",
@@ -50,3 +44,10 @@ __all__ = [
     "load_snapshots",
     "record_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback when it is asked for: Lightning takes seconds to import, and `record_attention` needs none of it."""
+    if name == "AttentionMapCallback":
+        return importlib.import_module("attn_monitor.callback").AttentionMapCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

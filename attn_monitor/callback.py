@@ -15,9 +15,33 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
-from attn_monitor import distributed, drawing, run, sinks, telling
-from attn_monitor.adoption import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
-from attn_monitor.arguments import (
+from attn_monitor import distributed
+from attn_monitor.capture.backbones import find_backbones, resolve_targets
+from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.masking import WAYS, Way
+from attn_monitor.capture.recorder import Verify, check_verify
+from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
+from attn_monitor.capture.sharding import forward_within
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.errors import AttentionError, ProbeError, TargetError
+from attn_monitor.measure.health import HealthLimits
+from attn_monitor.measure.metrics import select_metrics
+from attn_monitor.monitor import AttentionMonitor, check_threshold
+from attn_monitor.publish import sinks
+from attn_monitor.publish.background import LAST_WORDS, Patience
+from attn_monitor.publish.disk_space import check_reserve
+from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.publisher import Publisher
+from attn_monitor.publish.tags import check_name, renamed
+from attn_monitor.record.archive import set_aside, written_between
+from attn_monitor.record.claim import Claim, claim_again, claim_free
+from attn_monitor.record.normalisation import declared_in
+from attn_monitor.record.npz import remove_unfinished
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.train import lightning_run as run
+from attn_monitor.train import reports as telling
+from attn_monitor.train.arguments import (
     OnError,
     Probe,
     check_dirpath,
@@ -27,26 +51,8 @@ from attn_monitor.arguments import (
     check_statistics,
     import_forward,
 )
-from attn_monitor.backbone import TargetError, find_backbones, resolve_targets
-from attn_monitor.background import LAST_WORDS, Patience
-from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
-from attn_monitor.claim import Claim, claim_again, claim_free
-from attn_monitor.errors import AttentionError
-from attn_monitor.failures import Failures
-from attn_monitor.health import HealthLimits
-from attn_monitor.masking import WAYS, Way
-from attn_monitor.metrics import select_metrics
-from attn_monitor.monitor import AttentionMonitor, check_threshold
-from attn_monitor.names import check_name, renamed
-from attn_monitor.normalisation import declared_in
-from attn_monitor.npz import remove_unfinished
-from attn_monitor.probe import ProbeBatch, ProbeError
-from attn_monitor.publisher import Publisher
-from attn_monitor.schedule import Schedule
-from attn_monitor.selection import check_layers
-from attn_monitor.sharding import forward_within
-from attn_monitor.snapshot import AttentionSnapshot
-from attn_monitor.space import check_reserve
+from attn_monitor.train.probe_search import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
+from attn_monitor.train.schedule import Schedule
 
 Result = TypeVar("Result")
 
@@ -519,7 +525,7 @@ class AttentionMapCallback(pl.Callback):
 
         def tidy() -> None:
             remove_unfinished(folder)
-            if told := run.set_aside(folder, step):
+            if told := set_aside(folder, step):
                 _warn(f"AttentionMapCallback: {told}")
 
         self._failures.attempt("tidying the archive", tidy)
@@ -535,7 +541,7 @@ class AttentionMapCallback(pl.Callback):
         if folder is None or self.monitor is None or self.schedule.last_step is None:
             return []
         names = self.monitor.probe.names
-        return run.written_between(folder, self.schedule.last_step, step, names, self._failures.note)
+        return written_between(folder, self.schedule.last_step, step, names, self._failures.note)
 
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started, step = time.perf_counter(), run.steps_done(trainer)

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attn_monitor import errors
-from attn_monitor.capture import LayerAttention
-from attn_monitor.operations import KINDS
+from attn_monitor.attention import KINDS, LayerAttention
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
@@ -102,12 +101,7 @@ def merge(mine: Captured, part: Share) -> Captured:
     processes when they do not hold the same layers.
     """
     _check_same_layers(mine, next(iter(mine.values())).rows.device)
-    tensors = [
-        (key, name, value)
-        for key, attention in mine.items()
-        for name, value in vars(attention).items()
-        if isinstance(value, Tensor)
-    ]
+    tensors = [(key, name, value) for key, attention in mine.items() for name, value in attention.tensors.items()]
     spread = [_spread(value, part) for _, _, value in tensors]
     flat = torch.cat([s.to(spread[0].device).flatten() for s in spread])
     dist.all_reduce(flat)
@@ -153,8 +147,7 @@ def _spread(values: Tensor, part: Share) -> Tensor:
 
 def _check_same_layers(mine: Captured, device: torch.device) -> None:
     layout = [
-        (key, a.name, a.num_prefix, a.grid, [tuple(v.shape) for v in vars(a).values() if isinstance(v, Tensor)])
-        for key, a in mine.items()
+        (key, a.name, a.num_prefix, a.grid, [tuple(v.shape) for v in a.tensors.values()]) for key, a in mine.items()
     ]
     digest = zlib.crc32(repr(layout).encode())
     extremes = torch.tensor([digest, -digest], device=device)  # the largest and the smallest of all processes

@@ -1,7 +1,23 @@
-"""What can go wrong with attention, as types: one per reason for which a map is refused."""
+"""What can go wrong, as types: every error that this package raises for its own reasons is an `AttnMonitorError`."""
 
 
-class AttentionError(RuntimeError):
+class AttnMonitorError(Exception):
+    """Base of all. The message says what was received, what was expected and what to do."""
+
+
+class ProbeError(AttnMonitorError, ValueError):
+    """The probe images cannot be used: missing, empty, unreadable, or of the wrong shape."""
+
+
+class TargetError(AttnMonitorError, ValueError):
+    """``targets`` names something that is no submodule."""
+
+
+class ArchiveError(AttnMonitorError, ValueError):
+    """A file or a checkpoint's state is no readable snapshot or probe: damaged, of a newer version, or no such file."""
+
+
+class AttentionError(AttnMonitorError, RuntimeError):
     """Base of every refusal: no map is shown, and the message says why and what to do."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from attn_monitor import telling
+from attn_monitor.train import reports as telling
 from attn_monitor.watch import Watch
 
 STATE = "attn_monitor.pt"  # in each checkpoint

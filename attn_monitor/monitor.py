@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from attn_monitor import distributed
-from attn_monitor.capture import (
-    AttentionRecorder,
-    Forward,
-    LayerAttention,
-    Layers,
-    QuerySpec,
-    Verify,
-    check_query,
-    check_verify,
-)
-from attn_monitor.drawing import thin
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.masking import Way
+from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
+from attn_monitor.capture.recording_plan import Found
+from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.errors import HeadError
-from attn_monitor.health import Health, HealthLimits
-from attn_monitor.masking import Way
-from attn_monitor.metrics import OF_TOKENS, measure, select_metrics, summarise
-from attn_monitor.operations import KINDS
-from attn_monitor.plan import Found
-from attn_monitor.probe import ProbeBatch
-from attn_monitor.selection import check_layers
-from attn_monitor.snapshot import OPTIONAL, AttentionSnapshot
+from attn_monitor.measure.health import Health, HealthLimits
+from attn_monitor.measure.metrics import OF_TOKENS, measure, select_metrics, summarise
+from attn_monitor.record.archive import thin
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
 
 HISTORY = 24  # snapshots kept for film strips
 HEALTH_TAG = "attn/health_flags"  # how many have been raised so far
@@ -92,7 +82,7 @@ class AttentionMonitor:
         layers = self._capture(models)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
-        layers = {key: _to_host(attention) for key, attention in layers.items()}
+        layers = {key: attention.to("cpu") for key, attention in layers.items()}
         flags = self.health.examine(step, layers, measured)
         metrics = {**summarise(measured), HEALTH_TAG: float(len(self.health.flags))}
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, flags)
@@ -177,7 +167,7 @@ class AttentionMonitor:
             if self._is_shared():
                 recorder.check(self.probe.images)  # all processes ask the same questions, and as many
             for parts in zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True):
-                layers[role, parts[0].layer] = _joined(parts)
+                layers[role, parts[0].layer] = LayerAttention.cat(parts)
         return layers
 
     def _is_shared(self) -> bool:
@@ -217,28 +207,6 @@ class AttentionMonitor:
                 tokens=not OF_TOKENS.isdisjoint(self.metrics),
             )
         return known
-
-
-def _tensors(attention: LayerAttention) -> dict[str, Tensor]:
-    """Everything that has one entry for each image."""
-    optional = {name: getattr(attention, name) for name in OPTIONAL}
-    return {"rows": attention.rows, **{name: value for name, value in optional.items() if value is not None}}
-
-
-def _joined(parts: Sequence[LayerAttention]) -> LayerAttention:
-    """One layer's attention on all images, from its attention on some each."""
-    if len(parts) == 1:
-        return parts[0]
-    values: list[dict[str, Tensor]] = [_tensors(part) for part in parts]
-    together: dict[str, Any] = {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    kind = max((part.kind for part in parts), key=KINDS.index)
-    error = max(part.verified_error for part in parts)
-    return replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error, **together)
-
-
-def _to_host(attention: LayerAttention) -> LayerAttention:
-    moved: dict[str, Any] = {name: value.cpu() for name, value in _tensors(attention).items()}
-    return replace(attention, **moved)
 
 
 def check_threshold(threshold: float) -> float:

@@ -12,23 +12,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from attn_monitor import distributed, drawing, run, telling
-from attn_monitor.adoption import CROP, adopt_from_loaders, adopt_images
-from attn_monitor.arguments import OnError, check_heads, check_on_error, check_statistics
-from attn_monitor.backbone import find_backbones
-from attn_monitor.capture import Forward, Layers, QuerySpec, Verify, check_query, check_verify
-from attn_monitor.claim import Claim, claim_again, claim_free
-from attn_monitor.errors import AttentionError, NoAttentionError, UnsupportedAttentionError
-from attn_monitor.failures import Failures
-from attn_monitor.health import HealthLimits
-from attn_monitor.metrics import select_metrics
+from attn_monitor import distributed
+from attn_monitor.capture.backbones import find_backbones
+from attn_monitor.capture.forward import Forward, is_sharded
+from attn_monitor.capture.recorder import Verify, check_verify
+from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.errors import AttentionError, NoAttentionError, ProbeError, UnsupportedAttentionError
+from attn_monitor.measure.health import HealthLimits
+from attn_monitor.measure.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
-from attn_monitor.probe import ProbeBatch, ProbeError
-from attn_monitor.publisher import Publisher
-from attn_monitor.running import is_sharded
-from attn_monitor.schedule import Schedule
-from attn_monitor.selection import check_layers
-from attn_monitor.snapshot import AttentionSnapshot
+from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.publisher import Publisher
+from attn_monitor.record.archive import set_aside, written_between
+from attn_monitor.record.claim import Claim, claim_again, claim_free
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.train import reports as telling
+from attn_monitor.train.arguments import OnError, check_heads, check_on_error, check_statistics
+from attn_monitor.train.probe_search import CROP, adopt_from_loaders, adopt_images
+from attn_monitor.train.schedule import Schedule
 
 TAKING = "taking a snapshot"
 
@@ -245,9 +248,9 @@ class Watch:
     def _catch_up(self, folder: Path, last: int, step: int) -> None:
         """Of a resumed run: what was taken between the checkpoint and now is known, and what comes later is not."""
         assert self.monitor is not None
-        if told := run.set_aside(folder, step):
+        if told := set_aside(folder, step):
             self._failures.note(told)
-        for snapshot in run.written_between(folder, last, step - 1, self.monitor.probe.names, self._failures.note):
+        for snapshot in written_between(folder, last, step - 1, self.monitor.probe.names, self._failures.note):
             self.monitor.remember(snapshot)
 
     def _tell(self, paths: Mapping[str, str], seconds: float) -> None:

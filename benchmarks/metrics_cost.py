@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_monitor import AttentionRecorder
-from attn_monitor.metrics import METRICS, measure, summarise
+from attn_monitor.measure.metrics import METRICS, measure, summarise
 from benchmarks.measure import Spread, take_turns
 from benchmarks.peers import Size, no_grad, timm_vit
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionSnapshot, LayerAttention, drawing, render
+from attn_monitor import AttentionSnapshot, LayerAttention
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw import panels as render
 from benchmarks.measure import Spread, take_turns
 
 HEADS, GRID, ROLES, STEPS = 12, (14, 14), ("student", "teacher"), 10

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
 
-from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots, render
+from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor.draw import panels as render
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "curves"

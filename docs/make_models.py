@@ -15,9 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402 - the repository's root must be importable first
 
-from attn_monitor.capture import AttentionRecorder, record_attention  # noqa: E402
+from attn_monitor.capture.forward import default_forward  # noqa: E402
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention  # noqa: E402
 from attn_monitor.errors import AttentionError  # noqa: E402
-from attn_monitor.running import default_forward  # noqa: E402
 from tests import test_refusals  # noqa: E402
 from tests.oracle import attention_matrices  # noqa: E402
 from tests.test_zoo import difference  # noqa: E402

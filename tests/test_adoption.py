@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from attn_monitor import AttentionMapCallback, ProbeBatch
-from attn_monitor.adoption import adopt_from_loaders, find_images
+from attn_monitor.train.probe_search import adopt_from_loaders, find_images
 from tests.helpers import Distillation, NoiseImages, loader, tiny_vit, trainer
 
 

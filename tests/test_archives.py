@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import ArchiveError, AttentionSnapshot, ProbeBatch, cli, load_snapshots
-from attn_monitor.snapshot import OPTIONAL
+from attn_monitor import ArchiveError, AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor.attention import OPTIONAL_TENSORS
+from attn_monitor.offline import cli
 
 FIRST = Path(__file__).parent / "archives" / "first"
 ARCHIVES = sorted(path.name for path in FIRST.iterdir())
@@ -48,7 +49,7 @@ def test_snapshots_hold_what_was_written(name: str) -> None:
                 entry["name"], entry["num_prefix"], entry["grid"], entry["mixed"]
             )  # fmt: skip
             np.testing.assert_array_equal(attention.rows.numpy(), arrays[f"rows/{key[0]}/{key[1]}"])
-            for optional in OPTIONAL:
+            for optional in OPTIONAL_TENSORS:
                 value, expected = getattr(attention, optional), arrays.get(f"{optional}/{key[0]}/{key[1]}")
                 assert (value is None) == (expected is None)
                 if expected is not None:
@@ -60,7 +61,7 @@ def test_the_archives_hold_every_kind_of_thing() -> None:
     (_, last), (talking, convit), (_, spoilt) = (load_snapshots(FIRST / name) for name in ARCHIVES)
     assert last.roles == ("student", "teacher")
     assert last.flags
-    assert all(getattr(last.layer("student", 0), name) is not None for name in OPTIONAL)
+    assert all(getattr(last.layer("student", 0), name) is not None for name in OPTIONAL_TENSORS)
     assert [a.mixed for s in (talking, convit) for a in s.layers.values()] == [True, True, False]
     assert spoilt.rows("teacher").isnan().any()
     assert last.names == ("cat", "größe 1")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, load_snapshots
-from attn_monitor.capture import AttentionRecorder
+from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import HeadError
 from tests import forwards
 from tests.helpers import Distillation, loader, tiny_vit, trainer

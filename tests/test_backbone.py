@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from attn_monitor.backbone import TargetError, find_backbones, resolve_targets
-from attn_monitor.errors import NoAttentionError
+from attn_monitor.capture.backbones import find_backbones, resolve_targets
+from attn_monitor.errors import NoAttentionError, TargetError
 from tests import zoo
 from tests.helpers import tiny_vit
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from attn_monitor import background
-from attn_monitor.background import Job, Outbox, Patience
-from attn_monitor.failures import Failures
+from attn_monitor.publish import background
+from attn_monitor.publish.background import Job, Outbox, Patience
+from attn_monitor.publish.failures import Failures
 
 MEGABYTE = 2**20
 
@@ -129,7 +129,7 @@ def test_what_fails_for_ever_is_given_up_in_the_end() -> None:
 
 @pytest.mark.parametrize("patient", [False, True])
 def test_tries_are_bounded_where_it_may_be_the_jobs_own_fault(patient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_monitor.failures.LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("attn_monitor.publish.failures.LONGEST_PAUSE", 0.001)
     box, tries, done = outbox(patient=patient), [], []
 
     def full() -> None:

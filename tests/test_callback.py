@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, load_snapshots
-from attn_monitor.errors import ForwardError, NoAttentionError, QueryError
-from attn_monitor.probe import ProbeError
+from attn_monitor.errors import ForwardError, NoAttentionError, ProbeError, QueryError
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import record_attention
-from attn_monitor.capture import AttentionRecorder
+from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import LayerError
-from attn_monitor.running import default_forward
 from tests import styles
 from tests.oracle import attention_matrices
 from tests.zoo import enliven, timm_model, timm_vit

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from attn_monitor import ProbeBatch, claim, load_snapshots
-from attn_monitor.claim import CLAIM, claim_again, claim_free
+from attn_monitor import ProbeBatch, load_snapshots
+from attn_monitor.record import claim
+from attn_monitor.record.claim import CLAIM, claim_again, claim_free
 from tests.processes import ROOT
 from tests.together import STEPS
 

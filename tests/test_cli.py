@@ -19,8 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, cli, drawing
-from attn_monitor.models import ModelNameError, load_model
+from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.offline import cli
+from attn_monitor.offline.models import ModelNameError, load_model
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.test_archives import FIRST
 
@@ -29,7 +31,7 @@ MODEL = "tests.helpers:tiny_vit"
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     pipes = {"capture_output": True} if "stdout" not in options else {"stderr": subprocess.PIPE}
-    return subprocess.run([sys.executable, "-m", "attn_monitor.cli", *arguments], text=True, **pipes, **options)
+    return subprocess.run([sys.executable, "-m", "attn_monitor.offline.cli", *arguments], text=True, **pipes, **options)
 
 
 def mistake(*arguments: str, **options: Any) -> str:
@@ -218,7 +220,7 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
 
 CHOICE = """
 import sys, torch
-from attn_monitor.models import load_model
+from attn_monitor.offline.models import load_model
 print(load_model(sys.argv[1], checkpoint=sys.argv[2], key=sys.argv[3] or None).state_dict()["pos_embed"].sum().item())
 """
 

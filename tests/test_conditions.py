@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from attn_monitor.capture import AttentionRecorder, record_attention
+from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import AttentionError, ForwardError, VerificationError
-from attn_monitor.running import default_forward
 from tests import styles
 from tests.oracle import attention_matrices
 from tests.styles import PlainViT

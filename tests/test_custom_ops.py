@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture import AttentionRecorder, record_attention
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import VerificationError
 from tests.oracle import plain_attention
 from tests.styles import HEADS, Packed, PlainViT

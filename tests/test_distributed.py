@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from attn_monitor import AttentionMonitor, ForwardError, ProbeBatch, load_snapshots, record_attention
+from attn_monitor import AttentionMonitor, ProbeBatch, load_snapshots, record_attention
+from attn_monitor.errors import ForwardError
 from tests.distributed_work import IMAGES, WAYS
 from tests.helpers import Distillation, tiny_vit
 from tests.processes import ROOT, free_port, launch

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from attn_monitor import failures as account
-from attn_monitor.failures import Failures, Paused, in_words
+from attn_monitor.publish import failures as account
+from attn_monitor.publish.failures import Failures, Paused, in_words
 
 
 def fail(error: BaseException) -> None:

@@ -21,8 +21,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from attn_monitor.asking import Asker
-from attn_monitor.capture import AttentionRecorder, LayerAttention, Site, record_attention
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.discovery import Site
+from attn_monitor.capture.places.silent_runs import Asker
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import AttentionError
 from tests.families import FAMILIES, Family
 from tests.oracle import _method, _replaced, attention_matrices

@@ -22,7 +22,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, background, drawing, load_snapshots
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, load_snapshots
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.publish import background
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMapCallback, Watch, load_snapshots, operations, run, tokens
-from attn_monitor.capture import AttentionRecorder, record_attention
+from attn_monitor import AttentionMapCallback, Watch, load_snapshots
+from attn_monitor.capture import block_tokens as tokens
+from attn_monitor.capture import operations
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import ForwardError
+from attn_monitor.train import lightning_run as run
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.styles import MemEffAttention, PlainViT
 

@@ -19,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch, cli
+from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
+from attn_monitor.offline import cli
 from tests.helpers import tiny_vit
 from tests.test_archives import FIRST
 

@@ -1,19 +1,72 @@
-"""Optional packages stay optional: importing ours loads none of them."""
+"""The direction in which the package's folders import each other, and what importing it does not load."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import attn_monitor
+
+PACKAGE = Path(attn_monitor.__file__).parent
+VALUES = {"errors", "functional", "attention"}  # modules at the top that any folder may import
+MAY_IMPORT = {
+    "capture": set(),
+    "measure": set(),
+    "record": {"measure"},
+    "draw": {"record", "measure"},
+    "publish": {"draw", "record", "measure"},
+    "train": {"publish", "draw", "record", "measure", "capture", "distributed"},
+}
 
 
-def test_heavy_and_optional_packages_are_imported_lazily() -> None:
-    code = (
-        "import sys, lightning.pytorch\n"
-        "before = set(sys.modules)\n"
-        "import attn_monitor, attn_monitor.cli\n"
-        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "heavy = {'wandb', 'matplotlib', 'timm', 'transformers', 'mlflow', 'scipy', 'av'}\n"
-        "print(sorted(new & heavy))"
-    )
+def imports_of(path: Path) -> Iterator[str]:
+    """Names right below the package that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            modules = [f"{node.module}.{a.name}" for a in node.names]
+        yield from (m.split(".")[1] for m in modules if m.startswith("attn_monitor."))
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_in_one_direction(folder: str) -> None:
+    allowed = MAY_IMPORT[folder] | VALUES | {folder}
+    wrong = {
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in (PACKAGE / folder).rglob("*.py")
+        for name in imports_of(path)
+        if name not in allowed
+    }
+    assert not wrong
+
+
+def test_every_folder_is_in_the_picture() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == {*MAY_IMPORT, "offline"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Packages that a fresh interpreter has loaded after some code."""
+    code = f"import sys\n{code}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    return set(found.stdout.split())
+
+
+def test_capture_needs_no_lightning_and_no_optional_package() -> None:
+    code = (
+        "import attn_monitor.offline.cli\nfrom attn_monitor import record_attention, AttentionMonitor, Publisher, Watch"
+    )
+    heavy = {"lightning", "pytorch_lightning", "torchvision", "tensorboard", "wandb", "matplotlib", "timm"}
+    assert not loaded_by(code) & (heavy | {"transformers", "mlflow", "scipy", "av"})
+
+
+def test_the_callback_needs_no_optional_package() -> None:
+    before = loaded_by("import lightning.pytorch")
+    after = loaded_by("import lightning.pytorch\nfrom attn_monitor import AttentionMapCallback")
+    assert not (after - before) & {"wandb", "matplotlib", "timm", "transformers", "mlflow", "scipy", "av"}

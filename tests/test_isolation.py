@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture import record_attention
+from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.recorder import record_attention
 from attn_monitor.errors import ForwardError
-from attn_monitor.isolation import isolated_forward
 from tests.helpers import tiny_vit
 from tests.styles import Block, MemEffAttention, PlainViT
 from tests.zoo import timm_vit

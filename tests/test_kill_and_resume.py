@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, load_snapshots
-from attn_monitor.snapshot import snapshot_path
+from attn_monitor.record.archive import snapshot_path
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
 from tests.processes import ROOT

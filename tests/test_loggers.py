@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from PIL import Image
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.run import run_folder
+from attn_monitor.train.lightning_run import run_folder
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer

@@ -15,8 +15,9 @@ import torchvision
 from lightly.models.modules import MaskedCausalVisionTransformer
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMapCallback, ForwardError, NoAttentionError, load_snapshots, record_attention
-from attn_monitor.capture import AttentionRecorder
+from attn_monitor import AttentionMapCallback, load_snapshots, record_attention
+from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.errors import ForwardError, NoAttentionError
 from tests.helpers import loader, tiny_vit, trainer
 from tests.zoo import enliven
 

@@ -15,7 +15,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionRecorder, AttentionSnapshot, ProbeBatch
-from attn_monitor.metrics import METRICS, select_metrics
+from attn_monitor.measure.metrics import METRICS, select_metrics
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices
 from tests.zoo import enliven, timm_model

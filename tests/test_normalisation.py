@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
 from attn_monitor import ProbeBatch
-from attn_monitor.adoption import probe_of
-from attn_monitor.normalisation import Statistics, declared_in, find_statistics
+from attn_monitor.record.normalisation import Statistics, declared_in, find_statistics
+from attn_monitor.train.probe_search import probe_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

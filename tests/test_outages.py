@@ -19,7 +19,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from attn_monitor import AttentionMapCallback, ProbeBatch, background, load_snapshots, render
+from attn_monitor import AttentionMapCallback, ProbeBatch, load_snapshots
+from attn_monitor.draw import panels as render
+from attn_monitor.publish import background
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
 

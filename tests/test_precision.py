@@ -13,8 +13,8 @@ import torch
 
 from attn_monitor import AttentionMapCallback, ProbeBatch
 from attn_monitor import functional as F
-from attn_monitor.capture import AttentionRecorder, record_attention
-from attn_monitor.metrics import METRICS, measure
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
+from attn_monitor.measure.metrics import METRICS, measure
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
 METRICS_OF_ALL = tuple(METRICS)
@@ -103,7 +103,7 @@ def test_the_cosine_of_tokens_is_measured_outside_autocast() -> None:
 
 TF32 = """
 import sys, torch
-from attn_monitor.operations import TOLERANCE, tolerance
+from attn_monitor.capture.operations import TOLERANCE, tolerance
 exec(sys.argv[1])
 for device in ("cuda", "cpu"):
     print([str(d)[6:] for d, t in TOLERANCE.items() if t == tolerance(torch.float32, torch.device(device))][0])

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attn_monitor import ProbeBatch, ProbeError
-from attn_monitor.adoption import adopt_images, find_images
-from attn_monitor.names import LONGEST
-from attn_monitor.probe import tag_names
+from attn_monitor.record.file_names import LONGEST
+from attn_monitor.record.probe import tag_names
+from attn_monitor.train.probe_search import adopt_images, find_images
 
 
 def test_photographs_come_back_for_display(photographs: Path) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import errors
-from attn_monitor.capture import AttentionRecorder, record_attention
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests import styles
 from tests.styles import PlainViT
 from tests.zoo import enliven, timm_model, timm_vit
@@ -279,7 +279,7 @@ def test_sharded_tensors_are_refused() -> None:
 
 def test_rows_that_do_not_give_the_output_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heart of the matter: were our reading of the operation wrong by 5 %, no map would be shown."""
-    from attn_monitor.sources import FusedCall
+    from attn_monitor.capture.rows import FusedCall
 
     model, images = enliven(timm_vit("vit_tiny_patch16_224")).eval(), torch.randn(2, 3, *W)
     record_attention(model, images)

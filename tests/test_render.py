@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attn_monitor import drawing, render
-from attn_monitor.capture import LayerAttention
-from attn_monitor.drawing import MASK, MISSING, TRUTH, Style
-from attn_monitor.snapshot import AttentionSnapshot
+from attn_monitor.attention import LayerAttention
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw import panels as render
+from attn_monitor.draw.canvas import MASK, MISSING, TRUTH, Style
+from attn_monitor.record.archive import thin
+from attn_monitor.record.snapshot import AttentionSnapshot
 
 
 def snapshot(
@@ -164,8 +166,8 @@ def test_film_strip_shows_each_step_once() -> None:
 
 
 def test_thin_keeps_first_and_last() -> None:
-    assert drawing.thin([0, 1, 2], 10) == [0, 1, 2]
-    chosen = drawing.thin([0, 1, 2, 3, 50, 100], 3)
+    assert thin([0, 1, 2], 10) == [0, 1, 2]
+    chosen = thin([0, 1, 2, 3, 50, 100], 3)
     assert chosen == [0, 4, 5]
 
 

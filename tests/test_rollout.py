@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.rollout import attention_rollout
 from attn_monitor.errors import QueryError, UnsupportedAttentionError
-from attn_monitor.rollout import attention_rollout
-from attn_monitor.running import default_forward
 from tests.oracle import attention_matrices
 from tests.test_capture import Watch, vit
 from tests.zoo import enliven, timm_model

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from attn_monitor import AttentionMonitor, ProbeBatch
-from attn_monitor.run import set_aside, written_between
-from attn_monitor.snapshot import snapshot_path, snapshot_paths
+from attn_monitor.record.archive import set_aside, snapshot_path, snapshot_paths, written_between
 from tests.helpers import tiny_vit
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attn_monitor.schedule import Schedule
+from attn_monitor.train.schedule import Schedule
 
 
 def taken(schedule: Schedule, steps: range) -> list[int]:

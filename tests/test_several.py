@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.names import renamed
+from attn_monitor.publish.tags import renamed
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer

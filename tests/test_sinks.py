@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, ProbeBatch, sinks
-from attn_monitor.sinks import Picture
+from attn_monitor import AttentionMonitor, ProbeBatch
+from attn_monitor.publish import sinks
+from attn_monitor.publish.sinks import Picture
 from tests.events import Events
 from tests.helpers import tiny_vit
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots, npz
-from attn_monitor.snapshot import snapshot_path
+from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor.record import npz
+from attn_monitor.record.archive import snapshot_path
 from tests.helpers import tiny_vit
 
 

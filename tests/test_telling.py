@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot
-from attn_monitor.schedule import Schedule
+from attn_monitor.train.schedule import Schedule
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
 from tests.test_masking import Pretraining, hugging_face_mae
@@ -73,6 +73,6 @@ def test_how_often_is_told_in_words() -> None:
 
 
 def test_warnings_show_no_source_line(tmp_path: Path) -> None:
-    code = "from attn_monitor.telling import warn; warn('AttentionMapCallback: something')"
+    code = "from attn_monitor.train.reports import warn; warn('AttentionMapCallback: something')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr == "attn_monitor:0: UserWarning: AttentionMapCallback: something\n"

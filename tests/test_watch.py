@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionSnapshot, NoAttentionError, ProbeBatch, Watch, load_snapshots
+from attn_monitor import AttentionSnapshot, ProbeBatch, Watch, load_snapshots
+from attn_monitor.errors import NoAttentionError
 from tests.events import Events
 from tests.helpers import NoiseImages, loader, tiny_vit
 from tests.test_loggers import ForeignWithImages

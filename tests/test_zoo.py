@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_monitor.capture import AttentionRecorder, LayerAttention, record_attention
-from attn_monitor.running import default_forward
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests.oracle import attention_matrices
 from tests.zoo import CASES, Case
 

@@ -21,11 +21,12 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
         # torch alone is gigabytes: the dependencies are lent from this environment, the package itself is not.
         here = next(p for p in sys.path if p.endswith("site-packages"))
-        modules = [p.stem for p in (ROOT / "attn_monitor").glob("*.py") if p.stem not in ("__init__", "__main__")]
+        paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "attn_monitor").rglob("*.py"))
+        modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]  # of every folder
         code = (
             f"import sys; sys.path.append({here!r})\n"
             "import importlib, pathlib, attn_monitor, attn_monitor_auto\n"
-            f"for name in {modules!r}: importlib.import_module('attn_monitor.' + name)\n"
+            f"for name in {modules!r}: importlib.import_module(name)\n"
             "where = pathlib.Path(attn_monitor.__file__).parent\n"
             "assert 'venv' in where.parts and (where / 'py.typed').exists(), where\n"
             "print('wheel: imports', attn_monitor.__all__)"

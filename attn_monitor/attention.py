@@ -1,0 +1,92 @@
+"""`LayerAttention`: what one layer's query token attends to. The value between capture and all that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RowKind = Literal["distribution", "weights", "signed"]
+"""Rows that sum to 1; that do not (heads scaled, weights dropped or added); that have negative entries."""
+
+KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
+"""From the most regular to the least."""
+
+OPTIONAL_TENSORS = ("norms", "cosine", "distance")
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer's query token attends to, for every image and head.
+
+    ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers), then the patches
+    row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that sums to 1 over T,
+    "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are negative;
+    ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
+    relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
+    is known which key is which patch: "exact", "exact but masked" or "centres", see `attn_monitor.capture.places`.
+    ``model`` is the name of the model's class, ``query`` the query that was read.
+
+    On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
+    those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
+    its patches; None where a block's input is not these tokens, or has no CLS token.
+    """
+
+    layer: int
+    name: str
+    rows: Tensor
+    num_prefix: int
+    grid: tuple[int, int]
+    mixed: bool
+    verified_error: float
+    kind: RowKind = "distribution"
+    places: str = ""
+    distance: Tensor | None = None
+    norms: Tensor | None = None
+    cosine: Tensor | None = None
+    model: str = ""
+    query: str = ""
+
+    @property
+    def maps(self) -> Tensor:
+        """The patch part as images, (B, H, gh, gw), not renormalised: DINO's numbers."""
+        maps: Tensor = self.rows[..., self.num_prefix :].unflatten(-1, self.grid)
+        return maps
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What has one entry for each image, by name: ``rows``, and those of `OPTIONAL_TENSORS` that are known."""
+        known = {name: getattr(self, name) for name in ("rows", *OPTIONAL_TENSORS)}
+        return {name: tensor for name, tensor in known.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerAttention:
+        """The same layer with other tensors; an optional one that is not among them is None."""
+        values: dict[str, Any] = {**dict.fromkeys(OPTIONAL_TENSORS), **tensors}
+        return replace(self, **values)
+
+    def to(self, device: torch.device | str) -> LayerAttention:
+        """The same with all tensors on a device."""
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def rows_alone(self) -> LayerAttention:
+        """The same without the optional tensors."""
+        return self.with_tensors({"rows": self.rows})
+
+    @classmethod
+    def cat(cls, parts: Sequence[LayerAttention]) -> LayerAttention:
+        """One layer's attention on all images, from its attention on some each."""
+        if len(parts) == 1:
+            return parts[0]
+        together = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        kind = max((part.kind for part in parts), key=KINDS.index)
+        error = max(part.verified_error for part in parts)
+        joined = replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error)
+        return joined.with_tensors(together)

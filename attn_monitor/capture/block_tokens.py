@@ -1,0 +1,90 @@
+"""The tokens that enter a layer's transformer block: their norms, and how alike the CLS token and the patches are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.error_origin import raises_for
+from attn_monitor.capture.rows import widen
+from attn_monitor.functional import full_precision
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS."""
+
+    norms: Tensor
+    cosine: Tensor | None
+
+
+def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) -> str | None:
+    """Path of the transformer block that an attention module is in, None if it is in no list of modules.
+
+    A block is an item of a list of which several items hold attention; with only one layer, an item of any list.
+    ``others`` are the paths of all attention modules.
+    """
+    parts, others = path.split("."), list(others)
+    fallback = None
+    for depth in range(len(parts), 0, -1):
+        parent, item = ".".join(parts[: depth - 1]), ".".join(parts[:depth])
+        if not isinstance(modules.get(parent), _CONTAINERS):
+            continue
+        holders = {
+            o[len(parent) :].strip(".").split(".")[0] for o in others if o.startswith(f"{parent}." if parent else "")
+        }
+        found = _callable_below(item, path, modules)
+        fallback = fallback or found
+        if len(holders) > 1:
+            return found
+    return fallback
+
+
+def _callable_below(item: str, path: str, modules: dict[str, nn.Module]) -> str | None:
+    """The item, or where it is a mere list, the first module on the way to ``path`` that has a forward."""
+    below = path[len(item) :].strip(".").split(".") if path != item else []
+    while isinstance(modules[item], (nn.ModuleList, nn.ModuleDict)):
+        if not below:
+            return None
+        item = f"{item}.{below.pop(0)}"
+    return item
+
+
+def watch_tokens(
+    stack: ExitStack, block: nn.Module, batch: int, order: Tensor, num_prefix: int, has_cls: bool,
+    report: Callable[[TokenStatistics], object],
+) -> None:  # fmt: skip
+    """Report the statistics of what enters a block as (B, T, C), or (T, B, C), tokens; nothing where there are none.
+
+    ``order`` (T,) puts the prefix first, and CLS first of all.
+    """
+    shape = (batch, len(order))
+
+    @raises_for("monitor")
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for x in (*args, *kwargs.values()):
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):
+                continue
+            batch_first = x.shape[:2] == shape
+            report(_statistics(x if batch_first else x.transpose(0, 1), order, num_prefix, has_cls))
+            return
+
+    stack.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+@full_precision()  # what a hook computes in is the model's affair
+def _statistics(x: Tensor, order: Tensor, num_prefix: int, has_cls: bool) -> TokenStatistics:
+    norms: Tensor = torch.linalg.vector_norm(widen(x), dim=-1)
+    if not has_cls:
+        return TokenStatistics(norms[:, order], None)
+    cls = order[:1]
+    products = (widen(x) @ widen(x[:, cls]).mT)[..., 0]  # (B, T)
+    cosines = products / (norms * norms[:, cls]).clamp_min(1e-8)
+    return TokenStatistics(norms[:, order], cosines[:, order[num_prefix:]].mean(-1))

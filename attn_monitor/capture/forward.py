@@ -1,0 +1,79 @@
+"""Run a model's forward under the observer, isolated, with its failures named."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.error_origin import of_monitor
+from attn_monitor.capture.isolation import is_sharded as is_sharded
+from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.observer import AttentionObserver, Done
+from attn_monitor.errors import AttentionError, ForwardError
+
+Forward = Callable[[nn.Module, Tensor], Any]
+
+
+def default_forward(model: nn.Module, images: Tensor) -> Any:
+    """``model(images)``; Hugging Face models are told to accept sizes other than their own."""
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        return model(images, interpolate_pos_encoding=True)
+    return model(images)
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Refuse a model whose weights have no values yet."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ForwardError(
+                f"{type(model).__name__} cannot run yet: its parameter {name!r} has no values (meta device, or a lazy "
+                "module). Look at it after it has been materialised: Lightning does so in configure_model"
+            )
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            raise ForwardError(
+                f"{type(model).__name__} cannot run by itself: its parameter {name!r} is partitioned by DeepSpeed's "
+                "ZeRO stage 3 (0 of its values are here), expected whole parameters. Train with stage 1 or 2, or with "
+                "FSDP, whose parameters are gathered for the probe"
+            )
+
+
+def run_forward(
+    model: nn.Module,
+    images: Tensor,
+    forward: Forward,
+    observer: AttentionObserver,
+    watched: Iterable[tuple[str, nn.Module]],
+) -> None:
+    """One isolated forward under the observer; a failure of the model becomes a `ForwardError` that names the size.
+
+    A mistake of this package is raised as it is.
+    """
+    try:
+        with isolated_forward(model), observer.watch(watched):
+            forward(model, images)
+    except Done:
+        pass
+    except (AttentionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if of_monitor(error):  # not to be told as the model's
+            raise
+        reason = str(error).rstrip(". ")
+        raise ForwardError(
+            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "
+            f"{type(error).__name__}: {reason}. If it is the size, choose one that the model takes (a multiple of its "
+            "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
+        ) from error
+
+
+def subtrees(model: nn.Module, roots: set[str]) -> list[tuple[str, nn.Module]]:
+    """The modules at these paths with all that is below them, so that each operation is credited as on first look."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if any(path == root or root == "" or path.startswith(root + ".") for root in roots)
+    ]

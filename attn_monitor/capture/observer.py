@@ -1,0 +1,211 @@
+"""Watch a forward pass: which module is running, and which attention operations it dispatches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_monitor.capture import operations as ops
+from attn_monitor.capture.error_origin import raises_for
+from attn_monitor.capture.operations import Observation
+from attn_monitor.capture.places.layout import PatchConv
+from attn_monitor.capture.rows import ExplicitCall, Query, Reading
+
+SiteKey = tuple[str, int]
+"""Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
+
+
+class Done(BaseException):
+    """Leaves a forward pass once all that was wanted has been seen; no ordinary `except` catches it."""
+
+
+@raises_for("model")
+def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model runs, whose errors are the model's."""
+    return func(*args, **kwargs)
+
+
+class AttentionObserver(TorchDispatchMode):
+    """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
+
+    ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
+    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
+    ``readings`` are known ones of operations that nobody listed.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        report: Callable[[SiteKey, Observation], None],
+        query: Callable[[SiteKey], Query | None],
+        *,
+        images: Tensor,
+        verify: bool = True,
+        last: SiteKey | None = None,
+        readings: Mapping[SiteKey, Reading] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.report, self.query, self.verify, self.last = report, query, verify, last
+        self.readings = readings or {}
+        self.batch, self.channels, *self.size = images.shape
+        self.convs: list[PatchConv] = []  # convolutions on whole images
+        self._cropped = False  # the convolutions now running see a part of the images
+        self.products = 0
+        self._running: list[str] = []
+        self._count: dict[str, int] = {}
+        self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
+        self._pending: list[tuple[Tensor, str]] = []  # softmaxes that have not met their V yet, and where they ran
+
+    def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
+        """Hooks on these (path, module) pairs; leaving the returned stack removes them.
+
+        The path "" is the whole forward, whichever of the model's methods it goes through.
+        """
+        stack = ExitStack()
+        stack.callback(self._unwind)
+        for path, module in modules:
+            if path == "":
+                self._enter(path)()
+                continue
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operations are seen all the same
+                continue
+            stack.enter_context(module.register_forward_pre_hook(self._enter(path)))
+            stack.enter_context(module.register_forward_hook(self._leave(path), always_call=True))
+        return stack
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not self._running:
+                self.__enter__()  # type: ignore[no-untyped-call]
+            self._running.append(path)
+
+        return hook
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            # Called even when another pre-hook failed before ours ran: then there is nothing to leave.
+            if self._running and self._running[-1] == path:
+                self._running.pop()
+                if not self._running:
+                    self._pending.clear()
+                    self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _unwind(self) -> None:
+        # PyTorch calls no hooks for `Done`, which is no `Exception`: close what is still open.
+        if self._running:
+            self._running.clear()
+            self._pending.clear()
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    @raises_for("monitor")
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, kind = kwargs or {}, ops.kind_of(func)
+        if kind == "fused":
+            return self._fused(func, args, kwargs)
+        out = run_operation(func, args, kwargs)
+        if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
+            kind == "elementwise" and self._made_of_scores(out)
+        ):
+            self._weights(args, out)
+        elif kind == "product":
+            self.products += 1
+            self._product(args[-2:], out)
+        elif kind == "convolution":
+            self._convolution(args, out)
+        elif kind == "foreign" and ops.looks_like_attention(args):
+            self._unknown(func, args, kwargs, out)
+        return out
+
+    def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
+        self._pending = [*self._pending[-31:], (out, self._running[-1])]  # gates' own softmaxes never meet a V
+
+    def _made_of_scores(self, out: Any) -> bool:
+        return isinstance(out, Tensor) and any(
+            out.shape[-2:] == scores[-2:] and out.numel() == math.prod(scores) for scores in self._scores
+        )
+
+    def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
+        if self._pending:
+            self._explicit(args, out)
+        self._scores = [*self._scores[-3:], tuple(out.shape)]
+
+    def _key(self) -> SiteKey:
+        path = self._running[-1]
+        return path, self._count.get(path, 0)
+
+    def _seen(self, key: SiteKey, seen: Observation | None, scope: str | None = None) -> None:
+        self._count[key[0]] = key[1] + 1
+        if seen is not None:
+            self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
+        if key == self.last:
+            raise Done
+
+    def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key, call = self._key(), ops.fused_call(func, args, kwargs)
+        query = self.query(key)
+        if query is not None and key == self.last and not self.verify:  # its output is not needed by anyone
+            self._seen(key, ops.observe_fused(call, None, query, verify=False))
+        out = run_operation(func, args, kwargs)
+        self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
+        return out
+
+    def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
+        taken = self._take_weights(args)
+        if taken is None:
+            return
+        call, scope = taken
+        key, seen = self._key(), None
+        query = self.query(key)
+        if query is not None:
+            seen = ops.observe_explicit(call, out, self.batch, query, verify=self.verify)
+        self._seen(key, seen, scope)
+
+    def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
+        """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
+        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
+        if call is None:
+            return None
+        used = [w for w in call.weights if ops.is_same(call.applied, w)][-1:] or call.weights
+        call = replace(call, weights=used)
+        scope = common_path([self._running[-1], *(path for w, path in self._pending if any(w is u for u in used))])
+        self._pending = [(w, path) for w, path in self._pending if not any(w is u for u in used)]
+        return call, scope
+
+    def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls = ops.unknown_calls(func, args, kwargs, out)
+        if not calls:
+            return
+        key, seen = self._key(), None
+        query = self.query(key)
+        if query is not None:
+            seen = ops.observe_unknown(func, args, kwargs, calls, out, query, self.readings.get(key))
+        self._seen(key, seen)
+
+    def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
+        if out.ndim != 4 or out.shape[0] != self.batch:
+            return
+        x, kernel, stride = args[0], tuple(args[1].shape[2:]), tuple(args[3])
+        on_pixels = x.shape[1] == self.channels
+        if on_pixels:
+            self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))
+        if not self._cropped:
+            self.convs.append(PatchConv((out.shape[2], out.shape[3]), stride, on_pixels and kernel == stride))
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of these."""
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
+    return ".".join(parts[0] for parts in shared)

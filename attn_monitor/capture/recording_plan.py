@@ -1,0 +1,106 @@
+"""What one recording of a model shares with the next: which sites are wanted, how to read them, what to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.block_tokens import block_of
+from attn_monitor.capture.discovery import Site
+from attn_monitor.capture.forward import is_sharded
+from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.rows import Query
+
+
+@dataclass(frozen=True)
+class Block:
+    """The transformer block around a site, and the order of the tokens that enter it."""
+
+    module: nn.Module
+    order: Tensor  # (T,): prefix first, CLS first of all, and patches row by row
+    num_prefix: int
+    has_cls: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one wanted site is read."""
+
+    site: Site
+    query: Query
+    order: Tensor | None  # token indices, prefix first and patches row by row; None where they stand so already
+    block: Block | None  # only where its tokens are asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the wanted layers of a model are read; valid while its modules and the images' size stay the same.
+
+    ``watched`` are the (path, module) pairs inside which operations are looked at; after the site ``last`` nothing is
+    needed any more (None: the forward must run to its end).
+    """
+
+    readings: Mapping[SiteKey, Reading]
+    watched: Sequence[tuple[str, nn.Module]]
+    last: SiteKey | None
+
+
+def make_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    wanted: Mapping[SiteKey, tuple[Site, Query]],
+    device: torch.device,
+    *,
+    tokens: bool,
+) -> Plan:
+    """Everything that can be known before the forward runs; ``tokens``: what enters the blocks is asked for too."""
+    modules = dict(model.named_modules())
+    readings = {
+        key: Reading(site, query, _order(site, device), _block(site, sites, modules, device) if tokens else None)
+        for key, (site, query) in wanted.items()
+    }
+    roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
+    # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
+    watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
+    return Plan(readings, watched, None if is_sharded(model) else next(reversed(readings)))
+
+
+def _is_below(path: str, root: str) -> bool:
+    return root == "" or path.startswith(f"{root}.")
+
+
+def _order(site: Site, device: torch.device) -> Tensor | None:
+    assert site.layout is not None
+    order = site.layout.order
+    return None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
+
+
+def _block(site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], device: torch.device) -> Block | None:
+    path = block_of(site.key[0], {s.key[0] for s in sites}, modules)
+    entering, layout = None if path is None else site.places.entries.get(path), site.layout
+    if path is None or entering is None or layout is None:
+        return None
+    if (entering.grid, len(entering.prefix)) != (layout.grid, len(layout.prefix)):
+        return None  # its tokens are not those of the rows
+    order = torch.tensor(entering.order, device=device)
+    return Block(modules[path], order, len(entering.prefix), site.places.cls is not None and bool(entering.prefix))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a first look has found in one model."""
+
+    model: str  # name of its class
+    layers: tuple[int, ...]
+    of: int  # how many layers there are
+    heads: int
+    grid: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
+        which = f"all {self.of} layers" if 1 < len(self.layers) == self.of else f"{many} of 0 to {self.of - 1}"
+        return f"{self.model}, {which}, {self.heads} heads, grid {self.grid[0]} × {self.grid[1]}"

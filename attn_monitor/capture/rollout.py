@@ -1,0 +1,90 @@
+"""Attention rollout: where the tokens that a query reads from have themselves read from, down to the image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.discovery import Site
+from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.operations import Observation
+from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.capture.rows import AttentionSource
+from attn_monitor.capture.selection import QuerySpec, resolve_query
+from attn_monitor.errors import AttentionError, UnsupportedAttentionError
+
+Fusion = Literal["mean", "max", "min"]
+
+
+def attention_rollout(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    query: QuerySpec = "cls",
+    head_fusion: Fusion = "mean",
+    residual: float = 0.5,
+    forward: Forward | None = None,
+) -> Tensor:
+    """The patch part of ``query``'s row of A_L · … · A_1 as images, (B, gh, gw) float32; all tokens sum to 1.
+
+    A_l is ``residual`` · identity + (1 - ``residual``) · the heads' attention, fused and scaled to rows of sum 1.
+    Only the row is carried, from the last layer down, so that fused attention takes O(tokens) memory for each layer;
+    explicit attention is kept as the model itself computed it, tokens² for each layer and head.
+    Source: Abnar & Zuidema 2020, arXiv 2005.00928.
+
+    Raises `UnsupportedAttentionError` when a layer cannot be read, mixes its heads, or is over other tokens.
+    """
+    if head_fusion not in ("mean", "max", "min"):
+        raise ValueError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')
+    if not 0 <= residual < 1:
+        raise ValueError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
+    recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify="always")
+    sites = recorder.sites(images)
+    for site in sites:
+        _check(site, sites[-1])
+    sources: list[AttentionSource] = []
+
+    def keep(_: Site, seen: Observation) -> None:
+        assert seen.source is not None
+        sources.append(seen.source)
+
+    recorder(images, each=keep)
+    last, layout = sites[-1], sites[-1].layout
+    assert layout is not None
+    token = resolve_query(last, query)
+    row = torch.zeros(len(images), last.keys, device=images.device)  # (B, T)
+    row[:, slice(None) if token == "mean" else int(token)] = 1 / last.keys if token == "mean" else 1
+    for source in reversed(sources):
+        row = residual * row + (1 - residual) * _through(source, row, head_fusion)
+    maps: Tensor = row[:, list(layout.patches)].unflatten(-1, layout.grid)
+    return maps
+
+
+def _through(source: AttentionSource, row: Tensor, head_fusion: Fusion) -> Tensor:
+    """The (B, T) row times the fused attention matrix, a few of the matrix's rows at a time."""
+    total = torch.zeros_like(row)
+    for start, chunk in source.chunks():
+        fused: Tensor = chunk.mean(1) if head_fusion == "mean" else getattr(chunk, f"a{head_fusion}")(1)
+        fused = fused / fused.sum(-1, keepdim=True)  # (B, queries, T)
+        total += (row[:, None, start : start + fused.shape[1]] @ fused.to(row.dtype))[:, 0]
+    return total
+
+
+def _check(site: Site, last: Site) -> None:
+    where = f"attention rollout needs every layer, and layer {site.index} ({site.name}, {site.op})"
+    problem: AttentionError | str | None = site.refusal
+    if problem is None and site.mixed:
+        problem = "mixes its heads after the softmax, so no matrix says where it reads from"
+    if problem is None and (site.queries, site.keys, site.layout) != (last.keys, last.keys, last.layout):
+        problem = (
+            f"has {site.queries} queries and {site.keys} keys where the last layer has {last.keys} tokens, or has them "
+            "in another order"
+        )
+    if problem is None and site.layout is not None:
+        patches = dict(enumerate(site.layout.patches))
+        if {p: q for p, q in site.places.patch_queries.items() if p in patches} != patches:
+            problem = "has its queries in another order than its keys"
+    if problem is not None:
+        raise UnsupportedAttentionError(f"{where}: {problem}. Look at single layers with record_attention instead")

@@ -1,0 +1,136 @@
+"""Choose layers and queries: turn what the user asks for into sites and token indices, or say why it can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attn_monitor.capture.discovery import Site
+from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.rows import Query
+from attn_monitor.errors import AttentionError, LayerError, QueryError
+
+Layers = int | str | Sequence[int | str]
+QuerySpec = str | int | tuple[int, int]
+
+
+def check_query(query: QuerySpec) -> QuerySpec:
+    """The query, if it is of a kind that exists; lists from YAML become tuples."""
+    if isinstance(query, (list, tuple)) and len(query) == 2 and all(isinstance(i, int) for i in query):
+        return (query[0], query[1])
+    if query in ("cls", "mean") or (isinstance(query, int) and not isinstance(query, bool) and query >= 0):
+        return query
+    raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
+
+
+def check_layers(layers: Layers) -> Layers:
+    """The layers, if they are of a kind that exists."""
+    wanted = layers if isinstance(layers, (list, tuple)) else [layers]
+    if not wanted or not all(isinstance(w, (int, str)) and not isinstance(w, bool) and w != "" for w in wanted):
+        raise ValueError(
+            f'layers={layers!r}: expected an index (negative from the end), a module path, a list of these, or "all"'
+        )
+    return layers
+
+
+def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
+    """The index of each layer that layers="all" leaves out, and why."""
+    return {index: str(reason) for index, reason in _every_layer(sites, query)[1].items()}
+
+
+def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
+    """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
+    if layers == "all":
+        selected, reasons = _every_layer(sites, query)
+        if reasons and not selected:
+            last = list(reasons.values())[-1]
+            raise type(last)(str(last))  # a new one: a site's own would keep the model alive by its traceback
+        return selected
+    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+    selected = {}
+    for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
+        if site.refusal is not None:
+            raise _with_alternatives(site.refusal, sites)
+        selected[site.key] = (site, resolve_query(site, query))
+    return selected
+
+
+def _every_layer(
+    sites: Sequence[Site], query: QuerySpec
+) -> tuple[dict[SiteKey, tuple[Site, Query]], dict[int, AttentionError]]:
+    """All layers that have this query, and for each other one, by index, why it has not."""
+    selected: dict[SiteKey, tuple[Site, Query]] = {}
+    reasons: dict[int, AttentionError] = {}
+    for site in sites:
+        if site.refusal is not None:
+            reasons[site.index] = site.refusal
+            continue
+        try:
+            selected[site.key] = (site, resolve_query(site, query))
+        except AttentionError as error:
+            reasons[site.index] = error
+    return selected, reasons
+
+
+def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
+    usable = [s.index for s in sites if s.refusal is None]
+    return type(refusal)(f"{refusal}. Layers that can be read: {usable or 'none'}")
+
+
+def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
+    if isinstance(want, int) and not isinstance(want, bool):
+        if -len(sites) <= want < len(sites):
+            return [want % len(sites)]
+        raise LayerError(
+            f"layers={want}: expected {-len(sites)} to {len(sites) - 1}; this model has {len(sites)} layers"
+        )
+    named = [s.index for s in sites if s.name == want or s.key[0] == want or s.key[0].startswith(f"{want}.")]
+    if not named:
+        raise LayerError(
+            f"layers={want!r}: no attention ran there. Attention ran in: {', '.join(s.name for s in sites)}"
+        )
+    return named
+
+
+def resolve_query(site: Site, query: QuerySpec) -> Query:
+    """Token index of the query at this site, or "mean"."""
+    assert site.layout is not None
+    where, places = f"layer {site.index} ({site.name})", site.places
+    if query == "mean":
+        if places.part:
+            raise QueryError(
+                f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
+            )
+        return "mean"
+    if isinstance(query, int):
+        if query < site.queries:
+            return query
+        raise QueryError(f"query={query}: {where} has tokens 0 to {site.queries - 1}")
+    if isinstance(query, tuple):
+        return _patch_query(site, query, where)
+    if places.cls is not None:
+        return places.cls
+    raise QueryError(_no_cls(site, where))
+
+
+def _patch_query(site: Site, query: tuple[int, int], where: str) -> int:
+    assert site.layout is not None
+    (row, col), (gh, gw) = query, site.layout.grid
+    if not (0 <= row < gh and 0 <= col < gw):
+        raise QueryError(f"query=({row}, {col}): {where} has a grid of {gh} rows and {gw} columns of patches")
+    index = site.places.patch_queries.get(row * gw + col)
+    if index is None:
+        what = "a single query token" if site.queries == 1 else f"{site.queries} queries"
+        raise QueryError(
+            f'{where} has {what}, none of which is known to be patch ({row}, {col}); use query="mean" or a token index'
+        )
+    return index
+
+
+def _no_cls(site: Site, where: str) -> str:
+    if not site.places.no_cls:
+        what = f"{site.keys} tokens, all of them patches" if site.queries > 1 else "a single query, which is a patch"
+        return (
+            f'{where} has {what}, so there is no CLS token. Use query="mean": the attention each patch receives, '
+            "averaged over all queries"
+        )
+    return f'{where}: {site.places.no_cls}. Choose one by its index, query=<index>, or use query="mean"'

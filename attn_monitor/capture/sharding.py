@@ -1,0 +1,187 @@
+"""Models whose parameters are spread over devices: how to run a part of one, and which of them are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from attn_monitor.capture.forward import Forward, default_forward
+from attn_monitor.capture.observer import Done
+from attn_monitor.errors import UnsupportedAttentionError
+
+_METHOD = "_attn_monitor_forward"
+
+
+def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forward:
+    """How to call a model that is part of an FSDP module: through ``root``, the outermost one.
+
+    FSDP gathers parameters at the entrance of its units and takes whichever unit runs first for the outermost. So the
+    units around the model are entered too, by their own forward hooks, with their mixed precision and offloading;
+    afterwards no unit holds gathered parameters. Anywhere else this is ``forward``.
+    """
+
+    def run(model: nn.Module, images: Tensor) -> Any:
+        if not _is_initialised():
+            return forward(model, images)
+        around, below = _units_around(root, model), _units_in(model)
+        if not around and not below:
+            return forward(model, images)
+        failed: list[BaseException] = []
+
+        def guarded(images: Tensor) -> None:
+            try:
+                forward(model, images)
+            except (Exception, Done) as error:  # must not keep the units around from ending their forward
+                failed.append(error)
+
+        with _freed_afterwards(around, below):
+            _through(around, guarded, images)
+            if failed:
+                raise failed[0]
+
+    return run
+
+
+def _is_initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_unit(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+
+
+def _units_in(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _is_unit(module)]
+
+
+def _units_around(root: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """FSDP units that the model is in, the outermost first and without the model itself."""
+    known = dict(root.named_modules())
+    path = next((p for p, module in known.items() if module is model), "")
+    parts = path.split(".") if path else []
+    chain = [known[".".join(parts[:depth])] for depth in range(len(parts))]
+    return [module for module in chain if _is_unit(module)]
+
+
+def _through(units: list[nn.Module], action: Callable[[Tensor], None], images: Tensor) -> None:
+    """The action as the forward of the innermost unit, that as the forward of the one around it, and so on."""
+    if not units:
+        return action(images)
+    return _as_forward(units[0], lambda x: _through(units[1:], action, x), images)
+
+
+def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tensor) -> None:
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(unit, FSDPModule):
+        setattr(unit, _METHOD, action)
+        try:
+            register_fsdp_forward_method(unit, _METHOD)
+            getattr(unit, _METHOD)(images)
+        finally:
+            delattr(unit, _METHOD)
+        return
+    wrapper: Any = unit  # FullyShardedDataParallel
+    inner = wrapper.module
+    own = vars(inner).get("forward")
+
+    def restore() -> None:
+        vars(inner).pop("forward", None)
+        if own is not None:
+            inner.forward = own
+
+    def redirected(images: Tensor) -> None:
+        restore()  # the module inside may be the model itself
+        action(images)
+
+    inner.forward = redirected
+    try:
+        wrapper(images)
+    finally:
+        restore()
+
+
+@contextmanager
+def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterator[None]:
+    """FSDP keeps an outermost unit's parameters for a backward that does not come here: shard all of them again."""
+    try:
+        yield
+    except Exception:
+        for unit in around[:1] or _outermost(below):
+            _end_forward(unit)
+        raise
+    finally:
+        for unit in (*around, *below):
+            _free(unit)
+
+
+def _end_forward(unit: nn.Module) -> None:
+    """Have FSDP2 forget a forward that was cut short."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(unit, FSDPModule):
+        return
+    if hasattr(unit, "reset_iter_state"):
+        unit.reset_iter_state()
+    else:  # PyTorch before 2.14
+        unit._get_fsdp_state()._state_ctx.iter_forward_root = None
+
+
+def _outermost(units: list[nn.Module]) -> list[nn.Module]:
+    inside = {id(m) for unit in units for m in unit.modules() if m is not unit}
+    return [unit for unit in units if id(unit) not in inside]
+
+
+def _free(unit: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, ShardingStrategy
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    if isinstance(unit, FSDPModule):
+        unit.reshard()
+        return
+    wrapper: Any = unit  # FullyShardedDataParallel, which has no public word for it
+    if wrapper._handle is not None and wrapper.sharding_strategy is not ShardingStrategy.NO_SHARD:
+        _reshard(wrapper, wrapper._handle, True)
+
+
+def refuse_split_parameters(model: nn.Module) -> ExitStack:
+    """Until the returned stack is left, a module that runs while its parameters are split over devices is an error.
+
+    FSDP has gathered them by then. Under tensor parallelism each device computes a part of the heads only, in plain
+    tensors that look like a whole model's.
+    """
+    stack = ExitStack()
+    if not _is_initialised():
+        return stack
+    from torch.distributed.tensor import DTensor
+
+    for path, module in model.named_modules():
+        if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            stack.enter_context(module.register_forward_pre_hook(_refusal(path, type(model).__name__)))
+    return stack
+
+
+def _refusal(path: str, model: str) -> Callable[..., None]:
+    from torch.distributed.tensor import DTensor
+
+    def hook(module: nn.Module, args: Any) -> None:
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if not isinstance(parameter, DTensor):
+                continue
+            mesh = parameter.device_mesh
+            split = [p for d, p in enumerate(parameter.placements) if p.is_shard() and mesh.size(d) > 1]
+            if split:
+                raise UnsupportedAttentionError(
+                    f"{model}: its parameter {name!r} is split over devices while its module runs ({split[0]} of a "
+                    "DTensor), expected a whole one. Under tensor parallelism each device computes some of the heads "
+                    "only, and no map is shown of a part of them: watch a model that is trained with DDP or FSDP. If "
+                    "FSDP shards it by a unit further out, pass forward=forward_within(the outermost FSDP module)"
+                )
+
+    return hook

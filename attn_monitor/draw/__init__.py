@@ -1,0 +1,1 @@
+"""Snapshots become pixels: panels, film strips, animations. Nothing here knows where they go."""

@@ -1,0 +1,1 @@
+"""`LayerAttention` becomes numbers, and health flags where these are alarming."""

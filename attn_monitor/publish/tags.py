@@ -1,0 +1,30 @@
+"""Tags and titles, and the names of callbacks that stand in them."""
+
+from __future__ import annotations
+
+import re
+
+from attn_monitor.record.file_names import LONGEST
+
+
+def check_name(name: str | None) -> str | None:
+    """A callback's own name, if it can stand in a tag and in a folder's name."""
+    if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
+        allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
+        raise ValueError(f'name={name!r}: expected {allowed}, such as "early"')
+    if name is not None and len(name.encode()) > LONGEST:
+        raise ValueError(f"name={name!r}: expected at most {LONGEST} bytes, received {len(name.encode())}")
+    return name
+
+
+def renamed(tag: str, name: str) -> str:
+    """A tag under a name, which follows its first part: ``attn/x`` becomes ``attn-early/x``. No name, no change."""
+    if not name:
+        return tag
+    first, slash, rest = tag.partition("/")
+    return f"{first}-{name}{slash}{rest}"
+
+
+def titled(title: str, name: str) -> str:
+    """A title for people, with the name."""
+    return f"{title} ({name})" if name else title

@@ -1,0 +1,111 @@
+"""Reading a JSON object field by field: each has the type and range it must have, or the error says which has not."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attn_monitor.errors import ArchiveError
+
+LARGEST = 2**63 - 1
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """The fields of one object of a header; ``where`` names it in errors. A field with a default may be missing."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise ArchiveError(f"{where} is {reprlib.repr(values)}, expected an object with fields")
+        self._values, self.where = values, where
+
+    def whole(self, name: str, *, least: int = 0) -> int:
+        """A whole number of at least ``least``."""
+        value = self._get(name)
+        if not _is_whole(value) or not least <= value <= LARGEST:
+            raise self._wrong(name, f"a whole number of at least {least}")
+        return int(value)
+
+    def wholes(self, name: str, *, count: int | None = None, least: int = 0) -> tuple[int, ...]:
+        """A list of ``count`` whole numbers (None: any number of them)."""
+        values = self.items(name)
+        fits = all(_is_whole(value) and least <= value <= LARGEST for value in values)
+        if not fits or count not in (None, len(values)):
+            raise self._wrong(name, f"{'' if count is None else f'{count} '}whole numbers of at least {least}")
+        return tuple(values)
+
+    def number(self, name: str) -> float:
+        """A number, NaN where none is stored: JSON has no NaN."""
+        value = self._get(name)
+        if value is None:
+            return math.nan
+        if not _is_number(value):
+            raise self._wrong(name, "a number or nothing")
+        return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        values = self.items(name)
+        if not all(map(_is_number, values)):
+            raise self._wrong(name, "finite numbers")
+        return tuple(map(float, values))
+
+    def truth(self, name: str, *, default: bool = _REQUIRED) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def text(self, name: str, *, default: str = _REQUIRED) -> str:
+        """A text."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text")
+        return value
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """At least one text, each different."""
+        values = self.items(name)
+        if not values or not all(isinstance(v, str) for v in values) or len(set(values)) < len(values):
+            raise self._wrong(name, "texts, each different")
+        return tuple(values)
+
+    def items(self, name: str, *, default: list[Any] = _REQUIRED) -> list[Any]:
+        """A list of anything."""
+        value = self._get(name, default)
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list")
+        return value
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object, as it is."""
+        return self.within(name)._values
+
+    def within(self, name: str) -> Fields:
+        """An object within this one."""
+        return Fields(self._get(name), f"{name} of the {self.where}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def _get(self, name: str, default: Any = _REQUIRED) -> Any:
+        value = self._values.get(name, default)
+        if value is _REQUIRED:
+            raise ArchiveError(f"the {self.where} has no {name!r}")
+        return value
+
+    def _wrong(self, name: str, expected: str) -> ArchiveError:
+        return ArchiveError(f"{name}={reprlib.repr(self._values[name])} in the {self.where}, expected {expected}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return _is_whole(value) and abs(value) <= LARGEST

@@ -1,0 +1,218 @@
+"""`AttentionSnapshot`: what was captured at one step, and its file format.
+
+A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms`,
+`cosine` and `distance` are float32), so that `numpy.load(path, allow_pickle=False)` reads it anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
+from attn_monitor.errors import ArchiveError
+from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measure.metrics import metric_tag
+from attn_monitor.record.fields import Fields
+from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+
+PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
+
+
+@dataclass(frozen=True)
+class AttentionSnapshot:
+    """Attention of every role and layer on the probe at one step, on the host, with the metrics made from it.
+
+    ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` is what goes to
+    the loggers, by tag; ``flags`` are the health flags raised at this step.
+    """
+
+    step: int
+    epoch: int
+    names: tuple[str, ...]
+    layers: Mapping[tuple[str, int], LayerAttention]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    flags: tuple[HealthFlag, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles in the order of capture, such as ("student", "teacher")."""
+        return tuple(dict.fromkeys(role for role, _ in self.layers))
+
+    def layers_of(self, role: str) -> tuple[int, ...]:
+        """Layer indices captured for a role, in order."""
+        return tuple(layer for r, layer in self.layers if r == role)
+
+    def layer(self, role: str, layer: int = -1) -> LayerAttention:
+        """One layer's attention; a negative layer counts from the last one captured."""
+        captured = self.layers_of(role)
+        if not captured:
+            raise KeyError(f"role {role!r} is not in this snapshot; it holds {', '.join(self.roles)}")
+        if layer < 0 and -layer <= len(captured):
+            layer = captured[layer]
+        if layer not in captured:
+            raise KeyError(f"layer {layer} of {role!r} is not in this snapshot; it holds {list(captured)}")
+        return self.layers[role, layer]
+
+    def rows(self, role: str, layer: int = -1) -> Tensor:
+        """(B, H, T) float32: prefix tokens first, then patches row by row; sums to 1 unless the layer is mixed."""
+        return self.layer(role, layer).rows
+
+    def maps(self, role: str, layer: int = -1) -> Tensor:
+        """(B, H, gh, gw) float32: the patch part of `rows`."""
+        return self.layer(role, layer).maps
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a temporary name and rename, so that a reader never meets half a file."""
+        header, arrays = self._stored()
+        write_npz(Path(path), header, {k: v.numpy() for k, v in arrays.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionSnapshot:
+        """Read a snapshot; `ArchiveError` when the file is not one, or its parts contradict each other."""
+        with open_npz(Path(path)) as file:
+            return cls._from_stored(file.header, file.tensor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: float16 tensors and a JSON text, loadable with ``weights_only=True``."""
+        header, arrays = self._stored()
+        return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> AttentionSnapshot:
+        """The snapshot that `state_dict` came from, in float16 precision; `ArchiveError` when it is not one."""
+        stored = Fields(state, "state of a snapshot")
+        header = Fields(parse_json(stored.text("header")), "header")
+        check_format(header)
+        return cls._from_stored(header, tensors_in(stored.mapping("arrays")))
+
+    def only(self, layers: Sequence[int]) -> AttentionSnapshot:
+        """The same without metrics and other layers: what a film strip needs."""
+        kept = {key: value.rows_alone() for key, value in self.layers.items() if key[1] in layers}
+        return AttentionSnapshot(self.step, self.epoch, self.names, kept)
+
+    def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in self.layers.items()}
+        header = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "names": list(self.names),
+            "metrics": {k: _finite(v) for k, v in self.metrics.items()},
+            "flags": [flag.state_dict() for flag in self.flags],
+            "layers": [
+                {
+                    "role": role,
+                    "layer": layer,
+                    "name": a.name,
+                    "num_prefix": a.num_prefix,
+                    "grid": list(a.grid),
+                    "mixed": a.mixed,
+                    "kind": a.kind,
+                    "places": a.places,
+                    "model": a.model,
+                    "query": a.query,
+                    "verified_error": _finite(a.verified_error),
+                    "heads": a.rows.shape[1],
+                    **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
+                }
+                for (role, layer), a in self.layers.items()
+            ],
+        }
+        for name in OPTIONAL_TENSORS:
+            optional = {f"{name}/{role}/{layer}": getattr(a, name) for (role, layer), a in self.layers.items()}
+            arrays.update({key: value.float() for key, value in optional.items() if value is not None})
+        return header, arrays
+
+    @classmethod
+    def _from_stored(cls, header: Fields, take: Take) -> AttentionSnapshot:
+        names, metrics = header.names("names"), _metrics(header.within("metrics"))
+        layers: dict[tuple[str, int], LayerAttention] = {}
+        for number, item in enumerate(header.items("layers")):
+            entry = Fields(item, f"header's entry {number} of layers")
+            key = entry.text("role"), entry.whole("layer")
+            if key in layers:
+                raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
+            layers[key] = _layer(entry, len(names), metrics, take)
+        if not layers:
+            raise ArchiveError("the header has no layers: expected at least one")
+        flags = tuple(
+            _flag(Fields(item, f"header's flag {number}"), layers)
+            for number, item in enumerate(header.items("flags", default=[]))
+        )
+        return cls(header.whole("step"), header.whole("epoch"), names, layers, metrics, flags)
+
+
+def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take) -> LayerAttention:
+    """One layer, checked against itself and against its metrics."""
+    role, index, prefix = entry.text("role"), entry.whole("layer"), entry.whole("num_prefix")
+    gh, gw = entry.wholes("grid", count=2, least=1)
+    heads = entry.whole("heads", least=1) if "heads" in entry else None
+    shapes: dict[str, Shape] = {
+        "rows": (images, heads, prefix + gh * gw),
+        "distance": (images, heads),
+        "norms": (images, prefix + gh * gw),
+        "cosine": (images,),
+    }
+    rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
+    if rows is None:
+        raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
+    rows, shapes["distance"] = rows.float(), rows.shape[:2]
+    optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
+    name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
+    told = entry.text("kind", default="weights" if mixed else "distribution")
+    kind = next((k for k in KINDS if k == told), None)
+    if kind is None:
+        raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
+    optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
+    attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
+    _check_rows(entry, attention, metrics)
+    return attention
+
+
+def _check_rows(entry: Fields, attention: LayerAttention, metrics: Mapping[str, float]) -> None:
+    """Refuse rows that are not what the header and the metrics made from them say."""
+    where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
+    facts = _facts(attention.rows, attention.kind)
+    prefix = metric_tag(entry.text("role"), attention.layer, "")
+    of_layer = {tag.removeprefix(prefix): value for tag, value in metrics.items() if tag.startswith(prefix)}
+    # Files of the first stage do not say whether rows hold NaN. Then the entropy is NaN too.
+    told = entry.truth("finite", default=math.isfinite(of_layer.get("entropy", math.nan)))
+    if told and not facts["finite"]:
+        raise ArchiveError(f"{where} hold NaN or infinity, and the header does not say so")
+    if entry.truth("distribution", default=attention.kind == "distribution") and not facts["distribution"]:
+        raise ArchiveError(f"{where} are not distributions: expected shares of at least 0 that sum to 1")
+    found, measured = attention.rows[..., : attention.num_prefix].sum(-1).mean(), of_layer.get("prefix_mass", math.nan)
+    if attention.kind == "distribution" and abs(measured - found) > PRECISION:
+        raise ArchiveError(f"{where}: num_prefix={attention.num_prefix} does not fit prefix_mass={measured:.3g}")
+
+
+def _facts(rows: Tensor, kind: str) -> dict[str, bool]:
+    """What a file says of its rows in the header, so that nothing else is taken for it."""
+    finite = rows.isfinite().all(-1)
+    shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
+    return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
+
+
+def _metrics(stored: Fields) -> dict[str, float]:
+    return {name: stored.number(name) for name in stored}
+
+
+def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
+    role, layer, heads = stored.text("role"), stored.whole("layer"), stored.wholes("heads")
+    if (role, layer) not in layers or any(head >= layers[role, layer].rows.shape[1] for head in heads):
+        raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
+    value = stored.number("value")
+    known = None if math.isnan(value) else value
+    return HealthFlag(stored.text("kind"), role, layer, heads, stored.whole("step"), known, stored.text("text"))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,127 @@
+"""Arguments of the callback that no other part has a use for: what they may be, told at once when they are not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from attn_monitor.capture.forward import Forward
+from attn_monitor.record.probe import ProbeBatch
+
+Probe = str | os.PathLike[str] | Tensor | ProbeBatch
+OnError = Literal["warn", "raise"]
+
+NUM_IMAGES, IMAGE_SIZE = 8, 224  # where nothing is said
+
+
+def check_on_error(on_error: str) -> OnError:
+    """What to do about failures, if it is one of the two."""
+    if on_error not in get_args(OnError):
+        raise ValueError(f'on_error={on_error!r}: expected "warn" or "raise"')
+    return on_error  # type: ignore[return-value]
+
+
+def check_statistics(
+    probe: object, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and std by which the user's images are normalised, if both are given and could be."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None or len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
+        raise ValueError(f"mean={mean!r}, std={std!r}: expected both, one number a channel, and no std of 0")
+    if isinstance(probe, ProbeBatch):
+        raise ValueError(f"mean={mean!r}, std={std!r}: probe is a ProbeBatch, which takes mean and std of its own")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def check_probe(
+    probe: Probe | None,
+    num_images: int | None,
+    image_size: int | Sequence[int] | None,
+    masks: str | os.PathLike[str] | None,
+) -> tuple[int, int | tuple[int, int]]:
+    """How many images to take and of which size; an error where one of these is given and could have no effect."""
+    if not isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None))):
+        raise ValueError(
+            f"probe: received a {type(probe).__name__}, expected a folder, a tensor (images, channels, H, W), a "
+            "ProbeBatch, or None to take images of the run's own data"
+        )
+    is_folder = isinstance(probe, (str, os.PathLike))
+    received = "None" if probe is None else f"a {type(probe).__name__}"
+    if masks is not None and not is_folder:
+        raise ValueError(
+            f"masks={os.fspath(masks)!r}: probe is {received}, expected the folder of images that the masks are "
+            "for; a ProbeBatch takes masks of its own"
+        )
+    if image_size is not None and not is_folder:
+        raise ValueError(
+            f"image_size={image_size!r}: probe is {received}, whose images have a size already; expected a folder of "
+            "images. Leave image_size out"
+        )
+    if num_images is not None and isinstance(probe, (Tensor, ProbeBatch)):
+        raise ValueError(
+            f"num_images={num_images!r}: probe is {received}, all of which is shown; expected a folder, or None. "
+            "Leave num_images out, and pass a part of the images, such as probe[:4] of a tensor"
+        )
+    if num_images is not None and not _is_count(num_images):
+        raise ValueError(f"num_images={num_images!r}: expected a whole number of at least 1")
+    size: Any = IMAGE_SIZE if image_size is None else image_size
+    size = tuple(size) if isinstance(size, list) else size
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2 or not all(map(_is_count, pair)):
+        raise ValueError(f"image_size={image_size!r}: expected a number of pixels of at least 1, or (height, width)")
+    return num_images or NUM_IMAGES, size
+
+
+def check_heads(heads: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Heads to draw, if they are numbers of heads; whether the model has them is seen at the first look."""
+    if heads is None:
+        return None
+    numbers = isinstance(heads, (list, tuple)) and all(isinstance(h, int) and not isinstance(h, bool) for h in heads)
+    if not numbers or not heads or min(heads) < 0 or len(set(heads)) < len(heads):
+        raise ValueError(f"heads={heads!r}: expected a list of different head numbers from 0 on, or None for all")
+    return tuple(heads)
+
+
+def check_dirpath(dirpath: str | os.PathLike[str] | Literal[False] | None) -> Path | Literal[False] | None:
+    """The folder of the archive (None: that of the run), or False for no archive."""
+    if dirpath is None or dirpath is False:
+        return dirpath
+    if not isinstance(dirpath, (str, os.PathLike)) or os.fspath(dirpath) == "" or "://" in os.fspath(dirpath):
+        raise ValueError(
+            f"dirpath={dirpath!r}: expected a local folder, None for one in the run's folder, or False for no archive"
+        )
+    return Path(dirpath)
+
+
+def import_forward(forward: Forward | str | None) -> Forward | None:
+    """The function itself, or the one at an import path: "package.module:function" or "package.module.function"."""
+    if forward is None or callable(forward):
+        return forward
+    if not isinstance(forward, str):
+        raise ValueError(f"forward: received a {type(forward).__name__}, expected a function or its import path")
+    module, separator, name = forward.rpartition(":" if ":" in forward else ".")
+    problem = "that is no import path"
+    if separator and module and name:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if callable(found):
+                return found  # type: ignore[no-any-return]
+            problem = f"that is a {type(found).__name__}"
+    raise ValueError(
+        f'forward={forward!r}: {problem}; expected a function of (model, images), as "package.module:function"'
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,85 @@
+"""What a Lightning run is to the callback: where it writes, how far it is, how long it will be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from attn_monitor import distributed
+from attn_monitor.publish import sinks
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where this run keeps its files, the same in every process: beside the first logger that keeps them locally."""
+    return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, lambda: _run_folder(trainer))
+
+
+def _run_folder(trainer: pl.Trainer) -> Path:
+    for logger in trainer.loggers:
+        folder = _folder_of(logger)
+        if folder is not None:
+            return Path(folder)
+    if trainer.logger is None:
+        return Path(trainer.default_root_dir)
+    # A run that is kept elsewhere: the folder that ModelCheckpoint takes for it.
+    logger, version = trainer.logger, trainer.logger.version
+    version = version if version is None or isinstance(version, str) else f"version_{version}"
+    parts = [str(part) for part in (logger.name, version) if part not in (None, "")]
+    return Path(logger.save_dir or trainer.default_root_dir, *parts)
+
+
+def _folder_of(logger: Any) -> str | None:
+    """The local folder of a logger's run alone, None where it has none.
+
+    Lightning's base class gives every logger a ``log_dir``, which is None unless there is one.
+    """
+    kind = sinks.kind_of(logger)
+    if kind == "wandb":
+        run = logger.experiment
+        if run.disabled:
+            return None
+        # A run that is resumed gets another folder each time, and its archive stays in the first.
+        folder = Path(run.sync_dir)
+        parts = [p for p in folder.parent.glob(f"*run-*-{run.id}") if p.is_dir()]
+        return str(min([folder, *parts], key=lambda p: p.name.partition("run-")[2]))
+    if kind == "mlflow":
+        address = urlsplit(logger.experiment.get_run(logger.run_id).info.artifact_uri)
+        return url2pathname(address.path) if address.scheme in ("", "file") else None
+    return getattr(logger, "log_dir", None) or None
+
+
+def steps_done(trainer: pl.Trainer) -> int:
+    """How many batches have ended in an optimizer step: the step under which Lightning's loggers have everything.
+
+    With manual optimization that is every batch, however many optimizers step in it and `global_step` counts.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    # What loggers use, `_batches_that_stepped`, lags behind in checkpoints, until the first batch after them.
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
+
+
+def changes_batches(trainer: pl.Trainer) -> bool:
+    """Whether the module or the data module has hooks that batches go through on their way to the device."""
+    hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
+    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
+    return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace
+
+
+def total_steps(trainer: pl.Trainer) -> float:
+    """Length of the run in `steps_done`, infinite where Lightning cannot tell."""
+    try:
+        total = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return math.inf
+    if not trainer.lightning_module.automatic_optimization and total == trainer.max_steps:
+        return total / max(1, len(trainer.optimizers))  # max_steps counts the steps of each
+    return total

@@ -27,11 +27,13 @@ from attn_monitor.errors import AttentionError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.metrics import select_metrics
 from attn_monitor.monitor import AttentionMonitor, check_threshold
-from attn_monitor.publish import sinks
 from attn_monitor.publish.background import LAST_WORDS, Patience
 from attn_monitor.publish.disk_space import check_reserve
 from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.other_loggers import CSVSink
 from attn_monitor.publish.publisher import Publisher
+from attn_monitor.publish.sink import TakesPictures
+from attn_monitor.publish.sinks import sink_for
 from attn_monitor.publish.tags import check_name, renamed
 from attn_monitor.record.archive import set_aside, written_between
 from attn_monitor.record.claim import Claim, claim_again, claim_free
@@ -156,6 +158,8 @@ class AttentionMapCallback(pl.Callback):
         self.name, self.disk_reserve = check_name(name), check_reserve(disk_reserve)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None
+        self._open_publisher: Callable[..., Publisher] | None = None
+        self._folder: Path | None = None
         self._archive: str | None = None
         self._run: str | None = None  # what the archive's claim calls this run
         self._claim: Claim | None = None
@@ -242,7 +246,8 @@ class AttentionMapCallback(pl.Callback):
             choose = partial(self._choose_archive, trainer, run_folder)
             folder = self._try("opening the archive", lambda: self._from_first(trainer, choose))
         if trainer.is_global_zero:
-            self._publisher = Publisher(
+            self._open_publisher = partial(
+                Publisher,
                 trainer.loggers,
                 folder=folder,
                 style=self.style,
@@ -252,6 +257,7 @@ class AttentionMapCallback(pl.Callback):
                 disk_reserve=self.disk_reserve,
                 patience=all_of(trainer)[0]._patience,  # a minute for all of them together
             )
+            self._folder = folder
             self._tell_what_is_skipped(trainer.loggers)
         for snapshot in self._from_first(trainer, lambda: self._missed(run.steps_done(trainer))):
             assert self.monitor is not None
@@ -285,8 +291,6 @@ class AttentionMapCallback(pl.Callback):
             self._snapshot(trainer, pl_module)
         if self._publisher is not None:
             ended = time.perf_counter()
-            if self.monitor is not None and self.monitor.previous is not None:
-                self._publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
             self._publisher.close()
             self._report_cost(self._publisher, time.perf_counter() - ended)
         self._report_failures()
@@ -296,7 +300,7 @@ class AttentionMapCallback(pl.Callback):
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
             all_of(trainer)[0]._patience.limit(LAST_WORDS)
-            publisher.close()
+            publisher.close(finish=False)
             self._report_failures(reraise=False)  # the exception that there is comes first
             if publisher.folder is not None and publisher.archived is not None:
                 rank_zero_info(
@@ -308,13 +312,13 @@ class AttentionMapCallback(pl.Callback):
         """End the background threads, and let go of the model."""
         if stage == "fit":
             if self._publisher is not None:
-                self._publisher.close()
+                self._publisher.close(finish=False)
             self._let_go()
 
     def _let_go(self) -> None:
         """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
         self._release()
-        self._publisher = self._root = self._checked = None
+        self._publisher = self._open_publisher = self._folder = self._root = self._checked = None
         for name in ("_failures", "log", "log_dict"):  # Lightning gives callbacks the last two, methods of the model
             vars(self).pop(name, None)
         if self.monitor is not None:
@@ -537,7 +541,7 @@ class AttentionMapCallback(pl.Callback):
 
     def _missed(self, step: int) -> list[AttentionSnapshot]:
         """Resuming in the same folder: what was taken between the checkpoint and now need not be taken again."""
-        folder = None if self._publisher is None else self._publisher.folder
+        folder = self._folder
         if folder is None or self.monitor is None or self.schedule.last_step is None:
             return []
         names = self.monitor.probe.names
@@ -562,16 +566,18 @@ class AttentionMapCallback(pl.Callback):
             if not self._taken:
                 self._look(lambda monitor: monitor.check(models))
                 self._learn(self.monitor)
+            if self._publisher is None and self._open_publisher is not None:
+                every, history = self.monitor.draws_every_layer, self.monitor.history
+                self._publisher = self._open_publisher(self.monitor.probe, every_layer=every, history=history)
             started = time.perf_counter()
             snapshot = self.monitor.snapshot(models, step=step, epoch=trainer.current_epoch)
         self._taken += 1
         if self._taken == 1:
             self._tell_what_was_found(trainer, pl_module, time.perf_counter() - started)
-        means = {renamed(k, self._suffix): torch.tensor(v) for k, v in snapshot.metrics.items() if _is_mean(k)}
+        means = {renamed(tag, self._suffix): torch.tensor(v) for tag, v in snapshot.scalars(heads=False).items()}
         trainer.callback_metrics.update(means)
         if self._publisher is not None:
-            layers = self.monitor.shown_layers(snapshot)
-            self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+            self._publisher.publish(snapshot)
 
     def _look(self, action: Callable[[AttentionMonitor], object]) -> None:
         """What happens once a run, whose time is told apart from that of snapshots."""
@@ -613,7 +619,8 @@ class AttentionMapCallback(pl.Callback):
 
     def _tell_what_is_skipped(self, loggers: list[Any]) -> None:
         """One line for loggers without any way to take pictures; CSV is known to be for numbers only."""
-        names = [type(x).__name__ for x in loggers if not sinks.takes_pictures(x) and type(x).__name__ != "CSVLogger"]
+        without = [sink for sink in map(sink_for, loggers) if not isinstance(sink, (TakesPictures, CSVSink))]
+        names = [type(sink.logger).__name__ for sink in without]
         if names:
             rank_zero_info(f"AttentionMapCallback: {', '.join(names)} get metrics only, as they have no log_image")
 
@@ -643,10 +650,6 @@ def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
     """Every callback of this kind that a trainer has."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
-
-
-def _is_mean(tag: str) -> bool:
-    return tag.startswith("attn/")
 
 
 def _configures_late(pl_module: pl.LightningModule) -> bool:

@@ -16,13 +16,10 @@ from attn_monitor.capture.recording_plan import Found
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
-from attn_monitor.measure.metrics import OF_TOKENS, measure, select_metrics, summarise
-from attn_monitor.record.archive import thin
+from attn_monitor.measure.metrics import TOKEN_METRICS, measure, select_metrics, summarise
+from attn_monitor.record.history import History
 from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
-
-HISTORY = 24  # snapshots kept for film strips
-HEALTH_TAG = "attn/health_flags"  # how many have been raised so far
 
 Result = TypeVar("Result")
 
@@ -59,7 +56,7 @@ class AttentionMonitor:
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
         self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
         self.previous: AttentionSnapshot | None = None
-        self.history: list[AttentionSnapshot] = []
+        self.history = History()
         self._chunk = len(probe)
         self._recorders: dict[str, AttentionRecorder] = {}
         self._told: dict[str, dict[int, str]] = {}  # what was said to be left out
@@ -84,8 +81,8 @@ class AttentionMonitor:
         measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
         flags = self.health.examine(step, layers, measured)
-        metrics = {**summarise(measured), HEALTH_TAG: float(len(self.health.flags))}
-        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, flags)
+        metrics, raised = summarise(measured), len(self.health.flags)
+        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, flags, raised)
         self.remember(snapshot)
         return snapshot
 
@@ -118,17 +115,21 @@ class AttentionMonitor:
 
     def forget(self) -> None:
         """Drop the past: the next snapshot is the first one of a run."""
-        self.previous, self.history, self.health = None, [], Health(self.health.limits)
+        self.previous, self.history, self.health = None, History(), Health(self.health.limits)
 
-    def shown_layers(self, snapshot: AttentionSnapshot) -> tuple[int, ...]:
-        """Layers worth drawing: each one of a list, else the last."""
-        captured = snapshot.layers_of(snapshot.roles[-1])
-        return captured if isinstance(self.layers, (list, tuple)) else captured[-1:]
+    @property
+    def draws_every_layer(self) -> bool:
+        """Whether each captured layer is worth drawing, as in a list of layers; else the last one is."""
+        return isinstance(self.layers, (list, tuple))
+
+    def drawn_layers(self, snapshot: AttentionSnapshot) -> tuple[int, ...]:
+        """Layers that are drawn of a snapshot."""
+        return snapshot.drawn_layers(self.draws_every_layer)
 
     def state_dict(self) -> dict[str, Any]:
         """Probe, latest snapshot and film-strip history: tensors and text only, for ``weights_only`` loading.
 
-        At most `HISTORY` snapshots of the layers that are drawn, in float16, so its size does not grow with the run.
+        At most 24 snapshots of the layers that are drawn, in float16, so its size does not grow with the run.
         """
         return {
             "probe": self.probe.state_dict(),
@@ -142,7 +143,7 @@ class AttentionMonitor:
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
         self.previous = None if state["previous"] is None else AttentionSnapshot.from_state_dict(state["previous"])
-        self.history = [AttentionSnapshot.from_state_dict(s) for s in state["history"]]
+        self.history = History([AttentionSnapshot.from_state_dict(s) for s in state["history"]])
         self.health.load_state_dict(state["health"])
 
     def _capture(self, models: Mapping[str, nn.Module]) -> dict[tuple[str, int], LayerAttention]:
@@ -187,10 +188,7 @@ class AttentionMonitor:
         """Make it the latest snapshot, which the next one is compared with."""
         self.previous = snapshot
         self.health.add(snapshot.flags)
-        kept = [s for s in self.history if s.step < snapshot.step]
-        self.history = [*kept, snapshot.only(self.shown_layers(snapshot))]
-        if len(self.history) > HISTORY:
-            self.history = [self.history[i] for i in thin([s.step for s in self.history], HISTORY * 3 // 4)]
+        self.history.add(snapshot, self.drawn_layers(snapshot))
 
     def _recorder(self, role: str, model: nn.Module) -> AttentionRecorder:
         known = self._recorders.get(role)
@@ -204,7 +202,7 @@ class AttentionMonitor:
                 verify=self.verify,
                 nonfinite="keep",
                 distance="distance" in self.metrics,
-                tokens=not OF_TOKENS.isdisjoint(self.metrics),
+                tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
             )
         return known
 

@@ -119,8 +119,6 @@ class Watch:
         publisher, self._publisher = self._publisher, None
         if publisher is not None and self.monitor is not None:
             started = time.perf_counter()
-            if self.monitor.previous is not None:
-                publisher.finish(self.monitor.probe, self.monitor.history, self.monitor.previous)
             publisher.close()
             waited, wall = time.perf_counter() - started, time.perf_counter() - self._started
             text = telling.cost_text(self._taken, self._looked, self._blocked, wall, waited, publisher.seconds)
@@ -208,8 +206,7 @@ class Watch:
         assert self._publisher is not None
         if first:
             self._tell(paths, time.perf_counter() - started)
-        layers = self.monitor.shown_layers(snapshot)
-        self._publisher.publish(snapshot, self.monitor.probe, self.monitor.history, layers=layers)
+        self._publisher.publish(snapshot)
         return snapshot
 
     def _targets(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -243,7 +240,15 @@ class Watch:
             self._claim, self._archive, folder = claim, (claim.folder.name, claim.run), claim.folder
             if again and self.schedule.last_step is not None:
                 self._catch_up(folder, self.schedule.last_step, step)
-        self._publisher = Publisher(self.loggers, folder=folder, style=self.style, failures=self._failures)
+        self._publisher = Publisher(
+            self.loggers,
+            self.monitor.probe,
+            folder=folder,
+            style=self.style,
+            every_layer=self.monitor.draws_every_layer,
+            history=self.monitor.history,
+            failures=self._failures,
+        )
 
     def _catch_up(self, folder: Path, last: int, step: int) -> None:
         """Of a resumed run: what was taken between the checkpoint and now is known, and what comes later is not."""

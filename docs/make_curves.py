@@ -18,6 +18,7 @@ from PIL import Image
 
 from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
 from attn_monitor.draw import panels as render
+from attn_monitor.measure.metrics import MetricKey
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "curves"
@@ -39,19 +40,18 @@ def train(name: str, *changes: str) -> History:
     return load_snapshots(archive)
 
 
-def plot(axes: Axes, history: History, tag: str, label: str, **style: Any) -> None:
-    """One line over the steps at which the run has this tag."""
-    points = [(s.step, s.metrics[tag]) for s in history if tag in s.metrics]
+def plot(axes: Axes, history: History, key: MetricKey, label: str, **style: Any) -> None:
+    """One line over the steps at which the run has this metric."""
+    points = [(s.step, s.metrics[key]) for s in history if key in s.metrics]
     axes.plot(*zip(*points, strict=True), label=label, **style)
 
 
 def heads_and_mean(axes: Axes, runs: dict[str, History], metric: str, role: str, layer: int) -> None:
     """The mean as a thick line; each head as a thin one, where the metric has heads."""
     for name, history in runs.items():
-        prefix = f"attn_heads/{role}/layer{layer}/{metric}/head"
-        for tag in sorted(t for t in history[-1].metrics if t.startswith(prefix)):
-            plot(axes, history, tag, "_", color=COLOURS[name], linewidth=0.8, alpha=0.45)
-        plot(axes, history, f"attn/{role}/layer{layer}/{metric}", name, color=COLOURS[name], linewidth=2)
+        for key in (k for k in history[-1].metrics if k[:3] == (role, layer, metric) and k.head is not None):
+            plot(axes, history, key, "_", color=COLOURS[name], linewidth=0.8, alpha=0.45)
+        plot(axes, history, MetricKey(role, layer, metric), name, color=COLOURS[name], linewidth=2)
 
 
 def distance(axes: Axes, history: History) -> None:
@@ -59,7 +59,7 @@ def distance(axes: Axes, history: History) -> None:
     layers = history[-1].layers_of("teacher")
     for layer in layers:
         style = {"color": COLOURS["demo"], "alpha": 0.25 + 0.75 * layer / layers[-1]}
-        plot(axes, history, f"attn/teacher/layer{layer}/distance", f"layer {layer}", **style)
+        plot(axes, history, MetricKey("teacher", layer, "distance"), f"layer {layer}", **style)
 
 
 def chart(file: str, label: str, draw: Callable[[Axes], None], *, log: bool = False) -> None:
@@ -82,9 +82,9 @@ def chart(file: str, label: str, draw: Callable[[Axes], None], *, log: bool = Fa
 def jaccard(axes: Axes, runs: dict[str, History], layer: int) -> None:
     """The two protocols side by side."""
     for name, history in runs.items():
-        tag = f"attn/teacher/layer{layer}/jaccard"
-        plot(axes, history, f"{tag}_best_head", f"{name}, best head per object", color=COLOURS[name], linewidth=2)
-        plot(axes, history, f"{tag}_fixed_head", f"{name}, one head", color=COLOURS[name], linestyle="--")
+        best, fixed = (MetricKey("teacher", layer, f"jaccard_{kind}_head") for kind in ("best", "fixed"))
+        plot(axes, history, best, f"{name}, best head per object", color=COLOURS[name], linewidth=2)
+        plot(axes, history, fixed, f"{name}, one head", color=COLOURS[name], linestyle="--")
 
 
 def filmstrips(runs: dict[str, History], layer: int) -> None:

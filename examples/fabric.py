@@ -16,7 +16,7 @@ from plain_pytorch import PROTOTYPES, cut, global_crop, local_crop, network, pro
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
 
 
 def train(fabric: Fabric, options: argparse.Namespace) -> None:
@@ -32,18 +32,18 @@ def train(fabric: Fabric, options: argparse.Namespace) -> None:
     shown = probe_images(128)
     probe = ProbeBatch(torch.stack([to_input(image) for image in shown.values()]), names=[*shown])
     monitor = AttentionMonitor(probe, distributed=True)  # every process calls snapshot() at the same steps
-    publisher = None
+    writer = publisher = None
     if fabric.is_global_zero:
-        publisher = Publisher([SummaryWriter(options.folder)], folder=options.folder / "attn_monitor")
+        writer = SummaryWriter(options.folder)
+        publisher = Publisher([writer], probe, folder=options.folder / "attn_monitor")
 
-    def look(step: int) -> AttentionSnapshot:
+    def look(step: int) -> None:
         # The modules themselves, not what setup() wrapped them in.
         snapshot = monitor.snapshot({"student": student[0], "teacher": teacher[0]}, step=step)
         if publisher is not None:
-            publisher.publish(snapshot, monitor.probe, monitor.history)
-            publisher.failures.report(warnings.warn)
-        fabric.print(f"step {step:>4}  entropy {snapshot.metrics['attn/teacher/layer3/entropy']:.3f}", flush=True)
-        return snapshot
+            publisher.publish(snapshot)
+        entropy = snapshot.metrics["teacher", 3, "entropy", None]
+        fabric.print(f"step {step:>4}  entropy {entropy:.3f}", flush=True)
 
     for step in range(options.steps):
         if step % options.every == 0:
@@ -58,12 +58,10 @@ def train(fabric: Fabric, options: argparse.Namespace) -> None:
         fabric.backward(loss)
         optimizer.step()
         update_momentum(student, teacher, m=0.98)
-    last = look(options.steps)
+    look(options.steps)
     if publisher is not None:
-        publisher.finish(monitor.probe, monitor.history, last)
         publisher.close()
-        publisher.failures.report(warnings.warn)
-        publisher.loggers[0].close()
+        writer.close()
 
 
 def main() -> None:

@@ -410,12 +410,11 @@ def attention_summary(log_dir: Path) -> str:
     # Imported here, so that a run without the callback does not need its package.
     from attn_monitor import AttentionSnapshot
 
-    pattern = re.compile(r"attn_heads/teacher/layer(\d+)/entropy/head(\d+)")
     first, last = (
         {
-            (int(match[1]), int(match[2])): float(value)
+            (key.layer, key.head): value
             for key, value in AttentionSnapshot.load(file).metrics.items()
-            if (match := pattern.fullmatch(key))
+            if (key.role, key.metric) == ("teacher", "entropy") and key.head is not None
         }
         for file in (files[0], files[-1])
     )

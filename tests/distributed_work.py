@@ -38,7 +38,7 @@ def attention_of(watch: AttentionMapCallback) -> Seen:
         "names": last.names,
         "rows": {role: last.rows(role) for role in last.roles},
         "errors": [a.verified_error for a in last.layers.values()],
-        "metrics": dict(last.metrics),
+        "metrics": last.scalars(),
         "probe": watch.monitor.probe.images,
         "history": [s.step for s in watch.monitor.history],
         "chunk": watch.monitor._chunk,

@@ -40,7 +40,7 @@ def test_snapshots_hold_what_was_written(name: str) -> None:
             header["step"], header["epoch"], header["names"]
         )  # fmt: skip
         metrics = {tag: float("nan") if value is None else value for tag, value in header["metrics"].items()}
-        assert snapshot.metrics == pytest.approx(metrics, nan_ok=True)
+        assert snapshot.scalars() == pytest.approx(metrics, nan_ok=True)
         assert [flag.state_dict() for flag in snapshot.flags] == header["flags"]
         assert len(snapshot.layers) == len(header["layers"])
         for entry, (key, attention) in zip(header["layers"], snapshot.layers.items(), strict=True):
@@ -95,6 +95,6 @@ def test_they_are_drawn_and_written_anew(name: str, tmp_path: Path) -> None:
 
 def test_what_a_newer_version_writes_says_so(tmp_path: Path) -> None:
     header, arrays = stored(FIRST / "mixed" / "step-000000000.npz")
-    np.savez(tmp_path / "x.npz", header=np.array(json.dumps({**header, "format": 2})), **arrays)
-    with pytest.raises(ArchiveError, match=r"x\.npz: written by a newer version of attn_monitor, in format 2"):
+    np.savez(tmp_path / "x.npz", header=np.array(json.dumps({**header, "format": 3})), **arrays)
+    with pytest.raises(ArchiveError, match=r"x\.npz: written by a newer version of attn_monitor, in format 3"):
         AttentionSnapshot.load(tmp_path / "x.npz")

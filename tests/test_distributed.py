@@ -94,7 +94,7 @@ def test_the_whole_is_what_one_process_sees(agreement: tuple[Path, list[Seen]]) 
     alone = AttentionMonitor(ProbeBatch(seen["attention"]["probe"])).snapshot(models, step=0)
     for role, rows in seen["attention"]["rows"].items():
         torch.testing.assert_close(rows, alone.rows(role), atol=1e-6, rtol=1e-5)
-    for tag, value in alone.metrics.items():
+    for tag, value in alone.scalars().items():
         assert seen["attention"]["metrics"][tag] == pytest.approx(value, rel=1e-4, abs=1e-6), tag
 
 

@@ -51,7 +51,7 @@ def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def check(snapshot: AttentionSnapshot, role: str, metric: str, expected: np.ndarray) -> None:
     """(B, H) values against the logged mean and against each head's mean over images."""
-    got = snapshot.metrics
+    got = snapshot.scalars()
     assert got[f"attn/{role}/layer1/{metric}"] == pytest.approx(expected.mean(), abs=1e-5)
     for head in range(HEADS):
         assert got[f"attn_heads/{role}/layer1/{metric}/head{head}"] == pytest.approx(expected[:, head].mean(), abs=1e-5)
@@ -68,7 +68,7 @@ def test_metrics_of_one_role(pair: tuple[AttentionSnapshot, AttentionSnapshot, t
     check(after, role, "prefix_mass_register1", rows[..., 1])
     check(after, role, "prefix_mass_register2", rows[..., 2])
     check(after, role, "drift", divergence(p, patches(before, role)))
-    assert "attn/student/layer1/drift" not in before.metrics
+    assert "attn/student/layer1/drift" not in before.scalars()
     pairs = [(a, b) for a in range(HEADS) for b in range(a + 1, HEADS)]
     heads = [np.mean([jensenshannon(image[a], image[b], base=2) ** 2 for a, b in pairs]) for image in p]
     assert after.metrics[f"attn/{role}/layer1/head_divergence"] == pytest.approx(np.mean(heads), abs=1e-5)
@@ -79,7 +79,7 @@ def test_student_against_teacher(pair: tuple[AttentionSnapshot, AttentionSnapsho
     expected = divergence(patches(after, "student"), patches(after, "teacher"))
     assert expected.mean() > 0.05
     check(after, "student", "student_teacher_divergence", expected)
-    assert not [tag for tag in after.metrics if "teacher/layer1/student_teacher" in tag]
+    assert not [tag for tag in after.scalars() if "teacher/layer1/student_teacher" in tag]
 
 
 def mass_mask(p: np.ndarray) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_jaccard_best_head_and_fixed_head(pair: tuple[AttentionSnapshot, Attenti
                 objects.append(overlaps)
     table = np.array(objects)
     assert table.shape == (4, HEADS)
-    got = after.metrics
+    got = after.scalars()
     assert got["attn/teacher/layer1/jaccard_best_head"] == pytest.approx(table.max(1).mean(), abs=1e-5)
     assert got["attn/teacher/layer1/jaccard_fixed_head"] == pytest.approx(table.mean(0).max(), abs=1e-5)
     for head in range(HEADS):
@@ -134,7 +134,7 @@ def test_distance_by_the_full_matrix() -> None:
     snapshot = AttentionMonitor(ProbeBatch(images), metrics="distance").snapshot({"backbone": model}, step=0)
     np.testing.assert_allclose(snapshot.layer("backbone").distance, expected, rtol=1e-4)
     assert 5 < snapshot.metrics["attn/backbone/layer1/distance"] < 40
-    assert set(snapshot.metrics) == {
+    assert set(snapshot.scalars()) == {
         "attn/backbone/layer1/distance",
         *(f"attn_heads/backbone/layer1/distance/head{h}" for h in range(HEADS)),
         "attn/health_flags",
@@ -155,7 +155,7 @@ def test_tokens_that_enter_the_block() -> None:
     spread = np.median(np.abs(norms - np.median(norms, 1, keepdims=True)), 1, keepdims=True)
     beyond = norms > np.median(norms, 1, keepdims=True) + 6 * 1.4826 * spread
     assert beyond[:, 5].all()
-    got = snapshot.metrics
+    got = snapshot.scalars()
     assert got["attn/backbone/layer1/outlier_fraction"] == pytest.approx(beyond.mean())
     assert got["attn/backbone/layer0/outlier_fraction"] == 0
     cosines = (x[:, 3:] @ x[:, 0, :, None])[..., 0] / norms / np.linalg.norm(x[:, :1], axis=-1)
@@ -239,7 +239,7 @@ class SequenceFirst(torch.nn.Module):
 def test_selection_by_name() -> None:
     probe = ProbeBatch(torch.randn(1, 3, 32, 32))
     snapshot = AttentionMonitor(probe, metrics=["peak", "entropy"]).snapshot({"backbone": tiny_vit()}, step=0)
-    assert {t.split("/")[3] for t in snapshot.metrics if t.startswith("attn/backbone")} == {"entropy", "peak"}
+    assert {t.split("/")[3] for t in snapshot.scalars() if t.startswith("attn/backbone")} == {"entropy", "peak"}
     assert snapshot.layer("backbone").norms is None  # nothing asked for it
     assert "distance" not in select_metrics(None)
     assert set(select_metrics("all")) == set(METRICS) == {*select_metrics(None), "distance"}
@@ -279,8 +279,8 @@ def test_of_signed_weights_only_what_needs_no_distribution() -> None:
     probe = ProbeBatch(torch.randn(2, 3, 32, 32))
     snapshot = AttentionMonitor(probe, layers="all", query="mean").snapshot({"backbone": model}, step=0)
     assert next(iter(snapshot.layers.values())).kind == "signed"
-    names = {tag.rsplit("/", 1)[1] for tag in snapshot.metrics if tag.startswith("attn/backbone/layer0/")}
+    names = {tag.rsplit("/", 1)[1] for tag in snapshot.scalars() if tag.startswith("attn/backbone/layer0/")}
     assert "entropy" not in names
     assert names <= {"prefix_mass", "outlier_fraction", "cls_patch_cosine"}
-    assert "attn/backbone/layer1/entropy" in snapshot.metrics
+    assert "attn/backbone/layer1/entropy" in snapshot.scalars()
     assert all(np.isfinite(v) for v in snapshot.metrics.values())

@@ -16,7 +16,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.draw import panels as render
 from attn_monitor.draw.canvas import MASK, MISSING, TRUTH, Style
-from attn_monitor.record.archive import thin
+from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor.measure.metrics import MetricKey, Metrics
 from attn_monitor.record import npz
 from attn_monitor.record.archive import snapshot_path
 from tests.helpers import tiny_vit
@@ -47,9 +49,11 @@ def test_numpy_alone_reads_it(tmp_path: Path, snapshot: AttentionSnapshot) -> No
 
 def test_missing_values_stay_missing(tmp_path: Path, snapshot: AttentionSnapshot) -> None:
     snapshot.layers["student", 0].rows[0, 0] = torch.nan
-    AttentionSnapshot(1, 0, snapshot.names, snapshot.layers, {"x": float("nan")}).save(tmp_path / "x.npz")
+    AttentionSnapshot(1, 0, snapshot.names, snapshot.layers, Metrics({MetricKey("student", 0, "x"): math.nan})).save(
+        tmp_path / "x.npz"
+    )
     loaded = AttentionSnapshot.load(tmp_path / "x.npz")
-    assert np.isnan(loaded.metrics["x"])
+    assert np.isnan(loaded.metrics["student", 0, "x", None])
     assert loaded.rows("student", 0)[0, 0].isnan().all()
 
 
@@ -113,7 +117,7 @@ def test_rows_that_are_no_distributions_are_stored_as_such(tmp_path: Path, snaps
     """Weights of any size, whose sums float16 does not hold to a hundredth."""
     rows = 3000.1 * snapshot.rows("student", 0)
     attention = replace(snapshot.layers["student", 0], rows=rows, kind="weights")
-    metrics = {"attn/student/layer0/prefix_mass": float(rows[..., 0].mean())}
+    metrics = Metrics({MetricKey("student", 0, "prefix_mass"): float(rows[..., 0].mean())})
     AttentionSnapshot(7, 1, snapshot.names, {("student", 0): attention}, metrics).save(tmp_path / "x.npz")
     loaded = AttentionSnapshot.load(tmp_path / "x.npz")
     assert loaded.layer("student").kind == "weights"

@@ -72,12 +72,11 @@ def by_a_plain_run(folder: Path) -> str:
     run = wandb.init(project="test", dir=folder)
     models = {role: tiny_vit() for role in ("student", "teacher")}
     monitor = AttentionMonitor(ProbeBatch(torch.randn(2, 3, 32, 32)))
-    publisher = Publisher([run])
+    publisher = Publisher([run], monitor.probe)
     for step in range(5):
-        publisher.publish(monitor.snapshot(models, step=step), monitor.probe, monitor.history)
+        publisher.publish(monitor.snapshot(models, step=step))
         run.log({"loss": 1.0, AXIS: step})
     assert monitor.previous is not None
-    publisher.finish(monitor.probe, monitor.history, monitor.previous)
     publisher.close()
     run.finish()
     return ENTROPY

@@ -18,7 +18,7 @@ from torch import Tensor
 from attn_monitor import functional as F
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.draw.canvas import GAP, LEGEND, LINE, MASK, TEXT, Array, Cells, Pixels, Style, up_to_block
-from attn_monitor.record.archive import thin
+from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one

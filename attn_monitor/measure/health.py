@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.metrics import Measured
 
+HEALTH_TAG = "attn/health_flags"  # how many a run has raised so far
 LEFT = 0.01  # change of a head's entropy that counts as having left its start
 
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +23,44 @@ Measured = dict[tuple[str, int], dict[str, Tensor]]
 """Values by (role, layer) and name, on the host: (n, H) for each head, (n,) or () where heads make no sense."""
 
 
-def metric_tag(role: str, layer: int, metric: str, head: int | None = None) -> str:
-    """Name of a metric wherever it is logged: the mean, or one head's own value."""
-    if head is None:
-        return f"attn/{role}/layer{layer}/{metric}"
-    return f"attn_heads/{role}/layer{layer}/{metric}/head{head}"
+class MetricKey(NamedTuple):
+    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images."""
+
+    role: str
+    layer: int
+    metric: str
+    head: int | None = None
+
+    @property
+    def tag(self) -> str:
+        """Its name in loggers."""
+        if self.head is None:
+            return f"attn/{self.role}/layer{self.layer}/{self.metric}"
+        return f"attn_heads/{self.role}/layer{self.layer}/{self.metric}/head{self.head}"
+
+
+class Metrics(dict[MetricKey, float]):
+    """Values by `MetricKey`, or a tuple like it: ``metrics["teacher", 11, "entropy", None]``. A tag finds them too."""
+
+    def __missing__(self, tag: object) -> float:
+        for key, value in self.items():
+            if key.tag == tag:
+                return value
+        raise KeyError(tag)
+
+    def of_layer(self, role: str, layer: int) -> dict[str, float]:
+        """Means over heads and images, by the metric's name."""
+        return {key.metric: value for key, value in self.items() if key[:2] == (role, layer) and key.head is None}
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a metric may look at: one layer of one role, and what it is compared with (None: nothing of its shape)."""
+class MetricInputs:
+    """One layer of one role, and what it is compared with: each None where there is none of its shape."""
 
     attention: LayerAttention
     threshold: float
     before: LayerAttention | None = None
-    teacher: Scene | None = None  # of a student
+    teacher: MetricInputs | None = None  # of a student
     truth: Tensor | None = None  # objects, bool (B, objects, h, w)
 
     @cached_property
@@ -53,59 +76,59 @@ class Scene:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is computed; one that has nothing to look at in a scene gives no values there."""
+    """How a metric is computed; where its inputs are missing it gives no values."""
 
-    compute: Callable[[Scene], Mapping[str, Tensor]]
+    compute: Callable[[MetricInputs], Mapping[str, Tensor]]
     default: bool = True
 
 
-def _prefix_mass(scene: Scene) -> dict[str, Tensor]:
+def _prefix_mass(inputs: MetricInputs) -> dict[str, Tensor]:
     """Attention on all prefix tokens together and, where there are several, on each."""
-    prefix = scene.attention.rows[..., : scene.attention.num_prefix]
-    if scene.attention.num_prefix == 0:
+    prefix = inputs.attention.rows[..., : inputs.attention.num_prefix]
+    if inputs.attention.num_prefix == 0:
         return {}
     masses = {"prefix_mass": prefix.sum(-1)}
-    if scene.attention.num_prefix > 1:
+    if inputs.attention.num_prefix > 1:
         masses["prefix_mass_cls"] = prefix[..., 0]
-        masses.update({f"prefix_mass_register{i}": prefix[..., i] for i in range(1, scene.attention.num_prefix)})
+        masses.update({f"prefix_mass_register{i}": prefix[..., i] for i in range(1, inputs.attention.num_prefix)})
     return masses
 
 
-def _outlier_fraction(scene: Scene) -> dict[str, Tensor]:
-    norms = scene.attention.norms
-    return {} if norms is None else {"outlier_fraction": F.outlier_fraction(norms[:, scene.attention.num_prefix :])}
+def _outlier_fraction(inputs: MetricInputs) -> dict[str, Tensor]:
+    norms = inputs.attention.norms
+    return {} if norms is None else {"outlier_fraction": F.outlier_fraction(norms[:, inputs.attention.num_prefix :])}
 
 
-def _drift(scene: Scene) -> dict[str, Tensor]:
-    if scene.before is None:
+def _drift(inputs: MetricInputs) -> dict[str, Tensor]:
+    if inputs.before is None:
         return {}
-    return {"drift": F.js_divergence(scene.p, scene.before.maps.flatten(-2).to(scene.p.device))}
+    return {"drift": F.js_divergence(inputs.p, inputs.before.maps.flatten(-2).to(inputs.p.device))}
 
 
-def _student_teacher_divergence(scene: Scene) -> dict[str, Tensor]:
-    if scene.teacher is None:
+def _student_teacher_divergence(inputs: MetricInputs) -> dict[str, Tensor]:
+    if inputs.teacher is None:
         return {}
-    return {"student_teacher_divergence": F.js_divergence(scene.p, scene.teacher.p)}
+    return {"student_teacher_divergence": F.js_divergence(inputs.p, inputs.teacher.p)}
 
 
-def _mask_agreement(scene: Scene) -> dict[str, Tensor]:
-    return {} if scene.teacher is None else {"mask_agreement": F.jaccard(scene.mask, scene.teacher.mask)}
+def _mask_agreement(inputs: MetricInputs) -> dict[str, Tensor]:
+    return {} if inputs.teacher is None else {"mask_agreement": F.jaccard(inputs.mask, inputs.teacher.mask)}
 
 
-def _cls_patch_cosine(scene: Scene) -> dict[str, Tensor]:
-    return {} if scene.attention.cosine is None else {"cls_patch_cosine": scene.attention.cosine}
+def _cls_patch_cosine(inputs: MetricInputs) -> dict[str, Tensor]:
+    return {} if inputs.attention.cosine is None else {"cls_patch_cosine": inputs.attention.cosine}
 
 
-def _distance(scene: Scene) -> dict[str, Tensor]:
-    return {} if scene.attention.distance is None else {"distance": scene.attention.distance}
+def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
+    return {} if inputs.attention.distance is None else {"distance": inputs.attention.distance}
 
 
-def _jaccard(scene: Scene) -> dict[str, Tensor]:
+def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
     """Overlap with each object: of each head, of the best head for each object (DINO), of the one best head."""
-    if scene.truth is None or not scene.truth.any():
+    if inputs.truth is None or not inputs.truth.any():
         return {}
-    truth = scene.truth.to(scene.p.device)
-    maps = scene.mask.unflatten(-1, scene.attention.grid).float()
+    truth = inputs.truth.to(inputs.p.device)
+    maps = inputs.mask.unflatten(-1, inputs.attention.grid).float()
     shown = torch.nn.functional.interpolate(maps, truth.shape[-2:], mode="nearest").bool().flatten(-2)
     overlap = F.jaccard(shown[:, :, None], truth.flatten(-2)[:, None])  # (B, H, objects)
     per_object = overlap.transpose(1, 2)[truth.flatten(-2).any(-1)]  # (objects there, H)
@@ -128,8 +151,11 @@ METRICS = {
     "cls_patch_cosine": Metric(_cls_patch_cosine),
     "jaccard": Metric(_jaccard),
 }
-OF_TOKENS = {"outlier_fraction", "cls_patch_cosine"}
-OF_ANY_WEIGHTS = {"prefix_mass", *OF_TOKENS}  # the others are of distributions, which signed weights are not
+TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
+METRICS_OF_ANY_WEIGHTS = {
+    "prefix_mass",
+    *TOKEN_METRICS,
+}  # the others are of distributions, which signed weights are not
 
 
 def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -158,11 +184,11 @@ def measure(
     truth: Tensor | None = None,
 ) -> Measured:
     """Every selected metric of what was captured; ``before`` is the snapshot before, ``truth`` (B, objects, h, w)."""
-    scenes: dict[tuple[str, int], Scene] = {}
+    inputs: dict[tuple[str, int], MetricInputs] = {}
     for role, layer in sorted(layers, key=lambda key: key[0] == "student"):  # teachers first: students refer to them
         attention = layers[role, layer]
-        teacher = scenes.get(("teacher", layer)) if role == "student" else None
-        scenes[role, layer] = Scene(
+        teacher = inputs.get(("teacher", layer)) if role == "student" else None
+        inputs[role, layer] = MetricInputs(
             attention,
             threshold,
             before=_alike(before.get((role, layer)), attention),
@@ -171,8 +197,8 @@ def measure(
         )
     measured: Measured = {}
     for key in layers:
-        told = [m for m in metrics if layers[key].kind != "signed" or m in OF_ANY_WEIGHTS]
-        measured[key] = {k: v.detach() for m in told for k, v in METRICS[m].compute(scenes[key]).items()}
+        told = [m for m in metrics if layers[key].kind != "signed" or m in METRICS_OF_ANY_WEIGHTS]
+        measured[key] = {k: v.detach() for m in told for k, v in METRICS[m].compute(inputs[key]).items()}
     return _to_host(measured)
 
 
@@ -187,13 +213,13 @@ def _to_host(measured: Measured) -> Measured:
     return {key: {k: next(numbers).view(v.shape) for k, v in values.items()} for key, values in measured.items()}
 
 
-def summarise(measured: Measured) -> dict[str, float]:
-    """What loggers get, by tag: means over heads and images, and each head's own mean over images."""
-    metrics: dict[str, float] = {}
+def summarise(measured: Measured) -> Metrics:
+    """What loggers get: means over heads and images, and each head's own mean over images."""
+    metrics = Metrics()
     for (role, layer), values in measured.items():
         for name, value in values.items():
-            metrics[metric_tag(role, layer, name)] = float(value.mean())
+            metrics[MetricKey(role, layer, name)] = float(value.mean())
             if value.ndim == 2:
-                heads: Any = value.mean(0).tolist()
-                metrics.update({metric_tag(role, layer, name, head): v for head, v in enumerate(heads)})
+                for head, mean in enumerate(value.mean(0)):
+                    metrics[MetricKey(role, layer, name, head)] = float(mean)
     return metrics

@@ -23,7 +23,6 @@ from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.draw import panels as render
 from attn_monitor.errors import ArchiveError, AttentionError, NoAttentionError
-from attn_monitor.measure.metrics import metric_tag
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.offline.models import load_model
 from attn_monitor.record.archive import load_snapshots
@@ -195,8 +194,7 @@ def _print_metrics(snapshot: AttentionSnapshot) -> None:
     """Means over heads and images, one line for each role and layer."""
     print(f"metrics at step {snapshot.step:,}:")
     for role, layer in snapshot.layers:
-        tag = metric_tag(role, layer, "")
-        values = {t.removeprefix(tag): v for t, v in snapshot.metrics.items() if t.startswith(tag)}
+        values = snapshot.metrics.of_layer(role, layer)
         print(f"  {role}, layer {layer}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
 
 

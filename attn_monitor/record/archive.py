@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from attn_monitor.errors import ArchiveError
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -76,11 +74,3 @@ def set_aside(archive: Path, after: int) -> str:
         f"this run is resumed from step {after}, and had gone on to step {step_of(later[-1])} before. Snapshots of "
         f"steps {steps} are moved to {folder}; in loggers these steps may be there twice"
     )
-
-
-def thin(steps: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` indices into ascending ``steps``, spread evenly over them, first and last included."""
-    if len(steps) <= count:
-        return list(range(len(steps)))
-    goals = np.linspace(steps[0], steps[-1], count)
-    return sorted({int(np.abs(np.asarray(steps) - goal).argmin()) for goal in goals})

@@ -45,10 +45,10 @@ class Fields:
             raise self._wrong(name, "a number or nothing")
         return float(value)
 
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of finite numbers."""
-        values = self.items(name)
-        if not all(map(_is_number, values)):
+    def numbers(self, name: str, *, missing: bool = False) -> tuple[float, ...]:
+        """A list of finite numbers; with ``missing``, NaN where none is stored."""
+        values = [math.nan if value is None and missing else value for value in self.items(name)]
+        if not all(_is_number(value) or (missing and value is math.nan) for value in values):
             raise self._wrong(name, "finite numbers")
         return tuple(map(float, values))
 

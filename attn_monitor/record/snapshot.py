@@ -18,8 +18,9 @@ from torch import Tensor
 
 from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.health import HealthFlag
-from attn_monitor.measure.metrics import metric_tag
+from attn_monitor.measure.health import HEALTH_TAG, HealthFlag
+from attn_monitor.measure.metrics import MetricKey, Metrics
+from attn_monitor.record import first_format
 from attn_monitor.record.fields import Fields
 from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
 
@@ -30,16 +31,18 @@ PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come 
 class AttentionSnapshot:
     """Attention of every role and layer on the probe at one step, on the host, with the metrics made from it.
 
-    ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` is what goes to
-    the loggers, by tag; ``flags`` are the health flags raised at this step.
+    ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` are values by
+    `MetricKey` (role, layer, metric, head); ``flags`` are the health flags raised at this step, ``flags_raised`` how
+    many the run has raised so far, these included.
     """
 
     step: int
     epoch: int
     names: tuple[str, ...]
     layers: Mapping[tuple[str, int], LayerAttention]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
     flags: tuple[HealthFlag, ...] = ()
+    flags_raised: int = 0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -49,6 +52,11 @@ class AttentionSnapshot:
     def layers_of(self, role: str) -> tuple[int, ...]:
         """Layer indices captured for a role, in order."""
         return tuple(layer for r, layer in self.layers if r == role)
+
+    def drawn_layers(self, every: bool = False) -> tuple[int, ...]:
+        """Layers that pictures show: the last one captured, or every one."""
+        captured = self.layers_of(self.roles[-1])
+        return captured if every else captured[-1:]
 
     def layer(self, role: str, layer: int = -1) -> LayerAttention:
         """One layer's attention; a negative layer counts from the last one captured."""
@@ -68,6 +76,11 @@ class AttentionSnapshot:
     def maps(self, role: str, layer: int = -1) -> Tensor:
         """(B, H, gh, gw) float32: the patch part of `rows`."""
         return self.layer(role, layer).maps
+
+    def scalars(self, *, heads: bool = True) -> dict[str, float]:
+        """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head."""
+        values = {key.tag: value for key, value in self.metrics.items() if heads or key.head is None}
+        return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a temporary name and rename, so that a reader never meets half a file."""
@@ -104,8 +117,8 @@ class AttentionSnapshot:
             "step": self.step,
             "epoch": self.epoch,
             "names": list(self.names),
-            "metrics": {k: _finite(v) for k, v in self.metrics.items()},
             "flags": [flag.state_dict() for flag in self.flags],
+            "flags_raised": self.flags_raised,
             "layers": [
                 {
                     "role": role,
@@ -120,6 +133,7 @@ class AttentionSnapshot:
                     "query": a.query,
                     "verified_error": _finite(a.verified_error),
                     "heads": a.rows.shape[1],
+                    "metrics": _stored_metrics(self.metrics, role, layer),
                     **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
                 }
                 for (role, layer), a in self.layers.items()
@@ -132,24 +146,28 @@ class AttentionSnapshot:
 
     @classmethod
     def _from_stored(cls, header: Fields, take: Take) -> AttentionSnapshot:
-        names, metrics = header.names("names"), _metrics(header.within("metrics"))
+        names, metrics = header.names("names"), Metrics()
+        by_tag = first_format.Tags(header.mapping("metrics")) if "metrics" in header else None
         layers: dict[tuple[str, int], LayerAttention] = {}
         for number, item in enumerate(header.items("layers")):
             entry = Fields(item, f"header's entry {number} of layers")
             key = entry.text("role"), entry.whole("layer")
             if key in layers:
                 raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
-            layers[key] = _layer(entry, len(names), metrics, take)
+            of_layer = _metrics(entry, *key) if by_tag is None else by_tag.of_layer(*key)
+            layers[key] = _layer(entry, len(names), of_layer, take)
+            metrics.update(of_layer)
         if not layers:
             raise ArchiveError("the header has no layers: expected at least one")
         flags = tuple(
             _flag(Fields(item, f"header's flag {number}"), layers)
             for number, item in enumerate(header.items("flags", default=[]))
         )
-        return cls(header.whole("step"), header.whole("epoch"), names, layers, metrics, flags)
+        raised = header.whole("flags_raised") if by_tag is None else by_tag.flags_raised
+        return cls(header.whole("step"), header.whole("epoch"), names, layers, metrics, flags, raised)
 
 
-def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take) -> LayerAttention:
+def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAttention:
     """One layer, checked against itself and against its metrics."""
     role, index, prefix = entry.text("role"), entry.whole("layer"), entry.whole("num_prefix")
     gh, gw = entry.wholes("grid", count=2, least=1)
@@ -176,12 +194,11 @@ def _layer(entry: Fields, images: int, metrics: Mapping[str, float], take: Take)
     return attention
 
 
-def _check_rows(entry: Fields, attention: LayerAttention, metrics: Mapping[str, float]) -> None:
+def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> None:
     """Refuse rows that are not what the header and the metrics made from them say."""
     where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
     facts = _facts(attention.rows, attention.kind)
-    prefix = metric_tag(entry.text("role"), attention.layer, "")
-    of_layer = {tag.removeprefix(prefix): value for tag, value in metrics.items() if tag.startswith(prefix)}
+    of_layer = metrics.of_layer(entry.text("role"), attention.layer)
     # Files of the first stage do not say whether rows hold NaN. Then the entropy is NaN too.
     told = entry.truth("finite", default=math.isfinite(of_layer.get("entropy", math.nan)))
     if told and not facts["finite"]:
@@ -200,8 +217,31 @@ def _facts(rows: Tensor, kind: str) -> dict[str, bool]:
     return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
 
 
-def _metrics(stored: Fields) -> dict[str, float]:
-    return {name: stored.number(name) for name in stored}
+def _stored_metrics(metrics: Metrics, role: str, layer: int) -> dict[str, dict[str, Any]]:
+    """Of one layer by name: the mean, and where there are some the heads' own values from head 0 on."""
+    stored: dict[str, dict[str, Any]] = {}
+    for key, value in metrics.items():
+        if key[:2] == (role, layer) and key.head is None:
+            stored.setdefault(key.metric, {})["mean"] = _finite(value)
+        elif key[:2] == (role, layer):
+            stored.setdefault(key.metric, {}).setdefault("heads", []).append(_finite(value))
+    return stored
+
+
+def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
+    """What `_stored_metrics` stored."""
+    metrics, stored = Metrics(), entry.within("metrics")
+    for name in stored:
+        values = stored.within(name)
+        metrics[MetricKey(role, layer, name)] = values.number("mean")
+        if "heads" in values:
+            heads = values.numbers("heads", missing=True)
+            if len(heads) != entry.whole("heads"):
+                raise ArchiveError(
+                    f"{name} in the {stored.where} has {len(heads)} values for {entry.whole('heads')} heads"
+                )
+            metrics.update({MetricKey(role, layer, name, head): value for head, value in enumerate(heads)})
+    return metrics
 
 
 def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from attn_monitor import distributed
-from attn_monitor.publish import sinks
+from attn_monitor.publish.sinks import sink_for
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -22,9 +20,9 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 def _run_folder(trainer: pl.Trainer) -> Path:
     for logger in trainer.loggers:
-        folder = _folder_of(logger)
+        folder = sink_for(logger).run_folder
         if folder is not None:
-            return Path(folder)
+            return folder
     if trainer.logger is None:
         return Path(trainer.default_root_dir)
     # A run that is kept elsewhere: the folder that ModelCheckpoint takes for it.
@@ -32,26 +30,6 @@ def _run_folder(trainer: pl.Trainer) -> Path:
     version = version if version is None or isinstance(version, str) else f"version_{version}"
     parts = [str(part) for part in (logger.name, version) if part not in (None, "")]
     return Path(logger.save_dir or trainer.default_root_dir, *parts)
-
-
-def _folder_of(logger: Any) -> str | None:
-    """The local folder of a logger's run alone, None where it has none.
-
-    Lightning's base class gives every logger a ``log_dir``, which is None unless there is one.
-    """
-    kind = sinks.kind_of(logger)
-    if kind == "wandb":
-        run = logger.experiment
-        if run.disabled:
-            return None
-        # A run that is resumed gets another folder each time, and its archive stays in the first.
-        folder = Path(run.sync_dir)
-        parts = [p for p in folder.parent.glob(f"*run-*-{run.id}") if p.is_dir()]
-        return str(min([folder, *parts], key=lambda p: p.name.partition("run-")[2]))
-    if kind == "mlflow":
-        address = urlsplit(logger.experiment.get_run(logger.run_id).info.artifact_uri)
-        return url2pathname(address.path) if address.scheme in ("", "file") else None
-    return getattr(logger, "log_dir", None) or None
 
 
 def steps_done(trainer: pl.Trainer) -> int:

@@ -1,0 +1,81 @@
+"""What is drawn of snapshots for loggers: panels, film strips, overlays, and at the end table and time-lapse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from attn_monitor import functional as F
+from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw import panels as render
+from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
+from attn_monitor.publish.tags import renamed
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+OVERLAID_IMAGES = 2
+THUMBNAIL = 64  # pixels
+
+
+class Pictures:
+    """Draws for one probe in one style; ``name`` is that of the callback."""
+
+    def __init__(self, probe: ProbeBatch, style: drawing.Style, name: str = "") -> None:
+        self.probe, self.style, self.name = probe, style, name
+
+    def of_image(
+        self, index: int, snapshot: AttentionSnapshot, history: Sequence[AttentionSnapshot], layers: Sequence[int]
+    ) -> Iterator[Picture]:
+        """A panel and a film strip of each layer."""
+        name, photo, masks = snapshot.names[index], self.probe.pixels[index], self.probe.masks
+        truth, caption = None if masks is None else masks[index].numpy(), f"{name}, step {snapshot.step}"
+        for layer in layers:
+            suffix = f"/layer{layer}" if len(layers) > 1 else ""
+            panel = render.panel(
+                snapshot, index, photo, layer=layer, truth=truth, caption=self.probe.caption, style=self.style
+            )
+            strip = render.filmstrip(history, index, photo, layer=layer, style=self.style)
+            yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
+            yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
+
+    def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
+        """Mass masks of every head of the last role, for the first few images."""
+        masks = render.shown_masks(snapshot.maps(snapshot.roles[-1], layer), self.style.threshold)
+        overlays = []
+        for image, photo in enumerate(self.probe.pixels[:OVERLAID_IMAGES]):
+            enlarged = torch.nn.functional.interpolate(masks[image][None].float(), photo.shape[:2]).numpy()[0]
+            layers = {f"head {head}": mask for head, mask in enumerate(enlarged)}
+            tag = renamed(f"attn_overlay/{snapshot.names[image]}", self.name)
+            overlays.append(Overlay(tag, photo, layers))
+        return overlays
+
+    def timelapse(self, history: Sequence[AttentionSnapshot]) -> bytes:
+        """An animated GIF of all images, one frame a step."""
+        return drawing.gif(render.timelapse(history, list(self.probe.pixels), style=self.style))
+
+    def head_rows(self, snapshot: AttentionSnapshot) -> list[HeadRow]:
+        """Every head on every image, in the last captured layer of each role."""
+        rows = []
+        for role in snapshot.roles:
+            attention = snapshot.layer(role)
+            p = attention.maps.flatten(-2)
+            entropies, areas = F.entropy(p), F.mask_area(p, self.style.threshold)  # (B, H)
+            for image, photo in enumerate(self.probe.pixels):
+                cells = drawing.Cells(photo, attention.grid, self.style, THUMBNAIL).draw(attention.maps[image].numpy())
+                for head, cell in enumerate(cells):
+                    numbers = float(entropies[image, head]), float(areas[image, head])
+                    rows.append(HeadRow(snapshot.names[image], role, attention.layer, head, *numbers, cell))
+        return rows
+
+
+def entropy_curves(history: Sequence[AttentionSnapshot]) -> list[HeadCurves]:
+    """Of each role and layer, the mean entropy over images of every head at every step."""
+    curves: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for snapshot in history:
+        for key, attention in snapshot.layers.items():
+            curves.setdefault(key, {})[snapshot.step] = F.entropy(attention.maps.flatten(-2)).mean(0).tolist()
+    return [
+        HeadCurves(role, layer, list(by_step), list(zip(*by_step.values(), strict=True)))
+        for (role, layer), by_step in curves.items()
+    ]

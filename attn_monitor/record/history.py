@@ -1,0 +1,47 @@
+"""`History`: the past of a run as film strips show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+LENGTH = 24  # snapshots that are kept
+
+
+class History:
+    """Earlier snapshots of the layers that are drawn, in order of steps, thinned evenly to at most 24."""
+
+    def __init__(self, snapshots: Sequence[AttentionSnapshot] = ()) -> None:
+        self._snapshots = list(snapshots)
+
+    def __iter__(self) -> Iterator[AttentionSnapshot]:
+        return iter(self._snapshots)
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def __getitem__(self, index: int) -> AttentionSnapshot:
+        return self._snapshots[index]
+
+    def add(self, snapshot: AttentionSnapshot, layers: Sequence[int]) -> None:
+        """Append these layers of a snapshot; those of its step and later ones, from before a run was resumed, go."""
+        kept = [s for s in self._snapshots if s.step < snapshot.step]
+        self._snapshots = [*kept, snapshot.only(layers)]
+        if len(self._snapshots) > LENGTH:
+            chosen = thin([s.step for s in self._snapshots], LENGTH * 3 // 4)
+            self._snapshots = [self._snapshots[i] for i in chosen]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._snapshots = []
+
+
+def thin(steps: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` indices into ascending ``steps``, spread evenly over them, first and last included."""
+    if len(steps) <= count:
+        return list(range(len(steps)))
+    goals = np.linspace(steps[0], steps[-1], count)
+    return sorted({int(np.abs(np.asarray(steps) - goal).argmin()) for goal in goals})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.error_origin import raises_for
+from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.rows import widen
 from attn_monitor.functional import full_precision
 
@@ -67,7 +67,7 @@ def watch_tokens(
     """
     shape = (batch, len(order))
 
-    @raises_for("monitor")
+    @errors_from("monitor")
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for x in (*args, *kwargs.values()):
             if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):

@@ -1,35 +1,35 @@
-"""Whose error it is: while a model runs under the observer, it may be the model's or a mistake of this package."""
+"""Tell the model's own exceptions from mistakes of this package, while a model runs under the observer."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_WHOSE = "_attn_monitor_raised_by"
+_ORIGIN = "_attn_monitor_origin"
 
 
-def raises_for(whose: str) -> Callable[[Function], Function]:
-    """A decorator that writes on exceptions whose they are, "monitor" or "model"; what is written first holds."""
+def errors_from(origin: Literal["model", "monitor"]) -> Callable[[Function], Function]:
+    """A decorator that marks exceptions with their origin; where calls are nested, the innermost mark counts."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> Any:
+        def marked(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if not hasattr(error, _WHOSE):
-                    setattr(error, _WHOSE, whose)
+                if not hasattr(error, _ORIGIN):
+                    setattr(error, _ORIGIN, origin)
                 raise
 
-        return called  # type: ignore[return-value]
+        return marked  # type: ignore[return-value]
 
     return decorate
 
 
-def of_monitor(error: BaseException | None) -> bool:
+def is_monitor_error(error: BaseException | None) -> bool:
     """Whether this, or what it was raised from, is a mistake of this package."""
     if error is None:
         return False
-    return getattr(error, _WHOSE, "") == "monitor" or of_monitor(error.__cause__ or error.__context__)
+    return getattr(error, _ORIGIN, "") == "monitor" or is_monitor_error(error.__cause__ or error.__context__)

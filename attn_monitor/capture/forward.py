@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.error_origin import of_monitor
+from attn_monitor.capture.error_origin import is_monitor_error
 from attn_monitor.capture.isolation import is_sharded as is_sharded
 from attn_monitor.capture.isolation import isolated_forward
-from attn_monitor.capture.observer import AttentionObserver, Done
+from attn_monitor.capture.observer import AttentionObserver, StopForward
 from attn_monitor.errors import AttentionError, ForwardError
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -55,12 +55,12 @@ def run_forward(
     try:
         with isolated_forward(model), observer.watch(watched):
             forward(model, images)
-    except Done:
+    except StopForward:
         pass
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if of_monitor(error):  # not to be told as the model's
+        if is_monitor_error(error):  # not to be told as the model's
             raise
         reason = str(error).rstrip(". ")
         raise ForwardError(

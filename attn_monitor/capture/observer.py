@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor.capture import operations as ops
-from attn_monitor.capture.error_origin import raises_for
+from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.operations import Observation
 from attn_monitor.capture.places.layout import PatchConv
 from attn_monitor.capture.rows import ExplicitCall, Query, Reading
@@ -23,11 +23,11 @@ SiteKey = tuple[str, int]
 """Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
 
 
-class Done(BaseException):
-    """Leaves a forward pass once all that was wanted has been seen; no ordinary `except` catches it."""
+class StopForward(BaseException):
+    """Leaves a forward pass once all that was wanted has been observed; no `except Exception` of a model catches it."""
 
 
-@raises_for("model")
+@errors_from("model")
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the model runs, whose errors are the model's."""
     return func(*args, **kwargs)
@@ -102,13 +102,13 @@ class AttentionObserver(TorchDispatchMode):
         return hook
 
     def _unwind(self) -> None:
-        # PyTorch calls no hooks for `Done`, which is no `Exception`: close what is still open.
+        # PyTorch calls no hooks for `StopForward`, which is no `Exception`: close what is still open.
         if self._running:
             self._running.clear()
             self._pending.clear()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    @raises_for("monitor")
+    @errors_from("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -151,7 +151,7 @@ class AttentionObserver(TorchDispatchMode):
         if seen is not None:
             self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
         if key == self.last:
-            raise Done
+            raise StopForward
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call = self._key(), ops.fused_call(func, args, kwargs)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, default_forward
-from attn_monitor.capture.observer import Done
+from attn_monitor.capture.observer import StopForward
 from attn_monitor.errors import UnsupportedAttentionError
 
 _METHOD = "_attn_monitor_forward"
@@ -35,7 +35,7 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
         def guarded(images: Tensor) -> None:
             try:
                 forward(model, images)
-            except (Exception, Done) as error:  # must not keep the units around from ending their forward
+            except (Exception, StopForward) as error:  # must not keep the units around from ending their forward
                 failed.append(error)
 
         with _freed_afterwards(around, below):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture import operations as ops
-from attn_monitor.capture.error_origin import raises_for
+from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observer import AttentionObserver, SiteKey, run_operation
 from attn_monitor.capture.places.layout import SKETCH
 from attn_monitor.capture.rows import Folding, Reading, widen
@@ -116,7 +116,7 @@ class SilentObserver(AttentionObserver):
                 kept[call] = sketch(x[:, None])
                 return
 
-    @raises_for("monitor")
+    @errors_from("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attn_monitor import distributed
 from attn_monitor.capture.backbones import find_backbones, resolve_targets
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.masking import WAYS, Way
+from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.recorder import Verify, check_verify
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.sharding import forward_within
@@ -153,7 +153,7 @@ class AttentionMapCallback(pl.Callback):
         self.on_error = check_on_error(on_error)
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
-        self._ways = WAYS if self.forward is None else (Way(self.forward),)
+        self._ways = FORWARD_OPTIONS if self.forward is None else (ForwardOption(self.forward),)
         self.style = drawing.Style(threshold, scale, check_heads(heads))
         self.name, self.disk_reserve = check_name(name), check_reserve(disk_reserve)
         self.monitor: AttentionMonitor | None = None

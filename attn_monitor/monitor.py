@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from attn_monitor import distributed
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.masking import Way
+from attn_monitor.capture.forward_choice import ForwardOption
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
-from attn_monitor.capture.recording_plan import Found
+from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
@@ -47,7 +47,7 @@ class AttentionMonitor:
         metrics: Sequence[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
         verify: Verify = True,
-        forward: Forward | Sequence[Way] | None = None,
+        forward: Forward | Sequence[ForwardOption] | None = None,
         or_mean: bool = False,
         distributed: bool = False,
     ) -> None:
@@ -70,9 +70,9 @@ class AttentionMonitor:
 
         self._together(look)
 
-    def found(self) -> dict[str, Found]:
+    def found(self) -> dict[str, ModelSummary]:
         """What the latest look has found, by role."""
-        return {role: recorder.found() for role, recorder in self._recorders.items()}
+        return {role: recorder.summary() for role, recorder in self._recorders.items()}
 
     def snapshot(self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""

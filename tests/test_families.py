@@ -22,9 +22,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.discovery import Site
-from attn_monitor.capture.places.silent_runs import Asker
+from attn_monitor.capture.places.silent_runs import SilentModel
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
+from attn_monitor.capture.sites import Site
 from attn_monitor.errors import AttentionError
 from tests.families import FAMILIES, Family
 from tests.oracle import _method, _replaced, attention_matrices
@@ -183,14 +183,14 @@ def moved_by_class_token(case: Family) -> list[set[int] | None]:
 def sites_asked(case: Family) -> tuple[tuple[Site, ...], int]:
     """The sites of a model, and how many images were asked about."""
     asked = 0
-    original = Asker.__call__
+    original = SilentModel.__call__
 
     def counted(self: Any, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal asked
         asked += len(images)
         return original(self, images, *args, **kwargs)
 
-    with mock.patch.object(Asker, "__call__", counted):
+    with mock.patch.object(SilentModel, "__call__", counted):
         sites = AttentionRecorder(case.model(), query="mean", forward=case.forward).sites(case.images())
     return sites, asked
 

@@ -1,235 +1,172 @@
-"""Find every attention site of a model on noise images: its token layout, or what stands in the way of reading it."""
+"""Discover every attention site of a model on noise images: its token layout, or the reason why it cannot be read."""
 
 from __future__ import annotations
 
-import types
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation
 from attn_monitor.capture.observer import AttentionObserver, SiteKey
-from attn_monitor.capture.operations import Observation, Verdict, settle
-from attn_monitor.capture.places import layout as lay
 from attn_monitor.capture.places.find_places import find_places
-from attn_monitor.capture.places.layout import TokenLayout
-from attn_monitor.capture.places.silent_forward import HowToRead
 from attn_monitor.capture.places.site_places import SitePlaces
-from attn_monitor.capture.rows import Folding, Reading, widen
+from attn_monitor.capture.places.sketches import change_threshold, relative_change
+from attn_monitor.capture.places.synthetic_images import noise_images
+from attn_monitor.capture.places.tokens import SiteFormat
+from attn_monitor.capture.rows import CallingConvention, Folding, widen
 from attn_monitor.capture.sharding import refuse_split_parameters
+from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
+from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch
 from attn_monitor.errors import (
     AttentionError,
     ForwardError,
     NoAttentionError,
     NonFiniteAttentionError,
     UnsupportedAttentionError,
-    VerificationError,
 )
 
 _IMAGES = 3  # noise, of which the first two are the same
 
 
-@dataclass(frozen=True)
-class Site:
-    """One place in the model where attention runs, as found on noise images."""
-
-    index: int
-    key: SiteKey
-    op: str
-    heads: int
-    queries: int
-    keys: int
-    layout: TokenLayout | None
-    mixed: bool
-    error: float | None
-    refusal: AttentionError | None
-    folding: Folding | None = None
-    scope: str = ""  # path of the module in which all of it ran
-    reading: Reading | None = None  # of an operation that nobody listed
-    places: SitePlaces = field(default_factory=SitePlaces)
-
-    @property
-    def name(self) -> str:
-        """Module path, with `#n` when the module runs attention more than once in a forward."""
-        path, count = self.key
-        return f"{path or '(root)'}#{count}" if count else path or "(root)"
-
-
-@dataclass
-class _Found:
-    """What was seen at a site, before it is known what its tokens are."""
-
-    key: SiteKey
-    seen: Observation
-    folding: Folding | None = None
-    moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
-    repeatable: bool = True
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What a model was found to have, for as long as it lives."""
-
-    known: tuple[Any, ...]
-    forward: Callable[[], object]
-    sites: tuple[Site, ...]
-
-
-_LOOKS: weakref.WeakKeyDictionary[nn.Module, list[_Look]] = weakref.WeakKeyDictionary()
-
-
-def sites_of(model: nn.Module, images: Tensor, forward: Forward, known: tuple[Any, ...]) -> tuple[Site, ...]:
-    """Every attention site of the model, asked once for what is ``known``: its structure, image size and precision."""
-    looks, identity = _LOOKS.setdefault(model, []), _identity(forward)
-    for look in looks:
-        if look.known == known and look.forward() is identity():
-            return look.sites
-    sites = discover(model, images, forward)
-    looks.append(_Look(known, identity, sites))
-    del looks[:-8]  # sizes come and go
-    return sites
-
-
-def forget(model: nn.Module) -> None:
-    """Ask anew the next time."""
-    _LOOKS.pop(model, None)
-
-
-def _identity(forward: Forward) -> Callable[[], object]:
-    """What tells a forward from others without keeping it alive: the code, where nothing else is part of it."""
-    if isinstance(forward, types.FunctionType) and not (forward.__closure__ or forward.__defaults__):
-        code = forward.__code__
-        return lambda: code
-    try:
-        return weakref.WeakMethod(forward) if isinstance(forward, types.MethodType) else weakref.ref(forward)
-    except TypeError:  # an object without weak references is told by its own identity alone
-        return object
-
-
 def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, ...]:
-    """Run the model on noise of the images' size and list every attention site in order of execution.
+    """Every attention site in order of execution, found by running the model on noise of the images' size.
 
-    Then it is asked where the keys and queries of each stand in the image; see `places`.
+    Then the places of the keys and queries of each are found, see `places`.
     """
-    found: list[_Found] = []
+    candidates: list[_Candidate] = []
     modules = dict(model.named_modules())
-    one, other = lay.noise_images(images, 2)
+    one, other = noise_images(images, 2)
     noise = torch.stack([one, one, other])
-    observer = AttentionObserver(lambda key, seen: found.append(_examine(key, seen)), lambda key: 0, images=noise)
+    observer = AttentionObserver(lambda key, seen: candidates.append(_examine(key, seen)), lambda key: 0, images=noise)
     with refuse_split_parameters(model):
         run_forward(model, noise, forward, observer, modules.items())
-    if not found:
+    if not candidates:
         hint = "batched products but no softmax over tokens that meets V" if observer.products else "no batched product"
         raise NoAttentionError(
             f"no attention was observed in {type(model).__name__}: its forward ran {hint}. "
             "Models without softmax attention (convolutional networks, linear attention) have no map to show"
         )
-    how = {
-        e.key: HowToRead(e.folding, e.seen.reading)
-        for e in found
-        if e.repeatable and not _shape_problem(e.seen) and e.seen.rows is not None
-    }
+    global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
     places: dict[SiteKey, SitePlaces] = {}
-    if how:
-        first = next(e for e in found if e.key in how)
+    if global_sites:
+        first = global_sites[0]
         places = find_places(
-            model, images, forward, how, first.moving, first.seen.keys, observer.convs, piece=min(len(images), 8)
+            model,
+            images,
+            forward,
+            {c.key: SiteFormat(c.folding, c.convention) for c in global_sites},
+            keys=first.seen.keys,
+            moving=first.moving,
+            convs=observer.convs,
+            batch_size=min(len(images), 8),
         )
-    read = [entry.seen for entry in found if entry.seen.rows is not None]
-    verdicts = iter(settle(read))
+    read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
+    checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     return tuple(
-        _site(
-            index, entry, places.get(entry.key, SitePlaces()), next(verdicts) if entry.seen.rows is not None else None
-        )
-        for index, entry in enumerate(found)
+        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key))
+        for index, candidate in enumerate(candidates)
     )
 
 
-def _examine(key: SiteKey, seen: Observation) -> _Found:
+@dataclass(frozen=True)
+class _Candidate:
+    """What was observed at a site, before it is known what its tokens are."""
+
+    key: SiteKey
+    seen: ObservedRows | RefusedObservation
+    folding: Folding | None = None
+    moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
+    repeatable: bool = True  # equal images gave equal tokens
+
+    @property
+    def convention(self) -> CallingConvention | None:
+        """Of an operation from outside PyTorch, if it was read."""
+        return self.seen.convention if isinstance(self.seen, ObservedRows) else None
+
+
+def _examine(key: SiteKey, seen: Observation) -> _Candidate:
     """In which order batch and heads are, and whether equal images give equal tokens."""
-    entry = _Found(key, seen)
-    foldings: list[Folding | None] = [None] if seen.values is not None else []
-    if seen.values is not None and seen.batch * seen.heads % _IMAGES == 0:
+    if isinstance(seen, RefusedObservation):
+        return _Candidate(key, seen)
+    foldings: list[Folding | None] = [None]
+    if seen.batch * seen.heads % _IMAGES == 0:
         foldings += ["batch first", "heads first"] if seen.batch == 1 else ["heads first"]
+    best = _Candidate(key, seen.rows_alone())
     for folding in foldings:
-        reading = seen.regrouped(_IMAGES, folding)
-        if reading.values is None or reading.rows is None or reading.batch != _IMAGES:
+        regrouped = seen.regrouped(_IMAGES, folding)
+        if regrouped.batch != _IMAGES:
             continue
-        limit = lay.threshold(reading.values.dtype, reading.values.device)
-        values, rows = widen(reading.values).transpose(1, 2).flatten(2), reading.rows.flatten(1)[:, None]  # (B, …, C)
-        # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
-        repeatable = all(bool((lay.changes(t[1], t[0]) <= limit).all()) for t in (values, rows))
-        if repeatable or folding is None:  # a reading other than the plain one must explain what is seen
-            entry.seen, entry.folding, entry.repeatable = reading, folding, repeatable
-            entry.moving = int((lay.changes(values[2], values[0]) > limit).sum())
+        repeatable, moving = _compare_images(regrouped)
+        if repeatable or folding is None:  # another order than the plain one must explain what is seen
+            best = _Candidate(key, regrouped.rows_alone(), folding, moving, repeatable)
         if repeatable:
             break
-    entry.seen = replace(entry.seen, values=None, source=None)
-    return entry
+    return best
 
 
-def _shape_problem(seen: Observation) -> str | None:
-    """Why the shape of an attention operation alone rules out a global row over patches."""
-    if seen.problem:
-        return seen.problem
+def _compare_images(seen: ReadObservation) -> tuple[bool, int]:
+    """Whether the two equal images have equal tokens, and how many keys differ in the third image."""
+    limit = change_threshold(seen.values.dtype, seen.values.device)
+    values, rows = widen(seen.values).transpose(1, 2).flatten(2), seen.rows.flatten(1)[:, None]  # (B, …, C)
+    # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
+    repeatable = all(bool((relative_change(t[1], t[0]) <= limit).all()) for t in (values, rows))
+    return repeatable, int((relative_change(values[2], values[0]) > limit).sum())
+
+
+def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
+    """Why the shape of an attention operation alone rules out a global row over patches; empty if it does not."""
+    if isinstance(seen, RefusedObservation):
+        return seen.reason
     if seen.batch % _IMAGES:
         return f"it runs on {seen.batch} sequences for {_IMAGES} images (several images packed into one, or a part)"
     if seen.batch != _IMAGES:
         return f"it is windowed attention ({seen.batch // _IMAGES} windows of {seen.keys} tokens for each image)"
-    return None
+    return ""
 
 
-def _site(index: int, entry: _Found, places: SitePlaces, verdict: Verdict | None) -> Site:
-    seen = entry.seen
-    site = Site(
-        index,
-        entry.key,
-        seen.op,
-        seen.heads,
-        seen.queries,
-        seen.keys,
-        places.layout,
-        verdict is not None and verdict.mixed,
-        None if verdict is None or seen.error is None else verdict.error,
-        None,
-        entry.folding,
-        seen.scope,
-        seen.reading,
-        places,
+def _site(index: int, candidate: _Candidate, places: SitePlaces, check: CheckResult | None) -> Site:
+    seen, layout = candidate.seen, places.layout
+    compared = isinstance(seen, ObservedRows) and seen.error is not None
+    facts: dict[str, Any] = {
+        "index": index,
+        "key": candidate.key,
+        "op": seen.op,
+        "heads": seen.heads,
+        "queries": seen.queries,
+        "keys": seen.keys,
+        "mixed": check is not None and check.mixed,
+        "error": check.error if check is not None and compared else None,
+        "folding": candidate.folding,
+        "scope": seen.scope,
+        "convention": candidate.convention,
+        "places": places,
+    }
+    where = f"layer {index} ({site_name(candidate.key)}, {seen.op})"
+    refusal = _refusal(where, candidate, check)
+    if refusal is None and layout is not None:
+        return ReadableSite(**facts, layout=layout)
+    no_places = UnsupportedAttentionError(
+        f"{where} has {seen.queries} queries and {seen.keys} keys of which no map can be drawn: {places.reason}. "
+        "Choose another layer"
     )
-    return replace(site, refusal=_refusal(site, entry, verdict))
+    return RefusedSite(**facts, refusal=refusal or no_places)
 
 
-def _refusal(site: Site, entry: _Found, verdict: Verdict | None) -> AttentionError | None:
-    where, seen = f"layer {site.index} ({site.name}, {site.op})", entry.seen
-    problem = _shape_problem(seen)
+def _refusal(where: str, candidate: _Candidate, check: CheckResult | None) -> AttentionError | None:
+    """Why no map is shown of a site, wherever its keys are."""
+    problem = _shape_problem(candidate.seen)
     if problem:
         return UnsupportedAttentionError(f"{where} has no global attention row: {problem}. Choose another layer")
-    if verdict is not None and not verdict.finite:
+    if check is not None and not check.finite:
         return NonFiniteAttentionError(f"{where}: its attention row holds NaN or infinity")
-    if verdict is not None and verdict.error > seen.tolerance:
-        return mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
-    if not entry.repeatable:
+    if check is not None and not check.reproduces_output:
+        return mismatch(where, check)
+    if not candidate.repeatable:
         return ForwardError(
             f"{where}: two identical images gave different tokens, so the forward is random even in eval mode "
             "(random token masking, as in MAE?). Pass a deterministic forward=lambda model, images: ..."
         )
-    if site.layout is None:
-        return UnsupportedAttentionError(
-            f"{where} has {site.queries} queries and {site.keys} keys of which no map can be drawn: "
-            f"{site.places.why}. Choose another layer"
-        )
     return None
-
-
-def mismatch(index: int, name: str, op: str, error: float, tolerance: float) -> VerificationError:
-    """The refusal of a row that does not reproduce the model's output."""
-    return VerificationError(
-        f"layer {index} ({name}, {op}): the attention row times V differs from the model's own output by {error:.2g} "
-        f"(allowed: {tolerance:.2g}), so the row is not what the model computed and no map is shown. Please report the "
-        "model; forward= or another layer may help meanwhile"
-    )

@@ -68,12 +68,3 @@ def run_forward(
             f"{type(error).__name__}: {reason}. If it is the size, choose one that the model takes (a multiple of its "
             "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
         ) from error
-
-
-def subtrees(model: nn.Module, roots: set[str]) -> list[tuple[str, nn.Module]]:
-    """The modules at these paths with all that is below them, so that each operation is credited as on first look."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if any(path == root or root == "" or path.startswith(root + ".") for root in roots)
-    ]

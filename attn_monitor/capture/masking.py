@@ -1,4 +1,4 @@
-"""Models that leave patches out or shuffle them at random (MAE and its kin): how to ask them for all, in order."""
+"""Models that leave patches out or shuffle them at random (MAE and its kin): how to run them on all, in order."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attn_monitor.capture.forward import Forward, default_forward
+from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.isolation import all_modules
 
 RATIO = re.compile(r"mask(ing)?_ratio$")
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to call a model, and what has to be said about maps that were made so."""
-
-    forward: Forward
-    said: str = ""
 
 
 def unmasked_forward(model: nn.Module, images: Tensor) -> Any:
@@ -40,14 +31,6 @@ def features_forward(model: nn.Module, images: Tensor) -> Any:
         raise NotImplementedError(f"{type(model).__name__} has no forward_features")
     with unmasked(model):
         return features(images)
-
-
-WAYS = (
-    Way(default_forward),
-    Way(unmasked_forward, "it masks patches at random, and is looked at with all of them (mask_ratio=0, no shuffling)"),
-    Way(features_forward, "its own forward gives no map, so it is looked at by forward_features"),
-)
-"""What is tried, in this order, where the user has not said how to call a model."""
 
 
 @contextmanager

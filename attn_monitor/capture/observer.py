@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor.capture import operations as ops
+from attn_monitor.capture import unknown_operations as unknown
 from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.operations import Observation
-from attn_monitor.capture.places.layout import PatchConv
-from attn_monitor.capture.rows import ExplicitCall, Query, Reading
+from attn_monitor.capture.observation import Observation
+from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.rows import CallingConvention, ExplicitCall, Query
 
 SiteKey = tuple[str, int]
-"""Where attention ran: module path, and its how-manieth attention within one forward (modules may be shared)."""
+"""Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
 
 
 class StopForward(BaseException):
@@ -29,7 +30,7 @@ class StopForward(BaseException):
 
 @errors_from("model")
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model runs, whose errors are the model's."""
+    """Run what the model has dispatched."""
     return func(*args, **kwargs)
 
 
@@ -38,7 +39,7 @@ class AttentionObserver(TorchDispatchMode):
 
     ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
     the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
-    ``readings`` are known ones of operations that nobody listed.
+    ``conventions`` are those already known of operations from outside PyTorch.
     """
 
     supports_higher_order_operators = True
@@ -51,11 +52,11 @@ class AttentionObserver(TorchDispatchMode):
         images: Tensor,
         verify: bool = True,
         last: SiteKey | None = None,
-        readings: Mapping[SiteKey, Reading] | None = None,
+        conventions: Mapping[SiteKey, CallingConvention] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.readings = readings or {}
+        self.conventions = conventions or {}
         self.batch, self.channels, *self.size = images.shape
         self.convs: list[PatchConv] = []  # convolutions on whole images
         self._cropped = False  # the convolutions now running see a part of the images
@@ -125,8 +126,8 @@ class AttentionObserver(TorchDispatchMode):
             self._product(args[-2:], out)
         elif kind == "convolution":
             self._convolution(args, out)
-        elif kind == "foreign" and ops.looks_like_attention(args):
-            self._unknown(func, args, kwargs, out)
+        elif kind == "foreign" and unknown.looks_like_attention(args):
+            self._foreign(func, args, kwargs, out)
         return out
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
@@ -146,7 +147,8 @@ class AttentionObserver(TorchDispatchMode):
         path = self._running[-1]
         return path, self._count.get(path, 0)
 
-    def _seen(self, key: SiteKey, seen: Observation | None, scope: str | None = None) -> None:
+    def _finish(self, key: SiteKey, seen: Observation | None, scope: str | None = None) -> None:
+        """Count the attention that has just run, and report what was read of it."""
         self._count[key[0]] = key[1] + 1
         if seen is not None:
             self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
@@ -156,10 +158,11 @@ class AttentionObserver(TorchDispatchMode):
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call = self._key(), ops.fused_call(func, args, kwargs)
         query = self.query(key)
-        if query is not None and key == self.last and not self.verify:  # its output is not needed by anyone
-            self._seen(key, ops.observe_fused(call, None, query, verify=False))
+        if query is not None and key == self.last and not self.verify:  # its result is not needed by anyone
+            self._finish(key, ops.observe_fused(call, None, query))
         out = run_operation(func, args, kwargs)
-        self._seen(key, None if query is None else ops.observe_fused(call, out, query, verify=self.verify))
+        result = ops.fused_result(out) if self.verify else None
+        self._finish(key, None if query is None else ops.observe_fused(call, result, query))
         return out
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
@@ -170,8 +173,8 @@ class AttentionObserver(TorchDispatchMode):
         key, seen = self._key(), None
         query = self.query(key)
         if query is not None:
-            seen = ops.observe_explicit(call, out, self.batch, query, verify=self.verify)
-        self._seen(key, seen, scope)
+            seen = ops.observe_explicit(call, out if self.verify else None, self.batch, query)
+        self._finish(key, seen, scope)
 
     def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
         """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
@@ -184,15 +187,17 @@ class AttentionObserver(TorchDispatchMode):
         self._pending = [(w, path) for w, path in self._pending if not any(w is u for u in used)]
         return call, scope
 
-    def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        calls = ops.unknown_calls(func, args, kwargs, out)
-        if not calls:
+    def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        result = unknown.first_tensor(out)
+        calls = [] if result is None else unknown.candidate_calls(func, args, kwargs, result)
+        if result is None or not calls:
             return
         key, seen = self._key(), None
         query = self.query(key)
         if query is not None:
-            seen = ops.observe_unknown(func, args, kwargs, calls, out, query, self.readings.get(key))
-        self._seen(key, seen)
+            known = self.conventions.get(key)
+            seen = unknown.observe_unknown(func, args, kwargs, calls, result, query, known)
+        self._finish(key, seen)
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
         if out.ndim != 4 or out.shape[0] != self.batch:

@@ -1,41 +1,32 @@
-"""Run a model on images and observe its attention: `record_attention`, and `AttentionRecorder` to do so repeatedly.
+"""Run a model on images and record its attention: `record_attention`, and `AttentionRecorder` to do so repeatedly.
 
-A first forward on noise images finds every attention site, its token layout and what stands in the way of reading
+A first forward on noise images discovers every attention site, its token layout and what stands in the way of reading
 it. From then on only the wanted modules are watched, and the forward is left after the last of them.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.discovery import Site, forget, mismatch, sites_of
-from attn_monitor.capture.forward import Forward, check_materialised, is_sharded, run_forward
-from attn_monitor.capture.isolation import all_modules, model_device_dtype
-from attn_monitor.capture.masking import WAYS, Way
+from attn_monitor.capture.distance import has_query_of_each_patch, mean_distance
+from attn_monitor.capture.forward import Forward, check_materialised, run_forward
+from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
+from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation
 from attn_monitor.capture.observer import AttentionObserver, SiteKey
-from attn_monitor.capture.operations import Observation, Verdict, settle
-from attn_monitor.capture.recording_plan import Found, Plan, Reading, make_plan
+from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
-from attn_monitor.errors import (
-    AttentionError,
-    ForwardError,
-    LayerError,
-    NonFiniteAttentionError,
-    QueryError,
-    UnsupportedAttentionError,
-)
+from attn_monitor.capture.site_cache import Conditions, forget, structure_of
+from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch
+from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 
 Verify = bool | Literal["first", "always"]
 
@@ -71,28 +62,13 @@ def record_attention(
     return recorder(images)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a way of calling the model finds, and what is wrong with that."""
-
-    way: Way
-    sites: tuple[Site, ...] | None
-    problem: AttentionError | None
-
-
-def _calls_for_another_way(problem: AttentionError | None) -> bool:
-    """Whether calling the model differently may help: it ran and cannot be read, or it wants other arguments."""
-    ran = not isinstance(problem, ForwardError) or problem.__cause__ is None
-    return problem is not None and (ran or isinstance(problem.__cause__, TypeError))
-
-
 class AttentionRecorder:
-    """Records the same layers again and again, remembering what it found out about the model.
+    """Records the same layers again and again, remembering what was discovered in the model.
 
     ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
-    ``forward`` is one, or several ways of which the first is taken that gives what is asked for. ``or_mean`` reads
+    ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
 
@@ -102,7 +78,7 @@ class AttentionRecorder:
         *,
         layers: Layers = -1,
         query: QuerySpec = "cls",
-        forward: Forward | Sequence[Way] | None = None,
+        forward: Forward | Sequence[ForwardOption] | None = None,
         or_mean: bool = False,
         verify: Verify = True,
         nonfinite: str = "raise",
@@ -110,247 +86,189 @@ class AttentionRecorder:
         tokens: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        self.layers, self.query = check_layers(layers), check_query(query)
+        self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
-        self._ways = (Way(forward),) if callable(forward) else tuple(forward or WAYS)
-        self._way, self.or_mean = self._ways[0], or_mean
         self.distance, self.tokens = distance, tokens
-        self._sites: tuple[Site, ...] = ()
-        self._known: tuple[Any, ...] | None = None
-        self._plan: Plan | None = None
+        self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
+        self._discovery: Discovery | None = None
+        self._plan: RecordingPlan | None = None
         self._verified = False
-        self._query = self.query
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
-        query = "it has no CLS token, so maps show the attention that patches receive (query='mean')"
-        return tuple(note for note in (self._way.said, query if self._query != self.query else "") if note)
+        notes = [] if self._discovery is None else [self._discovery.option.note]
+        if self._plan is not None and self._plan.query != self.query:
+            notes.append("it has no CLS token, so maps show the attention that patches receive (query='mean')")
+        return tuple(note for note in notes if note)
 
     @property
     def left_out(self) -> dict[int, str]:
         """Under layers="all", the layers that are left out, each with the reason; known after the first look."""
-        if self._plan is None or self.layers != "all":
+        if self._discovery is None or self._plan is None or self.layers != "all":
             return {}
-        return left_out(self._sites, self._query)
+        return left_out(self._discovery.sites, self._plan.query)
 
     @property
     def heads(self) -> dict[int, int]:
         """How many heads each wanted layer has, by index; known after the first look."""
-        readings = () if self._plan is None else self._plan.readings.values()
-        return {reading.site.index: reading.site.heads for reading in readings}
+        planned = () if self._plan is None else self._plan.sites.values()
+        return {one.site.index: one.site.heads for one in planned}
 
-    def found(self) -> Found:
-        """What the latest look has found, in the layers that are wanted."""
-        sites = [reading.site for reading in self._planned().readings.values()]
-        layout = sites[-1].layout
-        assert layout is not None
-        layers = tuple(site.index for site in sites)
-        name = type(self.model).__name__
-        return Found(name, layers, len(self._sites), sites[-1].heads, layout.grid, self.notes)
+    def summary(self) -> ModelSummary:
+        """What was discovered in the model; known after `check` or a recording."""
+        if self._discovery is None:
+            raise RuntimeError("the model has not been run yet, expected a call of check(images) before summary()")
+        sites = [planned.site for planned in self._planned(self._discovery).sites.values()]
+        last, layers = sites[-1], tuple(site.index for site in sites)
+        model, count = type(self.model).__name__, len(self._discovery.sites)
+        return ModelSummary(model, layers, count, last.heads, last.layout.grid, self.notes)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
-        self._look(images)
-        return self._sites
+        return self._look(images)[1].sites
 
     def check(self, images: Tensor) -> None:
         """Raise the reason if a wanted layer cannot be read on images of this size."""
-        self._look(images)
-        self._planned()
+        self._planned(self._look(images)[1])
 
     def __call__(
-        self, images: Tensor, *, each: Callable[[Site, Observation], None] | None = None
+        self, images: Tensor, *, on_layer: Callable[[ReadableSite, ReadObservation], None] | None = None
     ) -> list[LayerAttention]:
         """Attention on (B, C, H, W) images, one entry per wanted layer, on the model's device.
 
-        ``each`` sees every wanted layer as it runs, when its whole matrix can still be read.
+        ``on_layer`` is called with every wanted layer as it runs, when its whole matrix can still be read.
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
-        images = self._look(images)
+        images, discovery = self._look(images)
         verify = self.verify is True or (self.verify == "first" and not self._verified)
-        recorded = self._record(images, self._planned(), verify, each)
+        plan = self._planned(discovery)
+        recorded = self._record(images, discovery.option.forward, plan, verify, on_layer)
         self._verified = self._verified or verify
         return recorded
 
-    def _look(self, images: Tensor) -> Tensor:
-        """The images as the model takes them; finds its sites anew when the model or the images' size has changed."""
-        structure = _structure(self.model)
-        if self._known is None or structure != self._known[-1]:
+    def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
+        """The images as the model takes them; and its sites, discovered anew when it or the images' size changed."""
+        known, structure = self._discovery, structure_of(self.model)
+        if known is None or structure != known.conditions.structure:
             check_materialised(self.model)
         device, dtype = model_device_dtype(self.model)
         images = images.to(device=device, dtype=dtype)
-        known = (tuple(images.shape[1:]), images.dtype, images.device, structure)
-        if known != self._known:
-            self._sites = self._discover(images, known)
-            self._known, self._plan, self._verified = known, None, False
-        return images
+        conditions = Conditions.of(images, structure)
+        if known is None or conditions != known.conditions:
+            known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
+            self._discovery, self._plan, self._verified = known, None, False
+        return images, known
 
-    def _discover(self, images: Tensor, known: tuple[Any, ...]) -> tuple[Site, ...]:
-        """The sites by the first way of calling the model that gives what is asked for, else by the first way."""
-        # Sharded models run together in all processes, and a failure may be one process's alone.
-        ways = self._ways[:1] if is_sharded(self.model) else self._ways
-        outcomes = (self._try(way, images, known) for way in ways)
-        first = next(outcomes)
-        others = outcomes if _calls_for_another_way(first.problem) else ()
-        found = next((o for o in itertools.chain([first], others) if o.problem is None), first)
-        self._way, self._query = found.way, self.query
-        if found.sites is None:
-            assert found.problem is not None
-            raise found.problem
-        return found.sites
-
-    def _try(self, way: Way, images: Tensor, known: tuple[Any, ...]) -> _Outcome:
-        try:
-            sites = sites_of(self.model, images, way.forward, known)
-        except AttentionError as error:
-            return _Outcome(way, None, error)
-        try:
-            select_sites(sites, self.layers, self.query)
-        except (LayerError, QueryError):  # not for want of another way
-            return _Outcome(way, sites, None)
-        except AttentionError as error:
-            return _Outcome(way, sites, error)
-        return _Outcome(way, sites, None)
-
-    def _planned(self) -> Plan:
+    def _planned(self, discovery: Discovery) -> RecordingPlan:
         if self._plan is None:
+            query = self.query
             try:
-                wanted = select_sites(self._sites, self.layers, self._query)
+                wanted = select_sites(discovery.sites, self.layers, query)
             except QueryError:
-                if not self.or_mean or self.query != "cls":
+                if not self.or_mean or query != "cls":
                     raise
-                self._query = "mean"
-                wanted = select_sites(self._sites, self.layers, self._query)
-            assert self._known is not None
-            self._plan = make_plan(self.model, self._sites, wanted, self._known[2], tokens=self.tokens)
+                query = "mean"
+                wanted = select_sites(discovery.sites, self.layers, query)
+            device = discovery.conditions.device
+            self._plan = plan_recording(self.model, discovery.sites, query, wanted, device, tokens=self.tokens)
         return self._plan
 
     def _record(
         self,
         images: Tensor,
-        plan: Plan,
+        forward: Forward,
+        plan: RecordingPlan,
         verify: bool,
-        each: Callable[[Site, Observation], None] | None,
+        on_layer: Callable[[ReadableSite, ReadObservation], None] | None,
     ) -> list[LayerAttention]:
-        found: dict[SiteKey, Observation] = {}
+        observed: dict[SiteKey, ObservedRows] = {}
         distances: dict[SiteKey, Tensor] = {}
 
         def report(key: SiteKey, seen: Observation) -> None:
-            site = plan.readings[key].site
+            site = plan.sites[key].site
+            if isinstance(seen, RefusedObservation):
+                return
             seen = seen.regrouped(len(images), site.folding)
-            if _as_found(site, seen, images):
-                if self.distance and _has_every_query(site):
-                    distances[key] = _distance(site, seen, images)
-                if each is not None:
-                    each(site, seen)
-            found[key] = replace(seen, values=None, source=None)
+            if seen.rows.shape != (len(images), site.heads, site.keys):
+                return
+            if self.distance and has_query_of_each_patch(site):
+                distances[key] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
+            if on_layer is not None:
+                on_layer(site, seen)
+            observed[key] = seen.rows_alone()
 
         observer = AttentionObserver(
             report,
-            lambda key: plan.readings[key].query if key in plan.readings else None,
+            lambda key: plan.sites[key].query if key in plan.sites else None,
             images=images,
             verify=verify,
             last=plan.last,
-            readings={k: r.site.reading for k, r in plan.readings.items() if r.site.reading is not None},
+            conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
         )
         with ExitStack() as stack:
-            tokens = _watch_tokens(stack, images, plan)
-            run_forward(self.model, images, self._way.forward, observer, plan.watched)
-        for key, reading in plan.readings.items():
-            site = reading.site
-            if key not in found or not _as_found(site, found[key], images):
-                self._known = None
-                forget(self.model)  # look again next time
-                raise UnsupportedAttentionError(
-                    f"layer {site.index} ({site.name}): attention was not where it had been found on the first look; "
-                    "the model takes another path for these images"
-                )
-        verdicts = settle([found[key] for key in plan.readings])
+            tokens = _watch_tokens(stack, len(images), plan)
+            run_forward(self.model, images, forward, observer, plan.watched)
+        self._check_complete(plan, observed)
+        checks = fetch_checks([observed[key] for key in plan.sites])
         return [
-            self._layer(reading, found[key], verdict, distances.get(key), tokens.get(key))
-            for (key, reading), verdict in zip(plan.readings.items(), verdicts, strict=True)
+            self._layer_attention(planned, plan.query, observed[key], check, distances.get(key), tokens.get(key))
+            for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
         ]
 
-    def _layer(
+    def _check_complete(self, plan: RecordingPlan, observed: dict[SiteKey, ObservedRows]) -> None:
+        """Every site that was planned must have run, in the shape in which it was discovered."""
+        missing = [planned.site for key, planned in plan.sites.items() if key not in observed]
+        if missing:
+            self._discovery = None  # discover again next time
+            forget(self.model)
+            raise UnsupportedAttentionError(
+                f"layer {missing[0].index} ({missing[0].name}): attention was not where it had been found on the first "
+                "look; the model takes another path for these images"
+            )
+
+    def _layer_attention(
         self,
-        reading: Reading,
-        seen: Observation,
-        verdict: Verdict,
+        planned: SitePlan,
+        query: QuerySpec,
+        seen: ObservedRows,
+        check: CheckResult,
         distance: Tensor | None,
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
-        site = reading.site
-        assert seen.rows is not None
-        assert site.layout is not None
-        if self.nonfinite == "raise" and not verdict.finite:
+        site = planned.site
+        if self.nonfinite == "raise" and not check.finite:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
-        if verdict.finite and (verdict.error > seen.tolerance or verdict.error == float("inf")):
-            raise mismatch(site.index, site.name, seen.op, verdict.error, seen.tolerance)
-        rows = seen.rows.float() if reading.order is None else seen.rows.float()[..., reading.order]
+        if check.finite and not check.reproduces_output:
+            raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
+        rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
         return LayerAttention(
             layer=site.index,
             name=site.name,
             rows=rows,
             num_prefix=len(site.layout.prefix),
             grid=site.layout.grid,
-            mixed=verdict.mixed,
-            verified_error=verdict.error,
-            kind=verdict.kind,
+            mixed=check.mixed,
+            verified_error=check.error,
+            kind=check.kind,
             places=site.layout.evidence,
-            distance=None if verdict.kind == "signed" else distance,
+            distance=None if check.kind == "signed" else distance,
             norms=None if tokens is None else tokens.norms.float(),
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
             model=type(self.model).__name__,
-            query=str(self._query),
+            query=str(query),
         )
 
 
-def _watch_tokens(stack: ExitStack, images: Tensor, plan: Plan) -> dict[SiteKey, TokenStatistics]:
+def _watch_tokens(stack: ExitStack, batch: int, plan: RecordingPlan) -> dict[SiteKey, TokenStatistics]:
     """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
     seen: dict[SiteKey, TokenStatistics] = {}
-    for key, reading in plan.readings.items():
-        block, report = reading.block, partial(seen.setdefault, key)
+    for key, planned in plan.sites.items():
+        block, report = planned.block, partial(seen.setdefault, key)
         if block is not None:
-            watch_tokens(stack, block.module, len(images), block.order, block.num_prefix, block.has_cls, report)
+            watch_tokens(stack, block.module, batch, block.order, block.num_prefix, block.has_cls, report)
     return seen
-
-
-def _as_found(site: Site, seen: Observation, images: Tensor) -> bool:
-    """Whether an observation has the shape that the site had on the first look."""
-    shape = (len(images), site.heads, site.keys)
-    return site.layout is not None and seen.rows is not None and tuple(seen.rows.shape) == shape
-
-
-def _has_every_query(site: Site) -> bool:
-    return site.layout is not None and len(site.places.patch_queries) == math.prod(site.layout.grid)
-
-
-@F.full_precision()
-def _distance(site: Site, seen: Observation, images: Tensor) -> Tensor:
-    """Mean attention distance over all patches as queries, a few at a time: (B, H) pixels."""
-    assert site.layout is not None
-    assert seen.source is not None
-    assert seen.rows is not None
-    (gh, gw), device = site.layout.grid, seen.rows.device  # FSDP may have moved the images to another device
-    rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
-    centres = torch.cartesian_prod(rows * (images.shape[-2] / gh), cols * (images.shape[-1] / gw))  # (N, 2) pixels
-    patches = torch.tensor(site.layout.patches, device=device)
-    place = torch.full((site.queries,), -1, device=device)  # query to patch number, -1 for the prefix
-    for number, query in site.places.patch_queries.items():
-        place[query] = number
-    total = torch.zeros((), device=device)
-    for start, chunk in seen.source.chunks():
-        queries = place[start : start + chunk.shape[2]]
-        p = chunk[:, :, queries >= 0][..., patches]  # (B, H, queries, N)
-        total = total + F.attention_distance(p, centres[queries[queries >= 0]], centres).sum(-1)
-    return total / len(patches)
-
-
-def _structure(model: nn.Module) -> int:
-    """Changes when a submodule is replaced, added, removed, renamed, or given another class (as FSDP does)."""
-    return hash(tuple((id(module), type(module), *module._modules.keys()) for module in all_modules(model)))

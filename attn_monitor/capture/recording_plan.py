@@ -1,4 +1,4 @@
-"""What one recording of a model shares with the next: which sites are wanted, how to read them, what to watch."""
+"""What can be decided before a recording: which sites are read, which row of each, and which modules are watched."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.block_tokens import block_of
-from attn_monitor.capture.discovery import Site
 from attn_monitor.capture.forward import is_sharded
 from attn_monitor.capture.observer import SiteKey
 from attn_monitor.capture.rows import Query
+from attn_monitor.capture.selection import QuerySpec, Selection
+from attn_monitor.capture.sites import ReadableSite, Site
 
 
 @dataclass(frozen=True)
@@ -26,62 +27,65 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How one wanted site is read."""
+class SitePlan:
+    """How one site is recorded."""
 
-    site: Site
+    site: ReadableSite
     query: Query
     order: Tensor | None  # token indices, prefix first and patches row by row; None where they stand so already
     block: Block | None  # only where its tokens are asked for
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the wanted layers of a model are read; valid while its modules and the images' size stay the same.
+class RecordingPlan:
+    """How the wanted layers of a model are recorded; valid while its modules and the images' size stay the same.
 
-    ``watched`` are the (path, module) pairs inside which operations are looked at; after the site ``last`` nothing is
-    needed any more (None: the forward must run to its end).
+    ``query`` is what is read in all of them. ``watched`` are the (path, module) pairs inside which operations are
+    observed; after the site ``last`` the forward may be left (None: it must run to its end).
     """
 
-    readings: Mapping[SiteKey, Reading]
+    query: QuerySpec
+    sites: Mapping[SiteKey, SitePlan]
     watched: Sequence[tuple[str, nn.Module]]
     last: SiteKey | None
 
 
-def make_plan(
+def plan_recording(
     model: nn.Module,
     sites: Sequence[Site],
-    wanted: Mapping[SiteKey, tuple[Site, Query]],
+    query: QuerySpec,
+    wanted: Selection,
     device: torch.device,
     *,
     tokens: bool,
-) -> Plan:
-    """Everything that can be known before the forward runs; ``tokens``: what enters the blocks is asked for too."""
+) -> RecordingPlan:
+    """The plan for the ``wanted`` ones of all sites; ``tokens``: what enters their blocks is asked for too."""
     modules = dict(model.named_modules())
-    readings = {
-        key: Reading(site, query, _order(site, device), _block(site, sites, modules, device) if tokens else None)
-        for key, (site, query) in wanted.items()
+    planned = {
+        key: SitePlan(site, index, _order(site, device), _block(site, sites, modules, device) if tokens else None)
+        for key, (site, index) in wanted.items()
     }
     roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
     # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
-    return Plan(readings, watched, None if is_sharded(model) else next(reversed(readings)))
+    return RecordingPlan(query, planned, watched, None if is_sharded(model) else next(reversed(planned)))
 
 
 def _is_below(path: str, root: str) -> bool:
     return root == "" or path.startswith(f"{root}.")
 
 
-def _order(site: Site, device: torch.device) -> Tensor | None:
-    assert site.layout is not None
+def _order(site: ReadableSite, device: torch.device) -> Tensor | None:
     order = site.layout.order
     return None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
 
 
-def _block(site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], device: torch.device) -> Block | None:
+def _block(
+    site: ReadableSite, sites: Sequence[Site], modules: dict[str, nn.Module], device: torch.device
+) -> Block | None:
     path = block_of(site.key[0], {s.key[0] for s in sites}, modules)
     entering, layout = None if path is None else site.places.entries.get(path), site.layout
-    if path is None or entering is None or layout is None:
+    if path is None or entering is None:
         return None
     if (entering.grid, len(entering.prefix)) != (layout.grid, len(layout.prefix)):
         return None  # its tokens are not those of the rows
@@ -90,17 +94,18 @@ def _block(site: Site, sites: Sequence[Site], modules: dict[str, nn.Module], dev
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a first look has found in one model."""
+class ModelSummary:
+    """What was discovered in one model, to be printed."""
 
     model: str  # name of its class
-    layers: tuple[int, ...]
-    of: int  # how many layers there are
+    layers: tuple[int, ...]  # that are recorded
+    num_layers: int
     heads: int
     grid: tuple[int, int]
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
-        which = f"all {self.of} layers" if 1 < len(self.layers) == self.of else f"{many} of 0 to {self.of - 1}"
+        every = 1 < len(self.layers) == self.num_layers
+        which = f"all {self.num_layers} layers" if every else f"{many} of 0 to {self.num_layers - 1}"
         return f"{self.model}, {which}, {self.heads} heads, grid {self.grid[0]} × {self.grid[1]}"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.discovery import Site
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.operations import Observation
+from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.rows import AttentionSource
 from attn_monitor.capture.selection import QuerySpec, resolve_query
-from attn_monitor.errors import AttentionError, UnsupportedAttentionError
+from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
+from attn_monitor.errors import UnsupportedAttentionError
 
 Fusion = Literal["mean", "max", "min"]
 
@@ -41,24 +42,19 @@ def attention_rollout(
     if not 0 <= residual < 1:
         raise ValueError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
     recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify="always")
-    sites = recorder.sites(images)
-    for site in sites:
-        _check(site, sites[-1])
+    last = _check_sites(recorder.sites(images))[-1]
     sources: list[AttentionSource] = []
 
-    def keep(_: Site, seen: Observation) -> None:
-        assert seen.source is not None
+    def keep(_: ReadableSite, seen: ReadObservation) -> None:
         sources.append(seen.source)
 
-    recorder(images, each=keep)
-    last, layout = sites[-1], sites[-1].layout
-    assert layout is not None
+    recorder(images, on_layer=keep)
     token = resolve_query(last, query)
     row = torch.zeros(len(images), last.keys, device=images.device)  # (B, T)
     row[:, slice(None) if token == "mean" else int(token)] = 1 / last.keys if token == "mean" else 1
     for source in reversed(sources):
         row = residual * row + (1 - residual) * _through(source, row, head_fusion)
-    maps: Tensor = row[:, list(layout.patches)].unflatten(-1, layout.grid)
+    maps: Tensor = row[:, list(last.layout.patches)].unflatten(-1, last.layout.grid)
     return maps
 
 
@@ -72,19 +68,35 @@ def _through(source: AttentionSource, row: Tensor, head_fusion: Fusion) -> Tenso
     return total
 
 
-def _check(site: Site, last: Site) -> None:
-    where = f"attention rollout needs every layer, and layer {site.index} ({site.name}, {site.op})"
-    problem: AttentionError | str | None = site.refusal
-    if problem is None and site.mixed:
-        problem = "mixes its heads after the softmax, so no matrix says where it reads from"
-    if problem is None and (site.queries, site.keys, site.layout) != (last.keys, last.keys, last.layout):
-        problem = (
+def _check_sites(sites: Sequence[Site]) -> list[ReadableSite]:
+    """All sites, if each reads from the same tokens as the last one, in the same order."""
+    readable = []
+    for site in sites:
+        if isinstance(site, RefusedSite):
+            raise _refusal(site, str(site.refusal))
+        readable.append(site)
+    for site in readable:
+        if problem := _problem(site, readable[-1]):
+            raise _refusal(site, problem)
+    return readable
+
+
+def _refusal(site: Site, problem: str) -> UnsupportedAttentionError:
+    return UnsupportedAttentionError(
+        f"attention rollout needs every layer, and layer {site.index} ({site.name}, {site.op}): {problem}. "
+        "Look at single layers with record_attention instead"
+    )
+
+
+def _problem(site: ReadableSite, last: ReadableSite) -> str:
+    if site.mixed:
+        return "mixes its heads after the softmax, so no matrix says where it reads from"
+    if (site.queries, site.keys, site.layout) != (last.keys, last.keys, last.layout):
+        return (
             f"has {site.queries} queries and {site.keys} keys where the last layer has {last.keys} tokens, or has them "
             "in another order"
         )
-    if problem is None and site.layout is not None:
-        patches = dict(enumerate(site.layout.patches))
-        if {p: q for p, q in site.places.patch_queries.items() if p in patches} != patches:
-            problem = "has its queries in another order than its keys"
-    if problem is not None:
-        raise UnsupportedAttentionError(f"{where}: {problem}. Look at single layers with record_attention instead")
+    patches = dict(enumerate(site.layout.patches))
+    if {p: q for p, q in site.places.patch_queries.items() if p in patches} != patches:
+        return "has its queries in another order than its keys"
+    return ""

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,18 @@ Query = int | str
 """A token index, or "mean": the average over all queries."""
 
 Folding = Literal["batch first", "heads first"]
-"""How (B·H, …) or (H·B, …) is to be read."""
+"""Which of batch and heads comes first where they are one dimension: (B·H, …) or (H·B, …)."""
 
-Reading = tuple[int, bool, float, bool, bool]
-"""Which reading of an unknown operation: dimension of packed qkv, tokens before heads, scale, causal, heads first."""
+
+class CallingConvention(NamedTuple):
+    """How an attention kernel from outside PyTorch takes its arguments and lays out its result."""
+
+    packed_dim: int  # the dimension of length 3 that holds q, k and v; -1 where they are separate tensors
+    tokens_first: bool  # (B, N, H, D), else (B, H, N, D)
+    scale: float
+    causal: bool
+    heads_first_out: bool  # the result is (B, H, N, D), else (B, N, H, D)
+
 
 _CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
 
@@ -44,14 +52,14 @@ def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
     return total / queries
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions; float32 and float64 as they are."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in its widened type."""
-    return x.to(widened(x.dtype))
+    """The tensor in float32, or float64 where it is that."""
+    return x.to(widened_dtype(x.dtype))
 
 
 @dataclass
@@ -66,7 +74,7 @@ class FusedCall:
     causal: bool = False
     scale: float | None = None
     heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
-    reading: Reading | None = None  # of an operation that nobody listed
+    convention: CallingConvention | None = None  # of an operation from outside PyTorch
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""
@@ -104,7 +112,7 @@ class FusedCall:
             out = out.reshape(batch, heads, length, -1)
         else:
             out = out.reshape(batch, length, heads, -1).transpose(1, 2)
-        return out.mean(2, dtype=widened(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
+        return out.mean(2, dtype=widened_dtype(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
 
 
 @dataclass

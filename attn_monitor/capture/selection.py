@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attn_monitor.capture.discovery import Site
 from attn_monitor.capture.observer import SiteKey
 from attn_monitor.capture.rows import Query
+from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import AttentionError, LayerError, QueryError
 
 Layers = int | str | Sequence[int | str]
 QuerySpec = str | int | tuple[int, int]
+Selection = dict[SiteKey, tuple[ReadableSite, Query]]
+"""The sites that are wanted, each with the row to read there."""
 
 
 def check_query(query: QuerySpec) -> QuerySpec:
@@ -37,7 +39,7 @@ def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
     return {index: str(reason) for index, reason in _every_layer(sites, query)[1].items()}
 
 
-def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dict[SiteKey, tuple[Site, Query]]:
+def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> Selection:
     """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
     if layers == "all":
         selected, reasons = _every_layer(sites, query)
@@ -48,20 +50,18 @@ def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> dic
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     selected = {}
     for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
-        if site.refusal is not None:
+        if isinstance(site, RefusedSite):
             raise _with_alternatives(site.refusal, sites)
         selected[site.key] = (site, resolve_query(site, query))
     return selected
 
 
-def _every_layer(
-    sites: Sequence[Site], query: QuerySpec
-) -> tuple[dict[SiteKey, tuple[Site, Query]], dict[int, AttentionError]]:
+def _every_layer(sites: Sequence[Site], query: QuerySpec) -> tuple[Selection, dict[int, AttentionError]]:
     """All layers that have this query, and for each other one, by index, why it has not."""
-    selected: dict[SiteKey, tuple[Site, Query]] = {}
+    selected: Selection = {}
     reasons: dict[int, AttentionError] = {}
     for site in sites:
-        if site.refusal is not None:
+        if isinstance(site, RefusedSite):
             reasons[site.index] = site.refusal
             continue
         try:
@@ -72,7 +72,7 @@ def _every_layer(
 
 
 def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
-    usable = [s.index for s in sites if s.refusal is None]
+    usable = [s.index for s in sites if isinstance(s, ReadableSite)]
     return type(refusal)(f"{refusal}. Layers that can be read: {usable or 'none'}")
 
 
@@ -91,12 +91,11 @@ def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
     return named
 
 
-def resolve_query(site: Site, query: QuerySpec) -> Query:
+def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
     """Token index of the query at this site, or "mean"."""
-    assert site.layout is not None
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
-        if places.part:
+        if places.partial_queries:
             raise QueryError(
                 f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
             )
@@ -112,8 +111,7 @@ def resolve_query(site: Site, query: QuerySpec) -> Query:
     raise QueryError(_no_cls(site, where))
 
 
-def _patch_query(site: Site, query: tuple[int, int], where: str) -> int:
-    assert site.layout is not None
+def _patch_query(site: ReadableSite, query: tuple[int, int], where: str) -> int:
     (row, col), (gh, gw) = query, site.layout.grid
     if not (0 <= row < gh and 0 <= col < gw):
         raise QueryError(f"query=({row}, {col}): {where} has a grid of {gh} rows and {gw} columns of patches")
@@ -126,11 +124,11 @@ def _patch_query(site: Site, query: tuple[int, int], where: str) -> int:
     return index
 
 
-def _no_cls(site: Site, where: str) -> str:
-    if not site.places.no_cls:
+def _no_cls(site: ReadableSite, where: str) -> str:
+    if not site.places.no_cls_reason:
         what = f"{site.keys} tokens, all of them patches" if site.queries > 1 else "a single query, which is a patch"
         return (
             f'{where} has {what}, so there is no CLS token. Use query="mean": the attention each patch receives, '
             "averaged over all queries"
         )
-    return f'{where}: {site.places.no_cls}. Choose one by its index, query=<index>, or use query="mean"'
+    return f'{where}: {site.places.no_cls_reason}. Choose one by its index, query=<index>, or use query="mean"'

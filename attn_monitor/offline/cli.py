@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 from attn_monitor.capture.backbones import find_backbones
-from attn_monitor.capture.discovery import Site
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.capture.sites import Site
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.draw import panels as render
 from attn_monitor.errors import ArchiveError, AttentionError, NoAttentionError

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attn_monitor.capture.recording_plan import Found
+from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.record.probe import ProbeBatch
 
 
@@ -22,7 +22,7 @@ def inform(text: str) -> None:
 
 
 def found_text(
-    found: Mapping[str, Found],
+    found: Mapping[str, ModelSummary],
     paths: Mapping[str, str],
     probe: ProbeBatch,
     *,

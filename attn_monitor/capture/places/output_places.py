@@ -3,196 +3,196 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from attn_monitor.capture.observer import SiteKey
-from attn_monitor.capture.places import layout as lay
-from attn_monitor.capture.places.silent_forward import Call, Tokens
-from attn_monitor.capture.places.silent_runs import Asker
-from attn_monitor.capture.places.site_places import Mosaic, SitePlaces, grid_of, limit_of, mosaic_of
+from attn_monitor.capture.places.layout import STATIC, Places, is_whole
+from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.places.sketches import relative_change
+from attn_monitor.capture.places.synthetic_images import noise_images
+from attn_monitor.capture.places.tokens import Call, SiteTokens, Tokens
 
 
-def refuse_mixtures(found: Mapping[SiteKey, SitePlaces], reference: Tokens) -> None:
+def refuse_mixtures(search: PlaceSearch) -> None:
     """Two products of one V in one call of a module: for the same queries a mixture, for others a part each."""
+    found, reference = search.sites, search.reference
     for key in reference.mixed & set(found):
-        found[key].layout, found[key].why = None, "what it reads is also combined with other weights (a mixture)"
-    sites = [(key, reference.sites[key]) for key in found if key in reference.sites]
-    for i, (key, a) in enumerate(sites):
-        for other, b in sites[i + 1 :]:
-            if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
-                continue
-            shared = set(found[key].patch_queries) & set(found[other].patch_queries)
-            shared |= {-1} if found[key].cls is not None and found[other].cls is not None else set()
-            if shared or (
-                a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
-            ):
-                for one in (found[key], found[other]):
-                    one.layout, one.why = None, "two attentions over the same values are combined for the same queries"
-            else:
-                found[key].part = found[other].part = True
+        found[key].refuse("what it reads is also combined with other weights (a mixture)")
+    sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
+    for (site, a), (other, b) in combinations(sites, 2):
+        if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
+            continue
+        shared = not set(site.patch_queries).isdisjoint(other.patch_queries)
+        shared = shared or (site.cls is not None and other.cls is not None)
+        if shared or _same_single_query(a, b):
+            for one in (site, other):
+                one.refuse("two attentions over the same values are combined for the same queries")
+        else:
+            site.partial_queries = other.partial_queries = True
 
 
-def check_landing(
-    ask: Asker,
-    images: Tensor,
-    found: Mapping[SiteKey, SitePlaces],
-    mosaics: Sequence[Mosaic],
-    reference: Tokens,
-) -> None:
+def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
+    return a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
+
+
+def check_outputs(search: PlaceSearch) -> None:
     """Marks in a product's results must come out at the tokens that its queries are."""
-    marks = _choose_marks(found, reference)
+    marks = _choose_marks(search)
     if not marks:
         return
     slots = 1 + max(m.slot for m in marks.values())
-    base, other = lay.noise_images(images, 2, seed=8)
+    base, other = noise_images(search.images, 2, seed=8)
     shown = torch.stack([base, *(base for _ in range(slots)), other])
-    by_site = {}
-    for key, site in reference.sites.items():
-        by_site[key] = torch.zeros(len(shown), site.queries, dtype=torch.bool, device=images.device)
+    marked_queries = {}
+    for key, tokens in search.reference.sites.items():
+        marked_queries[key] = torch.zeros(len(shown), tokens.queries, dtype=torch.bool, device=search.images.device)
         if key in marks:
-            by_site[key][1 + marks[key].slot, list(marks[key].queries)] = True
-    tokens = ask(shown, 1, marks=by_site)
-    landing = _Landing(tokens, marks, found)
-    hops = landing.hops()
-    for key, place in found.items():
-        if place.layout is None or key not in tokens.sites:
+            marked_queries[key][1 + marks[key].slot, list(marks[key].queries)] = True
+    check = _OutputCheck(search, search.silent_model(shown, 1, marks=marked_queries), marks)
+    two_hops = check.two_hops()
+    for key, site, layout in search.placed():
+        if key not in check.tokens.sites:
             continue
-        if key in hops:
-            place.layout, place.why = None, "it is one of two hops: what an attention gave is read by attention again"
-        elif key in marks and not landing.is_right(key, mosaic_of(mosaics, place.layout)):
-            place.layout, place.why = None, "the results of its queries do not go to the tokens that its queries are"
-
-
-def _depends_on_image(sketches: Tensor, limit: float) -> bool:
-    return bool((lay.changes(sketches[-1], sketches[0]) > limit).any())
+        if key in two_hops:
+            site.refuse("it is one of two hops: what an attention gave is read by attention again")
+        elif key in marks and not check.is_right(key, search.mosaic_of(layout)):
+            site.refuse("the results of its queries do not go to the tokens that its queries are")
 
 
 @dataclass(frozen=True)
 class _Marked:
-    """What is marked at one site, in the image of its slot: the cells, and the queries that hold them."""
+    """What is marked at one site, in the image of its slot: the cells of a grid, and the queries that hold them."""
 
     slot: int
+    grid: tuple[int, int]
     places: frozenset[int]
     queries: tuple[int, ...]
 
 
-def _choose_marks(found: Mapping[SiteKey, SitePlaces], reference: Tokens) -> dict[SiteKey, _Marked]:
+def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
     """Sites that share an image have places of their own, at least three each."""
-    sites = [k for k, f in found.items() if f.layout is not None and len(f.patch_queries) > 1 and k in reference.sites]
-    fewest = min((len(found[key].patch_queries) for key in sites), default=1)
+    sites = [
+        (key, layout.grid, site.patch_queries)
+        for key, site, layout in search.placed()
+        if len(site.patch_queries) > 1 and key in search.reference.sites
+    ]
+    fewest = min((len(held) for _, _, held in sites), default=1)
     slots = math.ceil(3 * len(sites) / fewest)
     generator = torch.Generator().manual_seed(9)
     marks: dict[SiteKey, _Marked] = {}
     for slot in range(slots):
         orders: dict[tuple[int, int], list[int]] = {}
-        share = sites[slot::slots]
-        for number, key in enumerate(share):
-            grid = grid_of(found[key])
+        sharing = sites[slot::slots]
+        for number, (key, grid, held) in enumerate(sharing):
             if grid not in orders:
                 orders[grid] = torch.randperm(math.prod(grid), generator=generator).tolist()
-            held = found[key].patch_queries
-            mine = [p for p in orders[grid][number :: max(len(share), 2)] if p in held]  # at most half of them
-            if mine:
-                marks[key] = _Marked(slot, frozenset(mine), tuple(held[p] for p in mine))
+            own = [p for p in orders[grid][number :: max(len(sharing), 2)] if p in held]  # at most half of them
+            if own:
+                marks[key] = _Marked(slot, grid, frozenset(own), tuple(held[p] for p in own))
     return marks
 
 
-class _Landing:
-    """Whether results of a site's queries land in the tokens that the queries are."""
+class _OutputCheck:
+    """Whether results of a site's queries come out at the tokens that the queries are.
 
-    def __init__(self, tokens: Tokens, marks: Mapping[SiteKey, _Marked], found: Mapping[SiteKey, SitePlaces]) -> None:
-        self.tokens, self.marks, self.found = tokens, marks, found
-        self.order = [key for key in found if key in tokens.sites]
+    ``tokens`` are those of the first image without marks, of one image a slot with marks, and of another image.
+    """
 
-    def hops(self) -> set[SiteKey]:
+    def __init__(self, search: PlaceSearch, tokens: Tokens, marks: dict[SiteKey, _Marked]) -> None:
+        self.search, self.tokens, self.marks = search, tokens, marks
+        self.order = [key for key in search.sites if key in tokens.sites]
+
+    def two_hops(self) -> set[SiteKey]:
         """Operations whose V is nothing but what others gave in the same call of a module; and those others."""
         chained: set[SiteKey] = set()
         for number, key in enumerate(self.order):
             seen = self.tokens.sites[key]
             before = [k for k in self.order[:number] if seen.within and self.tokens.sites[k].within == seen.within]
-            if before and not _depends_on_image(seen.v, limit_of(seen)):
+            if before and not _depends_on_image(seen.v, seen.threshold):
                 chained.update([*before, key])
             again = self.tokens.again.get(key)
-            if again is not None and not _depends_on_image(again, limit_of(seen)):
+            if again is not None and not _depends_on_image(again, seen.threshold):
                 chained.add(key)
         return chained
 
     def is_right(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
         """Looked at where the modules around end, and where the next attention reads."""
         seen = self.tokens.sites[key]
-        told = [self._at_exit(key, call, mosaic) for call in reversed(seen.within)]
-        told.append(self._at_next_site(key, mosaic))
-        if "wrong" in told:
+        results = [self._at_exit(key, call, mosaic) for call in reversed(seen.within)]
+        results.append(self._at_next_site(key, mosaic))
+        if "wrong" in results:
             return False
-        return "right" in told or "in another order" not in told
+        return "right" in results or "in another order" not in results
 
     def _moved(self, key: SiteKey, sketches: Tensor) -> list[bool]:
-        image = 1 + self.marks[key].slot
-        moved: list[bool] = (lay.changes(sketches[image], sketches[0]) > limit_of(self.tokens.sites[key])).tolist()
+        """Which tokens change with the marks of a site."""
+        image, limit = 1 + self.marks[key].slot, self.tokens.sites[key].threshold
+        moved: list[bool] = (relative_change(sketches[image], sketches[0]) > limit).tolist()
         return moved
 
     def _marked_places(self, key: SiteKey, others: Sequence[SiteKey]) -> set[int]:
-        grid, mine = grid_of(self.found[key]), self.marks[key]
-        alike = [
-            self.marks[k].places
-            for k in others
-            if k in self.marks and self.marks[k].slot == mine.slot and grid_of(self.found[k]) == grid
-        ]
-        return set(mine.places).union(*alike)
+        """Places that are marked at a site, or in the same image and grid at one of the others that are not refused."""
+        own = self.marks[key]
+        marks = (self.marks[k] for k in others if k in self.marks and self.search.sites[k].layout is not None)
+        return set(own.places).union(*(m.places for m in marks if (m.slot, m.grid) == (own.slot, own.grid)))
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: Mosaic | None) -> str:
+        """What the tokens say that leave a module: "right", "in another order", "wrong", or nothing."""
         leaving, entering = self.tokens.exits.get(call), self.tokens.entries.get(call)
         if leaving is None:
             return ""
         out = self._moved(key, leaving)
-        same_length = entering is not None and entering.shape[1] == len(out)
-        before = self._moved(key, entering) if entering is not None and same_length else [False] * len(out)
-        entry = exit_ = None
-        if mosaic is not None:
-            exit_ = mosaic.exits.get(call)
-            entry = mosaic.entries.get(call) if same_length else None
-            exit_ = exit_ if lay.is_whole(exit_, mosaic.cells) else None
-            entry = entry if lay.is_whole(entry, mosaic.cells) else None
-        at_queries = {q: p for p, q in self.found[key].patch_queries.items()}
-        if exit_ is not None and entry is not None:
-            places, verdict = list(exit_), "right" if exit_ == entry else "in another order"
-        elif entry is not None:
-            places, verdict = list(entry), "right"
-        elif len(out) == self.tokens.sites[key].queries:
-            places, verdict = [at_queries.get(t, lay.STATIC) for t in range(len(out))], "right"
-        else:
+        if entering is not None and entering.shape[1] != len(out):
+            entering = None
+        before = [False] * len(out) if entering is None else self._moved(key, entering)
+        entry = None if mosaic is None or entering is None else _if_whole(mosaic, mosaic.entries.get(call))
+        exit_ = None if mosaic is None else _if_whole(mosaic, mosaic.exits.get(call))
+        places = exit_ if exit_ is not None and entry is not None else entry
+        if places is None and len(out) == self.tokens.sites[key].queries:
+            at_queries = {q: p for p, q in self.search.sites[key].patch_queries.items()}
+            places = tuple(at_queries.get(t, STATIC) for t in range(len(out)))
+        newly = [t for t in range(len(out)) if out[t] and not before[t]]
+        if places is None or not newly:
             return ""
         inside = [k for k in self.order if call in self.tokens.sites[k].within]
-        wanted = self._marked_places(key, inside)
-        newly = {t for t in range(len(out)) if out[t] and not before[t]}
-        if not newly:
-            return ""
+        wanted, both_known = self._marked_places(key, inside), exit_ is not None and entry is not None
         missing = any(places[t] in wanted and not out[t] for t in range(len(out)))
-        strict = exit_ is not None and entry is not None
-        extra = strict and any(places[t] not in wanted for t in newly)
-        return "wrong" if missing or extra else verdict
+        extra = both_known and any(places[t] not in wanted for t in newly)
+        if missing or extra:
+            return "wrong"
+        return "in another order" if both_known and exit_ != entry else "right"
 
     def _at_next_site(self, key: SiteKey, mosaic: Mosaic | None) -> str:
-        if mosaic is None or not lay.is_whole(mosaic.v.get(key), mosaic.cells):
+        """What the V of the next attention that the marks reach says: "right", "wrong", or nothing."""
+        if mosaic is None or not is_whole(mosaic.v.get(key), mosaic.cells):
             return ""
-        own = self._at_places(key, key, mosaic)
+        own = self._moved_places(key, key, mosaic)
         number = self.order.index(key)
         for i, later in enumerate(self.order[number + 1 :], number + 1):
-            if not lay.is_whole(mosaic.v.get(later), mosaic.cells) or mosaic.v[later] is None:
+            if not is_whole(mosaic.v.get(later), mosaic.cells):
                 continue
             if self.tokens.sites[later].v.shape[1] != len(mosaic.v[later]):
                 continue
-            newly = self._at_places(key, later, mosaic) - own
+            newly = self._moved_places(key, later, mosaic) - own
             if newly:
-                expected = self._marked_places(key, self.order[:i])  # branches that run side by side land together
+                expected = self._marked_places(key, self.order[:i])  # branches that run side by side come out together
                 return "right" if self.marks[key].places <= newly | own and newly <= expected else "wrong"
         return ""
 
-    def _at_places(self, key: SiteKey, site: SiteKey, mosaic: Mosaic) -> set[int]:
-        """Places of the tokens whose V moved at a site."""
+    def _moved_places(self, key: SiteKey, site: SiteKey, mosaic: Mosaic) -> set[int]:
+        """Places of the tokens whose V moves at a site."""
         moved = self._moved(key, self.tokens.sites[site].v)
         return {p for p, m in zip(mosaic.v[site], moved, strict=True) if m and p >= 0}
+
+
+def _if_whole(mosaic: Mosaic, places: Places | None) -> Places | None:
+    return places if is_whole(places, mosaic.cells) else None
+
+
+def _depends_on_image(sketches: Tensor, limit: float) -> bool:
+    return bool((relative_change(sketches[-1], sketches[0]) > limit).any())

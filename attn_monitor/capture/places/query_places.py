@@ -3,43 +3,72 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from attn_monitor.capture.observer import SiteKey
-from attn_monitor.capture.places import layout as lay
-from attn_monitor.capture.places.layout import TokenLayout
-from attn_monitor.capture.places.silent_forward import SiteTokens, Tokens
-from attn_monitor.capture.places.silent_runs import Asker
-from attn_monitor.capture.places.site_places import Mosaic, SitePlaces, limit_of, mosaic_of
+from attn_monitor.capture.places.layout import TokenLayout, layout_of, mostly_single
+from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch, SitePlaces
+from attn_monitor.capture.places.sketches import relative_change
+from attn_monitor.capture.places.synthetic_images import mosaics
+from attn_monitor.capture.places.tokens import SiteTokens, Tokens
 
 _CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
 
 
-def find_queries(found: Mapping[SiteKey, SitePlaces], mosaics: Sequence[Mosaic], reference: Tokens) -> None:
+def find_queries(search: PlaceSearch) -> None:
     """Which query holds which patch of the keys' grid, and the layouts of what enters the modules around."""
-    for key, site in found.items():
-        mosaic = None if site.layout is None else mosaic_of(mosaics, site.layout)
-        if site.layout is None or mosaic is None or key not in reference.sites:
+    for key, site, layout in search.placed():
+        mosaic = search.mosaic_of(layout)
+        if mosaic is None or key not in search.reference.sites:
             continue
+        tokens = search.reference.sites[key]
         # Queries that are no token are cut off again (padding), and no part of a mean.
-        site.part = site.part or reference.sites[key].queries > max(len(site.layout.order), 1)
+        site.partial_queries = site.partial_queries or tokens.queries > max(len(layout.order), 1)
         if not site.patch_queries and key in mosaic.q:
-            held = [p for p in mosaic.q[key] if p >= 0]
-            if len(held) == len(set(held)) and lay.has_own(mosaic.q[key]):
-                site.patch_queries = {p: t for t, p in enumerate(mosaic.q[key]) if p >= 0}
-                masked = lay.layout_of(mosaic.q[key], site.layout.grid, "exact")
-                if masked is not None:  # also the queries of patches that a mask token replaced
-                    site.patch_queries = dict(enumerate(masked.patches))
-        within = {call[0]: mosaic.entries.get(call) for call in reference.sites[key].within}
-        layouts = {path: lay.layout_of(p, site.layout.grid, "exact") for path, p in within.items() if p is not None}
-        if site.layout.evidence == "centres" and not any(layouts.values()):
-            # Where no token can be told exactly, those that enter are taken to be in the order of the keys.
-            layouts = {
-                path: site.layout for path, p in within.items() if p is not None and len(p) == len(site.layout.order)
-            }
-        site.entries = {path: layout for path, layout in layouts.items() if layout is not None}
+            site.patch_queries = _patch_queries(mosaic, key)
+        site.entries = _entering_layouts(mosaic, tokens, layout)
+
+
+def _patch_queries(mosaic: Mosaic, key: SiteKey) -> dict[int, int]:
+    """The query of each cell, also of patches that a mask token replaced; empty where cells are held twice."""
+    places = mosaic.q[key]
+    held = [p for p in places if p >= 0]
+    if len(held) != len(set(held)) or not mostly_single(places):
+        return {}
+    masked = layout_of(places, mosaic.conv.grid, "exact")
+    return {p: t for t, p in enumerate(places) if p >= 0} if masked is None else dict(enumerate(masked.patches))
+
+
+def _entering_layouts(mosaic: Mosaic, tokens: SiteTokens, keys: TokenLayout) -> dict[str, TokenLayout]:
+    """Layouts of the tokens that enter the modules around a site, by path."""
+    entering = {call[0]: mosaic.entries[call] for call in tokens.within if call in mosaic.entries}
+    layouts = {path: layout_of(places, keys.grid, "exact") for path, places in entering.items()}
+    if keys.evidence == "centres" and not any(layouts.values()):
+        # Where no token can be told exactly, those that enter are taken to be in the order of the keys.
+        return {path: keys for path, places in entering.items() if len(places) == len(keys.order)}
+    return {path: layout for path, layout in layouts.items() if layout is not None}
+
+
+def find_cls(search: PlaceSearch) -> None:
+    """Which query is CLS: the one that moves when the class token's parameter is changed."""
+    model, reference = search.silent_model.model, search.reference
+    first = mosaics(search.images, search.mosaics[0].conv)[:1]
+    nudges = [search.silent_model(first, 1, nudged=[owner]) for owner in _class_parameters(model)]
+    registers = any(
+        _REGISTER_NAME.search(name) for m in model.modules() for name, _ in m.named_parameters(recurse=False)
+    )
+    for key, site, layout in search.placed():
+        if key not in reference.sites:
+            continue
+        before, held = reference.sites[key], set(site.patch_queries.values())
+        others = [t for t in range(before.queries) if t not in held]
+        moved_queries, moved_keys = _moved_by(nudges, key, before)
+        site.cls, site.no_cls_reason = _choose_cls(before, moved_queries, others, registers)
+        site.layout = _with_first(layout, moved_keys & set(layout.prefix))
+        _put_cls_first_in_entries(site, before, nudges, reference)
 
 
 def _class_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -53,47 +82,29 @@ def _class_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found[:4]
 
 
-def find_cls(
-    ask: Asker,
-    images: Tensor,
-    found: Mapping[SiteKey, SitePlaces],
-    mosaics: Sequence[Mosaic],
-    reference: Tokens,
-) -> None:
-    """Which query is CLS: the one that moves when the class token's parameter is changed."""
-    first = lay.mosaics(images, mosaics[0].conv)[:1]
-    nudges = [ask(first, 1, nudged=[owner]) for owner in _class_parameters(ask.model)]
-    registers = any(
-        _REGISTER_NAME.search(name) for m in ask.model.modules() for name, _ in m.named_parameters(recurse=False)
-    )
-    for key, site in found.items():
-        if site.layout is None or key not in reference.sites:
+def _moved_by(nudges: Sequence[Tokens], key: SiteKey, before: SiteTokens) -> tuple[list[list[int]], set[int]]:
+    """The queries at a site that each nudged parameter moves, if any; and the keys that one of them does."""
+    moved_queries: list[list[int]] = []
+    moved_keys: set[int] = set()
+    for nudge in nudges:
+        after = nudge.sites.get(key)
+        if after is None or after.v.shape[1:] != before.v.shape[1:]:
             continue
-        before, held = reference.sites[key], set(site.patch_queries.values())
-        others = [t for t in range(before.queries) if t not in held]
-        moved_keys: list[int] = []
-        moved: list[list[int]] = []
-        for nudge in nudges:
-            after = nudge.sites.get(key)
-            if after is None or after.v.shape[1:] != before.v.shape[1:]:
-                continue
-            limit = limit_of(before)
-            if after.q is not None and before.q is not None and after.q.shape[1:] == before.q.shape[1:]:
-                moved.append(_changed(after.q, before.q[:1], limit))
-            moved_keys += [t for t in _changed(after.v, before.v[:1], limit) if t in site.layout.prefix]
-        site.cls, site.no_cls = _choose_cls(site, before, [m for m in moved if m], others, registers)
-        _put_cls_first(site, moved_keys, nudges, reference, key)
+        if after.q is not None and before.q is not None and after.q.shape[1:] == before.q.shape[1:]:
+            moved_queries.append(_changed(after.q, before.q, before.threshold))
+        moved_keys.update(_changed(after.v, before.v, before.threshold))
+    return [queries for queries in moved_queries if queries], moved_keys
 
 
 def _changed(after: Tensor, before: Tensor, limit: float) -> list[int]:
-    return [int(t) for t in (lay.changes(after[0], before[0]) > limit).nonzero().flatten()]
+    """Tokens that differ in the first image."""
+    return [int(t) for t in (relative_change(after[0], before[0]) > limit).nonzero().flatten()]
 
 
 def _choose_cls(
-    site: SitePlaces, before: SiteTokens, moved: Sequence[list[int]], others: Sequence[int], registers: bool
+    before: SiteTokens, moved: Sequence[list[int]], others: Sequence[int], registers: bool
 ) -> tuple[int | None, str]:
-    """The query index of CLS, or why there is none."""
-    assert site.layout is not None
+    """The query index of CLS among the ``others``, which are no patch; or why there is none."""
     alone = sorted({m[0] for m in moved if len(m) == 1})
     if moved and len(alone) == 1 and alone[0] in others:
         return alone[0], ""
@@ -116,29 +127,26 @@ def _choose_cls(
     )
 
 
-def _put_cls_first(
-    site: SitePlaces, moved_keys: Sequence[int], nudges: Sequence[Tokens], reference: Tokens, key: SiteKey
+def _put_cls_first_in_entries(
+    site: SitePlaces, before: SiteTokens, nudges: Sequence[Tokens], reference: Tokens
 ) -> None:
-    """The prefix starts with the CLS key, in the operation and in what enters the modules around it."""
-    assert site.layout is not None
-    keys = sorted(set(moved_keys))
-    site.layout = _with_first(site.layout, keys)
+    """The prefix of what enters the modules around a site starts with the token that the class parameter moves."""
     entries = {}
-    for call in reference.sites[key].within:
-        layout, before = site.entries.get(call[0]), reference.entries.get(call)
-        if layout is None or before is None:
+    for call in before.within:
+        layout, entering = site.entries.get(call[0]), reference.entries.get(call)
+        if layout is None or entering is None:
             continue
-        limit, changed = limit_of(reference.sites[key]), set()
+        changed: set[int] = set()
         for nudge in nudges:
             after = nudge.entries.get(call)
-            if after is not None and after.shape[1:] == before.shape[1:]:
-                changed.update(_changed(after, before[:1], limit))
-        entries[call[0]] = _with_first(layout, sorted(changed & set(layout.prefix)))
+            if after is not None and after.shape[1:] == entering.shape[1:]:
+                changed.update(_changed(after, entering, before.threshold))
+        entries[call[0]] = _with_first(layout, changed & set(layout.prefix))
     site.entries = entries
 
 
-def _with_first(layout: TokenLayout, cls: Sequence[int]) -> TokenLayout:
+def _with_first(layout: TokenLayout, cls: set[int]) -> TokenLayout:
+    """The layout whose prefix starts with CLS, if it is one token that could be."""
     if len(cls) != 1:
         return layout
-    prefix = (cls[0], *(t for t in layout.prefix if t != cls[0]))
-    return TokenLayout(layout.grid, prefix, layout.patches, layout.evidence)
+    return replace(layout, prefix=(*cls, *(t for t in layout.prefix if t not in cls)))

@@ -6,60 +6,25 @@ token holds the same part of the image in the last layer as in the first, unless
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture import operations as ops
+from attn_monitor.capture import unknown_operations as unknown
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observer import AttentionObserver, SiteKey, run_operation
-from attn_monitor.capture.places.layout import SKETCH
-from attn_monitor.capture.rows import Folding, Reading, widen
-
-Call = tuple[str, int]
-"""A module's path, and which of its calls within one forward."""
-
-
-@dataclass
-class HowToRead:
-    """How the tensors of one site are to be read. ``knows_query``: its scores are products of queries and keys."""
-
-    folding: Folding | None
-    reading: Reading | None
-    knows_query: bool | None = None
-
-
-@dataclass
-class SiteTokens:
-    """Sketches of the tokens at one attention operation: (B, T, S), and those of V by head, (B, H, K, S)."""
-
-    v: Tensor
-    heads: Tensor | None
-    q: Tensor | None
-    k: Tensor | None
-    queries: int
-    dtype: torch.dtype
-    within: tuple[Call, ...]  # calls of the modules around, the outermost first
-
-
-@dataclass
-class Tokens:
-    """What was read in silent forwards: at attention operations, and where modules begin and end."""
-
-    sites: dict[SiteKey, SiteTokens] = field(default_factory=dict)
-    entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
-    exits: dict[Call, Tensor] = field(default_factory=dict)
-    again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
-    mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
+from attn_monitor.capture.places.attention_product import AttentionProduct, by_image_and_head, explains_scores
+from attn_monitor.capture.places.sketches import noise_like, project, sketch
+from attn_monitor.capture.places.tokens import Call, SiteFormat, SiteTokens, Tokens
+from attn_monitor.capture.rows import widen
 
 
 class SilentObserver(AttentionObserver):
-    """Silences attention and keeps sketches of the tokens of the sites that ``how`` says how to read.
+    """Silences attention and keeps sketches of the tokens at the sites whose ``formats`` are given.
 
     ``marks`` (B, Q) bool for a site: then results are nothing but strong noise at the marked queries. ``nudged`` are
     (module, name) of parameters that the model sees changed. Of sites with less than ``by_head`` keys, V of each head
@@ -69,14 +34,14 @@ class SilentObserver(AttentionObserver):
     def __init__(
         self,
         images: Tensor,
-        how: Mapping[SiteKey, HowToRead],
+        formats: Mapping[SiteKey, SiteFormat],
         *,
         marks: Mapping[SiteKey, Tensor] | None = None,
         nudged: Sequence[tuple[nn.Module, str]] = (),
         by_head: int = 0,
     ) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
-        self.how, self.marks, self.nudged, self.by_head = how, marks, nudged, by_head
+        self.formats, self.marks, self.nudged, self.by_head = formats, marks, nudged, by_head
         self.tokens = Tokens()
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # of the last few products
         self._scores_of: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
@@ -131,20 +96,23 @@ class SilentObserver(AttentionObserver):
             for module, name in self.nudged:
                 now = module._parameters[name]  # under FSDP another tensor than before the forward
                 if now is not None and ops.is_same(argument, now):
-                    return argument + _noise(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
+                    return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call, out = self._key(), ops.fused_call(func, args, kwargs), run_operation(func, args, kwargs)
-        self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v))
+        self._silence(key, AttentionProduct(ops.fused_result(out), call.q.shape[:-1], call.q, call.k, call.v))
         return out
 
-    def _unknown(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        calls = ops.unknown_calls(func, args, kwargs, out)
-        if calls:
-            key = self._key()
-            call = ops.reading_of(calls, self.how[key].reading if key in self.how else None)
-            self._silence(key, _Product(_result(out), call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
+    def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        result = unknown.first_tensor(out)
+        calls = [] if result is None else unknown.candidate_calls(func, args, kwargs, result)
+        if result is None or not calls:
+            return
+        key = self._key()
+        call = unknown.call_by(self.formats[key].convention if key in self.formats else None, calls)
+        product = AttentionProduct(result, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first)
+        self._silence(key, product)
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)
@@ -164,8 +132,8 @@ class SilentObserver(AttentionObserver):
         """Silence also a further product of weights that have met their V, or of a V that weights have met."""
         for left, right in (args, (args[1].mT, args[0].mT)):
             for weights, key in self._spent:
-                if ops.is_same(left, weights) and key in self.how:
-                    values = _group(right, self.batch, self.how[key].folding)
+                if ops.is_same(left, weights) and key in self.formats:
+                    values = by_image_and_head(right, self.batch, self.formats[key].folding)
                     if values is not None:
                         self.tokens.again[key] = sketch(values)
                     out.zero_()
@@ -188,93 +156,49 @@ class SilentObserver(AttentionObserver):
         if factors is not None and self._are_products(key, scores, factors[2]):
             q, k = factors[0], factors[1].mT
         result = out.mT if call.swapped else out
-        self._silence(key, _Product(result, result.shape[:-1], q, k, call.values))
+        self._silence(key, AttentionProduct(result, result.shape[:-1], q, k, call.values))
 
     def _are_products(self, key: SiteKey, scores: Tensor, product: Tensor) -> bool:
         """Whether scores are the products, up to a mix of heads and what is the same for all images."""
-        how = self.how.get(key)
-        if how is None:
+        site = self.formats.get(key)
+        if site is None:
             return True
-        if how.knows_query is None:
-            s, p = (_group(t, self.batch, how.folding) for t in (scores, product))
-            how.knows_query = s is not None and p is not None and self.batch > 1 and _explains(p, s)
-        return how.knows_query
+        if site.scores_are_products is None:
+            s, p = (by_image_and_head(t, self.batch, site.folding) for t in (scores, product))
+            site.scores_are_products = s is not None and p is not None and self.batch > 1 and explains_scores(p, s)
+        return site.scores_are_products
 
-    def _silence(self, key: SiteKey, product: _Product) -> None:
+    def _silence(self, key: SiteKey, product: AttentionProduct) -> None:
         """Replace the result, and keep sketches of what came in."""
-        how, out = self.how.get(key), product.out
+        site = self.formats.get(key)
         self._count[key[0]] = key[1] + 1
         if any(ops.is_same(right, product.v) or ops.is_same(left, product.v) for left, right, _ in self._factors):
             self.tokens.mixed.add(key)
         self._values = [*self._values[-7:], (product.v, key)]
-        if how is not None:
-            self._read(key, how, product)
+        if site is not None:
+            self._keep_tokens(key, site, product)
         content = None
         if self.marks is None:
             content = product.query_as_result()
-        elif key in self.marks and how is not None and key in self.tokens.sites:
-            content = _marked(self.marks[key], how.folding, product)
-        if content is None:
-            out.zero_()
-        else:
-            out.copy_((content if product.heads_first else content.transpose(1, 2)).reshape(out.shape))
+        elif key in self.marks and site is not None and key in self.tokens.sites:
+            content = product.marked_result(self.marks[key], site.folding)
+        product.overwrite(content)
 
-    def _read(self, key: SiteKey, how: HowToRead, product: _Product) -> None:
-        v, q, k = (None if t is None else _group(t, self.batch, how.folding) for t in (product.v, product.q, product.k))
+    def _keep_tokens(self, key: SiteKey, site: SiteFormat, product: AttentionProduct) -> None:
+        v, q, k = (
+            None if t is None else by_image_and_head(t, self.batch, site.folding)
+            for t in (product.v, product.q, product.k)
+        )
         if v is not None:
             self.tokens.sites[key] = SiteTokens(
                 v=sketch(v),
-                heads=_project(v) if v.shape[2] < self.by_head else None,
+                heads=project(v) if v.shape[2] < self.by_head else None,
                 q=None if q is None else sketch(q),
                 k=None if k is None else sketch(k),
                 queries=product.lead[-1],
                 dtype=v.dtype,
                 within=tuple(self._open),
             )
-
-
-@dataclass
-class _Product:
-    """An attention product: its result, to be overwritten, and its inputs. ``lead`` is (…, Q) of the queries."""
-
-    out: Tensor
-    lead: torch.Size
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor
-    heads_first: bool = True
-
-    @property
-    def width(self) -> int:
-        """Channels of one query's result."""
-        return self.out.numel() // math.prod(self.lead)
-
-    def query_as_result(self) -> Tensor | None:
-        """Each query in the place of its own result; None where it is not known."""
-        if self.q is None or self.q.shape[:-1] != self.lead:
-            return None
-        # As it is where it fits: of channel attention, a projection would mix tokens.
-        same = self.q.shape[-1] == self.width
-        return self.q if same else self.q @ _matrix(self.q.shape[-1], self.width, self.q)
-
-
-def _marked(marks: Tensor, folding: Folding | None, product: _Product) -> Tensor | None:
-    """Strong noise as results of the (B, Q) marked queries, and nothing for the others."""
-    (*lead, queries), batch = product.lead, len(marks)
-    heads = math.prod(lead) // batch
-    if marks.shape[1] != queries or heads * batch != math.prod(lead):
-        return None
-    strength = (1e2 if product.out.dtype == torch.float16 else 1e4) * float(product.v.float().std().clamp_min(1e-3))
-    noise = _noise((heads, queries, product.width), product.out) * strength
-    content = noise * marks[:, None, :, None].to(noise)  # (B, H, Q, D)
-    marked: Tensor = content if folding != "heads first" else content.transpose(0, 1)
-    return marked.reshape(*product.lead, product.width)
-
-
-def _result(out: Any) -> Tensor:
-    tensor = ops.first_tensor(out)
-    assert tensor is not None  # attention gives one
-    return tensor
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -286,47 +210,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _group(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:
-    """(B, H, T, D) of (L, T, D) or (B, H, T, D); None where it is not of this many images."""
-    x = x.reshape(-1, *x.shape[-2:])
-    if len(x) % images:
-        return None
-    grouped: Tensor = x.unflatten(0, (-1, images) if folding == "heads first" else (images, -1))
-    return grouped.transpose(0, 1) if folding == "heads first" else grouped
-
-
-def _noise(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(7)).to(like)
-
-
-def _matrix(rows: int, cols: int, like: Tensor) -> Tensor:
-    return _noise((rows, cols), like) / math.sqrt(rows)
-
-
-def _project(x: Tensor) -> Tensor:
-    """(..., D) to (..., S) float32, which keeps distances and proportions."""
-    return x.float() @ _matrix(x.shape[-1], SKETCH, x.float())
-
-
-def sketch(x: Tensor) -> Tensor:
-    """(B, T, S) of (B, H, T, D)."""
-    return _project(x.transpose(1, 2).flatten(2))
-
-
-def _explains(products: Tensor, scores: Tensor) -> bool:
-    """Whether what differs between two images' scores is what differs between their products, with heads mixed.
-
-    Both are (B, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries.
-    """
-    step = max(1, scores.shape[2] // 64)
-    finite = (scores[1].isfinite() & scores[0].isfinite())[:, ::step]
-    score = torch.where(finite, widen(scores[1] - scores[0])[:, ::step], 0).flatten(1).double()
-    difference = widen(products[1] - products[0])
-    for product in (difference, difference.mT) if products.shape[-1] == products.shape[-2] else (difference,):
-        p = torch.where(finite, product[:, ::step], 0).flatten(1).double()
-        mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
-        if float((score - mix @ p).norm()) <= 0.7 * float(score.norm()):
-            return True
-    return False

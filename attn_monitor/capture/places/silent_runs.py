@@ -1,4 +1,4 @@
-"""Put questions to a model: silent forwards on made-up images, a piece at a time."""
+"""Run a model with silenced attention on made-up images, a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, run_forward
 from attn_monitor.capture.observer import SiteKey
-from attn_monitor.capture.places.silent_forward import HowToRead, SilentObserver, SiteTokens, Tokens
+from attn_monitor.capture.places.silent_forward import SilentObserver
+from attn_monitor.capture.places.tokens import SiteFormat, Tokens, concatenate
 
 
-class Asker:
-    """Runs silent forwards on images, a piece at a time, each question in a random state of its own."""
+class SilentModel:
+    """A model with silenced attention: called on images, it gives the tokens of each depth.
+
+    ``formats`` are those of the sites whose tokens are read; ``paths`` those of modules whose inputs and outputs are.
+    """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, how: Mapping[SiteKey, HowToRead], calls: set[str], piece: int
+        self,
+        model: nn.Module,
+        forward: Forward,
+        formats: Mapping[SiteKey, SiteFormat],
+        paths: set[str],
+        batch_size: int,
     ) -> None:
-        self.model, self.forward, self.how, self.calls, self.piece = model, forward, how, calls, max(piece, 3)
-        self.modules = dict(model.named_modules())
-        self.images_asked = 0
+        self.model, self.forward, self.formats, self.paths = model, forward, formats, paths
+        self.batch_size = max(batch_size, 3)
+        self._modules = dict(model.named_modules())
 
     def __call__(
         self,
@@ -35,22 +44,25 @@ class Asker:
         nudged: Sequence[tuple[nn.Module, str]] = (),
         by_head: int = 0,
     ) -> Tokens:
+        """The tokens of (B, C, H, W) images; each batch runs in the random state of ``seed``.
+
+        ``marks``, ``nudged`` and ``by_head`` as in `SilentObserver`, with marks for all the images.
+        """
         parts = []
-        for start in range(0, len(images), self.piece):
-            piece = slice(start, start + self.piece)
-            some = None if marks is None else {key: m[piece] for key, m in marks.items()}
-            observer = SilentObserver(images[piece], self.how, marks=some, nudged=nudged, by_head=by_head)
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
+            observer = SilentObserver(images[batch], self.formats, marks=marks_of_batch, nudged=nudged, by_head=by_head)
 
             def seeded(model: nn.Module, x: Tensor) -> Any:
                 _seed_everything(seed, x.device)
                 return self.forward(model, x)
 
             with ExitStack() as stack:
-                observer.watch_calls(stack, self.modules, self.calls)
-                run_forward(self.model, images[piece], seeded, observer, self.modules.items())
+                observer.watch_calls(stack, self._modules, self.paths)
+                run_forward(self.model, images[batch], seeded, observer, self._modules.items())
             parts.append(observer.tokens)
-        self.images_asked += len(images)
-        return _joined(parts)
+        return concatenate(parts)
 
 
 def _seed_everything(seed: int, device: torch.device) -> None:
@@ -61,26 +73,3 @@ def _seed_everything(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - the state that models use
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """What was read piece by piece, of what was there in every piece and of the same length."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def together(kept: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
-        alike = [k for k in kept[0] if all(k in other and other[k].shape[1:] == kept[0][k].shape[1:] for other in kept)]
-        return {k: torch.cat([other[k] for other in kept]) for k in alike}
-
-    sites: dict[SiteKey, SiteTokens] = {}
-    for key, first in parts[0].sites.items():
-        others = [p.sites[key] for p in parts if key in p.sites]
-        if len(others) < len(parts) or any(o.v.shape[1:] != first.v.shape[1:] for o in others):
-            continue
-        tensors: dict[str, Any] = {}
-        for name in ("v", "q", "k", "heads"):
-            known = [t for t in (getattr(o, name) for o in others) if t is not None]
-            tensors[name] = torch.cat(known) if len(known) == len(parts) else None
-        sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=first.dtype, within=first.within)
-    entries, exits, again = (together([getattr(p, name) for p in parts]) for name in ("entries", "exits", "again"))
-    return Tokens(sites, entries, exits, again, set().union(*(p.mixed for p in parts)))

@@ -1,41 +1,46 @@
-"""What is known of an attention operation's tokens: their places, and what mosaics of one grid told."""
+"""What is known of the places of tokens, while it is being found out: at each site, and in each grid's mosaics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from attn_monitor.capture.observer import SiteKey
-from attn_monitor.capture.places import layout as lay
-from attn_monitor.capture.places.layout import PatchConv, Places, TokenLayout
-from attn_monitor.capture.places.silent_forward import Call, SiteTokens
+from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.places.layout import Places, TokenLayout
+from attn_monitor.capture.places.silent_runs import SilentModel
+from attn_monitor.capture.places.tokens import Call, Tokens
 
 
 @dataclass
 class SitePlaces:
     """What is known of one attention operation's keys and queries.
 
-    ``layout`` is that of the keys, None with the reason in ``why``. ``cls`` is the query index of the CLS token, None
-    with the reason in ``no_cls``; ``patch_queries`` maps a cell to the query that holds it. ``part`` says that its
+    ``layout`` is that of the keys, None with the ``reason``. ``cls`` is the query index of the CLS token, None with the
+    ``no_cls_reason``; ``patch_queries`` maps a cell to the query that holds it. ``partial_queries`` says that its
     queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
-    ``entries`` are the layouts of the tokens that enter the modules around.
+    ``entries`` are the layouts of the tokens that enter the modules around, by path.
     """
 
     layout: TokenLayout | None = None
-    why: str = ""
+    reason: str = ""
     cls: int | None = None
-    no_cls: str = ""
+    no_cls_reason: str = ""
     patch_queries: Mapping[int, int] = field(default_factory=dict)
-    part: bool = False
+    partial_queries: bool = False
     entries: Mapping[str, TokenLayout] = field(default_factory=dict)
+
+    def refuse(self, reason: str) -> None:
+        """There is no layout of its keys after all."""
+        self.layout, self.reason = None, reason
 
 
 @dataclass
 class Mosaic:
-    """What one grid's mosaics told: places of V, q and k at each site, and of tokens at modules' ends."""
+    """What the mosaics of one grid show: places of V, q and k at sites, and of tokens where modules begin and end."""
 
     conv: PatchConv
     v: dict[SiteKey, Places] = field(default_factory=dict)
@@ -43,7 +48,7 @@ class Mosaic:
     k: dict[SiteKey, Places] = field(default_factory=dict)
     entries: dict[Call, Places] = field(default_factory=dict)
     exits: dict[Call, Places] = field(default_factory=dict)
-    apart: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T): changes between images, where not exact
+    changes: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T) between images, where V is not exact
     dilated: set[SiteKey] = field(default_factory=set)  # sites whose heads hold different cells of this grid
 
     @property
@@ -52,16 +57,31 @@ class Mosaic:
         return math.prod(self.conv.grid)
 
 
-def limit_of(site: SiteTokens) -> float:
-    """By how much one of its tokens has to differ to count as changed."""
-    return lay.threshold(site.dtype, site.v.device)
+@dataclass
+class PlaceSearch:
+    """A search for the places of all sites of a model on images of one size.
 
+    ``reference`` are the tokens in the first mosaic's images.
+    """
 
-def mosaic_of(mosaics: Sequence[Mosaic], layout: TokenLayout) -> Mosaic | None:
-    """The mosaic of a layout's grid, if that was asked."""
-    return next((m for m in mosaics if m.conv.grid == layout.grid), None)
+    silent_model: SilentModel
+    images: Tensor  # the user's, (B, C, H, W)
+    convs: Sequence[PatchConv]
+    sites: dict[SiteKey, SitePlaces]
+    mosaics: list[Mosaic] = field(default_factory=list)
+    reference: Tokens = field(default_factory=Tokens)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[-2], self.images.shape[-1]
 
-def grid_of(site: SitePlaces) -> tuple[int, int]:
-    """Rows and columns of its keys' patches; (0, 0) without a layout."""
-    return (0, 0) if site.layout is None else site.layout.grid
+    def placed(self) -> Iterator[tuple[SiteKey, SitePlaces, TokenLayout]]:
+        """The sites whose keys have a layout so far."""
+        for key, site in self.sites.items():
+            if site.layout is not None:
+                yield key, site, site.layout
+
+    def mosaic_of(self, layout: TokenLayout | None) -> Mosaic | None:
+        """The mosaic of a layout's grid, if there was one."""
+        return next((m for m in self.mosaics if layout is not None and m.conv.grid == layout.grid), None)

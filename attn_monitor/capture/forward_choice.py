@@ -1,0 +1,106 @@
+"""Choose how to call a model: by the first forward under which what is asked for can be read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from attn_monitor.capture.forward import Forward, default_forward, is_sharded
+from attn_monitor.capture.masking import features_forward, unmasked_forward
+from attn_monitor.capture.selection import Layers, QuerySpec, select_sites
+from attn_monitor.capture.site_cache import Conditions, sites_of
+from attn_monitor.capture.sites import Site
+from attn_monitor.errors import AttentionError, ForwardError, LayerError, QueryError
+
+
+@dataclass(frozen=True)
+class ForwardOption:
+    """A way to call a model, and what has to be said about maps that were made so."""
+
+    forward: Forward
+    note: str = ""
+
+
+FORWARD_OPTIONS = (
+    ForwardOption(default_forward),
+    ForwardOption(
+        unmasked_forward,
+        "it masks patches at random, and is looked at with all of them (mask_ratio=0, no shuffling)",
+    ),
+    ForwardOption(features_forward, "its own forward gives no map, so it is looked at by forward_features"),
+)
+"""Tried in this order where the user has not said how to call a model."""
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Every attention site of a model, under one way to call it and as long as the conditions stay the same."""
+
+    option: ForwardOption
+    sites: tuple[Site, ...]
+    conditions: Conditions
+
+
+def choose_forward(
+    model: nn.Module,
+    images: Tensor,
+    options: Sequence[ForwardOption],
+    conditions: Conditions,
+    layers: Layers,
+    query: QuerySpec,
+) -> Discovery:
+    """The discovery by the first option that gives what is asked for, else by the first option."""
+    # Sharded models run together in all processes, and a failure may be one process's alone.
+    options = options[:1] if is_sharded(model) else options
+    trials = (_try(model, images, option, conditions, layers, query) for option in options)
+    first = next(trials)
+    others = trials if _another_may_help(first.problem) else ()
+    chosen = next((trial for trial in itertools.chain([first], others) if trial.problem is None), first)
+    if isinstance(chosen, _Failure):
+        raise chosen.problem
+    return chosen.discovery
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A forward under which no site could be discovered."""
+
+    problem: AttentionError
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a forward gave, and what is wrong with that."""
+
+    discovery: Discovery
+    problem: AttentionError | None = None
+
+
+def _try(
+    model: nn.Module,
+    images: Tensor,
+    option: ForwardOption,
+    conditions: Conditions,
+    layers: Layers,
+    query: QuerySpec,
+) -> _Trial | _Failure:
+    try:
+        discovery = Discovery(option, sites_of(model, images, option.forward, conditions), conditions)
+    except AttentionError as error:
+        return _Failure(error)
+    try:
+        select_sites(discovery.sites, layers, query)
+    except (LayerError, QueryError):  # another forward would not change that
+        return _Trial(discovery)
+    except AttentionError as error:
+        return _Trial(discovery, error)
+    return _Trial(discovery)
+
+
+def _another_may_help(problem: AttentionError | None) -> bool:
+    """Whether another forward may do better: the model ran and cannot be read, or it wants other arguments."""
+    ran = not isinstance(problem, ForwardError) or problem.__cause__ is None
+    return problem is not None and (ran or isinstance(problem.__cause__, TypeError))

@@ -1,0 +1,82 @@
+"""The product of an attention with V in a silent forward, and what is written in place of its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.places.sketches import noise_like, random_matrix
+from attn_monitor.capture.rows import Folding, widen
+
+
+@dataclass(frozen=True)
+class AttentionProduct:
+    """A result, to be overwritten, and what it was made of. ``lead`` is (…, Q) of the queries."""
+
+    out: Tensor
+    lead: torch.Size
+    q: Tensor | None  # None where the scores are not known to be products of queries and keys
+    k: Tensor | None
+    v: Tensor
+    heads_first: bool = True
+
+    @property
+    def width(self) -> int:
+        """Channels of one query's result."""
+        return self.out.numel() // math.prod(self.lead)
+
+    def query_as_result(self) -> Tensor | None:
+        """Each query in the place of its own result; None where it is not known."""
+        if self.q is None or self.q.shape[:-1] != self.lead:
+            return None
+        # As it is where it fits: of channel attention, a projection would mix tokens.
+        same = self.q.shape[-1] == self.width
+        return self.q if same else self.q @ random_matrix(self.q.shape[-1], self.width, self.q)
+
+    def marked_result(self, marks: Tensor, folding: Folding | None) -> Tensor | None:
+        """Strong noise as results of the (B, Q) marked queries, and nothing for the others."""
+        (*lead, queries), batch = self.lead, len(marks)
+        heads = math.prod(lead) // batch
+        if marks.shape[1] != queries or heads * batch != math.prod(lead):
+            return None
+        strength = (1e2 if self.out.dtype == torch.float16 else 1e4) * float(self.v.float().std().clamp_min(1e-3))
+        noise = noise_like((heads, queries, self.width), self.out) * strength
+        content = noise * marks[:, None, :, None].to(noise)  # (B, H, Q, D)
+        marked: Tensor = content if folding != "heads first" else content.transpose(0, 1)
+        return marked.reshape(*self.lead, self.width)
+
+    def overwrite(self, content: Tensor | None) -> None:
+        """Put this in place of the result; zeros for None."""
+        if content is None:
+            self.out.zero_()
+        else:
+            self.out.copy_((content if self.heads_first else content.transpose(1, 2)).reshape(self.out.shape))
+
+
+def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:
+    """(B, H, T, D) of (L, T, D) or (B, H, T, D); None where it is not of this many images."""
+    x = x.reshape(-1, *x.shape[-2:])
+    if len(x) % images:
+        return None
+    grouped: Tensor = x.unflatten(0, (-1, images) if folding == "heads first" else (images, -1))
+    return grouped.transpose(0, 1) if folding == "heads first" else grouped
+
+
+def explains_scores(products: Tensor, scores: Tensor) -> bool:
+    """Whether what differs between two images' scores is what differs between their products, with heads mixed.
+
+    Both are (B, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries.
+    """
+    step = max(1, scores.shape[2] // 64)
+    finite = (scores[1].isfinite() & scores[0].isfinite())[:, ::step]
+    score = torch.where(finite, widen(scores[1] - scores[0])[:, ::step], 0).flatten(1).double()
+    difference = widen(products[1] - products[0])
+    for product in (difference, difference.mT) if products.shape[-1] == products.shape[-2] else (difference,):
+        p = torch.where(finite, product[:, ::step], 0).flatten(1).double()
+        mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
+        if float((score - mix @ p).norm()) <= 0.7 * float(score.norm()):
+            return True
+    return False

@@ -1,0 +1,134 @@
+"""Images made up to tell which token holds which part of them.
+
+*Mosaics*: each cell of a grid shows one of k pictures in each of M images, so that the images which agree in a cell
+form a partition of the M images into exactly k classes, another one for every cell. A token that depends on one cell
+alone is equal in just those images, and so spells out its cell; a token that depends on two cells is equal in fewer,
+and no two such partitions agree with a third of k classes. *Ramps*: a small change of the whole image is scaled by the
+column, or the row; how much of a token's change is left tells the centre of what it holds, also where receptive fields
+overlap. `decoding` reads the answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.patch_grids import PatchConv
+
+
+def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
+    """``count`` noise images of the same size, type and device, drawn without touching global random state."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((count, *images.shape[1:]), generator=generator)
+    return noise.to(device=images.device, dtype=images.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def partition_codes(cells: int) -> tuple[tuple[int, ...], ...]:
+    """For each cell, which of k pictures it shows in each of M images; M is the smallest that tells all cells apart.
+
+    Every code uses all k pictures: a partition into k classes is never finer than another one.
+    """
+    images = 2
+    while (best := max((_stirling(images, k), k) for k in range(2, images + 1)))[0] < cells:
+        images += 1
+    codes = list(_partitions(images, best[1]))
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(cells)).tolist()
+    return tuple(codes[i] for i in order[:cells])
+
+
+@functools.lru_cache(maxsize=1024)
+def _stirling(n: int, k: int) -> int:
+    """How many partitions of n things into k classes there are."""
+    if k in (1, n):
+        return 1
+    return 0 if k > n else k * _stirling(n - 1, k) + _stirling(n - 1, k - 1)
+
+
+def _partitions(n: int, k: int) -> Iterator[tuple[int, ...]]:
+    """Partitions of n things into k classes, classes numbered in the order in which they appear."""
+
+    def extend(head: tuple[int, ...], used: int) -> Iterator[tuple[int, ...]]:
+        left = n - len(head)
+        if left == 0:
+            yield head
+            return
+        for label in range(min(used + 1, k)):
+            now = max(used, label + 1)
+            if k - now < left:
+                yield from extend((*head, label), now)
+
+    yield from extend((), 0)
+
+
+def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
+    """Noise images (M, C, H, W) in which each cell of the grid shows the pictures of its `partition_codes`."""
+    codes = partition_codes(math.prod(conv.grid))
+    pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
+    # The first is bright and the others dark: an order that hangs on brightness is not the same in all images.
+    pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])]).to(pictures)[:, None, None, None]
+    table = torch.tensor([*codes, [0] * len(codes[0])], device=images.device)  # pixels outside show the first
+    shown = table.T[:, conv.cell_of_pixels((images.shape[-2], images.shape[-1])).to(images.device)]  # (M, H, W)
+    index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
+    return pictures[None].expand(len(shown), -1, -1, -1, -1).gather(1, index)[:, 0]
+
+
+def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
+    """(4, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by the row; by the column."""
+    height, width = image.shape[-2:]
+    rows, cols = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    return _scaled_noise(image, [torch.ones(1, 1), rows[:, None], cols[None]], strength, seed)
+
+
+def cell_weighted_noise(image: Tensor, conv: PatchConv, strength: float, seed: int = 5) -> Tensor:
+    """(3, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by a weight for each cell."""
+    cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
+    weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
+    return _scaled_noise(image, [torch.ones(1, 1), weights], strength, seed)
+
+
+def cell_weights(cells: int) -> Tensor:
+    """A number from 0 to 1 for each cell, in no order."""
+    return torch.rand(cells, generator=torch.Generator().manual_seed(11))
+
+
+def _scaled_noise(image: Tensor, scales: Sequence[Tensor], strength: float, seed: int) -> Tensor:
+    noise = noise_images(image[None], 1, seed)[0] * strength * (float(image.float().std(correction=0)) or 1.0)
+    return torch.stack([image, *(image + noise * scale.to(image) for scale in scales)])
+
+
+def small_strength(dtype: torch.dtype) -> float:
+    """How strong noise is to be for a model of this precision to change in proportion to it, and to change at all."""
+    return max(0.02, 25 * torch.finfo(dtype).eps)
+
+
+def quadrants_changed(image: Tensor, grid: tuple[int, int], seed: int = 6) -> Tensor:
+    """(4, C, H, W): the (C, H, W) image with other noise in one quarter of every cell."""
+    (gh, gw), (height, width) = grid, image.shape[-2:]
+    lower, right = ((torch.arange(n) * 2 * g // n) % 2 for n, g in ((height, gh), (width, gw)))
+    quarter = (2 * lower[:, None] + right).to(image.device)
+    other = noise_images(image[None], 1, seed)[0]
+    return torch.stack([torch.where(quarter == q, other, image) for q in range(4)])
+
+
+def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
+    """(2, C, H, W): the (C, H, W) image with other noise in its first corner, and in the opposite one."""
+    height, width = (n // 4 for n in image.shape[-2:])
+    other = noise_images(image[None], 1, seed)[0]
+    first, last = image.clone(), image.clone()
+    first[:, :height, :width] = other[:, :height, :width]
+    last[:, -height:, -width:] = other[:, -height:, -width:]
+    return torch.stack([first, last])
+
+
+def border_changed(image: Tensor, grid: tuple[int, int], seed: int = 6) -> Tensor:
+    """The (C, H, W) image with other noise in its outermost pixels, an eighth of a cell wide."""
+    _, height, width = image.shape
+    edge = max(1, round(min(height / grid[0], width / grid[1]) / 8))
+    other = noise_images(image[None], 1, seed)[0]
+    other[:, edge : height - edge, edge : width - edge] = image[:, edge : height - edge, edge : width - edge]
+    return other

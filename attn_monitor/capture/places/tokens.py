@@ -1,0 +1,84 @@
+"""What is read in silent forwards: sketches of the tokens at attention operations, and where modules begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.places.sketches import change_threshold
+from attn_monitor.capture.rows import CallingConvention, Folding
+
+Call = tuple[str, int]
+"""A module's path, and how many times it had been called before within the same forward."""
+
+
+@dataclass
+class SiteFormat:
+    """Layout of one site's tensors. ``scores_are_products``: of its queries and keys; None until it is known."""
+
+    folding: Folding | None
+    convention: CallingConvention | None
+    scores_are_products: bool | None = None
+
+
+@dataclass(frozen=True)
+class SiteTokens:
+    """Sketches of the tokens at one attention operation: (B, T, S), and those of V by head, (B, H, K, S)."""
+
+    v: Tensor
+    heads: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+    queries: int
+    dtype: torch.dtype
+    within: tuple[Call, ...]  # calls of the modules around, the outermost first
+
+    @property
+    def threshold(self) -> float:
+        """The relative change above which one of its tokens counts as changed."""
+        return change_threshold(self.dtype, self.v.device)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one or several silent forwards."""
+
+    sites: dict[SiteKey, SiteTokens] = field(default_factory=dict)
+    entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
+    exits: dict[Call, Tensor] = field(default_factory=dict)
+    again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
+    mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of several batches as one: those that were there in each of them and in the same number."""
+    if len(parts) == 1:
+        return parts[0]
+    sites: dict[SiteKey, SiteTokens] = {}
+    for key, first in parts[0].sites.items():
+        all_parts = [p.sites[key] for p in parts if key in p.sites]
+        if len(all_parts) < len(parts) or any(o.v.shape[1:] != first.v.shape[1:] for o in all_parts):
+            continue
+        tensors: dict[str, Any] = {}
+        for name in ("v", "q", "k", "heads"):
+            known = [t for t in (getattr(o, name) for o in all_parts) if t is not None]
+            tensors[name] = torch.cat(known) if len(known) == len(parts) else None
+        sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=first.dtype, within=first.within)
+    return Tokens(
+        sites,
+        _concatenate_values([p.entries for p in parts]),
+        _concatenate_values([p.exits for p in parts]),
+        _concatenate_values([p.again for p in parts]),
+        set().union(*(p.mixed for p in parts)),
+    )
+
+
+def _concatenate_values(parts: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
+    first = parts[0]
+    shared = [k for k in first if all(k in part and part[k].shape[1:] == first[k].shape[1:] for part in parts)]
+    return {k: torch.cat([part[k] for part in parts]) for k in shared}

@@ -98,6 +98,12 @@ def zoom(x: Tensor) -> Tensor:
     return F.interpolate(x[..., 8:24, 12:36], size=x.shape[-2:], mode="bilinear")
 
 
+def with_means_between(x: Tensor) -> Tensor:
+    """The columns of (B, C, gh, gw), and between neighbours their mean."""
+    means = (x[..., 1:] + x[..., :-1]) / 2
+    return torch.cat([torch.stack([x[..., :-1], means], -1).flatten(-2), x[..., -1:]], -1)
+
+
 def heads_scaled(a: Tensor) -> Tensor:
     """Each head by its own factor, one of them pruned."""
     return a * torch.tensor([0.5, 0.0, 1.3, 0.9], dtype=a.dtype)[:, None, None]
@@ -299,6 +305,11 @@ CASES = [
                 reverse, embed=nn.Sequential(conv(), nn.GroupNorm(4, DIM))
             ),
         },
+    ),
+    *cases(
+        "stem that blurs",
+        {"means between columns": lambda: with_stem(conv(), Do(with_means_between), grid=(2, 7))},
+        size=(16, 32),
     ),
     *cases(
         "image changed inside",

@@ -318,7 +318,25 @@ def test_a_change_after_the_first_look_is_shown() -> None:
     assert (before.kind, after.kind) == ("distribution", "signed")
 
 
-def test_every_refusal_is_an_attention_error() -> None:
+def test_layers_that_all_leaves_out_are_one_warning() -> None:
+    class Random(styles.MemEffAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.5))
+
+    model, images = enliven(PlainViT(styles.MemEffAttention(), Random(), Random())).eval(), torch.randn(2, 3, *W)
+    with pytest.warns(UserWarning, match='layers="all" leaves out 2 of the layers of PlainViT') as caught:
+        (attention,) = record_attention(model, images, layers="all")
+    assert attention.layer == 0
+    (told,) = caught
+    assert told.filename == __file__
+    for layer in (1, 2):
+        assert f"layer {layer} (blocks.{layer}" in str(told.message)
+    assert str(told.message).count("random even in eval mode") == 2
+    assert len(AttentionRecorder(model, layers="all")(images)) == 1  # which tells by `left_out`, without a warning
+    record_attention(model, images, layers=0)
+
+
+def test_every_error_has_one_base() -> None:
     kinds = [e for e in vars(errors).values() if isinstance(e, type)]
-    assert len(kinds) >= 8
-    assert all(issubclass(k, errors.AttentionError) for k in kinds)
+    assert all(issubclass(k, errors.AttnMonitorError) for k in kinds)
+    assert sum(issubclass(k, errors.AttentionError) for k in kinds) >= 8

@@ -6,6 +6,7 @@ it. From then on only the wanted modules are watched, and the forward is left af
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -56,10 +57,16 @@ def record_attention(
     ``forward``: how to call the model when ``model(images)`` is not right. ``verify=False`` skips the comparison of
     row·V with the model's own output. The model is left as it was found.
 
-    Raises a subclass of `AttentionError` with the reason when a map would not be what the model computed.
+    Raises a subclass of `AttentionError` with the reason when a map would not be what the model computed. Under
+    layers="all", layers that cannot be read are left out, and a warning lists them with the reasons.
     """
     recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
-    return recorder(images)
+    recorded = recorder(images)
+    if reasons := recorder.left_out.values():
+        lines = "".join(f"\n  {reason}" for reason in reasons)
+        model_name = type(recorder.model).__name__
+        warnings.warn(f'layers="all" leaves out {len(reasons)} of the layers of {model_name}:{lines}', stacklevel=2)
+    return recorded
 
 
 class AttentionRecorder:

@@ -82,7 +82,7 @@ class LayerAttention:
 
     @classmethod
     def cat(cls, parts: Sequence[LayerAttention]) -> LayerAttention:
-        """One layer's attention on all images, from its attention on some each."""
+        """One layer's attention on all images, concatenated from its attention on some of them at a time."""
         if len(parts) == 1:
             return parts[0]
         together = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}

@@ -18,7 +18,7 @@ from attn_monitor.capture import unknown_operations as unknown
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import Observation
 from attn_monitor.capture.patch_grids import PatchConv
-from attn_monitor.capture.rows import CallingConvention, ExplicitCall, Query
+from attn_monitor.capture.rows import CallingConvention, ExplicitCall, FusedCall, Query
 
 SiteKey = tuple[str, int]
 """Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
@@ -190,13 +190,16 @@ class AttentionObserver(TorchDispatchMode):
     def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         result = unknown.first_tensor(out)
         calls = [] if result is None else unknown.candidate_calls(func, args, kwargs, result)
-        if result is None or not calls:
-            return
+        if result is not None and calls:
+            self._unknown(func, args, kwargs, calls, result)
+
+    def _unknown(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[FusedCall], result: Tensor
+    ) -> None:
         key, seen = self._key(), None
         query = self.query(key)
         if query is not None:
-            known = self.conventions.get(key)
-            seen = unknown.observe_unknown(func, args, kwargs, calls, result, query, known)
+            seen = unknown.observe_unknown(func, args, kwargs, calls, result, query, self.conventions.get(key))
         self._finish(key, seen)
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Which key and which query of an attention is which patch, and which is CLS: asked of the model at every depth."""
+"""Which key and which query of an attention is which patch, and which is CLS: found by running the model."""

@@ -47,7 +47,7 @@ def _entering_layouts(mosaic: Mosaic, tokens: SiteTokens, keys: TokenLayout) -> 
     entering = {call[0]: mosaic.entries[call] for call in tokens.within if call in mosaic.entries}
     layouts = {path: layout_of(places, keys.grid, "exact") for path, places in entering.items()}
     if keys.evidence == "centres" and not any(layouts.values()):
-        # Where no token can be told exactly, those that enter are taken to be in the order of the keys.
+        # Where no token has an exact place, those that enter are taken to be in the order of the keys.
         return {path: keys for path, places in entering.items() if len(places) == len(keys.order)}
     return {path: layout for path, layout in layouts.items() if layout is not None}
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture import operations as ops
-from attn_monitor.capture import unknown_operations as unknown
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observer import AttentionObserver, SiteKey, run_operation
 from attn_monitor.capture.places.attention_product import AttentionProduct, by_image_and_head, explains_scores
 from attn_monitor.capture.places.sketches import noise_like, project, sketch
 from attn_monitor.capture.places.tokens import Call, SiteFormat, SiteTokens, Tokens
-from attn_monitor.capture.rows import widen
+from attn_monitor.capture.rows import FusedCall, widen
+from attn_monitor.capture.unknown_operations import call_by
 
 
 class SilentObserver(AttentionObserver):
@@ -104,15 +104,12 @@ class SilentObserver(AttentionObserver):
         self._silence(key, AttentionProduct(ops.fused_result(out), call.q.shape[:-1], call.q, call.k, call.v))
         return out
 
-    def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        result = unknown.first_tensor(out)
-        calls = [] if result is None else unknown.candidate_calls(func, args, kwargs, result)
-        if result is None or not calls:
-            return
+    def _unknown(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[FusedCall], result: Tensor
+    ) -> None:
         key = self._key()
-        call = unknown.call_by(self.formats[key].convention if key in self.formats else None, calls)
-        product = AttentionProduct(result, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first)
-        self._silence(key, product)
+        call = call_by(self.formats[key].convention if key in self.formats else None, calls)
+        self._silence(key, AttentionProduct(result, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)

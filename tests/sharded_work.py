@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FullStateDictConfig,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
+    StateDictType,
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -106,6 +108,15 @@ class OnCPU(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         settings = {**self.kwargs, "device_id": torch.device("cpu"), "mixed_precision": self.mixed_precision_config}
         return FullyShardedDataParallel(model, **settings)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Without Lightning's offloading to the CPU, which PyTorch frees too early where everything is on the CPU.
+
+        Processes die of it with some releases (Lightning's issue 21804, PyTorch's 188989).
+        """
+        config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
+            return self.model.state_dict()
 
 
 class Averageless(Recorded):

@@ -85,13 +85,13 @@ def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> 
 
 @pytest.mark.parametrize("name", ["show", "replay"])
 def test_no_room_for_pictures(tmp_path: Path, photographs: Path, name: str) -> None:
-    """A file may not grow beyond a few bytes, as on a full disk; no half picture stays."""
+    """A file may not grow beyond some kilobytes, as on a full disk; no half picture stays."""
     subject = (MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false")
     arguments = subject if name == "show" else (str(FIRST / "distillation"),)
     out = tmp_path / "out"
 
     def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # PyTorch 2.9 writes 2355 bytes when imported
 
     line = mistake(name, *arguments, "--out", str(out), preexec_fn=small_files)
     assert f"out={out}: cannot be written to (File too large); pass another folder, or make room" in line

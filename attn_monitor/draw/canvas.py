@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from attn_monitor.draw.colormap import colour_table
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Array = np.ndarray[Any, Any]
 
@@ -46,15 +48,6 @@ class Style:
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
             raise ValueError(f'scale={self.scale!r}: expected "uniform" (fixed, comparable) or "minmax" (DINO\'s look)')
-
-
-@functools.lru_cache(maxsize=1)
-def colours() -> Pixels:
-    """The inferno table, (256, 3)."""
-    import matplotlib  # only its table is used, and importing it takes a while
-
-    table: Pixels = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)
-    return table
 
 
 @functools.lru_cache(maxsize=8)
@@ -93,7 +86,9 @@ def overlay(maps: Array, grey: Array, *, scale: str = "uniform") -> Pixels:
     # All that is the same down a patch is computed once for it, and the rest along whole rows of pixels, 3 · w values.
     (gh, gw), (height, width) = maps.shape[-2:], grey.shape
     opacity = 0.45 + 0.5 * level
-    colour = opacity[..., None] * colours()[(level * 255).astype(np.uint8)] + np.float32(0.5)  # to be rounded down
+    colour = opacity[..., None] * colour_table("inferno")[(level * 255).astype(np.uint8)] + np.float32(
+        0.5
+    )  # to be rounded down
     colour = colour.repeat(width // gw, -2).reshape(*maps.shape[:-1], 1, 3 * width)
     through = ((1 - opacity) * np.float32(0.62)).repeat(3 * (width // gw), -1)[..., None, :]
     below = grey.astype(np.float32).repeat(3, -1).reshape(gh, height // gh, 3 * width)
@@ -231,7 +226,7 @@ def legend(
 ) -> None:
     """Colour bar in units of uniform attention, and what the outlines are; ``large`` adds to the size of the text."""
     bar = min(240, canvas.width // 3)
-    table = colours()[np.linspace(0, 255, bar).astype(np.uint8)]
+    table = colour_table("inferno")[np.linspace(0, 255, bar).astype(np.uint8)]
     canvas.paste(Image.fromarray(np.broadcast_to(table, (10, bar, 3)).copy()), (GAP, top))
     ticks = ["0.5", "1", "2", "4", "8", "16", "32"] if style.scale == "uniform" else ["min", "max"]
     for index, tick in enumerate(ticks):

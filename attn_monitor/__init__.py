@@ -8,7 +8,7 @@ from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.capture.rollout import attention_rollout
 from attn_monitor.capture.sharding import forward_within
-from attn_monitor.draw.canvas import Style
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthFlag, HealthLimits
 from attn_monitor.monitor import AttentionMonitor
@@ -29,13 +29,13 @@ __all__ = [
     "AttentionRecorder",
     "AttentionSnapshot",
     "AttnMonitorError",
+    "DrawingOptions",
     "HealthFlag",
     "HealthLimits",
     "LayerAttention",
     "ProbeBatch",
     "ProbeError",
     "Publisher",
-    "Style",
     "TargetError",
     "Watch",
     "attention_rollout",

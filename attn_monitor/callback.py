@@ -22,7 +22,7 @@ from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.recorder import Verify, check_verify
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.sharding import forward_within
-from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.metrics import select_metrics
@@ -154,7 +154,7 @@ class AttentionMapCallback(pl.Callback):
         self.metrics, self.health = select_metrics(metrics), health
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         self._ways = FORWARD_OPTIONS if self.forward is None else (ForwardOption(self.forward),)
-        self.style = drawing.Style(threshold, scale, check_heads(heads))
+        self.style = DrawingOptions(threshold, scale, check_heads(heads))
         self.name, self.disk_reserve = check_name(name), check_reserve(disk_reserve)
         self.monitor: AttentionMonitor | None = None
         self._publisher: Publisher | None = None

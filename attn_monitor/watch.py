@@ -17,7 +17,7 @@ from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.recorder import Verify, check_verify
 from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
-from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, NoAttentionError, ProbeError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.metrics import select_metrics
@@ -93,7 +93,7 @@ class Watch:
         self.num_images, self.image_size = num_images, image_size
         self.schedule, self.total_steps = Schedule(every_n_train_steps), total_steps or float("inf")
         self.schedule.start(self.total_steps)
-        self.style = drawing.Style(threshold, scale, check_heads(heads))
+        self.style = DrawingOptions(threshold, scale, check_heads(heads))
         self._settings: dict[str, Any] = {
             "layers": check_layers(layers), "query": check_query(query), "threshold": check_threshold(threshold),
             "metrics": select_metrics(metrics), "health": health, "verify": check_verify(verify), "forward": forward,

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from attn_monitor import AttentionSnapshot, LayerAttention
-from attn_monitor.draw import canvas as drawing
-from attn_monitor.draw import panels as render
+from attn_monitor.draw.canvas import Pixels, jpeg, resize
+from attn_monitor.draw.panels import panel
+from attn_monitor.draw.strips import filmstrip
 from benchmarks.measure import Spread, take_turns
 
 HEADS, GRID, ROLES, STEPS = 12, (14, 14), ("student", "teacher"), 10
@@ -32,11 +33,11 @@ class Pictures:
     matplotlib_bytes: int
 
 
-def photographs(count: int, pixels: int = 224) -> list[drawing.Pixels]:
+def photographs(count: int, pixels: int = 224) -> list[Pixels]:
     """Real photographs where scikit-image is installed, which come with it; else smooth noise."""
     if importlib.util.find_spec("skimage") is None:
         noise = np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
-        return [drawing.resize(picture, (pixels, pixels), Image.Resampling.BICUBIC) for picture in noise]
+        return [resize(picture, (pixels, pixels), Image.Resampling.BICUBIC) for picture in noise]
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent
@@ -62,7 +63,7 @@ def snapshots(images: int) -> list[AttentionSnapshot]:
     return taken
 
 
-def figure(snapshot: AttentionSnapshot, image: int, photo: drawing.Pixels) -> bytes:
+def figure(snapshot: AttentionSnapshot, image: int, photo: Pixels) -> bytes:
     """The same cells as a panel has, as a matplotlib figure: photograph, mean and heads for each role, as PNG."""
     import matplotlib.figure
 
@@ -90,10 +91,10 @@ def measure_pictures(images: int, budget: float) -> Pictures:
     last = history[-1]
 
     def panels() -> list[bytes]:
-        return [drawing.jpeg(render.panel(last, i, photo)) for i, photo in enumerate(photos)]
+        return [jpeg(panel(last, i, photo)) for i, photo in enumerate(photos)]
 
     def strips() -> list[bytes]:
-        return [drawing.jpeg(render.filmstrip(history, i, photo)) for i, photo in enumerate(photos)]
+        return [jpeg(filmstrip(history, i, photo)) for i, photo in enumerate(photos)]
 
     def figures() -> list[bytes]:
         return [figure(last, i, photo) for i, photo in enumerate(photos)]

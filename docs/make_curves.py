@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
-from attn_monitor.draw import panels as render
+from attn_monitor.draw.strips import filmstrip
 from attn_monitor.measure.metrics import MetricKey
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def filmstrips(runs: dict[str, History], layer: int) -> None:
     probe = ProbeBatch.load(RUNS / "demo" / "attn_monitor" / "probe.npz")
     index = probe.names.index(IMAGE)
     for name, history in runs.items():
-        strip = render.filmstrip(history, index, probe.pixels[index], layer=layer)
+        strip = filmstrip(history, index, probe.pixels[index], layer=layer)
         Image.fromarray(strip).save(OUT / f"filmstrip-{name.replace(' ', '-')}.jpg", quality=80)
 
 

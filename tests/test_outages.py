@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from attn_monitor import AttentionMapCallback, ProbeBatch, load_snapshots
-from attn_monitor.draw import panels as render
+from attn_monitor.draw import panels
 from attn_monitor.publish import background
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
@@ -344,7 +344,7 @@ def test_metrics_come_in_order_behind_training_and_at_once_in_callback_metrics(t
 
 
 def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = render.panel
+    real = panels.panel
 
     def panel(snapshot: Any, index: int, *args: Any, **settings: Any) -> Any:
         if index == 0:
@@ -355,7 +355,7 @@ def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, m
         if what == "attn_filmstrip/image2":
             raise OSError(36, "File name too long")
 
-    monkeypatch.setattr(render, "panel", panel)
+    monkeypatch.setattr(panels, "panel", panel)
     logger = Mine(refuse)
     watch = AttentionMapCallback(num_images=4, every_n_train_steps=1)
     told, _ = fit(tmp_path, logger, Waits(), steps=6, watch=watch)

@@ -20,8 +20,10 @@ from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
-from attn_monitor.draw import canvas as drawing
-from attn_monitor.draw import panels as render
+from attn_monitor.draw.animations import gif
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.panels import panel
+from attn_monitor.draw.strips import filmstrip
 from attn_monitor.errors import ArchiveError, AttentionError, NoAttentionError
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.offline.models import load_model
@@ -131,13 +133,13 @@ def show(
     probe = ProbeBatch.from_path(images, size=size, num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
     snapshot = monitor.snapshot({"backbone": loaded}, step=0)
-    style = drawing.Style(threshold, scale, None if heads is None else tuple(heads))
+    options = DrawingOptions(threshold, scale, None if heads is None else tuple(heads))
     with _writing_to(Path(out)) as folder:
         for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
             for layer in snapshot.layers_of("backbone"):
                 path = folder / f"{name}-layer{layer}.png"
                 truth = None if probe.masks is None else probe.masks[index].numpy()
-                Image.fromarray(render.panel(snapshot, index, pixels, layer=layer, truth=truth, style=style)).save(path)
+                Image.fromarray(panel(snapshot, index, pixels, layer=layer, truth=truth, options=options)).save(path)
                 print(path)
         snapshot.save(folder / "attention.npz")
         print(folder / "attention.npz")
@@ -161,16 +163,16 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
                 f"{archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
                 f"{', '.join(probe.names)}: these are files of two runs"
             )
-    style = drawing.Style(threshold, scale)
+    options = DrawingOptions(threshold, scale)
     with _writing_to(Path(out) if out is not None else Path(archive) / "pictures") as folder:
         for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
             truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
             caption = probe.caption
-            frames = [render.panel(s, index, pixels, truth=truth, caption=caption, style=style) for s in history]
-            strip = render.filmstrip(history, index, pixels, style=style)
+            frames = [panel(s, index, pixels, truth=truth, caption=caption, options=options) for s in history]
+            strip = filmstrip(history, index, pixels, options=options)
             Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
             Image.fromarray(strip).save(folder / f"{name}-filmstrip.png")
-            (folder / f"{name}.gif").write_bytes(drawing.gif(frames))
+            (folder / f"{name}.gif").write_bytes(gif(frames))
             print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
     _print_metrics(history[-1])
     flags = [flag for snapshot in history for flag in snapshot.flags]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from attn_monitor.draw.canvas import Style
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.measure.health import HEALTH_TAG
 from attn_monitor.publish.tags import renamed, titled
 
 
-def how_to_read(style: Style, settings: str = "", name: str = "") -> str:
+def how_to_read(style: DrawingOptions, settings: str = "", name: str = "") -> str:
     """Markdown: what the pictures show, with this run's settings."""
     colours = (
         "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "

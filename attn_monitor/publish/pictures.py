@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from attn_monitor import functional as F
-from attn_monitor.draw import canvas as drawing
-from attn_monitor.draw import panels as render
+from attn_monitor.draw import animations, panels, strips
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.maps import map_statistics
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.probe import ProbeBatch
@@ -21,7 +23,7 @@ THUMBNAIL = 64  # pixels
 class Pictures:
     """Draws for one probe in one style; ``name`` is that of the callback."""
 
-    def __init__(self, probe: ProbeBatch, style: drawing.Style, name: str = "") -> None:
+    def __init__(self, probe: ProbeBatch, style: DrawingOptions, name: str = "") -> None:
         self.probe, self.style, self.name = probe, style, name
 
     def of_image(
@@ -32,16 +34,16 @@ class Pictures:
         truth, caption = None if masks is None else masks[index].numpy(), f"{name}, step {snapshot.step}"
         for layer in layers:
             suffix = f"/layer{layer}" if len(layers) > 1 else ""
-            panel = render.panel(
-                snapshot, index, photo, layer=layer, truth=truth, caption=self.probe.caption, style=self.style
+            panel = panels.panel(
+                snapshot, index, photo, layer=layer, truth=truth, caption=self.probe.caption, options=self.style
             )
-            strip = render.filmstrip(history, index, photo, layer=layer, style=self.style)
+            strip = strips.filmstrip(history, index, photo, layer=layer, options=self.style)
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""
-        masks = render.shown_masks(snapshot.maps(snapshot.roles[-1], layer), self.style.threshold)
+        masks = map_statistics(snapshot.maps(snapshot.roles[-1], layer), self.style.threshold).mask
         overlays = []
         for image, photo in enumerate(self.probe.pixels[:OVERLAID_IMAGES]):
             enlarged = torch.nn.functional.interpolate(masks[image][None].float(), photo.shape[:2]).numpy()[0]
@@ -52,19 +54,18 @@ class Pictures:
 
     def timelapse(self, history: Sequence[AttentionSnapshot]) -> bytes:
         """An animated GIF of all images, one frame a step."""
-        return drawing.gif(render.timelapse(history, list(self.probe.pixels), style=self.style))
+        return animations.gif(animations.timelapse(history, list(self.probe.pixels), options=self.style))
 
     def head_rows(self, snapshot: AttentionSnapshot) -> list[HeadRow]:
         """Every head on every image, in the last captured layer of each role."""
         rows = []
         for role in snapshot.roles:
             attention = snapshot.layer(role)
-            p = attention.maps.flatten(-2)
-            entropies, areas = F.entropy(p), F.mask_area(p, self.style.threshold)  # (B, H)
+            said = map_statistics(attention.maps, self.style.threshold)  # (B, H)
             for image, photo in enumerate(self.probe.pixels):
-                cells = drawing.Cells(photo, attention.grid, self.style, THUMBNAIL).draw(attention.maps[image].numpy())
-                for head, cell in enumerate(cells):
-                    numbers = float(entropies[image, head]), float(areas[image, head])
+                painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL)
+                for head, cell in enumerate(painter.paint(attention.maps[image].numpy())):
+                    numbers = float(said.entropy[image, head]), float(said.mask_area[image, head])
                     rows.append(HeadRow(snapshot.names[image], role, attention.layer, head, *numbers, cell))
         return rows
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from attn_monitor.draw import canvas as drawing
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
 from attn_monitor.publish.failures import Failures
@@ -77,7 +77,7 @@ class Publisher:
         probe: ProbeBatch,
         *,
         folder: Path | None = None,
-        style: drawing.Style = drawing.Style(),
+        style: DrawingOptions = DrawingOptions(),
         every_layer: bool = False,
         history: Iterable[AttentionSnapshot] = (),
         settings: str = "",

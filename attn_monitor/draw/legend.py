@@ -1,0 +1,43 @@
+"""The legend below a picture: the colour bar with its unit, and what the outlines are."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from attn_monitor.draw.canvas import BLOCK, DIM_TEXT, GAP, MASK, TRUTH, draw_text, text_width
+from attn_monitor.draw.colormap import colour_table
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.scales import SCALES
+
+LEGEND = 6 * BLOCK  # its height
+
+
+def draw_legend(
+    canvas: Image.Image,
+    top: int,
+    options: DrawingOptions,
+    *,
+    masks: bool = True,
+    truth: bool = False,
+    larger_text: int = 0,
+) -> None:
+    """Draw it from row ``top`` on; ``larger_text`` adds to the size of its text."""
+    scale, size = SCALES[options.scale], 13 + larger_text
+    bar = min(240, canvas.width // 3)
+    table = colour_table(options.colormap)[np.linspace(0, 255, bar).astype(np.uint8)]
+    canvas.paste(Image.fromarray(np.broadcast_to(table, (10, bar, 3)).copy()), (GAP, top))
+    for index, tick in enumerate(scale.ticks):
+        x = GAP + index * (bar - 1) / (len(scale.ticks) - 1)
+        anchor = "l" if index == 0 else "r" if index == len(scale.ticks) - 1 else "m"
+        draw_text(canvas, (x, top + 12), tick, size - 1, DIM_TEXT, anchor)
+    x = GAP * 3 + bar
+    draw_text(canvas, (x, top - 4), scale.unit, size, DIM_TEXT)
+    keys = [(MASK, f"top {options.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
+    draw, below = ImageDraw.Draw(canvas), top + 12 + larger_text
+    for colour, text in keys:
+        draw.rectangle(
+            (x, below + 4 + larger_text // 2, x + 11, below + 15 + larger_text // 2), outline=colour, width=2
+        )
+        draw_text(canvas, (x + 18, below), text, size, DIM_TEXT)
+        x += 36 + int(text_width(text, size))

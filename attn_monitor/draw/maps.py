@@ -1,0 +1,59 @@
+"""The maps that pictures show, and what is said of them: chosen from snapshots, measured as the metrics are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_monitor import functional as F
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+PRACTICALLY_UNIFORM = 0.995
+"""Entropy above which attention is written as 1.00 and gets no outline: which patches are largest is noise."""
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """What is said of maps (..., gh, gw): the numbers of `attn_monitor.functional`, as the metrics have them.
+
+    ``entropy`` and ``mask_area`` are (...), NaN where a map has none. ``mask`` is what is outlined, bool
+    (..., gh, gw): the mass mask, empty where attention is practically uniform.
+    """
+
+    entropy: Tensor
+    mask_area: Tensor
+    mask: Tensor
+
+
+def map_statistics(maps: Tensor, threshold: float) -> MapStatistics:
+    """Statistics of maps (..., gh, gw), with a mask that holds the share ``threshold`` of attention."""
+    flat = maps.flatten(-2)
+    entropy, mask = F.entropy(flat), F.mass_mask(flat, threshold)
+    outlined = mask & (entropy <= PRACTICALLY_UNIFORM)[..., None]
+    return MapStatistics(entropy, F.area_of(mask, flat), outlined.unflatten(-1, maps.shape[-2:]))
+
+
+def mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor, list[str]]:
+    """The mean of an image's maps (H, gh, gw) before those of some heads, (1 + heads, gh, gw), and labels of them."""
+    shown = [h for h in heads or range(len(maps)) if h < len(maps)]
+    return torch.cat([maps.mean(0, keepdim=True), maps[shown]]), ["mean", *(f"head {h}" for h in shown)]
+
+
+def has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
+    """Whether a role's layer was captured; negative ones count from the last."""
+    captured = snapshot.layers_of(role)
+    return layer in captured or (layer < 0 and -layer <= len(captured))
+
+
+def past_map(
+    snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor
+) -> Tensor:
+    """A head's map of one image, or the mean of all heads (None); ``missing`` where there is none of its shape."""
+    if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
+        return missing
+    maps = snapshot.maps(role, layer)[image]
+    if maps.shape[1:] != missing.shape or (head is not None and head >= len(maps)):
+        return missing
+    return maps.mean(0) if head is None else maps[head]

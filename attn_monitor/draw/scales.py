@@ -1,0 +1,45 @@
+"""Colour scales, by name: where on a colour table a weight stands. A new one is one more entry of `SCALES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+LOW, HIGH = -1.0, 5.0  # log2 of the uniform scale's ends: half of uniform to 32 times uniform
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How weights become positions on a colour table, and how the legend says it.
+
+    ``position`` takes maps (..., gh, gw) of weights to 0…1. ``ticks`` stand at even distances below the colour bar,
+    ``unit`` beside it; ``description`` is for error messages.
+    """
+
+    position: Callable[[Array], Array]
+    ticks: tuple[str, ...]
+    unit: str
+    description: str
+
+
+def _in_units_of_uniform(maps: Array) -> Array:
+    units = maps * (maps.shape[-1] * maps.shape[-2])
+    return np.asarray(np.clip((np.log2(np.maximum(units, 1e-12)) - LOW) / (HIGH - LOW), 0, 1))
+
+
+def _between_extremes(maps: Array) -> Array:
+    low, high = maps.min((-2, -1), keepdims=True), maps.max((-2, -1), keepdims=True)
+    return np.asarray((maps - low) / np.maximum(high - low, 1e-12))
+
+
+SCALES = {
+    "uniform": Scale(
+        _in_units_of_uniform, ("0.5", "1", "2", "4", "8", "16", "32"), "x uniform attention", "fixed, comparable"
+    ),
+    "minmax": Scale(_between_extremes, ("min", "max"), "each map for itself", "DINO's look"),
+}

@@ -1,0 +1,91 @@
+"""The film strip: one probe image at all steps so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from attn_monitor import functional as F
+from attn_monitor.attention import LayerAttention
+from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste, up_to_block
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.legend import LEGEND, draw_legend
+from attn_monitor.draw.maps import past_map
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.record.history import thin
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
+
+
+def filmstrip(
+    history: Sequence[AttentionSnapshot],
+    image: int,
+    photo: Pixels,
+    *,
+    layer: int = -1,
+    options: DrawingOptions = DrawingOptions(),
+) -> Pixels:
+    """One image's attention over time: a column for each step, thinned to ten, (height, width, 3).
+
+    Rows are each role's head mean, then heads of the last role (the teacher): all up to four, else the four whose
+    attention on this image is most concentrated at the end.
+    """
+    last = history[-1]
+    chosen = [history[i] for i in thin([s.step for s in history], STRIP_COLUMNS)]
+    main = last.roles[-1]
+    attention = last.layer(main, layer)
+    heads = _most_concentrated(attention, image, options.heads)
+    rows: list[tuple[str, int | None]] = [(role, None) for role in last.roles] + [(main, head) for head in heads]
+    labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
+    missing = torch.full(attention.grid, math.nan)
+    maps = torch.stack([torch.stack([past_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
+    painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
+    pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
+    title = f"{last.names[image]} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
+    return _compose(title, [s.step for s in chosen], labels, pictures, painter)
+
+
+def _most_concentrated(attention: LayerAttention, image: int, heads: tuple[int, ...] | None) -> list[int]:
+    """Up to four heads, in their own order: where there are more, those of the lowest entropy."""
+    shown = list(heads or range(attention.rows.shape[1]))
+    if len(shown) <= STRIP_HEADS:
+        return shown
+    entropy = F.entropy(attention.maps[image].flatten(-2)).nan_to_num(2.0)
+    return sorted(sorted(shown, key=lambda head: float(entropy[head]))[:STRIP_HEADS])
+
+
+def _compose(
+    title: str, steps: list[int], labels: list[tuple[str, str]], pictures: Pixels, painter: CellPainter
+) -> Pixels:
+    height, width = painter.size
+    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + GAP
+    margin = 13 * GAP
+    left, top = margin + pitch_x, HEADER + 4 * GAP
+    size = max(left + len(steps) * pitch_x, 58 * GAP), top + len(labels) * pitch_y + LEGEND
+    canvas = blank_picture(*size)
+    paste(canvas, margin, top, painter.photo)
+    for row, shown in enumerate(pictures):
+        for column, picture in enumerate(shown):
+            paste(canvas, left + column * pitch_x, top + row * pitch_y, picture)
+    strip = Image.fromarray(canvas)
+    draw_text(strip, (GAP, 7), title, 21)
+    draw_text(strip, (left - 2 * GAP, top - 23), "step", 18, anchor="r")
+    for column, step in enumerate(steps):
+        draw_text(strip, (left + column * pitch_x + width / 2, top - 23), short_step(step), 18, anchor="m")
+    for row, label in enumerate(labels):
+        for line, text in enumerate(label):
+            draw_text(strip, (GAP, top + row * pitch_y + 8 + 22 * line), text, 18)
+    draw_legend(strip, top + len(labels) * pitch_y + 6, painter.options, masks=False, larger_text=3)
+    return np.asarray(strip)
+
+
+def short_step(step: int) -> str:
+    """A step in at most five characters or so: 950, 12,500, 1.25M."""
+    if step < 100_000:
+        return f"{step:,}"
+    return f"{step / 1000:.0f}k" if step < 1_000_000 else f"{step / 1_000_000:.3g}M"

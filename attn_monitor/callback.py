@@ -356,7 +356,7 @@ class AttentionMapCallback(pl.Callback):
             )
             return
         assert self.monitor is not None
-        if given is not None and not given.shows_the_same_as(self.monitor.probe):
+        if given is not None and not given.has_same_images_as(self.monitor.probe):
             names = ", ".join(self.monitor.probe.names)
             _warn(
                 f"AttentionMapCallback: the probe images of the checkpoint are shown ({names}) and not those of the "
@@ -396,7 +396,7 @@ class AttentionMapCallback(pl.Callback):
     def _adopt(self, trainer: pl.Trainer, batch: Any) -> None:
         adopt = partial(adopt_images, batch, self.num_images, caption=CROP)
         probe = self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader)))
-        self._use_probe(probe.shown_by(*self.statistics) if self.statistics else probe)
+        self._use_probe(probe.with_statistics(*self.statistics) if self.statistics else probe)
 
     def _use_probe(self, probe: ProbeBatch) -> None:
         self.monitor = self._make_monitor(probe)
@@ -465,7 +465,7 @@ class AttentionMapCallback(pl.Callback):
         probe = self._from_first(trainer, lambda: self._images_of_data(trainer, pl_module))
         self._checked = None
         if probe is not None:
-            self._use_probe(probe.shown_by(*self.statistics) if self.statistics else probe)
+            self._use_probe(probe.with_statistics(*self.statistics) if self.statistics else probe)
 
     def _images_of_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ProbeBatch | None:
         validation, training = trainer.val_dataloaders, trainer.train_dataloader

@@ -225,7 +225,7 @@ class Watch:
             probe = adopt_from_loaders(loader, self.num_images, model, caption=caption)
             batch = next(iter(loader)) if probe is None and batch is None else batch
         probe = probe or adopt_images(batch, self.num_images, caption=caption)
-        self._use(probe.shown_by(*self.statistics) if self.statistics else probe)
+        self._use(probe.with_statistics(*self.statistics) if self.statistics else probe)
 
     def _open(self, step: int) -> None:
         """Where to write: the folder of this run's past, else one that is nobody's."""

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attn_monitor import ProbeBatch, ProbeError
-from attn_monitor.record.file_names import LONGEST
-from attn_monitor.record.probe import tag_names
+from attn_monitor.record.file_names import MAX_NAME_BYTES, tag_safe_names
 from attn_monitor.train.probe_search import adopt_images, find_images
 
 
@@ -26,6 +25,11 @@ def test_photographs_come_back_for_display(photographs: Path) -> None:
     crop = expected.crop((0, (expected.height - height) // 2, expected.width, (expected.height + height) // 2))
     reference = np.asarray(crop.resize((160, 96), Image.Resampling.BICUBIC), dtype=int)
     assert np.abs(probe.pixels[2].astype(int) - reference).mean() < 3
+
+
+def test_a_folder_with_statistics_of_other_channels(photographs: Path) -> None:
+    with pytest.raises(ProbeError, match="std: received 2 values for images of 3 channels"):
+        ProbeBatch.from_folder(photographs, mean=(0, 0, 0), std=(1, 1))
 
 
 def test_few_of_many_at_even_distances(tmp_path: Path) -> None:
@@ -142,16 +146,16 @@ def test_names_fit_into_tags_and_files() -> None:
 
 @given(st.lists(st.text("a~2/ é界", max_size=100), min_size=1, max_size=6))
 def test_names_are_different_and_stay_as_they_are(names: list[str]) -> None:
-    once = tag_names(names)
+    once = tag_safe_names(names)
     assert len(set(once)) == len(names)
-    assert all(len(name.encode()) <= LONGEST for name in once)
-    assert tag_names(once) == once
+    assert all(len(name.encode()) <= MAX_NAME_BYTES for name in once)
+    assert tag_safe_names(once) == once
 
 
 def test_a_stored_probe_has_the_names_of_its_snapshots(tmp_path: Path) -> None:
     probe = ProbeBatch(torch.zeros(3, 3, 4, 4), names=["a", "a", "x" * 90])
     probe.save(tmp_path / "x.npz")
-    assert ProbeBatch.load(tmp_path / "x.npz").names == probe.names == ("a", "a~2", "x" * LONGEST)
+    assert ProbeBatch.load(tmp_path / "x.npz").names == probe.names == ("a", "a~2", "x" * MAX_NAME_BYTES)
     assert ProbeBatch.from_state_dict(probe.state_dict()).names == probe.names
 
 

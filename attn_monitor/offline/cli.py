@@ -28,7 +28,8 @@ from attn_monitor.errors import ArchiveError, AttentionError, NoAttentionError
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.offline.models import load_model
 from attn_monitor.record.archive import load_snapshots
-from attn_monitor.record.probe import ProbeBatch, tag_names
+from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 
@@ -158,7 +159,7 @@ def replay(archive: str, *, out: str | None = None, scale: str = "uniform", thre
     history = load_snapshots(archive)
     probe = ProbeBatch.load(Path(archive) / "probe.npz")
     for snapshot in history:
-        if tag_names(snapshot.names) != probe.names:
+        if tag_safe_names(snapshot.names) != probe.names:
             raise ArchiveError(
                 f"{archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
                 f"{', '.join(probe.names)}: these are files of two runs"

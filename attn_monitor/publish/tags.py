@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from attn_monitor.record.file_names import LONGEST
+from attn_monitor.record.file_names import MAX_NAME_BYTES
 
 
 def check_name(name: str | None) -> str | None:
@@ -12,8 +12,8 @@ def check_name(name: str | None) -> str | None:
     if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
         allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
         raise ValueError(f'name={name!r}: expected {allowed}, such as "early"')
-    if name is not None and len(name.encode()) > LONGEST:
-        raise ValueError(f"name={name!r}: expected at most {LONGEST} bytes, received {len(name.encode())}")
+    if name is not None and len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes, received {len(name.encode())}")
     return name
 
 

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
 from attn_monitor.record.fields import Fields
-from attn_monitor.record.file_names import LONGEST, cut
+from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.image_folder import Photographs, Size, read_file, read_folder
 from attn_monitor.record.normalisation import find_statistics
 from attn_monitor.record.npz import Take, open_npz, tensors_in, write_npz
 
-Item = TypeVar("Item")
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
-IGNORE = 255  # the VOC palette's border
 
 
 class ProbeBatch:
-    """Images as the model takes them, (B, C, H, W) floats, with the means to show them again.
+    """Images as the model takes them, (B, C, H, W) floats, with what it takes to show them again.
 
     ``mean`` and ``std`` (one number per channel) undo the normalisation: pixels = images · std + mean, in 0…1.
     ``caption`` says in panels what is shown of them, ``source`` where mean and std are from.
@@ -52,9 +46,7 @@ class ProbeBatch:
             raise ProbeError(
                 f"images: received {tuple(images.shape)} {images.dtype}, expected floats (images, channels, H, W)"
             )
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != images.shape[1]:
-                raise ProbeError(f"{name}: received {len(values)} values for images of {images.shape[1]} channels")
+        _check_statistics(mean, std, images.shape[1])
         if names is not None and len(names) != len(images):
             raise ProbeError(f"names: received {len(names)} for {len(images)} images")
         if masks is not None and (
@@ -67,7 +59,7 @@ class ProbeBatch:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.caption, self.source = caption, source
         self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
-        self.names = tag_names(names if names is not None else [f"image{i}" for i in range(len(images))])
+        self.names = tag_safe_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,7 +73,7 @@ class ProbeBatch:
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         return pixels
 
-    def shows_the_same_as(self, other: ProbeBatch) -> bool:
+    def has_same_images_as(self, other: ProbeBatch) -> bool:
         """Whether the images are equal to the bit."""
         return self.images.shape == other.images.shape and torch.equal(self.images, other.images)
 
@@ -90,13 +82,13 @@ class ProbeBatch:
         cls,
         probe: str | os.PathLike[str] | Tensor | ProbeBatch,
         *,
-        size: int | tuple[int, int] = 224,
+        size: Size = 224,
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> ProbeBatch:
-        """What people have: a folder, with its masks, a tensor of normalised images, or a probe as it is.
+        """From a folder of images (with its masks), a tensor of normalised images, or a probe, which stays as it is.
 
         Without ``mean`` and ``std``, those of a tensor are told from its values, and a folder is normalised by
         ImageNet's.
@@ -113,8 +105,8 @@ class ProbeBatch:
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         return cls.from_folder(probe, size=size, num_images=num_images, masks=masks, mean=mean, std=std)
 
-    def shown_by(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
-        """The same images, shown by other statistics."""
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
+        """The same images, to be shown by another mean and std."""
         images, masks, names = self.images, self.masks, self.names
         return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption)
 
@@ -123,7 +115,7 @@ class ProbeBatch:
         cls,
         path: str | os.PathLike[str],
         *,
-        size: int | tuple[int, int] = 224,
+        size: Size = 224,
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -135,48 +127,28 @@ class ProbeBatch:
         class folders works too. ``masks`` is a folder of PNG masks with the images' names: binary, or one value per
         object (255 is ignored), all 0 for an image without truth. Every unreadable file is named in the error.
         """
-        files = _choose_images(Path(path), num_images)
-        truth = None if masks is None else Path(masks)
-        return cls._from_files(files, f"probe folder {path}", size, mean, std, truth)
+        read = read_folder(path, size=size, num_images=num_images, masks=masks)
+        return cls._from_photographs(read, mean, std)
 
     @classmethod
     def from_path(
         cls,
         path: str | os.PathLike[str],
         *,
-        size: int | tuple[int, int] = 224,
+        size: Size = 224,
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
     ) -> ProbeBatch:
         """One image file, or a folder as `from_folder` takes it."""
         if Path(path).is_file():
-            truth = None if masks is None else Path(masks)
-            return cls._from_files([Path(path)], "image", size, IMAGENET_MEAN, IMAGENET_STD, truth)
+            return cls._from_photographs(read_file(path, size=size, masks=masks), IMAGENET_MEAN, IMAGENET_STD)
         return cls.from_folder(path, size=size, num_images=num_images, masks=masks)
 
     @classmethod
-    def _from_files(
-        cls,
-        files: list[Path],
-        what: str,
-        size: int | tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        masks: Path | None,
-    ) -> ProbeBatch:
-        height, width = (size, size) if isinstance(size, int) else size
-        tensors, broken = [], []
-        for file in files:
-            try:
-                tensors.append(_normalise(_fit(_open_rgb(file), (height, width), Image.Resampling.BICUBIC), mean, std))
-            except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-                broken.append(f"{file.name} ({type(error).__name__}: {error})")
-        if broken:
-            raise ProbeError(f"{what}: cannot read {'; '.join(broken)}. Remove or replace these files")
-        truth = None if masks is None else _read_masks(masks, files, (height, width))
-        several = len({file.parent for file in files}) > 1  # class folders
-        names = [f"{file.parent.name}-{file.stem}" if several else file.stem for file in files]
-        return cls(torch.stack(tensors), mean=mean, std=std, masks=truth, names=names)
+    def _from_photographs(cls, read: Photographs, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
+        _check_statistics(mean, std, read.pixels.shape[1])
+        images = _normalise(read.pixels, mean, std)
+        return cls(images, mean=mean, std=std, masks=read.masks, names=read.names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Store for offline drawing and for resuming; 8-bit when that loses nothing."""
@@ -212,7 +184,7 @@ class ProbeBatch:
         stored = {"images": self.images}
         if self.images.shape[1] == 3:
             pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
-            if torch.equal(_scale(pixels, self.mean, self.std), self.images):
+            if torch.equal(_normalise(pixels, self.mean, self.std), self.images):
                 stored = {"pixels": pixels}
         return stored if self.masks is None else {**stored, "masks": self.masks}
 
@@ -226,102 +198,19 @@ class ProbeBatch:
             pixels = take("pixels", ("uint8",), (len(names), 3, None, None))
             if pixels is None or len(mean) != 3:
                 raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
-            images = _scale(pixels, mean, std)
+            images = _normalise(pixels, mean, std)
         masks = take("masks", ("bool",), (len(names), None, *images.shape[2:]))
         caption, source = header.text("caption", default="original"), header.text("source", default="")
         return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
 
 
-def tag_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that can stand in a logger's tag and in a file name: no slashes, not too long, each one different.
-
-    Names that this gave stay as they are, so that a stored probe has those of its snapshots.
-    """
-    safe: list[str] = []
-    for name in names:
-        short = cut(re.sub(r"[^\w .+~-]", "_", name), LONGEST).strip() or "image"
-        unique, number = short, 1
-        while unique in safe:
-            number += 1
-            unique = cut(short, LONGEST - len(f"~{number}")) + f"~{number}"
-        safe.append(unique)
-    return tuple(safe)
+def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ProbeError(f"{name}: received {len(values)} values for images of {channels} channels")
 
 
-def _choose_images(folder: Path, count: int) -> list[Path]:
-    """Images of a folder at even distances; of a folder of class folders, one of each class as far as they go."""
-    if count < 1:
-        raise ProbeError(f"num_images={count}: expected at least 1")
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise ProbeError(f"probe folder {folder}: {found}; expected a folder of images")
-    files = _images_in(folder)
-    if files:
-        return _evenly(files, count)
-    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f))]
-    if not classes:
-        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    ranked = sorted((rank, file) for images in _evenly(classes, count) for rank, file in enumerate(images[:count]))
-    return [file for _, file in ranked[:count]]
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-
-
-def _evenly(items: list[Item], count: int) -> list[Item]:
-    if len(items) <= count:
-        return items
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
-
-
-def _open_rgb(file: Path) -> Image.Image:
-    """Upright RGB of the first frame; transparency over white, 16 bits reduced to 8."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return image.convert("RGB")
-
-
-def _fit(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return ImageOps.fit(image, (size[1], size[0]), method=resample)
-
-
-def _normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _scale(pixels[None], mean, std)[0]
-
-
-def _scale(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, C, H, W) to what the model takes."""
+def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, C, H, W) as the model takes them: (pixels / 255 - mean) / std."""
     m, s = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
     return (pixels.float() / 255 - m) / s
-
-
-def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tensor:
-    """bool (B, objects, H, W), each mask resized and cropped exactly as its image."""
-    if not folder.is_dir():
-        raise ProbeError(f"masks folder {folder} does not exist")
-    missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
-    if missing:
-        raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
-    objects = []
-    for file in files:
-        with Image.open(folder / f"{file.stem}.png") as opened:
-            indexed = opened if opened.mode in ("P", "L", "1") else opened.convert("L")
-            labels = np.asarray(_fit(indexed, size, Image.Resampling.NEAREST)).astype(np.int64)
-        values = [v for v in np.unique(labels) if v != 0]
-        if len(values) > 1 or opened.mode == "P":
-            values = [v for v in values if v != IGNORE]  # a lone 255 in a grey mask means "object"
-        objects.append(
-            torch.from_numpy(np.stack([labels == v for v in values]) if values else np.zeros((0, *size), bool))
-        )
-    most = max(len(o) for o in objects)
-    return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])

@@ -1,0 +1,139 @@
+"""Photographs from files and folders, with masks of the objects in them, all resized to one size."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from attn_monitor.errors import ProbeError
+
+Item = TypeVar("Item")
+Size = int | tuple[int, int]
+"""Of a square's side, or (height, width), in pixels."""
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+IGNORED_LABEL = 255  # the VOC palette's border
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """``pixels`` are uint8 (B, 3, H, W), ``masks`` bool (B, objects, H, W) if there are any, ``names`` the files'."""
+
+    pixels: Tensor
+    masks: Tensor | None
+    names: list[str]
+
+
+def read_folder(
+    folder: str | os.PathLike[str], *, size: Size, num_images: int, masks: str | os.PathLike[str] | None = None
+) -> Photographs:
+    """Images of a folder at even distances; of a folder of class folders, one of each class as far as they go.
+
+    ``masks`` is a folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
+    """
+    return _read(_choose_files(Path(folder), num_images), f"probe folder {folder}", size, masks)
+
+
+def read_file(file: str | os.PathLike[str], *, size: Size, masks: str | os.PathLike[str] | None = None) -> Photographs:
+    """One image file; ``masks`` as in `read_folder`."""
+    return _read([Path(file)], "image", size, masks)
+
+
+def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
+    """Resized to cover the size and cropped at the centre. Every unreadable file is named in the error."""
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels, unreadable = [], []
+    for file in files:
+        try:
+            photograph = _resize_and_crop(_open_rgb(file), (height, width), Image.Resampling.BICUBIC)
+            pixels.append(torch.from_numpy(np.array(photograph)).permute(2, 0, 1))
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
+    if unreadable:
+        raise ProbeError(f"{source}: cannot read {'; '.join(unreadable)}. Remove or replace these files")
+    class_folders = len({file.parent for file in files}) > 1
+    names = [f"{file.parent.name}-{file.stem}" if class_folders else file.stem for file in files]
+    return Photographs(
+        torch.stack(pixels), None if masks is None else _read_masks(Path(masks), files, (height, width)), names
+    )
+
+
+def _choose_files(folder: Path, count: int) -> list[Path]:
+    if count < 1:
+        raise ProbeError(f"num_images={count}: expected at least 1")
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ProbeError(f"probe folder {folder}: {found}; expected a folder of images")
+    files = _images_in(folder)
+    if files:
+        return _evenly_spaced(files, count)
+    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f))]
+    if not classes:
+        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    ranked = sorted(
+        (rank, file) for images in _evenly_spaced(classes, count) for rank, file in enumerate(images[:count])
+    )
+    return [file for _, file in ranked[:count]]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+
+
+def _evenly_spaced(items: list[Item], count: int) -> list[Item]:
+    if len(items) <= count:
+        return items
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def _open_rgb(file: Path) -> Image.Image:
+    """Upright RGB of the first frame; transparency over white, 16 bits reduced to 8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                values = np.asarray(image, dtype=np.float64)
+                image = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return image.convert("RGB")
+
+
+def _resize_and_crop(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    return ImageOps.fit(image, (size[1], size[0]), method=resample)
+
+
+def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tensor:
+    """bool (B, objects, H, W), each mask resized and cropped exactly as its image."""
+    if not folder.is_dir():
+        raise ProbeError(f"masks folder {folder} does not exist")
+    missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
+    if missing:
+        raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
+    objects = [_read_objects(folder / f"{file.stem}.png", size) for file in files]
+    most = max(map(len, objects))
+    return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])
+
+
+def _read_objects(file: Path, size: tuple[int, int]) -> Tensor:
+    """bool (objects, H, W): one for each value of a mask but 0."""
+    with Image.open(file) as opened:
+        mode = opened.mode
+        indexed = opened if mode in ("P", "L", "1") else opened.convert("L")
+        labels = torch.from_numpy(
+            np.asarray(_resize_and_crop(indexed, size, Image.Resampling.NEAREST)).astype(np.int64)
+        )
+    values = [value for value in labels.unique().tolist() if value != 0]
+    if len(values) > 1 or mode == "P":
+        values = [value for value in values if value != IGNORED_LABEL]  # a lone 255 in a grey mask means "object"
+    return torch.stack([labels == value for value in values]) if values else torch.zeros(0, *size, dtype=torch.bool)

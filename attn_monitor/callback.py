@@ -37,7 +37,7 @@ from attn_monitor.publish.sinks import sink_for
 from attn_monitor.publish.tags import check_name, renamed
 from attn_monitor.record.archive import set_aside, written_between
 from attn_monitor.record.claim import Claim, claim_again, claim_free
-from attn_monitor.record.normalisation import declared_in
+from attn_monitor.record.normalisation import declared_statistics
 from attn_monitor.record.npz import remove_unfinished
 from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -53,7 +53,14 @@ from attn_monitor.train.arguments import (
     check_statistics,
     import_forward,
 )
-from attn_monitor.train.probe_search import CROP, VALIDATION, adopt_from_loaders, adopt_images, find_images, probe_of
+from attn_monitor.train.batch_images import find_images
+from attn_monitor.train.probe_search import (
+    TRAINING_CAPTION,
+    VALIDATION_CAPTION,
+    probe_from_batch,
+    probe_from_images,
+    probe_from_loaders,
+)
 from attn_monitor.train.schedule import Schedule
 
 Result = TypeVar("Result")
@@ -394,8 +401,8 @@ class AttentionMapCallback(pl.Callback):
         return ProbeBatch.of(self.probe, size=size, num_images=count, masks=self.masks, mean=mean, std=std)
 
     def _adopt(self, trainer: pl.Trainer, batch: Any) -> None:
-        adopt = partial(adopt_images, batch, self.num_images, caption=CROP)
-        probe = self._from_first(trainer, lambda: adopt(declared=declared_in(trainer.train_dataloader)))
+        adopt = partial(probe_from_batch, batch, self.num_images, caption=TRAINING_CAPTION)
+        probe = self._from_first(trainer, lambda: adopt(declared=declared_statistics(trainer.train_dataloader)))
         self._use_probe(probe.with_statistics(*self.statistics) if self.statistics else probe)
 
     def _use_probe(self, probe: ProbeBatch) -> None:
@@ -474,14 +481,16 @@ class AttentionMapCallback(pl.Callback):
 
         def ask(loaders: Any, caption: str) -> ProbeBatch | None:
             found: list[ProbeBatch | None] = []
-            adopt = partial(adopt_from_loaders, loaders, self.num_images, pl_module, caption=caption)
+            adopt = partial(probe_from_loaders, loaders, self.num_images, pl_module, caption=caption)
             self._failures.attempt(f"finding a {caption}", lambda: found.append(adopt()))
             return found[0] if found else None
 
-        probe = ask(validation, VALIDATION) if as_is else None
+        probe = ask(validation, VALIDATION_CAPTION) if as_is else None
         if probe is None and self._checked is not None:
-            probe = probe_of(self._checked, caption=VALIDATION, declared=declared_in([validation, training]))
-        return ask(training, CROP) if probe is None and as_is else probe
+            probe = probe_from_images(
+                self._checked, caption=VALIDATION_CAPTION, declared=declared_statistics([validation, training])
+            )
+        return ask(training, TRAINING_CAPTION) if probe is None and as_is else probe
 
     def _goes_on(self, step: int, run_folder: Path) -> bool:
         """Whether this fit continues what the callback has seen: resumed, or the same run trained further."""

@@ -30,7 +30,7 @@ from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports as telling
 from attn_monitor.train.arguments import OnError, check_heads, check_on_error, check_statistics
-from attn_monitor.train.probe_search import CROP, adopt_from_loaders, adopt_images
+from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_loaders
 from attn_monitor.train.schedule import Schedule
 
 TAKING = "taking a snapshot"
@@ -218,13 +218,13 @@ class Watch:
         return {role: model.get_submodule(paths[role]) for role, model in self.models.items()}, paths
 
     def _adopt(self, batch: Any, model: nn.Module) -> None:
-        source, probe, caption = self.probe, None, CROP
+        source, probe, caption = self.probe, None, TRAINING_CAPTION
         if isinstance(source, (Dataset, DataLoader)):
             loader = source if isinstance(source, DataLoader) else DataLoader(source)
-            caption = CROP if _shuffles(loader) else "original"
-            probe = adopt_from_loaders(loader, self.num_images, model, caption=caption)
+            caption = TRAINING_CAPTION if _shuffles(loader) else "original"
+            probe = probe_from_loaders(loader, self.num_images, model, caption=caption)
             batch = next(iter(loader)) if probe is None and batch is None else batch
-        probe = probe or adopt_images(batch, self.num_images, caption=caption)
+        probe = probe or probe_from_batch(batch, self.num_images, caption=caption)
         self._use(probe.with_statistics(*self.statistics) if self.statistics else probe)
 
     def _open(self, step: int) -> None:

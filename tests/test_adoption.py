@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from attn_monitor import AttentionMapCallback, ProbeBatch
-from attn_monitor.train.probe_search import adopt_from_loaders, find_images
+from attn_monitor.train.probe_search import probe_from_loaders
 from tests.helpers import Distillation, NoiseImages, loader, tiny_vit, trainer
 
 
@@ -64,7 +64,7 @@ def test_several_validation_sets_and_a_sampler_of_a_part() -> None:
     part = DataLoader(Numbered(100), batch_size=4, sampler=SubsetRandomSampler(range(50, 58)))
     other = DataLoader(Numbered(9))
     for loaders in ([part, other], {"a": part, "b": other}):
-        probe = adopt_from_loaders(loaders, 8, tiny_vit())
+        probe = probe_from_loaders(loaders, 8, tiny_vit())
         assert probe is not None
         assert indices(probe) == list(range(50, 58))
 
@@ -117,7 +117,7 @@ def test_neither_random_states_nor_the_loader_move(workers: int) -> None:
     model = tiny_vit()
     data = DataLoader(Numbered(100), batch_size=4, shuffle=True, num_workers=workers)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    probe = adopt_from_loaders(data, 8, model)
+    probe = probe_from_loaders(data, 8, model)
     assert probe is not None
     assert indices(probe) == EVEN
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
@@ -144,13 +144,6 @@ def test_wrong_statistics_fail_at_once(given: dict[str, Any]) -> None:
         AttentionMapCallback(**given)
     with pytest.raises(ValueError, match="a ProbeBatch, which takes mean and std of its own"):
         AttentionMapCallback(ProbeBatch(torch.zeros(1, 3, 8, 8)), mean=[0, 0, 0], std=[1, 1, 1])
-
-
-def test_the_largest_crops_come_first() -> None:
-    small, large = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16)
-    assert find_images([small, small, large, large.clone()]) is large
-    assert find_images({"views": [small, large]}) is large
-    assert find_images({"local_crops": [small], "global_crops": [large]}) is large
 
 
 def test_a_batch_without_images_leaves_the_run_alone(tmp_path: Path) -> None:

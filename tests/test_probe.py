@@ -1,4 +1,4 @@
-"""Probe images from folders, tensors and batches."""
+"""Probe images from folders and tensors, and how they are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 
 from attn_monitor import ProbeBatch, ProbeError
 from attn_monitor.record.file_names import MAX_NAME_BYTES, tag_safe_names
-from attn_monitor.train.probe_search import adopt_images, find_images
 
 
 def test_photographs_come_back_for_display(photographs: Path) -> None:
@@ -164,21 +163,6 @@ def test_bfloat16_is_stored(tmp_path: Path) -> None:
     probe = ProbeBatch(torch.randn(1, 3, 4, 4, dtype=torch.bfloat16))
     probe.save(tmp_path / "x.npz")
     assert torch.equal(ProbeBatch.load(tmp_path / "x.npz").images, probe.images.float())
-
-
-def test_finds_images_in_batches() -> None:
-    image, label = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
-    for batch in (
-        image,
-        (image, label),
-        [[image, image], label],
-        {"label": label, "image": image},
-        {"a": {"b": image}},
-    ):
-        assert find_images(batch) is image
-    assert find_images({"mask": torch.ones(2, 1, 4, 4), "pixel_values": image}) is image
-    with pytest.raises(ProbeError, match=r"a tensor \(2,\) torch.int64"):
-        adopt_images([label, "text"], 4)
 
 
 @pytest.mark.parametrize(

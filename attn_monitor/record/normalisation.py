@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-WHOLE = 0.05  # grey levels: mean distance from whole 8-bit values up to which images are taken to be made of them
-MOST = 2000  # objects that are looked at below a data set in search of transforms
+EIGHT_BIT_TOLERANCE = 0.05  # grey levels: mean distance from whole values up to which images are taken to be 8-bit
+MAX_OBJECTS = 2000  # that are looked at below a data set in search of transforms
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Statistics:
         return "{} (mean {}; std {})".format(self.source, *numbers)
 
 
-KNOWN = (
+COMMON_STATISTICS = (
     Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's statistics"),
     Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "the statistics 0.5 and 0.5"),
     Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "CLIP's statistics"),
@@ -44,23 +44,23 @@ KNOWN = (
 )
 
 
-def find_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Statistics:
+def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Statistics:
     """What normalised these (B, C, H, W) images.
 
-    The candidate whose undoing leaves whole 8-bit values; else what the data set's transforms declare, where the
-    values allow it; else nothing for values in 0…1; else the contrast is stretched to the images' percentiles.
+    The candidate that gives whole 8-bit values when it is undone; else what the data set's transforms declare, where
+    the values allow it; else nothing for values in 0…1; else the contrast is stretched to the images' percentiles.
     """
     channels, images = images.shape[1], images.float()
     plain = Statistics((0.0,) * channels, (1.0,) * channels, "no normalisation")
     bytes_ = Statistics((0.0,) * channels, (1 / 255,) * channels, "values of 0 to 255")
     declared = [s for s in declared if len(s.mean) == channels]
-    known = [s for s in KNOWN if len(s.mean) == channels]
-    rests = [(_rest(images, s), s) for s in (*declared, plain, bytes_, *known)]
-    rest, best = min(rests, key=lambda found: found[0])
-    if rest < WHOLE:
+    known = [s for s in COMMON_STATISTICS if len(s.mean) == channels]
+    distances = [(_distance_from_eight_bit(images, s), s) for s in (*declared, plain, bytes_, *known)]
+    distance, best = min(distances, key=lambda found: found[0])
+    if distance < EIGHT_BIT_TOLERANCE:
         return best
     for statistics in (*declared, plain):
-        shown = _undone(images, statistics)
+        shown = _denormalise(images, statistics)
         if shown.min() > -0.02 and shown.max() < 1.02:
             return statistics
     values = images.flatten()[:: max(1, images.numel() // 100_000)]
@@ -69,23 +69,23 @@ def find_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Stat
     return Statistics((-low / span,) * channels, (1 / span,) * channels, "contrast by percentiles, as nothing tells")
 
 
-def _undone(images: Tensor, statistics: Statistics) -> Tensor:
+def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
     return images * std + mean
 
 
-def _rest(images: Tensor, statistics: Statistics) -> float:
-    """Mean distance of undone values from whole grey levels, infinite where they are outside 0…255."""
-    levels = _undone(images, statistics) * 255
+def _distance_from_eight_bit(images: Tensor, statistics: Statistics) -> float:
+    """Mean distance of denormalised values from whole grey levels, infinite where they are outside 0…255."""
+    levels = _denormalise(images, statistics) * 255
     if not (levels.min() > -0.5 and levels.max() < 255.5):  # NaN too
         return float("inf")
     return float((levels - levels.round()).abs().mean())
 
 
-def declared_in(data: Any) -> list[Statistics]:
+def declared_statistics(data: Any) -> list[Statistics]:
     """Every mean and std that a data set, its transforms or an image processor below it hold, the nearest first."""
     found: list[Statistics] = []
-    for owner in _below(data):
+    for owner in _walk(data):
         space = owner if isinstance(owner, dict) else _attributes(owner)
         for names in (("mean", "std"), ("image_mean", "image_std")):
             mean, std = (_numbers(space.get(name)) for name in names)
@@ -103,10 +103,10 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(numbers.tolist()) if value is not None and 0 < numbers.size <= 32 else ()
 
 
-def _below(data: Any) -> Iterator[Any]:
+def _walk(data: Any) -> Iterator[Any]:
     """The object and what it holds, breadth first: attributes, and items of short lists, tuples and dicts."""
     waiting, seen = deque([data]), {id(data)}
-    while waiting and len(seen) < MOST:
+    while waiting and len(seen) < MAX_OBJECTS:
         owner = waiting.popleft()
         yield owner
         for part in _parts(owner):

@@ -15,7 +15,7 @@ from attn_monitor.errors import ArchiveError, ProbeError
 from attn_monitor.record.fields import Fields
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.image_folder import Photographs, Size, read_file, read_folder
-from attn_monitor.record.normalisation import find_statistics
+from attn_monitor.record.normalisation import infer_statistics
 from attn_monitor.record.npz import Take, open_npz, tensors_in, write_npz
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -99,7 +99,7 @@ class ProbeBatch:
             if mean is None or std is None:
                 if probe.ndim != 4 or not probe.is_floating_point() or not probe.numel():
                     return cls(probe)  # raises what is wrong with it
-                found = find_statistics(probe.detach().cpu())
+                found = infer_statistics(probe.detach().cpu())
                 return cls(probe, mean=found.mean, std=found.std, source=str(found))
             return cls(probe, mean=mean, std=std)
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD

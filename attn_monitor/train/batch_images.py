@@ -1,0 +1,87 @@
+"""Find the images in a batch, whatever containers it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
+from types import ModuleType
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+IMAGE_WORDS = ("global", "image", "pixel", "img", "view", "x")
+"""What keys and attributes that hold images have in their names, the most telling first."""
+
+MAX_CHANNELS = 32  # of images; feature maps and weights have more
+
+
+def find_images(batch: Any, _seen: dict[int, Any] | None = None) -> Tensor | None:
+    """The floating-point images (B, C, H, W) of a batch, None where it holds none.
+
+    Of several in one container, those whose name is first in `IMAGE_WORDS`; of these the largest, else the first.
+    """
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= MAX_CHANNELS else None
+    seen = {} if _seen is None else _seen  # objects may refer to each other
+    if id(batch) in seen:
+        return None
+    seen[id(batch)] = batch  # held, so that nothing else gets its id
+    parts = sorted(((_rank(name), part) for name, part in _parts(batch)), key=itemgetter(0))
+    for _, alike in groupby(parts, key=itemgetter(0)):
+        found = [images for _, part in alike if (images := find_images(part, seen)) is not None]
+        if found:
+            return max(found, key=lambda images: images.shape[-2] * images.shape[-1])
+    return None
+
+
+def describe_batch(batch: Any) -> str:
+    """What a batch holds, for error messages: shapes and types of its first parts."""
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)} {batch.dtype}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{name}: {describe_batch(part)}" for name, part in _parts(batch)[:6]) + "}"
+    if isinstance(batch, (list, tuple)):
+        return "[" + ", ".join(describe_batch(part) for _, part in _parts(batch)[:6]) + "]"
+    return type(batch).__name__
+
+
+def _rank(name: str) -> int:
+    """Place of the first of `IMAGE_WORDS` in a name, their number where there is none."""
+    return next((rank for rank, word in enumerate(IMAGE_WORDS) if word in name.lower()), len(IMAGE_WORDS))
+
+
+def _parts(container: Any) -> list[tuple[str, Any]]:
+    """What a container holds itself, with the key or attribute that it is below; none where it is no container."""
+    node = _as_pytree(container) if pytree.tree_is_leaf(container) else container
+    registered = pytree.SUPPORTED_NODES.get(type(node))
+    if registered is not None and registered.flatten_with_keys_fn is None:
+        return [("", part) for part in pytree.tree_leaves(node, is_leaf=lambda part: part is not node)]
+    found = pytree.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
+    return [(_name(path[0]), part) for path, part in found if path]
+
+
+def _name(key: Any) -> str:
+    """That of an attribute or of a mapping's key; places in a sequence have none."""
+    return str(getattr(key, "name", getattr(key, "key", "")))
+
+
+def _as_pytree(value: Any) -> Any:
+    """A container that pytree does not know as a dictionary or list, an object as its attributes; else as it is."""
+    if isinstance(value, Mapping):  # UserDict, and so Hugging Face's BatchEncoding and BatchFeature
+        return dict(value)
+    if isinstance(value, (list, tuple)):  # a class of its own
+        return list(value)
+    if isinstance(value, (Tensor, nn.Module, type, ModuleType)):
+        return value
+    return _declared_fields(value) or getattr(value, "__dict__", value)
+
+
+def _declared_fields(value: Any) -> dict[str, Any]:
+    """Those of a dataclass or of an attrs class, which may have slots and so no `__dict__`."""
+    names = [
+        *getattr(type(value), "__dataclass_fields__", ()),
+        *(field.name for field in getattr(type(value), "__attrs_attrs__", ())),
+    ]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}

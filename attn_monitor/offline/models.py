@@ -6,6 +6,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,21 @@ def load_model(name: str, *, checkpoint: str | None = None, key: str | None = No
     ``weights`` loads the library's own pretrained weights; ``checkpoint`` a file of weights, from which the entries
     below ``key`` are taken; without it, see `load_checkpoint`. What was loaded is said on stderr.
     """
-    library, _, rest = name.partition(":")
-    loaders: dict[str, Callable[[str, bool], nn.Module]] = {
-        "timm": _timm,
-        "hf": _hugging_face,
-        "torchvision": _torchvision,
-    }
+    prefix, _, rest = name.partition(":")
+    library = _LIBRARIES.get(prefix)
     if not rest:
         raise ModelNameError(
             f"model {name!r}: expected timm:NAME, hf:NAME, torchvision:NAME or package.module:callable"
         )
     try:
-        model = loaders[library](rest, weights) if library in loaders else _importable(library, rest)
+        model = _importable(prefix, rest) if library is None else library.load(rest, weights)
     except ModuleNotFoundError as error:
-        raise ModelNameError(f"model {name!r}: {error}. Install that package, or check the name") from error
+        remedy = "Install that package, or check the name" if library is None else f"Run: pip install {library.package}"
+        raise ModelNameError(f"model {name!r}: {error}. {remedy}") from error
     except (OSError, RuntimeError) as error:  # what the libraries raise for downloads, and for names they do not know
-        if library not in loaders:
+        if library is None:
             raise
-        raise ModelNameError(f"model {name!r}: {_first_line(error)}. {_remedy(library, weights)}") from error
+        raise ModelNameError(f"model {name!r}: {_first_line(error)}. {_remedy(prefix, weights)}") from error
     if checkpoint is not None:
         print(load_checkpoint(model, checkpoint, key=key), file=sys.stderr)
     elif key is not None:
@@ -88,6 +86,21 @@ def _torchvision(name: str, weights: bool) -> nn.Module:
     with impatient_sockets():
         model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
     return model
+
+
+@dataclass(frozen=True)
+class _Library:
+    """One that makes models by name, given whether with its pretrained weights; ``package`` is what pip installs."""
+
+    load: Callable[[str, bool], nn.Module]
+    package: str
+
+
+_LIBRARIES = {
+    "timm": _Library(_timm, "timm"),
+    "hf": _Library(_hugging_face, "transformers"),
+    "torchvision": _Library(_torchvision, "torchvision"),
+}
 
 
 def _near(name: str, known: Sequence[str]) -> str:

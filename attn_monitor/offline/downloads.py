@@ -13,14 +13,14 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-ANSWER_SECONDS = 4.0  # for a server to answer
+TIMEOUT_SECONDS = 4.0  # for a server to answer
 
 
 @contextmanager
 def hub_or_cache(needed: bool = True) -> Iterator[None]:
     """Where the Hugging Face hub does not answer, only what is cached is looked at; `ConnectionError` if it is not."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not needed or os.environ.get("HF_HUB_OFFLINE") or answers(address):
+    if not needed or os.environ.get("HF_HUB_OFFLINE") or is_reachable(address):
         yield
         return
     constants: Any = importlib.import_module("huggingface_hub.constants")
@@ -36,26 +36,26 @@ def hub_or_cache(needed: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def impatient_sockets() -> Iterator[None]:
-    """For clients that set no limit of their own, such as torch.hub."""
+def socket_timeout() -> Iterator[None]:
+    """A limit for clients that set none of their own, such as torch.hub."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(ANSWER_SECONDS)
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def answers(address: str, seconds: float = ANSWER_SECONDS) -> bool:
+def is_reachable(address: str, seconds: float = TIMEOUT_SECONDS) -> bool:
     """Whether a server can be reached, through the proxies of the environment."""
     reached = threading.Event()
 
-    def ask() -> None:
+    def request() -> None:
         with suppress(OSError, ValueError, http.client.HTTPException):
             with suppress(HTTPError):  # that is an answer too
                 urlopen(Request(address, method="HEAD"), timeout=seconds).close()
             reached.set()
 
     # On a thread, as looking up a name has no limit.
-    threading.Thread(target=ask, name="attn_monitor-connection", daemon=True).start()
+    threading.Thread(target=request, name="attn_monitor-connection", daemon=True).start()
     return reached.wait(seconds)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from attn_monitor.capture.backbones import role_of
-from attn_monitor.offline.downloads import hub_or_cache, impatient_sockets
+from attn_monitor.offline.downloads import hub_or_cache, socket_timeout
 
 
 class ModelNameError(ValueError):
@@ -34,7 +34,7 @@ def load_model(name: str, *, checkpoint: str | None = None, key: str | None = No
             f"model {name!r}: expected timm:NAME, hf:NAME, torchvision:NAME or package.module:callable"
         )
     try:
-        model = _importable(prefix, rest) if library is None else library.load(rest, weights)
+        model = _from_module(prefix, rest) if library is None else library.load(rest, weights)
     except ModuleNotFoundError as error:
         remedy = "Install that package, or check the name" if library is None else f"Run: pip install {library.package}"
         raise ModelNameError(f"model {name!r}: {error}. {remedy}") from error
@@ -54,7 +54,7 @@ def _timm(name: str, weights: bool) -> nn.Module:
 
     if ":" not in name:  # those are repositories on a hub
         if not timm.is_model(name):
-            raise ModelNameError(f"model 'timm:{name}': timm knows no {name!r}{_near(name, timm.list_models())}")
+            raise ModelNameError(f"model 'timm:{name}': timm knows no {name!r}{_suggestion(name, timm.list_models())}")
         if weights and not timm.get_pretrained_cfg(name).has_weights:
             raise RuntimeError("timm has no weights for it")
     model: nn.Module
@@ -81,9 +81,10 @@ def _hugging_face(name: str, weights: bool) -> nn.Module:
 def _torchvision(name: str, weights: bool) -> nn.Module:
     from torchvision.models import get_model, list_models
 
-    if name.lower() not in list_models():
-        raise ModelNameError(f"model 'torchvision:{name}': torchvision knows no {name!r}{_near(name, list_models())}")
-    with impatient_sockets():
+    known = list_models()
+    if name.lower() not in known:
+        raise ModelNameError(f"model 'torchvision:{name}': torchvision knows no {name!r}{_suggestion(name, known)}")
+    with socket_timeout():
         model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
     return model
 
@@ -103,7 +104,7 @@ _LIBRARIES = {
 }
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def _suggestion(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -120,7 +121,7 @@ def _remedy(library: str, weights: bool) -> str:
     return "Check the name"
 
 
-def _importable(module: str, attribute: str) -> nn.Module:
+def _from_module(module: str, attribute: str) -> nn.Module:
     found = getattr(importlib.import_module(module), attribute, None)
     if found is None:
         raise ModelNameError(f"module {module!r} has no {attribute!r}")

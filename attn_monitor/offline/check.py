@@ -1,0 +1,76 @@
+"""`attn-monitor check`: which attention a model has, and what can be read from it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_monitor.capture.backbones import find_backbones
+from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.capture.sites import Site
+from attn_monitor.errors import AttentionError, NoAttentionError
+from attn_monitor.offline.models import load_model
+
+
+def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
+    """Say which attention a model has and what can be read from it.
+
+    Args:
+        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        size: image size in pixels, one number or [height, width].
+        query: "cls", "mean", a token index, or [row, col] of a patch.
+    """
+    loaded = load_model(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(1, 3, height, width)
+    try:
+        roles = find_backbones(loaded)
+    except NoAttentionError:  # by its modules' names; running it may tell otherwise
+        roles = {"model": ""}
+    for role, path in roles.items():
+        backbone = loaded.get_submodule(path)
+        recorder = AttentionRecorder(backbone, layers="all", query=query)
+        sites = recorder.sites(images)
+        where = f"{role} at {path}" if path else role
+        print(
+            f"{model}: {where}, {type(backbone).__name__}, images of {height} × {width}, {len(sites)} attention layers"
+        )
+        for site in sites:
+            print("  " + _describe(site))
+        print("  " + _cost(backbone, recorder, images, query))
+
+
+def _describe(site: Site) -> str:
+    head = f"{site.index:3d} {site.name:32s} {site.op.removeprefix('aten._scaled_dot_product_'):34s}"
+    if site.refusal is not None or site.layout is None:
+        return f"{head} {site.heads} heads, refused: {site.refusal}"
+    (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
+    how = {"centres": "by the centres of overlapping fields"}.get(site.layout.evidence, site.layout.evidence)
+    error = "mixed after the softmax" if site.mixed else f"error {site.error:.1e}"
+    return f"{head} {site.heads} heads, grid {gh} × {gw} (places {how}) + {prefix} prefix, {error}"
+
+
+def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:
+    """Median ratio of a recording of the last readable layer to a plain forward, measured in pairs."""
+    try:
+        last = recorder(images)[-1]
+    except AttentionError as error:
+        return f"query={query!r} can be read nowhere: {error}"
+    recorder = AttentionRecorder(backbone, layers=last.layer, query=query)
+    recorder(images)
+    ratios = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with isolated_forward(backbone):
+            default_forward(backbone, images)
+        plain = time.perf_counter() - started
+        started = time.perf_counter()
+        recorder(images)
+        ratios.append((time.perf_counter() - started) / plain)
+    return f"layer {last.layer}, query={query!r}: costs {statistics.median(ratios):.2f} of a forward pass"

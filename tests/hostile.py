@@ -41,6 +41,7 @@ from tests.hostile_parts import (
     Reorder,
     SqueezeExcite,
     Stem,
+    TwoPhases,
     Views,
     after,
     blocks,
@@ -96,12 +97,6 @@ def serpentine(t: Tensor) -> Tensor:
 def zoom(x: Tensor) -> Tensor:
     """The image's middle, enlarged."""
     return F.interpolate(x[..., 8:24, 12:36], size=x.shape[-2:], mode="bilinear")
-
-
-def with_means_between(x: Tensor) -> Tensor:
-    """The columns of (B, C, gh, gw), and between neighbours their mean."""
-    means = (x[..., 1:] + x[..., :-1]) / 2
-    return torch.cat([torch.stack([x[..., :-1], means], -1).flatten(-2), x[..., -1:]], -1)
 
 
 def heads_scaled(a: Tensor) -> Tensor:
@@ -308,7 +303,7 @@ CASES = [
     ),
     *cases(
         "stem that blurs",
-        {"means between columns": lambda: with_stem(conv(), Do(with_means_between), grid=(2, 7))},
+        {"overlapping, as two disjoint ones": lambda: with_stem(TwoPhases(), grid=(2, 7))},
         size=(16, 32),
     ),
     *cases(

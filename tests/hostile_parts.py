@@ -72,6 +72,20 @@ def conv(kernel: int = PATCH, stride: int = PATCH, padding: int = 0, channels: i
     return nn.Conv2d(channels, DIM, kernel, stride, padding)
 
 
+class TwoPhases(nn.Module):
+    """An embedding whose columns overlap by half: one disjoint convolution, run again half a patch to the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = PATCH // 2
+        even, odd = self.proj(x), self.proj(x[..., half:-half])  # (B, C, gh, gw), (B, C, gh, gw - 1)
+        pairs = torch.stack([even[..., :-1], odd], -1).flatten(-2)
+        return torch.cat([pairs, even[..., -1:]], -1)
+
+
 class Stem(nn.Module):
     """Patch embedding, position embedding, and other tokens where ``spec`` says.
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from attn_monitor.publish import background
 from tests import processes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,13 @@ def _seeded_without_known_warnings() -> Iterator[None]:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - the state that libraries draw from
         yield
+
+
+@pytest.fixture(autouse=True)
+def _slow_drawing_is_waited_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine draws late, which is a warning only where a test is about slowness."""
+    if request.module.__name__ not in ("tests.test_background", "tests.test_faults", "tests.test_outages"):
+        monkeypatch.setattr(background, "ROOM_PATIENCE", 30.0)
 
 
 @pytest.fixture(scope="session")

@@ -305,7 +305,7 @@ def test_a_killed_process_of_a_logger(tmp_path: Path) -> None:
         told, _ = fit(tmp_path, [piped, good], Waits(), At(step3=process.kill), steps=6)
     assert [s for s, _ in good.metrics] == [*range(7)]
     assert archived(next(tmp_path.rglob("attn_monitor"))) == [*range(7)]
-    assert "logging metrics to Mine failed, training goes on. BrokenPipeError" in told[0]
+    assert any("logging metrics to Mine failed, training goes on. BrokenPipeError" in text for text in told)
     assert re.search(r"logging metrics to Mine: steps .*6", told[-1])
     assert "Mine 2" not in "".join(told)
 
@@ -418,7 +418,7 @@ def test_what_does_not_fit_in_memory_is_named(tmp_path: Path, disk: Path, monkey
     assert missing
     assert missing[0] == 5
     assert there[-1] == 30
-    assert "missing: steps 5, 6, 7" in told[1]
+    assert any("writing the archive works again; missing: steps 5, 6, 7" in text for text in told)
 
 
 @pytest.mark.slow

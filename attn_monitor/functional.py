@@ -64,7 +64,7 @@ def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
     Source: DINO's `visualize_attention.py` (sort ascending, cumulate, keep where the sum exceeds 1 - threshold).
     """
     p = normalise(p)
-    p = p if p.device.type == "mps" else p.double()  # which has no float64
+    p = p if p.device.type == "mps" else p.double()  # Apple's GPUs have no float64
     ascending, index = p.sort(-1)
     # Sums carry rounding errors of the input's precision; a mass that reaches the threshold but for these counts.
     keep = ascending.cumsum(-1) > 1 - threshold + 1e-6

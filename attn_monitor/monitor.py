@@ -68,7 +68,7 @@ class AttentionMonitor:
             for role, model in models.items():
                 self._recorder(role, model).check(self.probe.images)
 
-        self._together(look)
+        self._with_one_outcome(look)
 
     def found(self) -> dict[str, ModelSummary]:
         """What the latest look has found, by role."""
@@ -152,7 +152,7 @@ class AttentionMonitor:
         images = self.probe.images if part is None else self.probe.images[list(part.indices)]
         while True:
             try:
-                captured = self._together(lambda: self._record(models, images))
+                captured = self._with_one_outcome(lambda: self._record(models, images))
             except Exception as error:
                 chunk = min(self._chunk, len(images))
                 if not distributed.is_out_of_memory(error) or chunk == 1:
@@ -174,8 +174,8 @@ class AttentionMonitor:
     def _is_shared(self) -> bool:
         return self.distributed and distributed.is_on()
 
-    def _together(self, action: Callable[[], Result]) -> Result:
-        """Do it; in several processes, with one outcome for all."""
+    def _with_one_outcome(self, action: Callable[[], Result]) -> Result:
+        """Do it; where it fails in one of several processes, it fails in all."""
         if not self._is_shared():
             return action()
         try:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, run_forward
-from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation
-from attn_monitor.capture.observer import AttentionObserver, SiteKey
+from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
+from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.places.find_places import find_places
 from attn_monitor.capture.places.site_places import SitePlaces
 from attn_monitor.capture.places.sketches import change_threshold, relative_change

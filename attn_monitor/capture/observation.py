@@ -8,6 +8,9 @@ from torch import Tensor
 
 from attn_monitor.capture.rows import AttentionSource, CallingConvention, Folding, Regrouped, regroup
 
+SiteKey = tuple[str, int]
+"""Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Operation:

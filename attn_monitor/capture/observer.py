@@ -16,12 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_monitor.capture import operations as ops
 from attn_monitor.capture import unknown_operations as unknown
 from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.observation import Observation
+from attn_monitor.capture.observation import Observation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.rows import CallingConvention, ExplicitCall, FusedCall, Query
-
-SiteKey = tuple[str, int]
-"""Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
 
 
 class StopForward(BaseException):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observation import Observation, ReadObservation, RefusedObservation
 from attn_monitor.capture.rows import ExplicitCall, FusedCall, Query, read_rows, widen, widened_dtype
-from attn_monitor.capture.verification import relative_error, tolerance
+from attn_monitor.capture.tolerance import relative_error, tolerance
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.block_tokens import block_of
 from attn_monitor.capture.forward import is_sharded
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.rows import Query
 from attn_monitor.capture.selection import QuerySpec, Selection
 from attn_monitor.capture.sites import ReadableSite, Site

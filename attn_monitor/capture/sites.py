@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.layout import TokenLayout
 from attn_monitor.capture.places.site_places import SitePlaces
 from attn_monitor.capture.rows import CallingConvention, Folding

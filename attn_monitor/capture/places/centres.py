@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import candidate_grids
 from attn_monitor.capture.places.decoding import cells_by_rank, centres, places_by_centre, share_far_from
 from attn_monitor.capture.places.layout import STATIC, Places, TokenLayout, layout_of

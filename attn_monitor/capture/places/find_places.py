@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.places.centres import rank_centres
 from attn_monitor.capture.places.mosaics import describe_keys, read_mosaics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.places.decoding import places_in_mosaics
 from attn_monitor.capture.places.layout import SEVERAL, STATIC, Places, is_whole, layout_of

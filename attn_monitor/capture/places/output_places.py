@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.layout import STATIC, Places, is_whole
 from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.places.sketches import relative_change

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.decoding import share_of_wrong_weight, shares
 from attn_monitor.capture.places.layout import SEVERAL, TokenLayout, is_whole, mostly_single
 from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch

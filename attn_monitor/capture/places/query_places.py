@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.layout import TokenLayout, layout_of, mostly_single
 from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.places.sketches import relative_change

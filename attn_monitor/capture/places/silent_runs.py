@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, run_forward
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.silent_forward import SilentObserver
 from attn_monitor.capture.places.tokens import SiteFormat, Tokens, concatenate
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.places.layout import Places, TokenLayout
 from attn_monitor.capture.places.silent_runs import SilentModel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observer import SiteKey
+from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.places.sketches import change_threshold
 from attn_monitor.capture.rows import CallingConvention, Folding
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from attn_monitor.train import reports as telling
@@ -48,9 +49,10 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The model is on its device now: the first snapshot."""
         if not state.is_world_process_zero:
             return
+        loader = kwargs.get("train_dataloader")
         self.watch = Watch(
             kwargs["model"],
-            kwargs.get("train_dataloader") if self.probe is None else self.probe,
+            loader if self.probe is None and isinstance(loader, DataLoader) else self.probe,
             loggers=self._find_loggers(args) if self.loggers is None else self.loggers,
             folder=args.output_dir,
             total_steps=state.max_steps,

@@ -29,11 +29,12 @@ from attn_monitor.record.claim import Claim, claim_again, claim_free
 from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports as telling
-from attn_monitor.train.arguments import OnError, check_heads, check_on_error, check_statistics
+from attn_monitor.train.arguments import OnError, check_heads, check_on_error, check_probe, check_statistics
 from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_loaders
 from attn_monitor.train.schedule import Schedule
 
 TAKING = "taking a snapshot"
+DATA = (Dataset, DataLoader)
 
 
 class Watch:
@@ -77,8 +78,8 @@ class Watch:
         health: HealthLimits = HealthLimits(),
         verify: Verify = True,
         forward: Forward | None = None,
-        num_images: int = 8,
-        image_size: int | tuple[int, int] = 224,
+        num_images: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         scale: str = "uniform",
@@ -90,7 +91,7 @@ class Watch:
             raise ValueError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
         self.models, self.probe, self.loggers = models, probe, list(loggers)
         self.folder = None if folder is None else Path(folder)
-        self.num_images, self.image_size = num_images, image_size
+        self.num_images, self.image_size = check_probe(probe, num_images, image_size, None, data=DATA)
         self.schedule, self.total_steps = Schedule(every_n_train_steps), total_steps or float("inf")
         self.schedule.start(self.total_steps)
         self.style = DrawingOptions(threshold, scale, check_heads(heads))
@@ -100,7 +101,7 @@ class Watch:
         }  # fmt: skip
         self.monitor: AttentionMonitor | None = None
         if isinstance(probe, (ProbeBatch, Tensor, str, os.PathLike)):
-            self._use(ProbeBatch.of(probe, size=image_size, num_images=num_images, mean=mean, std=std))
+            self._use(ProbeBatch.of(probe, size=self.image_size, num_images=self.num_images, mean=mean, std=std))
         self.active = distributed.is_first()
         self._failures = Failures('it is tried again; on_error="raise" shows the traceback')
         self._publisher: Publisher | None = None
@@ -219,7 +220,7 @@ class Watch:
 
     def _adopt(self, batch: Any, model: nn.Module) -> None:
         source, probe, caption = self.probe, None, TRAINING_CAPTION
-        if isinstance(source, (Dataset, DataLoader)):
+        if isinstance(source, DATA):
             loader = source if isinstance(source, DataLoader) else DataLoader(source)
             caption = TRAINING_CAPTION if _shuffles(loader) else "original"
             probe = probe_from_loaders(loader, self.num_images, model, caption=caption)

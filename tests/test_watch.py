@@ -135,6 +135,12 @@ def test_a_model_without_attention_is_left_alone(tmp_path: Path) -> None:
         ({}, "expected a place to write to"),
         ({"folder": "x", "on_error": "no"}, "on_error='no'"),
         ({"folder": "x", "every_n_train_steps": 0}, "every_n_train_steps=0"),
+        ({"folder": "x", "probe": torch.zeros(4, 3, 32, 32), "num_images": 2}, r"num_images=2: probe is a Tensor"),
+        ({"folder": "x", "probe": ProbeBatch(torch.zeros(4, 3, 32, 32)), "num_images": 8}, "num_images=8: probe is a"),
+        ({"folder": "x", "probe": torch.zeros(4, 3, 32, 32), "image_size": 16}, "image_size=16: probe is a Tensor"),
+        ({"folder": "x", "probe": NoiseImages(), "image_size": 16}, "image_size=16: probe is a NoiseImages"),
+        ({"folder": "x", "num_images": 0}, "num_images=0: expected a whole number"),
+        ({"folder": "x", "probe": [torch.zeros(3, 32, 32)]}, "probe: received a list.*a data set or its loader"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:

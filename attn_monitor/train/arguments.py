@@ -40,16 +40,21 @@ def check_statistics(
 
 
 def check_probe(
-    probe: Probe | None,
+    probe: object,
     num_images: int | None,
     image_size: int | Sequence[int] | None,
     masks: str | os.PathLike[str] | None,
+    *,
+    data: tuple[type, ...] = (),
 ) -> tuple[int, int | tuple[int, int]]:
-    """How many images to take and of which size; an error where one of these is given and could have no effect."""
-    if not isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None))):
+    """How many images to take and of which size; an error where one of these is given and could have no effect.
+
+    ``data`` are the types of data sets that may be given in place of images.
+    """
+    if not isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None), *data)):
         raise ValueError(
             f"probe: received a {type(probe).__name__}, expected a folder, a tensor (images, channels, H, W), a "
-            "ProbeBatch, or None to take images of the run's own data"
+            f"ProbeBatch, {'a data set or its loader, ' if data else ''}or None to take images of the run's own data"
         )
     is_folder = isinstance(probe, (str, os.PathLike))
     received = "None" if probe is None else f"a {type(probe).__name__}"

@@ -1,6 +1,6 @@
 """Several processes watch one probe: each runs its share, all agree on how that went, and all get the whole.
 
-Every function here except `is_on`, `is_first` and `share` is collective: all processes call it, in the same order.
+Everything here except `is_on`, `is_rank_zero` and `share` is collective: all processes call it, in the same order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,43 @@ def is_on() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def is_first() -> bool:
-    """Whether this process is the first of the group, or the only one."""
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its group, or the only one."""
     return not is_on() or dist.get_rank() == 0
+
+
+def _to_itself(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class RankZero:
+    """The process that acts and decides for all; ``broadcast`` gives every process what rank zero has.
+
+    By default there is one process, which is rank zero itself.
+    """
+
+    broadcast: Callable[[Any], Any] = _to_itself
+    rank: int = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process is it."""
+        return self.rank == 0
+
+    def run(self, action: Callable[[], Result]) -> Result:
+        """What the action returns or raises on rank zero, in every process."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_here:
+            try:
+                outcome = action(), None
+            except Exception as error:
+                outcome = None, _portable(error)
+        result: Result
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return result
 
 
 @dataclass(frozen=True)
@@ -112,21 +146,6 @@ def merge(mine: Captured, part: Share) -> Captured:
     for key, verdict in _verdicts(mine, flat.device).items():
         whole[key].update(verdict)
     return {key: replace(attention, **whole[key]) for key, attention in mine.items()}
-
-
-def from_first(broadcast: Callable[[Any], Any], rank: int, action: Callable[[], Result]) -> Result:
-    """What it gives in process 0, or what it raises there, in every process; ``broadcast`` is the strategy's own."""
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if rank == 0:
-        try:
-            outcome = action(), None
-        except Exception as error:
-            outcome = None, _portable(error)
-    result: Result
-    result, failure = broadcast(outcome)
-    if failure is not None:
-        raise failure
-    return result
 
 
 def _portable(error: Exception) -> Exception:

@@ -22,7 +22,8 @@ class AttentionMapFromEnvironment(AttentionMapCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look whether somebody watches already."""
         super().setup(trainer, pl_module, stage)
-        self._stepped_aside |= any(type(other) is not type(self) for other in all_of(trainer))
+        if any(type(other) is not type(self) for other in all_of(trainer)):
+            self._session.run.active = False
 
 
 def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:

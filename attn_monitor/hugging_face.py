@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from attn_monitor.train import reports as telling
+from attn_monitor.train.reports import warn
 from attn_monitor.watch import Watch
 
 STATE = "attn_monitor.pt"  # in each checkpoint
@@ -72,7 +72,7 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 torch.save(self.watch.state_dict(), folder / STATE)
             except OSError as error:
-                telling.warn(f"attn_monitor: {folder / STATE} cannot be written ({error}); a resumed run starts afresh")
+                warn(f"attn_monitor: {folder / STATE} cannot be written ({error}); a resumed run starts afresh")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last snapshot, and everything written."""

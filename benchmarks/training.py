@@ -107,8 +107,9 @@ class Drained(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """The publisher is there once training has begun."""
-        if self.watch._publisher is not None:
-            self.watch._publisher.drain()
+        publisher = self.watch._session.run.publisher
+        if publisher is not None:
+            publisher.drain()
 
 
 def measure_training(size: Size, steps: int, every: int) -> Training:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.callback import STATE_VERSION
+from attn_monitor.train.session import STATE_VERSION
 from tests import forwards
 from tests.helpers import Distillation, loader, trainer
 

@@ -61,8 +61,9 @@ def fit(
 def written(running: pl.Trainer) -> None:
     """Wait until nothing is being written, so that what follows happens between two snapshots."""
     (watch,) = (c for c in running.callbacks if isinstance(c, AttentionMapCallback))
-    assert watch._publisher is not None
-    watch._publisher.drain()
+    publisher = watch._session.run.publisher
+    assert publisher is not None
+    publisher.drain()
 
 
 def steps(folder: Path) -> list[int]:

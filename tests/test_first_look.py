@@ -15,7 +15,7 @@ from attn_monitor.capture import block_tokens as tokens
 from attn_monitor.capture import operations
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import ForwardError
-from attn_monitor.train import lightning_run as run
+from attn_monitor.train import lightning_run
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.styles import MemEffAttention, PlainViT
 
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_found_costs_the_archive_only(tmp_path: Path, mo
     def unreachable(*_: Any) -> Path:
         raise ConnectionError("the tracking server does not answer")
 
-    monkeypatch.setattr(run, "run_folder", unreachable)
+    monkeypatch.setattr(lightning_run, "run_folder", unreachable)
     watch, told = fit(tmp_path)
     assert "finding the run's folder failed, training goes on. ConnectionError" in told[0]
     assert [s.step for s in watch.monitor.history] == [0, 1, 2, 3, 4]

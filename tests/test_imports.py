@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "record": {"measure"},
     "draw": {"record", "measure"},
     "publish": {"draw", "record", "measure"},
-    "train": {"publish", "draw", "record", "measure", "capture", "distributed"},
+    "train": {"publish", "draw", "record", "measure", "capture", "distributed", "monitor"},
 }
 
 

@@ -127,7 +127,6 @@ def release() -> Iterator[threading.Event]:
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("PATIENCE", 3.0), ("ROOM_PATIENCE", 0.5), ("LAST_WORDS", 1.0)):
         monkeypatch.setattr(background, name, seconds)
-    monkeypatch.setattr("attn_monitor.callback.LAST_WORDS", 1.0)
 
 
 @pytest.fixture
@@ -185,8 +184,11 @@ def test_the_patience_of_a_run_is_one_minute() -> None:
 def test_two_callbacks_share_the_patience(tmp_path: Path, release: threading.Event) -> None:
     hung = Mine(lambda what, step: release.wait(120))
     first, second = (AttentionMapCallback(num_images=2, every_n_train_steps=1, name=name) for name in ("a", "b"))
-    fit(tmp_path, hung, first, steps=3, watch=second)
-    assert (first._patience.left, second._patience.left) == (0, background.PATIENCE)
+    patience: list[background.Patience] = []
+    at = At(step1=lambda: patience.extend(c._session.run.patience for c in (first, second)))
+    fit(tmp_path, hung, first, at, steps=3, watch=second)
+    assert patience[0] is patience[1]
+    assert patience[0].left == 0
     both = [c for c in monitors_threads() if "Mine" in c.name]
     assert len(both) == 2
     assert sum("logging pictures to Mine: steps 0, " in text for text in fit.told) == 2, fit.told

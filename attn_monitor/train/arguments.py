@@ -1,4 +1,4 @@
-"""Arguments of the callback that no other part has a use for: what they may be, told at once when they are not."""
+"""Arguments of the callback and of `Watch`: what they may be, told at once when they are not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,71 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.recorder import Verify, check_verify
+from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
+from attn_monitor.measure.health import HealthLimits
+from attn_monitor.measure.metrics import select_metrics
+from attn_monitor.monitor import check_threshold
 from attn_monitor.record.probe import ProbeBatch
 
 Probe = str | os.PathLike[str] | Tensor | ProbeBatch
 OnError = Literal["warn", "raise"]
 
 NUM_IMAGES, IMAGE_SIZE = 8, 224  # where nothing is said
+
+
+class MonitorSettings:
+    """What to record of a model and how to judge it: arguments of `AttentionMonitor`, checked."""
+
+    def __init__(
+        self,
+        *,
+        layers: Layers,
+        query: QuerySpec,
+        threshold: float,
+        metrics: Sequence[str] | str | None,
+        health: HealthLimits,
+        verify: Verify,
+    ) -> None:
+        self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
+        self.metrics, self.health, self.verify = select_metrics(metrics), health, check_verify(verify)
+
+
+class ProbeSettings:
+    """Which images to watch, and by which statistics to show them; checked, not yet loaded.
+
+    ``data`` are the types of data sets that may be given in place of images.
+    """
+
+    def __init__(
+        self,
+        probe: Any,
+        *,
+        num_images: int | None,
+        image_size: int | tuple[int, int] | None,
+        masks: str | os.PathLike[str] | None = None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        data: tuple[type, ...] = (),
+    ) -> None:
+        self.num_images, self.image_size = check_probe(probe, num_images, image_size, masks, data=data)
+        self.statistics = check_statistics(probe, mean, std)
+        self.data: Any = probe if isinstance(probe, data) else None
+        self.probe: Probe | None = None if self.data is not None else probe
+        self.masks = masks
+
+    def load(self) -> ProbeBatch | None:
+        """The images that were given; None where they are to be found in data. Raises `ProbeError`."""
+        if self.probe is None:
+            return None
+        mean, std = self.statistics or (None, None)
+        return ProbeBatch.of(
+            self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks, mean=mean, std=std
+        )
+
+    def shown(self, probe: ProbeBatch) -> ProbeBatch:
+        """Images that were found, shown by the statistics that were given, if any were."""
+        return probe.with_statistics(*self.statistics) if self.statistics else probe
 
 
 def check_on_error(on_error: str) -> OnError:
@@ -84,7 +143,7 @@ def check_probe(
 
 
 def check_heads(heads: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Heads to draw, if they are numbers of heads; whether the model has them is seen at the first look."""
+    """Heads to draw, if they are numbers of heads; whether the model has them is seen at the discovery."""
     if heads is None:
         return None
     numbers = isinstance(heads, (list, tuple)) and all(isinstance(h, int) and not isinstance(h, bool) for h in heads)

@@ -9,16 +9,17 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from attn_monitor import distributed
+from attn_monitor.distributed import RankZero
 from attn_monitor.publish.sinks import sink_for
 
 
+def rank_zero(trainer: pl.Trainer) -> RankZero:
+    """The first of the run's processes."""
+    return RankZero(trainer.strategy.broadcast, trainer.global_rank)
+
+
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where this run keeps its files, the same in every process: beside the first logger that keeps them locally."""
-    return distributed.from_first(trainer.strategy.broadcast, trainer.global_rank, lambda: _run_folder(trainer))
-
-
-def _run_folder(trainer: pl.Trainer) -> Path:
+    """Where this run keeps its files, as rank zero has it: beside the first logger that keeps them locally."""
     for logger in trainer.loggers:
         folder = sink_for(logger).run_folder
         if folder is not None:
@@ -50,6 +51,11 @@ def changes_batches(trainer: pl.Trainer) -> bool:
     sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
     return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace
+
+
+def configures_late(pl_module: pl.LightningModule) -> bool:
+    """Whether the module builds itself in `configure_model`, which Lightning calls after `setup`."""
+    return type(pl_module).configure_model is not pl.LightningModule.configure_model
 
 
 def total_steps(trainer: pl.Trainer) -> float:

@@ -1,14 +1,24 @@
-"""What is said to people: warnings, and the line at the start of a run that tells what was found."""
+"""What is said to people: warnings, what was found and how it is watched, and what that has cost."""
 
 from __future__ import annotations
 
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
+from attn_monitor.measure.health import HealthFlag
+from attn_monitor.publish.other_loggers import CSVSink
+from attn_monitor.publish.sink import TakesPictures
+from attn_monitor.publish.sinks import sink_for
 from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.train.arguments import MonitorSettings
+from attn_monitor.train.schedule import Schedule
 
 
 def warn(text: str) -> None:
@@ -26,9 +36,8 @@ def found_text(
     paths: Mapping[str, str],
     probe: ProbeBatch,
     *,
-    schedule: str,
+    schedule: Schedule,
     seconds: float,
-    count: float | None,
     folder: Path | None,
 ) -> str:
     """One line: roles with their paths, layers, heads, grid, images and their statistics, schedule, cost, archive."""
@@ -36,6 +45,7 @@ def found_text(
     for role, one in found.items():
         groups.setdefault(str(one), []).append(role)
     models = [f"{' and '.join(_named(role, paths) for role in roles)}: {text}" for text, roles in groups.items()]
+    count = schedule.count()
     cost = f"about {_seconds(seconds)} each" + (f", {_seconds(seconds * count)} in all" if count is not None else "")
     notes = list(dict.fromkeys(note for one in found.values() for note in one.notes))
     return "; ".join(
@@ -68,14 +78,73 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min"
 
 
-def cost_text(taken: int, looked: float, blocked: float, wall: float, waited: float, behind: float) -> str:
-    """One line: what watching has cost, the first look apart from the snapshots."""
-    return (
-        f"{taken} snapshots, {blocked:.1f} s on the training thread ({blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) "
-        f"and {looked:.1f} s for the first look, {waited:.1f} s waiting at the end, {behind:.1f} s behind training"
-    )
+@dataclass
+class Cost:
+    """Seconds that watching has taken on the training thread so far, discovery apart from snapshots."""
+
+    snapshots: int = 0
+    discovery: float = 0.0
+    blocked: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def of_discovery(self) -> Iterator[None]:
+        """Count what happens inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.discovery += time.perf_counter() - started
+
+    @contextmanager
+    def of_a_snapshot(self) -> Iterator[None]:
+        """Count what happens inside, without the discovery in it."""
+        started, discovery = time.perf_counter(), self.discovery
+        try:
+            yield
+        finally:
+            self.blocked += time.perf_counter() - started - (self.discovery - discovery)
+
+    def text(self, waited: float, behind: float, folder: Path | None) -> str:
+        """One line, with the seconds of waiting at the end, those on other threads, and where the archive is."""
+        wall = time.perf_counter() - self.started
+        return (
+            f"{self.snapshots} snapshots, {self.blocked:.1f} s on the training thread "
+            f"({self.blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) and {self.discovery:.1f} s for the first look, "
+            f"{waited:.1f} s waiting at the end, {behind:.1f} s behind training"
+            + (f"; archive in {folder}" if folder is not None else "")
+        )
 
 
-def settings_text(settings: Sequence[tuple[str, object]]) -> str:
+def health_text(flags: Sequence[HealthFlag]) -> str:
+    """How many health flags were raised, and each of them."""
+    many = "" if len(flags) == 1 else "s"
+    return f"{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
+
+
+def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule: Schedule) -> str:
     """Markdown that records how a run is watched."""
-    return "\n".join(f"- {name}: `{value}`" for name, value in settings)
+    shown = {
+        "targets": dict(paths),
+        **vars(settings),
+        "metrics": ", ".join(settings.metrics),
+        "every_n_train_steps": schedule.every_n_train_steps,
+        "every_n_epochs": schedule.every_n_epochs,
+    }
+    return "\n".join(f"- {name}: `{value}`" for name, value in shown.items())
+
+
+def skipped_text(loggers: Sequence[Any]) -> str:
+    """Which loggers have no way to take pictures, if any; CSV is known to be for numbers only."""
+    without = [sink for sink in map(sink_for, loggers) if not isinstance(sink, (TakesPictures, CSVSink))]
+    names = [type(sink.logger).__name__ for sink in without]
+    return f"{', '.join(names)} get metrics only, as they have no log_image" if names else ""
+
+
+def no_logger_text(archive: bool, folder: Path | str) -> str:
+    """What a run without any logger is told."""
+    where = f"only written to the archive and as pictures, in {folder}" if archive else ""
+    return (
+        f"this trainer has no logger, so attention is {where or 'written nowhere, with dirpath=False'}. "
+        "Pass logger=TensorBoardLogger(...) to watch it"
+    )

@@ -22,9 +22,11 @@ class Schedule:
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
         self.last_step: int | None = None
         self._interval: int | None = every_n_train_steps
+        self._total_steps = math.inf
 
     def start(self, total_steps: float) -> None:
         """Learn the length of the run; infinite when it is not known."""
+        self._total_steps = total_steps
         if self.every_n_train_steps is None and self.every_n_epochs is None:
             self._interval = max(1, round(total_steps / SNAPSHOTS)) if math.isfinite(total_steps) else None
 
@@ -35,11 +37,12 @@ class Schedule:
             return "at ever wider distances, as the length of the run is not known,"
         return "every step" if self._interval == 1 else f"every {self._interval} steps"
 
-    def count(self, total_steps: float) -> float | None:
-        """How many snapshots a run of so many steps has, where that can be told."""
-        if self._interval is None or not math.isfinite(total_steps):
+    def count(self) -> float | None:
+        """How many snapshots the run has, where that can be told."""
+        total = self._total_steps
+        if self._interval is None or not math.isfinite(total):
             return None
-        return total_steps // self._interval + 1 + (total_steps % self._interval > 0)
+        return total // self._interval + 1 + (total % self._interval > 0)
 
     def due(self, step: int) -> bool:
         """Whether to take one before the batch that follows this many optimizer steps."""

@@ -1,0 +1,51 @@
+"""`RunState`: what watching holds while one run lasts, and nothing between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from attn_monitor.distributed import RankZero
+from attn_monitor.publish.background import Patience
+from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.publisher import Publisher
+from attn_monitor.train.reports import Cost
+
+HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure
+
+
+class Targets(NamedTuple):
+    """What is watched now: role to model, and role to the model's path for people."""
+
+    models: Mapping[str, nn.Module]
+    paths: Mapping[str, str]
+
+
+FindTargets = Callable[[], AbstractContextManager[Targets]]
+"""Finds them each time, as modules may be replaced, and holds the precision in which they run."""
+
+
+@dataclass
+class RunState:
+    """What lives for one run. A copy is as new: locks, threads and models are not copied, nor pickled."""
+
+    rank_zero: RankZero = field(default_factory=RankZero)
+    name: str = ""  # in tags, beside other callbacks of the run
+    failures: Failures = field(default_factory=lambda: Failures(HINT))
+    patience: Patience = field(default_factory=Patience)
+    cost: Cost = field(default_factory=Cost)
+    active: bool = True  # False: attention is not watched in this run
+    training: bool = False  # the first step has begun, so that errors end the run no more
+    opened: bool = False
+    loggers: list[Any] = field(default_factory=list)
+    folder: Path | None = None  # of the archive
+    publisher: Publisher | None = None  # of rank zero, from the first snapshot on
+    root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunState, ()

@@ -1,0 +1,321 @@
+"""`Session`: what Lightning's callback and `Watch` share, from the discovery of attention to the report at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, ForwardOption
+from attn_monitor.capture.sharding import forward_within
+from attn_monitor.distributed import RankZero
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.errors import AttentionError, ProbeError, TargetError
+from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.publish import background
+from attn_monitor.publish.publisher import Publisher
+from attn_monitor.record.archive import written_between
+from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.train import reports
+from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
+from attn_monitor.train.run_archive import RunArchive, tidy
+from attn_monitor.train.run_state import FindTargets, RunState
+from attn_monitor.train.schedule import Schedule
+
+Result = TypeVar("Result")
+
+SNAPSHOT = "taking a snapshot"  # what failures call it
+USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
+STATE_VERSION = 1
+
+
+class Session:
+    """Watches one run after another. Between runs it is settings and what a checkpoint holds, and can be copied.
+
+    Before the first step, errors that the user can mend end the run if ``strict``; else it goes on unwatched. All
+    other failures are warnings, and tried again; with ``on_error="raise"`` the next report raises them. ``warn`` and
+    ``inform`` are for rank zero to tell people.
+    """
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        probe_settings: ProbeSettings,
+        schedule: Schedule,
+        style: DrawingOptions,
+        *,
+        forward: Forward | None,
+        on_error: OnError,
+        warn: Callable[[str], None],
+        inform: Callable[[str], None],
+        strict: bool = False,
+        disk_reserve: int | None = None,
+    ) -> None:
+        self.settings, self.probe_settings, self.schedule, self.style = settings, probe_settings, schedule, style
+        self.forward_options = FORWARD_OPTIONS if forward is None else (ForwardOption(forward),)
+        self.on_error, self.strict, self.disk_reserve = on_error, strict or on_error == "raise", disk_reserve
+        self.warn, self.inform = warn, inform
+        self.monitor: AttentionMonitor | None = None
+        self.archive = RunArchive()
+        self.run_folder: Path | None = None  # of the latest run
+        self.resumed = False  # from a checkpoint
+        self.distributed = False  # whether several processes share the probe
+        self.run = RunState()
+
+    # A run, from its start to its end
+
+    def start(self, rank_zero: RankZero, *, name: str = "", distributed: bool = False) -> None:
+        """A run begins, with the images that were given; of an earlier one there is what a checkpoint holds.
+
+        Raises `ProbeError` where the images cannot be used.
+        """
+        self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
+        if self.monitor is not None:
+            self.monitor.distributed = distributed
+        elif (probe := rank_zero.run(self.probe_settings.load)) is not None:
+            self.monitor = self._make_monitor(probe)
+
+    def search(self, find: Callable[[], ProbeBatch | None]) -> None:
+        """Watch images that rank zero finds, if it finds any, unless there are some already."""
+        if self.monitor is None and (probe := self.run.rank_zero.run(find)) is not None:
+            self.monitor = self._make_monitor(self.probe_settings.shown(probe))
+
+    def has_images(self, find: Callable[[], ProbeBatch], step: int) -> bool:
+        """Whether there are images to watch, searched for if need be: where that fails, again at the next snapshot."""
+        if self.attempt("taking images of a batch", lambda: self.search(find)):
+            return True
+        self.schedule.taken(step)
+        self.report()
+        return False
+
+    def discover(self, targets: FindTargets) -> None:
+        """Find the attention of the models on images of the probe's size, if there are any."""
+
+        def find() -> None:
+            with targets() as (models, _):
+                if self.monitor is not None:
+                    self._check(self.monitor, models)
+
+        with self.run.cost.of_discovery():
+            self.attempt(SNAPSHOT, find)
+            self.report()
+
+    def begin_or_continue(self, step: int, run_folder: Path) -> None:
+        """Forget the past, unless this run goes on from it: resumed, or trained further in the same folder."""
+
+        def goes_on() -> bool:
+            ahead = self.schedule.last_step is not None and self.schedule.last_step > step
+            return not ahead and (self.resumed or (step > 0 and run_folder == self.run_folder))
+
+        if not self.run.rank_zero.run(goes_on):
+            self.schedule.last_step, self.archive = None, RunArchive()
+            if self.monitor is not None:
+                self.monitor.forget()
+        self.run_folder = run_folder
+
+    def open(
+        self, loggers: Sequence[Any], folder: Path | None, *, number: int = 1, step: int, until: int | None = None
+    ) -> None:
+        """Choose the archive as `RunArchive.claim` does (``folder`` None: there is none), and catch up with it.
+
+        A run that goes on in its archive takes over what was written there up to step ``until`` (None: ``step``) after
+        the checkpoint that it is resumed from, and need not take those snapshots again.
+        """
+        run = self.run
+        run.opened, run.loggers = True, list(loggers)
+        if folder is not None:
+            claim = partial(self._claim, folder, number, step)
+            run.folder = self.result_of("opening the archive", lambda: run.rank_zero.run(claim))
+        if text := reports.skipped_text(loggers):
+            self.inform(text)
+        for snapshot in run.rank_zero.run(lambda: self._written_since(step if until is None else until)):
+            assert self.monitor is not None
+            self.monitor.remember(snapshot)
+            self.schedule.taken(snapshot.step)
+
+    def snapshot(self, targets: FindTargets, *, step: int, epoch: int) -> AttentionSnapshot | None:
+        """Take one and publish it; None where that fails."""
+        run, taken = self.run, list[AttentionSnapshot]()
+        self.report()
+        with run.cost.of_a_snapshot():
+            # All processes must agree on it, and their clocks differ.
+            now = run.rank_zero.run(lambda: not run.failures.pause(SNAPSHOT))
+            if now:
+                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch)))
+            if not taken and run.active:
+                run.failures.lost(SNAPSHOT, step)
+            self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
+        self.report()
+        return taken[0] if taken else None
+
+    def close(self) -> None:
+        """Write everything, and tell what watching has cost and found."""
+        run = self.run
+        if run.publisher is not None:
+            ended = time.perf_counter()
+            run.publisher.close()
+            self.inform(run.cost.text(time.perf_counter() - ended, run.publisher.seconds, run.folder))
+            self.inform(reports.health_text([] if self.monitor is None else self.monitor.health.flags))
+        run.failures.sum_up()
+        self.report()
+
+    def abort(self) -> None:
+        """After an exception: write what was captured, for a few seconds, and say what is not written."""
+        run = self.run
+        run.patience.limit(background.LAST_WORDS)
+        if run.publisher is not None:
+            run.publisher.close(finish=False)
+        run.failures.sum_up()
+        self.report(reraise=False)  # the exception that there is comes first
+        if run.publisher is not None and run.folder is not None and run.publisher.archived is not None:
+            self.inform(f"the archive in {run.folder} ends with step {run.publisher.archived}")
+        self.end()
+
+    def end(self) -> None:
+        """Let go of the run: no model, no thread, no folder that others could not have."""
+        if self.run.publisher is not None:
+            self.run.publisher.close(finish=False)
+        self.archive.release()
+        if self.monitor is not None:
+            self.monitor.let_go()
+        self.run = RunState()
+
+    # Failures
+
+    def attempt(self, part: str, action: Callable[[], object]) -> bool:
+        """Do it; whether it was done. Lack of memory or a mistake of ours is one warning, and tried again.
+
+        Before the first step, what the user can mend ends the run, or the watching of it.
+        """
+        try:
+            return self.run.failures.attempt(part, action, let=() if self.run.training else USER_ERRORS)
+        except USER_ERRORS as error:
+            if self.strict:
+                raise
+            if self.run.active:
+                self.warn(f"attention is not watched in this run. {str(error).rstrip('.')}")
+            self.run.active = False
+            return False
+
+    def result_of(self, part: str, action: Callable[[], Result]) -> Result | None:
+        """What it returns, None where it fails; in contrast to `attempt`, no error ends anything."""
+        found: list[Result] = []
+        self.run.failures.attempt(part, lambda: found.append(action()))
+        return found[0] if found else None
+
+    def report(self, *, reraise: bool = True) -> None:
+        """Warn of failures since the last report; with ``on_error="raise"`` raise the first."""
+        self.run.failures.report(self.warn, reraise=reraise and self.on_error == "raise")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state, the last step and the archive: a few megabytes at most, without pickled objects."""
+        if self.monitor is None:
+            return {}
+        return {
+            "version": STATE_VERSION,
+            "monitor": self.monitor.state_dict(),
+            "last_step": self.schedule.last_step,
+            "archive": self.archive.name,
+            "run": self.archive.run,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the same images from the step after the last snapshot.
+
+        Raises whatever a state of another version may cause, and leaves all as it is.
+        """
+        version = state.get("version", 1)  # the first had no number
+        if not isinstance(version, int) or version > STATE_VERSION:
+            raise ValueError(f"its version is {version!r}, expected up to {STATE_VERSION}")
+        monitor, given = self._make_monitor(ProbeBatch.from_state_dict(state["monitor"]["probe"])), self.monitor
+        monitor.load_state_dict(state["monitor"])
+        last_step, archive = state["last_step"], state["archive"]
+        if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
+            raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
+        self.monitor, self.schedule.last_step, self.resumed = monitor, last_step, True
+        self.archive = RunArchive(archive, state.get("run"))  # the first had no id
+        if given is not None and not given.probe.has_same_images_as(monitor.probe):
+            self.warn(
+                f"the probe images of the checkpoint are shown ({', '.join(monitor.probe.names)}) and not those of the "
+                "probe argument, so that maps can be compared over the whole run"
+            )
+
+    # Parts of the above
+
+    def _make_monitor(self, probe: ProbeBatch) -> AttentionMonitor:
+        options = [replace(o, forward=partial(self._call, o.forward)) for o in self.forward_options]
+        return AttentionMonitor(
+            probe, **vars(self.settings), forward=options, or_mean=True, distributed=self.distributed
+        )
+
+    def _call(self, forward: Forward, model: nn.Module, images: Tensor) -> Any:
+        """The model called so, through the FSDP units around it where there are some."""
+        return forward_within(model if self.run.root is None else self.run.root, forward)(model, images)
+
+    def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
+        """Discover attention; heads that a model has not are a mistake, layers left out are said."""
+        monitor.check(models)
+        monitor.check_heads(self.style.heads)
+        for text in monitor.left_out():
+            self.run.failures.note(text)
+
+    def _claim(self, folder: Path, number: int, step: int) -> Path:
+        claim = self.archive.claim(folder, number)
+        if claim.note:
+            self.inform(claim.note)
+        if self.archive.continued and (told := self.result_of("tidying the archive", lambda: tidy(claim.folder, step))):
+            self.warn(told)
+        return claim.folder
+
+    def _written_since(self, until: int) -> list[AttentionSnapshot]:
+        """Snapshots of this run that were archived after the latest one that is known."""
+        last, folder = self.schedule.last_step, self.run.folder
+        if folder is None or self.monitor is None or last is None:
+            return []
+        return written_between(folder, last, until, self.monitor.probe.names, self.run.failures.note)
+
+    def _take(self, targets: FindTargets, step: int, epoch: int) -> AttentionSnapshot:
+        run, monitor = self.run, self.monitor
+        assert monitor is not None
+        with targets() as (models, paths):
+            if not run.cost.snapshots:
+                with run.cost.of_discovery():
+                    self._check(monitor, models)
+            started = time.perf_counter()
+            snapshot = monitor.snapshot(models, step=step, epoch=epoch)
+        if not run.cost.snapshots and run.rank_zero.is_here:
+            run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started)
+        run.cost.snapshots, run.training = run.cost.snapshots + 1, True
+        if run.publisher is not None:
+            run.publisher.publish(snapshot)
+        return snapshot
+
+    def _open_publisher(self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float) -> Publisher:
+        """Tell what was found, which the loggers get with the first snapshot. ``seconds`` are those it has taken."""
+        run = self.run
+        found = reports.found_text(
+            monitor.found(), paths, monitor.probe, schedule=self.schedule, seconds=seconds, folder=run.folder
+        )
+        self.inform(found)
+        return Publisher(
+            run.loggers,
+            monitor.probe,
+            folder=run.folder,
+            style=self.style,
+            every_layer=monitor.draws_every_layer,
+            history=monitor.history,
+            settings=f"{found}\n\n{reports.settings_text(self.settings, paths, self.schedule)}",
+            name=run.name,
+            failures=run.failures,
+            disk_reserve=self.disk_reserve,
+            patience=run.patience,
+        )

@@ -180,7 +180,7 @@ class AttentionMapCallback(pl.Callback):
             return
         self.schedule.start(lightning_run.total_steps(trainer))
         find_folder = partial(lightning_run.run_folder, trainer)
-        found = session.result_of("finding the run's folder", lambda: run.rank_zero.run(find_folder))
+        found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(find_folder))
         run_folder, step = found or Path(trainer.default_root_dir), lightning_run.steps_done(trainer)
         session.begin_or_continue(step, run_folder)
         with run.cost.of_discovery():

@@ -113,7 +113,15 @@ def test_raise_instead_of_warning() -> None:
 
 def test_errors_can_be_let_through() -> None:
     with pytest.raises(KeyError):
-        Failures().attempt("snapshot", lambda: fail(KeyError("x")), let=KeyError)
+        Failures().attempt("snapshot", lambda: fail(KeyError("x")), raising=KeyError)
+
+
+def test_the_result_of_what_fails_is_none() -> None:
+    failures, told = Failures(), list[str]()
+    assert failures.result_of("the answer", lambda: 42) == 42
+    assert failures.result_of("the answer", lambda: fail(KeyError("x"))) is None
+    failures.report(told.append)
+    assert told == ["the answer failed, training goes on. KeyError: 'x'"]
 
 
 def test_steps_in_words() -> None:

@@ -7,9 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 LONGEST_PAUSE = 120.0  # seconds between two tries of a part that fails
-Passing = type[Exception] | tuple[type[Exception], ...]
 SILENCE = 60.0  # seconds after news of a part before the next; doubles each time
 
 
@@ -44,18 +46,24 @@ class Failures:
         self._lock = threading.RLock()
 
     def attempt(
-        self, part: str, action: Callable[[], object], *, let: type[Exception] | tuple[type[Exception], ...] = ()
+        self, part: str, action: Callable[[], object], *, raising: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> bool:
-        """Do it; what it raises waits for `report`. True when it was done. Errors of the type ``let`` go through."""
+        """Do it; what it raises waits for `report`, except errors of the types ``raising``. Whether it was done."""
         try:
             action()
-        except let:
+        except raising:
             raise
         except Exception as error:
             self.failed(part, error)
             return False
         self.worked(part)
         return True
+
+    def result_of(self, part: str, action: Callable[[], Result]) -> Result | None:
+        """What it returns; None where it fails, as in `attempt`."""
+        found: list[Result] = []
+        self.attempt(part, lambda: found.append(action()))
+        return found[0] if found else None
 
     def each(self, some: str, actions: Mapping[str, Callable[[], object]], step: int) -> None:
         """Do all of them, of which one that fails keeps none back: part ``some``. Raises if all failed."""

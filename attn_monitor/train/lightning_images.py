@@ -53,10 +53,8 @@ class LightningImages:
         as_is = not changes_batches(trainer)
 
         def ask(loaders: Any, caption: str) -> ProbeBatch | None:
-            found: list[ProbeBatch | None] = []
-            adopt = partial(probe_from_loaders, loaders, self.count, pl_module, caption=caption)
-            failures.attempt(f"finding a {caption}", lambda: found.append(adopt()))
-            return found[0] if found else None
+            find = partial(probe_from_loaders, loaders, self.count, pl_module, caption=caption)
+            return failures.result_of(f"finding a {caption}", find)
 
         probe = ask(validation, VALIDATION_CAPTION) if as_is else None
         if probe is None and self._checked is not None:

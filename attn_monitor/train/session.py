@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,8 +28,6 @@ from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
 from attn_monitor.train.run_archive import RunArchive, tidy
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
-
-Result = TypeVar("Result")
 
 SNAPSHOT = "taking a snapshot"  # what failures call it
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
@@ -68,8 +66,6 @@ class Session:
         self.resumed = False  # from a checkpoint
         self.distributed = False  # whether several processes share the probe
         self.run = RunState()
-
-    # A run, from its start to its end
 
     def start(self, rank_zero: RankZero, *, name: str = "", distributed: bool = False) -> None:
         """A run begins, with the images that were given; of an earlier one there is what a checkpoint holds.
@@ -132,7 +128,7 @@ class Session:
         run.opened, run.loggers = True, list(loggers)
         if folder is not None:
             claim = partial(self._claim, folder, number, step)
-            run.folder = self.result_of("opening the archive", lambda: run.rank_zero.run(claim))
+            run.folder = run.failures.result_of("opening the archive", lambda: run.rank_zero.run(claim))
         if text := reports.skipped_text(loggers):
             self.inform(text)
         for snapshot in run.rank_zero.run(lambda: self._written_since(step if until is None else until)):
@@ -187,15 +183,10 @@ class Session:
             self.monitor.let_go()
         self.run = RunState()
 
-    # Failures
-
     def attempt(self, part: str, action: Callable[[], object]) -> bool:
-        """Do it; whether it was done. Lack of memory or a mistake of ours is one warning, and tried again.
-
-        Before the first step, what the user can mend ends the run, or the watching of it.
-        """
+        """Do it; whether it was done. What the user can mend ends, before the first step, the run or its watching."""
         try:
-            return self.run.failures.attempt(part, action, let=() if self.run.training else USER_ERRORS)
+            return self.run.failures.attempt(part, action, raising=() if self.run.training else USER_ERRORS)
         except USER_ERRORS as error:
             if self.strict:
                 raise
@@ -204,17 +195,9 @@ class Session:
             self.run.active = False
             return False
 
-    def result_of(self, part: str, action: Callable[[], Result]) -> Result | None:
-        """What it returns, None where it fails; in contrast to `attempt`, no error ends anything."""
-        found: list[Result] = []
-        self.run.failures.attempt(part, lambda: found.append(action()))
-        return found[0] if found else None
-
     def report(self, *, reraise: bool = True) -> None:
         """Warn of failures since the last report; with ``on_error="raise"`` raise the first."""
         self.run.failures.report(self.warn, reraise=reraise and self.on_error == "raise")
-
-    # State
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, the last step and the archive: a few megabytes at most, without pickled objects."""
@@ -249,8 +232,6 @@ class Session:
                 "probe argument, so that maps can be compared over the whole run"
             )
 
-    # Parts of the above
-
     def _make_monitor(self, probe: ProbeBatch) -> AttentionMonitor:
         options = [replace(o, forward=partial(self._call, o.forward)) for o in self.forward_options]
         return AttentionMonitor(
@@ -272,8 +253,10 @@ class Session:
         claim = self.archive.claim(folder, number)
         if claim.note:
             self.inform(claim.note)
-        if self.archive.continued and (told := self.result_of("tidying the archive", lambda: tidy(claim.folder, step))):
-            self.warn(told)
+        if self.archive.continued:
+            told = self.run.failures.result_of("tidying the archive", lambda: tidy(claim.folder, step))
+            if told:
+                self.warn(told)
         return claim.folder
 
     def _written_since(self, until: int) -> list[AttentionSnapshot]:

@@ -109,6 +109,19 @@ def test_the_folds_of_a_cross_validation(tmp_path: Path) -> None:
             assert [s.step for s in load_snapshots(tmp_path / name / RUN / "attn_monitor")] == [0, 1]
 
 
+def test_a_copy_that_is_made_during_a_fit_takes_no_part_in_it(tmp_path: Path) -> None:
+    copies: list[AttentionMapCallback] = []
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            copies.append(copy.deepcopy(watch))
+
+    watch = AttentionMapCallback(every_n_train_steps=1)
+    trainer(tmp_path / "a", watch, Copies(), max_steps=2).fit(Distillation(), loader(), loader(8))
+    trainer(tmp_path / "b", copies[0], max_steps=1).fit(Distillation(), loader(), loader(8))
+    assert [[s.step for s in load_snapshots(tmp_path / f / RUN / "attn_monitor")] for f in "ab"] == [[0, 1, 2], [0, 1]]
+
+
 def without(key: str) -> Any:
     def change(state: dict[str, Any]) -> None:
         *path, last = key.split(".")

@@ -70,6 +70,7 @@ def test_three_lines_in_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said.out == ""
     assert "student (backbone) and teacher (backbone): VisionTransformer, layer 1 of 0 to 1" in said.err
     assert "4 snapshots, " in said.err
+    assert "health flag" in said.err
 
 
 def test_training_is_bit_identical(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from attn_monitor.record.archive import set_aside
@@ -9,30 +10,21 @@ from attn_monitor.record.claim import Claim, claim_again, claim_free
 from attn_monitor.record.npz import remove_unfinished
 
 
-class RunArchive:
-    """A checkpoint keeps the folder's ``name`` and ``run``, the id in its claim; None until a folder is claimed."""
+@dataclass(frozen=True)
+class ArchiveId:
+    """What a checkpoint keeps: the folder's name and the id in the run's claim of it; None before there is one."""
 
-    def __init__(self, name: str | None = None, run: str | None = None) -> None:
-        self.name, self.run = name, run
-        self.continued = False  # whether this run has written to the folder before
-        self._claim: Claim | None = None
+    name: str | None = None
+    run: str | None = None
 
-    def claim(self, wanted: Path, number: int = 1) -> Claim:
-        """The folder that this run has written to before, else one that is nobody's.
 
-        That is ``wanted``, or ``wanted-2``, ``wanted-3``, …, counted from ``number`` on.
-        """
-        self.release()
-        again = None if self.name is None else claim_again(wanted.parent / self.name, self.run)
-        self._claim = claim = again or claim_free(wanted.parent, wanted.name, number)
-        self.name, self.run, self.continued = claim.folder.name, claim.run, again is not None
-        return claim
+def claim_archive(known: ArchiveId, wanted: Path, number: int = 1) -> tuple[Claim, bool]:
+    """Claim the folder that this run has written to before, else one that is nobody's; and which of both it is.
 
-    def release(self) -> None:
-        """Let others have the folder; the name and the id stay known."""
-        if self._claim is not None:
-            self._claim.release()
-        self._claim = None
+    One that is nobody's is ``wanted``, or ``wanted-2``, ``wanted-3``, …, counted from ``number`` on.
+    """
+    again = None if known.name is None else claim_again(wanted.parent / known.name, known.run)
+    return again or claim_free(wanted.parent, wanted.name, number), again is not None
 
 
 def tidy(folder: Path, step: int) -> str:

@@ -14,6 +14,7 @@ from attn_monitor.distributed import RankZero
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
+from attn_monitor.record.claim import Claim
 from attn_monitor.train.reports import Cost
 
 HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure
@@ -32,7 +33,7 @@ FindTargets = Callable[[], AbstractContextManager[Targets]]
 
 @dataclass
 class RunState:
-    """What lives for one run. A copy is as new: locks, threads and models are not copied, nor pickled."""
+    """What lives for one run. A copy is as new: threads, locks, models and claims are not copied, nor pickled."""
 
     rank_zero: RankZero = field(default_factory=RankZero)
     name: str = ""  # in tags, beside other callbacks of the run
@@ -44,6 +45,7 @@ class RunState:
     opened: bool = False
     loggers: list[Any] = field(default_factory=list)
     folder: Path | None = None  # of the archive
+    claim: Claim | None = None  # on it, by rank zero
     publisher: Publisher | None = None  # of rank zero, from the first snapshot on
     root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
 

@@ -25,7 +25,7 @@ from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
-from attn_monitor.train.run_archive import RunArchive, tidy
+from attn_monitor.train.run_archive import ArchiveId, claim_archive, tidy
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
 
@@ -61,7 +61,7 @@ class Session:
         self.on_error, self.strict, self.disk_reserve = on_error, strict or on_error == "raise", disk_reserve
         self.warn, self.inform = warn, inform
         self.monitor: AttentionMonitor | None = None
-        self.archive = RunArchive()
+        self.archive = ArchiveId()
         self.run_folder: Path | None = None  # of the latest run
         self.resumed = False  # from a checkpoint
         self.distributed = False  # whether several processes share the probe
@@ -72,6 +72,7 @@ class Session:
 
         Raises `ProbeError` where the images cannot be used.
         """
+        self.end()
         self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
         if self.monitor is not None:
             self.monitor.distributed = distributed
@@ -111,7 +112,7 @@ class Session:
             return not ahead and (self.resumed or (step > 0 and run_folder == self.run_folder))
 
         if not self.run.rank_zero.run(goes_on):
-            self.schedule.last_step, self.archive = None, RunArchive()
+            self.schedule.last_step, self.archive = None, ArchiveId()
             if self.monitor is not None:
                 self.monitor.forget()
         self.run_folder = run_folder
@@ -119,7 +120,7 @@ class Session:
     def open(
         self, loggers: Sequence[Any], folder: Path | None, *, number: int = 1, step: int, until: int | None = None
     ) -> None:
-        """Choose the archive as `RunArchive.claim` does (``folder`` None: there is none), and catch up with it.
+        """Choose the archive as `claim_archive` does (``folder`` None: there is none), and catch up with it.
 
         A run that goes on in its archive takes over what was written there up to step ``until`` (None: ``step``) after
         the checkpoint that it is resumed from, and need not take those snapshots again.
@@ -178,7 +179,8 @@ class Session:
         """Let go of the run: no model, no thread, no folder that others could not have."""
         if self.run.publisher is not None:
             self.run.publisher.close(finish=False)
-        self.archive.release()
+        if self.run.claim is not None:
+            self.run.claim.release()
         if self.monitor is not None:
             self.monitor.let_go()
         self.run = RunState()
@@ -225,7 +227,7 @@ class Session:
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.schedule.last_step, self.resumed = monitor, last_step, True
-        self.archive = RunArchive(archive, state.get("run"))  # the first had no id
+        self.archive = ArchiveId(archive, state.get("run"))  # the first had no id
         if given is not None and not given.probe.has_same_images_as(monitor.probe):
             self.warn(
                 f"the probe images of the checkpoint are shown ({', '.join(monitor.probe.names)}) and not those of the "
@@ -250,10 +252,11 @@ class Session:
             self.run.failures.note(text)
 
     def _claim(self, folder: Path, number: int, step: int) -> Path:
-        claim = self.archive.claim(folder, number)
+        claim, continued = claim_archive(self.archive, folder, number)
+        self.run.claim, self.archive = claim, ArchiveId(claim.folder.name, claim.run)
         if claim.note:
             self.inform(claim.note)
-        if self.archive.continued:
+        if continued:
             told = self.run.failures.result_of("tidying the archive", lambda: tidy(claim.folder, step))
             if told:
                 self.warn(told)

@@ -184,7 +184,7 @@ class AttentionMapCallback(pl.Callback):
         run_folder, step = found or Path(trainer.default_root_dir), lightning_run.steps_done(trainer)
         session.begin_or_continue(step, run_folder)
         with run.cost.of_discovery():
-            session.search(partial(self._images.of_data_sets, trainer, pl_module, run.failures))
+            session.find_probe(partial(self._images.of_data_sets, trainer, pl_module, run.failures))
             self._images.forget()
         run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
         number = 1 if self.name is not None else int(run.name or 1)  # the same number as in its tags
@@ -196,7 +196,7 @@ class AttentionMapCallback(pl.Callback):
         """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
         session, step = self._session, lightning_run.steps_done(trainer)
         due = session.run.active and self.schedule.due(step)
-        if due and session.has_images(partial(self._images.of_batch, batch, trainer), step):
+        if due and session.ensure_probe(partial(self._images.of_batch, batch, trainer), step):
             self._snapshot(trainer, pl_module)
         session.run.training = True
 

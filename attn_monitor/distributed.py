@@ -33,7 +33,7 @@ def is_rank_zero() -> bool:
     return not is_on() or dist.get_rank() == 0
 
 
-def _to_itself(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -44,7 +44,7 @@ class RankZero:
     By default there is one process, which is rank zero itself.
     """
 
-    broadcast: Callable[[Any], Any] = _to_itself
+    broadcast: Callable[[Any], Any] = _unchanged
     rank: int = 0
 
     @property

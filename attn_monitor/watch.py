@@ -127,9 +127,9 @@ class Watch:
 
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step, unless there is one, and write everything. Nothing is watched after."""
-        if step is not None and self.active and step != self.schedule.last_step:
-            self._snapshot(step, None, 0)
         try:
+            if step is not None and self.active and step != self.schedule.last_step:
+                self._snapshot(step, None, 0)
             self._session.close()
         finally:
             self._session.end()
@@ -148,7 +148,7 @@ class Watch:
 
     def _snapshot(self, step: int, batch: Any, epoch: int) -> AttentionSnapshot | None:
         session = self._session
-        if not session.has_images(partial(self._find_images, batch), step):
+        if not session.ensure_probe(partial(self._find_images, batch), step):
             return None
         if not session.run.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"

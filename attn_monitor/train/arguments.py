@@ -73,8 +73,8 @@ class ProbeSettings:
             self.probe, size=self.image_size, num_images=self.num_images, masks=self.masks, mean=mean, std=std
         )
 
-    def shown(self, probe: ProbeBatch) -> ProbeBatch:
-        """Images that were found, shown by the statistics that were given, if any were."""
+    def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
+        """Images that were found, with the mean and std that were given, if any were."""
         return probe.with_statistics(*self.statistics) if self.statistics else probe
 
 

@@ -79,14 +79,14 @@ class Session:
         elif (probe := rank_zero.run(self.probe_settings.load)) is not None:
             self.monitor = self._make_monitor(probe)
 
-    def search(self, find: Callable[[], ProbeBatch | None]) -> None:
+    def find_probe(self, find: Callable[[], ProbeBatch | None]) -> None:
         """Watch images that rank zero finds, if it finds any, unless there are some already."""
         if self.monitor is None and (probe := self.run.rank_zero.run(find)) is not None:
-            self.monitor = self._make_monitor(self.probe_settings.shown(probe))
+            self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
 
-    def has_images(self, find: Callable[[], ProbeBatch], step: int) -> bool:
-        """Whether there are images to watch, searched for if need be: where that fails, again at the next snapshot."""
-        if self.attempt("taking images of a batch", lambda: self.search(find)):
+    def ensure_probe(self, find: Callable[[], ProbeBatch], step: int) -> bool:
+        """Whether there are images to watch, found now if need be; where that fails, again at the next snapshot."""
+        if self.attempt("taking images of a batch", lambda: self.find_probe(find)):
             return True
         self.schedule.taken(step)
         self.report()

@@ -47,7 +47,7 @@ class Session:
         settings: MonitorSettings,
         probe_settings: ProbeSettings,
         schedule: Schedule,
-        style: DrawingOptions,
+        drawing: DrawingOptions,
         *,
         forward: Forward | None,
         on_error: OnError,
@@ -56,7 +56,7 @@ class Session:
         strict: bool = False,
         disk_reserve: int | None = None,
     ) -> None:
-        self.settings, self.probe_settings, self.schedule, self.style = settings, probe_settings, schedule, style
+        self.settings, self.probe_settings, self.schedule, self.drawing = settings, probe_settings, schedule, drawing
         self.forward_options = FORWARD_OPTIONS if forward is None else (ForwardOption(forward),)
         self.on_error, self.strict, self.disk_reserve = on_error, strict or on_error == "raise", disk_reserve
         self.warn, self.inform = warn, inform
@@ -247,7 +247,7 @@ class Session:
     def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
         """Discover attention; heads that a model has not are a mistake, layers left out are said."""
         monitor.check(models)
-        monitor.check_heads(self.style.heads)
+        monitor.check_heads(self.drawing.heads)
         for text in monitor.left_out():
             self.run.failures.note(text)
 
@@ -296,7 +296,7 @@ class Session:
             run.loggers,
             monitor.probe,
             folder=run.folder,
-            style=self.style,
+            style=self.drawing,
             every_layer=monitor.draws_every_layer,
             history=monitor.history,
             settings=f"{found}\n\n{reports.settings_text(self.settings, paths, self.schedule)}",

@@ -7,14 +7,14 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.capture.rollout import attention_rollout
-from attn_monitor.capture.sharding import forward_within
+from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthFlag, HealthLimits
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import load_snapshots
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.watch import Watch
 

@@ -27,7 +27,7 @@ class LayerAttention:
     "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are negative;
     ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
     relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
-    is known which key is which patch: "exact", "exact but masked" or "centres", see `attn_monitor.capture.places`.
+    is known which key is which patch: "exact", "exact but masked" or "centres", see `capture.token_places`.
     ``model`` is the name of the model's class, ``query`` the query that was read.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are

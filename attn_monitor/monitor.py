@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from attn_monitor import distributed
 from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.choose_forward import ForwardOption
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.forward_choice import ForwardOption
+from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
 from attn_monitor.capture.recording_plan import ModelSummary
-from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, measure, select_metrics, summarise
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.history import History
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 Result = TypeVar("Result")

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from attn_monitor import distributed
 from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.forward import Forward, is_sharded
+from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.recorder import Verify
-from attn_monitor.capture.selection import Layers, QuerySpec
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
 from attn_monitor.train.arguments import (

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.capture.discovery import discover
 from attn_monitor.capture.site_cache import forget
+from attn_monitor.capture.site_discovery import discover
 from benchmarks.measure import Spread, take_turns
 from benchmarks.peers import Size, no_grad, timm_vit
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.layer_selection import QuerySpec
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.capture.selection import QuerySpec
 from attn_monitor.errors import AttentionError
 from tests.hostile_tape import CLS, Grid, Truth, taped
 from tests.zoo import enliven

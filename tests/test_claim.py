@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from attn_monitor import ProbeBatch, load_snapshots
-from attn_monitor.record import claim
-from attn_monitor.record.claim import CLAIM, claim_again, claim_free
+from attn_monitor.record import folder_claim as claim
+from attn_monitor.record.folder_claim import CLAIM, claim_again, claim_free
 from tests.processes import ROOT
 from tests.together import STEPS
 

@@ -22,9 +22,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.places.silent_runs import SilentModel
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.capture.sites import Site
+from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.errors import AttentionError
 from tests.families import FAMILIES, Family
 from tests.oracle import _method, _replaced, attention_matrices

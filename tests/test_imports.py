@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "capture": set(),
     "measure": set(),
     "record": {"measure"},
+    "probe": {"record"},
     "draw": {"record", "measure"},
-    "publish": {"draw", "record", "measure"},
-    "train": {"publish", "draw", "record", "measure", "capture", "distributed", "monitor"},
+    "publish": {"draw", "probe", "record", "measure"},
+    "train": {"publish", "draw", "probe", "record", "measure", "capture", "distributed", "monitor"},
 }
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
 from attn_monitor import ProbeBatch
-from attn_monitor.record.normalisation import Statistics, declared_statistics, infer_statistics
+from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
 from attn_monitor.train.probe_search import probe_from_images
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

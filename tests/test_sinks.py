@@ -11,9 +11,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMonitor, ProbeBatch
-from attn_monitor.publish.other_loggers import AddImageSink, CSVSink, LogImageSink, MetricsSink
+from attn_monitor.publish.generic_loggers import AddImageSink, CSVSink, LogImageSink, MetricsSink
 from attn_monitor.publish.sink import Picture, TakesPictures
-from attn_monitor.publish.sinks import sink_for
+from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tensorboard import TensorBoardSink
 from attn_monitor.publish.weights_and_biases import WandbSink
 from tests.events import Events

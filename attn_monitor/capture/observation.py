@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from attn_monitor.capture.rows import AttentionSource, CallingConvention, Folding, Regrouped, regroup
+from attn_monitor.capture.attention_rows import AttentionSource, CallingConvention, Folding, Regrouped, regroup
 
 SiteKey = tuple[str, int]
 """Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""

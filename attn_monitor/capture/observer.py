@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor.capture import operations as ops
 from attn_monitor.capture import unknown_operations as unknown
+from attn_monitor.capture.attention_rows import CallingConvention, ExplicitCall, FusedCall, Query
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import Observation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
-from attn_monitor.capture.rows import CallingConvention, ExplicitCall, FusedCall, Query
 
 
 class StopForward(BaseException):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_monitor.capture.attention_rows import ExplicitCall, FusedCall, Query, read_rows, widen, widened_dtype
 from attn_monitor.capture.observation import Observation, ReadObservation, RefusedObservation
-from attn_monitor.capture.rows import ExplicitCall, FusedCall, Query, read_rows, widen, widened_dtype
 from attn_monitor.capture.tolerance import relative_error, tolerance
 
 aten = torch.ops.aten

@@ -15,15 +15,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.attention_distance import has_query_of_each_patch, mean_distance
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.distance import has_query_of_each_patch, mean_distance
+from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
-from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
 from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
-from attn_monitor.capture.selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
 from attn_monitor.capture.site_cache import Conditions, forget, structure_of
 from attn_monitor.capture.sites import ReadableSite, Site
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.attention_rows import AttentionSource
 from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.layer_selection import QuerySpec, resolve_query
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.capture.rows import AttentionSource
-from attn_monitor.capture.selection import QuerySpec, resolve_query
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import UnsupportedAttentionError
 

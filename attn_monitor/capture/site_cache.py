@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.discovery import discover
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import all_modules
+from attn_monitor.capture.site_discovery import discover
 from attn_monitor.capture.sites import Site
 
 

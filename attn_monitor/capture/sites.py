@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from attn_monitor.capture.attention_rows import CallingConvention, Folding
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.layout import TokenLayout
-from attn_monitor.capture.places.site_places import SitePlaces
-from attn_monitor.capture.rows import CallingConvention, Folding
+from attn_monitor.capture.token_places.layout import TokenLayout
+from attn_monitor.capture.token_places.site_places import SitePlaces
 from attn_monitor.errors import AttentionError
 
 

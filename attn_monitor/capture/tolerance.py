@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.rows import widen
+from attn_monitor.capture.attention_rows import widen
 
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 8e-3}

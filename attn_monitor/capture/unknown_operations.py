@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_monitor.capture.attention_rows import CallingConvention, FusedCall, Query
 from attn_monitor.capture.observation import Observation, ReadObservation
 from attn_monitor.capture.operations import observe_fused
-from attn_monitor.capture.rows import CallingConvention, FusedCall, Query
 
 
 def looks_like_attention(args: tuple[Any, ...]) -> bool:

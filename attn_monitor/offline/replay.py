@@ -14,9 +14,9 @@ from attn_monitor.draw.panels import panel
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.offline.results import print_metrics, writing_to
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_snapshots
 from attn_monitor.record.file_names import tag_safe_names
-from attn_monitor.record.probe import ProbeBatch
 
 
 def replay(archive: str, *, out: str | None = None, scale: str = "uniform", threshold: float = 0.6) -> None:

@@ -12,7 +12,7 @@ from attn_monitor.draw.panels import panel
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.offline.models import load_model
 from attn_monitor.offline.results import print_metrics, writing_to
-from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.probe.probe_batch import ProbeBatch
 
 
 def show(

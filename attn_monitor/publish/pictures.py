@@ -11,9 +11,9 @@ from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 OVERLAID_IMAGES = 2

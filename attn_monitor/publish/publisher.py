@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
 from attn_monitor.publish.failures import Failures
@@ -31,11 +32,10 @@ from attn_monitor.publish.sink import (
     TakesOverlays,
     TakesPictures,
 )
-from attn_monitor.publish.sinks import sink_for
+from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.archive import snapshot_path
 from attn_monitor.record.history import History
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 Value = TypeVar("Value")

@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError
-from attn_monitor.record.fields import Fields
+from attn_monitor.record.header_fields import Fields
 
 FORMAT = 2  # what is added later is optional, so that this number stays; of 1 see `first_format`
 HEADER_BYTES = 64 << 20  # of JSON as UTF-32; a thousand layers' metrics of every head take a tenth

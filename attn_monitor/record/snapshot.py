@@ -20,8 +20,8 @@ from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HEALTH_TAG, HealthFlag
 from attn_monitor.measure.metrics import MetricKey, Metrics
-from attn_monitor.record import first_format
-from attn_monitor.record.fields import Fields
+from attn_monitor.record import format_1 as first_format
+from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
 
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from attn_monitor.probe.normalisation import declared_statistics
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.failures import Failures
-from attn_monitor.record.normalisation import declared_statistics
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.lightning_run import changes_batches
 from attn_monitor.train.probe_search import (

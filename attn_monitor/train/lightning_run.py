@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from attn_monitor.distributed import RankZero
-from attn_monitor.publish.sinks import sink_for
+from attn_monitor.publish.sink_registry import sink_for
 
 
 def rank_zero(trainer: pl.Trainer) -> RankZero:

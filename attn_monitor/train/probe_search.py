@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from attn_monitor.capture.isolation import random_state_restored
 from attn_monitor.errors import ProbeError
-from attn_monitor.record.normalisation import Statistics, declared_statistics, infer_statistics
-from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import describe_batch, find_images
 
 TRAINING_CAPTION, VALIDATION_CAPTION = "training crop", "validation image"

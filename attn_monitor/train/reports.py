@@ -13,10 +13,10 @@ from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.publish.other_loggers import CSVSink
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.publish.generic_loggers import CSVSink
 from attn_monitor.publish.sink import TakesPictures
-from attn_monitor.publish.sinks import sink_for
-from attn_monitor.record.probe import ProbeBatch
+from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.train.arguments import MonitorSettings
 from attn_monitor.train.schedule import Schedule
 

@@ -14,7 +14,7 @@ from attn_monitor.distributed import RankZero
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
-from attn_monitor.record.claim import Claim
+from attn_monitor.record.folder_claim import Claim
 from attn_monitor.train.reports import Cost
 
 HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure

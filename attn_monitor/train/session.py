@@ -11,21 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.forward_choice import FORWARD_OPTIONS, ForwardOption
-from attn_monitor.capture.sharding import forward_within
+from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, ProbeError, TargetError
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import written_between
-from attn_monitor.record.probe import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
+from attn_monitor.train.archive_folder import ArchiveId, claim_archive, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
-from attn_monitor.train.run_archive import ArchiveId, claim_archive, tidy
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.layout import TokenLayout, layout_of, mostly_single
-from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch, SitePlaces
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import mosaics
-from attn_monitor.capture.places.tokens import SiteTokens, Tokens
+from attn_monitor.capture.token_places.layout import TokenLayout, layout_of, mostly_single
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
+from attn_monitor.capture.token_places.synthetic_images import mosaics
+from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
 _CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attn_monitor.publish.generic_loggers import AddImageSink, CSVSink, LogImageSink, MetricsSink
 from attn_monitor.publish.mlflow import MLFlowSink
-from attn_monitor.publish.other_loggers import AddImageSink, CSVSink, LogImageSink, MetricsSink
 from attn_monitor.publish.sink import Sink
 from attn_monitor.publish.tensorboard import TensorBoardSink
 from attn_monitor.publish.weights_and_biases import WandbSink

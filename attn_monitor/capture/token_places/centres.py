@@ -9,12 +9,12 @@ from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import candidate_grids
-from attn_monitor.capture.places.decoding import cells_by_rank, centres, places_by_centre, share_far_from
-from attn_monitor.capture.places.layout import STATIC, Places, TokenLayout, layout_of
-from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import noise_images, partition_codes, ramps
-from attn_monitor.capture.places.tokens import SiteTokens, Tokens
+from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, places_by_centre, share_far_from
+from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import noise_images, partition_codes, ramps
+from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
 _ROUNDS = 5  # of two base images each: the user's and noise
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture import operations as ops
+from attn_monitor.capture.attention_rows import FusedCall, widen
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.observer import AttentionObserver, run_operation
-from attn_monitor.capture.places.attention_product import AttentionProduct, by_image_and_head, explains_scores
-from attn_monitor.capture.places.sketches import noise_like, project, sketch
-from attn_monitor.capture.places.tokens import Call, SiteFormat, SiteTokens, Tokens
-from attn_monitor.capture.rows import FusedCall, widen
+from attn_monitor.capture.token_places.attention_product import AttentionProduct, by_image_and_head, explains_scores
+from attn_monitor.capture.token_places.random_projections import noise_like, project, sketch
+from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteTokens, Tokens
 from attn_monitor.capture.unknown_operations import call_by
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.rows import Query
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import AttentionError, LayerError, QueryError
 

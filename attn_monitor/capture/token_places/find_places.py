@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
-from attn_monitor.capture.places.centres import rank_centres
-from attn_monitor.capture.places.mosaics import describe_keys, read_mosaics
-from attn_monitor.capture.places.output_places import check_outputs, refuse_mixtures
-from attn_monitor.capture.places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
-from attn_monitor.capture.places.query_places import find_cls, find_queries
-from attn_monitor.capture.places.silent_runs import SilentModel
-from attn_monitor.capture.places.site_places import PlaceSearch, SitePlaces
-from attn_monitor.capture.places.synthetic_images import noise_images, small_strength
-from attn_monitor.capture.places.tokens import SiteFormat
+from attn_monitor.capture.token_places.centres import rank_centres
+from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
+from attn_monitor.capture.token_places.mosaics import describe_keys, read_mosaics
+from attn_monitor.capture.token_places.output_places import check_outputs, refuse_mixtures
+from attn_monitor.capture.token_places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
+from attn_monitor.capture.token_places.silent_model import SilentModel
+from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
+from attn_monitor.capture.token_places.synthetic_images import noise_images, small_strength
+from attn_monitor.capture.token_places.tokens import SiteFormat
 
 
 def find_places(

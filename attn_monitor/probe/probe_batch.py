@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
-from attn_monitor.record.fields import Fields
+from attn_monitor.probe.image_folder import Photographs, Size, read_file, read_folder
+from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
-from attn_monitor.record.image_folder import Photographs, Size, read_file, read_folder
-from attn_monitor.record.normalisation import infer_statistics
+from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import Take, open_npz, tensors_in, write_npz
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

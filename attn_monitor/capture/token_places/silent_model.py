@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, run_forward
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.silent_forward import SilentObserver
-from attn_monitor.capture.places.tokens import SiteFormat, Tokens, concatenate
+from attn_monitor.capture.token_places.silent_observer import SilentObserver
+from attn_monitor.capture.token_places.tokens import SiteFormat, Tokens, concatenate
 
 
 class SilentModel:

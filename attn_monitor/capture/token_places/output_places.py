@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.layout import STATIC, Places, is_whole
-from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import noise_images
-from attn_monitor.capture.places.tokens import Call, SiteTokens, Tokens
+from attn_monitor.capture.token_places.layout import STATIC, Places, is_whole
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import noise_images
+from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
 
 
 def refuse_mixtures(search: PlaceSearch) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_monitor.capture.attention_rows import CallingConvention, Folding
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.sketches import change_threshold
-from attn_monitor.capture.rows import CallingConvention, Folding
+from attn_monitor.capture.token_places.random_projections import change_threshold
 
 Call = tuple[str, int]
 """A module's path, and how many times it had been called before within the same forward."""

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.places.layout import SEVERAL, STATIC, Places
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import cell_weights, partition_codes
+from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.synthetic_images import cell_weights, partition_codes
 
 
 def places_in_mosaics(sketches: Tensor, cells: int, limit: float) -> Places:

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.attention_rows import CallingConvention, Folding, widen
 from attn_monitor.capture.forward import Forward, run_forward
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.places.find_places import find_places
-from attn_monitor.capture.places.site_places import SitePlaces
-from attn_monitor.capture.places.sketches import change_threshold, relative_change
-from attn_monitor.capture.places.synthetic_images import noise_images
-from attn_monitor.capture.places.tokens import SiteFormat
-from attn_monitor.capture.rows import CallingConvention, Folding, widen
-from attn_monitor.capture.sharding import refuse_split_parameters
+from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
+from attn_monitor.capture.token_places.find_places import find_places
+from attn_monitor.capture.token_places.random_projections import change_threshold, relative_change
+from attn_monitor.capture.token_places.site_places import SitePlaces
+from attn_monitor.capture.token_places.synthetic_images import noise_images
+from attn_monitor.capture.token_places.tokens import SiteFormat
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch
 from attn_monitor.errors import (
     AttentionError,

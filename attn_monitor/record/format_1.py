@@ -8,7 +8,7 @@ from typing import Any
 
 from attn_monitor.measure.health import HEALTH_TAG
 from attn_monitor.measure.metrics import MetricKey, Metrics
-from attn_monitor.record.fields import Fields
+from attn_monitor.record.header_fields import Fields
 
 MEAN = re.compile(r"attn/(?P<role>.+)/layer(?P<layer>[0-9]+)/(?P<metric>\w+)")
 HEAD = re.compile(r"attn_heads/(?P<role>.+)/layer(?P<layer>[0-9]+)/(?P<metric>\w+)/head(?P<head>[0-9]+)")

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.places.decoding import share_of_wrong_weight, shares
-from attn_monitor.capture.places.layout import SEVERAL, TokenLayout, is_whole, mostly_single
-from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import (
+from attn_monitor.capture.token_places.decoding import share_of_wrong_weight, shares
+from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout, is_whole, mostly_single
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import (
     border_changed,
     cell_weighted_noise,
     corners_changed,
     noise_images,
     quadrants_changed,
 )
-from attn_monitor.capture.places.tokens import SiteTokens
+from attn_monitor.capture.token_places.tokens import SiteTokens
 
 
 def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_monitor.record.archive import set_aside
-from attn_monitor.record.claim import Claim, claim_again, claim_free
+from attn_monitor.record.folder_claim import Claim, claim_again, claim_free
 from attn_monitor.record.npz import remove_unfinished
 
 

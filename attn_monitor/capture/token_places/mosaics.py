@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
-from attn_monitor.capture.places.decoding import places_in_mosaics
-from attn_monitor.capture.places.layout import SEVERAL, STATIC, Places, is_whole, layout_of
-from attn_monitor.capture.places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.places.sketches import relative_change
-from attn_monitor.capture.places.synthetic_images import mosaics
-from attn_monitor.capture.places.tokens import Tokens
+from attn_monitor.capture.token_places.decoding import places_in_mosaics
+from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places, is_whole, layout_of
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import mosaics
+from attn_monitor.capture.token_places.tokens import Tokens
 
 _MOST_GRIDS = 6  # a pyramid has four, and one more when a guess is wrong
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
-from attn_monitor.capture.places.layout import Places, TokenLayout
-from attn_monitor.capture.places.silent_runs import SilentModel
-from attn_monitor.capture.places.tokens import Call, Tokens
+from attn_monitor.capture.token_places.layout import Places, TokenLayout
+from attn_monitor.capture.token_places.silent_model import SilentModel
+from attn_monitor.capture.token_places.tokens import Call, Tokens
 
 
 @dataclass

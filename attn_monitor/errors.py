@@ -17,6 +17,14 @@ class ArchiveError(AttnMonitorError, ValueError):
     """A file or a checkpoint's state is no readable snapshot or probe: damaged, of a newer version, or no such file."""
 
 
+class ModelNameError(AttnMonitorError, ValueError):
+    """The name that a command was given does not lead to a model."""
+
+
+class CheckpointError(AttnMonitorError, ValueError):
+    """A file of weights is not readable, holds code, or does not fit the model."""
+
+
 class AttentionError(AttnMonitorError, RuntimeError):
     """Base of every refusal: no map is shown, and the message says why and what to do."""
 

@@ -1,49 +1,75 @@
-"""Load a model by name for the offline commands: `timm:…`, `hf:…`, `torchvision:…` or `package.module:callable`."""
+"""Load a model by name for the offline commands, with weights of its library or from a checkpoint."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attn_monitor.capture.backbones import role_of
+from attn_monitor.errors import AttnMonitorError, ModelNameError
+from attn_monitor.offline.checkpoints import load_checkpoint, refuse_random
 from attn_monitor.offline.downloads import hub_or_cache, socket_timeout
+from attn_monitor.offline.weight_files import first_line
+
+EXPECTED = (
+    "timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or "
+    "package.module:factory(arguments)"
+)
 
 
-class ModelNameError(ValueError):
-    """The name does not lead to a model, or the checkpoint does not fit it."""
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    key: str | None = None,
+    weights: bool = False,
+    partial: bool = False,
+    trust: bool = False,
+) -> nn.Module:
+    """The named model on the CPU in eval mode; what was loaded is said on stderr.
 
+    Args:
+        name: ``timm:NAME``, ``hf:NAME_OR_DIR``, ``torchvision:NAME``, ``hub:REPO:NAME`` of torch.hub or of a directory
+            with a hubconf.py, ``package.module:factory``. The last two take arguments: ``pkg.vit:build(depth=12)``.
+        checkpoint: file or folder of weights, see `load_checkpoint`.
+        key: what to take from the checkpoint: "student", "teacher", or a prefix of names in it.
+        weights: load the library's own pretrained weights. A directory of Hugging Face always brings its own.
+        partial: accept a checkpoint that leaves a part of the backbone at random.
+        trust: unpickle what the checkpoint holds beside tensors, which may run any code.
 
-def load_model(name: str, *, checkpoint: str | None = None, key: str | None = None, weights: bool = False) -> nn.Module:
-    """The named model on the CPU in eval mode.
-
-    ``weights`` loads the library's own pretrained weights; ``checkpoint`` a file of weights, from which the entries
-    below ``key`` are taken; without it, see `load_checkpoint`. What was loaded is said on stderr.
+    Raises `ModelNameError` and `CheckpointError`.
     """
     prefix, _, rest = name.partition(":")
     library = _LIBRARIES.get(prefix)
-    if not rest:
-        raise ModelNameError(
-            f"model {name!r}: expected timm:NAME, hf:NAME, torchvision:NAME or package.module:callable"
-        )
+    if not rest or not prefix:
+        raise ModelNameError(f"model {name!r}: expected {EXPECTED}")
     try:
         model = _from_module(prefix, rest) if library is None else library.load(rest, weights)
+    except AttnMonitorError as error:
+        raise type(error)(f"model {name!r}: {error}") from error
     except ModuleNotFoundError as error:
-        remedy = "Install that package, or check the name" if library is None else f"Run: pip install {library.package}"
+        package = None if library is None else library.package
+        remedy = "Install that package, or check the name" if package is None else f"Run: pip install {package}"
         raise ModelNameError(f"model {name!r}: {error}. {remedy}") from error
     except (OSError, RuntimeError) as error:  # what the libraries raise for downloads, and for names they do not know
-        if library is None:
-            raise
-        raise ModelNameError(f"model {name!r}: {_first_line(error)}. {_remedy(prefix, weights)}") from error
+        raise ModelNameError(f"model {name!r}: {first_line(error)}. {_remedy(prefix, weights)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelNameError(f"model {name!r} gave a {type(model).__name__}, expected a torch.nn.Module")
     if checkpoint is not None:
-        print(load_checkpoint(model, checkpoint, key=key), file=sys.stderr)
+        print(load_checkpoint(model, checkpoint, key=key, partial=partial, trust=trust), file=sys.stderr)
     elif key is not None:
         raise ModelNameError(f"key={key!r}: no checkpoint was given that it could choose from")
     return model.eval()
@@ -54,7 +80,7 @@ def _timm(name: str, weights: bool) -> nn.Module:
 
     if ":" not in name:  # those are repositories on a hub
         if not timm.is_model(name):
-            raise ModelNameError(f"model 'timm:{name}': timm knows no {name!r}{_suggestion(name, timm.list_models())}")
+            raise ModelNameError(f"timm knows no {name!r}{_suggestion(name, timm.list_models())}")
         if weights and not timm.get_pretrained_cfg(name).has_weights:
             raise RuntimeError("timm has no weights for it")
     model: nn.Module
@@ -72,9 +98,11 @@ def _hugging_face(name: str, weights: bool) -> nn.Module:
         from transformers import AutoConfig, AutoModel
 
         if weights or Path(name).is_dir():
-            model = AutoModel.from_pretrained(name)
+            model, told = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+            refuse_random("its weights", sorted(told["missing_keys"]))
         else:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model = AutoModel.from_config(config, trust_remote_code=False)
     return model
 
 
@@ -83,34 +111,53 @@ def _torchvision(name: str, weights: bool) -> nn.Module:
 
     known = list_models()
     if name.lower() not in known:
-        raise ModelNameError(f"model 'torchvision:{name}': torchvision knows no {name!r}{_suggestion(name, known)}")
+        raise ModelNameError(f"torchvision knows no {name!r}{_suggestion(name, known)}")
     with socket_timeout():
         model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
     return model
 
 
+def _torch_hub(name: str, weights: bool) -> Any:
+    """Naming a repository is the word to run its code, as torch.hub asks for: there may be nobody to answer."""
+    found = re.fullmatch(r"(.+):(\w+(?:\(.*\))?)", name, re.DOTALL)
+    if found is None:
+        raise ModelNameError("expected hub:REPO:NAME, such as hub:facebookresearch/dino:main:dino_vits16")
+    repository, call = found[1], _parse_call(found[2])
+    source = "local" if Path(repository).is_dir() else "github"
+    load = partial(
+        torch.hub.load, repository, call.name, *call.arguments, source=source, trust_repo=True, skip_validation=True,
+        verbose=False, **call.keywords,
+    )  # fmt: skip
+    with socket_timeout(), _told_as_name_error():
+        if "pretrained" in call.keywords:
+            return load()
+        try:
+            return load(pretrained=weights)
+        except TypeError as error:
+            if "pretrained" not in str(error):
+                raise
+            return load()
+
+
 @dataclass(frozen=True)
 class _Library:
-    """One that makes models by name, given whether with its pretrained weights; ``package`` is what pip installs."""
+    """One that makes models by name, given whether with pretrained weights; ``package`` is what pip installs for it."""
 
-    load: Callable[[str, bool], nn.Module]
-    package: str
+    load: Callable[[str, bool], Any]
+    package: str | None = None
 
 
 _LIBRARIES = {
     "timm": _Library(_timm, "timm"),
     "hf": _Library(_hugging_face, "transformers"),
     "torchvision": _Library(_torchvision, "torchvision"),
+    "hub": _Library(_torch_hub),
 }
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _remedy(library: str, weights: bool) -> str:
@@ -121,74 +168,54 @@ def _remedy(library: str, weights: bool) -> str:
     return "Check the name"
 
 
-def _from_module(module: str, attribute: str) -> nn.Module:
-    found = getattr(importlib.import_module(module), attribute, None)
-    if found is None:
-        raise ModelNameError(f"module {module!r} has no {attribute!r}")
-    model = found if isinstance(found, nn.Module) else found()
-    if not isinstance(model, nn.Module):
-        raise ModelNameError(f"{module}:{attribute} gave a {type(model).__name__}, expected a torch.nn.Module")
-    return model
-
-
-def load_checkpoint(model: nn.Module, path: str, *, key: str | None = None) -> str:
-    """Fill the model from the entries below ``key`` in a file of weights; pickled code is never run.
-
-    Without a key, those of the prefixes (``teacher.backbone.``, …) below which most entries fit; of equals a teacher,
-    as DINO evaluates, before a student, then the first in alphabetical order. Returns what was loaded and left over.
-    """
+def _from_module(module: str, call: str) -> Any:
+    """A factory's model, or a module that is there; the working directory is looked in as `python -m` does."""
+    parsed = _parse_call(call)
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    with _told_as_name_error():
+        imported = importlib.import_module(module)
     try:
-        tensors = _flatten(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
+        found: Any = reduce(getattr, parsed.name.split("."), imported)
+    except AttributeError:
+        raise ModelNameError(
+            f"module {module!r} has no {parsed.name!r}{_suggestion(parsed.name, dir(imported))}"
+        ) from None
+    with _told_as_name_error():
+        return found if isinstance(found, nn.Module) else found(*parsed.arguments, **parsed.keywords)
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    arguments: list[Any]
+    keywords: dict[str, Any]
+
+
+def _parse_call(text: str) -> _Call:
+    """``factory`` or ``factory(12, name="value")``: Python's literals only, nothing is evaluated."""
+    expected = f"{text!r}: expected NAME or NAME(arguments) with numbers, strings, lists and the like as arguments"
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name = ast.unparse(call.func)
+        arguments = [ast.literal_eval(argument) for argument in call.args]
+        keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ModelNameError(expected) from error
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ModelNameError(expected)
+    return _Call(name, arguments, keywords)
+
+
+@contextmanager
+def _told_as_name_error() -> Iterator[None]:
+    """Whatever a model's own code raises is a line that says where; what `load_model` knows better passes."""
+    try:
+        yield
+    except (AttnMonitorError, ModuleNotFoundError, OSError):
         raise
-    except Exception as error:  # zip, pickle and torch each have their own errors for other files
-        raise ModelNameError(f"checkpoint {path}: no readable file of weights ({_first_line(error)})") from error
-    wanted = model.state_dict()
-
-    def missing(prefix: str) -> list[str]:
-        return [n for n, w in wanted.items() if (t := tensors.get(prefix + n)) is None or t.shape != w.shape]
-
-    first = next(iter(wanted))
-    prefixes = sorted({name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")})
-    among = [p for p in prefixes if key is None or p == key or p.startswith(f"{key.rstrip('.')}.")]
-    if not among:
-        of = "" if key is None else f"nothing of it lies below key={key!r}; "
-        raise ModelNameError(
-            f"checkpoint {path}: {of}a {type(model).__name__} was looked for below "
-            f"{', '.join(map(repr, prefixes)) or 'every name'} (it has {len(tensors)} entries, and needs {first!r})"
-        )
-    best = min(among, key=lambda prefix: (len(missing(prefix)), _PREFERENCE.get(role_of(prefix) or "", 1), prefix))
-    if lacking := missing(best):
-        raise ModelNameError(
-            f"checkpoint {path}: {len(lacking)} of {len(wanted)} entries are missing or of another shape, such as "
-            f"{lacking[0]!r} (looked below {best!r})"
-        )
-    model.load_state_dict({n: tensors[best + n] for n in wanted})
-    left = [name for name in tensors if not (name.startswith(best) and name.removeprefix(best) in wanted)]
-    others = [repr(prefix) for prefix in prefixes if prefix != best and not missing(prefix)]
-    return (
-        f"{path}: loaded all {len(wanted)} entries of the model from below {best!r}; {len(left)} entries are left over"
-        + (f" ({', '.join(_parents(left))})" if left else "")
-        + (f"; {', '.join(others)} would fit too: choose by --key" if others else "")
-    )
-
-
-_PREFERENCE = {"teacher": 0, "student": 2}
-
-
-def _parents(names: list[str], most: int = 6) -> list[str]:
-    """The first two parts of names, each once."""
-    parents = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
-    return parents[:most] + ["…"] * (len(parents) > most)
-
-
-def _flatten(stored: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    if not isinstance(stored, dict):
-        return {}
-    flat: dict[str, torch.Tensor] = {}
-    for key, value in stored.items():
-        if isinstance(value, torch.Tensor):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-    return flat
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise ModelNameError(f"{type(error).__name__}: {first_line(error)} ({where})") from error

@@ -58,25 +58,35 @@ def read_weights(path: Path, *, trust: bool = False) -> Weights:
     Entries of nested dictionaries are named by their path, joined by dots. With ``trust``, files of `torch.save` are
     unpickled like any pickle: their author may run what they want. Raises `CheckpointError`.
     """
-    with damage_as_checkpoint_error(path):
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return _read_folder(path)
-        if not stat.S_ISREG(mode):  # a pipe would be waited for
-            raise CheckpointError("not a file")
-        with path.open("rb") as file:
-            start = file.read(9)
-        if not start:
-            raise CheckpointError("the file is empty")
-        if start[8:] == b"{":  # after the length of its JSON header
-            return _read_safetensors([path])
-        if start[:2] != b"PK" and start[:1] != b"\x80":  # zip and pickle
-            raise CheckpointError("no readable file of weights: neither of torch.save nor of safetensors")
-        return _read_torch(path, trust)
+    with _damage_as_checkpoint_error(path):
+        weights = _read_any(path, trust)
+
+    def read(name: str) -> Tensor:
+        with _damage_as_checkpoint_error(path):
+            return weights.read(name)
+
+    return Weights(weights.shapes, read, weights.skipped)
+
+
+def _read_any(path: Path, trust: bool) -> Weights:
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return _read_folder(path)
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+        raise CheckpointError("not a file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise CheckpointError("the file is empty")
+    if start[8:] == b"{":  # after the length of its JSON header
+        return _read_safetensors([path])
+    if start[:2] != b"PK" and start[:1] != b"\x80":  # zip and pickle
+        raise CheckpointError("no readable file of weights: neither of torch.save nor of safetensors")
+    return _read_torch(path, trust)
 
 
 @contextmanager
-def damage_as_checkpoint_error(path: Path) -> Iterator[None]:
+def _damage_as_checkpoint_error(path: Path) -> Iterator[None]:
     """Every error in reading names the file; that it does not exist is an `OSError`, which does so too."""
     try:
         yield
@@ -130,7 +140,7 @@ def _read_torch(path: Path, trust: bool) -> Weights:
     if not tensors and classes:
         raise CheckpointError(
             f"no weights outside of the objects in it, of {', '.join(classes)}, which are code to PyTorch. "
-            "Save the model's state_dict(), or pass --trust true if you know who wrote the file"
+            "Save the model's state_dict(), or pass --trust if you know who wrote the file"
         )
     return Weights.of(tensors, tuple(classes))
 
@@ -178,7 +188,7 @@ def unpickle_data(source: Path | io.BytesIO, *, mmap: bool) -> tuple[Any, list[s
 def _code_error(name: str) -> CheckpointError:
     return CheckpointError(
         f"unpickling it would call {name}, which may be any code; nothing was run. "
-        "Pass --trust true if you know who wrote the file"
+        "Pass --trust if you know who wrote the file"
     )
 
 

@@ -22,8 +22,8 @@ from PIL import Image
 from attn_monitor import AttentionMapCallback, AttentionSnapshot
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.offline import cli
-from attn_monitor.offline.models import ModelNameError, load_model
-from tests.helpers import Distillation, loader, tiny_vit, trainer
+from attn_monitor.offline.models import load_model
+from tests.helpers import Distillation, loader, trainer
 from tests.test_archives import FIRST
 
 MODEL = "tests.helpers:tiny_vit"
@@ -152,13 +152,6 @@ def test_without_network_the_answer_comes_at_once(
     assert ("--checkpoint FILE" in line and "--weights false" in line) == model.startswith("timm")
 
 
-def test_other_files_than_checkpoints(tmp_path: Path) -> None:
-    for content in (b"", b"text", b"PK\x03\x04"):
-        (tmp_path / "x.pt").write_bytes(content)
-        with pytest.raises(ModelNameError, match=r"x\.pt: no readable file of weights"):
-            load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
-
-
 @pytest.mark.parametrize("wrong", ["snapshot", "probe", "names", "missing"])
 def test_replay_of_damaged_archives(tmp_path: Path, wrong: str) -> None:
     archive = tmp_path / "archive"
@@ -219,63 +212,6 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
     image = photographs / "coffee.png"
     cli.show(MODEL, str(image), out=str(tmp_path / "o"), size=32, checkpoint=str(tmp_path / "x.ckpt"))
     assert (tmp_path / "o" / "coffee-layer1.png").exists()
-
-
-CHOICE = """
-import sys, torch
-from attn_monitor.offline.models import load_model
-print(load_model(sys.argv[1], checkpoint=sys.argv[2], key=sys.argv[3] or None).state_dict()["pos_embed"].sum().item())
-"""
-
-
-def both(folder: Path) -> tuple[Path, dict[str, float]]:
-    """A checkpoint as DINO writes them: student, teacher and a head, and what tells the two apart."""
-    student, teacher = tiny_vit(), tiny_vit()
-    sums = {}
-    for role, model in (("student", student), ("teacher", teacher)):
-        torch.nn.init.normal_(model.pos_embed)
-        sums[role] = model.pos_embed.sum().item()
-    entries = {
-        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()},
-        "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()} | {"head.weight": torch.zeros(2)},
-    }
-    torch.save(entries, folder / "dino.pth")
-    return folder / "dino.pth", sums
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("key", "role"), [("", "teacher"), ("student", "student"), ("student.module.backbone.", "student")]
-)
-def test_the_same_weights_whatever_the_hash_seed(tmp_path: Path, key: str, role: str) -> None:
-    path, sums = both(tmp_path)
-    for seed in ("0", "3"):
-        command = [sys.executable, "-c", CHOICE, MODEL, str(path), key]
-        ran = subprocess.run(
-            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        )
-        assert float(ran.stdout) == pytest.approx(sums[role], rel=1e-5)
-
-
-def test_what_was_loaded_and_left_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = both(tmp_path)
-    count = len(tiny_vit().state_dict())
-    load_model(MODEL, checkpoint=str(path))
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert f"loaded all {count} entries of the model from below 'teacher.backbone.'" in said.err
-    assert f"{count + 1} entries are left over (student.module, teacher.head)" in said.err
-    assert "'student.module.backbone.' would fit too: choose by --key" in said.err
-    with pytest.raises(ModelNameError, match=r"nothing of it lies below key='techer'.*'teacher\.backbone\.'"):
-        load_model(MODEL, checkpoint=str(path), key="techer")
-    with pytest.raises(ModelNameError, match="no checkpoint was given"):
-        load_model(MODEL, key="teacher")
-
-
-def test_checkpoint_of_another_model(tmp_path: Path) -> None:
-    torch.save({"model": tiny_vit(depth=1).state_dict()}, tmp_path / "x.pt")
-    with pytest.raises(ModelNameError, match=r"entries are missing.*blocks\.1"):
-        load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
 
 
 def test_replay_redraws_a_run(tmp_path: Path) -> None:

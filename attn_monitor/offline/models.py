@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -57,7 +57,8 @@ def load_model(
     if not rest or not prefix:
         raise ModelNameError(f"model {name!r}: expected {EXPECTED}")
     try:
-        model = _from_module(prefix, rest) if library is None else library.load(rest, weights)
+        with redirect_stdout(sys.stderr):  # of what models and downloads print; results are the command's
+            model = _from_module(prefix, rest) if library is None else library.load(rest, weights)
     except AttnMonitorError as error:
         raise type(error)(f"model {name!r}: {error}") from error
     except ModuleNotFoundError as error:
@@ -128,7 +129,7 @@ def _torch_hub(name: str, weights: bool) -> Any:
         torch.hub.load, repository, call.name, *call.arguments, source=source, trust_repo=True, skip_validation=True,
         verbose=False, **call.keywords,
     )  # fmt: skip
-    with socket_timeout(), _told_as_name_error():
+    with socket_timeout(), _told_as_name_error(RuntimeError):  # which torch.hub raises of names and dependencies
         if "pretrained" in call.keywords:
             return load()
         try:
@@ -163,6 +164,8 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 def _remedy(library: str, weights: bool) -> str:
     if library == "hf":
         return "Check the name and the connection, or give a folder that holds the model: hf:FOLDER"
+    if library == "hub":
+        return "Check the name and the connection, or give a folder that holds hubconf.py: hub:FOLDER:NAME"
     if weights:
         return "Pass --checkpoint FILE for weights that you have, or --weights false to go without"
     return "Check the name"
@@ -200,22 +203,22 @@ def _parse_call(text: str) -> _Call:
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         name = ast.unparse(call.func)
         arguments = [ast.literal_eval(argument) for argument in call.args]
-        keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ModelNameError(expected) from error
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not all(part.isidentifier() for part in [*name.split("."), *keywords]):
         raise ModelNameError(expected)
     return _Call(name, arguments, keywords)
 
 
 @contextmanager
-def _told_as_name_error() -> Iterator[None]:
-    """Whatever a model's own code raises is a line that says where; what `load_model` knows better passes."""
+def _told_as_name_error(*known: type[Exception]) -> Iterator[None]:
+    """Whatever a model's own code raises is a line that says where; what `load_model` tells itself passes."""
     try:
         yield
-    except (AttnMonitorError, ModuleNotFoundError, OSError):
-        raise
     except Exception as error:
+        if isinstance(error, (AttnMonitorError, ModuleNotFoundError, OSError, *known)):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}, line {place.lineno}"
         raise ModelNameError(f"{type(error).__name__}: {first_line(error)} ({where})") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import re
 import sys
 import time
@@ -161,6 +164,55 @@ def test_torchvision_takes_its_checkpoints_of_another_size(tmp_path: Path, capsy
     said = capsys.readouterr().err
     assert "interpolated: encoder.pos_embedding from 4 × 4 to 8 × 8 patches" in said
     assert "left at random, as the file has no such classifier: heads.head.weight, heads.head.bias" in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        ("code", "[Ww]eights.only"),
+        ("truncated", "header|incomplete|SafetensorError"),
+        ("config", "JSON|json"),
+        ("remote code", "custom code"),
+        ("empty", "config.json|model_type"),
+        ("nowhere", "nowhere is no folder"),
+    ],
+)
+def test_damaged_folders_of_transformers(tmp_path: Path, damage: str, text: str) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    folder, trace = tmp_path / "vit", tmp_path / "trace"
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "code":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Touch(trace)}, protocol=2))
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-2000])
+    elif damage == "config":
+        config.write_text("{")
+    elif damage == "remote code":
+        (folder / "modeling.py").write_text(f"open({str(trace)!r}, 'w')")
+        named = {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}
+        config.write_text(json.dumps({"model_type": "mine", "auto_map": named}))
+    elif damage == "empty":
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        folder = tmp_path / "nowhere"
+    assert re.search(text, message_of(f"hf:{folder}"))
+    assert not trace.exists()
+
+
+class Touch:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.path}",)
 
 
 def test_a_checkpoint_into_a_model_of_torch_hub(repository: Path, tmp_path: Path) -> None:

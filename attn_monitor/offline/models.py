@@ -65,7 +65,9 @@ def load_model(
         package = None if library is None else library.package
         remedy = "Install that package, or check the name" if package is None else f"Run: pip install {package}"
         raise ModelNameError(f"model {name!r}: {error}. {remedy}") from error
-    except (OSError, RuntimeError) as error:  # what the libraries raise for downloads, and for names they do not know
+    except Exception as error:  # libraries raise what they like for downloads, damaged files and unknown names
+        if library is None:
+            raise
         raise ModelNameError(f"model {name!r}: {first_line(error)}. {_remedy(prefix, weights)}") from error
     if not isinstance(model, nn.Module):
         raise ModelNameError(f"model {name!r} gave a {type(model).__name__}, expected a torch.nn.Module")
@@ -95,6 +97,8 @@ def _timm(name: str, weights: bool) -> nn.Module:
 
 def _hugging_face(name: str, weights: bool) -> nn.Module:
     model: nn.Module
+    if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():  # no ORGANISATION/NAME
+        raise ModelNameError(f"{name} is no folder")
     with hub_or_cache(not Path(name).is_dir()):
         from transformers import AutoConfig, AutoModel
 

@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,13 @@ def assert_same(loaded: nn.Module, source: nn.Module) -> None:
 
 def below(prefix: str, model: nn.Module) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+
+
+def save_sharded(stored: dict[str, Any], folder: Path) -> None:
+    """By one process, as PyTorch warns; 2.9 warns of itself too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled|TypedStorage is deprecated")
+        dcp.save(stored, checkpoint_id=folder, no_dist=True)
 
 
 def dino(folder: Path, student: nn.Module, teacher: nn.Module) -> Path:
@@ -137,14 +145,13 @@ def distributed(folder: Path) -> tuple[Path, nn.Module]:
     source = trained()
     model = below("student.backbone.", trained()) | below("teacher.backbone.", source)
     stored = {"model": model, "optimizer": {"state": {"exp_avg": torch.ones(3)}}, "iteration": 7, "args": Path("x")}
-    dcp.save(stored, checkpoint_id=folder / "7", no_dist=True)
+    save_sharded(stored, folder / "7")
     return folder / "7", source
 
 
 FORMATS = [lightning, plain, before_zip, compiled_and_wrapped, dinov2, dinov2_fsdp, safetensors, safetensors_in_parts]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("save", [*FORMATS, distributed])
 def test_the_model_answers_as_the_one_that_was_saved(
     tmp_path: Path, save: Callable[[Path], tuple[Path, nn.Module]], capsys: pytest.CaptureFixture[str]
@@ -255,7 +262,6 @@ def test_dinov2_into_timm(tmp_path: Path, registers: int, capsys: pytest.Capture
     assert "loaded all" in said
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dinov3_into_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DINOv3's own names, in the folder that its training writes."""
     changes = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8, "dynamic_img_size": True}
@@ -271,7 +277,7 @@ def test_dinov3_into_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     renamed |= {f"blocks.{i}.attn.qkv.bias": torch.full((192,), float(i)) for i in range(2)}
     stored = {"model": {f"{role}.backbone.{n}": v for role in ("student", "teacher") for n, v in renamed.items()}}
     stored["model"]["student.backbone.storage_tokens"] = torch.zeros(1, 4, 64)
-    dcp.save(stored, checkpoint_id=tmp_path / "7", no_dist=True)
+    save_sharded(stored, tmp_path / "7")
     call = f"timm.models:create_model({name!r}, {', '.join(f'{n}={v}' for n, v in changes.items())})"
     loaded = load_model(call, checkpoint=str(tmp_path / "7"))
     with torch.inference_mode():
@@ -409,7 +415,7 @@ class Code:
 
 @pytest.mark.parametrize("how", ["system", "eval", "touch"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "metadata", "piece", "pickle"])
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_is_not_run(tmp_path: Path, how: str, form: str) -> None:
     trace, source = tmp_path / "trace", trained()
     code = Code(trace, how)
@@ -422,7 +428,7 @@ def test_code_is_not_run(tmp_path: Path, how: str, form: str) -> None:
         path.write_bytes(pickle.dumps({"code": code}, protocol=2))
     else:
         path = tmp_path / "sharded"
-        dcp.save({"model": source.state_dict()}, checkpoint_id=path, no_dist=True)
+        save_sharded({"model": source.state_dict()}, path)
         if form == "metadata":
             found = pickle.loads((path / ".metadata").read_bytes())
             found.planner_data = code
@@ -597,11 +603,10 @@ SHARDED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("change", SHARDED)
 def test_hostile_folders_are_told_in_one_line(tmp_path: Path, change: Callable[[Any, Path], None]) -> None:
     folder = tmp_path / "x"
-    dcp.save({"model": trained().state_dict()}, checkpoint_id=folder, no_dist=True)
+    save_sharded({"model": trained().state_dict()}, folder)
     found = pickle.loads((folder / ".metadata").read_bytes())
     change(found, folder)
     (folder / ".metadata").write_bytes(pickle.dumps(found))

@@ -15,7 +15,8 @@ from attn_monitor.capture.backbones import role_of
 from attn_monitor.errors import CheckpointError
 from attn_monitor.offline.position_embeddings import Grids, find_grids, interpolate
 from attn_monitor.offline.weight_conversions import convert, shortened
-from attn_monitor.offline.weight_files import Weights, read_weights
+from attn_monitor.offline.weight_files import read_weights
+from attn_monitor.offline.weights import Weights
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 CHUNK = re.compile(r"(?<![^.])blocks\.\d+\.(?=\d+\.)")  # DINOv2 trains with blocks.CHUNK.BLOCK
@@ -172,8 +173,8 @@ def _what_lacks(fit: Fit, wanted: Shapes) -> str:
 def _report(fit: Fit, stored: Weights, as_good: Sequence[str]) -> list[str]:
     total = len(fit.names) + len(fit.missing)
     lines = [
-        f"loaded {'all' if not fit.missing else f'{len(fit.names)} of'} {total} entries of the model "
-        f"from below {fit.prefix!r}",
+        f"loaded {'all' if not fit.missing else f'{len(fit.names)} of'} {total} entries of the model"
+        + (f" from below {fit.prefix!r}" if fit.prefix else ""),
         *fit.notes,
         *(f"interpolated: {name} {grids}" for name, grids in fit.grids.items()),
     ]

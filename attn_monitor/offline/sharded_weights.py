@@ -16,12 +16,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.weight_files import (
-    Weights,
-    not_larger_than_stored,
-    refuse_packed_records,
-    unpickle_data,
-)
+from attn_monitor.offline.safe_unpickling import refuse_packed_records, unpickle_data
+from attn_monitor.offline.weights import Weights, not_larger_than_stored
 
 METADATA = ".metadata"
 
@@ -100,10 +96,12 @@ def _piece(folder: Path, place: Any) -> Tensor:
         raise CheckpointError(f"its pieces are packed ({how}), which is not read here")
     if Path(place.relative_path).name != place.relative_path:
         raise CheckpointError(f"its {METADATA} leads out of the folder, to {place.relative_path}")
+    if not (folder / place.relative_path).is_file():
+        raise CheckpointError(f"{place.relative_path} is missing in it")
     with (folder / place.relative_path).open("rb") as file:
         file.seek(place.offset)
         content = io.BytesIO(file.read(place.length))
-    refuse_packed_records(content, place.length)
+    refuse_packed_records(content, len(content.getbuffer()))
     content.seek(0)
     piece, _ = unpickle_data(content, mmap=False)
     if not isinstance(piece, Tensor):

@@ -329,9 +329,9 @@ def test_a_backbone_at_random_is_an_error_unless_asked_for(
     stored = trained().state_dict()
     del stored[lost]
     torch.save(stored, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=rf"1 of 30 entries are missing .*'{lost}'.*--partial"):
+    with pytest.raises(CheckpointError, match=rf"1 of 30 entries are missing .*'{lost}'.*--allow_missing"):
         load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
-    load_model(MODEL, checkpoint=str(tmp_path / "x.pt"), partial=True)
+    load_model(MODEL, checkpoint=str(tmp_path / "x.pt"), allow_missing=True)
     assert f"LEFT AT RANDOM, as asked for: {lost}" in capsys.readouterr().err
 
 
@@ -347,9 +347,9 @@ def test_checkpoints_of_other_models(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(CheckpointError, match=r"'cls_token', of shape \(1, 1, 64\) where \(1, 1, 32\) is needed"):
         load_model(MODEL, checkpoint=str(path))
     torch.save({"conv": torch.zeros(1)}, path)
-    for partial in (False, True):
+    for allow in (False, True):
         with pytest.raises(CheckpointError, match=r"was looked for below every name \(it has 1 entries"):
-            load_model(MODEL, checkpoint=str(path), partial=partial)
+            load_model(MODEL, checkpoint=str(path), allow_missing=allow)
 
 
 def test_what_was_loaded_and_left_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

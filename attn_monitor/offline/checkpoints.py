@@ -54,14 +54,14 @@ class Fit:
 
 
 def load_checkpoint(
-    model: nn.Module, path: str, *, key: str | None = None, partial: bool = False, trust: bool = False
+    model: nn.Module, path: str, *, key: str | None = None, allow_missing: bool = False, trust: bool = False
 ) -> str:
     """Fill the model from a file or folder of weights; what was loaded and what was not, in a few lines.
 
     ``key`` is a role, such as "student", or a prefix of names in the file. Without it, the prefix below which most
     entries fit (``teacher.backbone.``, …); of equals a teacher, as DINO evaluates, before a student, then the first in
     alphabetical order. Position embeddings of another size are interpolated. Entries of classifiers may be missing;
-    others only when ``partial`` says so, and keep their values. ``trust`` runs code that is pickled in the file.
+    others only when ``allow_missing`` says so, and keep their values. ``trust`` runs code that is pickled in the file.
 
     Raises `CheckpointError`.
     """
@@ -79,7 +79,7 @@ def load_checkpoint(
             f"{', '.join(repr(fit.prefix) for fit in fits) or 'every name'} (it has {len(stored.shapes)} entries, and "
             f"needs {next(iter(wanted), 'none')!r})"
         )
-    if best.lacking and not (partial and best.names):
+    if best.lacking and not (allow_missing and best.names):
         raise CheckpointError(f"checkpoint {path}: {_what_lacks(best, wanted)}")
     _fill(model, path, best)
     as_good = [fit.prefix for fit in among if fit.prefix != best.prefix and _rank(fit)[:2] == _rank(best)[:2]]
@@ -166,7 +166,7 @@ def _what_lacks(fit: Fit, wanted: Shapes) -> str:
     which = "" if found is None else f", of shape {tuple(found)} where {tuple(wanted[first])} is needed"
     return (
         f"{len(fit.lacking)} of {len(wanted)} entries are missing or of another shape, such as {first!r}{which} "
-        f"(looked below {fit.prefix!r}). Pass the model that the file is of, or --partial to leave these at random"
+        f"(looked below {fit.prefix!r}). Pass the model that the file is of, or --allow_missing to leave these at random"
     )
 
 

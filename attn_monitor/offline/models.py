@@ -36,7 +36,7 @@ def load_model(
     checkpoint: str | None = None,
     key: str | None = None,
     weights: bool = False,
-    partial: bool = False,
+    allow_missing: bool = False,
     trust: bool = False,
 ) -> nn.Module:
     """The named model on the CPU in eval mode; what was loaded is said on stderr.
@@ -47,7 +47,7 @@ def load_model(
         checkpoint: file or folder of weights, see `load_checkpoint`.
         key: what to take from the checkpoint: "student", "teacher", or a prefix of names in it.
         weights: load the library's own pretrained weights. A directory of Hugging Face always brings its own.
-        partial: accept a checkpoint that leaves a part of the backbone at random.
+        allow_missing: accept a checkpoint that leaves a part of the backbone at random.
         trust: unpickle what the checkpoint holds beside tensors, which may run any code.
 
     Raises `ModelNameError` and `CheckpointError`.
@@ -72,7 +72,7 @@ def load_model(
     if not isinstance(model, nn.Module):
         raise ModelNameError(f"model {name!r} gave a {type(model).__name__}, expected a torch.nn.Module")
     if checkpoint is not None:
-        print(load_checkpoint(model, checkpoint, key=key, partial=partial, trust=trust), file=sys.stderr)
+        print(load_checkpoint(model, checkpoint, key=key, allow_missing=allow_missing, trust=trust), file=sys.stderr)
     elif key is not None:
         raise ModelNameError(f"key={key!r}: no checkpoint was given that it could choose from")
     return model.eval()

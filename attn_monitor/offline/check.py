@@ -22,7 +22,8 @@ def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") 
     """Say which attention a model has and what can be read from it.
 
     Args:
-        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
+            package.module:factory(arguments).
         size: image size in pixels, one number or [height, width].
         query: "cls", "mean", a token index, or [row, col] of a patch.
     """

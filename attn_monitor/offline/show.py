@@ -23,6 +23,8 @@ def show(
     checkpoint: str | None = None,
     key: str | None = None,
     weights: bool = True,
+    allow_missing: bool = False,
+    trust: bool = False,
     size: int | tuple[int, int] = 224,
     num_images: int = 8,
     layers: Any = -1,
@@ -38,12 +40,17 @@ def show(
     Prints the metrics of each layer, means over heads and images.
 
     Args:
-        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
+            package.module:factory(arguments).
         images: an image file or a folder.
         out: folder for the pictures and for attention.npz (an AttentionSnapshot).
-        checkpoint: file of weights to load instead of the library's own.
-        key: what to take from the checkpoint, such as student.backbone; without it a teacher before a student.
+        checkpoint: file or folder of weights to load instead of the library's own: of Lightning, DINO, DINOv2 or
+            DINOv3, of torch.save, safetensors or torch.distributed.checkpoint.
+        key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as
+            student.backbone; without it a teacher before a student.
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
+        allow_missing: accept a checkpoint that lacks a part of the backbone, which stays at random.
+        trust: unpickle what else the checkpoint holds, which can run any code; for files whose author you know.
         size: image size in pixels, one number or [height, width].
         num_images: how many images of a folder.
         layers: index, module path, list of these, or "all".
@@ -54,7 +61,8 @@ def show(
         masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
         metrics: names of metrics; by default all but distance, "all" for that too.
     """
-    loaded = load_model(model, checkpoint=checkpoint, key=key, weights=weights and checkpoint is None)
+    choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
+    loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
     probe = ProbeBatch.from_path(images, size=size, num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
     snapshot = monitor.snapshot({"backbone": loaded}, step=0)

@@ -175,6 +175,15 @@ def test_dino_trainings_hold_two(tmp_path: Path, key: str | None, capsys: pytest
     assert "objects in it that were left out: argparse.Namespace" in said
 
 
+def test_keys_tell_what_is_inside_of_another(tmp_path: Path) -> None:
+    """A role alone takes what it can; a whole prefix takes that."""
+    one, other, plain = trained(), trained(), trained()
+    stored = plain.state_dict() | below("student.", one) | below("copy.student.", other)
+    torch.save(stored, tmp_path / "x.pt")
+    for key, source in {"student": one, "student.": one, "copy.student": other, "copy": other, "": plain}.items():
+        assert_same(load_model(MODEL, checkpoint=str(tmp_path / "x.pt"), key=key), source)
+
+
 WORK = """
 import os, sys, torch
 import torch.distributed as dist, torch.distributed.checkpoint as dcp

@@ -58,17 +58,18 @@ def load_checkpoint(
 ) -> str:
     """Fill the model from a file or folder of weights; what was loaded and what was not, in a few lines.
 
-    ``key`` is a role, such as "student", or a prefix of names in the file. Without it, the prefix below which most
-    entries fit (``teacher.backbone.``, …); of equals a teacher, as DINO evaluates, before a student, then the first in
-    alphabetical order. Position embeddings of another size are interpolated. Entries of classifiers may be missing;
-    others only when ``allow_missing`` says so, and keep their values. ``trust`` runs code that is pickled in the file.
+    ``key`` is a role, such as "student", or a prefix of names in the file ("" for names without one). Without a key,
+    the prefix below which most entries fit is taken (``teacher.backbone.``, …); of equals a teacher, as DINO evaluates,
+    before a student, then the first in alphabetical order. Position embeddings of another size are interpolated.
+    Entries of classifiers may be missing; others only when ``allow_missing`` says so, and keep their values. ``trust``
+    runs code that is pickled in the file.
 
     Raises `CheckpointError`.
     """
     stored = _with_plain_names(read_weights(Path(path), trust=trust), model)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     fits = _fits(model, stored, wanted)
-    among = [fit for fit in fits if key is None or _lies_below(fit.prefix, key)]
+    among = fits if key is None else _chosen(fits, key)
     best = min(among, key=_rank, default=Fit("", stored, {}, {}, list(wanted)))
     if best.lacking and (among or key is None):
         best = min(best, _renamed_by_its_library(model, best, wanted), key=_rank)
@@ -141,8 +142,11 @@ def _renamed_by_its_library(model: nn.Module, fit: Fit, wanted: Shapes) -> Fit:
     return replace(found, prefix=fit.prefix, notes=converted.notes)
 
 
-def _lies_below(prefix: str, key: str) -> bool:
-    return f".{key.rstrip('.')}." in f".{prefix}" or role_of(prefix) == key
+def _chosen(fits: Sequence[Fit], key: str) -> list[Fit]:
+    """The one of exactly this prefix, else those of which it is a part or the role."""
+    key = key.rstrip(".")
+    exactly = [fit for fit in fits if fit.prefix.rstrip(".") == key]
+    return exactly or [fit for fit in fits if key and (f".{key}." in f".{fit.prefix}" or role_of(fit.prefix) == key)]
 
 
 def _rank(fit: Fit) -> tuple[int, int, int, str]:
@@ -166,7 +170,7 @@ def _what_lacks(fit: Fit, wanted: Shapes) -> str:
     which = "" if found is None else f", of shape {tuple(found)} where {tuple(wanted[first])} is needed"
     return (
         f"{len(fit.lacking)} of {len(wanted)} entries are missing or of another shape, such as {first!r}{which} "
-        f"(looked below {fit.prefix!r}). Pass the model that the file is of, or --allow_missing to leave these at random"
+        f"(looked below {fit.prefix!r}). Pass the file's own model, or --allow_missing to leave these at random"
     )
 
 

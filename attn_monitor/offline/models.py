@@ -178,7 +178,7 @@ def _remedy(library: str, weights: bool) -> str:
 def _from_module(module: str, call: str) -> Any:
     """A factory's model, or a module that is there; the working directory is looked in as `python -m` does."""
     parsed = _parse_call(call)
-    if os.getcwd() not in sys.path and "" not in sys.path:
+    if os.getcwd() not in sys.path and "" not in sys.path:  # as for a command in a folder of scripts
         sys.path.append(os.getcwd())
     with _told_as_name_error():
         imported = importlib.import_module(module)

@@ -66,6 +66,14 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
     assert text in mistake(*arguments)
 
 
+def test_options_are_spelled_as_users_spell_them() -> None:
+    assert cli.spelled_out(["show", "m", "--weights", "--num-images=2", "--size", "32"]) == [
+        *("show", "m", "--weights=true", "--num_images=2", "--size", "32")
+    ]
+    kept = ["show", "m", "a-b", "--weights", "false", "--out", "my-folder"]
+    assert cli.spelled_out(kept) == kept
+
+
 def test_wrong_usage_has_a_status_of_its_own() -> None:
     ran = command("show", MODEL)
     assert ran.returncode == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from attn_monitor.errors import AttentionError
 from attn_monitor.offline.check import check
@@ -18,10 +19,25 @@ def main() -> None:
     from jsonargparse import auto_cli
 
     try:
-        auto_cli([*COMMANDS], as_positional=True)
+        auto_cli([*COMMANDS], as_positional=True, args=spelled_out(sys.argv[1:]))
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
     except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Options as jsonargparse takes them: dashes become underscores, and a switch alone means true."""
+    parameters = [p for command in COMMANDS for p in inspect.signature(command).parameters.values()]
+    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+            if option in switches and not equals and following.lower() not in ("true", "false"):
+                equals, value = "=", "true"
+        spelled.append(option + equals + value)
+    return spelled
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""What commands have in common: a folder for results, and a table of metrics."""
+"""What commands have in common: a folder for results, a bar for what takes long, and a table of metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from attn_monitor.record.snapshot import AttentionSnapshot
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -18,6 +24,17 @@ def writing_to(folder: Path) -> Iterator[Path]:
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror or error
         raise OSError(f"out={folder}: cannot be written to ({reason}); pass another folder, or make room") from error
+
+
+def progress(items: Iterable[Item], doing: str, total: int | None = None) -> Iterable[Item]:
+    """The items, with a bar on stderr that says what is being done; none where stderr is no terminal."""
+    bar: Iterable[Item] = tqdm(items, doing, total, leave=False, file=sys.stderr, disable=None)
+    return bar
+
+
+def tell(text: str) -> None:
+    """A line on stderr, where it disturbs no results; above a bar that is there."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def print_metrics(snapshot: AttentionSnapshot) -> None:

@@ -118,6 +118,11 @@ class AttentionMonitor:
         self.previous, self.history, self.health = None, History(), Health(self.health.limits)
 
     @property
+    def images_at_a_time(self) -> int:
+        """How many images run together: the whole probe, fewer after memory ran out."""
+        return self._chunk
+
+    @property
     def draws_every_layer(self) -> bool:
         """Whether each captured layer is worth drawing, as in a list of layers; else the last one is."""
         return isinstance(self.layers, (list, tuple))

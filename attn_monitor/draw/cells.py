@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 
 from attn_monitor.draw.canvas import BLOCK, MASK, MISSING, TRUTH, Array, Pixels, draw_outline, resize
 from attn_monitor.draw.colormap import colour_table
+from attn_monitor.draw.hatching import hatch
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
 
@@ -40,13 +41,18 @@ class CellPainter:
         self.truth = [resize(mask, self.size, Image.Resampling.NEAREST) > 0 for mask in objects]
         self._outline_truth(self.photo)
 
-    def paint(self, maps: Array, masks: Array | None = None) -> Pixels:
-        """(..., gh, gw) maps, with outlines of their mass masks if given, to (..., h, w, 3) pictures."""
+    def paint(self, maps: Array, masks: Array | None = None, hatched: Array | None = None) -> Pixels:
+        """(..., gh, gw) maps, with outlines of their mass masks if given, to (..., h, w, 3) pictures.
+
+        ``hatched`` are patches, bool (gh, gw), of which nothing is shown.
+        """
         pictures = overlay(maps, self.grey, scale=self.options.scale, colormap=self.options.colormap)
         self._outline_truth(pictures)
         if masks is not None:
             width = 2 if self.size[0] // self.grid[0] >= BLOCK else 1
             draw_outline(pictures, enlarge(masks[..., None], self.size)[..., 0], MASK, width)
+        if hatched is not None:
+            hatch(pictures, hatched)
         return pictures
 
     def _outline_truth(self, pictures: Pixels) -> None:

@@ -37,7 +37,7 @@ def map_statistics(maps: Tensor, threshold: float) -> MapStatistics:
 
 def mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor, list[str]]:
     """The mean of an image's maps (H, gh, gw) before those of some heads, (1 + heads, gh, gw), and labels of them."""
-    shown = [h for h in heads or range(len(maps)) if h < len(maps)]
+    shown = [h for h in (range(len(maps)) if heads is None else heads) if h < len(maps)]
     return torch.cat([maps.mean(0, keepdim=True), maps[shown]]), ["mean", *(f"head {h}" for h in shown)]
 
 

@@ -14,8 +14,8 @@ class DrawingOptions:
 
     ``threshold`` is the share of attention, 0…1, that an outlined mask holds. ``scale`` says which weights get which
     colours: "uniform" (fixed, so that steps can be compared) or "minmax" (each map for itself); ``colormap`` is the
-    table of these colours, "inferno" or "viridis". ``heads`` are drawn, None for all. ``cell`` is the side of a map in
-    pixels, about; None makes few maps large and many small.
+    table of these colours, "inferno" or "viridis". ``heads`` are drawn beside their mean, None for all. ``cell`` is the
+    side of a map in pixels, about; None makes few maps large and many small.
     """
 
     threshold: float = 0.6

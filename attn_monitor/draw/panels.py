@@ -46,12 +46,16 @@ def panel(
     layer: int = -1,
     truth: Array | None = None,
     caption: str = "original",
+    header: str | None = None,
+    hatched: Array | None = None,
     options: DrawingOptions = DrawingOptions(),
 ) -> Pixels:
     """One probe image at one step: for each role the original, the head mean and every head, (height, width, 3).
 
     ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
     the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask, "uniform" where there is none.
+    ``header`` is the first line, the image's name and the step unless it is given. ``hatched`` are patches, bool
+    (gh, gw), that were left out of the snapshot's maps.
     """
     rows: list[tuple[str, list[Cell]]] = []
     painters: dict[tuple[tuple[int, int], int], CellPainter] = {}  # roles mostly share one: a photo is resized once
@@ -67,15 +71,16 @@ def panel(
         said = map_statistics(maps, options.threshold)
         numbers = said.entropy.tolist(), said.mask_area.tolist(), maps.isfinite().all(-1).all(-1).tolist()
         captions = [_caption(*values) for values in zip(labels, *numbers, strict=True)]
-        pictures = painters[key].paint(maps.numpy(), said.mask.numpy())
+        pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
-        rows.append((_title(role, attention), cells))
-    header = f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
+        left_out = 0 if hatched is None else int(hatched.sum())
+        rows.append((_title(role, attention, left_out), cells))
+    header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, options, truth is not None and bool(truth.any()))
 
 
-def _title(role: str, attention: LayerAttention) -> str:
-    """A row's title: the role, its layer, and whatever is not the CLS token's plain softmax."""
+def _title(role: str, attention: LayerAttention, left_out: int) -> str:
+    """A row's title: the role, its layer, and whatever is not the CLS token's plain softmax over all patches."""
     model = f" {attention.model}" if attention.model else ""
     parts = [f"{role}{model}", f"layer {attention.layer} ({attention.name})"]
     if attention.query not in ("", "cls"):
@@ -84,6 +89,8 @@ def _title(role: str, attention: LayerAttention) -> str:
         parts.append("mixed after the softmax")
     if attention.kind != "distribution":
         parts.append({"weights": "weights that do not sum to 1", "signed": "some weights are negative"}[attention.kind])
+    if left_out:
+        parts.append(f"{left_out} outlier{'s' * (left_out > 1)} left out (hatched)")
     return " · ".join(parts)
 
 

@@ -15,20 +15,23 @@ from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
 from attn_monitor.errors import AttentionError, NoAttentionError
+from attn_monitor.offline.devices import fitting_size
 from attn_monitor.offline.models import load_model
 
 
 def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
     """Say which attention a model has and what can be read from it.
 
+    Example: attn-monitor check timm:vit_small_patch16_dinov3 --size 256
+
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
-        size: image size in pixels, one number or [height, width].
+        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch.
         query: "cls", "mean", a token index, or [row, col] of a patch.
     """
     loaded = load_model(model)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = fitting_size(loaded, size)
     images = torch.randn(1, 3, height, width)
     try:
         roles = find_backbones(loaded)

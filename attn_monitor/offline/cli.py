@@ -19,7 +19,7 @@ def main() -> None:
     from jsonargparse import auto_cli
 
     try:
-        auto_cli([*COMMANDS], as_positional=True, args=spelled_out(sys.argv[1:]))
+        auto_cli([*COMMANDS], as_positional=True, args=spelled_out(sys.argv[1:]), allow_abbrev=True)
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
     except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")

@@ -32,14 +32,26 @@ def progress(items: Iterable[Item], doing: str, total: int | None = None) -> Ite
     return bar
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says on stderr what is being done as long as it is; nothing where stderr is no terminal."""
+    with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, file=sys.stderr, disable=None):
+        yield
+
+
+def print_path(path: Path) -> None:
+    """A result on stdout, above a bar that is there."""
+    tqdm.write(str(path), file=sys.stdout)
+
+
 def tell(text: str) -> None:
     """A line on stderr, where it disturbs no results; above a bar that is there."""
     tqdm.write(text, file=sys.stderr)
 
 
-def print_metrics(snapshot: AttentionSnapshot) -> None:
-    """Means over heads and images, one line for each role and layer."""
-    print(f"metrics at step {snapshot.step:,}:")
+def print_metrics(snapshot: AttentionSnapshot, title: str | None = None) -> None:
+    """Means over heads and images, one line for each role and layer, below a title that names the step by default."""
+    print(f"{title or f'metrics at step {snapshot.step:,}'}:")
     for role, layer in snapshot.layers:
         values = snapshot.metrics.of_layer(role, layer)
         print(f"  {role}, layer {layer}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,19 @@ from PIL import Image
 
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import panel
+from attn_monitor.measure.artifacts import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.offline.devices import choose_device, fitting_size, move_to, with_memory_for
+from attn_monitor.offline.matrices import save_matrices
 from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import print_metrics, writing_to
+from attn_monitor.offline.outliers import find_outliers, without_outliers
+from attn_monitor.offline.results import doing, print_metrics, print_path, progress, tell, writing_to
+from attn_monitor.offline.separate import write_separate
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.train.arguments import check_heads
+
+ROLE = "backbone"
 
 
 def show(
@@ -31,13 +42,20 @@ def show(
     query: Any = "cls",
     threshold: float = 0.6,
     scale: str = "uniform",
-    heads: list[int] | None = None,
+    colormap: str = "inferno",
+    heads: Any = "all",
     masks: str | None = None,
     metrics: Any = None,
+    separate: bool = False,
+    raw: bool = False,
+    drop_artifacts: bool = False,
+    device: str | None = None,
 ) -> None:
     """Draw a model's attention on an image or a folder of images, one PNG each, with the raw numbers beside them.
 
-    Prints the metrics of each layer, means over heads and images.
+    Example: attn-monitor show timm:vit_small_patch16_224.dino photos/ --size 480 --separate --scale minmax
+
+    Prints the path of every file, and the metrics of each layer, means over heads and images.
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
@@ -51,29 +69,110 @@ def show(
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
         allow_missing: accept a checkpoint that lacks a part of the backbone, which stays at random.
         trust: unpickle what else the checkpoint holds, which can run any code; for files whose author you know.
-        size: image size in pixels, one number or [height, width].
+        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch. Images are
+            resized to cover it and cropped at the centre.
         num_images: how many images of a folder.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
         threshold: share of attention mass inside the outline.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
-        heads: heads to draw; all by default.
+        colormap: "inferno" or "viridis".
+        heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
         masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
         metrics: names of metrics; by default all but distance, "all" for that too.
+        separate: also write single pictures of the input's size: img.png, and for each layer heatmap.png and
+            overlay.png (the mean over heads), attn-head{j}.png, mask_th{t}_mean.png and mask_th{t}_head{j}.png. Several
+            images have a folder each, of the image's name, and several layers folders layer{L} in it.
+        raw: also write the whole attention matrix of each image and layer, {name}-layer{L}.npy, (heads, queries, keys).
+        drop_artifacts: leave outlier patches out of the pictures: those whose token has a norm far above the others',
+            or where norms are not known, that receive far more attention. They are listed and hatched.
+        device: where the model runs; by default a GPU if there is one. When memory runs out, images are taken a few at
+            a time, then on the CPU.
     """
+    options = DrawingOptions(threshold, scale, drawn_heads(heads), colormap=colormap)
+    chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
-    loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
-    probe = ProbeBatch.from_path(images, size=size, num_images=num_images, masks=masks)
+    with doing(f"loading {model}"):
+        loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
+    probe = ProbeBatch.from_path(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
-    snapshot = monitor.snapshot({"backbone": loaded}, step=0)
-    options = DrawingOptions(threshold, scale, None if heads is None else tuple(heads))
+    move_to(chosen_device, loaded)
+    with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
+        snapshot = with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded)
+    monitor.check_heads(options.heads)
+    for text in _told_of(monitor):
+        tell(text)
+    captured, outliers = snapshot.layers_of(ROLE), {}
+    if drop_artifacts:
+        find = partial(find_outliers, loaded, probe.images, captured, monitor.query)
+        with doing("looking for outlier patches"):
+            outliers = with_memory_for(find, loaded)
+        _print_outliers(outliers, probe.names)
     with writing_to(Path(out)) as folder:
-        for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
-            for layer in snapshot.layers_of("backbone"):
-                path = folder / f"{name}-layer{layer}.png"
-                truth = None if probe.masks is None else probe.masks[index].numpy()
-                Image.fromarray(panel(snapshot, index, pixels, layer=layer, truth=truth, options=options)).save(path)
-                print(path)
+        for path in _write_pictures(folder, without_outliers(snapshot, outliers), probe, outliers, options, separate):
+            print_path(path)
         snapshot.save(folder / "attention.npz")
-        print(folder / "attention.npz")
-    print_metrics(snapshot)
+        print_path(folder / "attention.npz")
+        if raw:
+            settings: dict[str, Any] = {"names": probe.names, "layers": captured, "query": monitor.query}
+            for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):
+                print_path(path)
+    print_metrics(snapshot, "metrics, means over heads and images")
+
+
+def drawn_heads(heads: Any) -> tuple[int, ...] | None:
+    """Heads to draw beside their mean: None for "all", none for "mean", or those of a list; one number is a list."""
+    named = {"all": None, "mean": ()}
+    if isinstance(heads, str) and heads in named:
+        return named[heads]
+    if isinstance(heads, str):
+        raise ValueError(f'heads={heads!r}: expected "all", "mean", the number of a head, or a list of numbers')
+    return check_heads([heads] if isinstance(heads, int) else heads)
+
+
+def _told_of(monitor: AttentionMonitor) -> list[str]:
+    told = monitor.left_out()
+    if monitor.images_at_a_time < len(monitor.probe):
+        told.append(f"memory ran out with all {len(monitor.probe)} images: took {monitor.images_at_a_time} at a time")
+    return told
+
+
+def _print_outliers(outliers: Mapping[int, Outliers], names: Sequence[str]) -> None:
+    print(
+        f"outlier patches, more than {CUTOFF:g} robust standard deviations above their image's median and at least "
+        f"{LEAST_RATIO:g} times it; they are left out of the pictures alone: attention.npz, matrices and metrics hold "
+        "the model's own numbers"
+    )
+    for layer, found in outliers.items():
+        for image, name in enumerate(names):
+            for reason in found.reasons(image):
+                print(f"  {name}, layer {layer}: {reason}")
+        if not found.patches.any():
+            print(f"  layer {layer}: none, by their {found.quantity}")
+
+
+def _write_pictures(
+    folder: Path,
+    snapshot: AttentionSnapshot,
+    probe: ProbeBatch,
+    outliers: Mapping[int, Outliers],
+    options: DrawingOptions,
+    separate: bool,
+) -> Iterator[Path]:
+    """Write the panels of each image and layer, and single pictures where they are wanted, and give their paths."""
+    photos = probe.pixels
+    for index, (name, photo) in enumerate(progress(list(zip(probe.names, photos, strict=True)), "pictures")):
+        for layer in snapshot.layers_of(ROLE):
+            truth = None if probe.masks is None else probe.masks[index].numpy()
+            hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
+            header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels"
+            path = folder / f"{name}-layer{layer}.png"
+            drawn = panel(
+                snapshot, index, photo, layer=layer, truth=truth, header=header, hatched=hatched, options=options
+            )
+            Image.fromarray(drawn).save(path)
+            yield path
+    if separate:
+        patches = {layer: found.patches for layer, found in outliers.items()}
+        single = write_separate(folder, snapshot, photos, role=ROLE, hatched=patches, options=options)
+        yield from progress(single, "single pictures")

@@ -1,0 +1,77 @@
+"""Where a model runs and on images of which size: on a GPU as long as its memory lasts, in whole patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.distributed import is_out_of_memory
+from attn_monitor.offline.results import tell
+
+Result = TypeVar("Result")
+
+
+class DeviceError(ValueError):
+    """The device is not there, or has too little memory."""
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, by default a GPU if there is one; `DeviceError` if it cannot be used here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch was built without it, or knows no such name
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DeviceError(f"device={name!r}: {reason}. Expected one such as cpu or cuda:0 that is there") from error
+
+
+def with_memory_for(work: Callable[[], Result], model: nn.Module) -> Result:
+    """What ``work`` gives, on the CPU where the memory of the model's device is too small even for one image.
+
+    ``work`` takes fewer images at a time by itself. The model then stays on the CPU; that is told on stderr.
+    """
+    device = model_device_dtype(model)[0]
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if device.type == "cpu":
+            raise DeviceError("memory ran out on the CPU, with one image at a time; pass a smaller --size") from error
+    tell(f"memory ran out on {device}, even with one image at a time: going on, on the CPU")
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    return with_memory_for(work, model)
+
+
+def move_to(device: torch.device, model: nn.Module) -> None:
+    """Move the model to a device, if it has room there; told on stderr if it has not."""
+    try:
+        model.to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        tell(f"the model has no room on {device}: going on, on the CPU")
+        model.to("cpu")
+
+
+def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr.
+
+    Patches are known where the image goes into a convolution whose stride is its kernel.
+    """
+    wanted = (size, size) if isinstance(size, int) else (size[0], size[1])
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    first = next(convolutions, None)
+    if first is None or first.kernel_size != first.stride or min(wanted) < max(first.stride):
+        return wanted
+    height, width = (length - length % patch for length, patch in zip(wanted, first.stride, strict=True))
+    if (height, width) != wanted:
+        patch = " × ".join(map(str, first.stride))
+        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({patch})")
+    return height, width

@@ -1,0 +1,78 @@
+"""Whole attention matrices as `.npy` files, streamed: a few queries at a time are in memory, whatever the size."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor, nn
+
+from attn_monitor.capture.layer_selection import Layers, QuerySpec
+from attn_monitor.capture.observation import ReadObservation
+from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.capture.sites import ReadableSite
+from attn_monitor.offline.results import progress
+from attn_monitor.record.npz import WRITING
+
+
+def save_matrices(
+    model: nn.Module,
+    images: Tensor,
+    folder: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    layers: Layers = -1,
+    query: QuerySpec = "cls",
+) -> list[Path]:
+    """Write `{name}-layer{L}.npy` for each of the images (B, C, H, W) and each layer: (heads, queries, keys) float32.
+
+    Keys stand as in an `AttentionSnapshot`: the prefix (CLS, registers) first, then the patches row by row; queries
+    likewise where they are the same tokens, else in the model's own order. The row of ``query`` is what is checked
+    against the model's own output; a file appears only after that. Images run one at a time, and memory is linear in
+    the tokens unless the model itself makes the matrix.
+    """
+    folder = Path(folder)
+    paths: list[Path] = []
+    names = [f"image{i}" for i in range(len(images))] if names is None else names
+    recorder = AttentionRecorder(model, layers=layers, query=query)
+    for name, image in progress(list(zip(names, images, strict=True)), "attention matrices"):
+        written: dict[Path, Path] = {}  # temporary to final
+
+        def write(site: ReadableSite, seen: ReadObservation) -> None:
+            temporary = folder / f"{WRITING}{secrets.token_hex(4)}.npy"
+            written[temporary] = folder / f"{name}-layer{site.index}.npy"  # noqa: B023 - called within this turn
+            with temporary.open("xb") as file:
+                _write(file, site, seen)
+
+        try:
+            recorder(image[None], on_layer=write)
+            for temporary, path in written.items():
+                temporary.replace(path)
+        finally:
+            for temporary in written:
+                temporary.unlink(missing_ok=True)
+        paths += written.values()
+    return paths
+
+
+def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> None:
+    """One image's matrix, row after row where it belongs; a plain file, as a full disk kills whoever maps one."""
+    shape = site.heads, site.queries, site.keys
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    start, row_bytes, keys = file.tell(), 4 * site.keys, list(site.layout.order)
+    place = {query: row for row, query in enumerate(_query_order(site))}
+    for first, chunk in seen.source.chunks():
+        rows = chunk[0][..., keys].float().cpu().numpy().astype("<f4", copy=False)  # (heads, some queries, keys)
+        for head, of_head in enumerate(rows):
+            for query, row in enumerate(of_head, first):
+                file.seek(start + (head * site.queries + place[query]) * row_bytes)
+                file.write(row.tobytes())
+
+
+def _query_order(site: ReadableSite) -> Sequence[int]:
+    """The keys' order where every patch is the query of the same index."""
+    same = all(site.places.patch_queries.get(cell) == token for cell, token in enumerate(site.layout.patches))
+    return site.layout.order if same and site.queries == site.keys else range(site.queries)

@@ -1,0 +1,70 @@
+"""Pictures of single maps, each in a file of its own, as DINO's `visualize_attention.py` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from attn_monitor import functional as F
+from attn_monitor.draw.canvas import Array, Pixels
+from attn_monitor.draw.maps import mean_and_heads
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.single import heat_map, heat_map_over, masked
+from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+
+def write_separate(
+    folder: Path,
+    snapshot: AttentionSnapshot,
+    photos: Array,
+    *,
+    role: str,
+    hatched: Mapping[int, Tensor] | None = None,
+    options: DrawingOptions = DrawingOptions(),
+) -> Iterator[Path]:
+    """Write every picture of every image and layer and give its path; all have the size of the photos (B, H, W, 3).
+
+    img.png, and for each layer heatmap.png, overlay.png and mask_th{t}_mean.png (the mean over heads), attn-head{j}.png
+    and mask_th{t}_head{j}.png. Several images have a folder each, and several layers folders in it. ``hatched`` are
+    patches by layer, bool (B, gh, gw), that were left out of the maps.
+    """
+    layers, several = snapshot.layers_of(role), len(photos) > 1
+    for image, (name, photo) in enumerate(zip(folder_names(snapshot.names), photos, strict=True)):
+        of_image = folder / name if several else folder
+        yield _write(of_image / "img.png", photo)
+        for layer in layers:
+            of_layer = of_image / f"layer{layer}" if len(layers) > 1 else of_image
+            patches = None if hatched is None or layer not in hatched else hatched[layer][image].numpy()
+            for stem, picture in _pictures(snapshot.maps(role, layer)[image], photo, patches, options):
+                yield _write(of_layer / f"{stem}.png", picture)
+
+
+def _pictures(
+    maps: Tensor, photo: Pixels, hatched: Array | None, options: DrawingOptions
+) -> Iterator[tuple[str, Pixels]]:
+    """The stems of file names, and pictures of one image's maps (H, gh, gw)."""
+    shown, labels = mean_and_heads(maps, options.heads)
+    masks = F.mass_mask(shown.flatten(1), options.threshold).view_as(shown).numpy()
+    size = photo.shape[0], photo.shape[1]
+    for label, weights, mask in zip(labels, shown.numpy(), masks, strict=True):
+        name = label.replace(" ", "")
+        yield "heatmap" if name == "mean" else f"attn-{name}", heat_map(weights, size, options, hatched)
+        if name == "mean":
+            yield "overlay", heat_map_over(photo, weights, options, hatched)
+        yield f"mask_th{options.threshold}_{name}", masked(photo, mask, hatched)
+
+
+def folder_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of folders, each different and none hidden or another folder's, such as `..`."""
+    return tag_safe_names([f"_{name}" if name.startswith(".") else name for name in names])
+
+
+def _write(path: Path, picture: Pixels) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(picture)).save(path)
+    return path

@@ -225,7 +225,7 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
 def test_replay_redraws_a_run(tmp_path: Path) -> None:
     trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader())
     cli.replay(str(tmp_path / "run" / "version_0" / "attn_monitor"), out=str(tmp_path / "o"))
-    with Image.open(tmp_path / "o" / "image0.gif") as animation:
+    with Image.open(tmp_path / "o" / "image0.webp") as animation:
         assert animation.n_frames == 4
     assert (tmp_path / "o" / "image3-filmstrip.png").exists()
     assert (tmp_path / "o" / "image0-panel.png").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from attn_monitor.draw.animation_files import GifAnimation
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.maps import past_map
@@ -18,6 +20,8 @@ from attn_monitor.draw.strips import short_step
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 TIMELAPSE_CELL = 128
+
+Item = TypeVar("Item")
 
 
 def timelapse(
@@ -49,10 +53,20 @@ def timelapse(
     return frames
 
 
-def gif(frames: Iterable[Pixels], seconds: float = 0.4) -> bytes:
+def gif(frames: Iterable[Pixels]) -> bytes:
     """An endless animation of pictures of one size, holding its last frame longer."""
-    images = [Image.fromarray(f).quantize(128) for f in frames]
-    durations = [int(seconds * 1000)] * (len(images) - 1) + [int(seconds * 4000)]
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    animation = GifAnimation(buffer)
+    for frame, seconds in holding_last(frames):
+        animation.add(frame, seconds)
+    animation.close()
     return buffer.getvalue()
+
+
+def holding_last(items: Iterable[Item], seconds: float = 0.4) -> Iterator[tuple[Item, float]]:
+    """Each with the seconds that it is shown, the last one four times as long as the others."""
+    shown: list[Item] = []
+    for item in items:
+        yield from ((before, seconds) for before in shown)
+        shown = [item]
+    yield from ((last, 4 * seconds) for last in shown)

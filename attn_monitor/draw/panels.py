@@ -49,13 +49,14 @@ def panel(
     header: str | None = None,
     hatched: Array | None = None,
     options: DrawingOptions = DrawingOptions(),
+    pixels: int = PANEL_PIXELS,
 ) -> Pixels:
     """One probe image at one step: for each role the original, the head mean and every head, (height, width, 3).
 
     ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
     the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask, "uniform" where there is none.
     ``header`` is the first line, the image's name and the step unless it is given. ``hatched`` are patches, bool
-    (gh, gw), that were left out of the snapshot's maps.
+    (gh, gw), that were left out of the snapshot's maps. ``pixels`` are those of all cells together, about.
     """
     rows: list[tuple[str, list[Cell]]] = []
     painters: dict[tuple[tuple[int, int], int], CellPainter] = {}  # roles mostly share one: a photo is resized once
@@ -64,7 +65,7 @@ def panel(
             continue
         attention = snapshot.layer(role, layer)
         maps, labels = mean_and_heads(attention.maps[image], options.heads)
-        side = options.cell or round(math.sqrt(PANEL_PIXELS / (len(labels) + 1) / len(snapshot.roles)))
+        side = options.cell or round(math.sqrt(pixels / (len(labels) + 1) / len(snapshot.roles)))
         key = attention.grid, min(side, LARGEST_CELL)
         if key not in painters:
             painters[key] = CellPainter(photo, attention.grid, options, key[1], truth)

@@ -2,53 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from attn_monitor.draw.animations import gif
+from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
+from attn_monitor.draw.animations import holding_last
+from attn_monitor.draw.canvas import Pixels, blank_picture, paste
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.draw.panels import panel
-from attn_monitor.draw.strips import filmstrip
+from attn_monitor.draw.panels import PANEL_PIXELS, panel
+from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
+from attn_monitor.measure.health import HealthFlag
 from attn_monitor.offline.results import print_metrics, writing_to
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.archive import load_snapshots
+from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.history import thin
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+ANIMATED_PIXELS = PANEL_PIXELS // 2  # of a panel's cells together: half of those that stand still
 
 
-def replay(archive: str, *, out: str | None = None, scale: str = "uniform", threshold: float = 0.6) -> None:
+def replay(
+    archive: str,
+    *,
+    out: str | None = None,
+    format: Literal["webp", "mp4", "gif"] = "webp",
+    scale: str = "uniform",
+    threshold: float = 0.6,
+    colormap: str = "inferno",
+) -> None:
     """Redraw a run from its archive: for each probe image a film strip, an animation and the last panel.
+
+    Snapshots that cannot be read are left out and named at the end. Example:
+
+        attn-monitor replay runs/version_0/attn_monitor --out pictures --format mp4
 
     Args:
         archive: the attn_monitor folder in the log directory of a run.
         out: folder for the pictures; by default `pictures` inside the archive.
+        format: of the animations; mp4 needs PyAV (pip install attn_monitor[video]), gif makes large files.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         threshold: share of attention mass inside the outline.
+        colormap: "inferno" or "viridis".
     """
-    history = load_snapshots(archive)
-    probe = ProbeBatch.load(Path(archive) / "probe.npz")
-    for snapshot in history:
-        if tag_safe_names(snapshot.names) != probe.names:
-            raise ArchiveError(
-                f"{archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
-                f"{', '.join(probe.names)}: these are files of two runs"
-            )
-    options = DrawingOptions(threshold, scale)
+    snapshots = _ReadableSnapshots(Path(archive))
+    panels = _Panels(Path(archive), DrawingOptions(threshold, scale, colormap=colormap))
     with writing_to(Path(out) if out is not None else Path(archive) / "pictures") as folder:
-        for index, (name, pixels) in enumerate(zip(probe.names, probe.pixels, strict=True)):
-            truth: np.ndarray[Any, Any] | None = None if probe.masks is None else probe.masks[index].numpy()
-            caption = probe.caption
-            frames = [panel(s, index, pixels, truth=truth, caption=caption, options=options) for s in history]
-            strip = filmstrip(history, index, pixels, options=options)
-            Image.fromarray(frames[-1]).save(folder / f"{name}-panel.png")
-            Image.fromarray(strip).save(folder / f"{name}-filmstrip.png")
-            (folder / f"{name}.gif").write_bytes(gif(frames))
-            print(f"{folder / name}-panel.png, -filmstrip.png, .gif")
+        animated = [check_ending(folder / f"{name}.{format}") for name in panels.probe.names]
+        history, flags = _animate(snapshots, panels, animated)
+        for index, (animation, name) in enumerate(zip(animated, panels.probe.names, strict=True)):
+            still = panels.draw(history[-1], index)
+            strip = filmstrip(history, index, panels.photos[index], options=panels.options)
+            for path, picture in ((f"{name}-panel.png", still), (f"{name}-filmstrip.png", strip)):
+                Image.fromarray(picture).save(folder / path)
+                print(folder / path)
+            print(animation)
     print_metrics(history[-1])
-    flags = [flag for snapshot in history for flag in snapshot.flags]
     print(f"health flags raised in this run: {len(flags) or 'none'}")
     for flag in flags:
         print(f"  {flag}")
+    if snapshots.broken:
+        raise ArchiveError(f"pictures are without {'; '.join(snapshots.broken)}")
+
+
+class _ReadableSnapshots:
+    """The snapshots of an archive folder, one at a time; ``broken`` says which could not be read, and why."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = snapshot_paths(folder)
+        if not self.paths:
+            raise FileNotFoundError(
+                f"{folder}: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run"
+            )
+        self.broken: list[str] = []
+
+    def __iter__(self) -> Iterator[AttentionSnapshot]:
+        for path in tqdm(self.paths, unit="snapshot", disable=None):
+            try:
+                yield load_step(path)
+            except (ArchiveError, OSError) as error:
+                self.broken.append(str(error))
+        if len(self.broken) == len(self.paths):
+            raise ArchiveError(f"no snapshot can be read: {'; '.join(self.broken)}")
+
+
+class _Panels:
+    """Draws the panels of an archive's probe images."""
+
+    def __init__(self, archive: Path, options: DrawingOptions) -> None:
+        self.archive, self.options = archive, options
+        self.probe = ProbeBatch.load(archive / "probe.npz")
+        self.photos = self.probe.pixels
+
+    def draw(self, snapshot: AttentionSnapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
+        """The panel of one image; ``pixels`` are those of all cells together."""
+        if tag_safe_names(snapshot.names) != self.probe.names:
+            raise ArchiveError(
+                f"{self.archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
+                f"{', '.join(self.probe.names)}: these are files of two runs"
+            )
+        truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
+        photo, caption = self.photos[index], self.probe.caption
+        return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
+
+
+def _animate(
+    snapshots: _ReadableSnapshots, panels: _Panels, paths: Sequence[Path]
+) -> tuple[list[AttentionSnapshot], list[HealthFlag]]:
+    """Write an animation of each image; the snapshots that a film strip shows, the last one included, and all flags."""
+    steps = [step_of(path) for path in snapshots.paths]
+    in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
+    kept: list[AttentionSnapshot] = []
+    flags: list[HealthFlag] = []
+    with ExitStack() as stack:
+        animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]
+        for snapshot, seconds in holding_last(snapshots):
+            for index, animation in enumerate(animations):
+                animation.add(panels.draw(snapshot, index, ANIMATED_PIXELS), seconds)
+            kept = [*(s for s in kept if s.step in in_strips), snapshot]
+            flags += snapshot.flags
+    return kept, flags
+
+
+class _SameSize:
+    """An animation whose pictures are all made as large as its first one: layers and grids may change in a run."""
+
+    def __init__(self, animation: Animation) -> None:
+        self._animation = animation
+        self._size: tuple[int, int] | None = None
+
+    def add(self, picture: Pixels, seconds: float) -> None:
+        """Append a picture; what is larger is shrunk to fit, what is smaller stands in the corner."""
+        height, width = self._size = self._size or (picture.shape[0], picture.shape[1])
+        if picture.shape[:2] != self._size:
+            smaller = Image.fromarray(picture)
+            smaller.thumbnail((width, height))
+            picture = blank_picture(width, height)
+            paste(picture, 0, 0, np.asarray(smaller))
+        self._animation.add(picture, seconds)

@@ -19,10 +19,14 @@ def draw_legend(
     options: DrawingOptions,
     *,
     masks: bool = True,
+    areas: bool = True,
     truth: bool = False,
     larger_text: int = 0,
 ) -> None:
-    """Draw it from row ``top`` on; ``larger_text`` adds to the size of its text."""
+    """Draw it from row ``top`` on; ``larger_text`` adds to the size of its text.
+
+    ``areas``: the captions above tell the masks' areas.
+    """
     scale, size = SCALES[options.scale], 13 + larger_text
     bar = min(240, canvas.width // 3)
     table = colour_table(options.colormap)[np.linspace(0, 255, bar).astype(np.uint8)]
@@ -33,7 +37,8 @@ def draw_legend(
         draw_text(canvas, (x, top + 12), tick, size - 1, DIM_TEXT, anchor)
     x = GAP * 3 + bar
     draw_text(canvas, (x, top - 4), scale.unit, size, DIM_TEXT)
-    keys = [(MASK, f"top {options.threshold:.0%} of attention (area in %)")] * masks + [(TRUTH, "ground truth")] * truth
+    mask = f"top {options.threshold:.0%} of attention" + " (area in %)" * areas
+    keys = [(MASK, mask)] * masks + [(TRUTH, "ground truth")] * truth
     draw, below = ImageDraw.Draw(canvas), top + 12 + larger_text
     for colour, text in keys:
         draw.rectangle(

@@ -75,15 +75,15 @@ def panel(
         pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
         left_out = 0 if hatched is None else int(hatched.sum())
-        rows.append((_title(role, attention, left_out), cells))
+        rows.append((layer_title(attention, role, left_out), cells))
     header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, options, truth is not None and bool(truth.any()))
 
 
-def _title(role: str, attention: LayerAttention, left_out: int) -> str:
-    """A row's title: the role, its layer, and whatever is not the CLS token's plain softmax over all patches."""
-    model = f" {attention.model}" if attention.model else ""
-    parts = [f"{role}{model}", f"layer {attention.layer} ({attention.name})"]
+def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0) -> str:
+    """The title of a layer's maps: role, model and layer, and whatever is not the CLS token's softmax over all patches."""
+    who = " ".join(filter(None, (role, attention.model)))
+    parts = [*filter(None, [who]), f"layer {attention.layer} ({attention.name})"]
     if attention.query not in ("", "cls"):
         parts.append("what patches receive" if attention.query == "mean" else attention.query)
     if attention.mixed:
@@ -103,13 +103,16 @@ def _caption(label: str, entropy: float, mask_area: float, finite: bool) -> str:
     return f"{label} · H {entropy:.2f} · " + ("uniform" if entropy > PRACTICALLY_UNIFORM else f"{mask_area:.0%}")
 
 
-def columns_for(cells: int, roles: int, height: int, width: int) -> int:
-    """Cells per line, so that the panel comes out near square, to be read on a card, with few empty places."""
+def columns_for(cells: int, roles: int, height: int, width: int, wanted: float = 0.9) -> int:
+    """Cells per line, so that width / height comes near what is wanted, with few empty places.
+
+    Panels are near square, to be read on a card.
+    """
 
     def cost(columns: int) -> float:
         lines = math.ceil(cells / columns)
         aspect = columns * (width + GAP) / (roles * (lines * (height + LINE + GAP) + LINE))
-        return abs(math.log(aspect / 0.9)) + 1.2 * (lines * columns - cells) / cells
+        return abs(math.log(aspect / wanted)) + 1.2 * (lines * columns - cells) / cells
 
     return min(range(min(cells, 3), cells + 1), key=cost)
 

@@ -10,8 +10,9 @@ from attn_monitor.errors import AttentionError
 from attn_monitor.offline.check import check
 from attn_monitor.offline.replay import replay
 from attn_monitor.offline.show import show
+from attn_monitor.offline.video import video
 
-COMMANDS: list[Callable[..., None]] = [check, show, replay]
+COMMANDS: list[Callable[..., None]] = [check, show, replay, video]
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[s
     pixels, unreadable = [], []
     for file in files:
         try:
-            photograph = _resize_and_crop(_open_rgb(file), (height, width), Image.Resampling.BICUBIC)
+            photograph = _resize_and_crop(open_rgb(file), (height, width), Image.Resampling.BICUBIC)
             pixels.append(torch.from_numpy(np.array(photograph)).permute(2, 0, 1))
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
@@ -94,7 +94,7 @@ def _evenly_spaced(items: list[Item], count: int) -> list[Item]:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-def _open_rgb(file: Path) -> Image.Image:
+def open_rgb(file: Path) -> Image.Image:
     """Upright RGB of the first frame; transparency over white, 16 bits reduced to 8."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

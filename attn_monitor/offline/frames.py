@@ -1,0 +1,155 @@
+"""Frames of a video file or of a folder of images, read one after another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from attn_monitor.draw.animation_files import import_av
+from attn_monitor.draw.canvas import Pixels
+from attn_monitor.record.image_folder import IMAGE_SUFFIXES, open_rgb
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture, uint8 (height, width, 3), and for how long it is shown."""
+
+    pixels: Pixels
+    seconds: Fraction
+
+
+class Frames(Protocol):
+    """Frames to go through once. ``count`` is how many there should be, None where that is not known.
+
+    ``missing`` says afterwards what could not be read; empty where all could.
+    """
+
+    count: int | None
+    missing: str
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+
+def read_frames(path: Path, fps: float | None = None) -> Frames:
+    """The frames of a video file, or of a folder of images at ``fps`` frames a second (25 by default)."""
+    if path.is_dir():
+        if fps is not None and not 0 < fps <= 1000:
+            raise ValueError(f"fps={fps}: expected frames per second, above 0 and up to 1000")
+        return ImageFrames(path, 25 if fps is None else fps)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: does not exist; expected a video file or a folder of frames")
+    if fps is not None:
+        raise ValueError(f"fps={fps} is for folders of frames; {path} is a file, whose own times are kept")
+    return VideoFrames(path)
+
+
+class ImageFrames:
+    """Images of a folder in the natural order of their names: 2.png before 10.png."""
+
+    def __init__(self, folder: Path, fps: float) -> None:
+        self._seconds = 1 / Fraction(fps).limit_denominator(1001)
+        images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+        self._paths = sorted(images, key=_natural)
+        if not self._paths:
+            raise FileNotFoundError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        self.count: int | None = len(self._paths)
+        self.missing = ""
+
+    def __iter__(self) -> Iterator[Frame]:
+        broken = []
+        for path in self._paths:
+            try:
+                pixels = np.asarray(open_rgb(path))
+            except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+                broken.append(f"{path} ({type(error).__name__}: {error})")
+            else:
+                yield Frame(pixels, self._seconds)
+        if broken:
+            self.missing = f"cannot read {'; '.join(broken)}"
+
+
+class VideoFrames:
+    """Frames of a video file's first video stream, upright, with the times that they have in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._av, self._path = import_av(), path
+        self.missing = ""
+        with path.open("rb") as file, self._open(file) as container:
+            stream = container.streams.video[0]
+            self.count: int | None = stream.frames or None
+            self._promised = Fraction(stream.duration * stream.time_base) if stream.duration else None
+
+    def __iter__(self) -> Iterator[Frame]:
+        waiting: Any = None  # how long it is shown, the next one tells
+        shown = Fraction(0)
+        with self._path.open("rb") as file, self._open(file) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+            for frame in self._decode(container):
+                if waiting is not None:
+                    yield Frame(_upright(waiting), seconds := _between(waiting, frame, usual))
+                    shown += seconds
+                waiting = frame
+            if waiting is not None:
+                known = waiting.duration and waiting.time_base
+                yield Frame(
+                    _upright(waiting), seconds := Fraction(waiting.duration * waiting.time_base) if known else usual
+                )
+                shown += seconds
+        if not self.missing and self._promised is not None and shown < self._promised * Fraction(9, 10):
+            self.missing = "it ends before its time"
+        if self.missing:
+            of = "" if self._promised is None else f" of {float(self._promised):.3g}"
+            self.missing = f"{self._path}: {self.missing}; {float(shown):.3g}{of} seconds could be read"
+
+    def _open(self, file: Any) -> Any:
+        # Playlists that name other files or servers are videos to FFmpeg: it may read nothing but this file.
+        try:
+            container = self._av.open(file, "r", options={"protocol_whitelist": "none"})
+        except (self._av.error.FFmpegError, ValueError) as error:
+            raise ValueError(f"{self._path}: is no video that can be read ({_reason(error)})") from error
+        if not container.streams.video:
+            container.close()
+            raise ValueError(f"{self._path}: has no video stream")
+        return container
+
+    def _decode(self, container: Any) -> Iterator[Any]:
+        """All frames up to the first one that is damaged."""
+        try:
+            for frame in container.decode(video=0):
+                if frame.is_corrupt:
+                    self.missing = "it is damaged"
+                    return
+                yield frame
+        except self._av.error.FFmpegError as error:
+            self.missing = f"it is damaged ({_reason(error)})"
+
+
+def _between(frame: Any, following: Any, usual: Fraction) -> Fraction:
+    """Seconds from one frame to the next; the usual ones where times are not known, or go back."""
+    if frame.pts is None or following.pts is None or following.pts <= frame.pts:
+        return usual
+    return Fraction((following.pts - frame.pts) * frame.time_base)
+
+
+def _upright(frame: Any) -> Pixels:
+    """The picture as players show it: telephones store how it is to be turned."""
+    pixels: Pixels = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts numbers by their value."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in parts if part]
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)

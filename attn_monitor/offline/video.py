@@ -1,0 +1,182 @@
+"""`attn-monitor video`: a model's attention in every frame of a video."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.draw.animation_files import animation_file, check_ending
+from attn_monitor.draw.canvas import Pixels, resize
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.video_frames import FrameDrawing
+from attn_monitor.monitor import check_threshold
+from attn_monitor.offline.frames import read_frames
+from attn_monitor.offline.models import load_model
+from attn_monitor.offline.results import writing_to
+from attn_monitor.record.probe import IMAGENET_MEAN, IMAGENET_STD
+
+Size = int | tuple[int, int] | None
+USUAL_PATCH = 16
+
+
+def video(
+    model: str,
+    video: str,
+    *,
+    out: str = "attention.mp4",
+    checkpoint: str | None = None,
+    key: str | None = None,
+    weights: bool = True,
+    size: int | tuple[int, int] | None = 224,
+    fps: float | None = None,
+    layers: Any = -1,
+    query: Any = "cls",
+    heads: list[int] | None = None,
+    threshold: float = 0.6,
+    outside: str = "attention",
+    scale: str = "uniform",
+    colormap: str = "inferno",
+    batch: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Draw a model's attention over every frame of a video: the mean over heads and each head, in a new video.
+
+    Times of frames stay as they are; sound is left out. Example:
+
+        attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
+
+    Args:
+        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        video: a video file, which needs PyAV (pip install attn_monitor[video]), or a folder of frames.
+        out: file to write, .mp4 (by PyAV too), .webp or .gif.
+        checkpoint: file of weights to load instead of the library's own.
+        key: what to take from the checkpoint, such as student.backbone; without it a teacher before a student.
+        weights: whether to load the library's own pretrained weights where no checkpoint is given.
+        size: the shorter side of frames in pixels, cropped to a multiple of the patch; [height, width] to be covered
+            and cropped to just that; null for frames as they are.
+        fps: frames per second of a folder, 25 by default.
+        layers: index, module path, list of these, or "all".
+        query: "cls", "mean", a token index, or [row, col] of a patch.
+        heads: heads to draw; all by default.
+        threshold: share of attention mass inside the outline.
+        outside: what is shown outside the outline: "attention", "photo" in grey, or "black".
+        scale: "uniform" (comparable) or "minmax" (each map for itself).
+        colormap: "inferno" or "viridis".
+        batch: frames that go through the model together.
+        device: where the model runs, such as cuda.
+    """
+    path = check_ending(Path(out))
+    options = DrawingOptions(check_threshold(threshold), scale, None if heads is None else tuple(heads), None, colormap)
+    drawing = FrameDrawing(options, outside)
+    frames = read_frames(Path(video), fps)
+    loaded = load_model(model, checkpoint=checkpoint, key=key, weights=weights and checkpoint is None).to(device)
+    seconds: deque[Any] = deque()
+
+    def pixels() -> Iterator[Pixels]:
+        for frame in frames:
+            seconds.append(frame.seconds)
+            yield frame.pixels
+
+    pictures = attention_video(loaded, pixels(), layers=layers, query=query, size=size, batch=batch, drawing=drawing)
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError(frames.missing or f"{video}: has no frames")
+    with writing_to(path.parent), animation_file(path) as animation:
+        for picture in tqdm(chain([first], pictures), total=frames.count, unit="frame", disable=None):
+            animation.add(picture, seconds.popleft())
+    print(path)
+    if frames.missing:
+        raise ValueError(f"{frames.missing}. What could be read is in {path}")
+
+
+def attention_video(
+    model: nn.Module,
+    frames: Iterable[Pixels],
+    *,
+    layers: Any = -1,
+    query: Any = "cls",
+    size: Size = 224,
+    batch: int = 8,
+    drawing: FrameDrawing | None = None,
+) -> Iterator[Pixels]:
+    """Each frame, uint8 (H, W, 3), as a picture of the model's attention on it, uint8 (height, width, 3).
+
+    ``size`` and the others are those of the `video` command. Holds ``batch`` frames at a time; normalises them by
+    ImageNet's mean and std, and runs where the model is.
+    """
+    drawing = FrameDrawing() if drawing is None else drawing
+    for photos, recorded in recorded_batches(model, frames, layers=layers, query=query, size=size, batch=batch):
+        _check_heads(drawing.options.heads, recorded)
+        for image, photo in enumerate(photos):
+            yield drawing.draw(photo, recorded, image)
+
+
+def recorded_batches(
+    model: nn.Module, frames: Iterable[Pixels], *, layers: Any, query: Any, size: Size, batch: int
+) -> Iterator[tuple[list[Pixels], list[LayerAttention]]]:
+    """Frames in the size that the model got them in, and its attention on them, a batch at a time."""
+    if batch < 1:
+        raise ValueError(f"batch={batch}: expected at least 1 frame")
+    recorder = AttentionRecorder(model, layers=layers, query=query, nonfinite="keep")
+    patch, wanted = patch_size(model), None
+    remaining = iter(frames)
+    while taken := list(islice(remaining, batch)):
+        wanted = wanted or model_size((taken[0].shape[0], taken[0].shape[1]), size, patch)
+        photos = [_cover(frame, *wanted) for frame in taken]
+        yield photos, recorder(_normalise(photos))
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the model's patches: the stride of its first convolution that cuts an image into pieces."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
+            return module.stride[0], module.stride[1]
+    return USUAL_PATCH, USUAL_PATCH
+
+
+def model_size(frame: tuple[int, int], size: Size, patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """To what (height, width) a frame is resized, and to what it is cropped then."""
+    height, width = frame
+    if isinstance(size, (tuple, list)):
+        factor = max(size[0] / height, size[1] / width)
+        return (max(size[0], round(height * factor)), max(size[1], round(width * factor))), (size[0], size[1])
+    factor = 1 if size is None else size / min(frame)
+    resized = round(height * factor), round(width * factor)
+    cropped = resized[0] // patch[0] * patch[0], resized[1] // patch[1] * patch[1]
+    if 0 in cropped:
+        raise ValueError(
+            f"size={size}: frames of {height} × {width} become {resized[0]} × {resized[1]} pixels, expected at least "
+            f"one patch of {patch[0]} × {patch[1]}"
+        )
+    return resized, cropped
+
+
+def _cover(frame: Pixels, resized: tuple[int, int], cropped: tuple[int, int]) -> Pixels:
+    """Resized, then cropped at the centre."""
+    if frame.shape[:2] != resized:
+        frame = resize(frame, resized, Image.Resampling.BICUBIC)
+    top, left = ((r - c) // 2 for r, c in zip(resized, cropped, strict=True))
+    return np.ascontiguousarray(frame[top : top + cropped[0], left : left + cropped[1]])
+
+
+def _normalise(photos: list[Pixels]) -> torch.Tensor:
+    """(B, 3, H, W), by ImageNet's mean and std."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def _check_heads(heads: tuple[int, ...] | None, layers: list[LayerAttention]) -> None:
+    most = max(attention.rows.shape[1] for attention in layers)
+    if wrong := [head for head in heads or () if not 0 <= head < most]:
+        raise ValueError(f"heads={wrong}: expected heads from 0 to {most - 1}")

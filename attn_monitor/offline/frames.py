@@ -83,25 +83,16 @@ class VideoFrames:
         with path.open("rb") as file, self._open(file) as container:
             stream = container.streams.video[0]
             self.count: int | None = stream.frames or None
-            self._promised = Fraction(stream.duration * stream.time_base) if stream.duration else None
+            self._promised = _duration(stream, container)
 
     def __iter__(self) -> Iterator[Frame]:
-        waiting: Any = None  # how long it is shown, the next one tells
         shown = Fraction(0)
         with self._path.open("rb") as file, self._open(file) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-            for frame in self._decode(container):
-                if waiting is not None:
-                    yield Frame(_upright(waiting), seconds := _between(waiting, frame, usual))
-                    shown += seconds
-                waiting = frame
-            if waiting is not None:
-                known = waiting.duration and waiting.time_base
-                yield Frame(
-                    _upright(waiting), seconds := Fraction(waiting.duration * waiting.time_base) if known else usual
-                )
+            for frame, seconds in _timed(self._decode(container), usual):
+                yield Frame(_upright(frame), seconds)
                 shown += seconds
         if not self.missing and self._promised is not None and shown < self._promised * Fraction(9, 10):
             self.missing = "it ends before its time"
@@ -113,7 +104,7 @@ class VideoFrames:
         # Playlists that name other files or servers are videos to FFmpeg: it may read nothing but this file.
         try:
             container = self._av.open(file, "r", options={"protocol_whitelist": "none"})
-        except (self._av.error.FFmpegError, ValueError) as error:
+        except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise ValueError(f"{self._path}: is no video that can be read ({_reason(error)})") from error
         if not container.streams.video:
             container.close()
@@ -128,15 +119,27 @@ class VideoFrames:
                     self.missing = "it is damaged"
                     return
                 yield frame
-        except self._av.error.FFmpegError as error:
+        except (self._av.error.FFmpegError, OSError) as error:
             self.missing = f"it is damaged ({_reason(error)})"
 
 
-def _between(frame: Any, following: Any, usual: Fraction) -> Fraction:
-    """Seconds from one frame to the next; the usual ones where times are not known, or go back."""
-    if frame.pts is None or following.pts is None or following.pts <= frame.pts:
-        return usual
-    return Fraction((following.pts - frame.pts) * frame.time_base)
+def _duration(stream: Any, container: Any) -> Fraction | None:
+    """Seconds that the file says it lasts."""
+    if stream.duration:
+        return Fraction(stream.duration * stream.time_base)
+    return Fraction(container.duration, 1_000_000) if container.duration else None
+
+
+def _timed(frames: Iterator[Any], usual: Fraction) -> Iterator[tuple[Any, Fraction]]:
+    """Each with the seconds until the next one; the usual ones where times are not known, or go back."""
+    before: Any = None
+    for frame in frames:
+        if before is not None:
+            known = before.pts is not None and frame.pts is not None and frame.pts > before.pts
+            yield before, Fraction((frame.pts - before.pts) * frame.time_base) if known else usual
+        before = frame
+    if before is not None:
+        yield before, Fraction(before.duration * before.time_base) if before.duration else usual
 
 
 def _upright(frame: Any) -> Pixels:

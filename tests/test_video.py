@@ -24,7 +24,7 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.offline.frames import read_frames
 from attn_monitor.offline.video import attention_video, model_size, patch_size, recorded_batches, video
-from attn_monitor.record.probe import IMAGENET_MEAN, IMAGENET_STD
+from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import tiny_vit
 from tests.test_cli import MODEL, mistake
 from tests.test_optional_packages import run_without

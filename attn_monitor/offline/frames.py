@@ -13,7 +13,7 @@ import numpy as np
 
 from attn_monitor.draw.animation_files import import_av
 from attn_monitor.draw.canvas import Pixels
-from attn_monitor.record.image_folder import IMAGE_SUFFIXES, open_rgb
+from attn_monitor.probe.image_folder import IMAGE_SUFFIXES, open_rgb
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from attn_monitor.monitor import check_threshold
 from attn_monitor.offline.frames import read_frames
 from attn_monitor.offline.models import load_model
 from attn_monitor.offline.results import writing_to
-from attn_monitor.record.probe import IMAGENET_MEAN, IMAGENET_STD
+from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 
 Size = int | tuple[int, int] | None
 USUAL_PATCH = 16

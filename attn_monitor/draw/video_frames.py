@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, LINE, MASK, Array, Pixels, blank_picture, draw_text_within, paste, up_to_block
-from attn_monitor.draw.cells import CellPainter, enlarge
+from attn_monitor.draw.cells import CellPainter, cell_size, enlarge
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
@@ -23,7 +23,6 @@ OUTSIDE = ("attention", "photo", "black")
 """What is shown outside the mass mask."""
 
 
-@dataclass
 class FrameDrawing:
     """Draws the frames of one video, which are all laid out alike.
 
@@ -31,66 +30,70 @@ class FrameDrawing:
     "black". The mask is outlined in each case.
     """
 
-    options: DrawingOptions = DrawingOptions()
-    outside: str = "attention"
-    _background: Pixels | None = field(default=None, init=False)
-    _side: int = field(default=0, init=False)
-    _places: list[list[tuple[int, int]]] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        if self.outside not in OUTSIDE:
-            raise ValueError(f"outside={self.outside!r}: expected one of {', '.join(OUTSIDE)}")
+    def __init__(self, options: DrawingOptions = DrawingOptions(), outside: str = "attention") -> None:
+        if outside not in OUTSIDE:
+            raise ValueError(f"outside={outside!r}: expected one of {', '.join(OUTSIDE)}")
+        self.options, self.outside = options, outside
+        self._layout: _Layout | None = None
 
     def draw(self, photo: Pixels, layers: Sequence[LayerAttention], image: int) -> Pixels:
         """A frame, uint8 (height, width, 3), of the attention of each layer on one image of a batch, and its photo."""
-        if self._background is None:
-            self._lay_out(layers)
-        assert self._background is not None
-        frame: Pixels = self._background.copy()
+        layout = self._layout = self._layout or _lay_out(layers, self.options)
+        frame: Pixels = layout.background.copy()
         painters: dict[tuple[int, int], CellPainter] = {}  # layers mostly share one
-        for attention, places in zip(layers, self._places, strict=True):
+        for attention, places in zip(layers, layout.places, strict=True):
             if attention.grid not in painters:
-                painters[attention.grid] = CellPainter(photo, attention.grid, self.options, self._side)
+                painters[attention.grid] = CellPainter(photo, attention.grid, self.options, layout.side)
             painter = painters[attention.grid]
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
-            self._hide(pictures, masks, painter)
+            missing = ~maps.isfinite().all(-1).all(-1)[:, None, None].numpy()  # and stays seen to be so
+            self._hide(pictures, masks | missing, painter)
             for (x, y), picture in zip(places, [painter.photo, *pictures], strict=True):
                 paste(frame, x, y, picture)
         return frame
 
-    def _hide(self, pictures: Pixels, masks: Array, painter: CellPainter) -> None:
-        """Cover what is outside the masks, in place."""
+    def _hide(self, pictures: Pixels, shown: Array, painter: CellPainter) -> None:
+        """Cover the other patches than those shown, in place."""
         if self.outside == "attention":
             return
         below = np.zeros(painter.size) if self.outside == "black" else 0.62 * painter.grey
-        hidden = ~enlarge(masks[..., None], painter.size)
+        hidden = ~enlarge(shown[..., None], painter.size)
         np.copyto(pictures, below.astype(np.uint8)[..., None], where=hidden)
 
-    def _lay_out(self, layers: Sequence[LayerAttention]) -> None:
-        """All that is the same in every frame: where cells are, titles, captions and the legend."""
-        labels = [["original", *mean_and_heads(a.maps[0], self.options.heads)[1]] for a in layers]
-        self._side = self.options.cell or _side(sum(map(len, labels)), layers[0].grid)
-        sizes = [CellPainter(np.zeros((8, 8, 3), np.uint8), a.grid, self.options, self._side).size for a in layers]
-        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-        columns = columns_for(max(map(len, labels)), len(layers), height, width, ASPECT)
-        pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + LINE + GAP
-        texts: list[tuple[tuple[int, int], str, bool]] = []
-        top = GAP
-        for attention, shown in zip(layers, labels, strict=True):
-            texts.append(((GAP, top), layer_title(attention), True))
-            top += LINE + GAP
-            places = [(GAP + i % columns * pitch_x, top + i // columns * pitch_y) for i in range(len(shown))]
-            texts += [((x, y + height + 1), label, False) for (x, y), label in zip(places, shown, strict=True)]
-            self._places.append(places)
-            top += math.ceil(len(shown) / columns) * pitch_y
-        canvas = Image.fromarray(blank_picture(max(GAP + columns * pitch_x, 53 * GAP), top + LEGEND))
-        for at, text, is_title in texts:
-            room = (canvas.width if is_title else width + GAP) - GAP
-            draw_text_within(canvas, at, text, room, 15 if is_title else 13, *([MASK] if is_title else []))
-        draw_legend(canvas, top + 6, self.options, areas=False)
-        self._background = np.asarray(canvas)
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is the same in every frame: titles, captions and legend, a cell's side, and where each layer's cells are."""
+
+    background: Pixels
+    side: int
+    places: list[list[tuple[int, int]]]
+
+
+def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions) -> _Layout:
+    labels = [["original", *mean_and_heads(a.maps[0], options.heads)[1]] for a in layers]
+    side = options.cell or _side(sum(map(len, labels)), layers[0].grid)
+    sizes = [cell_size(attention.grid, side) for attention in layers]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    columns = columns_for(max(map(len, labels)), len(layers), height, width, ASPECT)
+    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + LINE + GAP
+    titles, captions, places, top = [], [], [], GAP
+    for attention, shown in zip(layers, labels, strict=True):
+        titles.append(((GAP, top), layer_title(attention)))
+        top += LINE + GAP
+        cells = [(GAP + i % columns * pitch_x, top + i // columns * pitch_y) for i in range(len(shown))]
+        captions += [((x, y + height + 1), label) for (x, y), label in zip(cells, shown, strict=True)]
+        places.append(cells)
+        top += math.ceil(len(shown) / columns) * pitch_y
+    canvas = Image.fromarray(blank_picture(max(GAP + columns * pitch_x, 53 * GAP), top + LEGEND))
+    for at, title in titles:
+        draw_text_within(canvas, at, title, canvas.width - 2 * GAP, 15, MASK)
+    for at, caption in captions:
+        draw_text_within(canvas, at, caption, width, 13)
+    draw_legend(canvas, top + 6, options, areas=False)
+    return _Layout(np.asarray(canvas), side, places)
 
 
 def _side(cells: int, grid: tuple[int, int]) -> int:

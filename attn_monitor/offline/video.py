@@ -38,6 +38,8 @@ def video(
     checkpoint: str | None = None,
     key: str | None = None,
     weights: bool = True,
+    allow_missing: bool = False,
+    trust: bool = False,
     size: int | tuple[int, int] | None = 224,
     fps: float | None = None,
     layers: Any = -1,
@@ -57,12 +59,16 @@ def video(
         attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
 
     Args:
-        model: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
+            package.module:factory(arguments).
         video: a video file, which needs PyAV (pip install attn_monitor[video]), or a folder of frames.
         out: file to write, .mp4 (by PyAV too), .webp or .gif.
-        checkpoint: file of weights to load instead of the library's own.
-        key: what to take from the checkpoint, such as student.backbone; without it a teacher before a student.
+        checkpoint: file or folder of weights to load instead of the library's own, as in `show`.
+        key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as
+            student.backbone; without it a teacher before a student.
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
+        allow_missing: accept a checkpoint that lacks a part of the backbone, which stays at random.
+        trust: unpickle what else the checkpoint holds, which can run any code; for files whose author you know.
         size: the shorter side of frames in pixels, cropped to a multiple of the patch; [height, width] to be covered
             and cropped to just that; null for frames as they are.
         fps: frames per second of a folder, 25 by default.
@@ -80,7 +86,12 @@ def video(
     options = DrawingOptions(check_threshold(threshold), scale, None if heads is None else tuple(heads), None, colormap)
     drawing = FrameDrawing(options, outside)
     frames = read_frames(Path(video), fps)
-    loaded = load_model(model, checkpoint=checkpoint, key=key, weights=weights and checkpoint is None).to(device)
+    choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
+    loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
+    try:
+        loaded = loaded.to(device)
+    except (RuntimeError, AssertionError) as error:  # as PyTorch says that there is no such device
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     seconds: deque[Any] = deque()
 
     def pixels() -> Iterator[Pixels]:

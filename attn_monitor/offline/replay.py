@@ -40,9 +40,9 @@ def replay(
 ) -> None:
     """Redraw a run from its archive: for each probe image a film strip, an animation and the last panel.
 
-    Snapshots that cannot be read are left out and named at the end. Example:
+    Snapshots that cannot be read are left out and named at the end.
 
-        attn-monitor replay runs/version_0/attn_monitor --out pictures --format mp4
+    Example: attn-monitor replay runs/version_0/attn_monitor --out pictures --format mp4
 
     Args:
         archive: the attn_monitor folder in the log directory of a run.

@@ -54,9 +54,9 @@ def video(
 ) -> None:
     """Draw a model's attention over every frame of a video: the mean over heads and each head, in a new video.
 
-    Times of frames stay as they are; sound is left out. Example:
+    Times of frames stay as they are; sound is left out.
 
-        attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
+    Example: attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or

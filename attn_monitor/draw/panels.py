@@ -81,7 +81,7 @@ def panel(
 
 
 def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0) -> str:
-    """The title of a layer's maps: role, model and layer, and whatever is not the CLS token's softmax over all patches."""
+    """The title of a layer's maps: role, model and layer, and whatever is not CLS's plain softmax over all patches."""
     who = " ".join(filter(None, (role, attention.model)))
     parts = [*filter(None, [who]), f"layer {attention.layer} ({attention.name})"]
     if attention.query not in ("", "cls"):

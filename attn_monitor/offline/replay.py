@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
 from attn_monitor.draw.animations import holding_last
@@ -19,7 +18,7 @@ from attn_monitor.draw.panels import PANEL_PIXELS, panel
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.offline.results import print_metrics, writing_to
+from attn_monitor.offline.results import print_metrics, progress, writing_to
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
@@ -84,7 +83,7 @@ class _ReadableSnapshots:
         self.broken: list[str] = []
 
     def __iter__(self) -> Iterator[AttentionSnapshot]:
-        for path in tqdm(self.paths, unit="snapshot", disable=None):
+        for path in progress(self.paths, "snapshots"):
             try:
                 yield load_step(path)
             except (ArchiveError, OSError) as error:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
@@ -21,9 +20,10 @@ from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.monitor import check_threshold
+from attn_monitor.offline.devices import choose_device, move_to
 from attn_monitor.offline.frames import read_frames
 from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import writing_to
+from attn_monitor.offline.results import progress, writing_to
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 
 Size = int | tuple[int, int] | None
@@ -50,7 +50,7 @@ def video(
     scale: str = "uniform",
     colormap: str = "inferno",
     batch: int = 8,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Draw a model's attention over every frame of a video: the mean over heads and each head, in a new video.
 
@@ -80,18 +80,16 @@ def video(
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         colormap: "inferno" or "viridis".
         batch: frames that go through the model together.
-        device: where the model runs, such as cuda.
+        device: where the model runs; by default a GPU if there is one.
     """
     path = check_ending(Path(out))
     options = DrawingOptions(check_threshold(threshold), scale, None if heads is None else tuple(heads), None, colormap)
     drawing = FrameDrawing(options, outside)
     frames = read_frames(Path(video), fps)
+    chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
-    try:
-        loaded = loaded.to(device)
-    except (RuntimeError, AssertionError) as error:  # as PyTorch says that there is no such device
-        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    move_to(chosen_device, loaded)
     seconds: deque[Any] = deque()
 
     def pixels() -> Iterator[Pixels]:
@@ -104,7 +102,7 @@ def video(
     if first is None:
         raise ValueError(frames.missing or f"{video}: has no frames")
     with writing_to(path.parent), animation_file(path) as animation:
-        for picture in tqdm(chain([first], pictures), total=frames.count, unit="frame", disable=None):
+        for picture in progress(chain([first], pictures), "frames", frames.count):
             animation.add(picture, seconds.popleft())
     print(path)
     if frames.missing:

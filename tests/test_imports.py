@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "publish": {"draw", "probe", "record", "measure"},
     "train": {"publish", "draw", "probe", "record", "measure", "capture", "distributed", "monitor"},
 }
+SHOWS_ITSELF = ("record/snapshot.py", "draw")  # in notebooks: two methods that import what draws it when called
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -42,7 +43,7 @@ def test_folders_import_in_one_direction(folder: str) -> None:
         f"{path.relative_to(PACKAGE)} imports {name}"
         for path in (PACKAGE / folder).rglob("*.py")
         for name in imports_of(path)
-        if name not in allowed
+        if name not in allowed and (str(path.relative_to(PACKAGE)), name) != SHOWS_ITSELF
     }
     assert not wrong
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from attn_monitor.measure.metrics import MetricKey, Metrics
 from attn_monitor.record import format_1 as first_format
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
 
@@ -81,6 +84,18 @@ class AttentionSnapshot:
         """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head."""
         values = {key.tag: value for key, value in self.metrics.items() if heads or key.head is None}
         return {**values, HEALTH_TAG: float(self.flags_raised)}
+
+    def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1) -> Figure:
+        """A matplotlib figure of an image's maps, of the last role where none is named; matplotlib must be there."""
+        from attn_monitor.draw.notebook import snapshot_figure
+
+        return snapshot_figure(self, image, role, layer)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        from attn_monitor.draw.notebook import snapshot_png
+
+        return snapshot_png(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a temporary name and rename, so that a reader never meets half a file."""

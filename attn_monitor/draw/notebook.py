@@ -1,0 +1,88 @@
+"""A snapshot as notebooks show it: a sheet of its maps, and a matplotlib figure to go on with."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from attn_monitor.draw.canvas import GAP, HEADER, LINE, Pixels, blank_picture, draw_text, draw_text_within, up_to_block
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.legend import LEGEND, draw_legend
+from attn_monitor.draw.maps import map_statistics, mean_and_heads
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.scales import HIGH, LOW, SCALES
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHEET_IMAGES, SHEET_WIDTH, CELL = 4, 1200, 128  # images of a sheet, and pixels: of all columns about, of a cell at most
+
+
+def snapshot_sheet(snapshot: AttentionSnapshot, options: DrawingOptions = DrawingOptions()) -> Pixels:
+    """Head mean and heads of the last role's last layer on the first four images, (height, width, 3).
+
+    Without the photographs, which a snapshot does not hold: `panel` draws on them.
+    """
+    role = snapshot.roles[-1]
+    attention = snapshot.layer(role)
+    rows = [mean_and_heads(maps, options.heads) for maps in attention.maps[:SHEET_IMAGES]]
+    labels = rows[0][1]
+    painter = CellPainter(blank_picture(8, 8), attention.grid, options, min(CELL, SHEET_WIDTH // len(labels)))
+    height, width = painter.size
+    down, across = up_to_block(height) + LINE + GAP, up_to_block(width) + GAP
+    size = max(len(labels) * across + GAP, 58 * GAP), HEADER + len(rows) * (down + 2 * LINE) + LEGEND
+    sheet = Image.fromarray(blank_picture(*size))
+    title = f"{role} · layer {attention.layer} ({attention.name}) · step {snapshot.step:,}"
+    draw_text_within(sheet, (GAP, 7), title, size[0] - 2 * GAP, 17)
+    y = HEADER
+    for name, (maps, _) in zip(snapshot.names, rows, strict=False):
+        draw_text(sheet, (GAP, y), name, 15)
+        y += 3 * GAP
+        pictures = painter.paint(maps.numpy(), map_statistics(maps, options.threshold).mask.numpy())
+        for column, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
+            sheet.paste(Image.fromarray(picture), (GAP + column * across, y))
+            draw_text_within(sheet, (GAP + column * across, y + height + 2), label, across, 13)
+        y += down + GAP
+    draw_legend(sheet, y + 6, options)
+    return np.asarray(sheet)
+
+
+def snapshot_png(snapshot: AttentionSnapshot) -> bytes:
+    """`snapshot_sheet` as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(snapshot_sheet(snapshot)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def snapshot_figure(snapshot: AttentionSnapshot, image: int = 0, role: str | None = None, layer: int = -1) -> Figure:
+    """A matplotlib figure: head mean and heads of one image in units of uniform attention, as panels colour them.
+
+    It is closed for pyplot, so that a notebook shows it once. Raises ModuleNotFoundError where matplotlib is missing.
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.colors import LogNorm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plot() draws with matplotlib, which is not installed. Run: pip install matplotlib"
+        ) from error
+    attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer)
+    maps, labels = mean_and_heads(attention.maps[image], None)
+    units = (maps * (attention.grid[0] * attention.grid[1])).numpy()
+    figure: Figure
+    figure, axes = plt.subplots(
+        1, len(labels), figsize=(1.6 * len(labels) + 1, 2.4), squeeze=False, layout="constrained"
+    )
+    for axis, label, values in zip(axes[0], labels, units, strict=True):
+        shown = axis.imshow(np.maximum(values, 1e-6), norm=LogNorm(2.0**LOW, 2.0**HIGH), cmap="inferno")
+        axis.set(title=label, xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes[0].tolist(), label=SCALES["uniform"].unit)
+    figure.suptitle(
+        f"{snapshot.names[image]} · {role or snapshot.roles[-1]} · layer {attention.layer} · step {snapshot.step:,}"
+    )
+    plt.close(figure)
+    return figure

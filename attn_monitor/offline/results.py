@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -47,6 +47,13 @@ def print_path(path: Path) -> None:
 def tell(text: str) -> None:
     """A line on stderr, where it disturbs no results; above a bar that is there."""
     tqdm.write(text, file=sys.stderr)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell, the first row being titles; numbers are strings already."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_metrics(snapshot: AttentionSnapshot, title: str | None = None) -> None:

@@ -1,0 +1,183 @@
+"""Two runs on one probe image: their maps one above the other, and how they differ in units of uniform attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from attn_monitor.draw.canvas import (
+    DIM_TEXT,
+    GAP,
+    HEADER,
+    LINE,
+    MASK,
+    MISSING,
+    Array,
+    Colour,
+    Pixels,
+    blank_picture,
+    draw_text,
+    draw_text_within,
+    up_to_block,
+)
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.legend import LEGEND, draw_legend
+from attn_monitor.draw.maps import map_statistics, mean_and_heads
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+COLOURS: tuple[Colour, Colour] = (255, 160, 40), (70, 170, 255)
+"""Of the two runs, in charts and where one has more attention than the other: told apart by the colour-blind too."""
+
+RANGE = 4.0  # log2(1 + |difference|) at the ends of the colour scale: 15 times uniform attention
+TICKS = "15", "7", "3", "1", "0", "1", "3", "7", "15"
+MARGIN, SHEET_WIDTH, CELL = 6 * GAP, 1800, 160  # pixels: for the rows' letters, of all columns about, of a cell at most
+
+
+Row = tuple[str, list[str], Pixels]
+"""What it shows, and captions and pictures (columns, h, w, 3) of the head mean and the heads."""
+
+
+class Section(NamedTuple):
+    """A layer in both runs: a title, the image, and three rows."""
+
+    title: str
+    photo: Pixels
+    rows: list[Row]
+
+    @property
+    def pitch(self) -> tuple[int, int]:
+        """From one cell to the next, down and across."""
+        height, width = self.photo.shape[:2]
+        return up_to_block(height) + LINE + GAP, up_to_block(width) + GAP
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        down, across = self.pitch
+        return 2 * LINE + len(self.rows) * down, MARGIN + (1 + len(self.rows[0][1])) * across + GAP
+
+
+def comparison(
+    pair: tuple[AttentionSnapshot, AttentionSnapshot],
+    names: tuple[str, str],
+    image: int,
+    photo: Pixels,
+    layers: Sequence[tuple[str, int]],
+    *,
+    truth: Array | None = None,
+    options: DrawingOptions = DrawingOptions(),
+) -> Pixels:
+    """One probe image in two runs A and B, (height, width, 3): for each (role, layer) three rows, A, B and B - A.
+
+    Columns are the head mean and the heads. Below A and B stand entropy and mask area as in panels, below the
+    difference how much of the attention is elsewhere: half the sum of absolute differences.
+    """
+    sections = [_section(pair, key, image, photo, truth, options) for key in layers]
+    width = max(76 * GAP, *(section.size[1] for section in sections))
+    top = HEADER + 3 * LINE
+    canvas = Image.fromarray(blank_picture(width, top + sum(section.size[0] for section in sections) + 2 * LEGEND))
+    draw_text(canvas, (GAP, 7), pair[0].names[image], 17)
+    for number, (letter, name, snapshot) in enumerate(zip("AB", names, pair, strict=True)):
+        text = f"{letter}: {name} · step {snapshot.step:,} · epoch {snapshot.epoch}"
+        draw_text_within(canvas, (GAP, HEADER + number * 20), text, width - 2 * GAP, 15, COLOURS[number])
+    for section in sections:
+        _draw_section(canvas, top, section)
+        top += section.size[0]
+    draw_legend(canvas, top + 6, options, truth=truth is not None and bool(truth.any()))
+    _draw_difference_legend(canvas, top + LEGEND + 6)
+    return np.asarray(canvas)
+
+
+def _section(
+    pair: tuple[AttentionSnapshot, AttentionSnapshot],
+    key: tuple[str, int],
+    image: int,
+    photo: Pixels,
+    truth: Array | None,
+    options: DrawingOptions,
+) -> Section:
+    attention = pair[0].layer(*key)
+    both = [mean_and_heads(snapshot.maps(*key)[image], options.heads) for snapshot in pair]
+    labels = both[0][1]
+    side = min(CELL, SHEET_WIDTH // (len(labels) + 1))
+    painter = CellPainter(photo, attention.grid, options, side, truth)
+    rows: list[Row] = []
+    for letter, (maps, _) in zip("AB", both, strict=True):
+        said = map_statistics(maps, options.threshold)
+        pictures = painter.paint(maps.numpy(), said.mask.numpy())
+        numbers = zip(said.entropy.tolist(), said.mask_area.tolist(), strict=True)
+        captions = ["" if math.isnan(entropy) else f"H {entropy:.2f} · {area:.0%}" for entropy, area in numbers]
+        if letter == "A":
+            captions = [f"{label} · {caption}" for label, caption in zip(labels, captions, strict=True)]
+        rows.append((letter, captions, pictures))
+    change = both[1][0] - both[0][0]
+    moved = (change.abs().sum((-2, -1)) / 2).tolist()
+    captions = [f"{share:.0%} elsewhere" if math.isfinite(share) else "missing" for share in moved]
+    rows.append(("B - A", captions, difference_overlay(change, painter.grey)))
+    return Section(f"{key[0]} · layer {key[1]} ({attention.name})", painter.photo, rows)
+
+
+def difference_overlay(change: Tensor, grey: Array) -> Pixels:
+    """Colour differences of weights (..., gh, gw) over a grey photograph (h, w), which is seen where there is none.
+
+    Returns (..., h, w, 3). The scale is fixed: log2(1 + |difference · number of patches|), up to 15 times uniform.
+    Where a difference is not finite, the cell is dull red.
+    """
+    level = difference_level(change)
+    finite = torch.isfinite(change).all(-1).all(-1).numpy()
+    patch = grey.shape[0] // change.shape[-2], grey.shape[1] // change.shape[-1]
+    enlarged = level.nan_to_num().numpy().repeat(patch[0], -2).repeat(patch[1], -1)
+    pictures = _colours(enlarged, grey.astype(np.float32)[..., None] * 0.62)
+    pictures[~finite] = MISSING
+    return pictures
+
+
+def difference_level(change: Tensor) -> Tensor:
+    """Differences of weights (..., gh, gw) on the scale: -1 where A has 15 times uniform attention more, 1 where B."""
+    units = change * (change.shape[-1] * change.shape[-2])
+    return (units.sign() * torch.log2(1 + units.abs()) / RANGE).clamp(-1, 1)
+
+
+def _colours(level: Array, below: Array) -> Pixels:
+    """Levels -1…1 (..., h, w) over a background (h, w, 1), in the colour of the run that has more; 0 shows nothing."""
+    strength = np.abs(level)[..., None]
+    colour = np.where(level[..., None] < 0, *np.array(COLOURS, np.float32))
+    opacity = np.minimum(0.95, 1.3 * strength)
+    pictures: Pixels = (below * (1 - opacity) + colour * opacity * (0.45 + 0.55 * strength)).astype(np.uint8)
+    return pictures
+
+
+def _draw_section(canvas: Image.Image, top: int, section: Section) -> None:
+    draw_text_within(canvas, (GAP, top), section.title, canvas.width - 2 * GAP, 15, MASK)
+    height, width = section.photo.shape[:2]
+    down, across = section.pitch
+    y = top + 3 * GAP
+    canvas.paste(Image.fromarray(section.photo), (MARGIN, y))
+    for letter, captions, pictures in section.rows:
+        draw_text(canvas, (GAP, y + 4), letter, 15, {"A": COLOURS[0], "B": COLOURS[1]}.get(letter, DIM_TEXT))
+        for column, (caption, picture) in enumerate(zip(captions, pictures, strict=True), 1):
+            x = MARGIN + column * across
+            canvas.paste(Image.fromarray(picture), (x, y))
+            draw_text_within(canvas, (x, y + height + 2), caption, width + GAP - 2, 13)
+        y += down
+
+
+def _draw_difference_legend(canvas: Image.Image, top: int) -> None:
+    bar = min(360, canvas.width // 2)
+    level = np.broadcast_to(np.linspace(-1, 1, bar, dtype=np.float32), (10, bar))
+    canvas.paste(Image.fromarray(_colours(level, np.full((10, bar, 1), 80, np.float32))), (GAP, top))
+    for index, tick in enumerate(TICKS):
+        anchor = "l" if index == 0 else "r" if index == len(TICKS) - 1 else "m"
+        draw_text(canvas, (GAP + index * (bar - 1) / (len(TICKS) - 1), top + 12), tick, 12, DIM_TEXT, anchor)
+    x = bar + 3 * GAP
+    draw_text(canvas, (x, top - 4), "B - A: x uniform attention more in", 13, DIM_TEXT)
+    draw_text(canvas, (x, top + 13), "A", 13, COLOURS[0])
+    draw_text(canvas, (x + 20, top + 13), "B", 13, COLOURS[1])
+    draw_text(canvas, (x + 44, top + 13), "% elsewhere: half the sum of differences", 13, DIM_TEXT)

@@ -1,0 +1,207 @@
+"""`attn-monitor compare`: two runs, or two snapshots, on one probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from attn_monitor.draw.canvas import Pixels
+from attn_monitor.draw.charts import Line, chart_sheet
+from attn_monitor.draw.differences import COLOURS, comparison
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.errors import ArchiveError
+from attn_monitor.measure.metrics import Metrics
+from attn_monitor.offline.results import print_table, progress, tell, writing_to
+from attn_monitor.offline.runs import check_belongs, find_archive, read_archive, read_probe
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.archive import load_step, snapshot_path, snapshot_paths, step_of
+from attn_monitor.record.file_names import file_name
+from attn_monitor.record.history import thin
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+Pair = tuple[AttentionSnapshot, AttentionSnapshot]
+MetricRow = tuple[str, int, str, float, float]
+"""Role, layer, metric and its value in A and in B: means over heads and images."""
+
+
+class Side:
+    """One of the two: an archive, or a single snapshot with the probe.npz beside it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = str(path)
+        self._alone = AttentionSnapshot.load(path) if Path(path).is_file() else None
+        self.folder = Path(path).parent if self._alone is not None else find_archive(path)
+        self.probe: ProbeBatch = read_probe(self.folder)
+        self.steps = [self._alone.step] if self._alone is not None else list(map(step_of, snapshot_paths(self.folder)))
+
+    def load(self, step: int) -> AttentionSnapshot:
+        """The snapshot of a step, which is of the probe."""
+        snapshot = self._alone or load_step(snapshot_path(self.folder, step))
+        check_belongs(self.probe, snapshot, self.folder)
+        return snapshot
+
+    @cached_property
+    def metrics(self) -> Mapping[int, Metrics]:
+        """Of every step."""
+        snapshots = read_archive(self.folder) if self._alone is None else [self._alone]
+        return {snapshot.step: snapshot.metrics for snapshot in snapshots}
+
+    def curves(self, role: str, layer: int) -> dict[str, list[tuple[int, float]]]:
+        """A layer's metrics over the steps, where they are finite."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for step, metrics in self.metrics.items():
+            for metric, value in metrics.of_layer(role, layer).items():
+                if math.isfinite(value):
+                    curves.setdefault(metric, []).append((step, value))
+        return curves
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs have in common: matched steps (of A, of B), and layers (role, index) of one shape.
+
+    ``left_out`` are layers that only one has.
+    """
+
+    a: Side
+    b: Side
+    steps: tuple[tuple[int, int], ...]
+    layers: tuple[tuple[str, int], ...]
+    left_out: tuple[tuple[str, int], ...]
+
+    def pair(self, number: int) -> Pair:
+        """The two snapshots of a matched step; `ArchiveError` where they cannot be compared."""
+        a, b = self.steps[number]
+        pair = self.a.load(a), self.b.load(b)
+        _common_layers(self.a, self.b, pair)
+        return pair
+
+    def table(self) -> list[MetricRow]:
+        """Metrics that both have at the last matched step."""
+        a, b = self.a.metrics[self.steps[-1][0]], self.b.metrics[self.steps[-1][1]]
+        return [
+            (*key, metric, value, others[metric])
+            for key in self.layers
+            for others in [b.of_layer(*key)]
+            for metric, value in a.of_layer(*key).items()
+            if metric in others
+        ]
+
+    def charts(self) -> Pixels:
+        """Every metric over the steps of both, (height, width, 3)."""
+        sections: dict[str, dict[str, list[Line]]] = {}
+        for role, layer in self.layers:
+            charts = sections[f"{role} · layer {layer}"] = {}
+            for colour, side in zip(COLOURS, (self.a, self.b), strict=True):
+                for metric, points in side.curves(role, layer).items():
+                    charts.setdefault(metric, []).append((colour, points))
+        title = [(f"A: {self.a.name}", COLOURS[0]), (f"B: {self.b.name}", COLOURS[1])]
+        return chart_sheet(title, sections)
+
+
+def compare_runs(a: str | Path, b: str | Path) -> Comparison:
+    """Match two runs or snapshots: archives, log directories that hold one, or snapshot files beside their probe.npz.
+
+    Raises `ArchiveError` with the reason where they cannot be compared: other images, queries, grids, heads or layers.
+    """
+    first, second = Side(a), Side(b)
+    _check_probes(first, second)
+    steps = match_steps(first.steps, second.steps)
+    layers, left_out = _common_layers(first, second, (first.load(steps[-1][0]), second.load(steps[-1][1])))
+    return Comparison(first, second, tuple(steps), tuple(layers), tuple(left_out))
+
+
+def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = False, threshold: float = 0.6) -> None:
+    """Compare two runs on one probe: maps side by side with their difference, and metrics as a table and charts.
+
+    Each step of one is matched with the nearest step of the other, where that is mutual.
+    For example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
+
+    Args:
+        a: the archive of a run, the log directory that holds it, or a single snapshot beside its probe.npz.
+        b: another one of the same images.
+        out: folder for the pictures.
+        steps: how many of the matched steps are drawn, evenly spaced, first and last included.
+        every_layer: draw each layer that both have, not only the last one of each role.
+        threshold: share of attention mass inside the outline.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected at least 1")
+    found = compare_runs(a, b)
+    if found.left_out:
+        tell(f"not in both, and left out: {', '.join(f'layer {layer} of {role}' for role, layer in found.left_out)}")
+    drawn = found.layers if every_layer else tuple({role: (role, layer) for role, layer in found.layers}.values())
+    probe, options = found.a.probe, DrawingOptions(threshold)
+    chosen = thin([pair[0] for pair in found.steps], steps) if steps > 1 else [len(found.steps) - 1]
+    with writing_to(Path(out)) as folder:
+        for number in progress(chosen, "drawing"):
+            pair = found.pair(number)
+            for index, name in enumerate(probe.names):
+                truth = None if probe.masks is None else probe.masks[index].numpy()
+                picture = comparison(
+                    pair,
+                    (found.a.name, found.b.name),
+                    index,
+                    probe.pixels[index],
+                    drawn,
+                    truth=truth,
+                    options=options,
+                )
+                path = folder / file_name(
+                    f"{name}-step{'-'.join(map(str, dict.fromkeys(found.steps[number])))}", ".png"
+                )
+                Image.fromarray(picture).save(path)
+                print(path)
+        if found.table():
+            Image.fromarray(found.charts()).save(folder / "metrics.png")
+            print(folder / "metrics.png")
+    print("matched steps (A = B): " + ", ".join(f"{x:,}" if x == y else f"{x:,} = {y:,}" for x, y in found.steps))
+    last = found.steps[-1]
+    titles = "role", "layer", "metric", f"A, step {last[0]:,}", f"B, step {last[1]:,}", "B - A"
+    rows = [(r, str(n), m, f"{x:.3g}", f"{y:.3g}", f"{y - x:+.3g}") for r, n, m, x, y in found.table()]
+    print_table([titles, *rows])
+
+
+def match_steps(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of steps of which each is the nearest to the other, ascending; of two that are as near, the earlier."""
+
+    def nearest(step: int, among: Sequence[int]) -> int:
+        return min(among, key=lambda other: (abs(other - step), other))
+
+    pairs = [(step, nearest(step, b)) for step in a]
+    return [(x, y) for x, y in pairs if nearest(y, a) == x]
+
+
+def _check_probes(a: Side, b: Side) -> None:
+    if not a.probe.has_same_images_as(b.probe):
+        differ = "are of other sizes" if a.probe.images.shape != b.probe.images.shape else "differ"
+        raise ArchiveError(
+            f"{a.name} and {b.name} show different images, whose maps cannot be compared: those of "
+            f"{', '.join(a.probe.names)} and of {', '.join(b.probe.names)} {differ}. Watch both on one probe"
+        )
+
+
+def _common_layers(a: Side, b: Side, pair: Pair) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Layers that both have, and those that one has; `ArchiveError` where none is in both, or one is another in b."""
+    both = [key for key in pair[0].layers if key in pair[1].layers]
+    if not both:
+        told = [", ".join(f"layer {layer} of {role}" for role, layer in snapshot.layers) for snapshot in pair]
+        raise ArchiveError(f"no layer is in both: {a.name} holds {told[0]}, and {b.name} {told[1]}")
+    for role, layer in both:
+        x, y = (snapshot.layer(role, layer) for snapshot in pair)
+        for what, values in {
+            "grid": (x.grid, y.grid),
+            "number of heads": (x.rows.shape[1], y.rows.shape[1]),
+            "query": (x.query or y.query, y.query or x.query),  # not in older files
+        }.items():
+            if values[0] != values[1]:
+                raise ArchiveError(
+                    f"layer {layer} of {role} cannot be compared: its {what} is {values[0]} in {a.name} and "
+                    f"{values[1]} in {b.name}"
+                )
+    return both, [key for snapshot in pair for key in snapshot.layers if key not in both]

@@ -1,0 +1,248 @@
+"""`attn-monitor summary`: what has become of a run's attention, on one screen."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.measure.health import HealthFlag
+from attn_monitor.offline.results import print_table
+from attn_monitor.offline.runs import find_archive, read_archive
+from attn_monitor.record.history import thin
+
+BEST = {
+    "jaccard": "highest",
+    "jaccard_best_head": "highest",
+    "jaccard_fixed_head": "highest",
+    "outlier_fraction": "lowest",
+}
+"""Metrics of which more, or less, is better whatever the model. Of all others the extremes are told, and no best."""
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARKLINE = 24  # characters
+CHANGED = 0.01  # of entropy: less is told as no change
+TITLES = "  metric", "first", "best", "lowest", "highest", "last", "from first to last, each scaled by itself"
+
+
+class Point(NamedTuple):
+    """A value at a step."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the run, the mean over heads and images, without the steps at which it is NaN or missing."""
+
+    metric: str
+    points: tuple[Point, ...]
+
+    @property
+    def first(self) -> Point:
+        """At the first step that has it."""
+        return self.points[0]
+
+    @property
+    def last(self) -> Point:
+        """At the last step that has it."""
+        return self.points[-1]
+
+    @property
+    def low(self) -> Point:
+        """The first of its smallest values."""
+        return min(self.points, key=lambda point: point.value)
+
+    @property
+    def high(self) -> Point:
+        """The first of its largest values."""
+        return max(self.points, key=lambda point: point.value)
+
+    @property
+    def best(self) -> Point | None:
+        """The better extreme of a metric in `BEST`; None for others."""
+        return {"highest": self.high, "lowest": self.low}.get(BEST.get(self.metric, ""))
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A watched layer: what it is, and its metrics over the run."""
+
+    role: str
+    layer: int
+    name: str
+    model: str
+    query: str
+    heads: int
+    grid: tuple[int, int]
+    places: str
+    kind: str
+    curves: tuple[Curve, ...]
+
+    @classmethod
+    def of(cls, role: str, a: LayerAttention, curves: Sequence[Curve]) -> LayerSummary:
+        """From a layer's attention at the last step."""
+        heads = a.rows.shape[1]
+        return cls(role, a.layer, a.name, a.model, a.query, heads, a.grid, a.places, a.kind, tuple(curves))
+
+    @property
+    def title(self) -> str:
+        """In one line."""
+        model = f" {self.model}" if self.model else ""
+        query = f", query {self.query}" if self.query else ""
+        gh, gw = self.grid
+        kind = "" if self.kind == "distribution" else f", {self.kind}"
+        where = f"{self.role}{model}, layer {self.layer} ({self.name})"
+        return f"{where}: {self.heads} heads, {gh} × {gw} patches{query}{kind}"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run's steps, images, layers and flags, and a verdict in words."""
+
+    archive: Path
+    steps: tuple[int, ...]
+    images: tuple[str, ...]
+    flags: tuple[HealthFlag, ...]
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def verdict(self) -> list[str]:
+        """A sentence on flags, and one for each role on how the entropy of its last layer went."""
+        last = {layer.role: layer for layer in self.layers}
+        return [_of_flags(self.flags), *(_of_entropy(layer) for layer in last.values())]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "archive": str(self.archive),
+            "verdict": self.verdict,
+            "steps": list(self.steps),
+            "images": list(self.images),
+            "flags": [flag.state_dict() for flag in self.flags],
+            "layers": [_layer_as_dict(layer) for layer in self.layers],
+        }
+
+
+def summarise_run(run: str | Path) -> RunSummary:
+    """What has become of a run: its archive folder, or the log directory that holds it."""
+    archive = find_archive(run)
+    steps: list[int] = []
+    images: tuple[str, ...] = ()
+    flags: list[HealthFlag] = []
+    attention: dict[tuple[str, int], LayerAttention] = {}
+    curves: dict[tuple[str, int], dict[str, list[Point]]] = {}
+    for snapshot in read_archive(archive):
+        steps.append(snapshot.step)
+        images = snapshot.names
+        flags += snapshot.flags
+        attention.update(snapshot.layers)
+        for key in snapshot.layers:
+            for metric, value in snapshot.metrics.of_layer(*key).items():
+                if math.isfinite(value):
+                    curves.setdefault(key, {}).setdefault(metric, []).append(Point(snapshot.step, value))
+    layers = [
+        LayerSummary.of(
+            role, a, [Curve(metric, tuple(points)) for metric, points in curves.get((role, layer), {}).items()]
+        )
+        for (role, layer), a in attention.items()
+    ]
+    return RunSummary(archive, tuple(steps), images, tuple(flags), tuple(layers))
+
+
+def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
+    """Tell on one screen what has become of a run's attention: a verdict, health flags, and each metric's course.
+
+    A metric's best step is told where more, or less, is better whatever the model: overlap with ground truth (jaccard)
+    and the share of outlier tokens. Of all others, the lowest and the highest value with their steps.
+    For example: attn-monitor summary runs/version_0
+
+    Args:
+        run: the archive of a run, or the log directory that holds it.
+        every_layer: all metrics of each watched layer; else of each role's last, and the others' entropy.
+        json: print JSON, for scripts.
+    """
+    found = summarise_run(run)
+    if json:
+        print(jsonlib.dumps(found.as_dict(), indent=1))
+        return
+    first, last = found.steps[0], found.steps[-1]
+    print(f"{found.archive}: {len(found.steps)} snapshots, steps {first:,} to {last:,}")
+    print(f"images: {', '.join(found.images)}")
+    print("\n" + "\n".join(found.verdict))
+    for flag in found.flags:
+        print(f"  {flag.kind}: {flag}")
+    last_of = {layer.role: layer.layer for layer in found.layers}
+    for layer in found.layers:
+        all_metrics = every_layer or layer.layer == last_of[layer.role]
+        rows = [_row(curve) for curve in layer.curves if all_metrics or curve.metric == "entropy"]
+        print(f"\n{layer.title}")
+        print_table([TITLES, *rows] if rows else [["  no metrics were measured"]])
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A bar for each value, from the smallest to the largest; values that are all the same are a line at the bottom."""
+    low, span = min(values), max(values) - min(values)
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1)) if span > 0 else 0] for v in values)
+
+
+def _row(curve: Curve) -> tuple[str, ...]:
+    best = "" if curve.best is None else f"{_at(curve.best)} ({BEST[curve.metric]})"
+    shown = thin([point.step for point in curve.points], SPARKLINE)
+    bars = sparkline([curve.points[i].value for i in shown])
+    ends = _number(curve.first.value), _number(curve.last.value)
+    return f"  {curve.metric}", ends[0], best, _at(curve.low), _at(curve.high), ends[1], bars
+
+
+def _at(point: Point) -> str:
+    return f"{_number(point.value)} @ {point.step:,}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _layer_as_dict(layer: LayerSummary) -> dict[str, Any]:
+    facts = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "curves"}
+    return {**facts, "metrics": {curve.metric: _curve_as_dict(curve) for curve in layer.curves}}
+
+
+def _curve_as_dict(curve: Curve) -> dict[str, Any]:
+    ends = {name: getattr(curve, name)._asdict() for name in ("first", "low", "high", "last")}
+    best = None if curve.best is None else {**curve.best._asdict(), "is": BEST[curve.metric]}
+    return {**ends, "best": best, "steps": [p.step for p in curve.points], "values": [p.value for p in curve.points]}
+
+
+def _of_flags(flags: Sequence[HealthFlag]) -> str:
+    if not flags:
+        return "No health flag was raised."
+    first = min(flags, key=lambda flag: flag.step)
+    count = "One health flag was" if len(flags) == 1 else f"{len(flags)} health flags were"
+    return f"{count} raised, the first at step {first.step:,} ({first.kind}, {first.role}, layer {first.layer})."
+
+
+def _of_entropy(layer: LayerSummary) -> str:
+    """When it turned: the extreme that lies between the ends and beyond both of them is told with its step."""
+    where = f"{layer.role}, layer {layer.layer}:"
+    curve = next((c for c in layer.curves if c.metric == "entropy"), None)
+    if curve is None:
+        return f"{where} no entropy was measured."
+    first, last = curve.first, curve.last
+    ends = sorted([first.value, last.value])
+    turn = max((curve.low, curve.high), key=lambda p: max(ends[0] - p.value, p.value - ends[1]))
+    if max(ends[0] - turn.value, turn.value - ends[1]) > CHANGED:
+        there, back = ("fell", "rose") if turn.value < first.value else ("rose", "fell")
+        return (
+            f"{where} entropy {there} from {first.value:.2f} to {turn.value:.2f} at step {turn.step:,}, and {back} to "
+            f"{last.value:.2f} since."
+        )
+    if abs(last.value - first.value) <= CHANGED:
+        return f"{where} entropy stayed at {last.value:.2f} ({'near uniform' if last.value > 0.99 else 'no change'})."
+    return (
+        f"{where} entropy {'fell' if last.value < first.value else 'rose'} from {first.value:.2f} to {last.value:.2f}."
+    )

@@ -54,7 +54,7 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
             f"no vision transformer was found in {type(module).__name__}. Looked at {children} for a module that holds "
             "both a patch embedding and attention. Name it yourself: targets={'student': 'path.of.the.backbone'}"
         )
-    return _name_roles(paths)
+    return name_roles(paths)
 
 
 def _inside(path: str, ancestor: str) -> bool:
@@ -92,7 +92,8 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _name_roles(paths: list[str]) -> dict[str, str]:
+def name_roles(paths: list[str]) -> dict[str, str]:
+    """Role to path, by the rules of `find_backbones`; students and backbones before teachers."""
     roles: dict[str, str] = {}
     unnamed = []
     for path in paths:

@@ -84,6 +84,16 @@ def claim_again(folder: Path, run: str | None) -> Claim | None:
     return Claim(folder, run, handle)
 
 
+def claim_to_fill(folder: Path) -> Claim | None:
+    """An archive folder to add to, whoever began it; None where a process writes there now.
+
+    What is added has to belong there, which the caller knows.
+    """
+    if (os.getpid(), folder.resolve()) in _held:
+        return None
+    return claim_again(folder, _owner(folder))
+
+
 def _names(base: str, first: int) -> Iterator[str]:
     return (base if number == 1 else f"{base}-{number}" for number in itertools.count(first))
 
@@ -138,6 +148,17 @@ def _sign(handle: int, run: str) -> None:
     line = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
     with suppress(OSError):  # a full disk: the folder is ours all the same, but a resumed run takes another
         os.write(handle, (json.dumps(line) + "\n").encode())
+
+
+def _owner(folder: Path) -> str | None:
+    try:
+        handle = os.open(folder / CLAIM, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return _signed_by(handle)
+    finally:
+        os.close(handle)
 
 
 def _signed_by(handle: int) -> str | None:

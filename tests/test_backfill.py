@@ -1,0 +1,266 @@
+"""A timeline made from checkpoints is the one that the callback recorded."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from attn_monitor import (
+    ArchiveError,
+    AttentionMapCallback,
+    AttentionMonitor,
+    AttentionSnapshot,
+    HealthLimits,
+    ProbeBatch,
+    load_snapshots,
+)
+from attn_monitor.errors import CheckpointError
+from attn_monitor.offline import cli
+from attn_monitor.offline.backfill import Backfilled, backfill_run
+from attn_monitor.offline.checkpoint_folder import step_in_name
+from attn_monitor.record.folder_claim import claim_free
+from tests.events import Events
+from tests.helpers import Distillation, loader, tiny_vit, trainer
+
+EASILY_RAISED = HealthLimits(high_entropy=0.5, low_entropy=0.0, snapshots=2, steps=3, peak=0.07)
+STEPS = [0, 2, 4, 6, 8]
+
+
+class AveragedInTheStep(Distillation):
+    """The teacher follows before each step, so that a checkpoint holds the models that stand between two steps."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        super().on_train_batch_end()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None: ...
+
+
+class SavedAtTheStart(pl.Callback):
+    """A checkpoint of step 0, which ModelCheckpoint does not write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "start.ckpt")
+
+
+def training(folder: Path) -> None:
+    """Train, watched, with a checkpoint every other step."""
+    checkpoints = folder / "checkpoints"
+    callbacks = [
+        AttentionMapCallback(ProbeBatch(torch.randn(2, 3, 32, 32)), every_n_train_steps=2, health=EASILY_RAISED),
+        SavedAtTheStart(checkpoints),
+        ModelCheckpoint(checkpoints, every_n_train_steps=2, save_top_k=-1),
+    ]
+    # One step more, as Lightning counts an epoch more once training has ended.
+    trainer(folder, *callbacks, enable_checkpointing=True, max_steps=9).fit(AveragedInTheStep(), loader(count=40))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice, and the health flags that are wanted here
+        training(folder)
+    return folder
+
+
+def live(run: Path) -> Path:
+    return run / "run" / "version_0"
+
+
+def recorded(run: Path) -> list[AttentionSnapshot]:
+    """What the callback recorded at the steps of checkpoints."""
+    return [s for s in load_snapshots(live(run) / "attn_monitor") if s.step in STEPS]
+
+
+def backfilled(run: Path, out: Path, checkpoints: Path | None = None, **arguments: Any) -> Backfilled:
+    probe = ProbeBatch.load(live(run) / "attn_monitor" / "probe.npz")
+    monitor = AttentionMonitor(probe, health=EASILY_RAISED)
+    return backfill_run(checkpoints or run / "checkpoints", tiny_vit(), monitor, out, **arguments)
+
+
+def test_it_is_what_the_callback_recorded(run: Path, tmp_path: Path) -> None:
+    result = backfilled(run, tmp_path / "out")
+    assert result.added == tuple(STEPS)
+    assert (result.there, result.left_out) == ((), {})
+    again, first = load_snapshots(result.archive), recorded(run)
+    assert [s.step for s in again] == [s.step for s in first] == STEPS
+    assert sum(len(s.flags) for s in first) >= 2
+    for a, b in zip(again, first, strict=True):
+        assert (a.names, a.roles, a.epoch, a.flags, a.flags_raised) == (
+            b.names, b.roles, b.epoch, b.flags, b.flags_raised
+        )  # fmt: skip
+        assert a.roles == ("student", "teacher")
+        assert a.metrics == b.metrics
+        for key, attention in a.layers.items():
+            assert torch.equal(attention.rows, b.layers[key].rows)
+    assert again[-1].metrics["student", 1, "student_teacher_divergence", None] > 0
+    assert again[-1].metrics["teacher", 1, "drift", None] > 0
+
+
+def test_loggers_get_what_they_got_live(run: Path, tmp_path: Path) -> None:
+    backfilled(run, tmp_path / "out")
+    again, first = Events(tmp_path / "out"), Events(live(run))
+    for kind in ("scalars", "images", "histograms"):
+        tags = {tag for tag in first.tags[kind] if tag.startswith("attn")}
+        assert tags == set(again.tags[kind])
+    for tag in again.tags["scalars"]:
+        assert again.scalars(tag) == [(step, value) for step, value in first.scalars(tag) if step in STEPS]
+    for tag in set(again.tags["images"]) - {"attn_timelapse"}:  # of all steps together
+        assert again.encoded(tag) == [(step, picture) for step, picture in first.encoded(tag) if step in STEPS]
+    assert set(again.tags["tensors"]) <= set(first.tags["tensors"])
+
+
+def test_it_is_resumed_and_gaps_are_filled(run: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some"
+    some.mkdir()
+    for name in ("start.ckpt", "epoch=0-step=4.ckpt"):
+        shutil.copy(run / "checkpoints" / name, some)
+    assert backfilled(run, tmp_path / "out", some).added == (0, 4)
+    result = backfilled(run, tmp_path / "out")
+    assert (result.added, result.there) == ((2, 6, 8), (0, 4))
+    assert backfilled(run, tmp_path / "out").added == ()
+    assert len(list((tmp_path / "out").glob("events*"))) == 2, "nothing to do opens no logger"
+    for a, b in zip(load_snapshots(result.archive), recorded(run), strict=True):
+        for key, value in a.metrics.items():
+            if key.metric != "drift":  # the snapshot before was another one
+                assert value == b.metrics[key]
+
+
+def test_flags_are_those_of_a_run_without_a_break(run: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some"
+    some.mkdir()
+    for name in ("start.ckpt", "epoch=0-step=2.ckpt"):
+        shutil.copy(run / "checkpoints" / name, some)
+    backfilled(run, tmp_path / "out", some)
+    result = backfilled(run, tmp_path / "out")
+    again, first = load_snapshots(result.archive), recorded(run)
+    assert [s.flags for s in again] == [s.flags for s in first]
+    before = again[2].metrics["teacher", 1, "drift", None]
+    assert before == pytest.approx(first[2].metrics["teacher", 1, "drift", None], abs=1e-4)
+
+
+def test_a_broken_checkpoint_is_named_and_skipped(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    whole = (folder / "epoch=0-step=6.ckpt").read_bytes()
+    (folder / "epoch=0-step=6.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, folder / "another-9.pt")
+    shutil.copy(folder / "epoch=0-step=8.ckpt", folder / "last.ckpt")
+    probe = str(live(run) / "attn_monitor" / "probe.npz")
+    with pytest.raises(ArchiveError, match=r"2 checkpoints are left out: epoch=0-step=6.ckpt, another-9.pt"):
+        cli.backfill(str(folder), model="tests.helpers:tiny_vit", probe=probe, out=str(tmp_path / "out"), logger="none")
+    said = capsys.readouterr()
+    assert [s.step for s in load_snapshots(tmp_path / "out" / "attn_monitor")] == [0, 2, 4, 8]
+    assert "step-000000008.npz" in said.out
+    assert "4 snapshots added" in said.out
+    assert "epoch=0-step=6.ckpt: no readable file of weights" in said.err
+    assert "another-9.pt: a VisionTransformer was looked for below every name" in said.err
+    assert "last.ckpt is of step 8, as is epoch=0-step=8.ckpt, which is taken" in said.err
+    assert (tmp_path / "out" / "attn_monitor" / "pictures" / "attn_maps-image0.jpg").exists()
+
+
+def test_one_role_by_its_key(run: Path, tmp_path: Path) -> None:
+    result = backfilled(run, tmp_path / "out", key="state_dict.teacher_backbone", loggers=())
+    (first, *_) = load_snapshots(result.archive)
+    assert first.roles == ("teacher",)
+    (result.archive / "step-000000008.npz").unlink()
+    with pytest.raises(ArchiveError, match=r"holds teacher, layer 1: 4 heads.*would add student, layer 1"):
+        backfilled(run, tmp_path / "out", key="state_dict.student_backbone", loggers=())
+
+
+def test_plain_weights_with_a_number(run: Path, tmp_path: Path) -> None:
+    for number in (5, 30):
+        torch.save(tiny_vit().state_dict(), tmp_path / f"checkpoint{number:04d}.pth")
+    result = backfilled(run, tmp_path / "out", tmp_path, loggers=())
+    assert result.added == (5, 30)
+    assert load_snapshots(result.archive)[0].roles == ("backbone",)
+
+
+def test_the_archive_of_others_is_left_alone(run: Path, tmp_path: Path) -> None:
+    claim = claim_free(tmp_path, "attn_monitor")
+    with pytest.raises(ArchiveError, match="another process writes here"):
+        backfilled(run, tmp_path)
+    claim.release()
+    ProbeBatch(torch.randn(2, 3, 32, 32)).save(tmp_path / "attn_monitor" / "probe.npz")
+    with pytest.raises(ArchiveError, match="is of other images; pass --probe"):
+        backfilled(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("epoch=3-step=1200.ckpt", 1200), ("checkpoint0040.pth", 40), ("model_0012500.rank_0.pth", 12500)],
+)
+def test_steps_in_names(name: str, step: int) -> None:
+    assert step_in_name(Path(name)) == step
+    assert step_in_name(Path("checkpoint-500") / "pytorch_model.bin") == 500
+    with pytest.raises(CheckpointError, match=r"best\.ckpt: at which step"):
+        step_in_name(Path("best.ckpt"))
+
+
+class SavedAfter(pl.Callback):
+    """Checkpoints after some batches, where ModelCheckpoint warns of manual optimization."""
+
+    def __init__(self, folder: Path, batches: tuple[int, ...]) -> None:
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx in self.batches:
+            trainer.save_checkpoint(self.folder / f"{batch_idx}.ckpt")
+
+
+class BothOptimize(AveragedInTheStep):
+    """Two optimizers by hand: Lightning's global_step counts both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(m.parameters(), 0.1) for m in (self.student_backbone, self.head)]
+
+
+def test_steps_are_those_of_loggers_with_two_optimizers(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    callbacks = [
+        AttentionMapCallback(ProbeBatch(torch.randn(2, 3, 32, 32)), every_n_train_steps=2),
+        SavedAfter(checkpoints, batches=(1, 3)),
+    ]
+    trainer(tmp_path, *callbacks).fit(BothOptimize(), loader(count=40))
+    result = backfilled(tmp_path, tmp_path / "out", loggers=())
+    assert result.added == (2, 4)
+    rows = {s.step: s.rows("teacher") for s in load_snapshots(live(tmp_path) / "attn_monitor")}
+    for snapshot in load_snapshots(result.archive):
+        assert np.array_equal(snapshot.rows("teacher"), rows[snapshot.step])
+
+
+def test_weights_and_biases(run: Path, tmp_path: Path, offline: Path) -> None:
+    result = backfilled(run, tmp_path / "out", loggers="wandb")
+    assert len(result.added) == 5
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("files/media/images/attn_maps/*.jpg"))

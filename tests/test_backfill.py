@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attn_monitor import (
@@ -187,8 +188,10 @@ def test_one_role_by_its_key(run: Path, tmp_path: Path) -> None:
 def test_plain_weights_with_a_number(run: Path, tmp_path: Path) -> None:
     for number in (5, 30):
         torch.save(tiny_vit().state_dict(), tmp_path / f"checkpoint{number:04d}.pth")
+    (tmp_path / "checkpoint-500").mkdir()
+    save_file(tiny_vit().state_dict(), tmp_path / "checkpoint-500" / "model.safetensors")
     result = backfilled(run, tmp_path / "out", tmp_path, loggers=())
-    assert result.added == (5, 30)
+    assert result.added == (5, 30, 500)
     assert load_snapshots(result.archive)[0].roles == ("backbone",)
 
 

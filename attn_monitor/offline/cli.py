@@ -5,22 +5,29 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from attn_monitor.errors import AttentionError
+from attn_monitor.offline.backfill import backfill
 from attn_monitor.offline.check import check
+from attn_monitor.offline.compare import compare
 from attn_monitor.offline.replay import replay
 from attn_monitor.offline.show import show
+from attn_monitor.offline.summary import summary
 from attn_monitor.offline.video import video
 
-COMMANDS: list[Callable[..., None]] = [check, show, replay, video]
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+COMMANDS: list[Callable[..., None]] = [check, show, video, replay, backfill, compare, summary]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `attn-monitor`: mistakes are told in one line, without a traceback."""
-    from jsonargparse import auto_cli
-
+    parsed = _parser().parse_args(spelled_out(sys.argv[1:] if arguments is None else arguments))
+    command = next(c for c in COMMANDS if c.__name__ == parsed.subcommand)
     try:
-        auto_cli([*COMMANDS], as_positional=True, args=spelled_out(sys.argv[1:]), allow_abbrev=True)
+        command(**{k: v for k, v in parsed[parsed.subcommand].as_dict().items() if k != "config"})
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
     except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
@@ -39,6 +46,34 @@ def spelled_out(words: Sequence[str]) -> list[str]:
                 equals, value = "=", "true"
         spelled.append(option + equals + value)
     return spelled
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="attn-monitor", description="Attention of checkpoints and of runs that have ended.")
+    commands = parser.add_subcommands(required=True)
+    for command in COMMANDS:
+        commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
+    return parser
+
+
+def _parser_of(command: Callable[..., None]) -> ArgumentParser:
+    """A function's keyword-only parameters are options on the command line too."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description=_description(command), allow_abbrev=True)
+    parser.add_argument("--config", action="config", help="a YAML file with arguments")
+    parameters = inspect.signature(command).parameters.values()
+    options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)
+    parser.add_function_arguments(command, skip=positional, as_group=False)
+    return parser
+
+
+def _description(command: Callable[..., None]) -> str:
+    return (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
 
 
 if __name__ == "__main__":

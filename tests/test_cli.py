@@ -185,7 +185,8 @@ def test_show_draws_a_folder(tmp_path: Path, photographs: Path, capsys: pytest.C
     cli.show(MODEL, str(photographs), out=str(tmp_path), size=(32, 48), layers="all", weights=False)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {f"{n}-layer{i}.png" for n in ("astronaut", "chelsea", "coffee", "rocket") for i in (0, 1)} | {
-        "attention.npz"
+        "attention.npz",
+        "probe.npz",
     }
     assert AttentionSnapshot.load(tmp_path / "attention.npz").maps("backbone").shape == (4, 4, 4, 6)
     assert np.asarray(Image.open(tmp_path / "coffee-layer1.png")).std() > 10

@@ -108,7 +108,7 @@ SINGLE = {"heatmap.png", "overlay.png", "mask_th0.6_mean.png"} | {
 
 def test_single_pictures_of_one_image(tmp_path: Path, photographs: Path) -> None:
     files = show(tmp_path, photographs / "coffee.png", separate=True)
-    assert files == SINGLE | {"img.png", "coffee-layer1.png", "attention.npz"}
+    assert files == SINGLE | {"img.png", "coffee-layer1.png", "attention.npz", "probe.npz"}
     assert {pixels(tmp_path / name).shape for name in SINGLE | {"img.png"}} == {(32, 48, 3)}
 
 
@@ -117,7 +117,7 @@ def test_single_pictures_of_several_images_and_layers(
 ) -> None:
     files = show(tmp_path, photographs, separate=True, layers="all", num_images=2, heads="mean")
     mean = {name for name in SINGLE if "head" not in name}
-    assert files == {"attention.npz"} | {
+    assert files == {"attention.npz", "probe.npz"} | {
         path
         for name in ("astronaut", "rocket")
         for path in (

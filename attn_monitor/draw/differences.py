@@ -80,7 +80,7 @@ def comparison(
     difference how much of the attention is elsewhere: half the sum of absolute differences.
     """
     sections = [_section(pair, key, image, photo, truth, options) for key in layers]
-    width = max(76 * GAP, *(section.size[1] for section in sections))
+    width = max(80 * GAP, *(section.size[1] for section in sections))
     top = HEADER + 3 * LINE
     canvas = Image.fromarray(blank_picture(width, top + sum(section.size[0] for section in sections) + 2 * LEGEND))
     draw_text(canvas, (GAP, 7), pair[0].names[image], 17)

@@ -34,15 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """Options as jsonargparse takes them: dashes become underscores, and a switch alone means true."""
-    parameters = [p for command in COMMANDS for p in inspect.signature(command).parameters.values()]
-    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    """Options as jsonargparse takes them: underscores, the full name where one begins so, true for a switch alone."""
+    command = next((c for c in COMMANDS if c.__name__ == next(iter(words), "")), None)
+    parameters = [] if command is None else inspect.signature(command).parameters.values()
+    switches = {f"--{p.name}": isinstance(p.default, bool) for p in parameters}
     spelled = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
-            if option in switches and not equals and following.lower() not in ("true", "false"):
+            begin_so = [known for known in switches if known.startswith(option)]
+            option = begin_so[0] if len(begin_so) == 1 else option
+            if switches.get(option) and not equals and following.lower() not in ("true", "false"):
                 equals, value = "=", "true"
         spelled.append(option + equals + value)
     return spelled
@@ -62,7 +65,7 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     """A function's keyword-only parameters are options on the command line too."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=_description(command), allow_abbrev=True)
+    parser = ArgumentParser(description=_description(command))
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
     parameters = inspect.signature(command).parameters.values()
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

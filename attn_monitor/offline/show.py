@@ -61,7 +61,7 @@ def show(
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
         images: an image file or a folder.
-        out: folder for the pictures and for attention.npz (an AttentionSnapshot).
+        out: folder for the pictures, attention.npz (an AttentionSnapshot) and probe.npz, which `compare` takes.
         checkpoint: file or folder of weights to load instead of the library's own: of Lightning, DINO, DINOv2 or
             DINOv3, of torch.save, safetensors or torch.distributed.checkpoint.
         key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as
@@ -111,8 +111,10 @@ def show(
     with writing_to(Path(out)) as folder:
         for path in _write_pictures(folder, without_outliers(snapshot, outliers), probe, outliers, options, separate):
             print_path(path)
+        probe.save(folder / "probe.npz")  # `compare` needs it to know that two results show the same images
         snapshot.save(folder / "attention.npz")
         print_path(folder / "attention.npz")
+        print_path(folder / "probe.npz")
         if raw:
             settings: dict[str, Any] = {"names": probe.names, "layers": captured, "query": monitor.query}
             for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):

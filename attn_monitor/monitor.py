@@ -16,7 +16,7 @@ from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verif
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
-from attn_monitor.measure.metrics import TOKEN_METRICS, measure, select_metrics, summarise
+from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, select_metrics, summarise
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -210,10 +210,3 @@ class AttentionMonitor:
                 tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
             )
         return known
-
-
-def check_threshold(threshold: float) -> float:
-    """The mask's threshold, if it is one."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6")
-    return threshold

@@ -230,3 +230,36 @@ def test_replay_redraws_a_run(tmp_path: Path) -> None:
         assert animation.n_frames == 4
     assert (tmp_path / "o" / "image3-filmstrip.png").exists()
     assert (tmp_path / "o" / "image0-panel.png").exists()
+
+
+def test_without_a_command_there_is_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "usage: attn-monitor" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        """Like Ctrl-C."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "COMMANDS", [interrupted])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(["interrupted"])
+    assert capsys.readouterr().err == "attn-monitor: interrupted\n"
+
+
+def test_a_reader_that_has_had_enough_is_no_mistake(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "attn_monitor", "summary", str(FIRST / "distillation")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # before anything is written, as `head` does after its lines
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_replay_refuses_an_impossible_threshold(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"threshold=2: expected a share of attention mass above 0 and up to 1"):
+        cli.replay(str(FIRST / "distillation"), out=str(tmp_path / "o"), threshold=2)
+    assert not (tmp_path / "o").exists()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attn_monitor.draw.colormap import COLORMAPS
 from attn_monitor.draw.scales import SCALES
+from attn_monitor.measure.metrics import check_threshold
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DrawingOptions:
     colormap: str = "inferno"
 
     def __post_init__(self) -> None:
+        check_threshold(self.threshold)
         if self.scale not in SCALES:
             expected = " or ".join(f'"{name}" ({scale.description})' for name, scale in SCALES.items())
             raise ValueError(f"scale={self.scale!r}: expected {expected}")

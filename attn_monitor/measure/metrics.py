@@ -158,6 +158,13 @@ METRICS_OF_ANY_WEIGHTS = {
 }  # the others are of distributions, which signed weights are not
 
 
+def check_threshold(threshold: float) -> float:
+    """The mask's threshold, if it is one."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6")
+    return threshold
+
+
 def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
     """Names of metrics: None for those on by default, "all", or the names given; an unknown one is an error."""
     if metrics is None:

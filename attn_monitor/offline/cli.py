@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from attn_monitor.errors import AttentionError
@@ -29,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command(**{k: v for k, v in parsed[parsed.subcommand].as_dict().items() if k != "config"})
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
+    except KeyboardInterrupt:
+        print("attn-monitor: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
 
@@ -39,7 +47,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     parameters = [] if command is None else inspect.signature(command).parameters.values()
     switches = {f"--{p.name}": isinstance(p.default, bool) for p in parameters}
     spelled = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")

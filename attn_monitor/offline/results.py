@@ -21,6 +21,8 @@ def writing_to(folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror or error
         raise OSError(f"out={folder}: cannot be written to ({reason}); pass another folder, or make room") from error

@@ -19,7 +19,7 @@ from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
-from attn_monitor.monitor import check_threshold
+from attn_monitor.measure.metrics import check_threshold
 from attn_monitor.offline.devices import choose_device, move_to
 from attn_monitor.offline.frames import read_frames
 from attn_monitor.offline.models import load_model

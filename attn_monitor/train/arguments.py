@@ -14,8 +14,7 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import Verify, check_verify
 from attn_monitor.measure.health import HealthLimits
-from attn_monitor.measure.metrics import select_metrics
-from attn_monitor.monitor import check_threshold
+from attn_monitor.measure.metrics import check_threshold, select_metrics
 from attn_monitor.probe.probe_batch import ProbeBatch
 
 Probe = str | os.PathLike[str] | Tensor | ProbeBatch

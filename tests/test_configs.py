@@ -107,7 +107,7 @@ def test_the_first_line_names_the_config_itself_and_settings_are_below(config: P
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_trains(config: Path, tmp_path: Path) -> None:
-    quiet = {**os.environ, "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    quiet = {**wandb_runs.without_wandb(os.environ), "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
     words = [*command(config), "--trainer.max_steps", "2"]
     ran = subprocess.run(words, cwd=tmp_path, env=quiet, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

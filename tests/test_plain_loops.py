@@ -21,7 +21,8 @@ def run(example: str, folder: Path, *options: str) -> Path:
     """Five steps with a snapshot every two; the folder with the results."""
     out = folder / "out"
     command = [sys.executable, EXAMPLES / example, "--steps", "5", "--every", "2", "--folder", out, *options]
-    offline = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(folder / "cache")}
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(folder / "cache")}
+    offline = {**wandb_runs.without_wandb(os.environ), **settings}
     ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert f"logs are in {out}" in ran.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ def axes(folder: Path) -> dict[str, str]:
     """The step metric of each pattern of names that one was defined for."""
     metrics = [r.metric for r in records(folder) if r.WhichOneof("record_type") == "metric"]
     return {m.glob_name or m.name: m.step_metric for m in metrics if m.step_metric}
+
+
+def without_wandb(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which a process starts a W&B service of its own, and not this one's, which may have ended."""
+    return {name: value for name, value in environment.items() if not name.startswith("WANDB_")}

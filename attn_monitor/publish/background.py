@@ -90,7 +90,7 @@ class Outbox:
             self._changed.notify_all()
 
     def drain(self, patience: Patience) -> bool:
-        """Wait until all is done; False when that takes too long, or what is left fails for now."""
+        """Wait until all is done; False when that takes too long, or what is left fails at present."""
 
         def failing() -> bool:
             return bool(self._jobs) and self._failures.pause(self._jobs[0].part) > 0
@@ -167,7 +167,7 @@ class Outbox:
 
     def _try(self, job: Job) -> BaseException | None:
         if not self._closing and self._failures.pause(job.part):
-            return Paused()  # pictures of a logger that fails for now
+            return Paused()  # pictures of a logger that fails at present
         try:
             job.action()
         except BaseException as error:  # whatever it is, SystemExit too, must not end the thread

@@ -1,1 +1,1 @@
-"""What is kept: the probe's images, snapshots of their attention, and the archive folder on disk."""
+"""What is kept: snapshots of attention, and the archive folder on disk."""

@@ -73,7 +73,7 @@ def backfill_run(
 
     found = _by_step(Path(checkpoints), leave_out, tell)
     with _claimed(archive, monitor.probe) as claim:
-        done = {step_of(path): path for path in snapshot_paths(archive)}
+        done = _readable(archive, tell)
         there, missing = sorted(found.keys() & done.keys()), sorted(found.keys() - done.keys())
         past = [step for step in sorted(done) if missing and step < missing[0]]
         for step in past:
@@ -83,7 +83,7 @@ def backfill_run(
             _opened(loggers if missing else (), Path(out), claim) as opened,
             _publishing(opened, monitor, archive, scale, tell) as publish,
         ):
-            backbones = _Backbones(model, key, tell)
+            backbones = _Backbones(model, key, tell, () if monitor.previous is None else monitor.previous.roles)
             for step in progress(ahead, "backfilling"):
                 if step in done:
                     _remember(monitor, load_step(done[step]))
@@ -177,11 +177,24 @@ def _by_step(folder: Path, leave_out: Callable[[Path, Exception], None], tell: T
     return found
 
 
-class _Backbones:
-    """One model for each role of the checkpoints; the roles are those of the first checkpoint."""
+def _readable(archive: Path, tell: Tell) -> dict[int, Path]:
+    """Snapshots of the archive by step; one that cannot be read is told, and may be made again."""
+    readable = {}
+    for path in snapshot_paths(archive):
+        try:
+            load_step(path)
+        except (ArchiveError, OSError) as error:
+            tell(f"not counted as there: {error}")
+        else:
+            readable[step_of(path)] = path
+    return readable
 
-    def __init__(self, model: nn.Module, key: str | None, tell: Tell) -> None:
-        self._model, self._key, self._tell = model, key, tell
+
+class _Backbones:
+    """One model for each role of the checkpoints: the roles of the archive's past, else of the first checkpoint."""
+
+    def __init__(self, model: nn.Module, key: str | None, tell: Tell, roles: Sequence[str]) -> None:
+        self._model, self._key, self._tell, self._roles = model, key, tell, set(roles)
         self._by_role: dict[str, nn.Module] = {}
 
     def load(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
@@ -193,11 +206,12 @@ class _Backbones:
             loaded = load_checkpoint(model, str(checkpoint.path), key=places[role])
             if role not in self._by_role:
                 self._tell(f"{role}: {loaded}")
-        if self._by_role and models.keys() != self._by_role.keys():
+        if self._roles and models.keys() != self._roles:
             raise ArchiveError(
                 f"{checkpoint.path}: holds weights of {', '.join(models)}, and the checkpoints before it of "
-                f"{', '.join(self._by_role)}"
+                f"{', '.join(sorted(self._roles))}"
             )
+        self._roles = set(models)
         self._by_role = models
         return models
 

@@ -2,4 +2,5 @@
 
 from attn_monitor.offline.cli import main
 
-main()
+if __name__ == "__main__":  # importing the module, as one does who imports every module, runs nothing
+    main()

@@ -19,14 +19,14 @@ def parts(folder: Path) -> list[Path]:
 
 def records(folder: Path) -> list[Any]:
     """Every record of the one finished run below a folder."""
-    (path,) = folder.rglob("run-*.wandb")
     deadline = time.monotonic() + 30
     while True:
-        found = _read(path.read_bytes())
-        # W&B's own process may write the end of the file after `finish` has returned.
+        # W&B's own process may make the file, and write its end, after `finish` has returned.
+        files = list(folder.rglob("run-*.wandb"))
+        found = _read(files[0].read_bytes()) if len(files) == 1 else []
         if found and found[-1].WhichOneof("record_type") == "exit":
             return found
-        assert time.monotonic() < deadline, f"{path} does not end as a finished run does"
+        assert time.monotonic() < deadline, f"{folder} does not hold one finished run: {files}"
         time.sleep(0.1)
 
 

@@ -49,7 +49,7 @@ def test_mass_mask_is_the_smallest_set_that_reaches_the_threshold(p: np.ndarray,
     reached = float(p[got.numpy()].sum() / p.sum())
     assert reached >= threshold - 2e-6
     assert int(got.sum()) == sum(mask_by_the_papers_words(p.tolist(), threshold))
-    assert p[got.numpy()].min() >= p[~got.numpy()].max(initial=0)
+    assert p[got.numpy()].min() >= p[~got.numpy()].max(initial=0) - 1e-9  # normalised, neighbours of float64 are equal
 
 
 def test_mass_mask_keeps_the_crossing_patch() -> None:

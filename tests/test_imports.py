@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "record": {"measure"},
     "probe": {"record"},
     "draw": {"record", "measure"},
-    "publish": {"draw", "probe", "record", "measure"},
+    "player": {"draw", "probe", "record", "measure"},
+    "publish": {"player", "draw", "probe", "record", "measure"},
     "train": {"publish", "draw", "probe", "record", "measure", "capture", "distributed", "monitor"},
 }
 SHOWS_ITSELF = ("record/snapshot.py", "draw")  # in notebooks: two methods that import what draws it when called

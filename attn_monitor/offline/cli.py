@@ -14,6 +14,7 @@ from attn_monitor.offline.backfill import backfill
 from attn_monitor.offline.check import check
 from attn_monitor.offline.compare import compare
 from attn_monitor.offline.replay import replay
+from attn_monitor.offline.report import report
 from attn_monitor.offline.show import show
 from attn_monitor.offline.summary import summary
 from attn_monitor.offline.video import video
@@ -21,7 +22,7 @@ from attn_monitor.offline.video import video
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-COMMANDS: list[Callable[..., None]] = [check, show, video, replay, backfill, compare, summary]
+COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,99 @@
+"""Snapshots as the page reads them: facts in plain values, and for each layer a block of 16-bit numbers.
+
+A block holds what all roles have of one layer at one step. Its float16 numbers stand as two planes, all low bytes
+before all high bytes, which deflates to a quarter less; colours follow as single bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.measure.health import HealthFlag
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+Layout = list[dict[str, Any]]
+
+
+def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
+    """What the snapshot's layers are, in the order in which their numbers stand in blocks; ``features`` as in `block`.
+
+    ``prefix`` tokens stand before the patches of a row; ``colors`` says whether there are some, ``features`` how many
+    a patch has.
+    """
+    return [
+        {
+            "role": role,
+            "layer": layer,
+            "name": a.name,
+            "model": a.model,
+            "query": a.query,
+            "places": a.places,
+            "kind": a.kind,
+            "mixed": a.mixed,
+            "prefix": a.num_prefix,
+            "grid": list(a.grid),
+            "heads": a.rows.shape[1],
+            "colors": _optional(a, "colors") is not None,
+            "features": _width(a) if features else 0,
+        }
+        for (role, layer), a in snapshot.layers.items()
+    ]
+
+
+def block(snapshot: AttentionSnapshot, layer: int, *, features: bool = True) -> bytes:
+    """Rows (B, H, T) of every role's layer, then ``features`` (B, N, K), then colours (B, N, 3) of 0…255; deflated."""
+    parts = [a for (_, index), a in snapshot.layers.items() if index == layer]
+    numbers = [a.rows for a in parts]
+    numbers += [f for a in parts if features and (f := _optional(a, "features")) is not None]
+    colours = [c for a in parts if (c := _optional(a, "colors")) is not None]
+    halves = np.concatenate([n.half().numpy().astype("<f2").ravel() for n in numbers]).view(np.uint8).reshape(-1, 2)
+    bytes_of_colours = [(c.clamp(0, 1).nan_to_num() * 255).round().byte().numpy().tobytes() for c in colours]
+    return zlib.compress(np.ascontiguousarray(halves.T).tobytes() + b"".join(bytes_of_colours), 6)
+
+
+def blocks(snapshot: AttentionSnapshot, *, features: bool = True) -> dict[int, bytes]:
+    """`block` of each layer."""
+    layers = dict.fromkeys(layer for _, layer in snapshot.layers)
+    return {layer: block(snapshot, layer, features=features) for layer in layers}
+
+
+def has_features(snapshot: AttentionSnapshot) -> bool:
+    """Whether a layer has features of its patches."""
+    return any(_width(a) > 0 for a in snapshot.layers.values())
+
+
+def measured(snapshot: AttentionSnapshot) -> dict[str, Any]:
+    """Metrics by "role/layer/metric": the mean, and where heads have their own, theirs after it; NaN is None."""
+    values: dict[str, list[float | None]] = {}
+    for key, value in snapshot.metrics.items():
+        if key.head is None:
+            values.setdefault(f"{key.role}/{key.layer}/{key.metric}", []).insert(0, _short(value))
+        else:
+            values.setdefault(f"{key.role}/{key.layer}/{key.metric}", []).append(_short(value))
+    return values
+
+
+def flag_of(flag: HealthFlag) -> Mapping[str, Any]:
+    """A flag in plain values; ``words`` is what people are told."""
+    return {**flag.state_dict(), "words": str(flag)}
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _optional(attention: LayerAttention, name: str) -> Tensor | None:
+    found: Tensor | None = getattr(attention, name, None)
+    return found
+
+
+def _width(attention: LayerAttention) -> int:
+    features = _optional(attention, "features")
+    return 0 if features is None else features.shape[-1]

@@ -1,0 +1,193 @@
+"""What a page shows of a run: its images, its steps with their metrics and flags, and how many of them fit."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from attn_monitor.draw.colormap import COLORMAPS, colour_table
+from attn_monitor.errors import ArchiveError
+from attn_monitor.player import blocks
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.archive import load_step, snapshot_paths, step_of
+from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.history import thin
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+PHOTO, FEW = 512, 16  # pixels of a photograph's longer side at most, half of it where there are more than so many
+FEATURE_STEPS = 8  # that keep their features where those of all steps would be too many
+BASE64 = 4 / 3  # characters for a byte
+MOST_VALUES = 200_000  # of metrics; beyond, those of single heads are left out
+
+
+@dataclass
+class Step:
+    """One snapshot as the page knows it: ``facts`` for JSON, ``blocks`` by layer, and its layout."""
+
+    facts: dict[str, Any]
+    layout: blocks.Layout
+    blocks: dict[int, bytes]
+    bare: dict[int, bytes] | None = None  # the same without features, where it has some
+
+    @property
+    def size(self) -> int:
+        """Bytes of its blocks."""
+        return sum(map(len, self.blocks.values()))
+
+    def without_features(self) -> None:
+        """Drop them."""
+        if self.bare is not None:
+            self.blocks, self.bare = self.bare, None
+            self.layout = [{**entry, "features": 0} for entry in self.layout]
+
+
+@dataclass
+class Contents:
+    """A run's images and steps; ``note`` says what was left out."""
+
+    name: str
+    images: dict[str, Any]
+    steps: list[Step]
+    note: str = ""
+
+    def manifest(self) -> dict[str, Any]:
+        """All but the blocks, in plain values. Layouts are told once each, and steps say which is theirs."""
+        layouts: list[blocks.Layout] = []
+        steps = []
+        every_head = sum(map(_values, self.steps)) <= MOST_VALUES
+        for step in self.steps:
+            if step.layout not in layouts:
+                layouts.append(step.layout)
+            facts = {**step.facts, "layout": layouts.index(step.layout)}
+            if not every_head:
+                facts["metrics"] = {key: values[:1] for key, values in facts["metrics"].items()}
+            steps.append(facts)
+        return {"name": self.name, **self.images, "note": self.note, "layouts": layouts, "steps": steps}
+
+
+def step_facts(snapshot: AttentionSnapshot) -> dict[str, Any]:
+    """Step, epoch, metrics and flags of a snapshot."""
+    flags = [blocks.flag_of(flag) for flag in snapshot.flags]
+    return {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}
+
+
+def images_of(probe: ProbeBatch) -> dict[str, Any]:
+    """Photographs as data URLs, ground truth as runs of pixels, and a hash by which runs of the same images are known."""
+    truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.masks.numpy())
+    longest = PHOTO if len(probe) <= FEW else PHOTO // 2
+    images = [
+        {"name": name, "photo": _data_url(photo, longest), "truth": [_runs(mask) for mask in truth if mask.any()]}
+        for name, photo, truth in zip(probe.names, probe.pixels, truths, strict=True)
+    ]
+    height, width = probe.images.shape[-2:]
+    same = hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest()[:16]
+    return {"images": images, "size": [height, width], "caption": probe.caption, "probe": same}
+
+
+def colour_tables() -> dict[str, str]:
+    """256 colours by name, as base64 of their bytes."""
+    return {name: base64.b64encode(colour_table(name).astype(np.uint8).tobytes()).decode() for name in COLORMAPS}
+
+
+def gather(folder: Path, name: str, room: float) -> Contents:
+    """What fits in ``room`` bytes of an archive, in base64. Steps are thinned evenly where there are too many.
+
+    Raises FileNotFoundError where there is nothing, and `ArchiveError` where nothing can be read or shown.
+    """
+    paths = snapshot_paths(folder)
+    if not paths or not (folder / "probe.npz").exists():
+        raise FileNotFoundError(f"{folder}: no {'probe.npz' if paths else 'snapshots (step-*.npz)'} here")
+    probe = ProbeBatch.load(folder / "probe.npz")
+    contents = Contents(name, images_of(probe), [])
+    room -= sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in contents.images["images"])
+    size = _largest_step(paths)
+    few = max(2, int(room / size)) if size else len(paths)
+    chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
+    broken: list[str] = []
+    contents.steps = list(_readable(chosen, probe, broken))
+    if not contents.steps:
+        raise ArchiveError(f"{folder}: no snapshot can be shown: {'; '.join(broken)}")
+    notes = _fit(contents, room)
+    if len(contents.steps) + len(broken) < len(paths):
+        notes.insert(0, f"{len(contents.steps)} of {len(paths)} snapshots, evenly spaced, so that the file stays small")
+    contents.note = ". ".join([*notes, *(f"Left out: {reason}" for reason in broken)])
+    return contents
+
+
+def _largest_step(paths: Sequence[Path]) -> float:
+    """Characters that a step takes at least: of a first, a middle and a last one that can be read."""
+    sizes = []
+    for path in {paths[0], paths[len(paths) // 2], paths[-1]}:
+        try:
+            found = blocks.blocks(load_step(path), features=False)
+        except (ArchiveError, OSError):
+            continue
+        sizes.append(sum(map(len, found.values())) * BASE64)
+    return min(sizes, default=0.0)
+
+
+def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> Iterator[Step]:
+    """Each as a `Step`; what cannot be read, or is not of the probe, is told in ``broken``."""
+    for path in paths:
+        try:
+            snapshot = load_step(path)
+            if tag_safe_names(snapshot.names) != probe.names:
+                raise ArchiveError(f"{path.name} shows {', '.join(snapshot.names)}, which are not the probe's images")
+        except (ArchiveError, OSError) as error:
+            broken.append(str(error))
+            continue
+        bare = blocks.blocks(snapshot, features=False)
+        full = blocks.blocks(snapshot) if blocks.has_features(snapshot) else None
+        yield Step(step_facts(snapshot), blocks.layout_of(snapshot), full or bare, None if full is None else bare)
+
+
+def _fit(contents: Contents, room: float) -> list[str]:
+    """Leave out features, then steps, until the rest takes no more than ``room`` characters; what was left out."""
+    notes = []
+
+    def characters() -> float:
+        return sum(step.size * BASE64 + _json_size(step) for step in contents.steps)
+
+    for count in (FEATURE_STEPS, 0):
+        if characters() > room and any(step.bare for step in contents.steps):
+            numbers = [step.facts["step"] for step in contents.steps]
+            kept = set(thin(numbers, count)) if count else set()
+            for number, step in enumerate(contents.steps):
+                if number not in kept:
+                    step.without_features()
+            notes = [f"Features of patches at {count} steps only" if count else "Features of patches are left out"]
+    while characters() > room and len(contents.steps) > 2:
+        fewer = min(len(contents.steps) - 1, int(len(contents.steps) * room / characters()))
+        numbers = [step.facts["step"] for step in contents.steps]
+        contents.steps = [contents.steps[i] for i in thin(numbers, max(2, fewer))]
+    return notes
+
+
+def _values(step: Step) -> int:
+    return sum(map(len, step.facts["metrics"].values()))
+
+
+def _json_size(step: Step) -> int:
+    return 8 * _values(step) + sum(map(len, step.facts["metrics"])) + sum(len(str(f)) for f in step.facts["flags"])
+
+
+def _data_url(photo: np.ndarray[Any, Any], longest: int) -> str:
+    image, buffer = Image.fromarray(photo), io.BytesIO()
+    image.thumbnail((longest, longest))
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _runs(mask: np.ndarray[Any, Any]) -> list[int]:
+    """Lengths of the runs of equal pixels, row by row, the first of them outside: [3, 2, …]."""
+    flat = np.concatenate([[False], mask.ravel()])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return [int(length) for length in np.diff(changes, prepend=0, append=mask.size)]

@@ -1,0 +1,42 @@
+"""`write_report`: one or two archives as an HTML file that opens by double click."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attn_monitor.player.contents import gather
+from attn_monitor.player.page import code_size, page_of_runs
+
+FILE_BYTES, EMBED_BYTES = 8_000_000, 4_000_000  # of a file, and of one that others show inside of theirs
+REST = 50_000  # of them for layouts and the like
+
+
+def report_page(archives: Sequence[tuple[str, Path]], *, limit: int = FILE_BYTES) -> str:
+    """The page of one or two archives, given by name and folder, in about ``limit`` bytes; steps are thinned to fit."""
+    room = (limit - code_size() - REST) / len(archives)
+    return page_of_runs([gather(folder, name, room) for name, folder in archives])
+
+
+def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda size: None) -> None:
+    """Write under another name and rename, so that nobody opens half a page; ``before`` is asked with its size."""
+    content = page.encode()
+    before(len(content))
+    temporary = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}"[:200])
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def names_of(archives: Sequence[Path]) -> list[str]:
+    """What to call archives: the last folders of their paths in which they differ, without those that all runs have."""
+    told = [[part for part in folder.resolve().parts[1:] if part != "attn_monitor"] for folder in archives]
+    parts = [names or [str(folder)] for names, folder in zip(told, archives, strict=True)]
+    length = 2
+    while len({tuple(p[-length:]) for p in parts}) < len(parts) and length < max(map(len, parts)):
+        length += 1
+    return ["/".join(p[-length:]) for p in parts]

@@ -1,0 +1,152 @@
+// Draws one map on a canvas: photograph, colours, outlines of mask and ground truth, cursor.
+import {colourDifference, colourMap, MASK_COLOUR, MISSING, TRUTH_COLOUR} from "./colours.js";
+import {entropyOf, isFinite32, massMask} from "./numbers.js";
+
+const PRACTICALLY_UNIFORM = 0.995; // entropy above which which patches are largest is noise, and nothing is outlined
+
+const scratch = document.createElement("canvas");
+
+// Make the canvas a whole number of pixels for each patch, at least as fine as it is shown.
+export function fitCanvas(canvas, [gh, gw], [height, width], cssWidth) {
+  const across = Math.max(4, Math.min(64, Math.ceil(cssWidth * Math.min(2, devicePixelRatio) / gw)));
+  const down = Math.max(1, Math.round(across * (height / gh) / (width / gw)));
+  if (canvas.width !== across * gw || canvas.height !== down * gh) {
+    canvas.width = across * gw;
+    canvas.height = down * gh;
+  }
+}
+
+// What is outlined: the mass mask, empty where attention is practically uniform.
+export function outlined(values, threshold) {
+  return entropyOf(values) > PRACTICALLY_UNIFORM ? new Uint8Array(values.length) : massMask(values, threshold);
+}
+
+// `content` is one of {values, scale}, {a, b} for a difference, {colours}; all over `photo`.
+export function paintMap(canvas, {photo, grid, content, opacity, table, mask, truths, size, cursor, pin, clip}) {
+  const context = canvas.getContext("2d"), {width, height} = canvas;
+  context.save();
+  if (clip) {
+    context.beginPath();
+    context.rect(clip * width, 0, width, height);
+    context.clip();
+  }
+  paintPhoto(context, photo, content ? Math.min(1, 2 * opacity) : 0, width, height);
+  if (content) paintContent(context, content, grid, opacity, table, width, height);
+  if (truths?.length) strokeTruths(context, truths, size, width, height);
+  if (mask) strokeMask(context, mask, grid, width, height, MASK_COLOUR, lineOf(width));
+  if (pin >= 0) strokeCell(context, pin, grid, width, height, true);
+  if (cursor >= 0) strokeCell(context, cursor, grid, width, height, false);
+  context.restore();
+}
+
+export const lineOf = width => Math.max(1, Math.round(width / 220));
+
+function paintPhoto(context, photo, dark, width, height) {
+  context.fillStyle = "#808080";
+  context.fillRect(0, 0, width, height);
+  if (!photo.complete || !photo.naturalWidth) return;
+  context.imageSmoothingEnabled = true;
+  context.imageSmoothingQuality = "high";
+  context.drawImage(photo, 0, 0, width, height);
+  if (dark) {
+    context.globalAlpha = dark;
+    context.drawImage(greyOf(photo), 0, 0, width, height);
+    context.globalAlpha = 1;
+  }
+}
+
+const greys = new WeakMap();
+
+// The photograph in dark grey, below the colours that then mean attention alone.
+function greyOf(photo) {
+  if (!greys.has(photo)) {
+    const grey = document.createElement("canvas");
+    grey.width = photo.naturalWidth;
+    grey.height = photo.naturalHeight;
+    const context = grey.getContext("2d");
+    context.drawImage(photo, 0, 0);
+    const image = context.getImageData(0, 0, grey.width, grey.height), data = image.data;
+    for (let i = 0; i < data.length; i += 4) {
+      data[i] = data[i + 1] = data[i + 2] = 0.72 * (0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
+    }
+    context.putImageData(image, 0, 0);
+    greys.set(photo, grey);
+  }
+  return greys.get(photo);
+}
+
+function paintContent(context, content, [gh, gw], opacity, table, width, height) {
+  const {values, scale, a, b, colours} = content;
+  const known = [values, a, b].filter(Boolean);
+  if (!known.every(isFinite32)) {
+    context.fillStyle = MISSING;
+    context.fillRect(0, 0, width, height);
+    return;
+  }
+  scratch.width = gw;
+  scratch.height = gh;
+  const small = scratch.getContext("2d"), image = small.createImageData(gw, gh);
+  if (colours) {
+    for (let i = 0; i < gw * gh; i++) image.data.set([...colours.subarray(3 * i, 3 * i + 3), 255 * opacity], 4 * i);
+  } else if (a) {
+    colourDifference(image.data, a, b, opacity);
+  } else {
+    colourMap(image.data, values, scale, table, opacity);
+  }
+  small.putImageData(image, 0, 0);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(scratch, 0, 0, width, height);
+}
+
+// The inner border of a mask of patches.
+function strokeMask(context, mask, [gh, gw], width, height, colour, line) {
+  const w = width / gw, h = height / gh, inside = (y, x) => y >= 0 && x >= 0 && y < gh && x < gw && mask[y * gw + x];
+  context.fillStyle = colour;
+  for (let y = 0; y < gh; y++) for (let x = 0; x < gw; x++) {
+    if (!mask[y * gw + x]) continue;
+    if (!inside(y - 1, x)) context.fillRect(x * w, y * h, w, line);
+    if (!inside(y + 1, x)) context.fillRect(x * w, (y + 1) * h - line, w, line);
+    if (!inside(y, x - 1)) context.fillRect(x * w, y * h, line, h);
+    if (!inside(y, x + 1)) context.fillRect((x + 1) * w - line, y * h, line, h);
+  }
+}
+
+const borders = new WeakMap();
+
+// The border of an object of pixels, as a path in pixels of the image.
+function borderOf(object, [height, width]) {
+  if (!borders.has(object)) {
+    const path = new Path2D();
+    const differ = (y, x, v, u) => object[y * width + x] !== (v < 0 || u < 0 || v >= height || u >= width ? 0 : object[v * width + u]);
+    for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
+      if (!object[y * width + x]) continue;
+      if (differ(y, x, y - 1, x)) { path.moveTo(x, y); path.lineTo(x + 1, y); }
+      if (differ(y, x, y + 1, x)) { path.moveTo(x, y + 1); path.lineTo(x + 1, y + 1); }
+      if (differ(y, x, y, x - 1)) { path.moveTo(x, y); path.lineTo(x, y + 1); }
+      if (differ(y, x, y, x + 1)) { path.moveTo(x + 1, y); path.lineTo(x + 1, y + 1); }
+    }
+    borders.set(object, path);
+  }
+  return borders.get(object);
+}
+
+function strokeTruths(context, truths, size, width, height) {
+  context.save();
+  context.scale(width / size[1], height / size[0]);
+  context.strokeStyle = TRUTH_COLOUR;
+  context.lineCap = "square";
+  context.lineWidth = lineOf(width) * size[1] / width;
+  for (const object of truths) context.stroke(borderOf(object, size));
+  context.restore();
+}
+
+// One patch, in white on black, so that it is seen on every colour; a chosen one is thicker.
+function strokeCell(context, patch, [gh, gw], width, height, thick) {
+  const w = width / gw, h = height / gh, line = lineOf(width) * (thick ? 1.5 : 1);
+  const x = (patch % gw) * w, y = Math.floor(patch / gw) * h;
+  for (const [colour, breadth] of [["#000", 3 * line], ["#fff", line]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = breadth;
+    context.strokeRect(x, y, w, h);
+  }
+}

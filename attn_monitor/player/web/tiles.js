@@ -1,0 +1,185 @@
+// A tile: one map on a canvas, with its caption, that tells which patch the pointer is on.
+import {RUN_COLOURS} from "./colours.js";
+import {cosines, entropyOf, isFinite32, massMask, meanOf, overlaps, peakOf, percent, shareOf, written} from "./numbers.js";
+import {fitCanvas, lineOf, outlined, paintMap} from "./painting.js";
+import {atOf, change, chosenPatch, hover, now, runA, shownLayer, view} from "./view.js";
+
+// An element with attributes and children; text is text, never HTML.
+export function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.filter(child => child !== null && child !== undefined));
+  return element;
+}
+
+export const headName = head => head < 0 ? "mean of heads" : `head ${head}`;
+
+// What a column shows: a role of one run, or of two runs together.
+function partsOf(column) {
+  return column.runs.map(run => {
+    const at = atOf(run), layer = shownLayer(run);
+    return {run, at, layer, entry: run.entry(at, column.role, layer), part: run.peek(at, layer)?.[column.role]};
+  });
+}
+
+// `large` tiles can be walked through patch by patch; the others are buttons that choose a head or an image.
+export function makeTile({large, onpick}) {
+  const canvas = el("canvas", large ? {tabindex: 0, role: "img"} : {"aria-hidden": "true"});
+  const caption = el(large ? "figcaption" : "span", {class: "caption"});
+  const element = large ? el("figure", {class: "tile large"}, canvas, caption)
+    : el("button", {class: "tile", type: "button", onclick: onpick}, canvas, caption);
+  const tile = {element, canvas, caption, grid: null, image: 0};
+  canvas.addEventListener("pointermove", event => {
+    if (large && view.compare === "swipe" && event.buttons && now.runs[1]) change({swipe: fractionOf(event, canvas)});
+    hover(placeOf(event, tile));
+  });
+  canvas.addEventListener("pointerleave", () => hover(null));
+  if (large) {
+    canvas.addEventListener("click", event => pin(placeOf(event, tile)));
+    canvas.addEventListener("keydown", event => walk(event, tile));
+    canvas.addEventListener("blur", () => hover(null));
+  }
+  return tile;
+}
+
+function fractionOf(event, canvas) {
+  const box = canvas.getBoundingClientRect();
+  return Math.max(0, Math.min(1, (event.clientX - box.left) / box.width));
+}
+
+function placeOf(event, {canvas, grid, image}) {
+  if (!grid) return null;
+  const box = canvas.getBoundingClientRect();
+  const within = (position, count) => Math.max(0, Math.min(count - 1, Math.floor(position * count)));
+  const x = within((event.clientX - box.left) / box.width, grid[1]);
+  const y = within((event.clientY - box.top) / box.height, grid[0]);
+  return {image, patch: y * grid[1] + x};
+}
+
+// Choose a patch, or let go of the one that was chosen. Where features are stored, its cosine to all is shown.
+function pin(place) {
+  if (!place) return;
+  const same = view.pin === place.patch && view.image === place.image;
+  const show = same ? (view.show === "cosine" ? "attention" : view.show) : hasFeatures() ? "cosine" : view.show;
+  change({pin: same ? -1 : place.patch, image: place.image, show});
+}
+
+export function hasFeatures() {
+  const run = runA();
+  return run.layout(now.at).some(entry => entry.layer === shownLayer() && entry.features > 0);
+}
+
+export function hasColours() {
+  return runA().layout(now.at).some(entry => entry.layer === shownLayer() && entry.colors);
+}
+
+const STEPS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+
+// With the keyboard: arrows move the cursor from patch to patch, Enter chooses, Escape leaves.
+function walk(event, {grid, image}) {
+  if (!grid || event.ctrlKey || event.metaKey || event.altKey) return;
+  const step = STEPS[event.key], [gh, gw] = grid;
+  if (step) {
+    const from = now.hover?.image === image ? now.hover.patch : view.pin >= 0 ? view.pin : gw * (gh >> 1) + (gw >> 1);
+    const y = Math.max(0, Math.min(gh - 1, Math.floor(from / gw) + step[0]));
+    const x = Math.max(0, Math.min(gw - 1, from % gw + step[1]));
+    hover({image, patch: y * gw + x});
+  } else if (event.key === "Enter" || event.key === " ") {
+    pin(now.hover);
+  } else if (event.key === "Escape") {
+    hover(null);
+    change({pin: -1, show: view.show === "cosine" ? "attention" : view.show});
+  } else {
+    return;
+  }
+  event.preventDefault();
+  event.stopPropagation();
+}
+
+// Draw a column's map of an image and a head (-1: their mean) and say what it shows.
+export function drawTile(tile, column, image, head, {large = false, named = false} = {}) {
+  const parts = partsOf(column), [first, second] = parts;
+  tile.image = image;
+  tile.grid = first.entry?.grid ?? null;
+  const missing = parts.find(({entry, part}) => !entry || (part && head >= part.heads));
+  if (missing) {
+    tile.caption.replaceChildren("not recorded at this step");
+    tile.canvas.getContext("2d").clearRect(0, 0, tile.canvas.width, tile.canvas.height);
+    return;
+  }
+  if (parts.some(({part}) => !part)) return; // on its way
+  fitCanvas(tile.canvas, tile.grid, first.run.size, tile.canvas.clientWidth || 64);
+  const maps = parts.map(({run, at, layer}) => run.map(at, column.role, layer, image, head));
+  const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length;
+  const common = {
+    photo: first.run.pictures[image], grid: tile.grid, opacity: view.opacity, table: view.table, size: first.run.size,
+    truths: view.truth ? first.run.truths[image] : [],
+    cursor: now.hover?.image === image ? now.hover.patch : -1,
+    pin: large && view.image === image ? view.pin : -1,
+  };
+  const contentOf = index => contentFor(parts[index].part, maps[index], image, large);
+  const maskOf = values => view.mask && !(large && view.show !== "attention") ? outlined(values, view.threshold) : null;
+  if (second && view.compare === "difference") {
+    paintMap(tile.canvas, {...common, content: alike ? {a: maps[0], b: maps[1]} : null});
+  } else {
+    paintMap(tile.canvas, {...common, content: contentOf(0), mask: maskOf(maps[0])});
+    if (second) {
+      paintMap(tile.canvas, {...common, content: contentOf(1), mask: maskOf(maps[1]), grid: second.entry.grid, clip: view.swipe});
+      strokeDivider(tile.canvas);
+    }
+  }
+  const numbers = second ? comparisonOf(maps, alike) : numbersOf(first, maps[0], image, head, large);
+  const name = head < 0 ? (large ? `mean of ${first.part.heads} heads` : "mean") : large ? `head ${head}` : String(head);
+  tile.caption.replaceChildren(el("b", {}, named ? first.run.images[image].name : name), ...numbers);
+  const said = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${tile.caption.textContent}`;
+  (large ? tile.canvas : tile.element).setAttribute("aria-label", large && chosen ? `${said}, patch ${chosen.patch}` : said);
+}
+
+function contentFor(part, values, image, large) {
+  if (large && view.show === "colors" && part.colours(image)) return {colours: part.colours(image)};
+  if (large && view.show === "cosine" && part.width && view.pin >= 0) {
+    return {values: cosines(part.features(image), part.width, view.pin), scale: "cosine"};
+  }
+  return {values, scale: view.scale};
+}
+
+function strokeDivider(canvas) {
+  const context = canvas.getContext("2d"), x = Math.round(view.swipe * canvas.width), line = lineOf(canvas.width);
+  context.fillStyle = "#000";
+  context.fillRect(x - 2 * line, 0, 4 * line, canvas.height);
+  context.fillStyle = "#fff";
+  context.fillRect(x - line, 0, 2 * line, canvas.height);
+}
+
+// Entropy, area of the mask, peak, overlap with ground truth: of a large tile all of them.
+function numbersOf({run, entry}, values, image, head, large) {
+  if (!isFinite32(values)) return [el("span", {class: "stat"}, "missing: NaN")];
+  const stats = [], add = (label, value, title) => stats.push(el("span", {class: "stat", title}, `${label} `, el("i", {}, value)));
+  const mask = massMask(values, view.threshold), objects = run.truths[image];
+  add("H", written(entropyOf(values)), "entropy over patches: 1 uniform, 0 one patch");
+  if (!large) {
+    if (objects.length && view.truth) add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap with ground truth");
+    return stats;
+  }
+  add("mask", percent(values.some(v => v < 0) ? NaN : shareOf(mask)), "area of the mask");
+  add("peak", `${written(peakOf(values))}×`, "largest weight, in units of uniform attention");
+  if (objects.length) {
+    add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap of the mask with ground truth, mean over objects");
+  }
+  return stats;
+}
+
+function comparisonOf([a, b], alike) {
+  if (!alike) return [el("span", {class: "stat"}, "of different grids")];
+  if (view.compare === "difference") {
+    const moved = a.reduce((sum, value, i) => sum + Math.abs(value - b[i]), 0) / 2;
+    return [el("span", {class: "stat", title: "half the sum of absolute differences"}, el("i", {}, percent(moved)), " elsewhere")];
+  }
+  return [el("span", {class: "stat"}, "H A ", el("i", {}, written(entropyOf(a))), " · B ", el("i", {}, written(entropyOf(b))))];
+}
+
+export const runColour = index => `rgb(${RUN_COLOURS[index].join(", ")})`;

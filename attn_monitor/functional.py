@@ -60,12 +60,13 @@ def entropy(p: Tensor) -> Tensor:
 def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
     """The smallest set of top patches whose mass reaches the threshold, bool (..., N).
 
-    The patch that crosses the threshold is kept: [.5, .3, .1, .1] at 0.6 keeps two. All False where p has NaN.
+    The patch that crosses the threshold is kept: [.5, .3, .1, .1] at 0.6 keeps two; of equal ones the last are. All
+    False where p has NaN.
     Source: DINO's `visualize_attention.py` (sort ascending, cumulate, keep where the sum exceeds 1 - threshold).
     """
     p = normalise(p)
     p = p if p.device.type == "mps" else p.double()  # Apple's GPUs have no float64
-    ascending, index = p.sort(-1)
+    ascending, index = p.sort(dim=-1, stable=True)
     # Sums carry rounding errors of the input's precision; a mass that reaches the threshold but for these counts.
     keep = ascending.cumsum(-1) > 1 - threshold + 1e-6
     mask = torch.zeros_like(keep).scatter(-1, index, keep)

@@ -80,7 +80,7 @@ def step_facts(snapshot: AttentionSnapshot) -> dict[str, Any]:
 
 
 def images_of(probe: ProbeBatch) -> dict[str, Any]:
-    """Photographs as data URLs, ground truth as runs of pixels, and a hash by which runs of the same images are known."""
+    """Photographs as data URLs, ground truth as runs of pixels, and a hash that runs of the same images share."""
     truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.masks.numpy())
     longest = PHOTO if len(probe) <= FEW else PHOTO // 2
     images = [

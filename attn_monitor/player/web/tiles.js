@@ -160,13 +160,13 @@ function numbersOf({run, entry}, values, image, head, large) {
   if (!isFinite32(values)) return [el("span", {class: "stat"}, "missing: NaN")];
   const stats = [], add = (label, value, title) => stats.push(el("span", {class: "stat", title}, `${label} `, el("i", {}, value)));
   const mask = massMask(values, view.threshold), objects = run.truths[image];
-  add("H", written(entropyOf(values)), "entropy over patches: 1 uniform, 0 one patch");
+  add("H", entropyOf(values).toFixed(2), "entropy over patches: 1 uniform, 0 one patch");
   if (!large) {
     if (objects.length && view.truth) add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap with ground truth");
     return stats;
   }
   add("mask", percent(values.some(v => v < 0) ? NaN : shareOf(mask)), "area of the mask");
-  add("peak", `${written(peakOf(values))}×`, "largest weight, in units of uniform attention");
+  add("peak", `${peakOf(values).toFixed(1)}×`, "largest weight, in units of uniform attention");
   if (objects.length) {
     add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap of the mask with ground truth, mean over objects");
   }

@@ -55,10 +55,12 @@ export function makeTimeline() {
     const found = run.flags, key = JSON.stringify([run.name, found, first, last]);
     if (key === flags) return;
     flags = key;
+    const seen = {}; // flags of one step stand beside each other
     marks.replaceChildren(...found.map(flag => {
       const mark = el("button", {type: "button", class: "flag", title: flag.words, "aria-label": `health flag: ${flag.words}`, onclick: () => goToFlag(flag)}, "⚑");
       const at = last > first ? (flag.step - first) / (last - first) : 0.5;
       mark.style.setProperty("--at", String(at));
+      mark.style.setProperty("--beside", String((seen[flag.step] = (seen[flag.step] ?? -1) + 1) * (at > 0.5 ? -1 : 1)));
       return mark;
     }));
   }

@@ -20,6 +20,7 @@ from attn_monitor.watch import Watch
 
 if TYPE_CHECKING:
     from attn_monitor.callback import AttentionMapCallback
+    from attn_monitor.offline.report import snapshot_player
 
 __all__ = [
     "ArchiveError",
@@ -43,11 +44,14 @@ __all__ = [
     "forward_within",
     "load_snapshots",
     "record_attention",
+    "snapshot_player",
 ]
+
+_LAZY = {"AttentionMapCallback": "attn_monitor.callback", "snapshot_player": "attn_monitor.offline.report"}
 
 
 def __getattr__(name: str) -> Any:
-    """The callback when it is asked for: Lightning takes seconds to import, and `record_attention` needs none of it."""
-    if name == "AttentionMapCallback":
-        return importlib.import_module("attn_monitor.callback").AttentionMapCallback
+    """What is imported when it is asked for: Lightning takes seconds, and `record_attention` needs none of it."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

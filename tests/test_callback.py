@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import threading
 from pathlib import Path
@@ -289,6 +290,27 @@ def test_works_without_a_logger(tmp_path: Path) -> None:
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor")] == [0, 1, 2]
     pictures = {p.name for p in (tmp_path / "attn_monitor" / "pictures").iterdir()}
     assert {"attn_maps-image0.jpg", "attn_filmstrip-image3.jpg"} <= pictures
+
+
+def test_a_run_ends_with_a_report_beside_its_archive(tmp_path: Path) -> None:
+    trainer(tmp_path, AttentionMapCallback(num_images=2), max_steps=3).fit(Distillation(), loader(), loader(8))
+    page = (tmp_path / RUN / "attn_monitor" / "report.html").read_text()
+    manifest = json.loads(page.partition('id="manifest">')[2].partition("</script>")[0])
+    (run,) = manifest["runs"]
+    assert [step["step"] for step in run["steps"]] == [0, 1, 2, 3]
+    assert run["name"] == "run/version_0"
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+    class InTheWay(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            (tmp_path / RUN / "attn_monitor" / "report.html").mkdir(exist_ok=True)
+
+    running = trainer(tmp_path, AttentionMapCallback(num_images=2), InTheWay(), max_steps=2)
+    with pytest.warns(UserWarning, match="writing the report failed, training goes on") as told:
+        running.fit(Distillation(), loader(), loader(8))
+    assert sum("report" in str(warning.message) for warning in told) == 1
+    assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
 
 
 class NoTransformer(pl.LightningModule):

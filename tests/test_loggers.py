@@ -49,11 +49,15 @@ def test_wandb(offline: Path) -> None:
     assert set(overlays[0]["masks"]) == {f"head {i}" for i in range(4)}
     counts = [sum(isinstance(v, dict) and "_type" in v for v in row.values()) for row in rows]
     assert 0 < max(counts) < 50
-    last = rows[-1]
+    last = next(row for row in reversed(rows) if "attn_table" in row)
     assert last[step] == 4
     assert last["attn_table"]["nrows"] == 2 * 2 * 4
     assert any("attn_heads_chart/teacher/layer1" in key for key in last)
     assert any(r.get("attn_timelapse", {}).get("_type") == "video-file" for r in rows)
+    (report,) = (r["attn_report"] for r in rows if "attn_report" in r)
+    assert report["_type"] == "html-file"
+    page = (next(offline.rglob("files")) / report["path"]).read_text()
+    assert page == next(offline.rglob("report.html")).read_text(), "nothing was put into it"
     steps = [r["_step"] for r in rows if "_step" in r]
     assert steps == sorted(steps)
 
@@ -91,7 +95,7 @@ def check_mlflow(client: Any, run_id: str) -> None:
     assert [m.step for m in history] == [0, 1, 2, 3, 4]
     images = [f.path for f in client.list_artifacts(run_id, "images")]
     assert sum("attn_maps" in path and "+step+4+" in path and path.endswith(".png") for path in images) == 2
-    assert "attn_timelapse.gif" in [f.path for f in client.list_artifacts(run_id)]
+    assert {"attn_timelapse.gif", "attn_report.html"} <= {f.path for f in client.list_artifacts(run_id)}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots
+from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots, snapshot_player
 from attn_monitor import functional as F
 from attn_monitor.offline.report import report
 from attn_monitor.player.blocks import blocks, layout_of
@@ -498,6 +498,22 @@ def test_two_runs_are_swiped_and_subtracted(
         f"{math.floor(100 * moved + 0.5)} % elsewhere" in canvas_of(page, "student", "figure figcaption").inner_text()
     )
     assert page.locator(".unit").inner_text() == "× uniform attention more in A, in B"
+
+
+@in_a_browser
+def test_a_notebook_shows_it_in_a_frame_of_its_own(watched: Watched, archive: Path) -> None:
+    page = watched.page
+    page.goto("about:blank")
+    page.set_content(f"<body>{snapshot_player(archive, height=700)._repr_html_()}</body>")
+    frame = page.frame_locator("iframe")
+    frame.locator("body[data-ready]").wait_for()
+    assert frame.locator("output.step").inner_text() == "step 100"
+    frame.get_by_role("button", name="one step back").click()
+    frame.locator("output.step", has_text="step 30").wait_for()
+    frame.get_by_role("button", name="play").click()
+    frame.locator("output.step", has_text="step 100").wait_for()
+    assert frame.get_by_role("button", name="Link").count() == 0, "the address is the notebook's"
+    assert page.url == "about:blank"
 
 
 def with_colours(snapshot: AttentionSnapshot, generator: torch.Generator) -> AttentionSnapshot:

@@ -25,10 +25,11 @@ def main() -> None:
         modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]  # of every folder
         code = (
             f"import sys; sys.path.append({here!r})\n"
-            "import importlib, pathlib, attn_monitor, attn_monitor_auto\n"
+            "import importlib, pathlib, attn_monitor, attn_monitor_auto, attn_monitor_tensorboard\n"
             f"for name in {modules!r}: importlib.import_module(name)\n"
             "where = pathlib.Path(attn_monitor.__file__).parent\n"
             "assert 'venv' in where.parts and (where / 'py.typed').exists(), where\n"
+            "from attn_monitor.player.page import page_of_server; assert len(page_of_server()) > 50_000\n"
             "print('wheel: imports', attn_monitor.__all__)"
         )
         subprocess.run([python, "-I", "-c", code], check=True, cwd=folder)

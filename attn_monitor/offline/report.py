@@ -1,7 +1,9 @@
-"""`attn-monitor report`: a run, or two of one probe, as a page that one can ask."""
+"""`attn-monitor report`, and `snapshot_player` in notebooks: a run, or two of one probe, as a page that one can ask."""
 
 from __future__ import annotations
 
+import html
+from dataclasses import dataclass
 from pathlib import Path
 
 from attn_monitor.offline.compare import compare_runs
@@ -23,14 +25,37 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
         out: the file to write.
         embed: at most 4 MB, for pages that show it inside of theirs.
     """
-    folders = [find_archive(path) for path in (run, other) if path is not None]
-    if other is not None:
-        compare_runs(*folders)  # tells why two cannot be compared
     path = Path(out)
     with doing(f"writing {path}"):
-        page = report_page(
-            list(zip(names_of(folders), folders, strict=True)), limit=EMBED_BYTES if embed else FILE_BYTES
-        )
+        page = _page(run, other, EMBED_BYTES if embed else FILE_BYTES)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
     print_path(path)
+
+
+@dataclass(frozen=True)
+class Player:
+    """The page in a frame of a notebook, ``height`` pixels high. It runs apart from the notebook, and asks nobody."""
+
+    page: str
+    height: int = 900
+
+    def _repr_html_(self) -> str:
+        frame = f'style="width: 100%; height: {self.height}px; border: 0; border-radius: 8px"'
+        return f'<iframe sandbox="allow-scripts allow-downloads" {frame} srcdoc="{html.escape(self.page)}"></iframe>'
+
+
+def snapshot_player(run: str | Path, other: str | Path | None = None, *, height: int = 900) -> Player:
+    """A run in a notebook: every step, image, layer and head, to play and to ask, as `attn-monitor report` writes it.
+
+    ``run`` is an archive or the log directory that holds it; with ``other``, a run of the same images, they are
+    swiped between and subtracted. At most 4 MB stay in the notebook, with steps thinned evenly where there are more.
+    """
+    return Player(_page(run, other, EMBED_BYTES), height)
+
+
+def _page(run: str | Path, other: str | Path | None, limit: int) -> str:
+    folders = [find_archive(path) for path in (run, other) if path is not None]
+    if other is not None:
+        compare_runs(*folders)  # tells why two cannot be compared
+    return report_page(list(zip(names_of(folders), folders, strict=True)), limit=limit)

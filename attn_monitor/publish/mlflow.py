@@ -51,3 +51,7 @@ class MLFlowSink(Sink):
             path = Path(folder) / f"{tag.replace('/', '_')}.gif"
             path.write_bytes(gif)
             self.logger.experiment.log_artifact(self.logger.run_id, str(path))
+
+    def log_report(self, tag: str, page: str, step: int) -> None:
+        """As a file."""
+        self.logger.experiment.log_text(self.logger.run_id, page, f"{tag}.html")

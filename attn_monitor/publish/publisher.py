@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
@@ -31,6 +32,7 @@ from attn_monitor.publish.sink import (
     TakesHistograms,
     TakesOverlays,
     TakesPictures,
+    TakesReports,
 )
 from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tags import renamed
@@ -39,6 +41,8 @@ from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 Value = TypeVar("Value")
+
+ARCHIVE = "writing the archive"  # what failures call it
 
 
 @dataclass
@@ -119,7 +123,7 @@ class Publisher:
         self._last = snapshot
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
-            self._archive.put(Job("writing the archive", step, write, size=_size(snapshot)))
+            self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
         scalars = {renamed(tag, self._name): value for tag, value in snapshot.scalars().items()}
         drawn = _Once(partial(self._draw, snapshot, list(self._history), layers))
         for channel in self._channels:
@@ -143,7 +147,8 @@ class Publisher:
     def close(self, *, finish: bool = True) -> None:
         """Write what is left, end the threads, and tell what could not be written. Returns whatever the loggers do.
 
-        Before, a time-lapse, and on W&B a table and charts of all heads, unless the run did not ``finish``.
+        Before, a time-lapse, on W&B a table and charts of all heads, and a report of the archive beside it, which W&B
+        and MLflow get too, unless the run did not ``finish``.
         """
         if finish and self._last is not None:
             history, last = list(self._history), self._last
@@ -153,11 +158,31 @@ class Publisher:
                     log = partial(self._log_end, channel, gif, history, last)
                     part = f"logging the end of the run to {channel.label}"
                     channel.outbox.put(Job(part, None, log, keep=False))
+            self._report_run(last.step)
         self._last = None
         for outbox in self._outboxes():
             outbox.close()
         self.failures.sum_up()
         self._report()
+
+    def _report_run(self, step: int) -> None:
+        """Write a page of all that is in the archive, once that is complete, and hand it to loggers that take it."""
+        pages: list[str] = []
+        if self.folder is not None:
+            write = partial(self._write_report, self.folder, pages)
+            self._archive.put(Job("writing the report", None, write, keep=False))
+            self._archive.close()
+        for channel in self._channels:
+            if pages and isinstance(channel.sink, TakesReports):
+                log = partial(channel.sink.log_report, renamed("attn_report", self._name), pages[0], step)
+                channel.outbox.put(Job(f"logging the report to {channel.label}", None, log, keep=False))
+
+    def _write_report(self, folder: Path, pages: list[str]) -> None:
+        if self._archive.last_step is None or self.failures.fails(ARCHIVE):
+            return  # why there is no archive is told already
+        page = report_page(list(zip(names_of([folder]), [folder], strict=True)), limit=EMBED_BYTES)
+        write_whole(folder / "report.html", page, partial(self._space.require, folder))
+        pages.append(page)
 
     def _outboxes(self) -> list[Outbox]:
         return [self._archive, *(channel.outbox for channel in self._channels)]

@@ -171,6 +171,14 @@ class PlaysAnimations(Protocol):
 
 
 @runtime_checkable
+class TakesReports(Protocol):
+    """Keeps a page that one can ask, written at the end of a run."""
+
+    def log_report(self, tag: str, page: str, step: int) -> None:
+        """One self-contained HTML page, of 4 MB at most."""
+
+
+@runtime_checkable
 class KeepsTables(Protocol):
     """Has tables and charts of its own, written at the end of a run."""
 

@@ -89,6 +89,12 @@ class WandbSink(Sink):
             path.write_bytes(gif)
             self._log({tag: wandb.Video(str(path), format="gif")}, step)
 
+    def log_report(self, tag: str, page: str, step: int) -> None:
+        """As a page in a frame. Nothing is put into it, as its policy would refuse that."""
+        import wandb
+
+        self._log({tag: wandb.Html(page, inject=False, data_is_not_path=True)}, step)
+
     def log_tables(self, rows: Sequence[HeadRow], curves: Sequence[HeadCurves], step: int) -> None:
         """One row of media for all."""
         import wandb

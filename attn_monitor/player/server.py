@@ -1,0 +1,144 @@
+"""What a server answers the player: which runs there are, what is new of one, and one layer's numbers at one step.
+
+Names are looked up among the archives that were found, and are never made into paths. Nothing is kept of a run but its
+metrics; numbers are read again when they are asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attn_monitor.errors import ArchiveError
+from attn_monitor.player import blocks
+from attn_monitor.player.contents import MOST_VALUES, images_of, step_facts
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.archive import load_step, snapshot_paths, step_of
+from attn_monitor.record.file_names import tag_safe_names
+
+READING = 0.7  # seconds of reading snapshots for one answer; the page asks again for the rest
+
+
+class Library:
+    """The archives that ``find`` finds, by name. `KeyError` and `ArchiveError` say what is not there."""
+
+    def __init__(self, find: Callable[[], Mapping[str, Path]]) -> None:
+        self._find = find
+        self._open: dict[str, _Archive] = {}
+        self._lock = threading.Lock()
+
+    def runs(self) -> dict[str, Any]:
+        """Names of all runs."""
+        return {"runs": sorted(self._find())}
+
+    def run(self, name: str, after: int, generation: str) -> dict[str, Any]:
+        """A run's steps later than ``after``; all of it where ``generation`` is not the one that was told before."""
+        return self._archive(name).facts(after, generation)
+
+    def block(self, name: str, step: int, layer: int) -> bytes:
+        """Numbers of all roles' layer at a step, see `blocks`."""
+        return self._archive(name).block(step, layer)
+
+    def _archive(self, name: str) -> _Archive:
+        folder = self._find().get(name)
+        if folder is None:
+            raise KeyError("no such run")
+        with self._lock:
+            return self._open.setdefault(name, _Archive(name, folder))
+
+
+class _Archive:
+    """One archive, which may grow, or go back where its run is resumed from an earlier step."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._lock = threading.Lock()
+        self._number = 0
+        self._forget()
+
+    def facts(self, after: int, generation: str) -> dict[str, Any]:
+        with self._lock:
+            pending = self._read()
+            known = {path: step for path, step in self._steps.items() if step is not None}
+            if not known:
+                raise ArchiveError("no snapshot of this run can be shown")
+            new = generation != self._generation
+            steps = [step for path, step in sorted(known.items()) if new or step_of(path) > after]
+            told = {"generation": self._generation, "pending": pending, "layouts": self._layouts, "steps": steps}
+            return {**told, "name": self.name, "note": self._note(), **(self._images if new else {})}
+
+    def block(self, step: int, layer: int) -> bytes:
+        path = next((p for p in _own_files(self.folder) if step_of(p) == step), None)
+        if path is None:
+            raise KeyError("no such step")
+        snapshot = load_step(path)
+        if layer not in {index for _, index in snapshot.layers}:
+            raise KeyError("no such layer")
+        return blocks.block(snapshot, layer)
+
+    @property
+    def _generation(self) -> str:
+        return str(self._number)
+
+    def _forget(self) -> None:
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._steps: dict[Path, dict[str, Any] | None] = {}  # None: cannot be shown
+        self._layouts: list[blocks.Layout] = []
+        self._images: dict[str, Any] = {}
+        self._names: tuple[str, ...] = ()
+        self._number += 1
+
+    def _read(self) -> int:
+        """Read new snapshots for a while; how many are left to read."""
+        paths = _own_files(self.folder)
+        stamps = {path: _stamp(path) for path in paths}
+        if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
+            self._forget()
+        if not self._images:
+            self._read_images()
+        until = time.monotonic() + READING
+        left = [path for path in paths if path not in self._steps]
+        for count, path in enumerate(left):
+            if count and time.monotonic() > until:
+                return len(left) - count
+            self._steps[path] = self._facts_of(path, len(paths))
+            self._stamps[path] = stamps[path]
+        return 0
+
+    def _read_images(self) -> None:
+        path = self.folder / "probe.npz"
+        if path.is_symlink() or not path.exists():
+            raise ArchiveError("this run has no probe.npz")
+        probe = ProbeBatch.load(path)
+        self._images, self._names = images_of(probe), probe.names
+
+    def _facts_of(self, path: Path, count: int) -> dict[str, Any] | None:
+        try:
+            snapshot = load_step(path)
+        except (ArchiveError, OSError):
+            return None
+        if tag_safe_names(snapshot.names) != self._names:
+            return None
+        layout, facts = blocks.layout_of(snapshot), step_facts(snapshot)
+        if layout not in self._layouts:
+            self._layouts.append(layout)
+        if count * sum(map(len, facts["metrics"].values())) > MOST_VALUES:
+            facts["metrics"] = {key: values[:1] for key, values in facts["metrics"].items()}
+        return {**facts, "layout": self._layouts.index(layout)}
+
+    def _note(self) -> str:
+        broken = [path.name for path, step in self._steps.items() if step is None]
+        return f"Cannot be shown: {', '.join(broken)}" if broken else ""
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Snapshots that lie in the folder itself: a link may lead anywhere."""
+    return [path for path in snapshot_paths(folder) if not path.is_symlink()]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size

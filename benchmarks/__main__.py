@@ -15,6 +15,7 @@ from benchmarks.memory import measure_memory
 from benchmarks.metrics_cost import measure_metrics
 from benchmarks.peers import Size
 from benchmarks.pictures import measure_pictures
+from benchmarks.player import measure_player
 from benchmarks.report import write_report
 from benchmarks.results import Results
 from benchmarks.scaling import measure_growth
@@ -45,6 +46,7 @@ def _quick(results: Results) -> None:
     results.speed.extend(measure_speed(TINY))
     results.memory = measure_memory(tiny)
     results.pictures = measure_pictures(1, budget=0.1)
+    results.player = measure_player(1, 3, 1)
     results.training = measure_training(replace(tiny, batch=8), steps=5, every=2)
     results.growth = measure_growth((4, 8), (1, 2), (1, 2), budget=0.05)
     results.metrics = measure_metrics(tiny, budget=0.1)
@@ -60,6 +62,8 @@ def _full(results: Results) -> None:
     results.memory = measure_memory(replace(SMALL, pixels=960))
     _tell("pictures")
     results.pictures = measure_pictures(8, budget=15)
+    _tell("player")
+    results.player = measure_player(8, 50, 5)
     _tell("training")
     results.training = measure_training(TRAINED, steps=36, every=5)
     _tell("growth")

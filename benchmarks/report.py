@@ -47,6 +47,11 @@ behind the training loop. Colours are looked up in a table, heads are drawn all 
 of what remains. JPEG is encoded by Pillow: torchvision's encoder took half as long again for these pictures when it was
 tried, and halves the resolution of colour, which blurs outlines and text."""
 
+_PLAYER = """A run of {steps} snapshots, {images} images, two roles and twelve heads is a file of {file:.1f} MB, the
+embed edition {embed:.1f} MB. In a headless Chromium without a graphics card the first picture is there {first} ms after
+the file is opened, and {speed} steps a second are drawn, with all heads of both roles and the curves; 60 is the most
+that a browser draws."""
+
 _TRAINING = """A student and its moving average (ViT-Ti/16, 224 px) for {steps} steps on random images with
 {snapshots} snapshots of a probe of eight, and metrics to TensorBoard. Each snapshot, metrics and their logging
 included, holds the loop up for {blocked} plain forwards of the probe through both models; {idle} while nothing is
@@ -156,6 +161,12 @@ def _rest(results: Results) -> Iterator[str]:
         yield _PICTURES.format(
             images=p.images, panels_ms=p.panels_ms, strips_ms=p.strips_ms, panel_kb=p.panel_bytes / 1e3,
             strip_kb=p.strip_bytes / 1e3, figure_kb=p.matplotlib_bytes / 1e3,
+        )  # fmt: skip
+    if (v := results.player) is not None:
+        yield "## The player"
+        yield _PLAYER.format(
+            images=v.images, steps=v.steps, file=v.file_bytes / 1e6, embed=v.embed_bytes / 1e6,
+            first=_figure(v.first_picture_ms), speed=_figure(v.steps_per_second),
         )  # fmt: skip
     if (t := results.training) is not None:
         yield "## In a training"

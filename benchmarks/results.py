@@ -9,6 +9,7 @@ from benchmarks.asking import Asking
 from benchmarks.measure import Spread
 from benchmarks.memory import Memory
 from benchmarks.pictures import Pictures
+from benchmarks.player import Player
 from benchmarks.scaling import Growth
 from benchmarks.speed import Table
 from benchmarks.startup import Startup
@@ -25,6 +26,7 @@ class Results:
     speed: list[Table] = field(default_factory=list)
     memory: Memory | None = None
     pictures: Pictures | None = None
+    player: Player | None = None
     training: Training | None = None
     growth: list[Growth] = field(default_factory=list)
     metrics: Spread | None = None

@@ -42,6 +42,12 @@ def targets(results: Results) -> Iterator[Target]:
     if (pictures := results.pictures) is not None:
         what = f"panels of {pictures.images} images: matplotlib's time over ours"
         yield Target(what, 20, pictures.speedup, at_most=False)
+    if (player := results.player) is not None:
+        run = f"player, {player.steps} snapshots of {player.images} images"
+        yield Target(f"{run}: first picture, ms", 1000, player.first_picture_ms)
+        yield Target(f"{run}: steps drawn a second", 30, player.steps_per_second, at_most=False)
+        yield Target(f"{run}: file, MB", 8, Spread.of([player.file_bytes / 1e6]))
+        yield Target(f"{run}: embed edition, MB", 4, Spread.of([player.embed_bytes / 1e6]))
     if (training := results.training) is not None:
         yield Target("training held up for a snapshot, over the probe's plain forward", 1.05, training.blocked)
         gap = Spread.of([abs(training.told - training.measured)])

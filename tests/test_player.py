@@ -355,7 +355,7 @@ def test_a_link_restores_the_view_and_a_picture_keeps_it(watched: Watched, file:
     page.get_by_label("Head", exact=True).select_option("3")
     page.get_by_label("Mask holds").fill("0.42")
     page.get_by_role("button", name="Per map").click()
-    watched.settle()
+    page.wait_for_function("() => location.hash.includes('scale')")
     pixels, link = pixels_of(canvas_of(page, "student")), page.url
     watched.open(file, link.partition("#")[2])
     np.testing.assert_array_equal(pixels_of(canvas_of(page, "student")), pixels)
@@ -412,11 +412,10 @@ def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     watched.settle()
-    assert "pin=34" in page.url
+    page.wait_for_function("() => location.hash.includes('pin=34')")
     assert page.locator("output.step").inner_text() == "step 100", "arrows moved the patch, not the step"
     page.locator("body").press("Escape")
-    watched.settle()
-    assert "pin" not in page.url
+    page.wait_for_function("() => !location.hash.includes('pin')")
 
 
 CONTRASTS = """() => {

@@ -8,7 +8,7 @@ import {el, headName} from "./tiles.js";
 const HISTORY = 60; // snapshots whose blocks are fetched for it, evenly spaced
 
 export function makeInspector() {
-  const where = el("h3", {}), hint = el("p", {class: "hint"}), bars = el("div", {class: "bars"});
+  const where = el("h3", {}), hint = el("p", {class: "hint reading"}), bars = el("div", {class: "bars"});
   const cosine = el("p", {class: "hint", hidden: true});
   const history = makeChart("history", "weight of the patch over steps"), over = el("p", {class: "hint"});
   const tokens = el("div", {class: "tokens"}), tokensTitle = el("h3", {});
@@ -29,7 +29,8 @@ export function makeInspector() {
     const grid = columns[0]?.entry.grid, there = chosen && grid && chosen.patch < grid[0] * grid[1];
     patch.classList.toggle("empty", !there);
     where.textContent = there ? `Patch ${Math.floor(chosen.patch / grid[1])}, ${chosen.patch % grid[1]}` : "Patch";
-    hint.textContent = there ? "attention on it, × uniform" : "Point at a picture to read one patch; click to keep it.";
+    hint.replaceChildren(...there ? ["attention on it, × uniform", ...columns.map(({role, side, title}) => el("span", {class: `value role-${role}${side ? " other" : ""}`}, title))]
+      : ["Point at a picture to read one patch; click to keep it."]);
     bars.hidden = history.element.hidden = over.hidden = !there;
     cosine.hidden = true;
     if (!there) return;

@@ -8,7 +8,7 @@ import {runsOfFile, Server} from "./source.js";
 import {makeStage} from "./stage.js";
 import {makeTimeline, togglePlay} from "./timeline.js";
 import {asHash, atOf, change, fromHash, goTo, goToStep, hover, now, runA, runB, shownLayer, view, whenChanged} from "./view.js";
-import {el} from "./tiles.js";
+import {el, runDot} from "./tiles.js";
 
 const LIVE = 4000; // milliseconds between two looks at a server for news
 
@@ -141,22 +141,35 @@ async function look() {
 
 function tellTitle() {
   const [a, b] = now.runs, steps = a.steps;
-  byId("title").textContent = server ? "" : b ? `A ${a.name}   B ${b.name}` : a.name;
+  const names = server ? [] : b ? [`A ${a.name}`, `B ${b.name}`] : [a.name];
+  if (byId("title").dataset.names !== names.join()) {
+    byId("title").dataset.names = names.join();
+    byId("title").replaceChildren(...names.map(name => el("span", {}, name)));
+    if (b && !server) [...byId("title").children].forEach((name, i) => name.prepend(runDot(i)));
+  }
   byId("summary").textContent = `${steps.length} snapshots, steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;
   const note = now.runs.map(run => run.note).filter(Boolean).join(". ");
   byId("note").hidden = !note;
   byId("note").textContent = note;
 }
 
+// A moment after the last change: browsers allow few of these a second.
+let keeping = 0;
 function keepLink() {
-  if (!linked || now.playing) return;
+  if (!linked) return;
+  clearTimeout(keeping);
+  keeping = setTimeout(writeLink, 150);
+}
+
+function writeLink() {
   const hash = asHash();
-  if (location.hash.slice(1) !== hash) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  if (linked && location.hash.slice(1) !== hash) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
 }
 
 function wireButtons(stage) {
   byId("link").hidden = !linked;
   byId("link").addEventListener("click", async () => {
+    writeLink();
     try {
       await navigator.clipboard.writeText(location.href);
       tell("link copied");

@@ -2,7 +2,7 @@
 import {drawBar, SCALES} from "./colours.js";
 import {entropyOf, grouped, percent} from "./numbers.js";
 import {atOf, change, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
-import {drawTile, el, makeTile, runColour} from "./tiles.js";
+import {drawTile, el, makeTile, runDot} from "./tiles.js";
 
 // What stands side by side: roles, of both runs where there are two; together where they are swiped or subtracted.
 export function columnsShown() {
@@ -19,7 +19,7 @@ export function makeStage() {
   const ticks = el("div", {class: "ticks"}), unit = el("span", {class: "unit"}), keys = el("span", {class: "keys"});
   const legend = el("div", {class: "legend", role: "group", "aria-label": "legend"}, el("div", {class: "scale"}, bar, ticks), unit, keys);
   const element = el("section", {class: "stage", "aria-label": "attention maps"}, legend, pictures);
-  let built = "", draws = [];
+  let built = "", draws = [], tiles = [];
 
   function draw() {
     const columns = columnsShown(), heads = headsOf(columns);
@@ -27,8 +27,9 @@ export function makeStage() {
     if (wanted !== built) {
       built = wanted;
       pictures.className = `pictures ${view.all ? "gallery" : view.arrange} columns${columns.length}`;
-      draws = view.all ? buildGallery(pictures, columns) : buildColumns(pictures, columns, heads);
+      [draws, tiles] = view.all ? buildGallery(pictures, columns) : buildColumns(pictures, columns, heads);
     }
+    for (const tile of tiles) tile.width = tile.canvas.clientWidth; // before anything changes: the page is laid out once
     const order = view.sort === "entropy" && !view.all ? byEntropy(columns, heads) : [...Array(heads).keys()];
     for (const drawPart of draws) drawPart(columns, order);
     drawLegend(bar, ticks, unit, keys);
@@ -49,28 +50,27 @@ function byEntropy(columns, heads) {
   return [...totals.keys()].sort((a, b) => rank(totals[a]) - rank(totals[b]) || a - b);
 }
 
+// How each part is drawn, and the tiles among them.
 function buildColumns(pictures, columns, heads) {
-  const draws = [];
+  const draws = [], tiles = [];
   pictures.replaceChildren(...columns.map((column, index) => {
     const title = el("h2", {}, column.title), detail = el("span", {class: "detail"});
-    if (column.side !== undefined) title.style.color = "";
     const section = el("section", {class: "column", "aria-label": column.title}, el("header", {}, marker(column), title, detail));
     draws.push(columns => detail.textContent = detailOf(columns[index]));
     if (view.arrange !== "grid") {
       const tile = makeTile({large: true});
       section.append(tile.element);
+      tiles.push(tile);
       draws.push(columns => drawTile(tile, columns[index], view.image, view.head, {large: true}));
     }
-    if (view.arrange !== "single" && heads) section.append(headTiles(index, heads, draws));
+    if (view.arrange !== "single" && heads) section.append(headTiles(index, heads, draws, tiles));
     return section;
   }));
-  return draws;
+  return [draws, tiles];
 }
 
 function marker(column) {
-  const dot = el("span", {class: `dot role-${column.role}`, "aria-hidden": "true"});
-  if (column.side !== undefined) dot.style.background = runColour(column.side);
-  return dot;
+  return column.side === undefined ? el("span", {class: `dot role-${column.role}`, "aria-hidden": "true"}) : runDot(column.side);
 }
 
 const modelOf = (run, role) => run.entry(atOf(run), role, shownLayer(run))?.model ?? "";
@@ -81,12 +81,13 @@ function detailOf({runs, role, side}) {
   return side === undefined ? modelOf(runs[0], role) : `step ${steps[0]}`;
 }
 
-function headTiles(index, heads, draws) {
+function headTiles(index, heads, draws, all) {
   const tiles = Array.from({length: heads}, (_, head) => makeTile({onpick: () => change({head: view.head === head ? -1 : head, arrange: view.arrange})}));
   const list = el("div", {class: "heads", role: "group", "aria-label": "heads"}, ...tiles.map(tile => tile.element));
   const grid = view.arrange === "grid";
   const across = grid ? Math.max(2, Math.ceil(Math.sqrt(heads))) : heads <= 4 ? 4 : heads % 6 && heads <= 16 && heads % 4 === 0 ? heads / 2 : 6;
   list.style.setProperty("--across", Math.min(across, 8));
+  all.push(...tiles);
   let shown = "";
   draws.push((columns, order) => {
     if (shown !== String(order)) {
@@ -102,16 +103,17 @@ function headTiles(index, heads, draws) {
 }
 
 function buildGallery(pictures, columns) {
-  const draws = [];
+  const draws = [], tiles = [];
   pictures.replaceChildren(...runA().images.map((image, number) => {
     const row = el("div", {class: "pair"}, ...columns.map((column, index) => {
       const tile = makeTile({onpick: () => change({all: false, image: number})});
+      tiles.push(tile);
       draws.push(columns => drawTile(tile, columns[index], number, view.head));
       return el("div", {}, el("span", {class: "small"}, column.title), tile.element);
     }));
     return el("section", {class: "item", "aria-label": image.name}, el("h2", {}, image.name), row);
   }));
-  return draws;
+  return [draws, tiles];
 }
 
 // The scale that the large maps have now.

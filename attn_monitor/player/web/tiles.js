@@ -32,7 +32,7 @@ export function makeTile({large, onpick}) {
   const caption = el(large ? "figcaption" : "span", {class: "caption"});
   const element = large ? el("figure", {class: "tile large"}, canvas, caption)
     : el("button", {class: "tile", type: "button", onclick: onpick}, canvas, caption);
-  const tile = {element, canvas, caption, grid: null, image: 0};
+  const tile = {element, canvas, caption, grid: null, image: 0, width: 0};
   canvas.addEventListener("pointermove", event => {
     if (large && view.compare === "swipe" && event.buttons && now.runs[1]) change({swipe: fractionOf(event, canvas)});
     hover(placeOf(event, tile));
@@ -101,18 +101,18 @@ function walk(event, {grid, image}) {
 }
 
 // Draw a column's map of an image and a head (-1: their mean) and say what it shows.
-export function drawTile(tile, column, image, head, {large = false, named = false} = {}) {
+export function drawTile(tile, column, image, head, {large = false} = {}) {
   const parts = partsOf(column), [first, second] = parts;
   tile.image = image;
   tile.grid = first.entry?.grid ?? null;
   const missing = parts.find(({entry, part}) => !entry || (part && head >= part.heads));
   if (missing) {
-    tile.caption.replaceChildren("not recorded at this step");
+    tile.caption.textContent = "not recorded at this step";
     tile.canvas.getContext("2d").clearRect(0, 0, tile.canvas.width, tile.canvas.height);
     return;
   }
   if (parts.some(({part}) => !part)) return; // on its way
-  fitCanvas(tile.canvas, tile.grid, first.run.size, tile.canvas.clientWidth || 64);
+  fitCanvas(tile.canvas, tile.grid, first.run.size, tile.width || 64);
   const maps = parts.map(({run, at, layer}) => run.map(at, column.role, layer, image, head));
   const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length;
   const common = {
@@ -132,11 +132,29 @@ export function drawTile(tile, column, image, head, {large = false, named = fals
       strokeDivider(tile.canvas);
     }
   }
-  const numbers = second ? comparisonOf(maps, alike) : numbersOf(first, maps[0], image, head, large);
-  const name = head < 0 ? (large ? `mean of ${first.part.heads} heads` : "mean") : large ? `head ${head}` : String(head);
-  tile.caption.replaceChildren(el("b", {}, named ? first.run.images[image].name : name), ...numbers);
-  const said = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${tile.caption.textContent}`;
+  const numbers = second ? comparisonOf(maps, alike, large) : numbersOf(first, maps[0], image, head, large);
+  caption(tile, [["", head < 0 ? "mean" : large ? `head ${head}` : String(head), ""], ...numbers]);
+  const words = numbers.map(([before, value, after]) => before + value + after).join(", ");
+  const said = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${words}`;
   (large ? tile.canvas : tile.element).setAttribute("aria-label", large && chosen ? `${said}, patch ${chosen.patch}` : said);
+}
+
+// A name and numbers, each as words before it, the number, words after it and a title; elements are made once.
+function caption({caption: element}, parts) {
+  if (element.children.length !== parts.length || !element.firstChild?.matches?.("b")) {
+    element.replaceChildren(el("b"), ...parts.slice(1).map(() => el("span", {class: "stat"}, "", el("i"), "")));
+  }
+  parts.forEach(([before, value, after, title = ""], i) => {
+    const child = element.children[i];
+    if (i === 0) {
+      child.textContent = value;
+      return;
+    }
+    child.title = title;
+    child.firstChild.data = before;
+    child.children[0].textContent = value;
+    child.lastChild.data = after;
+  });
 }
 
 function contentFor(part, values, image, large) {
@@ -157,8 +175,8 @@ function strokeDivider(canvas) {
 
 // Entropy, area of the mask, peak, overlap with ground truth: of a large tile all of them.
 function numbersOf({run, entry}, values, image, head, large) {
-  if (!isFinite32(values)) return [el("span", {class: "stat"}, "missing: NaN")];
-  const stats = [], add = (label, value, title) => stats.push(el("span", {class: "stat", title}, `${label} `, el("i", {}, value)));
+  if (!isFinite32(values)) return [["missing: ", "NaN", ""]];
+  const stats = [], add = (label, value, title) => stats.push([`${label} `, value, "", title]);
   const mask = massMask(values, view.threshold), objects = run.truths[image];
   add("H", entropyOf(values).toFixed(2), "entropy over patches: 1 uniform, 0 one patch");
   if (!large) {
@@ -173,13 +191,21 @@ function numbersOf({run, entry}, values, image, head, large) {
   return stats;
 }
 
-function comparisonOf([a, b], alike) {
-  if (!alike) return [el("span", {class: "stat"}, "of different grids")];
+function comparisonOf([a, b], alike, large) {
+  if (!alike) return [["of different grids", "", ""]];
   if (view.compare === "difference") {
     const moved = a.reduce((sum, value, i) => sum + Math.abs(value - b[i]), 0) / 2;
-    return [el("span", {class: "stat", title: "half the sum of absolute differences"}, el("i", {}, percent(moved)), " elsewhere")];
+    return [["", percent(moved), large ? " elsewhere" : "", "half the sum of absolute differences"]];
   }
-  return [el("span", {class: "stat"}, "H A ", el("i", {}, written(entropyOf(a))), " · B ", el("i", {}, written(entropyOf(b))))];
+  const [first, second] = [a, b].map(values => entropyOf(values).toFixed(2));
+  return [[large ? "H A " : "H ", first, "", "entropy in A"], [large ? "B " : "", second, "", "entropy in B"]];
 }
 
-export const runColour = index => `rgb(${RUN_COLOURS[index].join(", ")})`;
+// The mark of run A or B.
+export function runDot(index) {
+  const dot = el("span", {class: "dot", "aria-hidden": "true"});
+  dot.style.background = runColour(index);
+  return dot;
+}
+
+const runColour = index => `rgb(${RUN_COLOURS[index].join(", ")})`;

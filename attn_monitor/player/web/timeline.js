@@ -71,7 +71,7 @@ export function makeTimeline() {
       metric.replaceChildren(...names.map(name => el("option", {value: name}, name.replaceAll("_", " "))));
     }
     metric.value = metricShown();
-    metric.hidden = names.length === 0;
+    chart.element.parentElement.hidden = names.length === 0;
   }
 
   function drawCurves(domain, step) {
@@ -88,7 +88,7 @@ export function makeTimeline() {
     chart.element.setAttribute("aria-label", `${name.replaceAll("_", " ")} over steps ${domain[0]} to ${domain[1]}`);
     reading.replaceChildren(...curves.filter(curve => curve.role).map(curve => {
       const at = curve.points.findLast(point => point[0] <= step && point[1] !== null);
-      return el("span", {class: `value role-${curve.role}`}, `${curve.role}${runB() ? ` ${"AB"[curve.index]}` : ""} `, el("b", {}, written(at?.[1])));
+      return el("span", {class: `value role-${curve.role}${curve.index ? " other" : ""}`}, `${curve.role}${runB() ? ` ${"AB"[curve.index]}` : ""} `, el("b", {}, written(at?.[1])));
     }));
   }
   return {element, draw};

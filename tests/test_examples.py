@@ -41,6 +41,7 @@ def test_demo_logs_both_roles_from_the_first_step_to_the_last(tmp_path: Path) ->
     }  # fmt: skip
     for line in ("logs are in runs", "tensorboard --logdir", "images=1000", "head 0:"):
         assert line in ran.stdout
+    assert ran.stdout.splitlines()[-1].strip() == str(run / "attn_monitor" / "report.html")
 
 
 @pytest.mark.slow

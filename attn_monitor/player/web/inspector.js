@@ -29,7 +29,7 @@ export function makeInspector() {
     const grid = columns[0]?.entry.grid, there = chosen && grid && chosen.patch < grid[0] * grid[1];
     patch.classList.toggle("empty", !there);
     where.textContent = there ? `Patch ${Math.floor(chosen.patch / grid[1])}, ${chosen.patch % grid[1]}` : "Patch";
-    hint.replaceChildren(...there ? ["attention on it, × uniform", ...columns.map(({role, side, title}) => el("span", {class: `value role-${role}${side ? " other" : ""}`}, title))]
+    hint.replaceChildren(...there ? ["× uniform", ...columns.map(({role, side, title}) => el("span", {class: `value role-${role}${side ? " other" : ""}`}, title))]
       : ["Point at a picture to read one patch; click to keep it."]);
     bars.hidden = history.element.hidden = over.hidden = !there;
     cosine.hidden = true;

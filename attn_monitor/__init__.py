@@ -3,24 +3,23 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.backbones import find_backbones
-from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.capture.rollout import attention_rollout
-from attn_monitor.capture.sharded_models import forward_within
-from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
-from attn_monitor.measure.health import HealthFlag, HealthLimits
-from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.publish.publisher import Publisher
-from attn_monitor.record.archive import load_snapshots
-from attn_monitor.record.snapshot import AttentionSnapshot
-from attn_monitor.watch import Watch
-
 if TYPE_CHECKING:
+    from attn_monitor.attention import LayerAttention
     from attn_monitor.callback import AttentionMapCallback
+    from attn_monitor.capture.backbones import find_backbones
+    from attn_monitor.capture.recorder import AttentionRecorder, record_attention
+    from attn_monitor.capture.rollout import attention_rollout
+    from attn_monitor.capture.sharded_models import forward_within
+    from attn_monitor.draw.options import DrawingOptions
+    from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
+    from attn_monitor.measure.health import HealthFlag, HealthLimits
+    from attn_monitor.monitor import AttentionMonitor
     from attn_monitor.offline.report import snapshot_player
+    from attn_monitor.probe.probe_batch import ProbeBatch
+    from attn_monitor.publish.publisher import Publisher
+    from attn_monitor.record.archive import load_snapshots
+    from attn_monitor.record.snapshot import AttentionSnapshot
+    from attn_monitor.watch import Watch
 
 __all__ = [
     "ArchiveError",
@@ -47,11 +46,36 @@ __all__ = [
     "snapshot_player",
 ]
 
-_LAZY = {"AttentionMapCallback": "attn_monitor.callback", "snapshot_player": "attn_monitor.offline.report"}
+_MODULES = {
+    "ArchiveError": "errors",
+    "AttentionError": "errors",
+    "AttentionMapCallback": "callback",
+    "AttentionMonitor": "monitor",
+    "AttentionRecorder": "capture.recorder",
+    "AttentionSnapshot": "record.snapshot",
+    "AttnMonitorError": "errors",
+    "DrawingOptions": "draw.options",
+    "HealthFlag": "measure.health",
+    "HealthLimits": "measure.health",
+    "LayerAttention": "attention",
+    "ProbeBatch": "probe.probe_batch",
+    "ProbeError": "errors",
+    "Publisher": "publish.publisher",
+    "TargetError": "errors",
+    "Watch": "watch",
+    "attention_rollout": "capture.rollout",
+    "find_backbones": "capture.backbones",
+    "forward_within": "capture.sharded_models",
+    "load_snapshots": "record.archive",
+    "record_attention": "capture.recorder",
+    "snapshot_player": "offline.report",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for: Lightning takes seconds, and `record_attention` needs none of it."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Public names when they are asked for: the callback imports Lightning, others PyTorch, which takes seconds."""
+    if name == "functional":
+        return importlib.import_module("attn_monitor.functional")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"attn_monitor.{_MODULES[name]}"), name)

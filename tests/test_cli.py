@@ -31,7 +31,7 @@ MODEL = "tests.helpers:tiny_vit"
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     pipes = {"capture_output": True} if "stdout" not in options else {"stderr": subprocess.PIPE}
-    return subprocess.run([sys.executable, "-m", "attn_monitor.offline.cli", *arguments], text=True, **pipes, **options)
+    return subprocess.run([sys.executable, "-m", "attn_monitor", *arguments], text=True, **pipes, **options)
 
 
 def mistake(*arguments: str, **options: Any) -> str:
@@ -59,7 +59,8 @@ def test_check_prints_what_it_found() -> None:
         (("check", "torchvision:resnet18"), "no attention was observed in ResNet"),
         (("check", "vit"), "expected timm:NAME"),
         (("show", MODEL, "nowhere", "--size", "32"), "nowhere: does not exist"),
-        (("replay", "nowhere"), "no snapshots"),
+        (("replay", "nowhere"), "nowhere: does not exist; expected the attn_monitor folder of a run, or the log"),
+        (("summary", "tests"), "tests: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
@@ -74,10 +75,29 @@ def test_options_are_spelled_as_users_spell_them() -> None:
     assert cli.spelled_out(kept) == kept
 
 
-def test_wrong_usage_has_a_status_of_its_own() -> None:
-    ran = command("show", MODEL)
-    assert ran.returncode == 2
-    assert "Traceback" not in ran.stderr
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("", ": no command; expected one of check, show, video"),
+        ("shwo m", ": no command 'shwo'; did you mean show?; expected one of check, "),
+        ("show m", " show: the following arguments are required: images"),
+        ("backfill x --out o", " backfill: the following arguments are required: --model, --probe"),
+        ("show m i --sizes 3", " show: unrecognized arguments: --sizes 3; did you mean --size?"),
+        ("show m i --size", " show: argument --size: expected one argument"),
+        ("show m i --size abc", " show: size=abc: expected a whole number or a list of two"),
+        ("show m i --size [1,2,3]", " show: size=[1, 2, 3]: expected a whole number or a list of two"),
+        ("show m i --num-images 1.5", " show: num_images=1.5: expected a whole number"),
+        ("replay r --format avi", " replay: format=avi: expected 'webp', 'mp4', 'gif'"),
+        ("show m i --config nowhere.yaml", " show: --config: "),
+        ("show m i --out=", " show: out is empty"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_the_remedy(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"attn-monitor{text}")
+    assert line.endswith(f"(see attn-monitor{' ' if text[0] == ' ' else ''}{text.partition(':')[0].strip()} --help)")
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> None:
@@ -108,7 +128,10 @@ def test_no_room_for_pictures(tmp_path: Path, photographs: Path, name: str) -> N
 
 def test_nowhere_to_print(photographs: Path) -> None:
     with open("/dev/full", "w") as full:
-        assert "No space left on device" in command("check", MODEL, "--size", "32", stdout=full).stderr
+        ran = command("check", MODEL, "--size", "32", stdout=full)
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("attn-monitor: standard output cannot be written to (No space left on device); make room")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +191,7 @@ def test_replay_of_damaged_archives(tmp_path: Path, wrong: str) -> None:
         "snapshot": "step-000000003.npz: the file is not readable",
         "probe": "probe.npz: the file is not readable",
         "names": "step 0 shows cat, größe 1, and probe.npz holds grey: these are files of two runs",
-        "missing": "No such file or directory",
+        "missing": "probe.npz: does not exist; it holds the images that the snapshots were taken of",
     }
     if wrong == "names":
         shutil.copy(FIRST / "mixed" / "probe.npz", archive / "probe.npz")
@@ -232,21 +255,14 @@ def test_replay_redraws_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "o" / "image0-panel.png").exists()
 
 
-def test_without_a_command_there_is_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([])
-    assert "usage: attn-monitor" in capsys.readouterr().err
-
-
-def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
-        """Like Ctrl-C."""
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "COMMANDS", [interrupted])
-    with pytest.raises(SystemExit, match="130"):
-        cli.main(["interrupted"])
-    assert capsys.readouterr().err == "attn-monitor: interrupted\n"
+@pytest.mark.parametrize("start", [["-m", "attn_monitor"], ["-c", "from attn_monitor.__main__ import main; main()"]])
+def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
+    """While PyTorch is imported, and so before any command has begun."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    ran = subprocess.run([sys.executable, *start], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attn-monitor: interrupted\n")
 
 
 def test_a_reader_that_has_had_enough_is_no_mistake(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import ArchiveError
+from attn_monitor import ArchiveError, ProbeBatch
 from attn_monitor.draw.differences import COLOURS, comparison, difference_level, difference_overlay
 from attn_monitor.offline import cli
 from attn_monitor.offline.compare import compare_runs, match_steps
@@ -66,8 +66,9 @@ def test_two_snapshots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"probe": noise_probe(1)}, "show different images, whose maps cannot be compared: those of image0, image1"),
-        ({"probe": noise_probe(0, 64)}, "are of other sizes"),
+        ({"probe": noise_probe(1)}, "show different images, whose maps cannot be compared: image0, image1 and image0"),
+        ({"probe": noise_probe(0, 64)}, "of other sizes, 32 × 32 and 64 × 64 pixels"),
+        ({"probe": ProbeBatch(torch.zeros(1, 3, 32, 32))}, r"compared: 2 \(image0, image1\) and 1 \(image0\)"),
         ({"model": {"num_heads": 2}}, "layer 1 of student cannot be compared: its number of heads is 4 in .* and 2 in"),
         ({"model": {"patch_size": 16}}, r"its grid is \(4, 4\) in .* and \(2, 2\) in"),
         ({"query": (1, 1)}, "its query is cls in .* and "),
@@ -79,6 +80,25 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, other: dict[str, Any
     write_run(tmp_path / "b", [0], sharpness=[0], **other)
     with pytest.raises(ArchiveError, match=reason):
         compare_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_results_of_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], photographs: Path) -> None:
+    for name, query in {"a": "cls", "b": "mean"}.items():
+        folder, image = str(tmp_path / name), str(photographs / "coffee.png")
+        cli.show("tests.helpers:tiny_vit", image, out=folder, size=32, weights=False, query=query)
+    with pytest.raises(ArchiveError, match=r"its query is cls in .* and mean in"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+    cli.compare(str(tmp_path / "a"), str(tmp_path / "a" / "attention.npz"), out=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "coffee-step0.png").exists()
+
+
+def test_broken_snapshots_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, broken in {"a": 10, "b": 30}.items():
+        write_run(tmp_path / name)
+        (tmp_path / name / f"step-0000000{broken}.npz").write_bytes(b"damaged")
+    with pytest.raises(ArchiveError, match=r"comparison is without .*a/step-000000010\.npz: .*b/step-000000030\.npz: "):
+        cli.compare(str(tmp_path / "a"), str(tmp_path / "b"), out=str(tmp_path / "out"))
+    assert "matched steps (A = B): 0, 20\n" in capsys.readouterr().out
 
 
 def test_layers_of_one_alone_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,22 @@ def test_which_archive_is_meant(tmp_path: Path) -> None:
         summarise_run(tmp_path / "version_0")
 
 
+@pytest.mark.parametrize("json_wanted", [False, True])
+def test_a_broken_snapshot_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], json_wanted: bool
+) -> None:
+    write_run(tmp_path)
+    (tmp_path / "step-000000010.npz").write_bytes(b"damaged")
+    with pytest.raises(ArchiveError, match=r"the summary is without .*step-000000010\.npz: the file is not readable"):
+        cli.summary(str(tmp_path), json=json_wanted)
+    said = capsys.readouterr().out
+    assert json.loads(said)["steps"] == [0, 20, 30] if json_wanted else "3 snapshots, steps 0 to 30" in said
+    for path in tmp_path.glob("step*"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ArchiveError, match="no snapshot can be read"):
+        summarise_run(tmp_path)
+
+
 def test_older_archives_and_those_without_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("distillation", "mixed", "nan"):
         cli.summary(str(Path(__file__).parent / "archives" / "first" / name))

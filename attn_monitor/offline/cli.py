@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attn_monitor.errors import AttentionError
 from attn_monitor.offline.backfill import backfill
 from attn_monitor.offline.check import check
 from attn_monitor.offline.compare import compare
+from attn_monitor.offline.models import did_you_mean
 from attn_monitor.offline.replay import replay
 from attn_monitor.offline.report import report
 from attn_monitor.offline.show import show
@@ -23,30 +26,67 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary]
+MAY_BE_EMPTY = {"key"}  # of names in a checkpoint that have no prefix
+TYPES = {
+    **{"int": "a whole number", "float": "a number", "list": "a list", "NoneType": "null"},
+    **{"tuple": "a list of two", "tuple with 2 elements": "a list of two"},
+}
+"""What jsonargparse calls a type, for people."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `attn-monitor`: mistakes are told in one line, without a traceback."""
-    parsed = _parser().parse_args(spelled_out(sys.argv[1:] if arguments is None else arguments))
-    command = next(c for c in COMMANDS if c.__name__ == parsed.subcommand)
+    """Run the command of these words, by default the program's: mistakes are told in one line, without a traceback."""
+    run, values = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        command(**{k: v for k, v in parsed[parsed.subcommand].as_dict().items() if k != "config"})
+        run(**values)
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
-    except KeyboardInterrupt:
-        print("attn-monitor: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(1)
-    except (AttentionError, OSError, ValueError) as error:  # what files, models and arguments can be wrong with
+    except OSError as error:
+        sys.exit(f"attn-monitor: {_in_words(error)}")
+    except (AttentionError, ValueError) as error:  # what models, contents of files and arguments can be wrong with
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
+
+
+def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """The command and its arguments; mistakes end the program with status 2."""
+    command = _command(words)
+    try:
+        parsed = _parser().parse_args(spelled_out(words))
+        values = parsed[parsed.subcommand].as_dict()
+        if empty := [name for name, value in values.items() if value == "" and name not in MAY_BE_EMPTY]:
+            raise ArgumentError(None, f"{empty[0]} is empty")
+    except ArgumentError as error:
+        of = "" if command is None else f" {command.__name__}"
+        print(
+            f"attn-monitor{of}: {_reworded(str(error), words, command)} (see attn-monitor{of} --help)", file=sys.stderr
+        )
+        sys.exit(2)
+    del values["config"]
+    return next(c for c in COMMANDS if c.__name__ == parsed.subcommand), values
+
+
+def _in_words(error: OSError) -> str:
+    """Our own text, or what the system says of which file."""
+    if error.errno is None:
+        return " ".join(str(error).split())
+    if error.filename is None:
+        _forget_output()
+        return f"standard output cannot be written to ({error.strerror}); make room, or send it elsewhere"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename}: does not exist; check the path"
+    return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
+
+
+def _forget_output() -> None:
+    """What is still to be printed would fail again while Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
     """Options as jsonargparse takes them: underscores, the full name where one begins so, true for a switch alone."""
-    command = next((c for c in COMMANDS if c.__name__ == next(iter(words), "")), None)
-    parameters = [] if command is None else inspect.signature(command).parameters.values()
-    switches = {f"--{p.name}": isinstance(p.default, bool) for p in parameters}
+    switches = {f"--{p.name}": isinstance(p.default, bool) for p in _parameters(_command(words))}
     spelled = []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
@@ -60,10 +100,38 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     return spelled
 
 
+def _reworded(mistake: str, words: Sequence[str], command: Callable[..., None] | None) -> str:
+    """What jsonargparse says in several lines and by its names of types, in one line."""
+    names = [c.__name__ for c in COMMANDS]
+    if command is None and not (words and words[0].startswith("-")):
+        received = f"no command {words[0]!r}{did_you_mean(words[0], names)}" if words else "no command"
+        return f"{received}; expected one of {', '.join(names)}"
+    of_type = re.match(r'(?s)Parser key "([^"]+)":.*Expected.*value: (.*)', mistake)
+    if of_type is not None:
+        found = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got.*)?$", mistake, re.MULTILINE)
+        plain = [re.sub(r"^<class '(\w+)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", text) for text in found]
+        expected = dict.fromkeys(TYPES.get(text, text) for text in plain)
+        return f"{of_type[1]}={of_type[2]}: expected {' or '.join(expected)}"
+    options = {p.name: f"--{p.name}" for p in _parameters(command) if p.kind is p.KEYWORD_ONLY}
+    said = re.sub(r'^Parser key "(\w+)":', r"--\1:", " ".join(mistake.split()))
+    spelled = re.sub(rf"\b(?:{'|'.join(names)})\.(\w+)", lambda at: options.get(at[1], at[1]), said)
+    unknown = re.match(r"unrecognized arguments: (--\w+)", spelled)
+    return spelled if unknown is None else f"{spelled}{did_you_mean(unknown[1], list(options.values()))}"
+
+
+def _command(words: Sequence[str]) -> Callable[..., None] | None:
+    return next((c for c in COMMANDS if c.__name__ == next(iter(words), "")), None)
+
+
+def _parameters(command: Callable[..., None] | None) -> list[inspect.Parameter]:
+    return [] if command is None else list(inspect.signature(command).parameters.values())
+
+
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="attn-monitor", description="Attention of checkpoints and of runs that have ended.")
+    about = "Attention of checkpoints and of runs that have ended."
+    parser = ArgumentParser(prog="attn-monitor", description=about, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     for command in COMMANDS:
         commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
@@ -74,9 +142,9 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     """A function's keyword-only parameters are options on the command line too."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=_description(command))
+    parser = ArgumentParser(description=_description(command), exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
-    parameters = inspect.signature(command).parameters.values()
+    parameters = _parameters(command)
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)
@@ -86,7 +154,3 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
 
 def _description(command: Callable[..., None]) -> str:
     return (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-
-
-if __name__ == "__main__":
-    main()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -17,9 +16,7 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.metrics import Metrics
 from attn_monitor.offline.results import print_table, progress, tell, writing_to
-from attn_monitor.offline.runs import check_belongs, find_archive, read_archive, read_probe
-from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.archive import load_step, snapshot_path, snapshot_paths, step_of
+from attn_monitor.offline.runs import Run
 from attn_monitor.record.file_names import file_name
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -30,26 +27,12 @@ MetricRow = tuple[str, int, str, float, float]
 
 
 class Side:
-    """One of the two: an archive, or a single snapshot with the probe.npz beside it."""
+    """One of the two: a run, and the metrics of every step of it that can be read."""
 
     def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
-        self._alone = AttentionSnapshot.load(path) if Path(path).is_file() else None
-        self.folder = Path(path).parent if self._alone is not None else find_archive(path)
-        self.probe: ProbeBatch = read_probe(self.folder)
-        self.steps = [self._alone.step] if self._alone is not None else list(map(step_of, snapshot_paths(self.folder)))
-
-    def load(self, step: int) -> AttentionSnapshot:
-        """The snapshot of a step, which is of the probe."""
-        snapshot = self._alone or load_step(snapshot_path(self.folder, step))
-        check_belongs(self.probe, snapshot, self.folder)
-        return snapshot
-
-    @cached_property
-    def metrics(self) -> Mapping[int, Metrics]:
-        """Of every step."""
-        snapshots = read_archive(self.folder) if self._alone is None else [self._alone]
-        return {snapshot.step: snapshot.metrics for snapshot in snapshots}
+        self.run = Run(path)
+        self.name, self.probe = self.run.name, self.run.probe
+        self.metrics: dict[int, Metrics] = {snapshot.step: snapshot.metrics for snapshot in self.run}
 
     def curves(self, role: str, layer: int) -> dict[str, list[tuple[int, float]]]:
         """A layer's metrics over the steps, where they are finite."""
@@ -77,7 +60,7 @@ class Comparison:
     def pair(self, number: int) -> Pair:
         """The two snapshots of a matched step; `ArchiveError` where they cannot be compared."""
         a, b = self.steps[number]
-        pair = self.a.load(a), self.b.load(b)
+        pair = self.a.run.load(a), self.b.run.load(b)
         _common_layers(self.a, self.b, pair)
         return pair
 
@@ -105,15 +88,15 @@ class Comparison:
 
 
 def compare_runs(a: str | Path, b: str | Path) -> Comparison:
-    """Match two runs or snapshots: archives, log directories that hold one, or snapshot files beside their probe.npz.
+    """Match two runs or snapshots, whose paths are those that `Run` takes; broken snapshots are left out.
 
     Raises `ArchiveError` with the reason where they cannot be compared: other images, queries, grids, heads or layers.
     """
     first, second = Side(a), Side(b)
     _check_probes(first, second)
-    steps = match_steps(first.steps, second.steps)
-    layers, left_out = _common_layers(first, second, (first.load(steps[-1][0]), second.load(steps[-1][1])))
-    return Comparison(first, second, tuple(steps), tuple(layers), tuple(left_out))
+    steps = match_steps(list(first.metrics), list(second.metrics))
+    last = first.run.load(steps[-1][0]), second.run.load(steps[-1][1])
+    return Comparison(first, second, tuple(steps), *map(tuple, _common_layers(first, second, last)))
 
 
 def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = False, threshold: float = 0.6) -> None:
@@ -123,7 +106,8 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
     For example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
 
     Args:
-        a: the archive of a run, the log directory that holds it, or a single snapshot beside its probe.npz.
+        a: the archive of a run, the log directory that holds it, a folder that `show` has written to, or a single
+            snapshot beside its probe.npz. Broken snapshots are left out and named.
         b: another one of the same images.
         out: folder for the pictures.
         steps: how many of the matched steps are drawn, evenly spaced, first and last included.
@@ -165,6 +149,8 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
     titles = "role", "layer", "metric", f"A, step {last[0]:,}", f"B, step {last[1]:,}", "B - A"
     rows = [(r, str(n), m, f"{x:.3g}", f"{y:.3g}", f"{y - x:+.3g}") for r, n, m, x, y in found.table()]
     print_table([titles, *rows])
+    if broken := found.a.run.broken + found.b.run.broken:
+        raise ArchiveError(f"the comparison is without {'; '.join(broken)}")
 
 
 def match_steps(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -179,10 +165,16 @@ def match_steps(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
 
 def _check_probes(a: Side, b: Side) -> None:
     if not a.probe.has_same_images_as(b.probe):
-        differ = "are of other sizes" if a.probe.images.shape != b.probe.images.shape else "differ"
+        first, second = a.probe, b.probe
+        names = f"{', '.join(first.names)} and {', '.join(second.names)}"
+        if len(first) != len(second):
+            names = f"{len(first)} ({', '.join(first.names)}) and {len(second)} ({', '.join(second.names)})"
+        elif first.images.shape != second.images.shape:
+            sizes = (" × ".join(map(str, probe.images.shape[-2:])) for probe in (first, second))
+            names += f", of other sizes, {' and '.join(sizes)} pixels"
         raise ArchiveError(
-            f"{a.name} and {b.name} show different images, whose maps cannot be compared: those of "
-            f"{', '.join(a.probe.names)} and of {', '.join(b.probe.names)} {differ}. Watch both on one probe"
+            f"{a.name} and {b.name} show different images, whose maps cannot be compared: {names}. Watch both on one "
+            "probe"
         )
 
 

@@ -83,7 +83,7 @@ def _timm(name: str, weights: bool) -> nn.Module:
 
     if ":" not in name:  # those are repositories on a hub
         if not timm.is_model(name):
-            raise ModelNameError(f"timm knows no {name!r}{_suggestion(name, timm.list_models())}")
+            raise ModelNameError(f"timm knows no {name!r}{did_you_mean(name, timm.list_models())}")
         if weights and not timm.get_pretrained_cfg(name).has_weights:
             raise RuntimeError("timm has no weights for it")
     model: nn.Module
@@ -116,7 +116,7 @@ def _torchvision(name: str, weights: bool) -> nn.Module:
 
     known = list_models()
     if name.lower() not in known:
-        raise ModelNameError(f"torchvision knows no {name!r}{_suggestion(name, known)}")
+        raise ModelNameError(f"torchvision knows no {name!r}{did_you_mean(name, known)}")
     with socket_timeout():
         model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
     return model
@@ -160,7 +160,8 @@ _LIBRARIES = {
 }
 
 
-def _suggestion(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The known names that are near to one, as the end of a message; empty where none is."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -186,7 +187,7 @@ def _from_module(module: str, call: str) -> Any:
         found: Any = reduce(getattr, parsed.name.split("."), imported)
     except AttributeError:
         raise ModelNameError(
-            f"module {module!r} has no {parsed.name!r}{_suggestion(parsed.name, dir(imported))}"
+            f"module {module!r} has no {parsed.name!r}{did_you_mean(parsed.name, dir(imported))}"
         ) from None
     with _told_as_name_error():
         return found if isinstance(found, nn.Module) else found(*parsed.arguments, **parsed.keywords)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,9 @@ from attn_monitor.draw.panels import PANEL_PIXELS, panel
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.offline.results import print_metrics, progress, writing_to
-from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.archive import load_step, snapshot_paths, step_of
-from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.offline.results import print_metrics, writing_to
+from attn_monitor.offline.runs import Run
+from attn_monitor.record.archive import step_of
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -29,7 +28,7 @@ ANIMATED_PIXELS = PANEL_PIXELS // 2  # of a panel's cells together: half of thos
 
 
 def replay(
-    archive: str,
+    run: str,
     *,
     out: str | None = None,
     format: Literal["webp", "mp4", "gif"] = "webp",
@@ -41,21 +40,21 @@ def replay(
 
     Snapshots that cannot be read are left out and named at the end.
 
-    Example: attn-monitor replay runs/version_0/attn_monitor --out pictures --format mp4
+    Example: attn-monitor replay runs/version_0 --out pictures --format mp4
 
     Args:
-        archive: the attn_monitor folder in the log directory of a run.
+        run: the archive of a run, or the log directory that holds it.
         out: folder for the pictures; by default `pictures` inside the archive.
         format: of the animations; mp4 needs PyAV (pip install attn_monitor[video]), gif makes large files.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         threshold: share of attention mass inside the outline.
         colormap: "inferno" or "viridis".
     """
-    snapshots = _ReadableSnapshots(Path(archive))
-    panels = _Panels(Path(archive), DrawingOptions(threshold, scale, colormap=colormap))
-    with writing_to(Path(out) if out is not None else Path(archive) / "pictures") as folder:
+    found = Run(run)
+    panels = _Panels(found, DrawingOptions(threshold, scale, colormap=colormap))
+    with writing_to(found.folder / "pictures" if out is None else Path(out)) as folder:
         animated = [check_ending(folder / f"{name}.{format}") for name in panels.probe.names]
-        history, flags = _animate(snapshots, panels, animated)
+        history, flags = _animate(panels, animated)
         for index, (animation, name) in enumerate(zip(animated, panels.probe.names, strict=True)):
             still = panels.draw(history[-1], index)
             strip = filmstrip(history, index, panels.photos[index], options=panels.options)
@@ -67,62 +66,34 @@ def replay(
     print(f"health flags raised in this run: {len(flags) or 'none'}")
     for flag in flags:
         print(f"  {flag}")
-    if snapshots.broken:
-        raise ArchiveError(f"pictures are without {'; '.join(snapshots.broken)}")
-
-
-class _ReadableSnapshots:
-    """The snapshots of an archive folder, one at a time; ``broken`` says which could not be read, and why."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = snapshot_paths(folder)
-        if not self.paths:
-            raise FileNotFoundError(
-                f"{folder}: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run"
-            )
-        self.broken: list[str] = []
-
-    def __iter__(self) -> Iterator[AttentionSnapshot]:
-        for path in progress(self.paths, "snapshots"):
-            try:
-                yield load_step(path)
-            except (ArchiveError, OSError) as error:
-                self.broken.append(str(error))
-        if len(self.broken) == len(self.paths):
-            raise ArchiveError(f"no snapshot can be read: {'; '.join(self.broken)}")
+    if found.broken:
+        raise ArchiveError(f"pictures are without {'; '.join(found.broken)}")
 
 
 class _Panels:
-    """Draws the panels of an archive's probe images."""
+    """Draws the panels of a run's probe images."""
 
-    def __init__(self, archive: Path, options: DrawingOptions) -> None:
-        self.archive, self.options = archive, options
-        self.probe = ProbeBatch.load(archive / "probe.npz")
+    def __init__(self, run: Run, options: DrawingOptions) -> None:
+        self.run, self.probe, self.options = run, run.probe, options
         self.photos = self.probe.pixels
 
     def draw(self, snapshot: AttentionSnapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
         """The panel of one image; ``pixels`` are those of all cells together."""
-        if tag_safe_names(snapshot.names) != self.probe.names:
-            raise ArchiveError(
-                f"{self.archive}: step {snapshot.step} shows {', '.join(snapshot.names)}, and probe.npz holds "
-                f"{', '.join(self.probe.names)}: these are files of two runs"
-            )
+        self.run.check_belongs(snapshot)
         truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
         photo, caption = self.photos[index], self.probe.caption
         return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
 
 
-def _animate(
-    snapshots: _ReadableSnapshots, panels: _Panels, paths: Sequence[Path]
-) -> tuple[list[AttentionSnapshot], list[HealthFlag]]:
+def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[AttentionSnapshot], list[HealthFlag]]:
     """Write an animation of each image; the snapshots that a film strip shows, the last one included, and all flags."""
-    steps = [step_of(path) for path in snapshots.paths]
+    steps = [step_of(path) for path in panels.run.paths if len(panels.run.paths) > 1]
     in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
     kept: list[AttentionSnapshot] = []
     flags: list[HealthFlag] = []
     with ExitStack() as stack:
         animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]
-        for snapshot, seconds in holding_last(snapshots):
+        for snapshot, seconds in holding_last(panels.run):
             for index, animation in enumerate(animations):
                 animation.add(panels.draw(snapshot, index, ANIMATED_PIXELS), seconds)
             kept = [*(s for s in kept if s.step in in_strips), snapshot]

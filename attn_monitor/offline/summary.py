@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.offline.results import print_table
-from attn_monitor.offline.runs import find_archive, read_archive
+from attn_monitor.offline.runs import Run
 from attn_monitor.record.history import thin
 
 BEST = {
@@ -103,13 +104,14 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's steps, images, layers and flags, and a verdict in words."""
+    """A run's steps, images, layers and flags, and a verdict in words; ``broken`` says what could not be read."""
 
     archive: Path
     steps: tuple[int, ...]
     images: tuple[str, ...]
     flags: tuple[HealthFlag, ...]
     layers: tuple[LayerSummary, ...]
+    broken: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> list[str]:
@@ -126,18 +128,19 @@ class RunSummary:
             "images": list(self.images),
             "flags": [flag.state_dict() for flag in self.flags],
             "layers": [_layer_as_dict(layer) for layer in self.layers],
+            "broken": list(self.broken),
         }
 
 
 def summarise_run(run: str | Path) -> RunSummary:
-    """What has become of a run: its archive folder, or the log directory that holds it."""
-    archive = find_archive(run)
+    """What has become of a run, whose path is one that `Run` takes; broken snapshots are left out."""
+    found = Run(run)
     steps: list[int] = []
     images: tuple[str, ...] = ()
     flags: list[HealthFlag] = []
     attention: dict[tuple[str, int], LayerAttention] = {}
     curves: dict[tuple[str, int], dict[str, list[Point]]] = {}
-    for snapshot in read_archive(archive):
+    for snapshot in found:
         steps.append(snapshot.step)
         images = snapshot.names
         flags += snapshot.flags
@@ -152,7 +155,7 @@ def summarise_run(run: str | Path) -> RunSummary:
         )
         for (role, layer), a in attention.items()
     ]
-    return RunSummary(archive, tuple(steps), images, tuple(flags), tuple(layers))
+    return RunSummary(found.folder, tuple(steps), images, tuple(flags), tuple(layers), tuple(found.broken))
 
 
 def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
@@ -163,14 +166,20 @@ def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
     For example: attn-monitor summary runs/version_0
 
     Args:
-        run: the archive of a run, or the log directory that holds it.
+        run: the archive of a run, or the log directory that holds it. Broken snapshots are left out and named.
         every_layer: all metrics of each watched layer; else of each role's last, and the others' entropy.
         json: print JSON, for scripts.
     """
     found = summarise_run(run)
     if json:
         print(jsonlib.dumps(found.as_dict(), indent=1))
-        return
+    else:
+        _print(found, every_layer)
+    if found.broken:
+        raise ArchiveError(f"the summary is without {'; '.join(found.broken)}")
+
+
+def _print(found: RunSummary, every_layer: bool) -> None:
     first, last = found.steps[0], found.steps[-1]
     print(f"{found.archive}: {len(found.steps)} snapshots, steps {first:,} to {last:,}")
     print(f"images: {', '.join(found.images)}")

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -183,6 +184,15 @@ def full(value: Any) -> Tensor:
     return (
         value.full_tensor().detach().clone() if isinstance(value, DTensor) else torch.as_tensor(value).detach().clone()
     )
+
+
+def saved_in_shards(folder: Path) -> Seen:
+    """Watched, with a sharded checkpoint of Lightning's at every other step."""
+    watch = AttentionMapCallback(ProbeBatch(IMAGES[:2]), every_n_train_steps=2)
+    save = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=-1)
+    running = trainer(folder, watch, save, devices=PROCESSES, max_steps=4, strategy=two(), enable_checkpointing=True)
+    running.fit(Sharded(), loader(40))
+    return {}
 
 
 def by_hand(folder: Path) -> Seen:

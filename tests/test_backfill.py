@@ -24,13 +24,14 @@ from attn_monitor import (
     ProbeBatch,
     load_snapshots,
 )
-from attn_monitor.errors import CheckpointError
+from attn_monitor.errors import CheckpointError, LayerError
 from attn_monitor.offline import cli
 from attn_monitor.offline.backfill import Backfilled, backfill_run
 from attn_monitor.offline.checkpoint_folder import step_in_name
 from attn_monitor.record.folder_claim import claim_free
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
+from tests.processes import launch
 
 EASILY_RAISED = HealthLimits(high_entropy=0.5, low_entropy=0.0, snapshots=2, steps=3, peak=0.07)
 STEPS = [0, 2, 4, 6, 8]
@@ -180,11 +181,91 @@ def test_one_role_by_its_key(run: Path, tmp_path: Path) -> None:
     result = backfilled(run, tmp_path / "out", key="state_dict.teacher_backbone", loggers=())
     (first, *_) = load_snapshots(result.archive)
     assert first.roles == ("teacher",)
-    (result.archive / "step-000000008.npz").unlink()
-    again = backfilled(run, tmp_path / "out", key="state_dict.student_backbone", loggers=())
-    assert not again.added
-    (reason,) = again.left_out.values()
-    assert reason.endswith("holds weights of student, and the checkpoints before it of teacher")
+
+
+def test_checkpoints_of_other_roles_are_left_out(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    torch.save({"teacher_backbone": tiny_vit().state_dict(), "global_step": 9}, folder / "late.ckpt")
+    result = backfilled(run, tmp_path / "out", folder, loggers=())
+    assert result.added == tuple(STEPS)
+    (reason,) = result.left_out.values()
+    assert reason.endswith("holds weights of teacher, and the checkpoints before it of student, teacher")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"threshold": 0.7}, r"threshold 0\.6 \(now 0\.7\)"),
+        ({"layers": "all"}, r"layers -1 \(now 'all'\)"),
+        ({"query": (1, 2)}, r"query 'cls' \(now \[1, 2\]\)"),
+        ({"metrics": ["entropy"]}, r"metrics \['entropy', .*\] \(now \['entropy'\]\)"),
+        ({"key": "teacher"}, r"key None \(now 'teacher'\)"),
+        ({"model": tiny_vit(depth=3)}, r"model 'VisionTransformer of 32,224 parameters' \(now 'VisionTransformer of 4"),
+        ({"masks": torch.ones(2, 1, 32, 32)}, "is of other images or masks; pass --probe"),
+    ],
+)
+def test_a_repetition_with_other_settings_is_refused(run: Path, tmp_path: Path, change: Any, told: str) -> None:
+    """Also where there is no step to add."""
+    one, archive = tmp_path / "one", live(run) / "attn_monitor"
+    one.mkdir()
+    shutil.copy(run / "checkpoints" / "epoch=0-step=4.ckpt", one)
+    probe = ProbeBatch.load(archive / "probe.npz")
+    backfill_run(one, tiny_vit(), AttentionMonitor(probe), tmp_path / "out", loggers=())
+    choice = {name: change.pop(name) for name in ("key", "model", "masks") & change.keys()}
+    if "masks" in choice:
+        probe = ProbeBatch(probe.images, mean=probe.mean, std=probe.std, masks=choice["masks"])
+    monitor, model = AttentionMonitor(probe, **change), choice.get("model", tiny_vit())
+    with pytest.raises(ArchiveError, match=told):
+        backfill_run(one, model, monitor, tmp_path / "out", key=choice.get("key"), loggers=())
+
+
+def test_what_is_added_to_a_live_archive_is_like_it(run: Path, tmp_path: Path) -> None:
+    """Which settings it had is told by its snapshots, as far as they do."""
+    shutil.copytree(live(run) / "attn_monitor", tmp_path / "attn_monitor")
+    (tmp_path / "attn_monitor" / "step-000000000.npz").unlink()
+    told: list[str] = []
+    probe = ProbeBatch.load(tmp_path / "attn_monitor" / "probe.npz")
+    with pytest.raises(ArchiveError, match=r"holds student, layer 1: .* would add student, layer 0: 4 heads, grid"):
+        backfill_run(run / "checkpoints", tiny_vit(), AttentionMonitor(probe, layers=0), tmp_path, tell=told.append)
+    assert "neither threshold nor metrics" in told[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["attn_monitor"], "no logger was opened"
+    assert backfilled(run, tmp_path, loggers=()).added == (0,)
+
+
+def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
+    probe = ProbeBatch.load(live(run) / "attn_monitor" / "probe.npz")
+    monitor = AttentionMonitor(probe, layers=7)
+    with pytest.raises(LayerError):
+        backfill_run(run / "checkpoints", tiny_vit(), monitor, tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_checkpoints_are_passed_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save({"model": tiny_vit().state_dict()}, folder / "1.pt")
+    torch.save({"model": tiny_vit(depth=1).state_dict()}, folder / "2.pt")
+    torch.save({"model": tiny_vit().state_dict(), "code": Path("/").exists}, folder / "3.pt")
+    images, out = str(live(run) / "attn_monitor" / "probe.npz"), str(tmp_path / "out")
+    words = ["backfill", str(folder), "--model", "tests.helpers:tiny_vit", "--probe", images, "--logger", "none"]
+    with pytest.raises(SystemExit, match=r"2 checkpoints are left out: 3\.pt, 2\.pt"):
+        cli.main([*words, "--out", out])
+    assert "unpickling it would call builtins.getattr" in capsys.readouterr().err
+    cli.main([*words, "--out", out, "--trust", "--allow-missing"])
+    assert len(load_snapshots(tmp_path / "out" / "attn_monitor")) == 3
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_of_lightning(tmp_path: Path) -> None:
+    launch("tests.sharded_work:saved_in_shards", tmp_path, processes=1)
+    assert (tmp_path / "checkpoints" / "epoch=0-step=2.ckpt" / ".metadata").exists()
+    result = backfilled(tmp_path, tmp_path / "out", loggers=())
+    assert result.added == (2, 4)
+    rows = {s.step: s.rows("student") for s in load_snapshots(live(tmp_path) / "attn_monitor")}
+    for snapshot in load_snapshots(result.archive):
+        assert snapshot.roles == ("student", "teacher")
+        np.testing.assert_allclose(snapshot.rows("student"), rows[snapshot.step], atol=1e-3)
 
 
 def test_a_snapshot_that_is_damaged_is_made_again(run: Path, tmp_path: Path) -> None:
@@ -214,7 +295,7 @@ def test_the_archive_of_others_is_left_alone(run: Path, tmp_path: Path) -> None:
         backfilled(run, tmp_path)
     claim.release()
     ProbeBatch(torch.randn(2, 3, 32, 32)).save(tmp_path / "attn_monitor" / "probe.npz")
-    with pytest.raises(ArchiveError, match="is of other images; pass --probe"):
+    with pytest.raises(ArchiveError, match="is of other images or masks; pass --probe"):
         backfilled(run, tmp_path)
 
 

@@ -567,6 +567,7 @@ HOSTILE = {
     lambda path: path.write_bytes(b"PK\x03\x04"): "no readable file of weights",
     lambda path: path.write_bytes(b"\x80\x02."): "no readable file of weights",
     lambda path: path.write_bytes(b"\xff" * 7 + b"\x7f{}"): "no readable file of weights",
+    lambda path: path.write_bytes(pickle.dumps({"weights": [1]}, protocol=4)): "(UnpicklingError: Weights only load f",
     lambda path: path.mkdir(): "a folder without .metadata",
     lambda path: os.mkfifo(path): "not a file",
 }
@@ -581,6 +582,7 @@ def test_hostile_files_are_told_in_one_line(tmp_path: Path, make: Callable[[Path
     assert str(caught.value).startswith(f"checkpoint {path}: ")
     assert HOSTILE[make] in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value), "torch's own advice is to run it"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
 
 
@@ -631,6 +633,11 @@ def test_hostile_folders_are_told_in_one_line(tmp_path: Path, change: Callable[[
     (folder / ".metadata").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="no readable file of weights, or damaged"):
         load_model(MODEL, checkpoint=str(folder))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"checkpoint .*x\.pt: does not exist; expected a file or a folder of"):
+        load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
 
 
 def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

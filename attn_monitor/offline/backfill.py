@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.metrics import Captured, Measured
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.offline.checkpoint_folder import Checkpoint, checkpoint_files, read_checkpoint, roles_in
-from attn_monitor.offline.checkpoints import load_checkpoint
+from attn_monitor.offline.archive_to_fill import Tell, archive_to_fill, remember
+from attn_monitor.offline.checkpoint_folder import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
+from attn_monitor.offline.devices import choose_device, fitting_size, move_to
 from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import progress, tell, writing_to
+from attn_monitor.offline.results import progress, tell
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
-from attn_monitor.record.archive import load_step, snapshot_path, snapshot_paths, step_of
-from attn_monitor.record.folder_claim import Claim, claim_to_fill
-from attn_monitor.record.npz import remove_unfinished
+from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 LoggerName = Literal["tensorboard", "wandb", "none"]
-Tell = Callable[[str], None]
 
 PATIENCE = 600.0  # seconds that a logger may take for one step's pictures: no training waits for it
-RESTORED = ("entropy", "student_teacher_divergence")  # what health flags follow over several snapshots
 
 
 @dataclass(frozen=True)
@@ -53,55 +47,55 @@ def backfill_run(
     out: str | Path,
     *,
     key: str | None = None,
+    allow_missing: bool = False,
+    trust: bool = False,
     loggers: LoggerName | Sequence[Any] = "tensorboard",
     scale: str = "uniform",
     tell: Tell = tell,
 ) -> Backfilled:
     """Add what a callback would have recorded at the checkpoints' steps to the archive in ``out``, and log it.
 
-    ``model`` is a backbone, into which the weights of each checkpoint are loaded; ``monitor``, a new one, has the probe
-    and says what is looked at. ``loggers`` are made in ``out``, or those of the caller. Steps that are in the archive
-    are skipped. A checkpoint that cannot be read is told and left out. Raises `ArchiveError` where the archive is of
-    other images or layers, or in use, and `AttentionError` where the model's attention cannot be read.
+    ``model`` is a backbone, into which the weights of each checkpoint are loaded, as `load_checkpoint` does with
+    ``key``, ``allow_missing`` and ``trust``; ``monitor``, a new one, has the probe and says what is looked at.
+    ``loggers`` are made in ``out``, or those of the caller. Steps that are in the archive are skipped. A checkpoint
+    that cannot be read is told and left out. Raises `ArchiveError` where the archive is of other images, layers or
+    settings, or in use, and `AttentionError` where the model's attention cannot be read.
     """
-    archive = Path(out) / "attn_monitor"
     left_out: dict[Path, str] = {}
 
     def leave_out(path: Path, error: Exception) -> None:
         left_out[path] = str(error)
         tell(f"left out: {error}")
 
-    found = _by_step(Path(checkpoints), leave_out, tell)
-    with _claimed(archive, monitor.probe) as claim:
-        done = _readable(archive, tell)
-        there, missing = sorted(found.keys() & done.keys()), sorted(found.keys() - done.keys())
-        past = [step for step in sorted(done) if missing and step < missing[0]]
-        for step in past:
-            _remember(monitor, load_step(done[step]))
-        ahead = sorted({step for step in done if missing and step > missing[0]}.union(missing))
-        with (
-            _opened(loggers if missing else (), Path(out), claim) as opened,
-            _publishing(opened, monitor, archive, scale, tell) as publish,
-        ):
-            backbones = _Backbones(model, key, tell, () if monitor.previous is None else monitor.previous.roles)
-            for step in progress(ahead, "backfilling"):
-                if step in done:
-                    _remember(monitor, load_step(done[step]))
-                    continue
-                try:
-                    models = backbones.load(found[step])
-                except (OSError, ValueError) as error:
-                    leave_out(found[step].path, error)
-                    continue
-                before = {} if monitor.previous is None else monitor.previous.layers
-                snapshot = monitor.snapshot(models, step=step, epoch=found[step].epoch)
-                _check_alike(archive, before, snapshot.layers)
-                publish(snapshot)
-    added = [step for step in missing if snapshot_path(archive, step).exists()]
+    found = _by_step(Path(checkpoints), trust, leave_out, tell)
+    settings = _settings(model, monitor, key)
+    with archive_to_fill(Path(out) / "attn_monitor", monitor.probe, settings, tell) as archive, ExitStack() as stack:
+        there = archive.snapshots
+        missing = sorted(found.keys() - there.keys())
+        needed = sorted({step for step in there if missing and step < missing[-1]}.union(missing))
+        models = RoleModels(model, tell, key, allow_missing=allow_missing, trust=trust)
+        publish: Callable[[AttentionSnapshot], None] | None = None
+        for step in progress(needed, "backfilling"):
+            if step in there:
+                remember(monitor, load_step(there[step]))
+                continue
+            try:
+                loaded = models.load(found[step])
+            except (OSError, ValueError) as error:
+                leave_out(found[step].path, error)
+                continue
+            snapshot = monitor.snapshot(loaded, step=step, epoch=found[step].epoch)
+            archive.check(snapshot)
+            if publish is None:  # loggers are opened where there is something to log
+                archive.note_settings()
+                opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
+                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, scale, tell))
+            publish(snapshot)
+    added = [step for step in missing if snapshot_path(archive.folder, step).exists()]
     for step in missing:
         if step not in added and found[step].path not in left_out:
-            leave_out(found[step].path, OSError(f"step {step} could not be written to {archive}"))
-    return Backfilled(archive, tuple(added), tuple(there), left_out)
+            leave_out(found[step].path, OSError(f"step {step} could not be written to {archive.folder}"))
+    return Backfilled(archive.folder, tuple(added), tuple(sorted(found.keys() & there.keys())), left_out)
 
 
 def backfill(
@@ -111,6 +105,8 @@ def backfill(
     probe: str,
     out: str,
     key: str | None = None,
+    allow_missing: bool = False,
+    trust: bool = False,
     logger: LoggerName = "tensorboard",
     size: int | tuple[int, int] = 224,
     num_images: int = 8,
@@ -124,7 +120,8 @@ def backfill(
 ) -> None:
     """Make the timeline of a run from its checkpoints: snapshots, metrics, health flags, panels, as if it was watched.
 
-    Steps that are in the archive already are skipped, so that it can be repeated while a run goes on. A teacher that
+    Steps that are in the archive already are skipped, so that it can be repeated while a run goes on, with the same
+    model, probe and settings: with others it is refused. A teacher that
     the module itself updates at the end of a batch is one update older in checkpoints than in live snapshots, as
     Lightning saves before that.
     For example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
@@ -136,6 +133,8 @@ def backfill(
         out: the run's log directory, in which event files and the archive attn_monitor are written.
         key: what to take from the checkpoints, such as student.backbone; without it student and teacher, where both
             are there.
+        allow_missing: accept checkpoints that lack a part of the backbone, which stays at random.
+        trust: unpickle what else the checkpoints hold, which can run any code; for files whose author you know.
         logger: "tensorboard", "wandb", or "none": then the latest pictures are files in the archive.
         size: size of images from a folder in pixels, one number or [height, width].
         num_images: how many images of a folder.
@@ -147,13 +146,13 @@ def backfill(
         metrics: names of metrics; by default all but distance, "all" for that too.
         device: where the model runs, such as cuda.
     """
-    if Path(probe).suffix == ".npz":
-        images = ProbeBatch.load(probe)
-    else:
-        images = ProbeBatch.from_path(probe, size=size, num_images=num_images, masks=masks)
+    chosen_device = choose_device(device)
+    backbone = load_model(model)
+    images = _probe(probe, fitting_size(backbone, size), num_images, masks)
     monitor = AttentionMonitor(images, layers=layers, query=query, threshold=threshold, metrics=metrics, or_mean=True)
-    backbone = load_model(model).to(device)
-    filled = backfill_run(checkpoints, backbone, monitor, out, key=key, loggers=logger, scale=scale)
+    choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
+    move_to(chosen_device, backbone)
+    filled = backfill_run(checkpoints, backbone, monitor, out, loggers=logger, scale=scale, **choice)
     for step in filled.added:
         print(snapshot_path(filled.archive, step))
     print(f"{filled.archive}: {len(filled.added)} snapshots added, {len(filled.there)} were there")
@@ -162,12 +161,32 @@ def backfill(
         raise ArchiveError(f"{len(filled.left_out)} checkpoints are left out: {names}")
 
 
-def _by_step(folder: Path, leave_out: Callable[[Path, Exception], None], tell: Tell) -> dict[int, Checkpoint]:
+def _probe(path: str, size: tuple[int, int], num_images: int, masks: str | None) -> ProbeBatch:
+    if Path(path).suffix != ".npz":
+        return ProbeBatch.from_path(path, size=size, num_images=num_images, masks=masks)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
+    return ProbeBatch.load(path)
+
+
+def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> dict[str, Any]:
+    """What a snapshot depends on beside its checkpoint and probe, in plain values."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "model": f"{type(model).__name__} of {count:,} parameters",
+        "key": key,
+        **{name: getattr(monitor, name) for name in ("layers", "query", "threshold", "metrics")},
+    }
+
+
+def _by_step(
+    folder: Path, trust: bool, leave_out: Callable[[Path, Exception], None], tell: Tell
+) -> dict[int, Checkpoint]:
     """Checkpoints by step, of two with one step the first by name."""
     found: dict[int, Checkpoint] = {}
     for path in progress(checkpoint_files(folder), "looking at checkpoints"):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, trust=trust)
         except (OSError, ValueError) as error:
             leave_out(path, error)
             continue
@@ -177,64 +196,8 @@ def _by_step(folder: Path, leave_out: Callable[[Path, Exception], None], tell: T
     return found
 
 
-def _readable(archive: Path, tell: Tell) -> dict[int, Path]:
-    """Snapshots of the archive by step; one that cannot be read is told, and may be made again."""
-    readable = {}
-    for path in snapshot_paths(archive):
-        try:
-            load_step(path)
-        except (ArchiveError, OSError) as error:
-            tell(f"not counted as there: {error}")
-        else:
-            readable[step_of(path)] = path
-    return readable
-
-
-class _Backbones:
-    """One model for each role of the checkpoints: the roles of the archive's past, else of the first checkpoint."""
-
-    def __init__(self, model: nn.Module, key: str | None, tell: Tell, roles: Sequence[str]) -> None:
-        self._model, self._key, self._tell, self._roles = model, key, tell, set(roles)
-        self._by_role: dict[str, nn.Module] = {}
-
-    def load(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-        """Role to model with this checkpoint's weights; ValueError where these do not fit."""
-        known = self._model.state_dict()
-        places: Mapping[str, str | None] = roles_in(checkpoint, known, self._key) or {"backbone": self._key}
-        models = {role: self._by_role.get(role) or copy.deepcopy(self._model) for role in places}
-        for role, model in models.items():
-            loaded = load_checkpoint(model, str(checkpoint.path), key=places[role])
-            if role not in self._by_role:
-                self._tell(f"{role}: {loaded}")
-        if self._roles and models.keys() != self._roles:
-            raise ArchiveError(
-                f"{checkpoint.path}: holds weights of {', '.join(models)}, and the checkpoints before it of "
-                f"{', '.join(sorted(self._roles))}"
-            )
-        self._roles = set(models)
-        self._by_role = models
-        return models
-
-
 @contextmanager
-def _claimed(archive: Path, probe: ProbeBatch) -> Iterator[Claim]:
-    """The archive for this process alone, where it is empty or of the same images."""
-    with writing_to(archive):
-        claim = claim_to_fill(archive)
-    if claim is None:
-        raise ArchiveError(f"{archive}: another process writes here. Wait for its end, or pass another folder")
-    try:
-        remove_unfinished(archive)
-        stored = archive / "probe.npz"
-        if stored.exists() and not probe.has_same_images_as(ProbeBatch.load(stored)):
-            raise ArchiveError(f"{archive}: is of other images; pass --probe {stored}, or another folder as --out")
-        yield claim
-    finally:
-        claim.release()
-
-
-@contextmanager
-def _opened(loggers: LoggerName | Sequence[Any], out: Path, claim: Claim) -> Iterator[Sequence[Any]]:
+def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterator[Sequence[Any]]:
     """Loggers that write to a folder, closed at the end, or those that are given."""
     if loggers == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -244,8 +207,8 @@ def _opened(loggers: LoggerName | Sequence[Any], out: Path, claim: Claim) -> Ite
     elif loggers == "wandb":
         import wandb
 
-        with wandb.init(dir=out, id=claim.run, name=out.resolve().name, resume="allow") as run:
-            yield [run]
+        with wandb.init(dir=out, id=run, name=out.resolve().name, resume="allow") as opened:
+            yield [opened]
     else:
         yield () if isinstance(loggers, str) else loggers
 
@@ -280,28 +243,3 @@ def _publishing(
     finally:
         publisher.close(finish=finished)
         failures.report(tell)
-
-
-def _remember(monitor: AttentionMonitor, snapshot: AttentionSnapshot) -> None:
-    """Make a snapshot of the archive the monitor's past, what its health flags follow included."""
-    measured: Measured = {key: {} for key in snapshot.layers}
-    for (role, layer), values in measured.items():
-        for metric in RESTORED:
-            of_heads = [v for k, v in snapshot.metrics.items() if k[:3] == (role, layer, metric) and k.head is not None]
-            if of_heads:
-                values[metric] = torch.tensor([of_heads])  # (1, H): means over images, which is what is followed
-    monitor.health.examine(snapshot.step, snapshot.layers, measured)
-    monitor.remember(snapshot)
-
-
-def _check_alike(archive: Path, before: Captured, now: Captured) -> None:
-    """Raise `ArchiveError` where an archive of one model would go on with another, or with other layers."""
-    if not before:
-        return
-    facts = [
-        {f"{role}, layer {layer}": (a.rows.shape[1], a.grid, a.query) for (role, layer), a in layers.items()}
-        for layers in (before, now)
-    ]
-    if facts[0] != facts[1]:
-        told = ["; ".join(f"{k}: {h} heads, grid {g}, query {q}" for k, (h, g, q) in f.items()) for f in facts]
-        raise ArchiveError(f"{archive}: holds {told[0]}; this would add {told[1]}. Pass another folder as --out")

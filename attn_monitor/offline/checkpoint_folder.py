@@ -1,20 +1,22 @@
-"""Checkpoints of one run: which files they are, at which step each was saved, and which roles' weights it holds."""
+"""Checkpoints of one run: which files they are, at which step each was saved, and the models of each role in them."""
 
 from __future__ import annotations
 
+import copy
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from attn_monitor.capture.backbones import name_roles, role_of
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.safe_unpickling import unpickle_data
+from attn_monitor.offline.checkpoints import load_checkpoint
 from attn_monitor.offline.sharded_weights import METADATA
-from attn_monitor.offline.weight_files import read_weights
+from attn_monitor.offline.weight_files import read_pickled, read_weights
 
 ENDINGS = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
 HUGGING_FACE = "pytorch_model.bin"  # what its Trainer wrote into folders such as checkpoint-500 before safetensors
@@ -41,20 +43,21 @@ def checkpoint_files(folder: Path) -> list[Path]:
     found += [path for path in folder.glob("*") if (path / METADATA).exists() or any(path.glob("*.safetensors"))]
     found += folder.glob(f"*/{HUGGING_FACE}")
     if not found:
+        wrong = "no checkpoints here" if folder.exists() else "does not exist"
         raise FileNotFoundError(
-            f"{folder}: no checkpoints here; expected files that end in {', '.join(sorted(ENDINGS))}, or folders of "
+            f"{folder}: {wrong}; expected files that end in {', '.join(sorted(ENDINGS))}, or folders of "
             "sharded checkpoints or of safetensors"
         )
     return sorted(found)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
     """Look at a checkpoint without keeping its weights; `CheckpointError` where it cannot be read or has no step."""
-    names = tuple(read_weights(path).shapes)
-    of_run = path / LIGHTNING if path.is_dir() else path
-    stored = unpickle_data(of_run, mmap=True)[0] if of_run.is_file() and zipfile.is_zipfile(of_run) else None
+    weights, of_run = read_weights(path, trust=trust), path / LIGHTNING
+    stored = read_pickled(of_run, trust=trust)[0] if of_run.is_file() else weights.stored
     facts = stored if isinstance(stored, Mapping) else {}
     step, epoch = _steps_done(facts), facts.get("epoch")
+    names = tuple(weights.shapes)
     return Checkpoint(path, step_in_name(path) if step is None else step, epoch if isinstance(epoch, int) else 0, names)
 
 
@@ -82,6 +85,31 @@ def roles_in(checkpoint: Checkpoint, weights: Container[str], key: str | None = 
     if key is not None:
         places = [place for place in places if f".{key.strip('.')}." in f".{place}." or role_of(place) == key]
     return name_roles(places)
+
+
+class RoleModels:
+    """Models of one kind, one for each role that checkpoints hold; ``choice`` are the options of `load_checkpoint`."""
+
+    def __init__(self, model: nn.Module, tell: Callable[[str], None], key: str | None = None, **choice: Any) -> None:
+        self._model, self._tell, self._key, self._choice = model, tell, key, choice
+        self._by_role: dict[str, nn.Module] = {}
+
+    def load(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+        """Role to model with this checkpoint's weights; `CheckpointError` where these do not fit."""
+        known = self._model.state_dict()
+        places: Mapping[str, str | None] = roles_in(checkpoint, known, self._key) or {"backbone": self._key}
+        models = {role: self._by_role.get(role) or copy.deepcopy(self._model) for role in places}
+        for role, model in models.items():
+            loaded = load_checkpoint(model, str(checkpoint.path), key=places[role], **self._choice)
+            if role not in self._by_role:
+                self._tell(f"{role}: {loaded}")
+        if self._by_role and models.keys() != self._by_role.keys():
+            raise CheckpointError(
+                f"{checkpoint.path}: holds weights of {', '.join(models)}, and the checkpoints before it of "
+                f"{', '.join(self._by_role)}"
+            )
+        self._by_role = models
+        return models
 
 
 def _steps_done(facts: Mapping[str, Any]) -> int | None:

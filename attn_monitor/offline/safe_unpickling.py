@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -50,7 +51,11 @@ def unpickle_data(source: Path | io.BytesIO, *, mmap: bool) -> tuple[Any, list[s
     absent: dict[str, type] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(absence, name) for name, absence in absent.items()]):
+            with (
+                torch.serialization.safe_globals([(absence, name) for name, absence in absent.items()]),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # of the pickle's version and of what torch will not support
                 stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
             return stored, [name for name in absent if name.rpartition(".")[0] not in {*DATA_MODULES, "builtins"}]
         except pickle.UnpicklingError as error:

@@ -7,6 +7,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def read_weights(path: Path, *, trust: bool = False) -> Weights:
     Entries of nested dictionaries are named by their path, joined by dots. With ``trust``, files of `torch.save` are
     unpickled like any pickle: their author may run what they want. Raises `CheckpointError`.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path}: does not exist; expected a file or a folder of weights")
     with _damage_as_checkpoint_error(path):
         weights = _read_any(path, trust)
 
@@ -32,7 +35,13 @@ def read_weights(path: Path, *, trust: bool = False) -> Weights:
         with _damage_as_checkpoint_error(path):
             return weights.read(name)
 
-    return Weights(weights.shapes, read, weights.skipped)
+    return replace(weights, read=read)
+
+
+def read_pickled(path: Path, *, trust: bool = False) -> tuple[Any, list[str]]:
+    """What `torch.save` was given, and the classes of objects in it that were left out; raises `CheckpointError`."""
+    with _damage_as_checkpoint_error(path):
+        return _unpickle(path, trust)
 
 
 def _read_any(path: Path, trust: bool) -> Weights:
@@ -62,8 +71,10 @@ def _damage_as_checkpoint_error(path: Path) -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:  # zip, pickle, torch and safetensors each have their own errors for damaged files
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"checkpoint {path}: no readable file of weights, or damaged ({reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"  # without torch's advice to trust it
+        raise CheckpointError(
+            f"checkpoint {path}: no readable file of weights, or damaged ({reason}); copy it again, or give another"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -94,20 +105,24 @@ def _read_safetensors(paths: list[Path]) -> Weights:
 
 
 def _read_torch(path: Path, trust: bool) -> Weights:
-    packed = zipfile.is_zipfile(path)
-    if packed:
-        with path.open("rb") as file:
-            refuse_packed_records(file, path.stat().st_size)
-    if trust:
-        return Weights.of(dict(_tensors(torch.load(path, map_location="cpu", weights_only=False, mmap=packed))))
-    stored, classes = unpickle_data(path, mmap=packed)
+    stored, classes = _unpickle(path, trust)
     tensors = dict(_tensors(stored))
     if not tensors and classes:
         raise CheckpointError(
             f"no weights outside of the objects in it, of {', '.join(classes)}, which are code to PyTorch. "
             "Save the model's state_dict(), or pass --trust if you know who wrote the file"
         )
-    return Weights.of(tensors, tuple(classes))
+    return Weights.of(tensors, tuple(classes), stored)
+
+
+def _unpickle(path: Path, trust: bool) -> tuple[Any, list[str]]:
+    packed = zipfile.is_zipfile(path)
+    if packed:
+        with path.open("rb") as file:
+            refuse_packed_records(file, path.stat().st_size)
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=packed), []
+    return unpickle_data(path, mmap=packed)
 
 
 def _tensors(stored: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +16,20 @@ from attn_monitor.errors import CheckpointError
 class Weights:
     """Names and shapes of what a file holds, and a function that reads one tensor.
 
-    ``skipped`` are the classes of other objects in it, which were not made.
+    ``skipped`` are the classes of other objects in it, which were not made; ``stored`` is all that `torch.save` was
+    given, beside these.
     """
 
     shapes: Mapping[str, torch.Size]
     read: Callable[[str], Tensor]
     skipped: tuple[str, ...] = ()
+    stored: Any = None
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], skipped: tuple[str, ...] = ()) -> Weights:
+    def of(tensors: Mapping[str, Tensor], skipped: tuple[str, ...] = (), stored: Any = None) -> Weights:
         """Those that are in memory, or mapped into it."""
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return Weights(shapes, lambda name: not_larger_than_stored(name, tensors[name]), skipped)
+        return Weights(shapes, lambda name: not_larger_than_stored(name, tensors[name]), skipped, stored)
 
 
 def not_larger_than_stored(name: str, tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -26,7 +27,6 @@ from attn_monitor.offline import cli
 from attn_monitor.offline.devices import DeviceError, choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.offline.matrices import save_matrices
 from attn_monitor.offline.outliers import find_outliers
-from attn_monitor.offline.separate import folder_names
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from tests.helpers import tiny_vit
@@ -443,9 +443,27 @@ def test_names_that_lead_elsewhere(tmp_path: Path, photographs: Path) -> None:
     assert len([file for file in files if file.endswith("img.png")]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"images", "work"}
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
-    names = folder_names(["..", ".", "_..", "../../x", "/etc/x", "x"])
-    assert len(set(names)) == 6
-    assert not any("/" in name or name.startswith(".") for name in names)
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def test_wrong_sizes_and_numbers_are_not_the_images_fault(tmp_path: Path, photographs: Path) -> None:
+    for size in (-64, 0, (32, -1)):
+        with pytest.raises(ValueError, match=rf"^size={re.escape(str(size))}: expected pixels, one number of at least"):
+            show(tmp_path, photographs / "coffee.png", size=size)
+    with pytest.raises(ValueError, match=r"^num_images=0: expected at least 1"):
+        show(tmp_path, photographs / "coffee.png", num_images=0)
+
+
+def test_what_an_earlier_call_has_left_is_told(
+    tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = photographs / "coffee.png"
+    show(tmp_path, image, separate=True, threshold=0.6)
+    (tmp_path / "notes.txt").write_text("of another kind")
+    show(tmp_path, image, separate=True, threshold=0.6)
+    assert capsys.readouterr().err == ""
+    show(tmp_path, image, separate=True, threshold=0.7)
+    assert f"{tmp_path} also holds 5 files that are not of this call, such as mask_th0.6_" in capsys.readouterr().err
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:

@@ -23,13 +23,15 @@ from attn_monitor.draw.animation_files import animation_file
 from attn_monitor.draw.canvas import MISSING
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
+from attn_monitor.offline.devices import DeviceError, patch_size
 from attn_monitor.offline.frames import read_frames
-from attn_monitor.offline.video import attention_video, model_size, patch_size, recorded_batches, video
+from attn_monitor.offline.video import attention_video, model_size, recorded_batches, video
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import tiny_vit
 from tests.test_cli import MODEL, mistake
 from tests.test_optional_packages import run_without
 from tests.test_replay import read
+from tests.test_show import fragile, full, lively
 
 SMALL = {"size": 32, "weights": False, "batch": 4}
 
@@ -175,6 +177,7 @@ def test_wrong_arguments(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> Non
         ({"batch": 0}, "batch=0: expected at least 1 frame"),
         ({"fps": 0}, r"fps=0: expected frames per second"),
         ({"threshold": 60}, "threshold=60: expected a share"),
+        ({"size": -64}, r"size=-64: expected pixels, one number of at least 1 or \[height, width\]"),
         ({"size": 4}, r"size=4: frames of 64 × 99 become 4 × 6 pixels, expected at least one patch of 8 × 8"),
     ]
     for arguments, text in wrong:
@@ -189,7 +192,8 @@ def test_sizes() -> None:
     assert model_size((100, 99), None, (16, 16)) == ((100, 99), (96, 96))
     assert model_size((100, 200), (50, 60), (16, 16)) == ((50, 100), (50, 60))
     assert patch_size(tiny_vit()) == (8, 8)
-    assert patch_size(nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, (4, 2), (4, 2)))) == (4, 2)
+    assert patch_size(nn.Conv2d(3, 8, (4, 2), (4, 2))) == (4, 2)
+    assert patch_size(nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, (4, 2), (4, 2)))) is None
 
 
 def test_frames_of_other_sizes_are_cut_to_the_first(pan: list[np.ndarray[Any, Any]]) -> None:
@@ -276,6 +280,20 @@ def test_frames_are_held_a_batch_at_a_time(pan: list[np.ndarray[Any, Any]]) -> N
 
     assert sum(1 for _ in attention_video(tiny_vit().eval(), frames(), size=None, batch=4)) == 40
     assert most <= 2 * 4
+
+
+def test_fewer_frames_at_a_time_when_memory_runs_out(
+    pan: list[np.ndarray[Any, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice: dict[str, Any] = {"layers": -1, "query": "cls", "size": None, "batch": 4}
+    few, all_ = (
+        torch.cat([recorded[0].maps for _, recorded in recorded_batches(model, pan[:7], **choice)])
+        for model in (fragile(), lively())
+    )
+    assert capsys.readouterr().err == "memory ran out with 4 frames: going on with 2 at a time\n"
+    torch.testing.assert_close(few, all_, rtol=1e-4, atol=1e-6)
+    with pytest.raises(DeviceError, match="memory ran out on the CPU"):
+        list(attention_video(full(), pan[:7], size=None))
 
 
 def test_memory_does_not_grow_with_the_length(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> None:

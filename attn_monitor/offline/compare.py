@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from attn_monitor.draw.differences import COLOURS, comparison
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.metrics import Metrics
-from attn_monitor.offline.results import print_table, progress, tell, writing_to
+from attn_monitor.offline.results import print_table, progress, results_in, tell
 from attn_monitor.offline.runs import Run
 from attn_monitor.record.file_names import file_name
 from attn_monitor.record.history import thin
@@ -63,6 +63,17 @@ class Comparison:
         pair = self.a.run.load(a), self.b.run.load(b)
         _common_layers(self.a, self.b, pair)
         return pair
+
+    def pictures(
+        self, number: int, *, every_layer: bool = False, options: DrawingOptions = DrawingOptions()
+    ) -> Iterator[tuple[str, Pixels]]:
+        """The name of each image, and its maps at a matched step, (height, width, 3), of each role's last layer."""
+        pair, names, probe = self.pair(number), (self.a.name, self.b.name), self.a.probe
+        last = {role: (role, layer) for role, layer in self.layers}
+        layers = self.layers if every_layer else tuple(last.values())
+        for index, (name, photo) in enumerate(zip(probe.names, probe.pixels, strict=True)):
+            truth = None if probe.masks is None else probe.masks[index].numpy()
+            yield name, comparison(pair, names, index, photo, layers, truth=truth, options=options)
 
     def table(self) -> list[MetricRow]:
         """Metrics that both have at the last matched step."""
@@ -119,31 +130,18 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
     found = compare_runs(a, b)
     if found.left_out:
         tell(f"not in both, and left out: {', '.join(f'layer {layer} of {role}' for role, layer in found.left_out)}")
-    drawn = found.layers if every_layer else tuple({role: (role, layer) for role, layer in found.layers}.values())
-    probe, options = found.a.probe, DrawingOptions(threshold)
     chosen = thin([pair[0] for pair in found.steps], steps) if steps > 1 else [len(found.steps) - 1]
-    with writing_to(Path(out)) as folder:
+    with results_in(Path(out)) as results:
         for number in progress(chosen, "drawing"):
-            pair = found.pair(number)
-            for index, name in enumerate(probe.names):
-                truth = None if probe.masks is None else probe.masks[index].numpy()
-                picture = comparison(
-                    pair,
-                    (found.a.name, found.b.name),
-                    index,
-                    probe.pixels[index],
-                    drawn,
-                    truth=truth,
-                    options=options,
-                )
-                path = folder / file_name(
-                    f"{name}-step{'-'.join(map(str, dict.fromkeys(found.steps[number])))}", ".png"
-                )
+            step = "-".join(map(str, dict.fromkeys(found.steps[number])))
+            pictures = found.pictures(number, every_layer=every_layer, options=DrawingOptions(threshold))
+            for name, picture in pictures:
+                path = results.folder / file_name(f"{name}-step{step}", ".png")
                 Image.fromarray(picture).save(path)
-                print(path)
+                results.add(path)
         if found.table():
-            Image.fromarray(found.charts()).save(folder / "metrics.png")
-            print(folder / "metrics.png")
+            Image.fromarray(found.charts()).save(results.folder / "metrics.png")
+            results.add(results.folder / "metrics.png")
     print("matched steps (A = B): " + ", ".join(f"{x:,}" if x == y else f"{x:,} = {y:,}" for x, y in found.steps))
     last = found.steps[-1]
     titles = "role", "layer", "metric", f"A, step {last[0]:,}", f"B, step {last[1]:,}", "B - A"

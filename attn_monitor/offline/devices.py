@@ -11,6 +11,7 @@ from torch import nn
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.offline.results import tell
+from attn_monitor.probe.image_folder import check_size
 
 Result = TypeVar("Result")
 
@@ -60,18 +61,22 @@ def move_to(device: torch.device, model: nn.Module) -> None:
         model.to("cpu")
 
 
-def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr.
+def patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of a model's patches, where images go into a convolution whose stride is its kernel."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+    if first is None or first.kernel_size != first.stride:
+        return None
+    return first.stride[0], first.stride[1]
 
-    Patches are known where the image goes into a convolution whose stride is its kernel.
-    """
-    wanted = (size, size) if isinstance(size, int) else (size[0], size[1])
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
-    first = next(convolutions, None)
-    if first is None or first.kernel_size != first.stride or min(wanted) < max(first.stride):
+
+def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr."""
+    wanted = check_size(size)
+    patch = patch_size(model)
+    if patch is None or min(wanted) < max(patch):
         return wanted
-    height, width = (length - length % patch for length, patch in zip(wanted, first.stride, strict=True))
+    height, width = (length - length % side for length, side in zip(wanted, patch, strict=True))
     if (height, width) != wanted:
-        patch = " × ".join(map(str, first.stride))
-        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({patch})")
+        multiple = " × ".join(map(str, patch))
+        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({multiple})")
     return height, width

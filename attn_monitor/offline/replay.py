@@ -18,7 +18,7 @@ from attn_monitor.draw.panels import PANEL_PIXELS, panel
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.offline.results import print_metrics, writing_to
+from attn_monitor.offline.results import print_metrics, results_in
 from attn_monitor.offline.runs import Run
 from attn_monitor.record.archive import step_of
 from attn_monitor.record.history import thin
@@ -52,7 +52,8 @@ def replay(
     """
     found = Run(run)
     panels = _Panels(found, DrawingOptions(threshold, scale, colormap=colormap))
-    with writing_to(found.folder / "pictures" if out is None else Path(out)) as folder:
+    with results_in(found.folder / "pictures" if out is None else Path(out)) as results:
+        folder = results.folder
         animated = [check_ending(folder / f"{name}.{format}") for name in panels.probe.names]
         history, flags = _animate(panels, animated)
         for index, (animation, name) in enumerate(zip(animated, panels.probe.names, strict=True)):
@@ -60,8 +61,8 @@ def replay(
             strip = filmstrip(history, index, panels.photos[index], options=panels.options)
             for path, picture in ((f"{name}-panel.png", still), (f"{name}-filmstrip.png", strip)):
                 Image.fromarray(picture).save(folder / path)
-                print(folder / path)
-            print(animation)
+                results.add(folder / path)
+            results.add(animation)
     print_metrics(history[-1])
     print(f"health flags raised in this run: {len(flags) or 'none'}")
     for flag in flags:

@@ -28,6 +28,35 @@ def writing_to(folder: Path) -> Iterator[Path]:
         raise OSError(f"out={folder}: cannot be written to ({reason}); pass another folder, or make room") from error
 
 
+class Results:
+    """The files that a command writes into a folder: each is printed on stdout, above a bar that is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._written: set[Path] = set()
+
+    def add(self, path: Path) -> None:
+        """A file that is complete."""
+        self._written.add(path)
+        tqdm.write(str(path), file=sys.stdout)
+
+    def others(self) -> list[Path]:
+        """Files of the same kinds in the same folders that are of an earlier call, or of somebody else."""
+        folders, kinds = {path.parent for path in self._written}, {path.suffix for path in self._written}
+        found = (path for folder in sorted(folders) for path in sorted(folder.iterdir()) if path.suffix in kinds)
+        return [path for path in found if path not in self._written]
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[Results]:
+    """A folder for results, as `writing_to` gives; what else lies in it is told, so that none is taken for these."""
+    with writing_to(folder):
+        results = Results(folder)
+        yield results
+        if others := results.others():
+            tell(f"{folder} also holds {len(others)} files that are not of this call, such as {others[0].name}")
+
+
 def progress(items: Iterable[Item], doing: str, total: int | None = None) -> Iterable[Item]:
     """The items, with a bar on stderr that says what is being done; none where stderr is no terminal."""
     bar: Iterable[Item] = tqdm(items, doing, total, leave=False, file=sys.stderr, disable=None)
@@ -39,11 +68,6 @@ def doing(what: str) -> Iterator[None]:
     """Says on stderr what is being done as long as it is; nothing where stderr is no terminal."""
     with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, file=sys.stderr, disable=None):
         yield
-
-
-def print_path(path: Path) -> None:
-    """A result on stdout, above a bar that is there."""
-    tqdm.write(str(path), file=sys.stdout)
 
 
 def tell(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def write_separate(
     patches by layer, bool (B, gh, gw), that were left out of the maps.
     """
     layers, several = snapshot.layers_of(role), len(photos) > 1
-    for image, (name, photo) in enumerate(zip(folder_names(snapshot.names), photos, strict=True)):
+    for image, (name, photo) in enumerate(zip(tag_safe_names(snapshot.names), photos, strict=True)):
         of_image = folder / name if several else folder
         yield _write(of_image / "img.png", photo)
         for layer in layers:
@@ -57,11 +57,6 @@ def _pictures(
         if name == "mean":
             yield "overlay", heat_map_over(photo, weights, options, hatched)
         yield f"mask_th{options.threshold}_{name}", masked(photo, mask, hatched)
-
-
-def folder_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of folders, each different and none hidden or another folder's, such as `..`."""
-    return tag_safe_names([f"_{name}" if name.startswith(".") else name for name in names])
 
 
 def _write(path: Path, picture: Pixels) -> Path:

@@ -17,7 +17,8 @@ from attn_monitor.offline.devices import choose_device, fitting_size, move_to, w
 from attn_monitor.offline.matrices import save_matrices
 from attn_monitor.offline.models import load_model
 from attn_monitor.offline.outliers import find_outliers, without_outliers
-from attn_monitor.offline.results import doing, print_metrics, print_path, progress, tell, writing_to
+from attn_monitor.offline.results import doing, print_metrics, progress, results_in, tell
+from attn_monitor.offline.runs import SHOWN
 from attn_monitor.offline.separate import write_separate
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -108,17 +109,18 @@ def show(
         with doing("looking for outlier patches"):
             outliers = with_memory_for(find, loaded)
         _print_outliers(outliers, probe.names)
-    with writing_to(Path(out)) as folder:
+    with results_in(Path(out)) as results:
+        folder = results.folder
         for path in _write_pictures(folder, without_outliers(snapshot, outliers), probe, outliers, options, separate):
-            print_path(path)
+            results.add(path)
         probe.save(folder / "probe.npz")  # `compare` needs it to know that two results show the same images
-        snapshot.save(folder / "attention.npz")
-        print_path(folder / "attention.npz")
-        print_path(folder / "probe.npz")
+        snapshot.save(folder / SHOWN)
+        results.add(folder / SHOWN)
+        results.add(folder / "probe.npz")
         if raw:
             settings: dict[str, Any] = {"names": probe.names, "layers": captured, "query": monitor.query}
             for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):
-                print_path(path)
+                results.add(path)
     print_metrics(snapshot, "metrics, means over heads and images")
 
 

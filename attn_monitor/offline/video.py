@@ -15,19 +15,22 @@ from torch import nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.measure.metrics import check_threshold
-from attn_monitor.offline.devices import choose_device, move_to
+from attn_monitor.offline.devices import choose_device, move_to, patch_size, with_memory_for
 from attn_monitor.offline.frames import read_frames
 from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import progress, writing_to
+from attn_monitor.offline.results import progress, tell, writing_to
+from attn_monitor.offline.show import drawn_heads
+from attn_monitor.probe.image_folder import check_size
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 
 Size = int | tuple[int, int] | None
-USUAL_PATCH = 16
+USUAL_PATCH = 16, 16  # where the model's own is not known
 
 
 def video(
@@ -44,7 +47,7 @@ def video(
     fps: float | None = None,
     layers: Any = -1,
     query: Any = "cls",
-    heads: list[int] | None = None,
+    heads: Any = "all",
     threshold: float = 0.6,
     outside: str = "attention",
     scale: str = "uniform",
@@ -74,16 +77,17 @@ def video(
         fps: frames per second of a folder, 25 by default.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
-        heads: heads to draw; all by default.
+        heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
         threshold: share of attention mass inside the outline.
         outside: what is shown outside the outline: "attention", "photo" in grey, or "black".
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         colormap: "inferno" or "viridis".
         batch: frames that go through the model together.
-        device: where the model runs; by default a GPU if there is one.
+        device: where the model runs; by default a GPU if there is one. When memory runs out, frames are taken a few at
+            a time, then on the CPU.
     """
     path = check_ending(Path(out))
-    options = DrawingOptions(check_threshold(threshold), scale, None if heads is None else tuple(heads), None, colormap)
+    options = DrawingOptions(check_threshold(threshold), scale, drawn_heads(heads), None, colormap)
     drawing = FrameDrawing(options, outside)
     frames = read_frames(Path(video), fps)
     chosen_device = choose_device(device)
@@ -134,29 +138,43 @@ def attention_video(
 def recorded_batches(
     model: nn.Module, frames: Iterable[Pixels], *, layers: Any, query: Any, size: Size, batch: int
 ) -> Iterator[tuple[list[Pixels], list[LayerAttention]]]:
-    """Frames in the size that the model got them in, and its attention on them, a batch at a time."""
+    """Frames in the size that the model got them in, and its attention on them, a batch at a time.
+
+    Where memory runs out, batches become smaller, and with one frame the model goes on, on the CPU.
+    """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame")
     recorder = AttentionRecorder(model, layers=layers, query=query, nonfinite="keep")
-    patch, wanted = patch_size(model), None
+    patch, wanted = patch_size(model) or USUAL_PATCH, None
     remaining = iter(frames)
-    while taken := list(islice(remaining, batch)):
-        wanted = wanted or model_size((taken[0].shape[0], taken[0].shape[1]), size, patch)
-        photos = [_cover(frame, *wanted) for frame in taken]
-        yield photos, recorder(_normalise(photos))
+    waiting: list[Pixels] = []
+    while waiting := waiting or list(islice(remaining, batch)):
+        wanted = wanted or model_size((waiting[0].shape[0], waiting[0].shape[1]), size, patch)
+        photos = [_cover(frame, *wanted) for frame in waiting[:batch]]
+        try:
+            recorded = _record(recorder, photos)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(photos) == 1:
+                raise
+            batch = (len(photos) + 1) // 2
+            tell(f"memory ran out with {len(photos)} frames: going on with {batch} at a time")
+            continue
+        waiting = waiting[batch:]
+        yield photos, recorded
 
 
-def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the model's patches: the stride of its first convolution that cuts an image into pieces."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
-            return module.stride[0], module.stride[1]
-    return USUAL_PATCH, USUAL_PATCH
+def _record(recorder: AttentionRecorder, photos: list[Pixels]) -> list[LayerAttention]:
+    images = _normalise(photos)
+    if len(photos) > 1:
+        return recorder(images)
+    return with_memory_for(lambda: recorder(images), recorder.model)
 
 
 def model_size(frame: tuple[int, int], size: Size, patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """To what (height, width) a frame is resized, and to what it is cropped then."""
     height, width = frame
+    if size is not None:
+        check_size(size)
     if isinstance(size, (tuple, list)):
         factor = max(size[0] / height, size[1] / width)
         return (max(size[0], round(height * factor)), max(size[1], round(width * factor))), (size[0], size[1])

@@ -47,9 +47,24 @@ def read_file(file: str | os.PathLike[str], *, size: Size, masks: str | os.PathL
     return _read([Path(file)], "image", size, masks)
 
 
+def check_size(size: Size) -> tuple[int, int]:
+    """(height, width); `ProbeError` where no image has such a size."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ProbeError(f"size={size}: expected pixels, one number of at least 1 or [height, width]")
+    return height, width
+
+
+def check_count(num_images: int) -> int:
+    """The number of images to take, if it is one."""
+    if num_images < 1:
+        raise ProbeError(f"num_images={num_images}: expected at least 1")
+    return num_images
+
+
 def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
     """Resized to cover the size and cropped at the centre. Every unreadable file is named in the error."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = check_size(size)
     pixels, unreadable = [], []
     for file in files:
         try:
@@ -67,8 +82,7 @@ def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[s
 
 
 def _choose_files(folder: Path, count: int) -> list[Path]:
-    if count < 1:
-        raise ProbeError(f"num_images={count}: expected at least 1")
+    check_count(count)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ProbeError(f"probe folder {folder}: {found}; expected a folder of images")

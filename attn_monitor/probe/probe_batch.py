@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
-from attn_monitor.probe.image_folder import Photographs, Size, read_file, read_folder
+from attn_monitor.probe.image_folder import Photographs, Size, check_count, read_file, read_folder
 from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
@@ -140,6 +140,7 @@ class ProbeBatch:
         masks: str | os.PathLike[str] | None = None,
     ) -> ProbeBatch:
         """One image file, or a folder as `from_folder` takes it."""
+        check_count(num_images)
         if Path(path).is_file():
             return cls._from_photographs(read_file(path, size=size, masks=masks), IMAGENET_MEAN, IMAGENET_STD)
         return cls.from_folder(path, size=size, num_images=num_images, masks=masks)

@@ -20,13 +20,14 @@ def file_name(stem: str, ending: str) -> str:
 
 
 def tag_safe_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that can stand in a logger's tag and in a file name: no slashes, at most 80 bytes, each one different.
+    """Names that can stand in a logger's tag and in a file name: no slashes, not hidden, of 80 bytes, all different.
 
     Names that this gave stay as they are, so that a stored probe has those of its snapshots.
     """
     safe: list[str] = []
     for name in names:
-        short = truncate_utf8(re.sub(r"[^\w .+~-]", "_", name), MAX_NAME_BYTES).strip() or "image"
+        plain = re.sub(r"^\.", "_.", re.sub(r"[^\w .+~-]", "_", name).strip())
+        short = truncate_utf8(plain, MAX_NAME_BYTES).strip() or "image"
         unique, number = short, 1
         while unique in safe:
             number += 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import GifImagePlugin, Image
+from PIL import GifImagePlugin, Image, ImageChops
 
 from attn_monitor.draw.canvas import Pixels
 
@@ -46,7 +46,7 @@ class WebPAnimation:
     def __init__(self, file: IO[bytes], quality: int = 60, effort: int = 2) -> None:
         self._file, self._quality, self._effort = file, quality, effort
         self._ends = _Ends(1000)
-        self._shown: Pixels | None = None
+        self._shown: Image.Image | None = None
 
     def add(self, picture: Pixels, seconds: Seconds) -> None:
         """Append a picture that is shown for so long, in whole milliseconds."""
@@ -72,19 +72,20 @@ class WebPAnimation:
 
     def _drawn(self, picture: Pixels) -> Image.Image:
         """What of the picture is to be drawn over those before."""
+        image = Image.fromarray(picture)
         if self._shown is None:
-            self._shown = picture.copy()
-            return Image.fromarray(picture)
-        (height, width), size = picture.shape[:2], self.BLOCK
-        apart = (np.maximum(picture, self._shown) - np.minimum(picture, self._shown)).reshape(height, 3 * width)
-        apart = np.maximum.reduceat(apart, range(0, height, size), axis=0)
-        apart = np.maximum.reduceat(apart, range(0, 3 * width, 3 * size), axis=1)
-        changed = (apart > self.TOLERANCE).repeat(size, 0).repeat(size, 1)[:height, :width]
-        if changed.all():
-            self._shown = picture.copy()
-            return Image.fromarray(picture)
-        self._shown[changed] = picture[changed]
-        return Image.fromarray(np.dstack([picture, changed * np.uint8(255)]))
+            self._shown = image.copy()
+            return image
+        rows, columns = (-(-length // self.BLOCK) for length in picture.shape[:2])
+        whole = 0, 0, columns * self.BLOCK, rows * self.BLOCK
+        apart = np.asarray(ImageChops.difference(image, self._shown).crop(whole))  # black where it goes beyond
+        apart = apart.reshape(rows, self.BLOCK, -1).max(1).reshape(rows, columns, -1).max(2)
+        blocks = Image.fromarray((apart > self.TOLERANCE) * np.uint8(255))
+        changed = blocks.resize(whole[2:], Image.Resampling.NEAREST).crop((0, 0, *image.size))
+        self._shown.paste(image, mask=changed)
+        if not (apart > self.TOLERANCE).all():
+            image.putalpha(changed)
+        return image
 
 
 class GifAnimation:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.charts import Line, chart_sheet
 from attn_monitor.draw.differences import COLOURS, comparison
@@ -136,12 +134,9 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
             step = "-".join(map(str, dict.fromkeys(found.steps[number])))
             pictures = found.pictures(number, every_layer=every_layer, options=DrawingOptions(threshold))
             for name, picture in pictures:
-                path = results.folder / file_name(f"{name}-step{step}", ".png")
-                Image.fromarray(picture).save(path)
-                results.add(path)
+                results.save(results.folder / file_name(f"{name}-step{step}", ".png"), picture)
         if found.table():
-            Image.fromarray(found.charts()).save(results.folder / "metrics.png")
-            results.add(results.folder / "metrics.png")
+            results.save(results.folder / "metrics.png", found.charts())
     print("matched steps (A = B): " + ", ".join(f"{x:,}" if x == y else f"{x:,} = {y:,}" for x, y in found.steps))
     last = found.steps[-1]
     titles = "role", "layer", "metric", f"A, step {last[0]:,}", f"B, step {last[1]:,}", "B - A"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -60,8 +61,7 @@ def replay(
             still = panels.draw(history[-1], index)
             strip = filmstrip(history, index, panels.photos[index], options=panels.options)
             for path, picture in ((f"{name}-panel.png", still), (f"{name}-filmstrip.png", strip)):
-                Image.fromarray(picture).save(folder / path)
-                results.add(folder / path)
+                results.save(folder / path, picture)
             results.add(animation)
     print_metrics(history[-1])
     print(f"health flags raised in this run: {len(flags) or 'none'}")
@@ -94,11 +94,19 @@ def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[AttentionSnap
     flags: list[HealthFlag] = []
     with ExitStack() as stack:
         animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]
+        threads = stack.enter_context(ThreadPoolExecutor())  # encoders run beside the drawing of the next step
+        encoding: list[Future[None]] = []
         for snapshot, seconds in holding_last(panels.run):
-            for index, animation in enumerate(animations):
-                animation.add(panels.draw(snapshot, index, ANIMATED_PIXELS), seconds)
+            pictures = [panels.draw(snapshot, index, ANIMATED_PIXELS) for index in range(len(paths))]
+            for future in encoding:
+                future.result()
+            encoding = [
+                threads.submit(a.add, picture, seconds) for a, picture in zip(animations, pictures, strict=True)
+            ]
             kept = [*(s for s in kept if s.step in in_strips), snapshot]
             flags += snapshot.flags
+        for future in encoding:
+            future.result()
     return kept, flags
 
 

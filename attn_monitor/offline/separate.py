@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from attn_monitor import functional as F
@@ -18,30 +15,29 @@ from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 
-def write_separate(
-    folder: Path,
+def separate_pictures(
     snapshot: AttentionSnapshot,
     photos: Array,
     *,
     role: str,
     hatched: Mapping[int, Tensor] | None = None,
     options: DrawingOptions = DrawingOptions(),
-) -> Iterator[Path]:
-    """Write every picture of every image and layer and give its path; all have the size of the photos (B, H, W, 3).
+) -> Iterator[tuple[str, Pixels]]:
+    """Names of files, and pictures of every image and layer; all have the size of the photos (B, H, W, 3).
 
     img.png, and for each layer heatmap.png, overlay.png and mask_th{t}_mean.png (the mean over heads), attn-head{j}.png
     and mask_th{t}_head{j}.png. Several images have a folder each, and several layers folders in it. ``hatched`` are
     patches by layer, bool (B, gh, gw), that were left out of the maps.
     """
-    layers, several = snapshot.layers_of(role), len(photos) > 1
+    layers = snapshot.layers_of(role)
     for image, (name, photo) in enumerate(zip(tag_safe_names(snapshot.names), photos, strict=True)):
-        of_image = folder / name if several else folder
-        yield _write(of_image / "img.png", photo)
+        of_image = f"{name}/" if len(photos) > 1 else ""
+        yield f"{of_image}img.png", photo
         for layer in layers:
-            of_layer = of_image / f"layer{layer}" if len(layers) > 1 else of_image
+            of_layer = f"{of_image}layer{layer}/" if len(layers) > 1 else of_image
             patches = None if hatched is None or layer not in hatched else hatched[layer][image].numpy()
             for stem, picture in _pictures(snapshot.maps(role, layer)[image], photo, patches, options):
-                yield _write(of_layer / f"{stem}.png", picture)
+                yield f"{of_layer}{stem}.png", picture
 
 
 def _pictures(
@@ -57,9 +53,3 @@ def _pictures(
         if name == "mean":
             yield "overlay", heat_map_over(photo, weights, options, hatched)
         yield f"mask_th{options.threshold}_{name}", masked(photo, mask, hatched)
-
-
-def _write(path: Path, picture: Pixels) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(picture)).save(path)
-    return path

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import panel
 from attn_monitor.measure.artifacts import CUTOFF, LEAST_RATIO, Outliers
@@ -19,7 +18,7 @@ from attn_monitor.offline.models import load_model
 from attn_monitor.offline.outliers import find_outliers, without_outliers
 from attn_monitor.offline.results import doing, print_metrics, progress, results_in, tell
 from attn_monitor.offline.runs import SHOWN
-from attn_monitor.offline.separate import write_separate
+from attn_monitor.offline.separate import separate_pictures
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train.arguments import check_heads
@@ -111,8 +110,8 @@ def show(
         _print_outliers(outliers, probe.names)
     with results_in(Path(out)) as results:
         folder = results.folder
-        for path in _write_pictures(folder, without_outliers(snapshot, outliers), probe, outliers, options, separate):
-            results.add(path)
+        for name, picture in _pictures(without_outliers(snapshot, outliers), probe, outliers, options, separate):
+            results.save(folder / name, picture)
         probe.save(folder / "probe.npz")  # `compare` needs it to know that two results show the same images
         snapshot.save(folder / SHOWN)
         results.add(folder / SHOWN)
@@ -155,28 +154,25 @@ def _print_outliers(outliers: Mapping[int, Outliers], names: Sequence[str]) -> N
             print(f"  layer {layer}: none, by their {found.quantity}")
 
 
-def _write_pictures(
-    folder: Path,
+def _pictures(
     snapshot: AttentionSnapshot,
     probe: ProbeBatch,
     outliers: Mapping[int, Outliers],
     options: DrawingOptions,
     separate: bool,
-) -> Iterator[Path]:
-    """Write the panels of each image and layer, and single pictures where they are wanted, and give their paths."""
+) -> Iterator[tuple[str, Pixels]]:
+    """Names of files, and the panels of each image and layer, then single pictures where they are wanted."""
     photos = probe.pixels
     for index, (name, photo) in enumerate(progress(list(zip(probe.names, photos, strict=True)), "pictures")):
         for layer in snapshot.layers_of(ROLE):
             truth = None if probe.masks is None else probe.masks[index].numpy()
             hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
             header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels"
-            path = folder / f"{name}-layer{layer}.png"
             drawn = panel(
                 snapshot, index, photo, layer=layer, truth=truth, header=header, hatched=hatched, options=options
             )
-            Image.fromarray(drawn).save(path)
-            yield path
+            yield f"{name}-layer{layer}.png", drawn
     if separate:
         patches = {layer: found.patches for layer, found in outliers.items()}
-        single = write_separate(folder, snapshot, photos, role=ROLE, hatched=patches, options=options)
+        single = separate_pictures(snapshot, photos, role=ROLE, hatched=patches, options=options)
         yield from progress(single, "single pictures")

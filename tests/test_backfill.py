@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,12 @@ def test_weights_and_biases(run: Path, tmp_path: Path, offline: Path) -> None:
     assert len(result.added) == 5
     (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     assert list(folder.glob("files/media/images/attn_maps/*.jpg"))
+
+
+def test_without_weights_and_biases_the_extra_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"logger='wandb': .*Run: pip install attn_monitor\[wandb\]"):
+        backfilled(run, tmp_path / "out", loggers="wandb")
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shlex
 import shutil
 import socketserver
 import subprocess
@@ -98,6 +99,16 @@ def test_wrong_usage_is_one_line_with_the_remedy(words: str, text: str, capsys: 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"attn-monitor{text}")
     assert line.endswith(f"(see attn-monitor{' ' if text[0] == ' ' else ''}{text.partition(':')[0].strip()} --help)")
+
+
+@pytest.mark.parametrize("name", [command.__name__ for command in cli.COMMANDS])
+def test_help_has_an_example_to_copy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    (example,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Example: "))
+    words = shlex.split(example.removeprefix("Example: attn-monitor "))
+    assert words[0] == name
+    assert cli._parser().parse_args(cli.spelled_out(words)).subcommand == name
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> None:

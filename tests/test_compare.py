@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from attn_monitor import ArchiveError, ProbeBatch
+from attn_monitor.draw.charts import told_apart
 from attn_monitor.draw.differences import COLOURS, comparison, difference_level, difference_overlay
+from attn_monitor.draw.maps import map_captions, map_statistics
 from attn_monitor.offline import cli
 from attn_monitor.offline.compare import compare_runs, match_steps
 from tests.runs import noise_probe, write_run
@@ -120,6 +122,19 @@ def test_differences_are_in_units_of_uniform_attention() -> None:
     for (y, x), colour in {(8, 0): COLOURS[1], (8, 8): COLOURS[0]}.items():
         near = picture[0][y : y + 8, x : x + 8].reshape(-1, 3)
         assert (np.abs(near.astype(int) - colour) < 20).all(), "the ends have the colour of the run that has more"
+
+
+def test_captions_are_those_of_panels() -> None:
+    maps = torch.stack([torch.full((4, 4), 1 / 16), torch.eye(4) / 4, torch.full((4, 4), math.nan)])
+    said = map_captions(["mean", "head 0", "head 1"], maps, map_statistics(maps, 0.6))
+    assert said == ["mean · H 1.00 · uniform", "head 0 · H 0.50 · 19%", "head 1 · missing"]
+    assert map_captions([""] * 3, maps, map_statistics(maps, 0.6)) == ["H 1.00 · uniform", "H 0.50 · 19%", "missing"]
+
+
+def test_the_ends_of_axes_are_told_apart() -> None:
+    assert told_apart(0.25, 0.5) == ("0.25", "0.5")
+    assert told_apart(0.99981, 0.99998) == ("0.9998", "1")
+    assert told_apart(0.5, 0.5) == ("0.5", "0.5")
 
 
 def test_many_heads_fit(tmp_path: Path) -> None:

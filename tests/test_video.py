@@ -166,6 +166,14 @@ def test_maps_that_are_missing_are_seen_to_be_so(outside: str) -> None:
     assert (drawn == MISSING).all(-1).sum() == 2 * 64 * 64
 
 
+@pytest.mark.parametrize("outside", ["photo", "black"])
+def test_uniform_maps_have_no_mask_outside_of_which_anything_is_hidden(outside: str) -> None:
+    attention = LayerAttention(1, "attn", torch.full((1, 1, 17), 1 / 17), 1, (4, 4), False, 0.0)
+    photo = np.full((32, 32, 3), 200, np.uint8)
+    drawn = [FrameDrawing(DrawingOptions(cell=64), how).draw(photo, [attention], 0) for how in (outside, "attention")]
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_wrong_arguments(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> None:
     folder = str(folder_of(pan[:2], tmp_path / "frames"))
     out = str(tmp_path / "x.webp")

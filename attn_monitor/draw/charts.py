@@ -77,7 +77,14 @@ def _draw_chart(sheet: Image.Image, at: tuple[int, int], name: str, lines: Seque
     x, y = at[0] + LEFT, at[1] + TOP
     sheet.paste(plot.resize((width, height), Image.Resampling.BOX), (x, y))
     draw_text(sheet, (x, at[1] + 4), name.replace("_", " "), 13)
-    draw_text(sheet, (x - 4, y - 2), f"{high - margin:.3g}", 12, DIM_TEXT, "r")
-    draw_text(sheet, (x - 4, y + height - 15), f"{low + margin:.3g}", 12, DIM_TEXT, "r")
+    lowest, highest = told_apart(min(values), max(values))
+    draw_text(sheet, (x - 4, y - 2), highest, 12, DIM_TEXT, "r")
+    draw_text(sheet, (x - 4, y + height - 15), lowest, 12, DIM_TEXT, "r")
     draw_text(sheet, (x, y + height + 3), short_step(first), 12, DIM_TEXT)
     draw_text(sheet, (x + width, y + height + 3), short_step(last), 12, DIM_TEXT, "r")
+
+
+def told_apart(low: float, high: float) -> tuple[str, str]:
+    """Two numbers in three digits, or in as many as it takes to see that they differ."""
+    texts = [(f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(3, 7)]
+    return next((both for both in texts if both[0] != both[1]), texts[0])

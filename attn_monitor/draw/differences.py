@@ -28,7 +28,7 @@ from attn_monitor.draw.canvas import (
 )
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
-from attn_monitor.draw.maps import map_statistics, mean_and_heads
+from attn_monitor.draw.maps import map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -112,10 +112,7 @@ def _section(
     for letter, (maps, _) in zip("AB", both, strict=True):
         said = map_statistics(maps, options.threshold)
         pictures = painter.paint(maps.numpy(), said.mask.numpy())
-        numbers = zip(said.entropy.tolist(), said.mask_area.tolist(), strict=True)
-        captions = ["" if math.isnan(entropy) else f"H {entropy:.2f} · {area:.0%}" for entropy, area in numbers]
-        if letter == "A":
-            captions = [f"{label} · {caption}" for label, caption in zip(labels, captions, strict=True)]
+        captions = map_captions(labels if letter == "A" else [""] * len(labels), maps, said)
         rows.append((letter, captions, pictures))
     change = both[1][0] - both[0][0]
     moved = (change.abs().sum((-2, -1)) / 2).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +35,21 @@ def map_statistics(maps: Tensor, threshold: float) -> MapStatistics:
     entropy, mask = F.entropy(flat), F.mass_mask(flat, threshold)
     outlined = mask & (entropy <= PRACTICALLY_UNIFORM)[..., None]
     return MapStatistics(entropy, F.area_of(mask, flat), outlined.unflatten(-1, maps.shape[-2:]))
+
+
+def map_captions(labels: Sequence[str], maps: Tensor, said: MapStatistics) -> list[str]:
+    """What stands below maps (M, gh, gw): label, entropy, and the mask's area where it is outlined."""
+    finite = maps.isfinite().all(-1).all(-1).tolist()
+    numbers = zip(labels, said.entropy.tolist(), said.mask_area.tolist(), finite, strict=True)
+    return [" · ".join(filter(None, (label, _numbers(*values)))) for label, *values in numbers]
+
+
+def _numbers(entropy: float, mask_area: float, finite: bool) -> str:
+    if not finite:
+        return "missing"
+    if math.isnan(entropy):
+        return ""  # signed weights have neither entropy nor mask
+    return f"H {entropy:.2f} · " + ("uniform" if entropy > PRACTICALLY_UNIFORM else f"{mask_area:.0%}")
 
 
 def mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor, list[str]]:

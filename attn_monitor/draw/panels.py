@@ -28,7 +28,7 @@ from attn_monitor.draw.canvas import (
 )
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
-from attn_monitor.draw.maps import PRACTICALLY_UNIFORM, has_layer, map_statistics, mean_and_heads
+from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -70,8 +70,7 @@ def panel(
         if key not in painters:
             painters[key] = CellPainter(photo, attention.grid, options, key[1], truth)
         said = map_statistics(maps, options.threshold)
-        numbers = said.entropy.tolist(), said.mask_area.tolist(), maps.isfinite().all(-1).all(-1).tolist()
-        captions = [_caption(*values) for values in zip(labels, *numbers, strict=True)]
+        captions = map_captions(labels, maps, said)
         pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
         left_out = 0 if hatched is None else int(hatched.sum())
@@ -93,14 +92,6 @@ def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0) ->
     if left_out:
         parts.append(f"{left_out} outlier{'s' * (left_out > 1)} left out (hatched)")
     return " · ".join(parts)
-
-
-def _caption(label: str, entropy: float, mask_area: float, finite: bool) -> str:
-    if not finite:
-        return f"{label} · missing"
-    if math.isnan(entropy):
-        return label  # signed weights have neither entropy nor mask
-    return f"{label} · H {entropy:.2f} · " + ("uniform" if entropy > PRACTICALLY_UNIFORM else f"{mask_area:.0%}")
 
 
 def columns_for(cells: int, roles: int, height: int, width: int, wanted: float = 0.9) -> int:

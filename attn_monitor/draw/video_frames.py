@@ -27,7 +27,7 @@ class FrameDrawing:
     """Draws the frames of one video, which are all laid out alike.
 
     ``outside`` says what is shown outside the mass mask: "attention" as inside it, "photo" the photograph in grey, or
-    "black". The mask is outlined in each case.
+    "black". The mask is outlined in each case; a map that has none, as it is uniform or missing, is shown whole.
     """
 
     def __init__(self, options: DrawingOptions = DrawingOptions(), outside: str = "attention") -> None:
@@ -48,8 +48,8 @@ class FrameDrawing:
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
-            missing = ~maps.isfinite().all(-1).all(-1)[:, None, None].numpy()  # and stays seen to be so
-            self._hide(pictures, masks | missing, painter)
+            without = ~masks.any((-2, -1), keepdims=True)  # uniform, or missing, which stays seen to be so
+            self._hide(pictures, masks | without, painter)
             for (x, y), picture in zip(places, [painter.photo, *pictures], strict=True):
                 paste(frame, x, y, picture)
         return frame

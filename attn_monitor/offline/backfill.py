@@ -87,8 +87,8 @@ def backfill_run(
             snapshot = monitor.snapshot(loaded, step=step, epoch=found[step].epoch)
             archive.check(snapshot)
             if publish is None:  # loggers are opened where there is something to log
-                archive.note_settings()
                 opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
+                archive.note_settings()
                 publish = stack.enter_context(_publishing(opened, monitor, archive.folder, scale, tell))
             publish(snapshot)
     added = [step for step in missing if snapshot_path(archive.folder, step).exists()]
@@ -124,11 +124,13 @@ def backfill(
     model, probe and settings: with others it is refused. A teacher that
     the module itself updates at the end of a batch is one update older in checkpoints than in live snapshots, as
     Lightning saves before that.
-    For example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
+
+    Example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
 
     Args:
         checkpoints: a folder of checkpoints, in order of Lightning's global_step, else of the numbers in their names.
-        model: the backbone: timm:NAME, hf:NAME, torchvision:NAME, or package.module:callable.
+        model: the backbone: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory
+            or package.module:factory(arguments).
         probe: a folder of images, or the probe.npz of an archive, to look at the same images again.
         out: the run's log directory, in which event files and the archive attn_monitor are written.
         key: what to take from the checkpoints, such as student.backbone; without it student and teacher, where both
@@ -205,12 +207,21 @@ def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterato
         with SummaryWriter(str(out)) as writer:
             yield [writer]
     elif loggers == "wandb":
-        import wandb
-
-        with wandb.init(dir=out, id=run, name=out.resolve().name, resume="allow") as opened:
+        with _wandb_run(out, run) as opened:
             yield [opened]
     else:
         yield () if isinstance(loggers, str) else loggers
+
+
+def _wandb_run(folder: Path, run: str) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(f"logger='wandb': {error}. Run: pip install attn_monitor[wandb]") from error
+    try:
+        return wandb.init(dir=folder, id=run, name=folder.resolve().name, resume="allow")
+    except wandb.errors.Error as error:
+        raise ValueError(f"logger='wandb': {error} Or set WANDB_MODE=offline") from error
 
 
 @contextmanager

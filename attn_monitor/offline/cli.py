@@ -128,10 +128,20 @@ def _parameters(command: Callable[..., None] | None) -> list[inspect.Parameter]:
 
 
 def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Leaves examples in one line, to be copied."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            fill = super()._fill_text
+            paragraphs = text.split("\n\n")
+            return "\n\n".join(p if p.startswith("Example: ") else fill(p, width, indent) for p in paragraphs)
 
     about = "Attention of checkpoints and of runs that have ended."
-    parser = ArgumentParser(prog="attn-monitor", description=about, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="attn-monitor", description=about, formatter_class=Formatter, exit_on_error=False
+    )  # the commands' parsers take the formatter from it
     commands = parser.add_subcommands(required=True)
     for command in COMMANDS:
         commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
@@ -142,9 +152,13 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     """A function's keyword-only parameters are options on the command line too."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=_description(command), exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with arguments")
     parameters = _parameters(command)
+    needed = [p for p in parameters if p.default is p.empty]
+    words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
+    usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
+    about = _description(command)
+    parser = ArgumentParser(description=about, usage=usage, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with arguments")
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)

@@ -112,7 +112,8 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
     """Compare two runs on one probe: maps side by side with their difference, and metrics as a table and charts.
 
     Each step of one is matched with the nearest step of the other, where that is mutual.
-    For example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
+
+    Example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
 
     Args:
         a: the archive of a run, the log directory that holds it, a folder that `show` has written to, or a single

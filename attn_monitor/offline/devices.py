@@ -27,7 +27,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch was built without it, or knows no such name
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        unknown = "Expected one of" in str(error)  # many that nobody has
+        reason = "PyTorch knows no such device" if unknown else str(error).strip().splitlines()[0].rstrip(".")
         raise DeviceError(f"device={name!r}: {reason}. Expected one such as cpu or cuda:0 that is there") from error
 
 

@@ -163,7 +163,8 @@ def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
 
     A metric's best step is told where more, or less, is better whatever the model: overlap with ground truth (jaccard)
     and the share of outlier tokens. Of all others, the lowest and the highest value with their steps.
-    For example: attn-monitor summary runs/version_0
+
+    Example: attn-monitor summary runs/version_0
 
     Args:
         run: the archive of a run, or the log directory that holds it. Broken snapshots are left out and named.
@@ -181,7 +182,8 @@ def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
 
 def _print(found: RunSummary, every_layer: bool) -> None:
     first, last = found.steps[0], found.steps[-1]
-    print(f"{found.archive}: {len(found.steps)} snapshots, steps {first:,} to {last:,}")
+    steps = f"{len(found.steps)} snapshots, steps {first:,} to {last:,}" if first < last else f"step {last:,} alone"
+    print(f"{found.archive}: {steps}")
     print(f"images: {', '.join(found.images)}")
     print("\n" + "\n".join(found.verdict))
     for flag in found.flags:

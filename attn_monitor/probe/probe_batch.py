@@ -141,6 +141,8 @@ class ProbeBatch:
     ) -> ProbeBatch:
         """One image file, or a folder as `from_folder` takes it."""
         check_count(num_images)
+        if not Path(path).exists():
+            raise ProbeError(f"images {path}: does not exist; expected an image file or a folder of images")
         if Path(path).is_file():
             return cls._from_photographs(read_file(path, size=size, masks=masks), IMAGENET_MEAN, IMAGENET_STD)
         return cls.from_folder(path, size=size, num_images=num_images, masks=masks)

@@ -356,7 +356,8 @@ def test_size_is_cropped_to_whole_patches(
     assert "size 39 × 48 is cropped to 32 × 48, a multiple of the patch (8 × 8)" in capsys.readouterr().err
     assert fitting_size(nn.Linear(3, 3), 39) == (39, 39)
     assert fitting_size(nn.Conv2d(3, 8, 7, 2), 39) == (39, 39)
-    assert fitting_size(nn.Conv2d(3, 8, 16, 16), 9) == (9, 9)
+    with pytest.raises(ValueError, match=r"size=9: expected at least one patch, 16 × 16 pixels"):
+        fitting_size(nn.Conv2d(3, 8, 16, 16), 9)
     assert capsys.readouterr().err == ""
     cli.check("tests.test_show:lively", size=39)
     assert "images of 32 × 32" in capsys.readouterr().out

@@ -49,10 +49,8 @@ class ArchiveToFill:
         self._first = self._first or snapshot
         facts = [_facts(self._first), _facts(snapshot)]
         if facts[0] != facts[1]:
-            told = ["; ".join(f"{layer}: {fact}" for layer, fact in f.items()) for f in facts]
-            raise ArchiveError(
-                f"{self.folder}: holds {told[0]}; this would add {told[1]}. Pass another folder as --out"
-            )
+            old, new = ("; ".join(f"{layer}: {fact}" for layer, fact in f.items()) for f in facts)
+            raise ArchiveError(f"{self.folder}: holds {old}; this would add {new}. Pass another folder as --out")
 
     def note_settings(self) -> None:
         """Keep the settings, by which whoever adds more can be told that theirs are others."""
@@ -60,12 +58,13 @@ class ArchiveToFill:
 
     def _check_settings(self, tell: Tell) -> None:
         path = self.folder / SETTINGS
+        if not self.snapshots:
+            return
         if not path.exists():
-            if self.snapshots:
-                tell(
-                    f"{self.folder}: a live run began it, which stores neither threshold nor metrics; that they are "
-                    "the same here is not checked"
-                )
+            tell(
+                f"{self.folder}: a live run began it, which stores neither threshold nor metrics; that they are the "
+                "same here is not checked"
+            )
             return
         try:
             before = dict(json.loads(path.read_text()))
@@ -130,6 +129,7 @@ def _facts(snapshot: AttentionSnapshot) -> dict[str, str]:
 
 
 def _same(a: ProbeBatch, b: ProbeBatch) -> bool:
-    masks = a.masks, b.masks
-    same_masks = masks[0] is masks[1] or (None not in masks and torch.equal(*masks))
-    return a.has_same_images_as(b) and same_masks
+    """Images and masks: metrics depend on both."""
+    if a.masks is None or b.masks is None:
+        return a.has_same_images_as(b) and a.masks is b.masks
+    return a.has_same_images_as(b) and torch.equal(a.masks, b.masks)

@@ -121,9 +121,8 @@ def backfill(
     """Make the timeline of a run from its checkpoints: snapshots, metrics, health flags, panels, as if it was watched.
 
     Steps that are in the archive already are skipped, so that it can be repeated while a run goes on, with the same
-    model, probe and settings: with others it is refused. A teacher that
-    the module itself updates at the end of a batch is one update older in checkpoints than in live snapshots, as
-    Lightning saves before that.
+    model, probe and settings: with others it is refused. A teacher that the module itself updates at the end of a
+    batch is one update older in checkpoints than in live snapshots, as Lightning saves before that.
 
     Example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
 
@@ -138,7 +137,7 @@ def backfill(
         allow_missing: accept checkpoints that lack a part of the backbone, which stays at random.
         trust: unpickle what else the checkpoints hold, which can run any code; for files whose author you know.
         logger: "tensorboard", "wandb", or "none": then the latest pictures are files in the archive.
-        size: size of images from a folder in pixels, one number or [height, width].
+        size: size of images from a folder in pixels, one number or [height, width]; cropped to a multiple of the patch.
         num_images: how many images of a folder.
         masks: folder of ground-truth masks, PNGs with the images' names.
         layers: index, module path, list of these, or "all".
@@ -150,7 +149,7 @@ def backfill(
     """
     chosen_device = choose_device(device)
     backbone = load_model(model)
-    images = _probe(probe, fitting_size(backbone, size), num_images, masks)
+    images = _probe(probe, backbone, size, num_images, masks)
     monitor = AttentionMonitor(images, layers=layers, query=query, threshold=threshold, metrics=metrics, or_mean=True)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     move_to(chosen_device, backbone)
@@ -163,9 +162,9 @@ def backfill(
         raise ArchiveError(f"{len(filled.left_out)} checkpoints are left out: {names}")
 
 
-def _probe(path: str, size: tuple[int, int], num_images: int, masks: str | None) -> ProbeBatch:
+def _probe(path: str, model: nn.Module, size: int | tuple[int, int], num_images: int, masks: str | None) -> ProbeBatch:
     if Path(path).suffix != ".npz":
-        return ProbeBatch.from_path(path, size=size, num_images=num_images, masks=masks)
+        return ProbeBatch.from_path(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
     return ProbeBatch.load(path)

@@ -29,7 +29,7 @@ COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backf
 MAY_BE_EMPTY = {"key"}  # of names in a checkpoint that have no prefix
 TYPES = {
     **{"int": "a whole number", "float": "a number", "list": "a list", "NoneType": "null"},
-    **{"tuple": "a list of two", "tuple with 2 elements": "a list of two"},
+    **dict.fromkeys(["tuple", "tuple with 2 elements"], "a list of two, such as [224, 336]"),
 }
 """What jsonargparse calls a type, for people."""
 
@@ -58,10 +58,8 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
         if empty := [name for name, value in values.items() if value == "" and name not in MAY_BE_EMPTY]:
             raise ArgumentError(None, f"{empty[0]} is empty")
     except ArgumentError as error:
-        of = "" if command is None else f" {command.__name__}"
-        print(
-            f"attn-monitor{of}: {_reworded(str(error), words, command)} (see attn-monitor{of} --help)", file=sys.stderr
-        )
+        name = "attn-monitor" if command is None else f"attn-monitor {command.__name__}"
+        print(f"{name}: {_reworded(str(error), words, command)} (see {name} --help)", file=sys.stderr)
         sys.exit(2)
     del values["config"]
     return next(c for c in COMMANDS if c.__name__ == parsed.subcommand), values
@@ -139,9 +137,8 @@ def _parser() -> ArgumentParser:
             return "\n\n".join(p if p.startswith("Example: ") else fill(p, width, indent) for p in paragraphs)
 
     about = "Attention of checkpoints and of runs that have ended."
-    parser = ArgumentParser(
-        prog="attn-monitor", description=about, formatter_class=Formatter, exit_on_error=False
-    )  # the commands' parsers take the formatter from it
+    # The commands' parsers take the formatter from this one.
+    parser = ArgumentParser(prog="attn-monitor", description=about, formatter_class=Formatter, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     for command in COMMANDS:
         commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
@@ -156,8 +153,7 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     needed = [p for p in parameters if p.default is p.empty]
     words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
     usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
-    about = _description(command)
-    parser = ArgumentParser(description=about, usage=usage, exit_on_error=False)
+    parser = ArgumentParser(description=_description(command), usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}

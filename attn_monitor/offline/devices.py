@@ -71,13 +71,17 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr."""
-    wanted = check_size(size)
-    patch = patch_size(model)
-    if patch is None or min(wanted) < max(patch):
+    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr.
+
+    Raises ValueError where not even one patch would be left.
+    """
+    wanted, patch = check_size(size), patch_size(model)
+    if patch is None:
         return wanted
     height, width = (length - length % side for length, side in zip(wanted, patch, strict=True))
+    of_patch = " × ".join(map(str, patch))
+    if 0 in (height, width):
+        raise ValueError(f"size={size}: expected at least one patch, {of_patch} pixels")
     if (height, width) != wanted:
-        multiple = " × ".join(map(str, patch))
-        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({multiple})")
+        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({of_patch})")
     return height, width

@@ -76,6 +76,13 @@ def test_options_are_spelled_as_users_spell_them() -> None:
     assert cli.spelled_out(kept) == kept
 
 
+def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\x80\x81")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["summary", "run", "--config", str(tmp_path / "x.yaml")])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -270,7 +277,10 @@ def test_replay_redraws_a_run(tmp_path: Path) -> None:
 def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
     """While PyTorch is imported, and so before any command has begun."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    handled = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever started the tests ignores it or not
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"import os, signal\n{handled}\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
     ran = subprocess.run([sys.executable, *start], capture_output=True, text=True, env=environment)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attn-monitor: interrupted\n")

@@ -57,7 +57,7 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
         values = parsed[parsed.subcommand].as_dict()
         if empty := [name for name, value in values.items() if value == "" and name not in MAY_BE_EMPTY]:
             raise ArgumentError(None, f"{empty[0]} is empty")
-    except ArgumentError as error:
+    except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         name = "attn-monitor" if command is None else f"attn-monitor {command.__name__}"
         print(f"{name}: {_reworded(str(error), words, command)} (see {name} --help)", file=sys.stderr)
         sys.exit(2)

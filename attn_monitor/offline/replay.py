@@ -88,7 +88,8 @@ class _Panels:
 
 def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[AttentionSnapshot], list[HealthFlag]]:
     """Write an animation of each image; the snapshots that a film strip shows, the last one included, and all flags."""
-    steps = [step_of(path) for path in panels.run.paths if len(panels.run.paths) > 1]
+    of_run = panels.run.paths
+    steps = [step_of(path) for path in of_run] if len(of_run) > 1 else []  # one alone may have another name
     in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
     kept: list[AttentionSnapshot] = []
     flags: list[HealthFlag] = []

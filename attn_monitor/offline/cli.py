@@ -112,7 +112,9 @@ def _reworded(mistake: str, words: Sequence[str], command: Callable[..., None] |
         return f"{of_type[1]}={of_type[2]}: expected {' or '.join(expected)}"
     options = {p.name: f"--{p.name}" for p in _parameters(command) if p.kind is p.KEYWORD_ONLY}
     said = re.sub(r'^Parser key "(\w+)":', r"--\1:", " ".join(mistake.split()))
+    said = re.sub(r'^Validation failed: Key "(\S+)" is required.*', r"the following arguments are required: \1", said)
     spelled = re.sub(rf"\b(?:{'|'.join(names)})\.(\w+)", lambda at: options.get(at[1], at[1]), said)
+    spelled = spelled[:1].lower() + spelled[1:]
     unknown = re.match(r"unrecognized arguments: (--\w+)", spelled)
     return spelled if unknown is None else f"{spelled}{did_you_mean(unknown[1], list(options.values()))}"
 
@@ -126,6 +128,30 @@ def _parameters(command: Callable[..., None] | None) -> list[inspect.Parameter]:
 
 
 def _parser() -> ArgumentParser:
+    about = "Attention of checkpoints and of runs that have ended."
+    parser = _plain_parser(prog="attn-monitor", description=about)
+    commands = parser.add_subcommands(required=True)
+    for command in COMMANDS:
+        commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
+    return parser
+
+
+def _parser_of(command: Callable[..., None]) -> ArgumentParser:
+    """A function's keyword-only parameters are options on the command line too."""
+    parameters = _parameters(command)
+    needed = [p for p in parameters if p.default is p.empty]
+    words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
+    usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
+    parser = _plain_parser(description=_description(command), usage=usage)
+    parser.add_argument("--config", action="config", help="a YAML file with arguments")
+    options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)
+    parser.add_function_arguments(command, skip=positional, as_group=False)
+    return parser
+
+
+def _plain_parser(**settings: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
@@ -136,30 +162,7 @@ def _parser() -> ArgumentParser:
             paragraphs = text.split("\n\n")
             return "\n\n".join(p if p.startswith("Example: ") else fill(p, width, indent) for p in paragraphs)
 
-    about = "Attention of checkpoints and of runs that have ended."
-    # The commands' parsers take the formatter from this one.
-    parser = ArgumentParser(prog="attn-monitor", description=about, formatter_class=Formatter, exit_on_error=False)
-    commands = parser.add_subcommands(required=True)
-    for command in COMMANDS:
-        commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
-    return parser
-
-
-def _parser_of(command: Callable[..., None]) -> ArgumentParser:
-    """A function's keyword-only parameters are options on the command line too."""
-    from jsonargparse import ArgumentParser
-
-    parameters = _parameters(command)
-    needed = [p for p in parameters if p.default is p.empty]
-    words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
-    usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
-    parser = ArgumentParser(description=_description(command), usage=usage, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with arguments")
-    options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
-    parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)
-    parser.add_function_arguments(command, skip=positional, as_group=False)
-    return parser
+    return ArgumentParser(formatter_class=Formatter, exit_on_error=False, **settings)
 
 
 def _description(command: Callable[..., None]) -> str:

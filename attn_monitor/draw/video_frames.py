@@ -48,8 +48,8 @@ class FrameDrawing:
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
-            without = ~masks.any((-2, -1), keepdims=True)  # uniform, or missing, which stays seen to be so
-            self._hide(pictures, masks | without, painter)
+            unmasked = ~masks.any((-2, -1), keepdims=True)  # uniform, or missing, which stays seen to be so
+            self._hide(pictures, masks | unmasked, painter)
             for (x, y), picture in zip(places, [painter.photo, *pictures], strict=True):
                 paste(frame, x, y, picture)
         return frame

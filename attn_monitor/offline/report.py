@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_monitor.offline.compare import compare_runs
-from attn_monitor.offline.results import doing, print_path
+from attn_monitor.offline.results import doing, print_path, writing_to
 from attn_monitor.offline.runs import find_archive
 from attn_monitor.player.report import EMBED_BYTES, FILE_BYTES, names_of, report_page, write_whole
 
@@ -17,7 +17,8 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
 
     With two runs of the same images, they are swiped between and subtracted. The file needs no network and makes no
     request. Steps are thinned evenly, with a note, where it would be larger than 8 MB.
-    For example: attn-monitor report runs/version_0 --out report.html
+
+    Example: attn-monitor report runs/version_0 --out report.html
 
     Args:
         run: the archive of a run, or the log directory that holds it.
@@ -28,8 +29,8 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
     path = Path(out)
     with doing(f"writing {path}"):
         page = _page(run, other, EMBED_BYTES if embed else FILE_BYTES)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page)
+        with writing_to(path.parent):
+            write_whole(path, page)
     print_path(path)
 
 

@@ -49,7 +49,7 @@ class Results:
     def add(self, path: Path) -> None:
         """A file that is complete."""
         self._written.add(path)
-        tqdm.write(str(path), file=sys.stdout)
+        print_path(path)
 
     def others(self) -> list[Path]:
         """Files of the same kinds in the same folders that are of an earlier call, or of somebody else."""
@@ -79,6 +79,11 @@ def doing(what: str) -> Iterator[None]:
     """Says on stderr what is being done as long as it is; nothing where stderr is no terminal."""
     with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, file=sys.stderr, disable=None):
         yield
+
+
+def print_path(path: Path) -> None:
+    """A result on stdout, above a bar that is there."""
+    tqdm.write(str(path), file=sys.stdout)
 
 
 def tell(text: str) -> None:

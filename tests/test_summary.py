@@ -62,6 +62,14 @@ def test_the_verdict_without_a_turn(tmp_path: Path, end: float, text: str) -> No
     assert "since" not in verdict[1]
 
 
+def test_one_snapshot_is_no_course(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, [1000], sharpness=[0], roles=["backbone"])
+    cli.summary(str(tmp_path))
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: step 1,000 alone\n" in said
+    assert "backbone, layer 1: entropy is 1.00 at step 1,000, the only one.\n" in said
+
+
 def test_all_layers_on_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, layers="all")
     cli.summary(str(tmp_path))

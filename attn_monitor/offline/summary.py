@@ -244,6 +244,8 @@ def _of_entropy(layer: LayerSummary) -> str:
     if curve is None:
         return f"{where} no entropy was measured."
     first, last = curve.first, curve.last
+    if len(curve.points) == 1:
+        return f"{where} entropy is {last.value:.2f} at step {last.step:,}, the only one."
     ends = sorted([first.value, last.value])
     turn = max((curve.low, curve.high), key=lambda p: max(ends[0] - p.value, p.value - ends[1]))
     if max(ends[0] - turn.value, turn.value - ends[1]) > CHANGED:

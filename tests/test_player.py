@@ -16,6 +16,7 @@ from PIL import Image
 
 from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots, snapshot_player
 from attn_monitor import functional as F
+from attn_monitor.offline.cli import main
 from attn_monitor.offline.report import report
 from attn_monitor.player.blocks import blocks, layout_of
 from attn_monitor.player.contents import Contents, Step, images_of, step_facts
@@ -85,7 +86,7 @@ def file(archive: Path) -> Path:
 def both(archive: Path, other: Path) -> Path:
     """The report of two runs."""
     path = archive.parent / "both.html"
-    report(str(archive), str(other), out=str(path))
+    main(["report", str(archive), str(other), "--out", str(path)])
     return path
 
 

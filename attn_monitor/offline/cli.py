@@ -146,7 +146,11 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
-    parser.add_function_arguments(command, skip=options, as_positional=True, as_group=False)
+    optional: set[str | int] = {p.name for p in parameters if p.name in positional and p.default is None}
+    parser.add_function_arguments(command, skip=options | optional, as_positional=True, as_group=False)
+    for name in sorted(map(str, optional)):  # jsonargparse would make an option of it
+        told = re.search(rf"^ *{name}: (.+)$", inspect.getdoc(command) or "", re.MULTILINE)
+        parser.add_argument(name, nargs="?", help="" if told is None else told[1])
     parser.add_function_arguments(command, skip=positional, as_group=False)
     return parser
 

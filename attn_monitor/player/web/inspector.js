@@ -17,6 +17,7 @@ export function makeInspector() {
   const prefix = el("section", {class: "card", "aria-label": "prefix tokens"}, tokensTitle, tokens);
   const about = el("details", {class: "card about"}, el("summary", {}, "About this layer"), facts);
   const element = el("div", {class: "inspector"}, patch, prefix, about);
+  let curves = [], known = ""; // of the history, and what they were made for
 
   function draw() {
     const chosen = chosenPatch(), columns = columnsShown().flatMap(partsOfColumn);
@@ -34,10 +35,8 @@ export function makeInspector() {
     bars.hidden = history.element.hidden = over.hidden = !there;
     cosine.hidden = true;
     if (!there) return;
-    const weights = columns.map(({run, at, layer, role, entry}) => Array.from({length: entry.heads + 1}, (_, i) => {
-      const map = run.map(at, role, layer, chosen.image, i - 1);
-      return map && chosen.patch < map.length ? map[chosen.patch] * map.length : NaN;
-    }));
+    const weights = columns.map(({run, at, layer, role, entry}) => Array.from({length: entry.heads + 1}, (_, i) =>
+      run.weight(at, role, layer, chosen.image, i - 1, chosen.patch)));
     drawBars(bars, columns, weights);
     drawCosine(chosen, columns);
     drawHistory(chosen, columns);
@@ -52,13 +51,15 @@ export function makeInspector() {
   }
 
   function drawHistory(chosen, columns) {
-    const curves = columns.map(({run, layer, role, side, title}) => ({
-      className: `role-${role} mean${side ? " other" : ""}`, dotted: true, id: `${title} ${chosen.image} ${chosen.patch} ${view.head} ${run.kept.size}`,
-      points: run.steps.flatMap((step, at) => {
-        const map = run.map(at, role, layer, chosen.image, view.head);
-        return map && chosen.patch < map.length ? [[step.step, map[chosen.patch] * map.length]] : [];
-      }),
-    }));
+    const wanted = JSON.stringify([chosen, view.head, columns.map(c => [c.title, c.layer, c.run.name, c.run.kept.size, c.run.steps.length])]);
+    if (wanted !== known) {
+      known = wanted;
+      curves = columns.map(({run, layer, role, side}) => ({
+        className: `role-${role} mean${side ? " other" : ""}`, dotted: true, id: wanted,
+        points: run.steps.map((step, at) => [step.step, run.weight(at, role, layer, chosen.image, view.head, chosen.patch)])
+          .filter(point => Number.isFinite(point[1])),
+      }));
+    }
     const steps = runA().steps;
     history.draw(curves, [steps[0].step, steps.at(-1).step], steps[now.at].step, value => `${written(value)}×`);
     over.textContent = `${headName(view.head)} over steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;

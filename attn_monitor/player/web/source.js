@@ -89,14 +89,23 @@ export class Run {
     return mean;
   }
 
-  // The weights of its prefix tokens; of the mean over heads for -1.
+  // The weight of one patch in units of uniform attention, NaN where it is not here; of prefix tokens as it is.
+  weight(at, role, layer, image, head, patch) {
+    const part = this.peek(at, layer)?.[role], patches = part ? part.tokens - part.prefix : 0;
+    return patch < patches && head < part.heads ? patches * tokenWeight(part, image, head, part.prefix + patch) : NaN;
+  }
+
   prefixes(at, role, layer, image, head) {
     const part = this.peek(at, layer)?.[role];
-    if (!part) return [];
-    const heads = head >= 0 ? [head] : [...Array(part.heads).keys()];
-    return Array.from({length: part.prefix}, (_, token) =>
-      heads.reduce((sum, h) => sum + fromHalves(part.row(image, h).subarray(token, token + 1))[0], 0) / heads.length);
+    return Array.from({length: part?.prefix ?? 0}, (_, token) => tokenWeight(part, image, head, token));
   }
+}
+
+// Of one head, or of the mean over heads for -1.
+function tokenWeight(part, image, head, token) {
+  const heads = head >= 0 ? [head] : [...Array(part.heads).keys()];
+  const weights = Uint16Array.from(heads, h => part.row(image, h)[token]);
+  return fromHalves(weights).reduce((sum, weight) => sum + weight, 0) / heads.length;
 }
 
 // A block's parts by role, as views into it: see attn_monitor.player.blocks.

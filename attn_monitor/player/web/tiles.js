@@ -39,7 +39,11 @@ export function makeTile({large, onpick}) {
   });
   canvas.addEventListener("pointerleave", () => hover(null));
   if (large) {
-    canvas.addEventListener("click", event => pin(placeOf(event, tile)));
+    let pressed = 0;
+    canvas.addEventListener("pointerdown", event => pressed = event.clientX);
+    canvas.addEventListener("click", event => {
+      if (Math.abs(event.clientX - pressed) < 5) pin(placeOf(event, tile)); // else it was a swipe
+    });
     canvas.addEventListener("keydown", event => walk(event, tile));
     canvas.addEventListener("blur", () => hover(null));
   }

@@ -21,7 +21,7 @@ export function learnTables(encoded) {
 }
 
 // Levels 0…1 of a map's weights.
-export function levelsOf(values, scale) {
+function levelsOf(values, scale) {
   const count = values.length, levels = new Float32Array(count);
   if (scale === "minmax") {
     const low = Math.min(...values), span = Math.max(Math.max(...values) - low, 1e-12);

@@ -1,7 +1,7 @@
 // What can be chosen: images, layer, head, arrangement, colours, mask, and how two runs are compared.
 import {el, hasColours, hasFeatures, headName} from "./tiles.js";
 import {percent} from "./numbers.js";
-import {atOf, change, layersOf, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
+import {atOf, change, layersOf, rolesOf, runA, runB, shownLayer, view} from "./view.js";
 
 export function makeThumbnails() {
   const list = el("div", {class: "thumbnails", role: "group", "aria-label": "images"});

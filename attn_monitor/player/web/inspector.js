@@ -1,7 +1,7 @@
 // What the chosen patch and the chosen head hold: weights in every head, history over steps, prefix tokens, facts.
 import {makeChart} from "./charts.js";
 import {cosines, grouped, percent, written} from "./numbers.js";
-import {atOf, chosenPatch, now, runA, runB, shownLayer, view} from "./view.js";
+import {atOf, chosenPatch, now, runA, shownLayer, view} from "./view.js";
 import {columnsShown} from "./stage.js";
 import {el, headName} from "./tiles.js";
 

@@ -7,7 +7,7 @@ import {pictureOf} from "./picture.js";
 import {runsOfFile, Server} from "./source.js";
 import {makeStage} from "./stage.js";
 import {makeTimeline, togglePlay} from "./timeline.js";
-import {asHash, atOf, change, fromHash, goTo, goToStep, hover, now, runA, runB, shownLayer, view, whenChanged} from "./view.js";
+import {asHash, atOf, change, fromHash, goTo, goToStep, hover, now, runA, shownLayer, view, whenChanged} from "./view.js";
 import {el, runDot} from "./tiles.js";
 
 const LIVE = 4000; // milliseconds between two looks at a server for news

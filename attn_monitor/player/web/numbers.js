@@ -16,7 +16,7 @@ export function fromHalves(halves) {
 export const isFinite32 = values => values.every(Number.isFinite);
 
 // Scaled to sum 1; all zeros become uniform, and weights of which some are negative are no distribution: null.
-export function normalised(values) {
+function normalised(values) {
   let total = 0;
   for (const value of values) {
     if (!Number.isFinite(value) || value < 0) return null;

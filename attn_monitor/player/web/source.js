@@ -14,7 +14,7 @@ function fromBase64(text) {
   return bytes;
 }
 
-export class Run {
+class Run {
   // `fetchBlock(step, layer)` gives a step's deflated block.
   constructor(facts, fetchBlock) {
     this.fetchBlock = fetchBlock;

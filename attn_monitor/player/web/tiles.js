@@ -1,6 +1,6 @@
 // A tile: one map on a canvas, with its caption, that tells which patch the pointer is on.
 import {RUN_COLOURS} from "./colours.js";
-import {cosines, entropyOf, isFinite32, massMask, meanOf, overlaps, peakOf, percent, shareOf, written} from "./numbers.js";
+import {cosines, entropyOf, isFinite32, massMask, meanOf, overlaps, peakOf, percent, shareOf} from "./numbers.js";
 import {fitCanvas, lineOf, outlined, paintMap} from "./painting.js";
 import {atOf, change, chosenPatch, hover, now, runA, shownLayer, view} from "./view.js";
 

@@ -1,6 +1,6 @@
 // What is shown, in one object; whoever changes it asks for a new picture, and a link can restore it.
 
-export const DEFAULTS = {
+const DEFAULTS = {
   step: null, image: 0, all: false, layer: null, head: -1, arrange: "focus", sort: "index", show: "attention",
   opacity: 0.85, scale: "uniform", table: "inferno", mask: true, truth: true, threshold: 0.6, compare: "side",
   swipe: 0.5, metric: "entropy", speed: 8, pin: -1, theme: "auto", run: null, other: null,

@@ -26,7 +26,11 @@ from attn_monitor.record.archive import snapshot_path
 from tests.browser import CHROMIUM, Watched, browsing, pixels_of
 from tests.runs import write_run
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+def in_a_browser(test: Any) -> Any:
+    """Marks a test that is skipped where there is no browser."""
+    return pytest.mark.slow(pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")(test))
+
 
 STEPS = (0, 10, 30, 100)
 CYAN = (64, 224, 255)

@@ -141,6 +141,7 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     parameters = _parameters(command)
     needed = [p for p in parameters if p.default is p.empty]
     words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
+    words += [f"[{p.name}]" for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is None]
     usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
     parser = _plain_parser(description=_description(command), usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with arguments")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -520,13 +521,22 @@ def test_a_notebook_shows_it_in_a_frame_of_its_own(watched: Watched, archive: Pa
     assert page.url == "about:blank"
 
 
+class WithColours:
+    """A layer with colours and features of its patches, whatever the layer itself has."""
+
+    def __init__(self, layer: LayerAttention, generator: torch.Generator) -> None:
+        images, _, gh, gw = layer.maps.shape
+        self._layer = layer
+        self.colors = torch.rand(images, gh * gw, 3, generator=generator)
+        self.features = torch.randn(images, gh * gw, 8, generator=generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
 def with_colours(snapshot: AttentionSnapshot, generator: torch.Generator) -> AttentionSnapshot:
-    """The same with colours and features of its patches."""
-    for attention in snapshot.layers.values():
-        images, _, gh, gw = attention.maps.shape
-        object.__setattr__(attention, "colors", torch.rand(images, gh * gw, 3, generator=generator))
-        object.__setattr__(attention, "features", torch.randn(images, gh * gw, 8, generator=generator))
-    return snapshot
+    layers: Any = {key: WithColours(layer, generator) for key, layer in snapshot.layers.items()}
+    return dataclasses.replace(snapshot, layers=layers)
 
 
 @in_a_browser

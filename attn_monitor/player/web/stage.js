@@ -123,7 +123,7 @@ export function scaleShown() {
 }
 
 function drawLegend(bar, ticks, unit, keys) {
-  const scale = scaleShown(), {label, ticks: labels} = SCALES[scale], wanted = `${scale} ${view.table}`;
+  const scale = scaleShown(), {label, ticks: labels} = SCALES[scale], wanted = `${scale} ${view.table} ${view.show} ${view.all}`;
   if (bar.dataset.drawn !== wanted) {
     bar.dataset.drawn = wanted;
     drawBar(bar, scale, view.table);

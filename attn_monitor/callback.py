@@ -187,6 +187,7 @@ class AttentionMapCallback(pl.Callback):
             session.find_probe(partial(self._images.of_data_sets, trainer, pl_module, run.failures))
             self._images.forget()
         run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
+        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.wiring), None) is self  # one tells
         number = 1 if self.name is not None else int(run.name or 1)  # the same number as in its tags
         session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
 
@@ -198,7 +199,15 @@ class AttentionMapCallback(pl.Callback):
         due = session.run.active and self.schedule.due(step)
         if due and session.ensure_probe(partial(self._images.of_batch, batch, trainer), step):
             self._snapshot(trainer, pl_module)
+        else:
+            session.between_steps(step)
         session.run.training = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the module's own hook, in which most average the teacher."""
+        self._session.batch_ended()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Snapshots by epoch are taken before checkpoints are saved, so that these can monitor them."""

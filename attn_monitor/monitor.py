@@ -15,7 +15,7 @@ from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.errors import HeadError
-from attn_monitor.measure.health import Health, HealthLimits
+from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, select_metrics, summarise
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.history import History
@@ -74,15 +74,20 @@ class AttentionMonitor:
         """What the latest look has found, by role."""
         return {role: recorder.summary() for role, recorder in self._recorders.items()}
 
-    def snapshot(self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0) -> AttentionSnapshot:
-        """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before."""
+    def snapshot(
+        self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0, flags: Sequence[HealthFlag] = ()
+    ) -> AttentionSnapshot:
+        """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
+
+        ``flags`` are health flags that were found elsewhere and go with it.
+        """
         layers = self._capture(models)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
-        flags = self.health.examine(step, layers, measured)
+        found = (*self.health.add(flags), *self.health.examine(step, layers, measured))
         metrics, raised = summarise(measured), len(self.health.flags)
-        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, flags, raised)
+        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
         self.remember(snapshot)
         return snapshot
 

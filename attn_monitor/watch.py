@@ -110,6 +110,7 @@ class Watch:
         )
         self._session.start(distributed.RankZero())  # the others do nothing
         self._session.run.active = distributed.is_rank_zero()
+        self._session.run.root = models if isinstance(models, nn.Module) else None
 
     @property
     def monitor(self) -> AttentionMonitor | None:
@@ -123,7 +124,10 @@ class Watch:
 
     def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
         """Call it between two optimizer steps with how many are done; the snapshot, where one was due and taken."""
-        return self._snapshot(step, batch, epoch) if self.active and self.schedule.due(step) else None
+        if self.active and self.schedule.due(step):
+            return self._snapshot(step, batch, epoch)
+        self._session.between_steps(step)
+        return None
 
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step, unless there is one, and write everything. Nothing is watched after."""

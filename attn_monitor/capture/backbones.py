@@ -57,6 +57,17 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     return name_roles(paths)
 
 
+def is_teacher_too(module: nn.Module, backbone: nn.Module) -> list[str]:
+    """The paths under which a module holds a backbone, or its layers, if it is the teacher by only some of them."""
+    layers = [(name, m) for name, m in backbone.named_modules() if not m._modules and _has_parameters(m)]
+    held = []
+    for name, layer in (*layers[:1], *layers[-1:]):
+        paths = [path for path, m in module.named_modules(remove_duplicate=False) if m is layer]
+        held.append([path.removesuffix(name).removesuffix(".") for path in paths if path.endswith(name)])
+    both = [path for path in held[0] if path in held[-1]] if held else []
+    return both if len({role_of(path) == "teacher" for path in both}) == 2 else []
+
+
 def _inside(path: str, ancestor: str) -> bool:
     return ancestor == "" or path.startswith(f"{ancestor}.")
 

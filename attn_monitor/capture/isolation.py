@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
     CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path.
     """
     with ExitStack() as stack:
+        stack.enter_context(_known_to_be_isolated())
         stack.enter_context(torch.inference_mode(False))  # in which no operation could be seen
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
         modules = all_modules(model)
@@ -38,6 +40,23 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+_isolated = ContextVar("isolated", default=False)
+
+
+def is_isolated() -> bool:
+    """Whether what runs now is a probe, and no part of training."""
+    return _isolated.get()
+
+
+@contextmanager
+def _known_to_be_isolated() -> Iterator[None]:
+    token = _isolated.set(True)
+    try:
+        yield
+    finally:
+        _isolated.reset(token)
 
 
 @contextmanager

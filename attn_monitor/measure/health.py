@@ -28,6 +28,9 @@ class HealthLimits:
     on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
     before, where that was ``divergence_floor`` already: student and teacher start as equals, and part quickly while
     the learning rate warms up. NaN or infinity always raises a flag.
+
+    ``wiring``: whether to look at how student and teacher are wired, see `measure.wiring`; ``still_steps``: after how
+    many optimizer steps from the first snapshot it is told that one of them has never moved.
     """
 
     low_entropy: float = 0.05
@@ -37,6 +40,8 @@ class HealthLimits:
     peak: float = 0.25
     divergence_growth: float = 10.0
     divergence_floor: float = 0.02
+    wiring: bool = True
+    still_steps: int = 20
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
@@ -51,15 +56,20 @@ class HealthLimits:
                 f"health: snapshots={self.snapshots}, peak={self.peak}, divergence_growth={self.divergence_growth}; "
                 "expected at least 1, a share above 0 and up to 1, and a factor above 1"
             )
+        if self.still_steps < 1:
+            raise ValueError(f"health: still_steps={self.still_steps}; expected at least 1")
 
 
 @dataclass(frozen=True)
 class HealthFlag:
-    """One finding: ``kind`` with the role, layer and heads that it is about, and the value that raised it."""
+    """One finding: ``kind`` with the role, layer and heads that it is about, and the value that raised it.
+
+    ``layer`` is None where it is about the whole model.
+    """
 
     kind: str
     role: str
-    layer: int
+    layer: int | None
     heads: tuple[int, ...]
     step: int
     value: float | None  # of the worst head; None when it is not a number
@@ -68,7 +78,12 @@ class HealthFlag:
     def __str__(self) -> str:
         which = "head" if len(self.heads) == 1 else "heads"
         heads = f", {which} {', '.join(map(str, self.heads))}" if self.heads else ""
-        return f"{self.role}, layer {self.layer}{heads}: {self.text} (step {self.step:,})"
+        return f"{self.where}{heads}: {self.text} (step {self.step:,})"
+
+    @property
+    def where(self) -> str:
+        """The role, and the layer if it is about one."""
+        return self.role if self.layer is None else f"{self.role}, layer {self.layer}"
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints."""
@@ -114,10 +129,14 @@ class Health:
 
     def add(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
         """Remember flags; returns those of a kind, role and layer that had none yet."""
-        raised = {(f.kind, f.role, f.layer) for f in self.flags}
-        news = tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)
+        news = self.unknown(flags)
         self.flags += news
         return news
+
+    def unknown(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
+        """Flags of a kind, role and layer that had none yet."""
+        raised = {(f.kind, f.role, f.layer) for f in self.flags}
+        return tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""

@@ -234,7 +234,7 @@ def _of_flags(flags: Sequence[HealthFlag]) -> str:
         return "No health flag was raised."
     first = min(flags, key=lambda flag: flag.step)
     count = "One health flag was" if len(flags) == 1 else f"{len(flags)} health flags were"
-    return f"{count} raised, the first at step {first.step:,} ({first.kind}, {first.role}, layer {first.layer})."
+    return f"{count} raised, the first at step {first.step:,} ({first.kind}, {first.where})."
 
 
 def _of_entropy(layer: LayerSummary) -> str:

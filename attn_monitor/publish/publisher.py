@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.measure.health import HealthFlag
 from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.background import Job, Outbox, Patience
@@ -96,6 +97,7 @@ class Publisher:
         self._probe, self._style, self._name, self._every_layer = probe, style, name, every_layer
         self._pictures, self._history = Pictures(probe, style, name), History(list(history))
         self._last: AttentionSnapshot | None = None
+        self._told: set[HealthFlag] = set()
         self._patience, self._space = patience or Patience(), Space(self.failures, disk_reserve)
         self._archive = Outbox("archive", self.failures, self._patience, patient=True)
         sinks = [(type(logger).__name__, sink_for(logger, name)) for logger in loggers]
@@ -121,6 +123,7 @@ class Publisher:
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
         self._history.add(snapshot, layers)
         self._last = snapshot
+        self.tell(snapshot.flags, step)
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
@@ -128,14 +131,21 @@ class Publisher:
         drawn = _Once(partial(self._draw, snapshot, list(self._history), layers))
         for channel in self._channels:
             self._queue_metrics(channel, scalars, step)
-            if snapshot.flags and isinstance(channel.sink, TakesFlags):
-                tell = partial(channel.sink.log_flags, snapshot.flags, step)
-                channel.outbox.put(Job(f"logging health flags to {channel.label}", step, tell, keep=False))
             if isinstance(channel.sink, TakesPictures):
                 log = partial(self._log_pictures, channel, channel.sink, snapshot, drawn, layers[-1])
                 channel.outbox.put(Job(f"logging pictures to {channel.label}", step, log, keep=False))
-        if snapshot.flags:
-            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in snapshot.flags))
+        self._report()
+
+    def tell(self, flags: Sequence[HealthFlag], step: int) -> None:
+        """Health flags in words, each once: a warning, and to every logger that takes them."""
+        news = [flag for flag in flags if flag not in self._told]
+        self._told.update(news)
+        for channel in self._channels:
+            if news and isinstance(channel.sink, TakesFlags):
+                log = partial(channel.sink.log_flags, news, step)
+                channel.outbox.put(Job(f"logging health flags to {channel.label}", step, log, keep=False))
+        if news:
+            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in news))
         self._report()
 
     def drain(self, seconds: float | None = None) -> bool:

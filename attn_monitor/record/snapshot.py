@@ -132,7 +132,9 @@ class AttentionSnapshot:
             "step": self.step,
             "epoch": self.epoch,
             "names": list(self.names),
-            "flags": [flag.state_dict() for flag in self.flags],
+            # Apart, as versions that do not know flags of whole models read the others.
+            "flags": [flag.state_dict() for flag in self.flags if flag.layer is not None],
+            "model_flags": [flag.state_dict() for flag in self.flags if flag.layer is None],
             "flags_raised": self.flags_raised,
             "layers": [
                 {
@@ -175,8 +177,9 @@ class AttentionSnapshot:
         if not layers:
             raise ArchiveError("the header has no layers: expected at least one")
         flags = tuple(
-            _flag(Fields(item, f"header's flag {number}"), layers)
-            for number, item in enumerate(header.items("flags", default=[]))
+            _flag(Fields(item, f"header's {kind} {number}"), layers if kind == "flags" else None)
+            for kind in ("model_flags", "flags")
+            for number, item in enumerate(header.items(kind, default=[]))
         )
         raised = header.whole("flags_raised") if by_tag is None else by_tag.flags_raised
         return cls(header.whole("step"), header.whole("epoch"), names, layers, metrics, flags, raised)
@@ -259,10 +262,15 @@ def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
     return metrics
 
 
-def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
-    role, layer, heads = stored.text("role"), stored.whole("layer"), stored.wholes("heads")
-    if (role, layer) not in layers or any(head >= layers[role, layer].rows.shape[1] for head in heads):
-        raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
+def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention] | None) -> HealthFlag:
+    """A flag about one of these layers, or about a whole model where there are none."""
+    role, layer, heads = stored.text("role"), None, stored.wholes("heads")
+    if layers is not None:
+        layer = stored.whole("layer")
+        if (role, layer) not in layers or any(head >= layers[role, layer].rows.shape[1] for head in heads):
+            raise ArchiveError(
+                f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here"
+            )
     value = stored.number("value")
     known = None if math.isnan(value) else value
     return HealthFlag(stored.text("kind"), role, layer, heads, stored.whole("step"), known, stored.text("text"))

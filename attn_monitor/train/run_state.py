@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from attn_monitor.distributed import RankZero
+from attn_monitor.measure.health import HealthFlag
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.folder_claim import Claim
 from attn_monitor.train.reports import Cost
+from attn_monitor.train.wiring_watch import WiringWatch
 
 HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure
 
@@ -48,6 +50,9 @@ class RunState:
     claim: Claim | None = None  # on it, by rank zero
     publisher: Publisher | None = None  # of rank zero, from the first snapshot on
     root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
+    looks_at_wiring: bool = True
+    wiring: WiringWatch | None = None  # of rank zero, from the first snapshot on
+    findings: list[HealthFlag] = field(default_factory=list)  # of it, for the next snapshot
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunState, ()

@@ -17,6 +17,7 @@ from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, ProbeError, TargetError
+from attn_monitor.measure.health import HealthFlag
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
@@ -28,8 +29,10 @@ from attn_monitor.train.archive_folder import ArchiveId, claim_archive, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
+from attn_monitor.train.wiring_watch import WiringWatch
 
 SNAPSHOT = "taking a snapshot"  # what failures call it
+WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
 
@@ -74,6 +77,7 @@ class Session:
         """
         self.end()
         self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
+        self.run.looks_at_wiring = self.settings.health.wiring
         if self.monitor is not None:
             self.monitor.distributed = distributed
         elif (probe := rank_zero.run(self.probe_settings.load)) is not None:
@@ -142,19 +146,36 @@ class Session:
         run, taken = self.run, list[AttentionSnapshot]()
         self.report()
         with run.cost.of_a_snapshot():
+            if (wiring := run.wiring) is not None:
+                self._find(lambda: wiring.end(step), step)
             # All processes must agree on it, and their clocks differ.
-            now = run.rank_zero.run(lambda: not run.failures.pause(SNAPSHOT))
+            now, flags = run.rank_zero.run(lambda: (not run.failures.pause(SNAPSHOT), tuple(run.findings)))
             if now:
-                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch)))
+                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch, flags)))
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
             self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
         self.report()
         return taken[0] if taken else None
 
+    def between_steps(self, step: int) -> None:
+        """Called between batches where no snapshot is due: after some snapshots, a few steps are looked at."""
+        wiring = self.run.wiring
+        if wiring is not None and wiring.wants(step):
+            with self.run.cost.of_a_snapshot():
+                self._find(lambda: wiring.between_steps(step), step)
+            self.report()
+
+    def batch_ended(self) -> None:
+        """Called where averages may have been updated already, and others may still be, if there is such a place."""
+        if self.run.wiring is not None:
+            self._find(self.run.wiring.batch_ended, self.schedule.last_step or 0)
+
     def close(self) -> None:
         """Write everything, and tell what watching has cost and found."""
         run = self.run
+        if self.monitor is not None:
+            self.monitor.health.add(run.findings)  # since the last snapshot
         if run.publisher is not None:
             ended = time.perf_counter()
             run.publisher.close()
@@ -181,6 +202,7 @@ class Session:
             self.run.publisher.close(finish=False)
         if self.run.claim is not None:
             self.run.claim.release()
+        self._stop_wiring()
         if self.monitor is not None:
             self.monitor.let_go()
         self.run = RunState()
@@ -269,7 +291,33 @@ class Session:
             return []
         return written_between(folder, last, until, self.monitor.probe.names, self.run.failures.note)
 
-    def _take(self, targets: FindTargets, step: int, epoch: int) -> AttentionSnapshot:
+    def _watch_wiring(self, models: Mapping[str, nn.Module], step: int) -> Sequence[HealthFlag]:
+        run = self.run
+        if run.wiring is None or run.wiring.models != models:
+            self._stop_wiring()
+            run.wiring = WiringWatch(models, run.root, self.settings.health)
+        return run.wiring.watch(step)
+
+    def _stop_wiring(self) -> None:
+        if self.run.wiring is not None:
+            self.run.wiring.stop()
+        self.run.wiring = None
+
+    def _find(self, look: Callable[[], Sequence[HealthFlag]], step: int) -> None:
+        """Tell at once how models are wrongly wired, if they are; it is stored with the next snapshot."""
+        run = self.run
+        try:
+            found = look()
+        except Exception as error:
+            run.failures.failed(WIRING, error)
+            self._stop_wiring()  # until the next snapshot
+            return
+        if self.monitor is not None and run.publisher is not None:
+            news = [flag for flag in self.monitor.health.unknown(found) if flag not in run.findings]
+            run.findings += news
+            run.publisher.tell(news, step)
+
+    def _take(self, targets: FindTargets, step: int, epoch: int, flags: Sequence[HealthFlag]) -> AttentionSnapshot:
         run, monitor = self.run, self.monitor
         assert monitor is not None
         with targets() as (models, paths):
@@ -277,12 +325,14 @@ class Session:
                 with run.cost.of_discovery():
                     self._check(monitor, models)
             started = time.perf_counter()
-            snapshot = monitor.snapshot(models, step=step, epoch=epoch)
+            snapshot = monitor.snapshot(models, step=step, epoch=epoch, flags=flags)
         if not run.cost.snapshots and run.rank_zero.is_here:
             run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started)
-        run.cost.snapshots, run.training = run.cost.snapshots + 1, True
+        run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
         if run.publisher is not None:
             run.publisher.publish(snapshot)
+            if run.looks_at_wiring:
+                self._find(lambda: self._watch_wiring(models, step), step)
         return snapshot
 
     def _open_publisher(self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float) -> Publisher:

@@ -1,0 +1,162 @@
+"""Which weights of a student and its teacher are sampled, and how: views of a few values, copied where they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.backbones import role_of
+from attn_monitor.measure.wiring import Sampled
+
+LENGTH = 32  # values of each sampled parameter
+SCALES, VECTORS, MATRICES, BUFFERS = 3, 4, 5, 3  # how many of each kind
+ALIKE = 0.9  # of their parameters must have a partner in the other model
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Pair(NamedTuple):
+    """Tensors of the student, and the teacher's of the same names."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Values of each, (N,) on its device; what this process holds of tensors that are spread over several."""
+        with torch.no_grad():
+            return _copied(self.student), _copied(self.teacher)
+
+
+@dataclass(frozen=True)
+class WeightSamples:
+    """Places of the parameters and buffers that are sampled of a student and a teacher of the same architecture."""
+
+    student: nn.Module
+    teacher: nn.Module
+    names: tuple[str, ...]
+    buffers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, student: nn.Module, teacher: nn.Module) -> WeightSamples | None:
+        """Spread evenly over the depth, of what is trained if anything is; None where the two differ."""
+        ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+        common = [n for n, p in ours.items() if n in theirs and _comparable(p, theirs[n])]
+        if not common or len(common) < ALIKE * max(len(ours), len(theirs)):
+            return None
+        common = [n for n in common if ours[n].requires_grad] or common
+        common = [n for n in common if ours[n].device == ours[common[0]].device]  # of a model on several devices
+        scales = [n for n in common if ours[n].ndim == 1 and n.endswith("weight")]
+        vectors = [n for n in common if ours[n].ndim == 1 and n not in scales]
+        matrices = [n for n in common if ours[n].ndim > 1]
+        names = *_spread(scales, SCALES), *_spread(vectors, VECTORS), *_spread(matrices, MATRICES)
+        return cls(student, teacher, names, tuple(_spread(_buffers_in_common(student, teacher), BUFFERS)))
+
+    def parameters(self) -> Pair:
+        """Those that the models have now."""
+        return self._find(self.names)
+
+    def sample_of_buffers(self) -> tuple[Tensor, Tensor]:
+        """Values of each; empty where there are no buffers to average."""
+        return self._find(self.buffers).sample()
+
+    def described(self, pair: Pair) -> Sampled:
+        """What the values of a sample are."""
+        lengths = [len(_some(p)) for p in pair.teacher]
+        precision = [torch.full((n,), torch.finfo(p.dtype).eps) for n, p in zip(lengths, pair.teacher, strict=True)]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        parts = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+        scales = [
+            part
+            for part, p, name in zip(parts, pair.student, self.names, strict=True)
+            if p.ndim == 1 and name.endswith("weight") and part.stop - part.start > 1
+        ]
+        return Sampled(torch.cat(precision).double(), tuple(scales), next(iter(self.buffers), ""))
+
+    def sharing_memory(self) -> tuple[int, int]:
+        """How many of the trained parameters are in the same memory in both, and of how many."""
+        theirs = dict(self.teacher.named_parameters())
+        ours = {n: p for n, p in self.student.named_parameters() if p.requires_grad and n in theirs}
+        return sum(_memory(p) == _memory(theirs[n]) != 0 for n, p in ours.items()), len(ours)
+
+    def _find(self, names: Iterable[str]) -> Pair:
+        found = [[_at(model, name) for name in names] for model in (self.student, self.teacher)]
+        return Pair(*found)
+
+
+def student_and_teacher(models: Mapping[str, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
+    """The two by role, else by words in it; a backbone beside a teacher is the student. None without one of each."""
+    found = []
+    for wanted, also in (("student", "backbone"), ("teacher", "teacher")):
+        named = [model for role, model in models.items() if role_of(role) == wanted or role == also]
+        if wanted in models:
+            named = [models[wanted]]
+        if len(named) != 1:
+            return None
+        found += named
+    return found[0], found[1]
+
+
+def random_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Dropout, stochastic depth and the like, at a rate above 0, by name with their class: random in training mode."""
+    return {f"{name} ({type(m).__name__})": m for name, m in model.named_modules() if _is_random(m)}
+
+
+def _is_random(module: nn.Module) -> bool:
+    drops = re.search(r"drop|stochastic", type(module).__name__.lower()) is not None
+    return any(
+        isinstance(value, float) and 0 < value <= 1 and ("drop" in name or (drops and name in ("p", "prob")))
+        for name, value in vars(module).items()
+    )
+
+
+def _at(model: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer that is there now: it may be replaced while training goes on."""
+    *owners, name = path.split(".")
+    for owner in owners:
+        model = model._modules[owner]  # type: ignore[assignment]
+    found: Any = model._parameters[name] if name in model._parameters else model._buffers[name]
+    return found  # type: ignore[no-any-return]
+
+
+def _comparable(one: Tensor, other: Tensor) -> bool:
+    kind = one.shape == other.shape and one.numel() > 0 and one.dtype in FLOATS and other.dtype in FLOATS
+    return kind and not one.is_meta and not other.is_meta
+
+
+def _buffers_in_common(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Those that checkpoints hold: what a model keeps for itself is no part of an average."""
+    theirs, kept = dict(teacher.named_buffers()), student.state_dict().keys()
+    return [n for n, b in student.named_buffers() if n in kept and n in theirs and _comparable(b, theirs[n])]
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    places = torch.linspace(0, len(names) - 1, min(count, len(names))).round().int().tolist()
+    return [names[place] for place in places]
+
+
+def _copied(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([_some(tensor) for tensor in tensors]) if tensors else torch.empty(0)
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Up to `LENGTH` values from the middle, (n,): a view."""
+    values = _local(tensor.detach())
+    while values.ndim > 1 and values.numel():
+        values = values[len(values) // 2]
+    values = values.reshape(-1)
+    return values[max(0, (len(values) - LENGTH) // 2) :][:LENGTH]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _memory(tensor: Tensor) -> int:
+    """The address of its first value; 0 where it holds none here, as when FSDP has freed it."""
+    return _local(tensor.detach()).data_ptr()

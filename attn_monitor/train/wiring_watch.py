@@ -1,0 +1,265 @@
+"""Looks at student and teacher around a few training steps after snapshots, for `measure.wiring` to judge.
+
+For those steps a hook on the teacher's first layer and one on optimizers copy a few hundred values, on their device;
+they are fetched once, when the step is over. Nothing stays behind. About eleven of the first steps are looked at, and
+one after the second, fourth, eighth, … snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from attn_monitor.capture.backbones import is_teacher_too
+from attn_monitor.capture.isolation import all_modules, is_isolated
+from attn_monitor.measure.health import HealthFlag, HealthLimits
+from attn_monitor.measure.wiring import At, Moment, OptimizerStep, WatchedStep, Wiring
+from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
+
+FIRST, AGAIN, LATER = 8, 3, 1  # optimizer steps to watch: after the first snapshot, once later, after some snapshots
+BATCHES = 16  # to wait for each of them, as gradients may be accumulated
+MOMENTS = 16  # in a batch; what has more is not followed
+
+
+class WiringWatch:
+    """Watches a student and a teacher, by role; ``root`` is the module around all models, where there is one.
+
+    `watch` begins, at a snapshot. From then on `between_steps` is to be called wherever one batch is over and the next
+    has not begun while it `wants` to be, and returns what was found. `stop` leaves nothing behind.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], root: nn.Module | None, limits: HealthLimits) -> None:
+        self.models, self._limits = dict(models), limits
+        pair = student_and_teacher(models)
+        self._samples = None if pair is None or pair[0] is pair[1] else WeightSamples.of(*pair)
+        self._shared = _shared(models, root, pair, self._samples)
+        self._layer, self._random = _first_layer(self._samples, root), dict[str, nn.Module]()
+        self._wiring: Wiring | None = None
+        self._batch: _Batch | None = None
+        self._left = self._tries = self._snapshots = 0
+        self._again_at = math.inf  # step
+
+    def watch(self, step: int) -> list[HealthFlag]:
+        """Watch some of the steps that follow; what is known without."""
+        if self._shared:
+            return [HealthFlag("shared_weights", "teacher", None, (), step, None, self._shared)]
+        if self._samples is not None:
+            if self._wiring is None:
+                self._wiring = Wiring(self._samples.described(self._samples.parameters()), self._limits.still_steps)
+                self._random = random_modules(self._samples.teacher)
+                self._again_at = step + self._limits.still_steps
+                self._left = FIRST
+            self._snapshots += 1
+            if self._snapshots & (self._snapshots - 1) == 0:  # a power of two
+                self._left = max(self._left, LATER)
+                self._tries = BATCHES * self._left
+            self._begin(step)
+        return []
+
+    def wants(self, step: int) -> bool:
+        """Whether `between_steps` has anything to do."""
+        return self._batch is not None or step >= self._again_at
+
+    def between_steps(self, step: int) -> list[HealthFlag]:
+        """End the batch that was watched, and watch the next if more is to be seen; what was found."""
+        flags = self.end(step)
+        self._begin(step)
+        return flags
+
+    def end(self, step: int) -> list[HealthFlag]:
+        """End the batch that was watched; what was found."""
+        flags, batch = list[HealthFlag](), self._batch
+        self.stop()
+        if batch is not None and self._wiring is not None:
+            self._tries -= 1
+            seen = batch.seen(step)
+            if seen is not None and len(seen.moments[0].teacher) == len(self._wiring.sampled.precision):
+                self._left -= 1
+                flags = self._wiring.look(seen)
+        return flags
+
+    def batch_ended(self) -> list[HealthFlag]:
+        """A moment within what follows the optimizer's step, where averages may be updated twice; tells nothing yet."""
+        if self._batch is not None:
+            self._batch.moment("batch end")
+        return []
+
+    def stop(self) -> None:
+        """Remove all hooks."""
+        if self._batch is not None:
+            self._batch.remove()
+        self._batch = None
+
+    def _begin(self, step: int) -> None:
+        if step >= self._again_at:
+            self._again_at, self._left, self._tries = math.inf, max(self._left, AGAIN), BATCHES * AGAIN
+        if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
+            self._batch = _Batch(self._samples, self._layer, self._random, self._wiring.student_moved, step)
+
+
+class _Batch:
+    """What is seen of one batch."""
+
+    def __init__(
+        self,
+        samples: WeightSamples,
+        layer: nn.Module | None,
+        random: Mapping[str, nn.Module],
+        student_moved: bool,
+        step: int,
+    ) -> None:
+        self._samples, self._layer, self._random, self._begun = samples, layer, random, step
+        self._pair: Pair = samples.parameters()  # held, as FSDP puts others in their places while modules run
+        self._moments: list[tuple[At, Tensor, Tensor]] = []
+        self._optimizers: list[tuple[OptimizerStep, Tensor | None]] = []
+        self._with_gradient = not student_moved
+        self._noisy: tuple[str, ...] = ()
+        self._error: Exception | None = None
+        self.moment("start")
+        self._handles = [register_optimizer_step_post_hook(self._hook(self._after_step))]
+        if layer is not None:
+            self._handles.append(layer.register_forward_pre_hook(self._hook(self._before_forward)))
+
+    def moment(self, at: At) -> None:
+        """Sample, up to a number of times."""
+        if len(self._moments) < MOMENTS:
+            self._moments.append((at, *self._pair.sample()))
+
+    def seen(self, step: int) -> WatchedStep | None:
+        """What the batch was, now that it is over; None where no optimizer stepped, or too much has happened.
+
+        Raises what a hook met.
+        """
+        if self._error is not None:
+            raise self._error
+        self.moment("end")
+        if not self._optimizers or len(self._moments) >= MOMENTS:
+            return None
+        moments, *values = zip(*self._moments, strict=True)
+        students, teachers = (torch.stack(samples).cpu().double() for samples in values)
+        student, teacher = (values.cpu().double() for values in self._samples.sample_of_buffers())
+        return WatchedStep(
+            self._begun,
+            step,
+            tuple(map(Moment, moments, students, teachers)),
+            tuple(_with_gradient(o, gradient) for o, gradient in self._optimizers),
+            None if self._layer is None else "forward" in moments,
+            self._noisy,
+            any(p.requires_grad for p in self._pair.teacher),
+            any(p.requires_grad for p in self._pair.student),
+            (student, teacher),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, read: Callable[..., None]) -> _Hook:
+        """What fails in it waits for `seen`: it must not end the step."""
+
+        def call(*args: Any) -> None:
+            try:
+                if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+                    read(*args)
+            except Exception as error:
+                self._error = error
+
+        return _Hook(call)
+
+    def _before_forward(self, module: nn.Module, *_: Any) -> None:
+        """The teacher begins to run: the last time before the step counts."""
+        if module is not self._layer or is_isolated() or any(o.holds_student for o, _ in self._optimizers):
+            return
+        self._moments = [moment for moment in self._moments if moment[0] != "forward"]
+        self.moment("forward")
+        self._noisy = tuple(name for name, m in self._random.items() if m.training)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        students, teachers = ({id(p) for p in tensors} for tensors in self._pair)
+        ids = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+        ours = [group for group, held in zip(optimizer.param_groups, ids, strict=True) if held & students]
+        rates = [_number(group.get("lr")) for group in ours or optimizer.param_groups]
+        lr = math.nan if any(map(math.isnan, rates)) else max(rates, default=0.0)
+        step = OptimizerStep(bool(ours), any(held & teachers for held in ids), lr, not self._with_gradient)
+        self._optimizers.append((step, self._gradient() if ours and self._with_gradient else None))
+        self.moment("step" if ours else "other step")
+
+    def _gradient(self) -> Tensor | None:
+        gradients = [p.grad for p in self._pair.student if p.grad is not None]
+        return Pair(gradients, []).sample()[0] if gradients else None
+
+
+class _Hook:
+    """Reads while a step is watched. Copies of a model that has it, pickles too, have one that does nothing."""
+
+    def __init__(self, read: Callable[..., None] | None = None) -> None:
+        self._read = read
+
+    def __call__(self, *args: Any) -> None:
+        if self._read is not None and not torch.compiler.is_compiling():
+            self._read(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+
+def _with_gradient(step: OptimizerStep, gradient: Tensor | None) -> OptimizerStep:
+    has = step.has_gradient or (gradient is not None and bool(gradient.any()))
+    return OptimizerStep(step.holds_student, step.holds_teacher, step.lr, has)
+
+
+def _number(lr: Any) -> float:
+    """A learning rate; NaN where it is on a device that would have to be waited for."""
+    return math.nan if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr or 0)
+
+
+def _shared(
+    models: Mapping[str, nn.Module],
+    root: nn.Module | None,
+    pair: tuple[nn.Module, nn.Module] | None,
+    samples: WeightSamples | None,
+) -> str:
+    """What to say where student and teacher are one, and that one is trained."""
+    if pair is not None and pair[0] is pair[1]:
+        return _same("") if _is_trained(pair[0]) else ""
+    if pair is None and root is not None:
+        for model in models.values():
+            paths = is_teacher_too(root, model)
+            if paths and _is_trained(model):
+                return _same(f" ({', '.join(paths)})")
+    if samples is not None:
+        shared, count = samples.sharing_memory()
+        if shared > count / 2:
+            return (
+                f"{shared} of its {count} parameters are in the same memory as the student's, so that each step moves "
+                "both, as after `p.data = q.data`, copy.copy or load_state_dict(assign=True). Make it with "
+                "copy.deepcopy, or with load_state_dict"
+            )
+    return ""
+
+
+def _same(where: str) -> str:
+    return f"it is the student itself{where} and no average of it. Make it with copy.deepcopy"
+
+
+def _is_trained(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters())
+
+
+def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Module | None:
+    """Runs whenever the teacher does, by whichever of its methods; None where it cannot have a hook."""
+    if samples is None:
+        return None
+    around = [] if root is None else all_modules(root)
+    modules = [*around, *all_modules(samples.student), *all_modules(samples.teacher)]
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
+        return None  # it would be compiled anew
+    layers = (m for m in samples.teacher.modules() if not m._modules and any(True for _ in m.parameters()))
+    layer = next(layers, None)
+    return None if isinstance(layer, torch.jit.ScriptModule) else layer

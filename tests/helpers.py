@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,10 @@ class Distillation(pl.LightningModule):
     def __init__(self, **changes: Any) -> None:
         super().__init__()
         self.student_backbone = tiny_vit(**changes)
-        self.teacher_backbone = copy.deepcopy(self.student_backbone).requires_grad_(False)
+        with torch.random.fork_rng():  # of the same weights, and without dropout, as DINO makes it
+            self.teacher_backbone = tiny_vit(**{k: v for k, v in changes.items() if not k.endswith("_rate")})
+        self.teacher_backbone.load_state_dict(self.student_backbone.state_dict())
+        self.teacher_backbone.requires_grad_(False)
         self.head = nn.Linear(32, 8)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -78,8 +78,8 @@ def wiring_hooks(module: nn.Module) -> int:
 def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At once, long before the next snapshot, and once."""
     watch = AttentionMapCallback(PROBE, every_n_train_steps=6, health=LIMITS)
+    running = trainer(tmp_path, watch, max_steps=10)
     with pytest.warns(UserWarning, match="attention health") as caught:
-        running = trainer(tmp_path, watch, max_steps=10)
         running.fit(BeforeStep(), loader(20, batch_size=2))
     (warned,) = [str(w.message) for w in caught if "attention health" in str(w.message)]
     run = tmp_path / "run" / "version_0"
@@ -138,6 +138,12 @@ def test_several_callbacks_tell_once(tmp_path: Path) -> None:
     watches = [AttentionMapCallback(PROBE, dirpath=False, health=LIMITS, name=name) for name in "ab"]
     trainer(tmp_path, *watches, max_steps=6, logger=False).fit(BeforeStep(), loader(20, batch_size=2))
     assert [len(watch.monitor.health.flags) for watch in watches] == [1, 0]
+
+
+def test_the_probe_of_another_callback_is_no_training(tmp_path: Path) -> None:
+    """It runs the teacher after the first callback has begun to watch a step, in which no loss looks at the teacher."""
+    watch, other = (AttentionMapCallback(PROBE, dirpath=False, health=LIMITS, name=name) for name in "ab")
+    assert fit(tmp_path, RIGHT["an average for evaluation"][0](), watch, other) == []
 
 
 class Copied(BeforeStep):

@@ -75,7 +75,9 @@ def test_standing_still_is_no_update(seed: int) -> None:
     assert momentum(before, before, before) is None
 
 
-def run(steps: int, *, update: str, m: float = 0.9, scheduled: Any = None, **facts: Any) -> list[HealthFlag]:
+def run(
+    steps: int, *, update: str, m: float = 0.9, lr: float = 0.1, scheduled: Any = None, **facts: Any
+) -> list[HealthFlag]:
     """A made-up training in which the student moves by noise and its average is updated somewhere."""
     sampled = Sampled(torch.full((N,), 2.0**-23, dtype=torch.float64), (slice(32, 48), slice(48, 64)))
     wiring, found = Wiring(sampled, still_steps=6), list[HealthFlag]()
@@ -84,7 +86,7 @@ def run(steps: int, *, update: str, m: float = 0.9, scheduled: Any = None, **fac
     for step in range(steps):
         moments = [("start", student, teacher)]
         for at in ("forward", "step", "end"):
-            if at == "step":
+            if at == "step" and lr and facts.get("student_requires_grad", True):
                 student = student + 0.01 * values(step + 1)
             if at in update:
                 source = moments[-1][1] if at == "step" else student
@@ -94,7 +96,7 @@ def run(steps: int, *, update: str, m: float = 0.9, scheduled: Any = None, **fac
             step,
             step + 1,
             tuple(Moment(at, s.double(), t.double()) for at, s, t in moments),
-            (OptimizerStep(True, False, 0.1, True),),
+            (OptimizerStep(True, False, lr, True),),
             **{"teacher_ran": True, **facts},
         )
         found += wiring.look(watched)
@@ -121,6 +123,12 @@ def test_a_step_tells_nothing_of_what_it_did_not_see() -> None:
     assert run(10, update="", teacher_ran=False) == []
     assert [f.kind for f in run(10, update="", teacher_ran=None)] == ["teacher_stands_still"]
     assert run(2, update="step") == []  # nor is it told of two steps
+
+
+def test_a_student_at_a_learning_rate_of_zero_may_rest() -> None:
+    assert [f.kind for f in run(10, update="end", student_requires_grad=False)] == ["student_stands_still"]
+    for lr in (0.0, float("nan")):  # nan: on a device that would have to be waited for
+        assert run(10, update="end", student_requires_grad=False, lr=lr) == []
 
 
 def test_each_kind_is_told_once_and_may_be_together() -> None:

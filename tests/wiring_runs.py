@@ -87,7 +87,7 @@ class TrainingMode(Averaged):
 
     def __init__(self) -> None:
         super().__init__(proj_drop_rate=0.2)
-        self.teacher_backbone.train()
+        self.teacher_backbone = copy.deepcopy(self.student_backbone).requires_grad_(False)
 
 
 class BeforeStep(Averaged):

@@ -57,7 +57,7 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     return name_roles(paths)
 
 
-def is_teacher_too(module: nn.Module, backbone: nn.Module) -> list[str]:
+def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
     """The paths under which a module holds a backbone, or its layers, if it is the teacher by only some of them."""
     layers = [(name, m) for name, m in backbone.named_modules() if not m._modules and _has_parameters(m)]
     held = []

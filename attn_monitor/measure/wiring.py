@@ -201,8 +201,8 @@ class Wiring:
             more = f" and {len(watched.noisy) - 1} more make" if len(watched.noisy) > 1 else " makes"
             yield (
                 "teacher_in_training_mode",
-                f"it runs in training mode, where {watched.noisy[0]}{more} its targets random. Call eval() on it "
-                "before it runs: train() of a module around it has put it into training mode",
+                f"it runs in training mode, where {watched.noisy[0]}{more} its targets random. Call eval() on it: "
+                "modules begin in training mode, and train() of one around it puts it back",
             )
 
     def _order(self, watched: WatchedStep, updates: list[Update]) -> Iterator[tuple[str, str]]:

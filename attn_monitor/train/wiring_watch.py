@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from attn_monitor.capture.backbones import is_teacher_too
+from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.measure.health import HealthFlag, HealthLimits
 from attn_monitor.measure.wiring import At, Moment, OptimizerStep, WatchedStep, Wiring
@@ -230,7 +230,7 @@ def _shared(
         return _same("") if _is_trained(pair[0]) else ""
     if pair is None and root is not None:
         for model in models.values():
-            paths = is_teacher_too(root, model)
+            paths = paths_of_both_roles(root, model)
             if paths and _is_trained(model):
                 return _same(f" ({', '.join(paths)})")
     if samples is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, HealthLimits, Watch, load_snapshots
+from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.offline.summary import summary
 from tests.events import Events
 from tests.helpers import NoiseImages, loader, tiny_vit, trainer
@@ -68,6 +69,14 @@ def test_averages_of_two_places_after_the_step(tmp_path: Path) -> None:
     running.fit(Averaged(), loader(20, batch_size=2))
     (flag,) = watch.monitor.health.flags
     assert "averaged 2 times a step (after it), with momenta of 0.9 and 0.9, in effect 0.81" in flag.text
+
+
+def test_an_average_may_hold_the_model_that_it_is_of() -> None:
+    model = tiny_vit()
+    held = nn.ModuleDict({"model": model, "ema": nn.ModuleDict({"online_model": model})})
+    assert paths_of_both_roles(held, model) == []
+    held["ema"]["ema_model"] = model
+    assert paths_of_both_roles(held, model) == ["model", "ema.online_model", "ema.ema_model"]
 
 
 def wiring_hooks(module: nn.Module) -> int:
@@ -166,7 +175,7 @@ class Copied(BeforeStep):
 def test_copies_are_made_and_nothing_stays(tmp_path: Path) -> None:
     module, watch = Copied(), AttentionMapCallback(PROBE, dirpath=False, health=LIMITS, every_n_train_steps=20)
     assert [f.kind for f in fit(tmp_path, module, watch, max_steps=14)] == ["average_before_step"]
-    assert module.hooks == [2] * 9 + [0] * 5  # eight steps after the first snapshot, and at the sixth three more
+    assert module.hooks == [1] + [2] * 8 + [0] * 5  # eight after the first snapshot, after six of them three more
     assert wiring_hooks(module) == 0
     for model, other in (*module.copies, (module, pickle.loads(pickle.dumps(watch))), (module, copy.deepcopy(watch))):
         model.to("cpu")(PROBE) if model is not module else None
@@ -176,7 +185,7 @@ def test_copies_are_made_and_nothing_stays(tmp_path: Path) -> None:
 def test_a_run_that_fails_leaves_no_hook(tmp_path: Path) -> None:
     class Failing(Averaged):
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            assert wiring_hooks(self) == 2
+            assert wiring_hooks(self) == 1
             raise RuntimeError("the user's own mistake")
 
     module = Failing()
@@ -222,9 +231,11 @@ class Compiled(BeforeStep):
 
 @pytest.mark.slow
 def test_compiled_models_are_compiled_as_ever(tmp_path: Path) -> None:
-    """What runs in compiled code is not seen, and not told of."""
+    """What runs in compiled code is not seen, and not told of; nothing is compiled twice."""
     torch.compiler.reset()
-    assert fit(tmp_path, Compiled(), max_steps=4) == []
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert fit(tmp_path, Compiled()) == []
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
     torch.compiler.reset()
 
 

@@ -134,7 +134,7 @@ def test_a_student_at_a_learning_rate_of_zero_may_rest() -> None:
 def test_each_kind_is_told_once_and_may_be_together() -> None:
     flags = run(30, update="step", teacher_requires_grad=True, noisy=("drop (Dropout)",))
     assert [(f.kind, f.step) for f in flags] == [
-        ("teacher_requires_grad", 1),
+        ("teacher_requires_grad", 3),
         ("teacher_in_training_mode", 3),
         ("average_before_step", 4),
     ]

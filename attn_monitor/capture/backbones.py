@@ -58,14 +58,20 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
 
 
 def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
-    """The paths under which a module holds a backbone, or its layers, if it is the teacher by only some of them."""
+    """The paths under which a module holds a backbone, or its layers, if it is the teacher by some of them alone."""
     layers = [(name, m) for name, m in backbone.named_modules() if not m._modules and _has_parameters(m)]
     held = []
     for name, layer in (*layers[:1], *layers[-1:]):
         paths = [path for path, m in module.named_modules(remove_duplicate=False) if m is layer]
         held.append([path.removesuffix(name).removesuffix(".") for path in paths if path.endswith(name)])
     both = [path for path in held[0] if path in held[-1]] if held else []
-    return both if len({role_of(path) == "teacher" for path in both}) == 2 else []
+    return both if len(set(map(_is_teacher, both))) == 2 else []
+
+
+def _is_teacher(path: str) -> bool:
+    """By all of its names: an average may hold the model that it is of, as in ``ema.online_model``."""
+    roles = [role_of(part) for part in path.split(".")]
+    return "teacher" in roles and "student" not in roles
 
 
 def _inside(path: str, ancestor: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal
 
 import torch
@@ -129,21 +129,27 @@ class Wiring:
         self.student_moved |= any(not torch.equal(m.student, first.moments[0].student) for m in watched.moments)
         self.teacher_moved |= any(not torch.equal(m.teacher, first.moments[0].teacher) for m in watched.moments)
         self.averaged |= bool(updates)
-        found = {
-            **dict(self._requires_grad(watched)),
-            **dict(self._training_mode(watched)),
-            **dict(self._order(watched, updates)),
-            **dict(self._momentum_zero(watched, updates)),
-            **dict(self._stands_still(watched, first)),
-            **dict(self._buffers(watched, first)),
-        }
-        news = {kind: text for kind, text in found.items() if kind not in self._told}
+        found = chain(
+            self._requires_grad(watched),
+            self._training_mode(watched),
+            self._order(watched, updates),
+            self._momentum_zero(watched, updates),
+            self._student_stands_still(watched, first),
+            self._teacher_stands_still(watched, first),
+            self._buffers(watched, first),
+        )
+        news = {kind: text for kind, text in found if kind not in self._told}
         self._told.update(news)
-        role = {"student_stands_still": "student"}
+        roles = {"student_stands_still": "student"}
         return [
-            HealthFlag(kind, role.get(kind, "teacher"), None, (), watched.ended, None, text)
+            HealthFlag(kind, roles.get(kind, "teacher"), None, (), watched.ended, None, text)
             for kind, text in news.items()
         ]
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was a first look."""
+        return self._first is not None
 
     def _begin(self, watched: WatchedStep) -> WatchedStep:
         """Were they equal, and new? Scales of normalisation layers are all 1, or one number, until they are trained."""
@@ -180,8 +186,9 @@ class Wiring:
         return self._equal or self.averaged
 
     def _requires_grad(self, watched: WatchedStep) -> Iterator[tuple[str, str]]:
-        # An average that does not run while training is for evaluation, and harmless.
-        if not watched.teacher_requires_grad or not self._meant_as_average or watched.teacher_ran is False:
+        """An average that does not run while training is for evaluation, and harmless."""
+        holds = watched.teacher_requires_grad and self._meant_as_average and watched.teacher_ran is not False
+        if not self._confirmed("requires grad", holds):
             return
         if any(o.holds_teacher for o in watched.optimizers):
             yield (
@@ -189,7 +196,7 @@ class Wiring:
                 "an optimizer holds it and it requires gradients, although it is an average: gradients that reach it "
                 "train it. Call requires_grad_(False) on it, and give the optimizer the student's parameters alone",
             )
-        elif watched.optimizers and "teacher_in_optimizer" not in self._told:
+        elif "teacher_in_optimizer" not in self._told:
             yield (
                 "teacher_requires_grad",
                 "it requires gradients, although it is an average. Call requires_grad_(False) on it",
@@ -234,17 +241,20 @@ class Wiring:
                 "it equals the student after each update: the average has a momentum of 0, or copies instead",
             )
 
-    def _stands_still(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
-        """Of new models that both run. What was trained before may be frozen by design, as may what runs alone."""
-        start, now, steps = first.moments[0], watched.moments[-1], watched.ended - first.begun
-        why = _why_still(watched)
-        student = not self.student_moved and self._fresh and bool(watched.teacher_ran)
-        if self._confirmed("student", None if why is None else student) and steps >= self.still_steps:
+    def _student_stands_still(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
+        """Of a new one beside a teacher that runs: others may be frozen by design."""
+        steps, why = watched.ended - first.begun, _why_still(watched)
+        still = not self.student_moved and self._fresh and bool(watched.teacher_ran)
+        if self._confirmed("student", None if why is None else still) and steps >= self.still_steps:
             yield "student_stands_still", f"it has not moved in {steps:,} steps: {why}"
+
+    def _teacher_stands_still(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
+        """Of the copy of a new student: that of a trained one, or a model of its own, may be a teacher by design."""
+        start, now, steps = first.moments[0], watched.moments[-1], watched.ended - first.begun
         way = SMALLEST_UPDATE * (now.student - start.teacher).abs()
         seen = int((way > 2 * self.sampled.precision * start.teacher.abs()).sum()) >= min(ENOUGH, len(way))
-        teacher = not self.teacher_moved and self._fresh and self._equal and watched.teacher_ran is not False
-        if self._confirmed("teacher", teacher and seen) and steps >= self.still_steps:
+        still = not self.teacher_moved and self._fresh and self._equal and watched.teacher_ran is not False
+        if self._confirmed("teacher", still and seen) and steps >= self.still_steps:
             yield (
                 "teacher_stands_still",
                 f"it has not moved in {steps:,} steps, and the student has: its average is never updated, or with a "

@@ -8,6 +8,7 @@ one after the second, fourth, eighth, … snapshot.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class WiringWatch:
         self._batch: _Batch | None = None
         self._left = self._tries = self._snapshots = 0
         self._again_at = math.inf  # step
+        self._compiled = 0
 
     def watch(self, step: int) -> list[HealthFlag]:
         """Watch some of the steps that follow; what is known without."""
@@ -52,8 +54,8 @@ class WiringWatch:
             if self._wiring is None:
                 self._wiring = Wiring(self._samples.described(self._samples.parameters()), self._limits.still_steps)
                 self._random = random_modules(self._samples.teacher)
-                self._again_at = step + self._limits.still_steps
-                self._left = FIRST
+                self._again_at, self._left = step + self._limits.still_steps, FIRST
+                self._compiled = _compiled_so_far()
             self._snapshots += 1
             if self._snapshots & (self._snapshots - 1) == 0:  # a power of two
                 self._left = max(self._left, LATER)
@@ -99,7 +101,9 @@ class WiringWatch:
         if step >= self._again_at:
             self._again_at, self._left, self._tries = math.inf, max(self._left, AGAIN), BATCHES * AGAIN
         if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
-            self._batch = _Batch(self._samples, self._layer, self._random, self._wiring.student_moved, step)
+            # Not in the first batch, which shows whether training compiles: what it compiles would be so anew.
+            layer = self._layer if self._wiring.begun and self._compiled == _compiled_so_far() else None
+            self._batch = _Batch(self._samples, layer, self._random, self._wiring.student_moved, step)
 
 
 class _Batch:
@@ -252,6 +256,12 @@ def _is_trained(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
+def _compiled_so_far() -> int:
+    """How many frames torch.compile has had to do with."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds
+    return 0 if dynamo is None else int(dynamo.counters["frames"]["total"])
+
+
 def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Module | None:
     """Runs whenever the teacher does, by whichever of its methods; None where it cannot have a hook."""
     if samples is None:
@@ -259,7 +269,7 @@ def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Mo
     around = [] if root is None else all_modules(root)
     modules = [*around, *all_modules(samples.student), *all_modules(samples.teacher)]
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
-        return None  # it would be compiled anew
+        return None
     layers = (m for m in samples.teacher.modules() if not m._modules and any(True for _ in m.parameters()))
     layer = next(layers, None)
     return None if isinstance(layer, torch.jit.ScriptModule) else layer

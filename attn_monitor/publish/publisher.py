@@ -123,7 +123,7 @@ class Publisher:
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
         self._history.add(snapshot, layers)
         self._last = snapshot
-        self.tell(snapshot.flags, step)
+        self._tell(snapshot.flags, step)
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
@@ -137,15 +137,8 @@ class Publisher:
         self._report()
 
     def tell(self, flags: Sequence[HealthFlag], step: int) -> None:
-        """Health flags in words, each once: a warning, and to every logger that takes them."""
-        news = [flag for flag in flags if flag not in self._told]
-        self._told.update(news)
-        for channel in self._channels:
-            if news and isinstance(channel.sink, TakesFlags):
-                log = partial(channel.sink.log_flags, news, step)
-                channel.outbox.put(Job(f"logging health flags to {channel.label}", step, log, keep=False))
-        if news:
-            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in news))
+        """Health flags in words, before the snapshot that they go with: a warning, and to loggers that take them."""
+        self._tell(flags, step)
         self._report()
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -193,6 +186,17 @@ class Publisher:
         page = report_page(list(zip(names_of([folder]), [folder], strict=True)), limit=EMBED_BYTES)
         write_whole(folder / "report.html", page, partial(self._space.require, folder))
         pages.append(page)
+
+    def _tell(self, flags: Sequence[HealthFlag], step: int) -> None:
+        """Each once."""
+        news = [flag for flag in flags if flag not in self._told]
+        self._told.update(news)
+        for channel in self._channels:
+            if news and isinstance(channel.sink, TakesFlags):
+                log = partial(channel.sink.log_flags, news, step)
+                channel.outbox.put(Job(f"logging health flags to {channel.label}", step, log, keep=False))
+        if news:
+            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in news))
 
     def _outboxes(self) -> list[Outbox]:
         return [self._archive, *(channel.outbox for channel in self._channels)]

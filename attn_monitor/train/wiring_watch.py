@@ -125,9 +125,8 @@ class _Batch:
         self._noisy: tuple[str, ...] = ()
         self._error: Exception | None = None
         self.moment("start")
-        self._handles = [register_optimizer_step_post_hook(self._hook(self._after_step))]
-        if layer is not None:
-            self._handles.append(layer.register_forward_pre_hook(self._hook(self._before_forward)))
+        self._handles = [] if layer is None else [layer.register_forward_pre_hook(self._hook(self._before_forward))]
+        self._handles.append(register_optimizer_step_post_hook(self._hook(self._after_step)))
 
     def moment(self, at: At) -> None:
         """Sample, up to a number of times."""

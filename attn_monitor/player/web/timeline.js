@@ -116,7 +116,8 @@ function metricShown() {
 }
 
 function goToFlag(flag) {
-  change({layer: flag.layer, head: flag.heads.length ? flag.heads[0] : -1, all: false});
+  // Some are about a whole model, and are found between two snapshots.
+  if (flag.layer !== null) change({layer: flag.layer, head: flag.heads.length ? flag.heads[0] : -1, all: false});
   goToStep(flag.step);
 }
 

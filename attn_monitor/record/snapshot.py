@@ -177,8 +177,8 @@ class AttentionSnapshot:
         if not layers:
             raise ArchiveError("the header has no layers: expected at least one")
         flags = tuple(
-            _flag(Fields(item, f"header's {kind} {number}"), layers if kind == "flags" else None)
-            for kind in ("model_flags", "flags")
+            _flag(Fields(item, f"header's {what} {number}"), about)
+            for kind, what, about in (("model_flags", "model flag", None), ("flags", "flag", layers))
             for number, item in enumerate(header.items(kind, default=[]))
         )
         raised = header.whole("flags_raised") if by_tag is None else by_tag.flags_raised

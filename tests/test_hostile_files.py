@@ -219,6 +219,7 @@ def first_layer(**fields: Any) -> Callable[[Any, Arrays], None]:
         ("snapshot", lambda h, a: h.update(names=["a", "a", "b"]), "expected texts, each different"),
         ("snapshot", lambda h, a: h["flags"][0].update(heads=[99]), "flag 0 is about layer .* which are not here"),
         ("snapshot", lambda h, a: h["flags"][0].pop("text"), "flag 0 has no 'text'"),
+        ("snapshot", lambda h, a: h.update(model_flags=[{"role": "teacher"}]), "model flag 0 has no 'heads'"),
         ("snapshot", lambda h, a: h["layers"][0]["metrics"].update(x={"mean": "a"}), "mean='a'.*a number"),
         ("snapshot", lambda h, a: h["layers"][0]["metrics"]["peak"]["heads"].pop(), "peak.*3 values for 4 heads"),
         ("snapshot", lambda h, a: a.pop("rows/teacher/1"), "rows of layer 1 of 'teacher' are missing"),

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attn_monitor.patch_colors import PatchColors
+
 RowKind = Literal["distribution", "weights", "signed"]
 """Rows that sum to 1; that do not (heads scaled, weights dropped or added); that have negative entries."""
 
@@ -16,6 +18,7 @@ KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 """From the most regular to the least."""
 
 OPTIONAL_TENSORS = ("norms", "cosine", "distance")
+PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, one for each patch
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class LayerAttention:
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
     its patches; None where a block's input is not these tokens, or has no CLS token.
+
+    Of the same tokens, those of patches alone: ``colors`` (B, N, 3) in 0…1, whose meaning stays from snapshot to
+    snapshot; ``features`` (B, N, K ≤ 32) at unit length, whose products are the tokens' cosines but for
+    ``features_error``, its root mean square and its maximum. ``patches`` (B, N, D), the tokens at unit length in
+    float16, are there between capture and these two, and not stored.
     """
 
     layer: int
@@ -49,6 +57,10 @@ class LayerAttention:
     cosine: Tensor | None = None
     model: str = ""
     query: str = ""
+    patches: Tensor | None = None
+    features: Tensor | None = None
+    features_error: tuple[float, float] | None = None
+    patch_colors: PatchColors | None = None
 
     @property
     def maps(self) -> Tensor:
@@ -57,9 +69,14 @@ class LayerAttention:
         return maps
 
     @property
+    def colors(self) -> Tensor | None:
+        """Colours of patches, (B, N, 3) float32, computed now if they are not yet; black where a token is NaN."""
+        return None if self.patch_colors is None else self.patch_colors.rgb
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        """What has one entry for each image, by name: ``rows``, and those of `OPTIONAL_TENSORS` that are known."""
-        known = {name: getattr(self, name) for name in ("rows", *OPTIONAL_TENSORS)}
+        """What has one entry for each image, by name: ``rows``, and the optional ones that are known."""
+        known = {name: getattr(self, name) for name in ("rows", *OPTIONAL_TENSORS, *PATCH_TENSORS)}
         return {name: tensor for name, tensor in known.items() if tensor is not None}
 
     @property
@@ -69,7 +86,7 @@ class LayerAttention:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerAttention:
         """The same layer with other tensors; an optional one that is not among them is None."""
-        values: dict[str, Any] = {**dict.fromkeys(OPTIONAL_TENSORS), **tensors}
+        values: dict[str, Any] = {**dict.fromkeys((*OPTIONAL_TENSORS, *PATCH_TENSORS)), **tensors}
         return replace(self, **values)
 
     def to(self, device: torch.device | str) -> LayerAttention:

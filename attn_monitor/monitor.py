@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verif
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
-from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, select_metrics, summarise
+from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
+from attn_monitor.measure.patch_features import with_colors
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -84,7 +86,10 @@ class AttentionMonitor:
         layers = self._capture(models)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
+        if self._is_shared() and not distributed.is_rank_zero():  # which alone draws and writes
+            layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
+        layers = with_colors(layers, self._settled())
         found = (*self.health.add(flags), *self.health.examine(step, layers, measured))
         metrics, raised = summarise(measured), len(self.health.flags)
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
@@ -181,6 +186,14 @@ class AttentionMonitor:
                 layers[role, parts[0].layer] = LayerAttention.cat(parts)
         return layers
 
+    def _settled(self) -> Captured:
+        """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet."""
+        layers = {} if self.previous is None else self.previous.layers
+        for attention in layers.values():
+            if attention.patch_colors is not None:
+                attention.patch_colors.settle()  # else what they are computed from would pile up
+        return layers
+
     def _is_shared(self) -> bool:
         return self.distributed and distributed.is_on()
 
@@ -213,5 +226,6 @@ class AttentionMonitor:
                 nonfinite="keep",
                 distance="distance" in self.metrics,
                 tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
+                patches=True,
             )
         return known

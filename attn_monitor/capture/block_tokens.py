@@ -1,4 +1,4 @@
-"""The tokens that enter a layer's transformer block: their norms, and how alike the CLS token and the patches are."""
+"""The tokens that enter a layer's transformer block: norms, how alike CLS and the patches are, and the patches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS."""
+    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS.
+
+    Where they are asked for, ``patches`` (B, N, C) are its patch tokens at unit length, in float16.
+    """
 
     norms: Tensor
     cosine: Tensor | None
+    patches: Tensor | None
 
 
 def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) -> str | None:
@@ -58,7 +62,7 @@ def _callable_below(item: str, path: str, modules: dict[str, nn.Module]) -> str 
 
 
 def watch_tokens(
-    stack: ExitStack, block: nn.Module, batch: int, order: Tensor, num_prefix: int, has_cls: bool,
+    stack: ExitStack, block: nn.Module, batch: int, order: Tensor, num_prefix: int, has_cls: bool, patches: bool,
     report: Callable[[TokenStatistics], object],
 ) -> None:  # fmt: skip
     """Report the statistics of what enters a block as (B, T, C), or (T, B, C), tokens; nothing where there are none.
@@ -73,18 +77,20 @@ def watch_tokens(
             if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):
                 continue
             batch_first = x.shape[:2] == shape
-            report(_statistics(x if batch_first else x.transpose(0, 1), order, num_prefix, has_cls))
+            report(_statistics(x if batch_first else x.transpose(0, 1), order, num_prefix, has_cls, patches))
             return
 
     stack.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 @full_precision()  # what a hook computes in is the model's affair
-def _statistics(x: Tensor, order: Tensor, num_prefix: int, has_cls: bool) -> TokenStatistics:
+def _statistics(x: Tensor, order: Tensor, num_prefix: int, has_cls: bool, patches: bool) -> TokenStatistics:
     norms: Tensor = torch.linalg.vector_norm(widen(x), dim=-1)
+    places = order[num_prefix:]
+    unit = (widen(x[:, places]) / norms[:, places, None].clamp_min(1e-8)).half() if patches else None
     if not has_cls:
-        return TokenStatistics(norms[:, order], None)
+        return TokenStatistics(norms[:, order], None, unit)
     cls = order[:1]
     products = (widen(x) @ widen(x[:, cls]).mT)[..., 0]  # (B, T)
     cosines = products / (norms * norms[:, cls]).clamp_min(1e-8)
-    return TokenStatistics(norms[:, order], cosines[:, order[num_prefix:]].mean(-1))
+    return TokenStatistics(norms[:, order], cosines[:, places].mean(-1), unit)

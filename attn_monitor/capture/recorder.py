@@ -7,7 +7,7 @@ it. From then on only the wanted modules are watched, and the forward is left af
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Literal
@@ -74,7 +74,8 @@ class AttentionRecorder:
 
     ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
-    ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
+    ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block, and
+    ``patches`` keeps the patch tokens of it: of each layer that is asked for, of "all" those of the last.
     ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
@@ -91,11 +92,12 @@ class AttentionRecorder:
         nonfinite: str = "raise",
         distance: bool = False,
         tokens: bool = False,
+        patches: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
-        self.distance, self.tokens = distance, tokens
+        self.distance, self.tokens, self.patches = distance, tokens, patches
         self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -181,8 +183,8 @@ class AttentionRecorder:
                     raise
                 query = "mean"
                 wanted = select_sites(discovery.sites, self.layers, query)
-            device = discovery.conditions.device
-            self._plan = plan_recording(self.model, discovery.sites, query, wanted, device, tokens=self.tokens)
+            device, tokens = discovery.conditions.device, self.tokens or self.patches
+            self._plan = plan_recording(self.model, discovery.sites, query, wanted, device, tokens=tokens)
         return self._plan
 
     def _record(
@@ -218,7 +220,8 @@ class AttentionRecorder:
             conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
         )
         with ExitStack() as stack:
-            tokens = _watch_tokens(stack, len(images), plan)
+            kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
+            tokens = _watch_tokens(stack, len(images), plan, kept if self.patches else ())
             run_forward(self.model, images, forward, observer, plan.watched)
         self._check_complete(plan, observed)
         checks = fetch_checks([observed[key] for key in plan.sites])
@@ -264,18 +267,24 @@ class AttentionRecorder:
             kind=check.kind,
             places=site.layout.evidence,
             distance=None if check.kind == "signed" else distance,
-            norms=None if tokens is None else tokens.norms.float(),
-            cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
+            norms=tokens.norms.float() if tokens is not None and self.tokens else None,
+            cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
             model=type(self.model).__name__,
             query=str(query),
+            patches=None if tokens is None else tokens.patches,
         )
 
 
-def _watch_tokens(stack: ExitStack, batch: int, plan: RecordingPlan) -> dict[SiteKey, TokenStatistics]:
-    """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time."""
+def _watch_tokens(
+    stack: ExitStack, batch: int, plan: RecordingPlan, kept: Collection[SiteKey]
+) -> dict[SiteKey, TokenStatistics]:
+    """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time.
+
+    At the sites that are ``kept``, with the patch tokens themselves.
+    """
     seen: dict[SiteKey, TokenStatistics] = {}
     for key, planned in plan.sites.items():
         block, report = planned.block, partial(seen.setdefault, key)
         if block is not None:
-            watch_tokens(stack, block.module, batch, block.order, block.num_prefix, block.has_cls, report)
+            watch_tokens(stack, block.module, batch, block.order, block.num_prefix, block.has_cls, key in kept, report)
     return seen

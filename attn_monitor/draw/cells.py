@@ -63,6 +63,12 @@ class CellPainter:
             draw_outline(pictures, np.broadcast_to(union, pictures.shape[:-1]), TRUTH, width)
 
 
+def color_cell(colors: Array, size: tuple[int, int]) -> Pixels:
+    """Colours of patches (gh, gw, 3) in 0…1 as a picture, (h, w, 3); patches stay squares."""
+    cell: Pixels = enlarge((colors * 255).round().astype(np.uint8), size)
+    return cell
+
+
 def cell_size(grid: tuple[int, int], side: int) -> tuple[int, int]:
     """Height and width in pixels of a map whose longer side is near ``side``, each patch a square of 2ⁿ pixels."""
     patch: int = 2 ** max(0, round(math.log2(side / max(grid))))

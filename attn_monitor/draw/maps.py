@@ -64,6 +64,17 @@ def has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
     return layer in captured or (layer < 0 and -layer <= len(captured))
 
 
+def past_colors(snapshot: AttentionSnapshot, role: str, layer: int, image: int, missing: Tensor) -> Tensor:
+    """An image's patches as colours (gh, gw, 3); ``missing`` where there are none of its shape."""
+    if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
+        return missing
+    attention = snapshot.layer(role, layer)
+    if attention.colors is None or attention.grid != missing.shape[:2]:
+        return missing
+    colors: Tensor = attention.colors[image].unflatten(0, attention.grid)
+    return colors
+
+
 def past_map(
     snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor
 ) -> Tensor:

@@ -26,7 +26,7 @@ from attn_monitor.draw.canvas import (
     paste,
     up_to_block,
 )
-from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.cells import CellPainter, color_cell
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
@@ -51,7 +51,9 @@ def panel(
     options: DrawingOptions = DrawingOptions(),
     pixels: int = PANEL_PIXELS,
 ) -> Pixels:
-    """One probe image at one step: for each role the original, the head mean and every head, (height, width, 3).
+    """One probe image at one step, (height, width, 3): for each role the original, patch features, head mean and heads.
+
+    Features are those that enter the layer's block, as colours, where they are known.
 
     ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
     the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask, "uniform" where there is none.
@@ -65,7 +67,8 @@ def panel(
             continue
         attention = snapshot.layer(role, layer)
         maps, labels = mean_and_heads(attention.maps[image], options.heads)
-        side = options.cell or round(math.sqrt(pixels / (len(labels) + 1) / len(snapshot.roles)))
+        count = len(labels) + 1 + (attention.colors is not None)
+        side = options.cell or round(math.sqrt(pixels / count / len(snapshot.roles)))
         key = attention.grid, min(side, LARGEST_CELL)
         if key not in painters:
             painters[key] = CellPainter(photo, attention.grid, options, key[1], truth)
@@ -73,6 +76,9 @@ def panel(
         captions = map_captions(labels, maps, said)
         pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
+        if attention.colors is not None:
+            colors = attention.colors[image].unflatten(0, attention.grid).numpy()
+            cells.insert(1, (f"PCA of layer {attention.layer}'s input", color_cell(colors, painters[key].size)))
         left_out = 0 if hatched is None else int(hatched.sum())
         rows.append((layer_title(attention, role, left_out), cells))
     header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"

@@ -12,9 +12,9 @@ from PIL import Image
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste, up_to_block
-from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.cells import CellPainter, color_cell
 from attn_monitor.draw.legend import LEGEND, draw_legend
-from attn_monitor.draw.maps import past_map
+from attn_monitor.draw.maps import past_colors, past_map
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -32,8 +32,8 @@ def filmstrip(
 ) -> Pixels:
     """One image's attention over time: a column for each step, thinned to ten, (height, width, 3).
 
-    Rows are each role's head mean, then heads of the last role (the teacher): all up to four, else the four whose
-    attention on this image is most concentrated at the end.
+    Rows are each role's patch features as colours, where they are known, and head mean, then heads of the last role
+    (the teacher): all up to four, else the four whose attention on this image is most concentrated at the end.
     """
     last = history[-1]
     chosen = [history[i] for i in thin([s.step for s in history], STRIP_COLUMNS)]
@@ -46,8 +46,24 @@ def filmstrip(
     maps = torch.stack([torch.stack([past_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
     painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
     pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
+    features = _features(chosen, layer, image, painter)
+    labels = [*((role, "features") for role in features), *labels]
+    pictures = np.concatenate([*features.values(), pictures])
     title = f"{last.names[image]} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
     return _compose(title, [s.step for s in chosen], labels, pictures, painter)
+
+
+def _features(
+    snapshots: Sequence[AttentionSnapshot], layer: int, image: int, painter: CellPainter
+) -> dict[str, Pixels]:
+    """Of each role whose last snapshot has them, patches as colours, (1, steps, h, w, 3); black where one has none."""
+    blank, last = torch.full((*painter.grid, 3), math.nan), snapshots[-1]
+    found = {}
+    for role in last.roles:
+        colors = [past_colors(s, role, layer, image, blank) for s in snapshots]
+        if not colors[-1].isnan().any():
+            found[role] = np.array([[color_cell(one.nan_to_num().numpy(), painter.size) for one in colors]])
+    return found
 
 
 def _most_concentrated(attention: LayerAttention, image: int, heads: tuple[int, ...] | None) -> list[int]:

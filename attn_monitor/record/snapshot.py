@@ -1,7 +1,8 @@
 """`AttentionSnapshot`: what was captured at one step, and its file format.
 
 A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms`,
-`cosine` and `distance` are float32), so that `numpy.load(path, allow_pickle=False)` reads it anywhere.
+`cosine` and `distance` are float32, `colors` uint8 and `features` float16), so that
+`numpy.load(path, allow_pickle=False)` reads it anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HEALTH_TAG, HealthFlag
 from attn_monitor.measure.metrics import MetricKey, Metrics
+from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record import format_1 as first_format
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
@@ -152,6 +154,7 @@ class AttentionSnapshot:
                     "heads": a.rows.shape[1],
                     "metrics": _stored_metrics(self.metrics, role, layer),
                     **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
+                    **_patch_facts(a),
                 }
                 for (role, layer), a in self.layers.items()
             ],
@@ -159,6 +162,11 @@ class AttentionSnapshot:
         for name in OPTIONAL_TENSORS:
             optional = {f"{name}/{role}/{layer}": getattr(a, name) for (role, layer), a in self.layers.items()}
             arrays.update({key: value.float() for key, value in optional.items() if value is not None})
+        for (role, layer), a in self.layers.items():
+            if a.colors is not None:
+                arrays[f"colors/{role}/{layer}"] = (a.colors * 255).round().byte()
+            if a.features is not None:
+                arrays[f"features/{role}/{layer}"] = a.features.half()
         return header, arrays
 
     @classmethod
@@ -207,9 +215,38 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
     if kind is None:
         raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
     optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
+    optional.update(_patches(entry, (images, gh * gw), take))
     attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
     return attention
+
+
+def _patches(entry: Fields, shape: tuple[int, int], take: Take) -> dict[str, Any]:
+    """What is stored of the patch tokens of one layer, (images, patches) each."""
+    role, index, found = entry.text("role"), entry.whole("layer"), dict[str, Any]()
+    colors = take(f"colors/{role}/{index}", ("uint8",), (*shape, 3)) if "color_scale" in entry else None
+    if colors is not None:
+        scale = entry.number("color_scale")
+        if not scale > 0:
+            raise ArchiveError(f"color_scale of layer {index} of {role!r} is {scale}, expected a number above 0")
+        found["patch_colors"] = PatchColors.of(colors.float() / 255, scale)
+    features = take(f"features/{role}/{index}", ("float16",), (*shape, None)) if "features_error" in entry else None
+    if features is not None:
+        error = entry.numbers("features_error", missing=True)
+        if len(error) != 2:
+            raise ArchiveError(f"features_error of layer {index} of {role!r} is {error}, expected two numbers")
+        found.update(features=features.float(), features_error=error)
+    return found
+
+
+def _patch_facts(attention: LayerAttention) -> dict[str, Any]:
+    """What a file says of the patch tokens' colours and features."""
+    facts: dict[str, Any] = {}
+    if attention.patch_colors is not None:
+        facts["color_scale"] = attention.patch_colors.scale
+    if attention.features is not None and attention.features_error is not None:
+        facts["features_error"] = list(map(_finite, attention.features_error))
+    return facts
 
 
 def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> None:

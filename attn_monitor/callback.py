@@ -64,6 +64,9 @@ class AttentionMapCallback(pl.Callback):
             a tensor, and is ImageNet's for a folder.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw, from 0 on; None draws all.
+        features: keep the patch features of the layers that are drawn in the archive, in at most 32 dimensions, and log
+            ``gram_drift``, how far the patches' cosines to each other have moved.
+        gram_step: since when: it is measured against the first snapshot from this step on; None is the first of all.
         verify: check row·V against the model's output: True (every snapshot), "first" (and after changes), False.
         forward: how to call a model where ``model(images)`` is not right: a function of (model, images), or its import
             path "package.module:function", as in YAML. Attention that runs in it is found.
@@ -109,6 +112,8 @@ class AttentionMapCallback(pl.Callback):
         std: Sequence[float] | None = None,
         scale: Literal["uniform", "minmax"] = "uniform",
         heads: list[int] | None = None,
+        features: bool = False,
+        gram_step: int | None = None,
         verify: Verify = True,
         forward: Forward | str | None = None,
         dirpath: str | os.PathLike[str] | Literal[False] | None = None,
@@ -118,7 +123,14 @@ class AttentionMapCallback(pl.Callback):
     ) -> None:
         images = ProbeSettings(probe, num_images=num_images, image_size=image_size, masks=masks, mean=mean, std=std)
         settings = MonitorSettings(
-            layers=layers, query=query, threshold=threshold, metrics=metrics, health=health, verify=verify
+            layers=layers,
+            query=query,
+            threshold=threshold,
+            metrics=metrics,
+            health=health,
+            verify=verify,
+            features=features,
+            gram_step=gram_step,
         )
         self.probe, self.num_images, self.targets = probe, images.num_images, targets
         self.layers, self.query, self.health = settings.layers, settings.query, settings.health

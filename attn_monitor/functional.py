@@ -132,6 +132,19 @@ def outlier_fraction(norms: Tensor, cutoff: float = 6.0) -> Tensor:
     return area_of(outliers(norms, cutoff), norms)
 
 
+def gram_drift(features: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square change of the cosines between all pairs of an image's patches, (..., N, K) to (...): 0…2.
+
+    Both are patch features at unit length. 0 where patches still mean to each other what they did, whatever has become
+    of the axes. The norm in DINOv3's Gram loss, Siméoni et al. 2025, arXiv 2508.10104, over N · (N - 1) pairs.
+    """
+    now, then = features.double(), reference.double()
+    # ‖F Fᵀ - G Gᵀ‖² without any (N, N) matrix: as ‖Fᵀ F‖² + ‖Gᵀ G‖² - 2 ‖Fᵀ G‖².
+    squares = [(a.mT @ b).square().sum((-1, -2)) for a, b in ((now, now), (then, then), (now, then))]
+    pairs = max(1, features.shape[-2] * (features.shape[-2] - 1))
+    return ((squares[0] + squares[1] - 2 * squares[2]).clamp_min(0) / pairs).sqrt().float()
+
+
 def attention_distance(p: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Mean distance from each query patch to what it attends to, (..., Q, N) to (..., Q), in the positions' unit.
 

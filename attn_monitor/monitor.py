@@ -18,7 +18,7 @@ from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
-from attn_monitor.measure.patch_features import with_colors
+from attn_monitor.measure.patch_features import check_features, with_colors, with_features
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -35,6 +35,8 @@ class AttentionMonitor:
     needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (every snapshot),
     "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean``
     reads query="mean" where a model has no CLS token.
+    ``features`` keeps the patch features of the layers that are drawn, in at most 32 dimensions, and measures Gram
+    drift against the first snapshot from step ``gram_step`` on (None: the first of all).
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
     """
@@ -51,12 +53,16 @@ class AttentionMonitor:
         verify: Verify = True,
         forward: Forward | Sequence[ForwardOption] | None = None,
         or_mean: bool = False,
+        features: bool = False,
+        gram_step: int | None = None,
         distributed: bool = False,
     ) -> None:
         self.probe = probe
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
         self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
+        self.features, self.gram_step = check_features(features, gram_step)
+        self.reference: AttentionSnapshot | None = None  # that Gram drift is measured against
         self.previous: AttentionSnapshot | None = None
         self.history = History()
         self._chunk = len(probe)
@@ -85,7 +91,17 @@ class AttentionMonitor:
         """
         layers = self._capture(models)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
-        measured = measure(layers, before, metrics=self.metrics, threshold=self.threshold, truth=self.probe.masks)
+        reference = self.reference.layers if self.reference is not None and self.reference.step < step else None
+        if self.features:
+            layers = with_features(layers, {} if self.previous is None else self.previous.layers)
+        measured = measure(
+            layers,
+            before,
+            metrics=self.metrics,
+            threshold=self.threshold,
+            truth=self.probe.masks,
+            reference=reference,
+        )
         if self._is_shared() and not distributed.is_rank_zero():  # which alone draws and writes
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
@@ -125,7 +141,8 @@ class AttentionMonitor:
 
     def forget(self) -> None:
         """Drop the past: the next snapshot is the first one of a run."""
-        self.previous, self.history, self.health = None, History(), Health(self.health.limits)
+        self.previous, self.reference = None, None
+        self.history, self.health = History(), Health(self.health.limits)
 
     @property
     def images_at_a_time(self) -> int:
@@ -149,6 +166,7 @@ class AttentionMonitor:
         return {
             "probe": self.probe.state_dict(),
             "previous": None if self.previous is None else self.previous.state_dict(),
+            "reference": None if self.reference is None else self.reference.state_dict(),
             "history": [s.state_dict() for s in self.history],
             "health": self.health.state_dict(),
         }
@@ -158,6 +176,8 @@ class AttentionMonitor:
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
         self.previous = None if state["previous"] is None else AttentionSnapshot.from_state_dict(state["previous"])
+        reference = state.get("reference")  # older states have none
+        self.reference = None if reference is None else AttentionSnapshot.from_state_dict(reference)
         self.history = History([AttentionSnapshot.from_state_dict(s) for s in state["history"]])
         self.health.load_state_dict(state["health"])
 
@@ -210,6 +230,11 @@ class AttentionMonitor:
     def remember(self, snapshot: AttentionSnapshot) -> None:
         """Make it the latest snapshot, which the next one is compared with."""
         self.previous = snapshot
+        if self.reference is not None and snapshot.step <= self.reference.step:
+            self.reference = None  # from before a run was resumed
+        stored = any(attention.features is not None for attention in snapshot.layers.values())
+        if self.features and self.reference is None and stored and snapshot.step >= self.gram_step:
+            self.reference = snapshot
         self.health.add(snapshot.flags)
         self.history.add(snapshot, self.drawn_layers(snapshot))
 

@@ -57,8 +57,8 @@ class Watch:
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: of the run; the archive is in ``attn_monitor`` below it. None: no archive.
         every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either.
-        layers, query, threshold, metrics, health, verify, num_images, image_size, mean, std, scale, heads: as in
-            `AttentionMapCallback`.
+        layers, query, threshold, metrics, health, verify, num_images, image_size, mean, std, scale, heads, features,
+            gram_step: as in `AttentionMapCallback`.
         forward: calls a model when ``model(images)`` is not right.
         on_error: "warn" or "raise".
     """
@@ -85,6 +85,8 @@ class Watch:
         std: Sequence[float] | None = None,
         scale: str = "uniform",
         heads: Sequence[int] | None = None,
+        features: bool = False,
+        gram_step: int | None = None,
         on_error: OnError = "warn",
     ) -> None:
         if not loggers and folder is None:
@@ -96,7 +98,14 @@ class Watch:
             probe, num_images=num_images, image_size=image_size, mean=mean, std=std, data=(Dataset, DataLoader)
         )
         settings = MonitorSettings(
-            layers=layers, query=query, threshold=threshold, metrics=metrics, health=health, verify=verify
+            layers=layers,
+            query=query,
+            threshold=threshold,
+            metrics=metrics,
+            health=health,
+            verify=verify,
+            features=features,
+            gram_step=gram_step,
         )
         self._session = Session(
             settings,

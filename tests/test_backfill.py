@@ -62,7 +62,9 @@ def training(folder: Path) -> None:
     """Train, watched, with a checkpoint every other step."""
     checkpoints = folder / "checkpoints"
     callbacks = [
-        AttentionMapCallback(ProbeBatch(torch.randn(2, 3, 32, 32)), every_n_train_steps=2, health=EASILY_RAISED),
+        AttentionMapCallback(
+            ProbeBatch(torch.randn(2, 3, 32, 32)), every_n_train_steps=2, health=EASILY_RAISED, features=True
+        ),
         SavedAtTheStart(checkpoints),
         ModelCheckpoint(checkpoints, every_n_train_steps=2, save_top_k=-1),
     ]
@@ -91,7 +93,7 @@ def recorded(run: Path) -> list[AttentionSnapshot]:
 
 def backfilled(run: Path, out: Path, checkpoints: Path | None = None, **arguments: Any) -> Backfilled:
     probe = ProbeBatch.load(live(run) / "attn_monitor" / "probe.npz")
-    monitor = AttentionMonitor(probe, health=EASILY_RAISED)
+    monitor = AttentionMonitor(probe, health=EASILY_RAISED, features=True)
     return backfill_run(checkpoints or run / "checkpoints", tiny_vit(), monitor, out, **arguments)
 
 
@@ -109,7 +111,8 @@ def test_it_is_what_the_callback_recorded(run: Path, tmp_path: Path) -> None:
         assert a.roles == ("student", "teacher")
         assert a.metrics == b.metrics
         for key, attention in a.layers.items():
-            assert torch.equal(attention.rows, b.layers[key].rows)
+            for name in ("rows", "colors", "features"):
+                assert torch.equal(getattr(attention, name), getattr(b.layers[key], name)), name
     assert again[-1].metrics["student", 1, "student_teacher_divergence", None] > 0
     assert again[-1].metrics["teacher", 1, "drift", None] > 0
 
@@ -139,7 +142,9 @@ def test_it_is_resumed_and_gaps_are_filled(run: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("events*"))) == 2, "nothing to do opens no logger"
     for a, b in zip(load_snapshots(result.archive), recorded(run), strict=True):
         for key, value in a.metrics.items():
-            if key.metric != "drift":  # the snapshot before was another one
+            if key.metric == "gram_drift":  # of features in float16, which were turned onto others
+                assert value == pytest.approx(b.metrics[key], abs=1e-4)
+            elif key.metric != "drift":  # the snapshot before was another one
                 assert value == b.metrics[key]
 
 
@@ -167,9 +172,19 @@ def test_a_broken_checkpoint_is_named_and_skipped(
     shutil.copy(folder / "epoch=0-step=8.ckpt", folder / "last.ckpt")
     probe = str(live(run) / "attn_monitor" / "probe.npz")
     with pytest.raises(ArchiveError, match=r"2 checkpoints are left out: epoch=0-step=6.ckpt, another-9.pt"):
-        cli.backfill(str(folder), model="tests.helpers:tiny_vit", probe=probe, out=str(tmp_path / "out"), logger="none")
+        cli.backfill(
+            str(folder),
+            model="tests.helpers:tiny_vit",
+            probe=probe,
+            out=str(tmp_path / "out"),
+            logger="none",
+            features=True,
+            gram_step=4,
+        )
     said = capsys.readouterr()
-    assert [s.step for s in load_snapshots(tmp_path / "out" / "attn_monitor")] == [0, 2, 4, 8]
+    filled = load_snapshots(tmp_path / "out" / "attn_monitor")
+    assert [s.step for s in filled] == [0, 2, 4, 8]
+    assert [("student", 1, "gram_drift", None) in s.metrics for s in filled] == [False, False, False, True]
     assert "step-000000008.npz" in said.out
     assert "4 snapshots added" in said.out
     assert "epoch=0-step=6.ckpt: no readable file of weights" in said.err

@@ -62,6 +62,7 @@ class MetricInputs:
     before: LayerAttention | None = None
     teacher: MetricInputs | None = None  # of a student
     truth: Tensor | None = None  # objects, bool (B, objects, h, w)
+    reference: LayerAttention | None = None  # at the step that Gram drift is measured against
 
     @cached_property
     def p(self) -> Tensor:
@@ -119,6 +120,13 @@ def _cls_patch_cosine(inputs: MetricInputs) -> dict[str, Tensor]:
     return {} if inputs.attention.cosine is None else {"cls_patch_cosine": inputs.attention.cosine}
 
 
+def _gram_drift(inputs: MetricInputs) -> dict[str, Tensor]:
+    now, then = inputs.attention.features, None if inputs.reference is None else inputs.reference.features
+    if now is None or then is None or now.shape != then.shape:
+        return {}
+    return {"gram_drift": F.gram_drift(now, then).to(inputs.p.device)}
+
+
 def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
     return {} if inputs.attention.distance is None else {"distance": inputs.attention.distance}
 
@@ -149,11 +157,13 @@ METRICS = {
     "drift": Metric(_drift),
     "distance": Metric(_distance, default=False),  # needs every query's row
     "cls_patch_cosine": Metric(_cls_patch_cosine),
+    "gram_drift": Metric(_gram_drift),  # where features are stored
     "jaccard": Metric(_jaccard),
 }
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
 METRICS_OF_ANY_WEIGHTS = {
     "prefix_mass",
+    "gram_drift",
     *TOKEN_METRICS,
 }  # the others are of distributions, which signed weights are not
 
@@ -189,8 +199,12 @@ def measure(
     metrics: Sequence[str],
     threshold: float,
     truth: Tensor | None = None,
+    reference: Captured | None = None,
 ) -> Measured:
-    """Every selected metric of what was captured; ``before`` is the snapshot before, ``truth`` (B, objects, h, w)."""
+    """Every selected metric of what was captured; ``before`` is the snapshot before, ``truth`` (B, objects, h, w).
+
+    ``reference`` is the snapshot that Gram drift is measured against.
+    """
     inputs: dict[tuple[str, int], MetricInputs] = {}
     for role, layer in sorted(layers, key=lambda key: key[0] == "student"):  # teachers first: students refer to them
         attention = layers[role, layer]
@@ -201,6 +215,7 @@ def measure(
             before=_alike(before.get((role, layer)), attention),
             teacher=None if teacher is None or _alike(teacher.attention, attention) is None else teacher,
             truth=truth,
+            reference=_alike((reference or {}).get((role, layer)), attention),
         )
     measured: Measured = {}
     for key in layers:

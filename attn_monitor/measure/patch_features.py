@@ -28,6 +28,19 @@ NOTHING = 1e-6  # variance, as a share of all or of a token's length, that is ro
 COMPARED = 2048  # patches, evenly spaced, of which all pairs tell the error of the cosine
 
 
+def check_features(features: bool, gram_step: int | None) -> tuple[bool, int]:
+    """Whether to keep features, and the step that Gram drift is measured against, if they can be these."""
+    if not isinstance(features, bool):
+        raise ValueError(f"features={features!r}: expected True or False")
+    if gram_step is None:
+        return features, 0
+    if not features:
+        raise ValueError(f"gram_step={gram_step!r}: features is False, and Gram drift is measured on features=True")
+    if not isinstance(gram_step, int) or isinstance(gram_step, bool) or gram_step < 0:
+        raise ValueError(f"gram_step={gram_step!r}: expected a step of at least 0, or None for the first snapshot")
+    return features, gram_step
+
+
 def with_colors(layers: Layers, before: Layers) -> dict[tuple[str, int], LayerAttention]:
     """Layers on the host with colours in place of their patch tokens; they are computed when they are asked for.
 
@@ -45,14 +58,14 @@ def with_colors(layers: Layers, before: Layers) -> dict[tuple[str, int], LayerAt
 
 
 def with_features(layers: Layers, before: Layers) -> dict[tuple[str, int], LayerAttention]:
-    """Layers with `patch_features` of their patch tokens, turned onto those of the snapshot before as colours are."""
+    """Layers with `patch_features` of their patch tokens, on the host; what they are turned onto is as for colours."""
     reduced: dict[tuple[str, int], LayerAttention] = {}
     for role, layer in sorted(layers, key=lambda key: key[0] == "student"):
         attention = layers[role, layer]
         if attention.patches is not None:
             past = _alike(before.get((role, layer)), attention) or _alike(reduced.get(("teacher", layer)), attention)
             features, error = patch_features(attention.patches, None if past is None else past.features)
-            attention = replace(attention, features=features.to(attention.rows.device), features_error=error)
+            attention = replace(attention, features=features, features_error=error)
         reduced[role, layer] = attention
     return {key: reduced[key] for key in layers}
 

@@ -116,6 +116,8 @@ def backfill(
     threshold: float = 0.6,
     scale: str = "uniform",
     metrics: Any = None,
+    features: bool = False,
+    gram_step: int | None = None,
     device: str = "cpu",
 ) -> None:
     """Make the timeline of a run from its checkpoints: snapshots, metrics, health flags, panels, as if it was watched.
@@ -145,12 +147,23 @@ def backfill(
         threshold: share of attention mass inside the outline.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         metrics: names of metrics; by default all but distance, "all" for that too.
+        features: keep patch features in at most 32 dimensions, and measure Gram drift.
+        gram_step: against the first snapshot from this step on; by default the first of all.
         device: where the model runs, such as cuda.
     """
     chosen_device = choose_device(device)
     backbone = load_model(model)
     images = _probe(probe, backbone, size, num_images, masks)
-    monitor = AttentionMonitor(images, layers=layers, query=query, threshold=threshold, metrics=metrics, or_mean=True)
+    monitor = AttentionMonitor(
+        images,
+        layers=layers,
+        query=query,
+        threshold=threshold,
+        metrics=metrics,
+        or_mean=True,
+        features=features,
+        gram_step=gram_step,
+    )
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     move_to(chosen_device, backbone)
     filled = backfill_run(checkpoints, backbone, monitor, out, loggers=logger, scale=scale, **choice)
@@ -176,7 +189,7 @@ def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> d
     return {
         "model": f"{type(model).__name__} of {count:,} parameters",
         "key": key,
-        **{name: getattr(monitor, name) for name in ("layers", "query", "threshold", "metrics")},
+        **{n: getattr(monitor, n) for n in ("layers", "query", "threshold", "metrics", "features", "gram_step")},
     }
 
 

@@ -15,6 +15,7 @@ from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers
 from attn_monitor.capture.recorder import Verify, check_verify
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.metrics import check_threshold, select_metrics
+from attn_monitor.measure.patch_features import check_features
 from attn_monitor.probe.probe_batch import ProbeBatch
 
 Probe = str | os.PathLike[str] | Tensor | ProbeBatch
@@ -35,9 +36,13 @@ class MonitorSettings:
         metrics: Sequence[str] | str | None,
         health: HealthLimits,
         verify: Verify,
+        features: bool,
+        gram_step: int | None,
     ) -> None:
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
         self.metrics, self.health, self.verify = select_metrics(metrics), health, check_verify(verify)
+        self.features, self.gram_step = features, gram_step
+        check_features(features, gram_step)
 
 
 class ProbeSettings:

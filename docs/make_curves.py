@@ -17,8 +17,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor.draw.canvas import GAP, HEADER, blank_picture, draw_text, paste, resize
+from attn_monitor.draw.cells import color_cell
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.measure.metrics import MetricKey
+from attn_monitor.record.history import thin
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "curves"
@@ -26,6 +29,7 @@ RUNS = ROOT / "runs" / "curves"
 BROKEN = ("--model.center_momentum", "1.0")  # the centre stays at zero
 COLOURS = {"demo": "#1a7f8e", "without centring": "#d9541e"}
 IMAGE = "coffee"
+FEATURED, CELL = ("coffee", "flower", "china", "chelsea"), 96  # images whose features are shown, and pixels of each
 
 History = list[AttentionSnapshot]
 
@@ -96,6 +100,30 @@ def filmstrips(runs: dict[str, History], layer: int) -> None:
         Image.fromarray(strip).save(OUT / f"filmstrip-{name.replace(' ', '-')}.jpg", quality=80)
 
 
+def features(runs: dict[str, History], layer: int) -> None:
+    """Patch features of the teacher as colours: a row for each image, a column for each of eight steps."""
+    probe = ProbeBatch.load(RUNS / "demo" / "attn_monitor" / "probe.npz")
+    shown = [(probe.names.index(name), probe.pixels[probe.names.index(name)]) for name in FEATURED]
+    for run, history in runs.items():
+        steps = [history[i] for i in thin([s.step for s in history], 8)]
+        picture = blank_picture((1 + len(steps)) * (CELL + GAP) + GAP, HEADER + len(shown) * (CELL + GAP))
+        for row, (image, photo) in enumerate(shown):
+            top = HEADER + row * (CELL + GAP)
+            paste(picture, GAP, top, resize(photo, (CELL, CELL), Image.Resampling.LANCZOS))
+            for column, snapshot in enumerate(steps, 1):
+                attention = snapshot.layer("teacher", layer)
+                assert attention.colors is not None
+                colors = attention.colors[image].unflatten(0, attention.grid).numpy()
+                paste(picture, GAP + column * (CELL + GAP), top, color_cell(colors, (CELL, CELL)))
+        canvas = Image.fromarray(picture)
+        for column, snapshot in enumerate(steps, 1):
+            middle = GAP + column * (CELL + GAP) + CELL / 2
+            draw_text(
+                canvas, (middle, 8), f"step {snapshot.step}" if column == 1 else str(snapshot.step), 18, anchor="m"
+            )
+        canvas.save(OUT / f"features-{run.replace(' ', '-')}.jpg", quality=80)
+
+
 def main() -> None:
     """Train what is missing, then draw everything."""
     runs = {"demo": train("demo"), "without centring": train("collapse", *BROKEN)}
@@ -110,6 +138,7 @@ def main() -> None:
         ("head_divergence", "head_divergence: how different heads are"),
         ("cls_patch_cosine", "cls_patch_cosine: how alike CLS and patches are"),
         ("drift", "drift: change since the snapshot before"),
+        ("gram_drift", "gram_drift: change of the patches' cosines since step 0"),
     )
     for metric, label in of_teacher:
         draw = partial(heads_and_mean, runs=runs, metric=metric, role="teacher", layer=last)
@@ -122,6 +151,7 @@ def main() -> None:
     chart("distance", "distance: pixels to what is attended, by layer", partial(distance, history=runs["demo"]))
     chart("jaccard", "jaccard: overlap with hand-drawn objects", partial(jaccard, runs=runs, layer=last))
     filmstrips(runs, last)
+    features(runs, last)
     for name, history in runs.items():
         print(f"{name}: " + ("; ".join(str(f) for s in history for f in s.flags) or "no health flags"))
 

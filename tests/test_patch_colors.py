@@ -19,6 +19,7 @@ from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionSnapsh
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.panels import panel
 from attn_monitor.draw.strips import filmstrip
+from attn_monitor.measure import patch_features
 from attn_monitor.measure.patch_features import FULL_COLOUR, LEAST_SCALE, PACE, patch_colors
 from attn_monitor.patch_colors import PatchColors
 from tests.helpers import Distillation, loader, tiny_vit, trainer
@@ -39,13 +40,13 @@ def oracle(tokens: Tensor, before: PatchColors | None = None) -> np.ndarray:
     x = unit(tokens).half().double().numpy().reshape(-1, tokens.shape[-1])
     x = x - x.mean(0)
     left, lengths, _ = np.linalg.svd(x, full_matrices=False)
-    scores = left[:, :3] * lengths[:3]
-    scale = None
+    scores = (left * lengths)[:, :8]
     if before is None:
-        scores *= np.sign(scores[np.abs(scores).argmax(0), range(3)])
+        scores = scores[:, :3] * np.sign(scores[np.abs(scores).argmax(0), range(8)])[:3]
     else:
         past = before.rgb.double().numpy().reshape(-1, 3)
-        scores = scores @ orthogonal_procrustes(scores, past - past.mean(0))[0]
+        wanted = np.pad(past - past.mean(0), ((0, 0), (0, 5)))  # five directions that nothing shows
+        scores = scores @ orthogonal_procrustes(scores, wanted)[0][:, :3]
     scale = max(LEAST_SCALE, np.quantile(np.abs(scores), FULL_COLOUR))
     if before is not None:
         scale = before.scale * (scale / before.scale) ** PACE
@@ -93,6 +94,29 @@ def test_a_color_keeps_its_meaning(tokens: Tensor) -> None:
     assert max((b - a).abs().mean() for a, b in itertools.pairwise(alone)) > 0.15  # without the rotation
     kept = np.corrcoef(first.rgb.flatten(), last.rgb.flatten())[0, 1]
     assert kept > 0.4
+
+
+def test_an_axis_that_is_overtaken_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth axis becomes the third: the colours go over in several snapshots, and not in one."""
+    patches = torch.linalg.qr(torch.randn(72, 40))[0]
+    patches, axes = torch.linalg.qr(patches - patches.mean(0))[0], torch.linalg.qr(torch.randn(40, 40))[0]
+    steps = []
+    for step in range(24):
+        lengths = torch.full((40,), 0.3)
+        lengths[:5] = torch.tensor([5.0, 4.0, 3.4 - min(step, 12) / 10, 2.2 + min(step, 12) / 10, 1.0])
+        steps.append((patches * lengths @ axes.T + 0.02 * torch.randn(72, 40) + 4 * axes[:, 39]).unflatten(0, (3, 24)))
+
+    def largest_change() -> tuple[float, float]:
+        shown = [colors_of(steps[0])]
+        for tokens in steps[1:]:
+            shown.append(colors_of(tokens, shown[-1]))
+        changes = [float((b.rgb - a.rgb).abs().mean()) for a, b in itertools.pairwise(shown)]
+        return max(changes), float((shown[-1].rgb - shown[0].rgb).abs().mean())
+
+    (smooth, total), _ = largest_change(), monkeypatch.setattr(patch_features, "AXES", 3)
+    jump, total_of_three = largest_change()
+    assert smooth < 0.5 * jump
+    assert total == pytest.approx(total_of_three, rel=0.1)  # and ends at the same three
 
 
 def test_the_scale_is_robust_and_slow(tokens: Tensor) -> None:

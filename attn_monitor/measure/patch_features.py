@@ -1,8 +1,8 @@
 """Patch tokens as colours that keep their meaning over a run, and in few dimensions that keep their cosines.
 
 Both are scores on leading principal axes of the probe's patch tokens at unit length, turned onto those of the snapshot
-before: the orthogonal matrix that brings the same patches closest (Procrustes; Schönemann 1966). Without it axes swap
-and change sign from step to step. Nothing here is random, and turned or mirrored features give the same scores.
+before: by the orthonormal matrix that brings the same patches closest (Procrustes; Schönemann 1966). Without it axes
+swap and change sign from step to step. Nothing here is random, and turned or mirrored features give the same scores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from attn_monitor.patch_colors import PatchColors
 
 Layers = Mapping[tuple[str, int], LayerAttention]
 
+AXES = 8  # leading ones, among which the three of the colours lie
 DIMENSIONS = 32  # of stored features, at most
 FULL_COLOUR = 0.9  # share of scores that no colour channel cuts off
 LEAST_SCALE = 0.25  # of a token's length: smaller differences are not stretched into full colours
@@ -79,14 +80,17 @@ def _alike(other: LayerAttention | None, attention: LayerAttention) -> LayerAtte
 def patch_colors(patches: Tensor, before: PatchColors | None) -> tuple[Tensor, float]:
     """Colours (B, N, 3) of unit tokens (B, N, D), and their scale.
 
-    The three leading scores around the mean of all patches are turned onto the colours before. Grey is the mean, and
-    all channels have one scale, so that distances between colours are those between features. It follows the spread of
-    the scores slowly, and never far below: when features collapse, colours fade to grey.
+    At first they are the three leading scores around the mean of all patches, then those three directions among the
+    eight leading ones that carry on the colours before: one step of subspace iteration. It draws them towards the
+    three leading ones, and goes smoothly from one axis to another where these overtake each other.
+
+    Grey is the mean, and all channels have one scale, so that distances between colours are those between features. It
+    follows the spread of the scores slowly, and has a least value: when features collapse, colours fade to grey.
     """
     tokens, finite = _finite_rows(patches)
-    scores = principal_scores(tokens[finite] - tokens[finite].mean(0), 3)
+    scores = principal_scores(tokens[finite] - tokens[finite].mean(0), AXES)
     past = None if before is None else before.rgb.double().flatten(0, 1)[finite]
-    scores = scores @ rotation_onto(scores, None if past is None else past - past.mean(0))
+    scores = scores @ rotation_onto(scores, None if past is None else past - past.mean(0), 3)
     scale = max(LEAST_SCALE, float(scores.abs().flatten().quantile(FULL_COLOUR)) if len(scores) else 0.0)
     if before is not None:
         scale = before.scale ** (1 - PACE) * scale**PACE
@@ -107,7 +111,7 @@ def patch_features(patches: Tensor, before: Tensor | None) -> tuple[Tensor, tupl
     scores = principal_scores(given, min(DIMENSIONS, given.shape[1]))
     scores = scores / torch.linalg.vector_norm(scores, dim=1, keepdim=True).clamp_min(1e-8)
     past = None if before is None else before.double().cpu().flatten(0, 1)[finite].nan_to_num()
-    scores = (scores @ rotation_onto(scores, past)).half().double()
+    scores = (scores @ rotation_onto(scores, past, scores.shape[1])).half().double()
     few = slice(None, None, math.ceil(len(given) / COMPARED) or 1)
     error = (scores[few] @ scores[few].T - given[few] @ given[few].T).abs()
     features = torch.full((len(tokens), scores.shape[1]), torch.nan)
@@ -135,11 +139,16 @@ def principal_scores(tokens: Tensor, count: int) -> Tensor:
     return scores
 
 
-def rotation_onto(scores: Tensor, before: Tensor | None) -> Tensor:
-    """The orthogonal matrix (k, k) that turns scores (n, k) as near as it can to those before; without, no turn."""
-    if before is None or before.shape != scores.shape or not float(before.abs().sum()):
-        return torch.eye(scores.shape[1], dtype=scores.dtype)
-    left, _, right = torch.linalg.svd(scores.T @ before)
+def rotation_onto(scores: Tensor, before: Tensor | None, count: int) -> Tensor:
+    """Orthonormal columns (k, count) that turn scores (n, k) as near as they can to those before, (n, count).
+
+    What those before do not decide, all of it where there are none, is left to the leading axes.
+    """
+    wanted = torch.eye(scores.shape[1], count, dtype=scores.dtype)
+    if before is not None and before.shape[1] == count:
+        agreement = scores.T @ before
+        wanted = agreement + wanted * max(1e-6 * float(torch.linalg.matrix_norm(agreement)), 1e-12)
+    left, _, right = torch.linalg.svd(wanted, full_matrices=False)
     turned: Tensor = left @ right
     return turned
 

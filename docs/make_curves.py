@@ -1,6 +1,7 @@
 """Draw the charts of docs/reading-the-curves.md: `python docs/make_curves.py`.
 
-Trains the demo twice, as it is and without the centring that keeps DINO from collapsing, unless the runs are there.
+Trains the demo twice, as it is and without the centring that keeps DINO from collapsing, and once for a hundred steps
+at too high a learning rate, unless the runs are there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "curves"
 RUNS = ROOT / "runs" / "curves"
 BROKEN = ("--model.center_momentum", "1.0")  # the centre stays at zero
+TOO_FAST = ("--model.lr", "0.02", "--model.warmup_steps", "40", "--trainer.max_steps", "100")
 COLOURS = {"demo": "#1a7f8e", "without centring": "#d9541e"}
 IMAGE = "coffee"
 FEATURED, CELL = ("coffee", "flower", "china", "chelsea"), 96  # images whose features are shown, and pixels of each
@@ -101,7 +103,7 @@ def filmstrips(runs: dict[str, History], layer: int) -> None:
 
 
 def features(runs: dict[str, History], layer: int) -> None:
-    """Patch features of the teacher as colours: a row for each image, a column for each of eight steps."""
+    """Patch features of the student as colours: a row for each image, a column for each of eight steps."""
     probe = ProbeBatch.load(RUNS / "demo" / "attn_monitor" / "probe.npz")
     shown = [(probe.names.index(name), probe.pixels[probe.names.index(name)]) for name in FEATURED]
     for run, history in runs.items():
@@ -111,7 +113,7 @@ def features(runs: dict[str, History], layer: int) -> None:
             top = HEADER + row * (CELL + GAP)
             paste(picture, GAP, top, resize(photo, (CELL, CELL), Image.Resampling.LANCZOS))
             for column, snapshot in enumerate(steps, 1):
-                attention = snapshot.layer("teacher", layer)
+                attention = snapshot.layer("student", layer)
                 assert attention.colors is not None
                 colors = attention.colors[image].unflatten(0, attention.grid).numpy()
                 paste(picture, GAP + column * (CELL + GAP), top, color_cell(colors, (CELL, CELL)))
@@ -151,7 +153,7 @@ def main() -> None:
     chart("distance", "distance: pixels to what is attended, by layer", partial(distance, history=runs["demo"]))
     chart("jaccard", "jaccard: overlap with hand-drawn objects", partial(jaccard, runs=runs, layer=last))
     filmstrips(runs, last)
-    features(runs, last)
+    features({"demo": runs["demo"], "collapsed": train("too-fast", *TOO_FAST)}, last)
     for name, history in runs.items():
         print(f"{name}: " + ("; ".join(str(f) for s in history for f in s.flags) or "no health flags"))
 

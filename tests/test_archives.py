@@ -49,6 +49,7 @@ def test_snapshots_hold_what_was_written(name: str) -> None:
                 entry["name"], entry["num_prefix"], entry["grid"], entry["mixed"]
             )  # fmt: skip
             np.testing.assert_array_equal(attention.rows.numpy(), arrays[f"rows/{key[0]}/{key[1]}"])
+            assert (attention.colors, attention.features) == (None, None)
             for optional in OPTIONAL_TENSORS:
                 value, expected = getattr(attention, optional), arrays.get(f"{optional}/{key[0]}/{key[1]}")
                 assert (value is None) == (expected is None)

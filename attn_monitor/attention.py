@@ -15,7 +15,7 @@ RowKind = Literal["distribution", "weights", "signed"]
 KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 """From the most regular to the least."""
 
-OPTIONAL_TENSORS = ("norms", "cosine", "distance")
+OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class LayerAttention:
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
-    its patches; None where a block's input is not these tokens, or has no CLS token.
+    its patches; None where a block's input is not these tokens, or has no CLS token. ``max_logit`` (B, H) is the
+    largest of the logits, scale · q·k + bias of the pairs that are not masked, over all queries and keys;
+    ``max_logit_cls`` that of the CLS query.
     """
 
     layer: int
@@ -47,6 +49,8 @@ class LayerAttention:
     distance: Tensor | None = None
     norms: Tensor | None = None
     cosine: Tensor | None = None
+    max_logit: Tensor | None = None
+    max_logit_cls: Tensor | None = None
     model: str = ""
     query: str = ""
 

@@ -18,6 +18,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.attention_distance import has_query_of_each_patch, mean_distance
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
+from attn_monitor.capture.every_query import EveryQueryOf, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
@@ -75,6 +76,7 @@ class AttentionRecorder:
     ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
+    ``logits`` measures the largest logit of the CLS query, and of every query of the layers that ``every_query`` names.
     ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
@@ -91,11 +93,14 @@ class AttentionRecorder:
         nonfinite: str = "raise",
         distance: bool = False,
         tokens: bool = False,
+        logits: bool = False,
+        every_query: EveryQueryOf = "none",
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens = distance, tokens
+        self.logits, self.every_query = logits, check_every_query(every_query)
         self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -194,7 +199,8 @@ class AttentionRecorder:
         on_layer: Callable[[ReadableSite, ReadObservation], None] | None,
     ) -> list[LayerAttention]:
         observed: dict[SiteKey, ObservedRows] = {}
-        distances: dict[SiteKey, Tensor] = {}
+        measured: dict[SiteKey, dict[str, Tensor]] = {key: {} for key in plan.sites}
+        last = list(plan.sites)[-1]
 
         def report(key: SiteKey, seen: Observation) -> None:
             site = plan.sites[key].site
@@ -204,7 +210,11 @@ class AttentionRecorder:
             if seen.rows.shape != (len(images), site.heads, site.keys):
                 return
             if self.distance and has_query_of_each_patch(site):
-                distances[key] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
+                measured[key]["distance"] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
+            if self.logits:
+                cls = site.places.cls if plan.query == "cls" else None
+                whole = self.every_query == "all" or (self.every_query == "last" and key == last)
+                measured[key].update(query_statistics(seen, cls, whole=whole))
             if on_layer is not None:
                 on_layer(site, seen)
             observed[key] = seen.rows_alone()
@@ -216,6 +226,7 @@ class AttentionRecorder:
             verify=verify,
             last=plan.last,
             conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
+            logits=self.logits,
         )
         with ExitStack() as stack:
             tokens = _watch_tokens(stack, len(images), plan)
@@ -223,7 +234,7 @@ class AttentionRecorder:
         self._check_complete(plan, observed)
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [
-            self._layer_attention(planned, plan.query, observed[key], check, distances.get(key), tokens.get(key))
+            self._layer_attention(planned, plan.query, observed[key], check, measured[key], tokens.get(key))
             for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
         ]
 
@@ -244,7 +255,7 @@ class AttentionRecorder:
         query: QuerySpec,
         seen: ObservedRows,
         check: CheckResult,
-        distance: Tensor | None,
+        measured: dict[str, Tensor],
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
         site = planned.site
@@ -252,6 +263,8 @@ class AttentionRecorder:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if check.finite and not check.reproduces_output:
             raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
+        if check.kind == "signed":
+            measured.pop("distance", None)
         rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
         return LayerAttention(
             layer=site.index,
@@ -263,11 +276,11 @@ class AttentionRecorder:
             verified_error=check.error,
             kind=check.kind,
             places=site.layout.evidence,
-            distance=None if check.kind == "signed" else distance,
             norms=None if tokens is None else tokens.norms.float(),
             cosine=None if tokens is None or tokens.cosine is None else tokens.cosine.float(),
             model=type(self.model).__name__,
             query=str(query),
+            **measured,
         )
 
 

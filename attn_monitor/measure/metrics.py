@@ -24,7 +24,10 @@ Measured = dict[tuple[str, int], dict[str, Tensor]]
 
 
 class MetricKey(NamedTuple):
-    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images."""
+    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images.
+
+    Of metrics in `LARGEST` it is the largest value instead of the mean.
+    """
 
     role: str
     layer: int
@@ -123,6 +126,12 @@ def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
     return {} if inputs.attention.distance is None else {"distance": inputs.attention.distance}
 
 
+def _max_logit(inputs: MetricInputs) -> dict[str, Tensor]:
+    """Of all queries where every query was read, and of the CLS query."""
+    known = {name: getattr(inputs.attention, name) for name in LARGEST}
+    return {name: value for name, value in known.items() if value is not None}
+
+
 def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
     """Overlap with each object: of each head, of the best head for each object (DINO), of the one best head."""
     if inputs.truth is None or not inputs.truth.any():
@@ -150,11 +159,15 @@ METRICS = {
     "distance": Metric(_distance, default=False),  # needs every query's row
     "cls_patch_cosine": Metric(_cls_patch_cosine),
     "jaccard": Metric(_jaccard),
+    "max_logit": Metric(_max_logit),
 }
+LARGEST = ("max_logit", "max_logit_cls")
+"""Values of which the largest counts over heads and images, and not the mean."""
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
 METRICS_OF_ANY_WEIGHTS = {
     "prefix_mass",
     *TOKEN_METRICS,
+    "max_logit",
 }  # the others are of distributions, which signed weights are not
 
 
@@ -221,12 +234,13 @@ def _to_host(measured: Measured) -> Measured:
 
 
 def summarise(measured: Measured) -> Metrics:
-    """What loggers get: means over heads and images, and each head's own mean over images."""
+    """What loggers get: means over heads and images, and each head's own mean over images; the largest of `LARGEST`."""
     metrics = Metrics()
     for (role, layer), values in measured.items():
         for name, value in values.items():
-            metrics[MetricKey(role, layer, name)] = float(value.mean())
+            largest = name in LARGEST
+            metrics[MetricKey(role, layer, name)] = float(value.amax() if largest else value.mean())
             if value.ndim == 2:
-                for head, mean in enumerate(value.mean(0)):
-                    metrics[MetricKey(role, layer, name, head)] = float(mean)
+                for head, summary in enumerate(value.amax(0) if largest else value.mean(0)):
+                    metrics[MetricKey(role, layer, name, head)] = float(summary)
     return metrics

@@ -1,4 +1,4 @@
-"""What is drawn of snapshots for loggers: panels, film strips, overlays, and at the end table and time-lapse."""
+"""What is drawn of snapshots for loggers: panels, film strips, charts, overlays, at the end table and time-lapse."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from attn_monitor import functional as F
 from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.logit_chart import logit_chart
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.measure.metrics import LARGEST
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
+from attn_monitor.record.curves import Curves
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 OVERLAID_IMAGES = 2
@@ -40,6 +43,11 @@ class Pictures:
             strip = strips.filmstrip(history, index, photo, layer=layer, options=self.style)
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
+
+    def of_run(self, curves: Curves, step: int) -> Iterator[Picture]:
+        """Charts of the whole run up to a step."""
+        if logits := curves.of(LARGEST):
+            yield Picture(renamed("attn_logits", self.name), logit_chart(logits), f"largest logits, step {step}")
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""

@@ -38,6 +38,7 @@ from attn_monitor.publish.sink import (
 from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.archive import snapshot_path
+from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -67,8 +68,8 @@ class Publisher:
     ``disk_reserve`` bytes are free (None: the smaller of 1 GB and 1 % of the disk), pictures and archive pause.
 
     ``every_layer`` draws each captured layer, not only the last. ``history`` are the snapshots of a resumed run's past,
-    for film strips. ``settings`` is Markdown that records how the run was watched. ``name`` keeps several publishers of
-    one run apart: tags start with ``attn-{name}``; the archive has plain tags.
+    for film strips, ``curves`` its metrics, for charts. ``settings`` is Markdown that records how the run was watched.
+    ``name`` keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
 
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
@@ -85,6 +86,7 @@ class Publisher:
         style: DrawingOptions = DrawingOptions(),
         every_layer: bool = False,
         history: Iterable[AttentionSnapshot] = (),
+        curves: Curves | None = None,
         settings: str = "",
         name: str = "",
         failures: Failures | None = None,
@@ -96,6 +98,7 @@ class Publisher:
         self._reports = failures is None
         self._probe, self._style, self._name, self._every_layer = probe, style, name, every_layer
         self._pictures, self._history = Pictures(probe, style, name), History(list(history))
+        self._curves = Curves() if curves is None else curves.copy()
         self._last: AttentionSnapshot | None = None
         self._told: set[HealthFlag] = set()
         self._patience, self._space = patience or Patience(), Space(self.failures, disk_reserve)
@@ -122,13 +125,14 @@ class Publisher:
         """Queue a snapshot for the archive and every logger."""
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
         self._history.add(snapshot, layers)
+        self._curves.add(step, snapshot.metrics)
         self._last = snapshot
         self._tell(snapshot.flags, step)
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
         scalars = {renamed(tag, self._name): value for tag, value in snapshot.scalars().items()}
-        drawn = _Once(partial(self._draw, snapshot, list(self._history), layers))
+        drawn = _Once(partial(self._draw, snapshot, list(self._history), self._curves.copy(), layers))
         for channel in self._channels:
             self._queue_metrics(channel, scalars, step)
             if isinstance(channel.sink, TakesPictures):
@@ -261,17 +265,21 @@ class Publisher:
             sink.log_tables(self._pictures.head_rows(last), entropy_curves(history), last.step)
 
     def _draw(
-        self, snapshot: AttentionSnapshot, history: list[AttentionSnapshot], layers: Sequence[int]
+        self, snapshot: AttentionSnapshot, history: list[AttentionSnapshot], curves: Curves, layers: Sequence[int]
     ) -> list[Picture]:
-        """Panels and film strips of every image that can be drawn."""
+        """Panels and film strips of every image that can be drawn, and charts of the run."""
         pictures: list[Picture] = []
 
         def draw(index: int) -> None:
             pictures.extend(self._pictures.of_image(index, snapshot, history, layers))
 
+        def draw_run() -> None:
+            pictures.extend(self._pictures.of_run(curves, snapshot.step))
+
         images = {name: partial(draw, index) for index, name in enumerate(snapshot.names)}
+        parts: dict[str, Callable[[], None]] = {**images, "charts of the run": draw_run}
         if not self.failures.attempt(
-            "drawing", partial(self.failures.each, "drawing some images", images, snapshot.step)
+            "drawing", partial(self.failures.each, "drawing some images", parts, snapshot.step)
         ):
             self.failures.lost("drawing", snapshot.step)
         return pictures

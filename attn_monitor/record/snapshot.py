@@ -1,7 +1,7 @@
 """`AttentionSnapshot`: what was captured at one step, and its file format.
 
-A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms`,
-`cosine` and `distance` are float32), so that `numpy.load(path, allow_pickle=False)` reads it anywhere.
+A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms` and
+all other optional tensors are float32), so that `numpy.load(path, allow_pickle=False)` reads it anywhere.
 """
 
 from __future__ import annotations
@@ -195,11 +195,14 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
         "distance": (images, heads),
         "norms": (images, prefix + gh * gw),
         "cosine": (images,),
+        "max_logit": (images, heads),
+        "max_logit_cls": (images, heads),
     }
     rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
     if rows is None:
         raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
-    rows, shapes["distance"] = rows.float(), rows.shape[:2]
+    shapes.update(dict.fromkeys(("distance", "max_logit", "max_logit_cls"), rows.shape[:2]))
+    rows = rows.float()
     optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
     name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
     told = entry.text("kind", default="weights" if mixed else "distribution")

@@ -37,7 +37,8 @@ class MonitorSettings:
         verify: Verify,
     ) -> None:
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.metrics, self.health, self.verify = select_metrics(metrics), health, check_verify(verify)
+        select_metrics(metrics)
+        self.metrics, self.health, self.verify = metrics, health, check_verify(verify)
 
 
 class ProbeSettings:

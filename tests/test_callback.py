@@ -413,7 +413,7 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*attention health")  # scattered on purpose
 def test_event_file_size(tmp_path: Path, photographs: Path) -> None:
-    """8 images, two roles, 12 heads: at most 1.5 MB for all pictures of one snapshot, film strips and charts included."""
+    """8 images, two roles, 12 heads: at most 1.5 MB for all pictures of a snapshot, strips and charts included."""
     module = Distillation(embed_dim=96, num_heads=12, img_size=224, patch_size=16)
     module.head = nn.Linear(96, 8)
     with torch.no_grad():  # sharp, scattered attention is the largest case for JPEG

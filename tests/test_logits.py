@@ -141,11 +141,11 @@ def growing(values: list[float], every: int = 10, limits: HealthLimits = DEFAULT
 
 def test_growth_is_told_before_the_line_is_crossed() -> None:
     (flag,) = growing([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
-    assert (flag.kind, flag.layer, flag.heads, flag.step) == ("max_logit", 1, (2,), 50)
-    assert flag.value == pytest.approx(32, rel=1e-3)
-    # It doubles every ten steps: 100 is log2(100 / 32) doublings away, 65,504 is log2(65504 / 32).
+    assert (flag.kind, flag.layer, flag.heads, flag.step) == ("max_logit", 1, (2,), 60)
+    assert flag.value == pytest.approx(64, rel=1e-3)
+    # It doubles every ten steps: 100 is log2(100 / 64) doublings away, 65,504 is log2(65504 / 64).
     assert flag.text == (
-        "largest attention logit 32, 16.0 times that of 40 steps before; at this rate it passes 100 at step 66 and "
+        "largest attention logit 64, 16.0 times that of 40 steps before; at this rate it passes 100 at step 66 and "
         "65,504 at step 160"
     )
 

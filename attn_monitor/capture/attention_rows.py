@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -93,10 +93,11 @@ class FusedCall:
     scale: float | None = None
     heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
     convention: CallingConvention | None = None  # of an operation from outside PyTorch
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # scores of a query
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""
-        return self._scores(slice(query, query + 1)).softmax(-1)[:, :, 0]
+        return self._scores_of(query).softmax(-1)[:, :, 0]
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, a few queries at a time."""
@@ -104,7 +105,7 @@ class FusedCall:
 
     def largest_logit(self, query: int) -> Tensor:
         """Of one query: (B, H)."""
-        return self._scores(slice(query, query + 1)).amax((-2, -1))
+        return self._scores_of(query).amax((-2, -1))
 
     def every_query(self) -> EveryQuery:
         """What all queries say together, from a few at a time."""
@@ -113,6 +114,12 @@ class FusedCall:
             largest.append(scores.amax(-1))
             received = received + scores.softmax(-1).sum(2)
         return EveryQuery(torch.cat(largest, -1), received / self.q.shape[2])
+
+    def _scores_of(self, query: int) -> Tensor:
+        """Of one query, (B, H, 1, K); kept, as its row and its largest logit are both asked for."""
+        if query not in self._kept:
+            self._kept = {query: self._scores(slice(query, query + 1))}
+        return self._kept[query]
 
     def _chunks_of_scores(self) -> Iterator[tuple[int, Tensor]]:
         laid_out = replace(self, k=self._keys.contiguous())  # once, instead of in the product of every chunk

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 LARGEST_FLOAT16 = 65_504.0
 WINDOW = 5  # snapshots that the rate is taken from
-AHEAD = 2.0  # windows: a line that would be crossed later is no news
-NEAR = 0.25  # of the line, from where on it counts as being headed for
+AHEAD = 1.0  # windows: a line that would be crossed later is no news
+NEAR = 1 / 3  # of the line, from where on it counts as being headed for
 
 
 @dataclass

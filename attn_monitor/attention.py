@@ -15,7 +15,7 @@ RowKind = Literal["distribution", "weights", "signed"]
 KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 """From the most regular to the least."""
 
-OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls")
+OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls", "received", "value_norms")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class LayerAttention:
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
     its patches; None where a block's input is not these tokens, or has no CLS token. ``max_logit`` (B, H) is the
     largest of the logits, scale · q·k + bias of the pairs that are not masked, over all queries and keys;
-    ``max_logit_cls`` that of the CLS query.
+    ``max_logit_cls`` that of the CLS query. ``received`` (B, T) is the attention on each token, a mean over all queries
+    and heads; ``value_norms`` (B, T) the norm of its V next to the median token's, over heads by their attention.
     """
 
     layer: int
@@ -51,6 +52,8 @@ class LayerAttention:
     cosine: Tensor | None = None
     max_logit: Tensor | None = None
     max_logit_cls: Tensor | None = None
+    received: Tensor | None = None
+    value_norms: Tensor | None = None
     model: str = ""
     query: str = ""
 

@@ -221,6 +221,7 @@ class AttentionMonitor:
                 nonfinite="keep",
                 distance="distance" in self.metrics,
                 logits="max_logit" in self.metrics,
+                sinks="sinks" in self.metrics,
                 every_query=self.every_query,
                 tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
             )

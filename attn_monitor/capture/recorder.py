@@ -18,7 +18,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.attention_distance import has_query_of_each_patch, mean_distance
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
-from attn_monitor.capture.every_query import EveryQueryOf, check_every_query, query_statistics
+from attn_monitor.capture.every_query import Asked, EveryQueryOf, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
@@ -76,7 +76,8 @@ class AttentionRecorder:
     ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block.
-    ``logits`` measures the largest logit of the CLS query, and of every query of the layers that ``every_query`` names.
+    ``logits`` measures the largest logit of the CLS query, ``sinks`` the norms of V, and both read every query of the
+    layers that ``every_query`` names.
     ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
@@ -94,13 +95,14 @@ class AttentionRecorder:
         distance: bool = False,
         tokens: bool = False,
         logits: bool = False,
+        sinks: bool = False,
         every_query: EveryQueryOf = "none",
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens = distance, tokens
-        self.logits, self.every_query = logits, check_every_query(every_query)
+        self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)
         self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -211,10 +213,10 @@ class AttentionRecorder:
                 return
             if self.distance and has_query_of_each_patch(site):
                 measured[key]["distance"] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
-            if self.logits:
-                cls = site.places.cls if plan.query == "cls" else None
+            if self.logits or self.sinks:
                 whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-                measured[key].update(query_statistics(seen, cls, whole=whole))
+                asked = Asked(self.logits, self.sinks, whole, plan.query)
+                measured[key].update(query_statistics(seen, plan.sites[key], asked))
             if on_layer is not None:
                 on_layer(site, seen)
             observed[key] = seen.rows_alone()

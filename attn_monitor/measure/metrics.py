@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.measure.sinks import received, sink_share
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 Measured = dict[tuple[str, int], dict[str, Tensor]]
@@ -132,6 +133,15 @@ def _max_logit(inputs: MetricInputs) -> dict[str, Tensor]:
     return {name: value for name, value in known.items() if value is not None}
 
 
+def _sinks(inputs: MetricInputs) -> dict[str, Tensor]:
+    """Of every query where every query was read, else of the CLS query."""
+    for name, cls in (("sink_share", False), ("sink_share_cls", True)):
+        shares = received(inputs.attention, cls=cls)
+        if shares is not None:
+            return {name: sink_share(shares, inputs.attention.num_prefix)}
+    return {}
+
+
 def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
     """Overlap with each object: of each head, of the best head for each object (DINO), of the one best head."""
     if inputs.truth is None or not inputs.truth.any():
@@ -160,9 +170,12 @@ METRICS = {
     "cls_patch_cosine": Metric(_cls_patch_cosine),
     "jaccard": Metric(_jaccard),
     "max_logit": Metric(_max_logit),
+    "sinks": Metric(_sinks),
 }
 LARGEST = ("max_logit", "max_logit_cls")
 """Values of which the largest counts over heads and images, and not the mean."""
+SINK_SHARES = ("sink_share", "sink_share_cls")
+"""What "sinks" gives, by which queries were read."""
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
 METRICS_OF_ANY_WEIGHTS = {
     "prefix_mass",

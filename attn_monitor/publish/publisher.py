@@ -16,6 +16,7 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.publish.attention_sinks import AttentionSinkRow, sink_rows
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
 from attn_monitor.publish.failures import Failures
@@ -34,6 +35,7 @@ from attn_monitor.publish.sink import (
     TakesOverlays,
     TakesPictures,
     TakesReports,
+    TellsAttentionSinks,
 )
 from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tags import renamed
@@ -154,15 +156,16 @@ class Publisher:
     def close(self, *, finish: bool = True) -> None:
         """Write what is left, end the threads, and tell what could not be written. Returns whatever the loggers do.
 
-        Before, a time-lapse, on W&B a table and charts of all heads, and a report of the archive beside it, which W&B
-        and MLflow get too, unless the run did not ``finish``.
+        Before, a time-lapse, a table of attention sinks, on W&B a table and charts of all heads, and a report of the
+        archive beside it, which W&B and MLflow get too, unless the run did not ``finish``.
         """
         if finish and self._last is not None:
             history, last = list(self._history), self._last
             gif = _Once(partial(self._pictures.timelapse, history))
+            rows = _Once(partial(sink_rows, last, self._curves.copy()))
             for channel in self._channels:
                 if isinstance(channel.sink, PlaysAnimations):
-                    log = partial(self._log_end, channel, gif, history, last)
+                    log = partial(self._log_end, channel, gif, rows, history, last)
                     part = f"logging the end of the run to {channel.label}"
                     channel.outbox.put(Job(part, None, log, keep=False))
             self._report_run(last.step)
@@ -255,12 +258,19 @@ class Publisher:
             channel.done.add(part)
 
     def _log_end(
-        self, channel: _Channel, gif: _Once[bytes], history: list[AttentionSnapshot], last: AttentionSnapshot
+        self,
+        channel: _Channel,
+        gif: _Once[bytes],
+        rows: _Once[list[AttentionSinkRow]],
+        history: list[AttentionSnapshot],
+        last: AttentionSnapshot,
     ) -> None:
         sink = channel.sink
         self._space.require(sink.media_folder, 2 * len(gif()))
         if isinstance(sink, PlaysAnimations):
             sink.log_animation(renamed("attn_timelapse", self._name), gif(), last.step)
+        if isinstance(sink, TellsAttentionSinks) and rows():
+            sink.log_attention_sinks(rows(), last.step)
         if isinstance(sink, KeepsTables):
             sink.log_tables(self._pictures.head_rows(last), entropy_curves(history), last.step)
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from attn_monitor.measure.metrics import LARGEST, MetricKey, Metrics
+from attn_monitor.measure.metrics import LARGEST, SINK_SHARES, MetricKey, Metrics
 from attn_monitor.record.history import thin
 
 LENGTH = 96  # points of a curve that are kept
-CHARTED = (*LARGEST,)
+CHARTED = (*LARGEST, *SINK_SHARES)
 
 Points = list[tuple[int, float]]
 

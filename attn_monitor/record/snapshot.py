@@ -197,6 +197,8 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
         "cosine": (images,),
         "max_logit": (images, heads),
         "max_logit_cls": (images, heads),
+        "received": (images, prefix + gh * gw),
+        "value_norms": (images, prefix + gh * gw),
     }
     rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
     if rows is None:

@@ -9,6 +9,7 @@ import torch
 from attn_monitor import functional as F
 from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.layer_heat_map import HEAT_SCALES, layer_heat_map
 from attn_monitor.draw.logit_chart import logit_chart
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
@@ -44,10 +45,18 @@ class Pictures:
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
 
-    def of_run(self, curves: Curves, step: int) -> Iterator[Picture]:
-        """Charts of the whole run up to a step."""
+    def of_run(self, snapshot: AttentionSnapshot, curves: Curves) -> Iterator[Picture]:
+        """Charts of the whole run up to a snapshot, and where it has several layers, all of their heads at a glance."""
         if logits := curves.of(LARGEST):
-            yield Picture(renamed("attn_logits", self.name), logit_chart(logits), f"largest logits, step {step}")
+            caption = f"largest logits, step {snapshot.step}"
+            yield Picture(renamed("attn_logits", self.name), logit_chart(logits), caption)
+        if len({layer for _, layer in snapshot.layers}) == 1:
+            return
+        for name, scale in HEAT_SCALES.items():
+            heat_map = layer_heat_map(snapshot, scale)
+            if heat_map is not None:
+                tag = renamed(f"attn_layers/{name}", self.name)
+                yield Picture(tag, heat_map, f"{name} of all heads, step {snapshot.step}")
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""

@@ -20,6 +20,7 @@ from attn_monitor.publish.attention_sinks import AttentionSinkRow, sink_rows
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
 from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.head_keys import budget_text, head_keys, layers_within
 from attn_monitor.publish.how_to_read import how_to_read
 from attn_monitor.publish.picture_folder import PictureFolder
 from attn_monitor.publish.pictures import Pictures, entropy_curves
@@ -133,9 +134,11 @@ class Publisher:
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
-        scalars = {renamed(tag, self._name): value for tag, value in snapshot.scalars().items()}
+        every_scalar = self._scalars(snapshot, True)
         drawn = _Once(partial(self._draw, snapshot, list(self._history), self._curves.copy(), layers))
         for channel in self._channels:
+            layers_of_heads = self._layers_of_heads(channel, snapshot)
+            scalars = every_scalar if layers_of_heads is None else self._scalars(snapshot, layers_of_heads)
             self._queue_metrics(channel, scalars, step)
             if isinstance(channel.sink, TakesPictures):
                 log = partial(self._log_pictures, channel, channel.sink, snapshot, drawn, layers[-1])
@@ -212,6 +215,20 @@ class Publisher:
         if self._reports:
             self.failures.report(_warn)
 
+    def _scalars(self, snapshot: AttentionSnapshot, heads: bool | tuple[int, ...]) -> dict[str, float]:
+        return {renamed(tag, self._name): value for tag, value in snapshot.scalars(heads=heads).items()}
+
+    def _layers_of_heads(self, channel: _Channel, snapshot: AttentionSnapshot) -> tuple[int, ...] | None:
+        """The layers whose heads a logger with a budget gets, said once; None where it gets all."""
+        budget = channel.sink.head_keys
+        if budget is None or head_keys(snapshot).total() <= budget:
+            return None
+        layers = layers_within(snapshot, budget)
+        if "budget" not in channel.done:
+            channel.done.add("budget")
+            self.failures.note(budget_text(channel.label, layers, snapshot))
+        return layers
+
     def _queue_metrics(self, channel: _Channel, scalars: dict[str, float], step: int) -> None:
         part, log = f"logging metrics to {channel.label}", partial(self._log_metrics, channel, scalars, step)
         if not channel.sink.on_training_thread:
@@ -284,7 +301,7 @@ class Publisher:
             pictures.extend(self._pictures.of_image(index, snapshot, history, layers))
 
         def draw_run() -> None:
-            pictures.extend(self._pictures.of_run(curves, snapshot.step))
+            pictures.extend(self._pictures.of_run(snapshot, curves))
 
         images = {name: partial(draw, index) for index, name in enumerate(snapshot.names)}
         parts: dict[str, Callable[[], None]] = {**images, "charts of the run": draw_run}

@@ -75,6 +75,8 @@ class Sink(ABC):
     """Whether it must be called on the training thread alone, as the run itself does."""
     pictures_together = False
     """Whether all pictures of a step in one call are cheaper than one call for each."""
+    head_keys: int | None = None
+    """How many metrics of single heads it gets at most, whole layers from the last one back; None: all."""
 
     def __init__(self, logger: Any, name: str = "") -> None:
         self.logger, self.name = logger, name

@@ -22,6 +22,7 @@ class WandbSink(Sink):
     """A W&B run."""
 
     pictures_together = True  # as one row
+    head_keys = 2_000  # W&B advises fewer than 10,000 distinct metrics in a project, the run's own among them
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +80,13 @@ class AttentionSnapshot:
         """(B, H, gh, gw) float32: the patch part of `rows`."""
         return self.layer(role, layer).maps
 
-    def scalars(self, *, heads: bool = True) -> dict[str, float]:
-        """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head."""
-        values = {key.tag: value for key, value in self.metrics.items() if heads or key.head is None}
+    def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
+        """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head.
+
+        ``heads``: whether heads are wanted, or the layers of which they are.
+        """
+        layers = heads if isinstance(heads, Collection) else {key.layer for key in self.metrics} if heads else ()
+        values = {key.tag: value for key, value in self.metrics.items() if key.head is None or key.layer in layers}
         return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1) -> Figure:

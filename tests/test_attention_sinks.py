@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
 from attn_monitor.measure.metrics import MetricKey, Metrics
-from attn_monitor.measure.sinks import find_sinks
+from attn_monitor.measure.sinks import Sink, find_sinks
 from attn_monitor.publish.attention_sinks import COLUMNS, markdown, sink_rows
 from attn_monitor.record.curves import Curves
 from tests.events import Events
@@ -57,13 +57,20 @@ def looked_at(model: nn.Module, **settings: Any) -> AttentionSnapshot:
     return AttentionMonitor(probe, **settings).snapshot({"teacher": model.eval()}, step=0)
 
 
+def sinks_of(snapshot: AttentionSnapshot) -> tuple[str, list[Sink]]:
+    """Of the teacher's last layer, where they are known."""
+    queries, sinks = find_sinks(snapshot.layer("teacher"))
+    assert sinks is not None
+    return queries, sinks
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("values", "verdict"), [(0.1, "a sink that carries nothing"), (1.5, "a sink that broadcasts")])
 def test_models_built_to_have_a_sink(place: str, values: float, verdict: str) -> None:
     model = Sinking(PLACES[place], values)
     snapshot = looked_at(model)
     attention = snapshot.layer("teacher")
-    queries, (sink,) = find_sinks(attention)
+    queries, (sink,) = sinks_of(snapshot)
     assert (queries, sink.token, sink.tokens, sink.verdict) == ("every query", place, 1.0, verdict)
 
     (matrix,) = attention_matrices(model, _images(), lambda m, x: m(x))
@@ -102,6 +109,9 @@ def test_no_sink() -> None:
     assert snapshot.metrics["teacher", 0, "sink_share", None] < 0.01
     (row,) = sink_rows(snapshot, Curves())
     assert row.verdict == "no sink"
+    snapshot.layer("teacher").received[0, 3] = math.nan
+    (row,) = sink_rows(snapshot, Curves())
+    assert row.verdict.startswith("not known")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +143,7 @@ def test_only_the_last_layer_is_read_whole_by_default() -> None:
 def test_the_mean_over_queries_is_what_is_received() -> None:
     probe = ProbeBatch(_images())
     snapshot = AttentionMonitor(probe, query="mean").snapshot({"teacher": Sinking(2).eval()}, step=0)
-    queries, (sink,) = find_sinks(snapshot.layer("teacher"))
+    queries, (sink,) = sinks_of(snapshot)
     # Nobody looked for the CLS token, so which of the prefix it is is not known.
     assert (queries, sink.token) == ("every query", "prefix token 2")
 

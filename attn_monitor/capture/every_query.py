@@ -66,7 +66,9 @@ def _value_norms(values: Tensor, weights: Tensor) -> Tensor:
     """
     norms = torch.linalg.vector_norm(widen(values), dim=-1)  # (B, H, K), or fewer heads where queries are grouped
     norms = norms.repeat_interleave(weights.shape[1] // norms.shape[1], 1)
-    relative = norms / norms.median(-1, keepdim=True).values.clamp_min(torch.finfo(norms.dtype).tiny)
+    tokens = norms.shape[-1]
+    median = norms.sort(-1).values[..., (tokens - 1) // 2, None]  # `median` raises on CUDA where runs are to repeat
+    relative = norms / median.clamp_min(torch.finfo(norms.dtype).tiny)
     weights = weights.abs().clamp_min(torch.finfo(norms.dtype).tiny)
     mean: Tensor = (relative * weights).sum(1) / weights.sum(1)
     return mean

@@ -46,8 +46,8 @@ class HeatScale:
 
 
 HEAT_SCALES = {
-    "entropy": HeatScale("entropy of each head: 0 one patch, 1 uniform", ("entropy",), (0, 0.25, 0.5, 0.75, 1)),
-    "logits": HeatScale("largest attention logit of each head", LARGEST, (0.1, 1, 10, 100, 1000), log=True),
+    "entropy": HeatScale("entropy: 0 one patch, 1 uniform", ("entropy",), (0, 0.25, 0.5, 0.75, 1)),
+    "logits": HeatScale("largest attention logit", LARGEST, (0.1, 1, 10, 100, 1000), log=True),
 }
 
 
@@ -72,9 +72,7 @@ def layer_heat_map(snapshot: AttentionSnapshot, scale: HeatScale) -> Pixels | No
     tallest = max(len(values) for values in grids.values()) * CELL
     top = HEADER + 2 * LINE
     sheet = Image.fromarray(blank_picture(sum(widths.values()) + GAP, top + tallest + 5 * LINE))
-    partly = any(key.metric == "max_logit_cls" for key in snapshot.metrics) and "max_logit_cls" in scale.metrics
-    note = "; in starred layers of the CLS query" if partly else ""
-    draw_text_within(sheet, (GAP, 7), f"{scale.title}{note}, step {snapshot.step:,}", sheet.width - 2 * GAP, 16)
+    draw_text_within(sheet, (GAP, 7), f"{scale.title}, step {snapshot.step:,}", sheet.width - 2 * GAP, 16)
     x = 0
     for role, values in grids.items():
         names = [f"layer {layer}{_star(snapshot, role, layer, scale)}" for layer in snapshot.layers_of(role)]
@@ -97,7 +95,8 @@ def _draw_grid(sheet: Image.Image, at: tuple[int, int], role: str, names: Sequen
     picture = colours.repeat(CELL, 0).repeat(CELL, 1).copy()
     picture[::CELL], picture[:, ::CELL] = 0, 0  # thin lines between cells
     sheet.paste(Image.fromarray(picture), (left, top))
-    draw_text(sheet, (left, at[1]), f"{role}: heads across", 13)
+    note = ", * of the CLS query" if any(name.endswith("*") for name in names) else ""
+    draw_text(sheet, (left, at[1]), f"{role}: heads across{note}", 13)
     for place, name in enumerate(reversed(names)):
         draw_text(sheet, (left - 5, top + place * CELL + 5), name, 12, DIM_TEXT, "r")
     for head in range(positions.shape[1]):

@@ -69,13 +69,13 @@ def sink_share(shares: Tensor, num_prefix: int) -> Tensor:
     return torch.where(sinks, beyond, 0).sum(-1)
 
 
-def find_sinks(attention: LayerAttention) -> tuple[str, list[Sink]]:
-    """Of which queries is told ("every query" or "the CLS query"), and the sinks found; none where it is not known."""
+def find_sinks(attention: LayerAttention) -> tuple[str, list[Sink] | None]:
+    """Of which queries is told ("every query" or "the CLS query"), and the sinks found; None where nothing is known."""
     queries, shares = "every query", received(attention)
     if shares is None:
         queries, shares = "the CLS query", received(attention, cls=True)
     if shares is None or not shares.isfinite().all():
-        return queries, []
+        return queries, None
     return queries, list(_sinks(attention, shares))
 
 

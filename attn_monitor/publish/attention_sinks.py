@@ -55,6 +55,9 @@ def sink_rows(snapshot: AttentionSnapshot, curves: Curves) -> list[AttentionSink
 def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[AttentionSinkRow]:
     queries, sinks = find_sinks(attention)
     since = _since(curves, role, attention.layer)
+    if sinks is None:
+        yield AttentionSinkRow(role, attention.layer, queries, verdict="not known, as attention is no distribution")
+        return
     for sink in sinks:
         yield AttentionSinkRow(
             role,

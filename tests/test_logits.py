@@ -170,13 +170,14 @@ def test_the_line_can_be_moved_and_growth_survives_a_checkpoint() -> None:
         HealthLimits(logit=0)
     whole, parts, attention = Health(DEFAULT), Health(DEFAULT), _attention()
     for step in range(8):
-        measured: Any = {("teacher", 1): {"max_logit": torch.full((1, 4), 2.0**step)}}
+        measured: Any = {("teacher", 1): {"max_logit_cls": torch.full((1, 4), 2.0**step)}}
         whole.examine(step, attention, measured)
         parts.examine(step, attention, measured)
         restored = Health(DEFAULT)
         restored.load_state_dict(json.loads(json.dumps(parts.state_dict())))
         parts = restored
-    assert [f.text for f in whole.flags] == [f.text for f in parts.flags] != []
+    assert [f.text for f in whole.flags] == [f.text for f in parts.flags]
+    assert whole.flags[0].text.startswith("largest attention logit of the CLS query 64, ")
 
 
 def _attention() -> Any:

@@ -177,7 +177,8 @@ class Health:
 
         for metric in LARGEST:
             if metric in values:
-                yield from self._logit(layer, step, values[metric].amax(0))
+                of = " of the CLS query" if metric == "max_logit_cls" else ""
+                yield from self._logit(layer, step, values[metric].amax(0), of)
                 break
 
     def _entropy(self, layer: _Layer, step: int, entropy: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
@@ -211,10 +212,12 @@ class Health:
             text = f"one patch takes {worst:.0%} of the attention on most images, more than {self.limits.peak:.0%}"
             yield "peak", _heads(beyond), worst, text
 
-    def _logit(self, layer: _Layer, step: int, logits: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
+    def _logit(
+        self, layer: _Layer, step: int, logits: Tensor, of: str
+    ) -> Iterator[tuple[str, Sequence[int], float, str]]:
         worst = int(logits.argmax())  # NaN counts as the largest
         layer.logit.add(step, float(logits[worst]))
-        text = layer.logit.finding(self.limits.logit)
+        text = layer.logit.finding(self.limits.logit, of)
         if text is not None:
             yield "max_logit", [worst], float(logits[worst]), text
 

@@ -29,8 +29,11 @@ class LogitGrowth:
         self.recent = [*self.recent, [step, value]][-WINDOW:] if math.isfinite(value) else []
         self.first = value if self.first is None and math.isfinite(value) else self.first
 
-    def finding(self, line: float) -> str | None:
-        """In words, where the logit has at least doubled and is beyond the line, or on its way to it; else None."""
+    def finding(self, line: float, of: str = "") -> str | None:
+        """In words, where the logit has at least doubled and is beyond the line, or on its way to it; else None.
+
+        ``of`` says whose logit it is, where it is not that of all queries.
+        """
         if self.first is None or not self.recent:
             return None
         (step, now), start = self.recent[-1], max(self.first, 1.0)
@@ -41,7 +44,7 @@ class LogitGrowth:
         if now < line and not (now >= NEAR * line and crossings.get(line, math.inf) <= step + AHEAD * span):
             return None
         grown = now / self.recent[0][1]
-        text = f"largest attention logit {now:,.0f}, {grown:.1f} times that of {span:,.0f} steps before"
+        text = f"largest attention logit{of} {now:,.0f}, {grown:.1f} times that of {span:,.0f} steps before"
         ahead = [f"{value:,.0f} at step {at:,.0f}" for value, at in crossings.items()]
         beyond = f", above {line:,.0f}" if now >= line else ""
         return f"{text}{beyond}" + (f"; at this rate it passes {' and '.join(ahead)}" if ahead else "")

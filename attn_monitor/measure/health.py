@@ -174,7 +174,6 @@ class Health:
             yield from self._peak(values["peak"], attention.grid[0] * attention.grid[1])
         if "student_teacher_divergence" in values:
             yield from self._divergence(layer, float(values["student_teacher_divergence"].mean()))
-
         for metric in LARGEST:
             if metric in values:
                 of = " of the CLS query" if metric == "max_logit_cls" else ""

@@ -56,7 +56,7 @@ def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[
     queries, sinks = find_sinks(attention)
     since = _since(curves, role, attention.layer)
     if sinks is None:
-        yield AttentionSinkRow(role, attention.layer, queries, verdict="not known, as attention is no distribution")
+        yield AttentionSinkRow(role, attention.layer, queries, verdict="not known, as attention holds NaN or infinity")
         return
     for sink in sinks:
         yield AttentionSinkRow(

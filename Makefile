@@ -28,6 +28,7 @@ check: $(VENV)/.setup-dev
 docs: $(VENV)/.setup-dev
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_curves.py
+	$(BIN)/python docs/make_divergence.py
 
 # About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
 bench: $(VENV)/.setup-dev

@@ -17,7 +17,7 @@ RowKind = Literal["distribution", "weights", "signed"]
 KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 """From the most regular to the least."""
 
-OPTIONAL_TENSORS = ("norms", "cosine", "distance")
+OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls", "received", "value_norms")
 PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, one for each patch
 
 
@@ -35,10 +35,13 @@ class LayerAttention:
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
-    its patches; None where a block's input is not these tokens, or has no CLS token.
+    its patches; None where a block's input is not these tokens, or has no CLS token. ``max_logit`` (B, H) is the
+    largest of the logits, scale · q·k + bias of the pairs that are not masked, over all queries and keys;
+    ``max_logit_cls`` that of the CLS query. ``received`` (B, T) is the attention on each token, a mean over all queries
+    and heads; ``value_norms`` (B, T) the norm of its V next to the median token's, over heads by their attention.
 
-    Of the same tokens, those of patches alone: ``colors`` (B, N, 3) in 0…1, whose meaning stays from snapshot to
-    snapshot; ``features`` (B, N, K ≤ 32) at unit length, whose products are the tokens' cosines but for
+    Of the tokens that enter the block, those of patches alone: ``colors`` (B, N, 3) in 0…1, whose meaning stays from
+    snapshot to snapshot; ``features`` (B, N, K ≤ 32) at unit length, whose products are the tokens' cosines but for
     ``features_error``, its root mean square and its maximum. ``patches`` (B, N, D), the tokens at unit length in
     float16, are there between capture and these two, and not stored.
     """
@@ -55,6 +58,10 @@ class LayerAttention:
     distance: Tensor | None = None
     norms: Tensor | None = None
     cosine: Tensor | None = None
+    max_logit: Tensor | None = None
+    max_logit_cls: Tensor | None = None
+    received: Tensor | None = None
+    value_norms: Tensor | None = None
     model: str = ""
     query: str = ""
     patches: Tensor | None = None

@@ -51,7 +51,8 @@ class AttentionMapCallback(pl.Callback):
         query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index. A
             model without a CLS token is looked at by "mean".
         threshold: share of attention mass that DINO's mask keeps.
-        metrics: names of metrics to log; None is all but "distance", which needs every query's row; "all" is all.
+        metrics: names of metrics to log; None is all but "distance", with every query read in the last layer alone;
+            "all" is all, and reads every query of every layer, as do "distance", "max_logit" and "sinks" by name.
         health: when a health flag is raised, see `HealthLimits`.
         every_n_train_steps, every_n_epochs: the schedule; with neither, about 50 snapshots over the run. There is
             always one before the first step and one after the last. Steps are those of Lightning's loggers: batches
@@ -84,6 +85,8 @@ class AttentionMapCallback(pl.Callback):
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
         - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture
+        - ``attn_logits``: the largest logits of all layers over the run; ``attn_layers/{entropy|logits}``: with several
+          layers, a heat map of all their heads; ``attn_sinks``, ``attn_monitor/sinks``: a table at the end
         - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is
           never written to
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attn_monitor import distributed
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.choose_forward import ForwardOption
+from attn_monitor.capture.every_query import EveryQueryOf
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
@@ -20,6 +21,7 @@ from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
 from attn_monitor.measure.patch_features import check_features, with_colors, with_features
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -29,12 +31,13 @@ Result = TypeVar("Result")
 class AttentionMonitor:
     """Takes snapshots of one or more models on a fixed probe.
 
-    ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24;
+    ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24,
+    ``curves`` a few metrics of every layer over the run;
     ``health.flags`` are the health flags so far. ``layers`` and ``query`` are those of `record_attention`;
-    ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance", which
-    needs every query's row; "all"); ``health`` says when a flag is raised; ``verify`` is True (every snapshot),
-    "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right; ``or_mean``
-    reads query="mean" where a model has no CLS token.
+    ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance",
+    with every query of the last layer alone; "all"); ``health`` says when a flag is raised; ``verify`` is True (every
+    snapshot), "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right;
+    ``or_mean`` reads query="mean" where a model has no CLS token.
     ``features`` keeps the patch features of the layers that are drawn, in at most 32 dimensions, and measures Gram
     drift against the first snapshot from step ``gram_step`` on (None: the first of all).
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
@@ -60,11 +63,12 @@ class AttentionMonitor:
         self.probe = probe
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
+        self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name, of every layer
         self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
         self.features, self.gram_step = check_features(features, gram_step)
         self.reference: AttentionSnapshot | None = None  # that Gram drift is measured against
         self.previous: AttentionSnapshot | None = None
-        self.history = History()
+        self.history, self.curves = History(), Curves()
         self._chunk = len(probe)
         self._recorders: dict[str, AttentionRecorder] = {}
         self._told: dict[str, dict[int, str]] = {}  # what was said to be left out
@@ -142,7 +146,8 @@ class AttentionMonitor:
     def forget(self) -> None:
         """Drop the past: the next snapshot is the first one of a run."""
         self.previous, self.reference = None, None
-        self.history, self.health = History(), Health(self.health.limits)
+        self.history, self.curves = History(), Curves()
+        self.health = Health(self.health.limits)
 
     @property
     def images_at_a_time(self) -> int:
@@ -169,6 +174,7 @@ class AttentionMonitor:
             "reference": None if self.reference is None else self.reference.state_dict(),
             "history": [s.state_dict() for s in self.history],
             "health": self.health.state_dict(),
+            "curves": self.curves.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,6 +186,7 @@ class AttentionMonitor:
         self.reference = None if reference is None else AttentionSnapshot.from_state_dict(reference)
         self.history = History([AttentionSnapshot.from_state_dict(s) for s in state["history"]])
         self.health.load_state_dict(state["health"])
+        self.curves = Curves.from_state_dict(state.get("curves", []))  # older checkpoints have none
 
     def _capture(self, models: Mapping[str, nn.Module]) -> dict[tuple[str, int], LayerAttention]:
         """The whole probe, on the models' device; in smaller and smaller chunks when memory runs out."""
@@ -237,6 +244,7 @@ class AttentionMonitor:
             self.reference = snapshot
         self.health.add(snapshot.flags)
         self.history.add(snapshot, self.drawn_layers(snapshot))
+        self.curves.add(snapshot.step, snapshot.metrics)
 
     def _recorder(self, role: str, model: nn.Module) -> AttentionRecorder:
         known = self._recorders.get(role)
@@ -250,6 +258,9 @@ class AttentionMonitor:
                 verify=self.verify,
                 nonfinite="keep",
                 distance="distance" in self.metrics,
+                logits="max_logit" in self.metrics,
+                sinks="sinks" in self.metrics,
+                every_query=self.every_query,
                 tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
                 patches=True,
             )

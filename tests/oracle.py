@@ -134,3 +134,52 @@ def attention_matrices(
             for patch in patches:
                 patch.stop()
     return [m.reshape(len(images), -1, *m.shape[-2:]) for m in matrices]
+
+
+def masked_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What enters the softmax of `plain_attention`: (B, H, Q, K), -inf where masked."""
+    groups = query.shape[1] // key.shape[1] if enable_gqa else 1
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(groups, 1))
+    scores = scores * (scale if scale is not None else query.shape[-1] ** -0.5)
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.masked_fill(~visible, -math.inf)
+
+
+def logit_matrices(model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Any]) -> list[Tensor]:
+    """(B, H, Q, K) of what enters the softmax of every attention in order of execution, float64."""
+    model, kept = copy.deepcopy(model).double().eval(), list[Tensor]()
+
+    def sdpa(*args: Any, **kwargs: Any) -> Tensor:
+        scores = masked_scores(*args, **kwargs)
+        kept.append(scores)
+        value = args[2]
+        return _softmax(scores, -1) @ value.repeat_interleave(scores.shape[1] // value.shape[1], 1)
+
+    def softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor:
+        if x.ndim >= 3:
+            kept.append(x.detach().clone())
+        return _softmax(x, dim)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _replaced(sdpa, softmax, lambda original, *args, **kwargs: original(*args, **kwargs)):
+            forward(model, images.double())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return [m.reshape(len(images), -1, *m.shape[-2:]) for m in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_healthy_models_raise_nothing() -> None:
 
 def test_collapsed_head() -> None:
     """After three snapshots in a row, for that head alone, and once."""
-    monitor, flags = snapshots(collapse, limits=HealthLimits(low_entropy=0.3, peak=1.0))
+    monitor, flags = snapshots(collapse, limits=HealthLimits(low_entropy=0.3, peak=1.0, logit=math.inf))
     flag = only(flags, "low_entropy")
     assert (flag.role, flag.layer, flag.heads, flag.step) == ("teacher", 1, (2,), 30)
     assert flag.value is not None
@@ -167,7 +168,7 @@ def test_divergence_that_leaps() -> None:
 
 
 def test_limits_can_be_set_and_are_checked() -> None:
-    _, flags = snapshots(collapse, limits=HealthLimits(low_entropy=0.0, peak=1.0))
+    _, flags = snapshots(collapse, limits=HealthLimits(low_entropy=0.0, peak=1.0, logit=math.inf))
     assert flags == [()] * 5
     _, flags = snapshots(kill, limits=HealthLimits(snapshots=1))
     assert only(flags, "high_entropy").step == 10

@@ -52,6 +52,8 @@ def test_wandb(offline: Path) -> None:
     last = next(row for row in reversed(rows) if "attn_table" in row)
     assert last[step] == 4
     assert last["attn_table"]["nrows"] == 2 * 2 * 4
+    (sinks,) = (row["attn_sinks"] for row in rows if "attn_sinks" in row)
+    assert sinks["nrows"] >= 2  # one for each role, where there is no sink
     assert any("attn_heads_chart/teacher/layer1" in key for key in last)
     assert any(r.get("attn_timelapse", {}).get("_type") == "video-file" for r in rows)
     (report,) = (r["attn_report"] for r in rows if "attn_report" in r)

@@ -71,6 +71,7 @@ HEAD_METRICS = (
     "student_teacher_divergence",
     "mask_agreement",
     "drift",
+    "max_logit",
 )
 
 

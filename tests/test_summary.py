@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_curves_are_the_metrics_of_the_snapshots(tmp_path: Path) -> None:
 
 
 def test_the_verdict_tells_when_it_turned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "attn_monitor", health=HealthLimits(peak=0.1))
+    write_run(tmp_path / "attn_monitor", health=HealthLimits(peak=0.1, logit=math.inf))
     flags, student, _ = summarise_run(tmp_path).verdict
     assert flags.startswith("2 health flags were raised, the first at step 10 (peak, student, layer 1)")
     assert student.startswith("student, layer 1: entropy fell from 1.00 to 0.")

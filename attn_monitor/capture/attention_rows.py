@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,18 @@ class CallingConvention(NamedTuple):
 _CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
 
 
+class EveryQuery(NamedTuple):
+    """What all queries of a layer say together, in one pass over its matrix.
+
+    ``largest_logits`` (B, H, Q) are the largest of each query's logits, what enters its softmax: scale · q·k + bias,
+    without the keys that are masked; None where the scores are not known. ``received`` (B, H, K) is the mean over
+    queries of the attention on each key.
+    """
+
+    largest_logits: Tensor | None
+    received: Tensor
+
+
 class AttentionSource(Protocol):
     """Attention that ran, of which any part of the (B, H, Q, K) matrix can be had without building it all."""
 
@@ -42,6 +54,12 @@ class AttentionSource(Protocol):
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(first query, (B, H, some queries, K)) until all queries have passed."""
+
+    def largest_logit(self, query: int) -> Tensor | None:
+        """The largest logit of one query, (B, H); None where the scores are not known."""
+
+    def every_query(self) -> EveryQuery:
+        """What all queries say together."""
 
 
 def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
@@ -75,23 +93,46 @@ class FusedCall:
     scale: float | None = None
     heads_first: bool = True  # the layout of the result: (B, H, N, D), else (B, N, H, D)
     convention: CallingConvention | None = None  # of an operation from outside PyTorch
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # scores of a query
 
     def row(self, query: int) -> Tensor:
         """Attention of one query: (B, H, K)."""
-        return self._softmax(slice(query, query + 1))[:, :, 0]
+        return self._scores_of(query).softmax(-1)[:, :, 0]
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, a few queries at a time."""
+        return ((start, scores.softmax(-1)) for start, scores in self._chunks_of_scores())
+
+    def largest_logit(self, query: int) -> Tensor:
+        """Of one query: (B, H)."""
+        return self._scores_of(query).amax((-2, -1))
+
+    def every_query(self) -> EveryQuery:
+        """What all queries say together, from a few at a time."""
+        largest, received = [], torch.zeros((), device=self.q.device)
+        for _, scores in self._chunks_of_scores():
+            largest.append(scores.amax(-1))
+            received = received + scores.softmax(-1).sum(2)
+        return EveryQuery(torch.cat(largest, -1), received / self.q.shape[2])
+
+    def _scores_of(self, query: int) -> Tensor:
+        """Of one query, (B, H, 1, K); kept, as its row and its largest logit are both asked for."""
+        if query not in self._kept:
+            self._kept = {query: self._scores(slice(query, query + 1))}
+        return self._kept[query]
+
+    def _chunks_of_scores(self) -> Iterator[tuple[int, Tensor]]:
         laid_out = replace(self, k=self._keys.contiguous())  # once, instead of in the product of every chunk
         for start in range(0, self.q.shape[2], _CHUNK):
-            yield start, laid_out._softmax(slice(start, start + _CHUNK))
+            yield start, laid_out._scores(slice(start, start + _CHUNK))
 
     @functools.cached_property
     def _keys(self) -> Tensor:
         k, heads = widen(self.k), self.q.shape[1]
         return k.repeat_interleave(heads // k.shape[1], 1) if k.shape[1] != heads else k  # grouped queries
 
-    def _softmax(self, queries: slice) -> Tensor:
+    def _scores(self, queries: slice) -> Tensor:
+        """What enters the softmax of some queries: (B, H, queries, K)."""
         q, k = widen(self.q[:, :, queries]), self._keys
         scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
         q = q * scale
@@ -103,7 +144,7 @@ class FusedCall:
         if self.causal:
             index = torch.arange(self.q.shape[2], device=q.device)[queries]
             scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > index[:, None], -math.inf)
-        return scores.softmax(-1)
+        return scores
 
     def output_row(self, out: Tensor, query: Query) -> Tensor:
         """The operation's own result for the same query: (B, H, D)."""
@@ -123,6 +164,7 @@ class ExplicitCall:
     applied: Tensor  # (L, Q, K)
     values: Tensor  # (L, K, D)
     swapped: bool = False  # the product was (D, K) times (K, Q)
+    largest_logits: Tensor | None = None  # (L, Q): of each query, the largest of the scores that became weights
     shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
 
     def row(self, query: int) -> Tensor:
@@ -133,6 +175,23 @@ class ExplicitCall:
         """The matrix, a few queries at a time."""
         for start in range(0, self.shape[2], _CHUNK):
             yield start, self._part(slice(start, start + _CHUNK))
+
+    def largest_logit(self, query: int) -> Tensor | None:
+        """Of one query: (B, H)."""
+        logits = self._logits()
+        return None if logits is None else logits[..., query]
+
+    def every_query(self) -> EveryQuery:
+        """What all queries say together."""
+        batch, heads, _, keys = self.shape
+        received = self.applied.mean(-2, dtype=widened_dtype(self.applied.dtype)).reshape(batch, heads, keys)
+        return EveryQuery(self._logits(), received)
+
+    def _logits(self) -> Tensor | None:
+        known, (batch, heads, queries, _) = self.largest_logits, self.shape
+        if known is None or known.numel() != batch * heads * queries:  # other heads than those that are applied
+            return None
+        return widen(known).reshape(batch, heads, queries)
 
     def _part(self, queries: slice) -> Tensor:
         batch, heads, _, keys = self.shape
@@ -162,3 +221,14 @@ class Regrouped:
         """The matrix, a few queries at a time."""
         for start, chunk in self.source.chunks():
             yield start, regroup(chunk, self.images, self.folding)
+
+    def largest_logit(self, query: int) -> Tensor | None:
+        """Of one query: (B, H)."""
+        logit = self.source.largest_logit(query)
+        return None if logit is None else regroup(logit, self.images, self.folding)
+
+    def every_query(self) -> EveryQuery:
+        """What all queries say together."""
+        logits, received = self.source.every_query()
+        known = None if logits is None else regroup(logits, self.images, self.folding)
+        return EveryQuery(known, regroup(received, self.images, self.folding))

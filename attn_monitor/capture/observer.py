@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,21 @@ def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return func(*args, **kwargs)
 
 
+class _Weights(NamedTuple):
+    """What a softmax made of scores, that has not met its V yet."""
+
+    weights: Tensor
+    path: str  # where it ran
+    largest_logits: Tensor | None  # (..., Q) of the scores, where they are asked for
+
+
 class AttentionObserver(TorchDispatchMode):
     """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
 
     ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
     the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
-    ``conventions`` are those already known of operations from outside PyTorch.
+    ``conventions`` are those already known of operations from outside PyTorch; ``logits`` keeps the largest score of
+    each query, which of explicit attention can be had only before its softmax.
     """
 
     supports_higher_order_operators = True
@@ -50,10 +59,11 @@ class AttentionObserver(TorchDispatchMode):
         verify: bool = True,
         last: SiteKey | None = None,
         conventions: Mapping[SiteKey, CallingConvention] | None = None,
+        logits: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.conventions = conventions or {}
+        self.conventions, self.logits = conventions or {}, logits
         self.batch, self.channels, *self.size = images.shape
         self.convs: list[PatchConv] = []  # convolutions on whole images
         self._cropped = False  # the convolutions now running see a part of the images
@@ -61,7 +71,7 @@ class AttentionObserver(TorchDispatchMode):
         self._running: list[str] = []
         self._count: dict[str, int] = {}
         self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
-        self._pending: list[tuple[Tensor, str]] = []  # softmaxes that have not met their V yet, and where they ran
+        self._pending: list[_Weights] = []
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
         """Hooks on these (path, module) pairs; leaving the returned stack removes them.
@@ -128,7 +138,8 @@ class AttentionObserver(TorchDispatchMode):
         return out
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
-        self._pending = [*self._pending[-31:], (out, self._running[-1])]  # gates' own softmaxes never meet a V
+        largest = args[0].amax(-1) if self.logits else None
+        self._pending = [*self._pending[-31:], _Weights(out, self._running[-1], largest)]  # gates' never meet a V
 
     def _made_of_scores(self, out: Any) -> bool:
         return isinstance(out, Tensor) and any(
@@ -175,14 +186,14 @@ class AttentionObserver(TorchDispatchMode):
 
     def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
         """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
-        call = ops.explicit_call([weights for weights, _ in self._pending], args, self.batch)
+        call = ops.explicit_call([p.weights for p in self._pending], args, self.batch)
         if call is None:
             return None
         used = [w for w in call.weights if ops.is_same(call.applied, w)][-1:] or call.weights
-        call = replace(call, weights=used)
-        scope = common_path([self._running[-1], *(path for w, path in self._pending if any(w is u for u in used))])
-        self._pending = [(w, path) for w, path in self._pending if not any(w is u for u in used)]
-        return call, scope
+        taken = [p for p in self._pending if any(p.weights is u for u in used)]
+        self._pending = [p for p in self._pending if not any(p.weights is u for u in used)]
+        scope = common_path([self._running[-1], *(p.path for p in taken)])
+        return replace(call, weights=used, largest_logits=taken[-1].largest_logits), scope
 
     def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         result = unknown.first_tensor(out)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.attention_distance import has_query_of_each_patch, mean_distance
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
+from attn_monitor.capture.every_query import Asked, EveryQueryOf, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
@@ -76,6 +77,8 @@ class AttentionRecorder:
     False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
     ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block, and
     ``patches`` keeps the patch tokens of it: of each layer that is asked for, of "all" those of the last.
+    ``logits`` measures the largest logit of the CLS query, ``sinks`` the norms of V, and both read every query of the
+    layers that ``every_query`` names.
     ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
     """
@@ -93,11 +96,15 @@ class AttentionRecorder:
         distance: bool = False,
         tokens: bool = False,
         patches: bool = False,
+        logits: bool = False,
+        sinks: bool = False,
+        every_query: EveryQueryOf = "none",
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens, self.patches = distance, tokens, patches
+        self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)
         self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -196,7 +203,8 @@ class AttentionRecorder:
         on_layer: Callable[[ReadableSite, ReadObservation], None] | None,
     ) -> list[LayerAttention]:
         observed: dict[SiteKey, ObservedRows] = {}
-        distances: dict[SiteKey, Tensor] = {}
+        measured: dict[SiteKey, dict[str, Tensor]] = {key: {} for key in plan.sites}
+        last = list(plan.sites)[-1]
 
         def report(key: SiteKey, seen: Observation) -> None:
             site = plan.sites[key].site
@@ -206,7 +214,11 @@ class AttentionRecorder:
             if seen.rows.shape != (len(images), site.heads, site.keys):
                 return
             if self.distance and has_query_of_each_patch(site):
-                distances[key] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
+                measured[key]["distance"] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
+            if self.logits or self.sinks:
+                whole = self.every_query == "all" or (self.every_query == "last" and key == last)
+                asked = Asked(self.logits, self.sinks, whole, plan.query)
+                measured[key].update(query_statistics(seen, plan.sites[key], asked))
             if on_layer is not None:
                 on_layer(site, seen)
             observed[key] = seen.rows_alone()
@@ -218,6 +230,7 @@ class AttentionRecorder:
             verify=verify,
             last=plan.last,
             conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
+            logits=self.logits,
         )
         with ExitStack() as stack:
             kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
@@ -226,7 +239,7 @@ class AttentionRecorder:
         self._check_complete(plan, observed)
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [
-            self._layer_attention(planned, plan.query, observed[key], check, distances.get(key), tokens.get(key))
+            self._layer_attention(planned, plan.query, observed[key], check, measured[key], tokens.get(key))
             for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
         ]
 
@@ -247,7 +260,7 @@ class AttentionRecorder:
         query: QuerySpec,
         seen: ObservedRows,
         check: CheckResult,
-        distance: Tensor | None,
+        measured: dict[str, Any],
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
         site = planned.site
@@ -255,6 +268,8 @@ class AttentionRecorder:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if check.finite and not check.reproduces_output:
             raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
+        if check.kind == "signed":
+            measured.pop("distance", None)
         rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
         return LayerAttention(
             layer=site.index,
@@ -266,12 +281,12 @@ class AttentionRecorder:
             verified_error=check.error,
             kind=check.kind,
             places=site.layout.evidence,
-            distance=None if check.kind == "signed" else distance,
             norms=tokens.norms.float() if tokens is not None and self.tokens else None,
             cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
             model=type(self.model).__name__,
             query=str(query),
             patches=None if tokens is None else tokens.patches,
+            **measured,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -28,6 +29,7 @@ Line = tuple[Colour, Points]
 
 WIDTH, HEIGHT, COLUMNS = 320, 184, 5  # of a chart in pixels, and charts in a row
 LEFT, TOP, BOTTOM = 7 * GAP, 3 * GAP, 3 * GAP  # of a chart, for text
+GRID, MARK = (48, 48, 56), (232, 120, 90)
 FINER = 3  # lines are drawn so many times larger, and scaled down
 
 
@@ -49,37 +51,85 @@ def chart_sheet(title: Sequence[tuple[str, Colour]], sections: Mapping[str, Mapp
         top += 2 * LINE
         for index, (name, lines) in enumerate(charts.items()):
             at = GAP + index % columns * (WIDTH + GAP), top + index // columns * (HEIGHT + GAP)
-            _draw_chart(sheet, at, name, lines)
+            draw_chart(sheet, at, name.replace("_", " "), lines)
         top += rows[section] * (HEIGHT + GAP)
     return np.asarray(sheet)
 
 
-def _draw_chart(sheet: Image.Image, at: tuple[int, int], name: str, lines: Sequence[Line]) -> None:
+@dataclass(frozen=True)
+class _Axis:
+    """A vertical axis from ``low`` to ``high``, of logarithms to base 10 where ``log``; ``ticks`` by their text."""
+
+    low: float
+    high: float
+    ticks: Mapping[str, float]
+    log: bool = False
+
+    @classmethod
+    def linear(cls, values: Sequence[float]) -> _Axis:
+        """From the smallest to the largest value, with a margin."""
+        low, high = min(values), max(values)
+        margin = 0.05 * (high - low) or max(1e-3, 0.05 * abs(high))
+        lowest, highest = told_apart(low, high)
+        return cls(low - margin, high + margin, {highest: high, lowest: low})
+
+    @classmethod
+    def decades(cls, values: Sequence[float]) -> _Axis:
+        """From the power of ten below the smallest value, 0.1 at the least, to the one above the largest."""
+        low = math.floor(math.log10(max(min(values), 0.1)))
+        high = max(low + 1, math.ceil(math.log10(max(*values, 0.1))))
+        return cls(low, high, {f"{10.0**n:,.6g}": 10.0**n for n in range(low, high + 1)}, log=True)
+
+    def down(self, value: float) -> float:
+        """How far below the top a value stands: 0 the top, 1 the bottom and all below it."""
+        position = (math.log10(value) if value > 0 else self.low) if self.log else value
+        return min(1.0, (self.high - position) / (self.high - self.low))
+
+
+def draw_chart(
+    sheet: Image.Image,
+    at: tuple[int, int],
+    title: str,
+    lines: Sequence[Line],
+    *,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> None:
+    """One chart with its upper left corner at this place; ``marks`` are horizontal lines with their names."""
+    marks = marks or {}
     points = [point for _, line in lines for point in line]
     steps, values = [step for step, _ in points], [value for _, value in points]
-    first, last, low, high = min(steps), max(steps), min(values), max(values)
-    margin = 0.05 * (high - low) or max(1e-3, 0.05 * abs(high))
-    low, high = low - margin, high + margin
-    width, height = WIDTH - LEFT - GAP, HEIGHT - TOP - BOTTOM
+    first, last = min(steps), max(steps)
+    axis = _Axis.decades([*values, *marks.values()]) if log else _Axis.linear([*values, *marks.values()])
+    width, height = size[0] - LEFT - GAP, size[1] - TOP - BOTTOM
     plot = Image.new("RGB", (width * FINER, height * FINER), (30, 30, 36))
     draw = ImageDraw.Draw(plot)
 
-    def place(point: tuple[int, float]) -> tuple[float, float]:
-        across = (point[0] - first) / max(1, last - first)
-        return across * (width - 1) * FINER, (high - point[1]) / (high - low) * (height - 1) * FINER
+    def level(value: float, colour: Colour) -> None:
+        y = round(axis.down(value) * (height - 1)) * FINER + FINER // 2  # one row of pixels
+        draw.line(((0, y), (width * FINER, y)), colour, FINER)
 
+    for value in axis.ticks.values() if log else ():
+        level(value, GRID)
+    for value in marks.values():
+        level(value, MARK)
     for colour, line in lines:
-        places = [place(point) for point in line]
+        places = [
+            ((step - first) / max(1, last - first) * (width - 1) * FINER, axis.down(value) * (height - 1) * FINER)
+            for step, value in line
+        ]
         draw.line(places, colour, 2 * FINER, joint="curve")
         for x, y in places if len(places) <= 30 else ():
             radius = 2.5 * FINER
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
     x, y = at[0] + LEFT, at[1] + TOP
     sheet.paste(plot.resize((width, height), Image.Resampling.BOX), (x, y))
-    draw_text(sheet, (x, at[1] + 4), name.replace("_", " "), 13)
-    lowest, highest = told_apart(min(values), max(values))
-    draw_text(sheet, (x - 4, y - 2), highest, 12, DIM_TEXT, "r")
-    draw_text(sheet, (x - 4, y + height - 15), lowest, 12, DIM_TEXT, "r")
+    draw_text(sheet, (x, at[1] + 4), title, 13)
+    for text, value in axis.ticks.items():
+        draw_text(sheet, (x - 4, y + axis.down(value) * (height - 1) - 7), text, 12, DIM_TEXT, "r")
+    for text, value in marks.items():
+        draw_text(sheet, (x + 4, y + axis.down(value) * (height - 1) + 1), text, 12, MARK)
     draw_text(sheet, (x, y + height + 3), short_step(first), 12, DIM_TEXT)
     draw_text(sheet, (x + width, y + height + 3), short_step(last), 12, DIM_TEXT, "r")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.metrics import Measured
+from attn_monitor.measure.logit_growth import LogitGrowth
+from attn_monitor.measure.metrics import LARGEST, Measured
 
 HEALTH_TAG = "attn/health_flags"  # how many a run has raised so far
 LEFT = 0.01  # change of a head's entropy that counts as having left its start
@@ -27,7 +28,8 @@ class HealthLimits:
     see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention on patches,
     on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
     before, where that was ``divergence_floor`` already: student and teacher start as equals, and part quickly while
-    the learning rate warms up. NaN or infinity always raises a flag.
+    the learning rate warms up. ``logit``: a layer's largest attention logit that has doubled since its first value,
+    and is beyond this or will soon be, see `LogitGrowth`; infinity for never. NaN or infinity always raises a flag.
 
     ``wiring``: whether to look at how student and teacher are wired, see `measure.wiring`; ``still_steps``: after how
     many optimizer steps from the first snapshot it is told that one of them has never moved.
@@ -40,6 +42,7 @@ class HealthLimits:
     peak: float = 0.25
     divergence_growth: float = 10.0
     divergence_floor: float = 0.02
+    logit: float = 100.0
     wiring: bool = True
     still_steps: int = 20
 
@@ -49,6 +52,8 @@ class HealthLimits:
                 f"health: low_entropy={self.low_entropy}, high_entropy={self.high_entropy}; expected "
                 "0 <= low_entropy < high_entropy <= 1"
             )
+        if not self.logit > 0:
+            raise ValueError(f"health: logit={self.logit}; expected a logit above 0, such as 100, or infinity")
         if self.steps < 0:
             raise ValueError(f"health: steps={self.steps}; expected at least 0")
         if self.snapshots < 1 or not 0 < self.peak <= 1 or self.divergence_growth <= 1:
@@ -105,6 +110,12 @@ class _Layer:
     high: list[int] = field(default_factory=list)
     since: list[int] = field(default_factory=list)  # step of the last snapshot that was not high
     divergence: float = 0.0
+    logit: LogitGrowth = field(default_factory=LogitGrowth)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> _Layer:
+        """What `asdict` made; that of an older version has no logit."""
+        return cls(**{**state, "logit": LogitGrowth(**state.get("logit", {}))})
 
 
 class Health:
@@ -148,7 +159,7 @@ class Health:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`: flags raised before are not raised again."""
         self.flags = [HealthFlag.from_state_dict(f) for f in state["flags"]]
-        self._layers = {key: _Layer(**layer) for key, layer in state["layers"].items()}
+        self._layers = {key: _Layer.from_state_dict(layer) for key, layer in state["layers"].items()}
 
     def _findings(
         self, layer: _Layer, step: int, attention: LayerAttention, values: Mapping[str, Tensor]
@@ -163,6 +174,11 @@ class Health:
             yield from self._peak(values["peak"], attention.grid[0] * attention.grid[1])
         if "student_teacher_divergence" in values:
             yield from self._divergence(layer, float(values["student_teacher_divergence"].mean()))
+        for metric in LARGEST:
+            if metric in values:
+                of = " of the CLS query" if metric == "max_logit_cls" else ""
+                yield from self._logit(layer, step, values[metric].amax(0), of)
+                break
 
     def _entropy(self, layer: _Layer, step: int, entropy: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
         limits, now = self.limits, entropy.tolist()
@@ -194,6 +210,15 @@ class Health:
             worst = float(share[:, beyond].mean(0).max())
             text = f"one patch takes {worst:.0%} of the attention on most images, more than {self.limits.peak:.0%}"
             yield "peak", _heads(beyond), worst, text
+
+    def _logit(
+        self, layer: _Layer, step: int, logits: Tensor, of: str
+    ) -> Iterator[tuple[str, Sequence[int], float, str]]:
+        worst = int(logits.argmax())  # NaN counts as the largest
+        layer.logit.add(step, float(logits[worst]))
+        text = layer.logit.finding(self.limits.logit, of)
+        if text is not None:
+            yield "max_logit", [worst], float(logits[worst]), text
 
     def _divergence(self, layer: _Layer, now: float) -> Iterator[tuple[str, Sequence[int], float, str]]:
         before, layer.divergence = layer.divergence, now

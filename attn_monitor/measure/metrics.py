@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.measure.sinks import received, sink_share
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 Measured = dict[tuple[str, int], dict[str, Tensor]]
@@ -24,7 +25,10 @@ Measured = dict[tuple[str, int], dict[str, Tensor]]
 
 
 class MetricKey(NamedTuple):
-    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images."""
+    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images.
+
+    Of metrics in `LARGEST` it is the largest value instead of the mean.
+    """
 
     role: str
     layer: int
@@ -131,6 +135,21 @@ def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
     return {} if inputs.attention.distance is None else {"distance": inputs.attention.distance}
 
 
+def _max_logit(inputs: MetricInputs) -> dict[str, Tensor]:
+    """Of all queries where every query was read, and of the CLS query."""
+    known = {name: getattr(inputs.attention, name) for name in LARGEST}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _sinks(inputs: MetricInputs) -> dict[str, Tensor]:
+    """Of every query where every query was read, else of the CLS query."""
+    for name, cls in (("sink_share", False), ("sink_share_cls", True)):
+        shares = received(inputs.attention, cls=cls)
+        if shares is not None:
+            return {name: sink_share(shares, inputs.attention.num_prefix)}
+    return {}
+
+
 def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
     """Overlap with each object: of each head, of the best head for each object (DINO), of the one best head."""
     if inputs.truth is None or not inputs.truth.any():
@@ -159,12 +178,19 @@ METRICS = {
     "cls_patch_cosine": Metric(_cls_patch_cosine),
     "gram_drift": Metric(_gram_drift),  # where features are stored
     "jaccard": Metric(_jaccard),
+    "max_logit": Metric(_max_logit),
+    "sinks": Metric(_sinks),
 }
+LARGEST = ("max_logit", "max_logit_cls")
+"""Values of which the largest counts over heads and images, and not the mean."""
+SINK_SHARES = ("sink_share", "sink_share_cls")
+"""What "sinks" gives, by which queries were read."""
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
 METRICS_OF_ANY_WEIGHTS = {
     "prefix_mass",
     "gram_drift",
     *TOKEN_METRICS,
+    "max_logit",
 }  # the others are of distributions, which signed weights are not
 
 
@@ -236,12 +262,13 @@ def _to_host(measured: Measured) -> Measured:
 
 
 def summarise(measured: Measured) -> Metrics:
-    """What loggers get: means over heads and images, and each head's own mean over images."""
+    """What loggers get: means over heads and images, and each head's own mean over images; the largest of `LARGEST`."""
     metrics = Metrics()
     for (role, layer), values in measured.items():
         for name, value in values.items():
-            metrics[MetricKey(role, layer, name)] = float(value.mean())
+            largest = name in LARGEST
+            metrics[MetricKey(role, layer, name)] = float(value.amax() if largest else value.mean())
             if value.ndim == 2:
-                for head, mean in enumerate(value.mean(0)):
-                    metrics[MetricKey(role, layer, name, head)] = float(mean)
+                for head, summary in enumerate(value.amax(0) if largest else value.mean(0)):
+                    metrics[MetricKey(role, layer, name, head)] = float(summary)
     return metrics

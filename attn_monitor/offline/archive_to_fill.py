@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.metrics import Measured
+from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.offline.results import writing_to
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -21,7 +21,7 @@ from attn_monitor.record.npz import remove_unfinished
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 SETTINGS = "backfill.json"  # of the first backfill into an archive
-RESTORED = ("entropy", "student_teacher_divergence")  # what health flags follow over several snapshots
+RESTORED = ("entropy", "student_teacher_divergence", *LARGEST)  # what health flags follow over several snapshots
 
 Tell = Callable[[str], None]
 

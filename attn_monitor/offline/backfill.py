@@ -249,6 +249,7 @@ def _publishing(
         style=DrawingOptions(monitor.threshold, scale),
         every_layer=monitor.draws_every_layer,
         history=monitor.history,
+        curves=monitor.curves,
         failures=failures,
         patience=Patience(PATIENCE),
     )

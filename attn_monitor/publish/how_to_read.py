@@ -16,6 +16,7 @@ def how_to_read(style: DrawingOptions, settings: str = "", name: str = "") -> st
         else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
     )
     strips, panels = renamed("attn_filmstrip", name), renamed("attn_maps", name)
+    logits = renamed("attn_logits", name)
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
         f"patches that holds {style.threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "
@@ -23,6 +24,7 @@ def how_to_read(style: DrawingOptions, settings: str = "", name: str = "") -> st
         "Ground truth, where there is some, is green. **PCA of a layer's input**: the patch features that enter it as "
         "colours, which keep their meaning over the run; patches alike in features are alike in colour, on all images. "
         f"`{strips}` shows the steps so far in one picture; start TensorBoard with `--samples_per_plugin images=1000` "
-        f"to see more than ten steps of `{panels}`. Charts of all heads of a layer are under *Custom Scalars*; "
+        f"to see more than ten steps of `{panels}`. `{logits}` has the largest logit of every layer over the run. "
+        "Charts of all heads of a layer are under *Custom Scalars*; "
         f"`{renamed(HEALTH_TAG, name)}` counts health flags.\n\n{settings}"
     )

@@ -1,4 +1,4 @@
-"""What is drawn of snapshots for loggers: panels, film strips, overlays, and at the end table and time-lapse."""
+"""What is drawn of snapshots for loggers: panels, film strips, charts, overlays, at the end table and time-lapse."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from attn_monitor import functional as F
 from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.layer_heat_map import HEAT_SCALES, layer_heat_map
+from attn_monitor.draw.logit_chart import logit_chart
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.measure.metrics import LARGEST
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
+from attn_monitor.record.curves import Curves
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 OVERLAID_IMAGES = 2
@@ -40,6 +44,19 @@ class Pictures:
             strip = strips.filmstrip(history, index, photo, layer=layer, options=self.style)
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
+
+    def of_run(self, snapshot: AttentionSnapshot, curves: Curves) -> Iterator[Picture]:
+        """Charts of the whole run up to a snapshot, and where it has several layers, all of their heads at a glance."""
+        if logits := curves.of(LARGEST):
+            caption = f"largest logits, step {snapshot.step}"
+            yield Picture(renamed("attn_logits", self.name), logit_chart(logits), caption)
+        if len({layer for _, layer in snapshot.layers}) == 1:
+            return
+        for name, scale in HEAT_SCALES.items():
+            heat_map = layer_heat_map(snapshot, scale)
+            if heat_map is not None:
+                tag = renamed(f"attn_layers/{name}", self.name)
+                yield Picture(tag, heat_map, f"{name} of all heads, step {snapshot.step}")
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""

@@ -16,9 +16,11 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.publish.attention_sinks import AttentionSinkRow, sink_rows
 from attn_monitor.publish.background import Job, Outbox, Patience
 from attn_monitor.publish.disk_space import Space
 from attn_monitor.publish.failures import Failures
+from attn_monitor.publish.head_keys import budget_text, head_keys, layers_within
 from attn_monitor.publish.how_to_read import how_to_read
 from attn_monitor.publish.picture_folder import PictureFolder
 from attn_monitor.publish.pictures import Pictures, entropy_curves
@@ -34,10 +36,12 @@ from attn_monitor.publish.sink import (
     TakesOverlays,
     TakesPictures,
     TakesReports,
+    TellsAttentionSinks,
 )
 from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.archive import snapshot_path
+from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -67,8 +71,8 @@ class Publisher:
     ``disk_reserve`` bytes are free (None: the smaller of 1 GB and 1 % of the disk), pictures and archive pause.
 
     ``every_layer`` draws each captured layer, not only the last. ``history`` are the snapshots of a resumed run's past,
-    for film strips. ``settings`` is Markdown that records how the run was watched. ``name`` keeps several publishers of
-    one run apart: tags start with ``attn-{name}``; the archive has plain tags.
+    for film strips, ``curves`` its metrics, for charts. ``settings`` is Markdown that records how the run was watched.
+    ``name`` keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
 
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
@@ -85,6 +89,7 @@ class Publisher:
         style: DrawingOptions = DrawingOptions(),
         every_layer: bool = False,
         history: Iterable[AttentionSnapshot] = (),
+        curves: Curves | None = None,
         settings: str = "",
         name: str = "",
         failures: Failures | None = None,
@@ -96,6 +101,7 @@ class Publisher:
         self._reports = failures is None
         self._probe, self._style, self._name, self._every_layer = probe, style, name, every_layer
         self._pictures, self._history = Pictures(probe, style, name), History(list(history))
+        self._curves = Curves() if curves is None else curves.copy()
         self._last: AttentionSnapshot | None = None
         self._told: set[HealthFlag] = set()
         self._patience, self._space = patience or Patience(), Space(self.failures, disk_reserve)
@@ -122,14 +128,17 @@ class Publisher:
         """Queue a snapshot for the archive and every logger."""
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
         self._history.add(snapshot, layers)
+        self._curves.add(step, snapshot.metrics)
         self._last = snapshot
         self._tell(snapshot.flags, step)
         if self.folder is not None:
             write = partial(_write, self._space, self.folder, snapshot, self._probe)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
-        scalars = {renamed(tag, self._name): value for tag, value in snapshot.scalars().items()}
-        drawn = _Once(partial(self._draw, snapshot, list(self._history), layers))
+        every_scalar = self._scalars(snapshot, True)
+        drawn = _Once(partial(self._draw, snapshot, list(self._history), self._curves.copy(), layers))
         for channel in self._channels:
+            layers_of_heads = self._layers_of_heads(channel, snapshot)
+            scalars = every_scalar if layers_of_heads is None else self._scalars(snapshot, layers_of_heads)
             self._queue_metrics(channel, scalars, step)
             if isinstance(channel.sink, TakesPictures):
                 log = partial(self._log_pictures, channel, channel.sink, snapshot, drawn, layers[-1])
@@ -150,15 +159,16 @@ class Publisher:
     def close(self, *, finish: bool = True) -> None:
         """Write what is left, end the threads, and tell what could not be written. Returns whatever the loggers do.
 
-        Before, a time-lapse, on W&B a table and charts of all heads, and a report of the archive beside it, which W&B
-        and MLflow get too, unless the run did not ``finish``.
+        Before, a time-lapse, a table of attention sinks, on W&B a table and charts of all heads, and a report of the
+        archive beside it, which W&B and MLflow get too, unless the run did not ``finish``.
         """
         if finish and self._last is not None:
             history, last = list(self._history), self._last
             gif = _Once(partial(self._pictures.timelapse, history))
+            rows = _Once(partial(sink_rows, last, self._curves.copy()))
             for channel in self._channels:
                 if isinstance(channel.sink, PlaysAnimations):
-                    log = partial(self._log_end, channel, gif, history, last)
+                    log = partial(self._log_end, channel, gif, rows, history, last)
                     part = f"logging the end of the run to {channel.label}"
                     channel.outbox.put(Job(part, None, log, keep=False))
             self._report_run(last.step)
@@ -204,6 +214,20 @@ class Publisher:
     def _report(self) -> None:
         if self._reports:
             self.failures.report(_warn)
+
+    def _scalars(self, snapshot: AttentionSnapshot, heads: bool | tuple[int, ...]) -> dict[str, float]:
+        return {renamed(tag, self._name): value for tag, value in snapshot.scalars(heads=heads).items()}
+
+    def _layers_of_heads(self, channel: _Channel, snapshot: AttentionSnapshot) -> tuple[int, ...] | None:
+        """The layers whose heads a logger with a budget gets, said once; None where it gets all."""
+        budget = channel.sink.head_keys
+        if budget is None or head_keys(snapshot).total() <= budget:
+            return None
+        layers = layers_within(snapshot, budget)
+        if "budget" not in channel.done:
+            channel.done.add("budget")
+            self.failures.note(budget_text(channel.label, layers, snapshot))
+        return layers
 
     def _queue_metrics(self, channel: _Channel, scalars: dict[str, float], step: int) -> None:
         part, log = f"logging metrics to {channel.label}", partial(self._log_metrics, channel, scalars, step)
@@ -251,27 +275,38 @@ class Publisher:
             channel.done.add(part)
 
     def _log_end(
-        self, channel: _Channel, gif: _Once[bytes], history: list[AttentionSnapshot], last: AttentionSnapshot
+        self,
+        channel: _Channel,
+        gif: _Once[bytes],
+        rows: _Once[list[AttentionSinkRow]],
+        history: list[AttentionSnapshot],
+        last: AttentionSnapshot,
     ) -> None:
         sink = channel.sink
         self._space.require(sink.media_folder, 2 * len(gif()))
         if isinstance(sink, PlaysAnimations):
             sink.log_animation(renamed("attn_timelapse", self._name), gif(), last.step)
+        if isinstance(sink, TellsAttentionSinks) and rows():
+            sink.log_attention_sinks(rows(), last.step)
         if isinstance(sink, KeepsTables):
             sink.log_tables(self._pictures.head_rows(last), entropy_curves(history), last.step)
 
     def _draw(
-        self, snapshot: AttentionSnapshot, history: list[AttentionSnapshot], layers: Sequence[int]
+        self, snapshot: AttentionSnapshot, history: list[AttentionSnapshot], curves: Curves, layers: Sequence[int]
     ) -> list[Picture]:
-        """Panels and film strips of every image that can be drawn."""
+        """Panels and film strips of every image that can be drawn, and charts of the run."""
         pictures: list[Picture] = []
 
         def draw(index: int) -> None:
             pictures.extend(self._pictures.of_image(index, snapshot, history, layers))
 
+        def draw_run() -> None:
+            pictures.extend(self._pictures.of_run(snapshot, curves))
+
         images = {name: partial(draw, index) for index, name in enumerate(snapshot.names)}
+        parts: dict[str, Callable[[], None]] = {**images, "charts of the run": draw_run}
         if not self.failures.attempt(
-            "drawing", partial(self.failures.each, "drawing some images", images, snapshot.step)
+            "drawing", partial(self.failures.each, "drawing some images", parts, snapshot.step)
         ):
             self.failures.lost("drawing", snapshot.step)
         return pictures

@@ -18,6 +18,7 @@ import numpy as np
 
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.measure.health import HealthFlag
+from attn_monitor.publish.attention_sinks import AttentionSinkRow
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 
@@ -74,6 +75,8 @@ class Sink(ABC):
     """Whether it must be called on the training thread alone, as the run itself does."""
     pictures_together = False
     """Whether all pictures of a step in one call are cheaper than one call for each."""
+    head_keys: int | None = None
+    """How many metrics of single heads it gets at most, whole layers from the last one back; None: all."""
 
     def __init__(self, logger: Any, name: str = "") -> None:
         self.logger, self.name = logger, name
@@ -184,6 +187,14 @@ class KeepsTables(Protocol):
 
     def log_tables(self, rows: Sequence[HeadRow], curves: Sequence[HeadCurves], step: int) -> None:
         """A table of the last snapshot, and one chart of all heads for each layer."""
+
+
+@runtime_checkable
+class TellsAttentionSinks(Protocol):
+    """Shows the table of attention sinks, written at the end of a run."""
+
+    def log_attention_sinks(self, rows: Sequence[AttentionSinkRow], step: int) -> None:
+        """One row for each place where attention collects."""
 
 
 def is_a(logger: Any, package: str, *names: str) -> bool:

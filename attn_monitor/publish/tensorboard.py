@@ -15,6 +15,7 @@ from PIL import Image
 from attn_monitor import functional as F
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.measure.metrics import METRICS, MetricKey
+from attn_monitor.publish.attention_sinks import AttentionSinkRow, markdown
 from attn_monitor.publish.sink import Picture, Sink, is_a, is_lightning, prefix_of
 from attn_monitor.publish.tags import renamed, titled
 from attn_monitor.record.snapshot import AttentionSnapshot
@@ -70,6 +71,10 @@ class TensorBoardSink(Sink):
         """As an image summary, which plays."""
         width, height = Image.open(io.BytesIO(gif)).size
         self._add_encoded_image(tag, gif, (height, width), step)
+
+    def log_attention_sinks(self, rows: Sequence[AttentionSinkRow], step: int) -> None:
+        """As text."""
+        self.writer.add_text(renamed("attn_monitor/sinks", self.name), markdown(rows), step)
 
     def describe_run(self, text: str, snapshot: AttentionSnapshot) -> None:
         """How to read the maps, and for each metric a chart of all heads of each layer."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attn_monitor.measure.health import HealthFlag
+from attn_monitor.publish.attention_sinks import COLUMNS, AttentionSinkRow
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture, Sink, is_a, is_lightning, prefix_of
 from attn_monitor.publish.tags import renamed, titled
 
@@ -20,6 +22,7 @@ class WandbSink(Sink):
     """A W&B run."""
 
     pictures_together = True  # as one row
+    head_keys = 2_000  # W&B advises fewer than 10,000 distinct metrics in a project, the run's own among them
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
@@ -114,6 +117,13 @@ class WandbSink(Sink):
                 xname="step",
             )
         self._log(media, step)
+
+    def log_attention_sinks(self, rows: Sequence[AttentionSinkRow], step: int) -> None:
+        """As a table."""
+        import wandb
+
+        table = wandb.Table(columns=list(COLUMNS), data=[list(astuple(row)) for row in rows])
+        self._log({renamed("attn_sinks", self.name): table}, step)
 
     def _log(self, row: Mapping[str, Any], step: int) -> None:
         # Without W&B's own step: it must not go back, and the background thread logs later than training.

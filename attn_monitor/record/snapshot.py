@@ -1,8 +1,8 @@
 """`AttentionSnapshot`: what was captured at one step, and its file format.
 
-A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array (`norms`,
-`cosine` and `distance` are float32, `colors` uint8 and `features` float16), so that
-`numpy.load(path, allow_pickle=False)` reads it anywhere.
+A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array; `colors` are
+uint8, `features` float16 and all other optional tensors float32, so that `numpy.load(path, allow_pickle=False)` reads
+it anywhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,13 @@ class AttentionSnapshot:
         """(B, H, gh, gw) float32: the patch part of `rows`."""
         return self.layer(role, layer).maps
 
-    def scalars(self, *, heads: bool = True) -> dict[str, float]:
-        """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head."""
-        values = {key.tag: value for key, value in self.metrics.items() if heads or key.head is None}
+    def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
+        """What loggers get, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head.
+
+        ``heads``: whether heads are wanted, or the layers of which they are.
+        """
+        layers = heads if isinstance(heads, Collection) else {key.layer for key in self.metrics} if heads else ()
+        values = {key.tag: value for key, value in self.metrics.items() if key.head is None or key.layer in layers}
         return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1) -> Figure:
@@ -203,11 +207,16 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
         "distance": (images, heads),
         "norms": (images, prefix + gh * gw),
         "cosine": (images,),
+        "max_logit": (images, heads),
+        "max_logit_cls": (images, heads),
+        "received": (images, prefix + gh * gw),
+        "value_norms": (images, prefix + gh * gw),
     }
     rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
     if rows is None:
         raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
-    rows, shapes["distance"] = rows.float(), rows.shape[:2]
+    shapes.update(dict.fromkeys(("distance", "max_logit", "max_logit_cls"), rows.shape[:2]))
+    rows = rows.float()
     optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
     name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
     told = entry.text("kind", default="weights" if mixed else "distribution")

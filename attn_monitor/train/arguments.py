@@ -40,7 +40,8 @@ class MonitorSettings:
         gram_step: int | None,
     ) -> None:
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.metrics, self.health, self.verify = select_metrics(metrics), health, check_verify(verify)
+        select_metrics(metrics)
+        self.metrics, self.health, self.verify = metrics, health, check_verify(verify)
         self.features, self.gram_step = features, gram_step
         check_features(features, gram_step)
 

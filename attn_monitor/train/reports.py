@@ -13,6 +13,7 @@ from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measure.metrics import select_metrics
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.generic_loggers import CSVSink
 from attn_monitor.publish.sink import TakesPictures
@@ -127,7 +128,7 @@ def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule:
     shown = {
         "targets": dict(paths),
         **vars(settings),
-        "metrics": ", ".join(settings.metrics),
+        "metrics": ", ".join(select_metrics(settings.metrics)),
         "every_n_train_steps": schedule.every_n_train_steps,
         "every_n_epochs": schedule.every_n_epochs,
     }

@@ -349,6 +349,7 @@ class Session:
             style=self.drawing,
             every_layer=monitor.draws_every_layer,
             history=monitor.history,
+            curves=monitor.curves,
             settings=f"{found}\n\n{reports.settings_text(self.settings, paths, self.schedule)}",
             name=run.name,
             failures=run.failures,

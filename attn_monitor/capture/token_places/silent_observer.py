@@ -115,7 +115,7 @@ class SilentObserver(AttentionObserver):
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)
         fitting = [f for f in self._factors if f[2].numel() == out.numel() and f[2].shape[-2:] == out.shape[-2:]]
-        waiting = {id(weights) for weights, _ in self._pending}
+        waiting = {id(pending.weights) for pending in self._pending}
         self._scores_of = {i: s for i, s in self._scores_of.items() if i in waiting}
         self._scores_of[id(out)] = (args[0], fitting[-1:])
 

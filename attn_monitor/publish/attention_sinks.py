@@ -1,0 +1,99 @@
+"""The table of attention sinks at the end of a run: where attention collects, since when, and what that carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.measure.metrics import SINK_SHARES, MetricKey
+from attn_monitor.measure.sinks import LEAST_SHARE, find_sinks, on_registers
+from attn_monitor.record.curves import Curves
+from attn_monitor.record.snapshot import AttentionSnapshot
+
+COLUMNS = (
+    "role",
+    "layer",
+    "queries",
+    "token",
+    "tokens",
+    "attention %",
+    "× uniform",
+    "V / median",
+    "since step",
+    "verdict",
+)
+
+
+@dataclass(frozen=True)
+class AttentionSinkRow:
+    """One place where attention collects, or what is to be said of a layer; None and empty where there is no value."""
+
+    role: str
+    layer: int
+    queries: str
+    token: str = ""
+    tokens: float | None = None
+    attention: float | None = None  # percent
+    times_uniform: float | None = None
+    value: float | None = None
+    since: int | None = None  # step of the first snapshot since which the layer has had sinks
+    verdict: str = "no sink"
+
+
+def sink_rows(snapshot: AttentionSnapshot, curves: Curves) -> list[AttentionSinkRow]:
+    """Of every layer of a snapshot of which it is known."""
+    measured = {key[:2] for key in snapshot.metrics if key.metric in SINK_SHARES}
+    return [
+        row
+        for (role, layer), attention in snapshot.layers.items()
+        if (role, layer) in measured
+        for row in _of_layer(role, attention, curves)
+    ]
+
+
+def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[AttentionSinkRow]:
+    queries, sinks = find_sinks(attention)
+    since = _since(curves, role, attention.layer)
+    if sinks is None:
+        yield AttentionSinkRow(role, attention.layer, queries, verdict="not known, as attention holds NaN or infinity")
+        return
+    for sink in sinks:
+        yield AttentionSinkRow(
+            role,
+            attention.layer,
+            queries,
+            sink.token,
+            sink.tokens,
+            100 * sink.share,
+            sink.times_uniform,
+            sink.value,
+            since,
+            sink.verdict,
+        )
+    if not sinks:
+        yield AttentionSinkRow(role, attention.layer, queries)
+    if said := on_registers(sinks, attention):
+        yield AttentionSinkRow(role, attention.layer, queries, "registers", verdict=said)
+
+
+def _since(curves: Curves, role: str, layer: int) -> int | None:
+    """The first step of those at the end of the run at which attention collected."""
+    since = None
+    for key, points in curves.of(SINK_SHARES).items():
+        if key == MetricKey(role, layer, key.metric):
+            for step, share in points:
+                since = (step if since is None else since) if share >= LEAST_SHARE else None
+    return since
+
+
+def markdown(rows: Sequence[AttentionSinkRow]) -> str:
+    """The rows as a table."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(map(_cell, astuple(row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

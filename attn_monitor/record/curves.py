@@ -1,0 +1,49 @@
+"""`Curves`: a few metrics of every layer over the whole run, for charts that need its past."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from attn_monitor.measure.metrics import LARGEST, SINK_SHARES, MetricKey, Metrics
+from attn_monitor.record.history import thin
+
+LENGTH = 96  # points of a curve that are kept
+CHARTED = (*LARGEST, *SINK_SHARES)
+
+Points = list[tuple[int, float]]
+
+
+class Curves:
+    """Points (step, value) of the metrics in ``CHARTED`` over heads and images, thinned evenly where there are many."""
+
+    def __init__(self, points: Mapping[MetricKey, Points] | None = None) -> None:
+        self._points = {key: list(line) for key, line in (points or {}).items()}
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Append a snapshot's values; those of its step and later ones, from before a run was resumed, go."""
+        for key, line in self._points.items():
+            self._points[key] = [point for point in line if point[0] < step]
+        for key, value in metrics.items():
+            if key.head is None and key.metric in CHARTED and math.isfinite(value):
+                line = [*self._points.get(key, []), (step, value)]
+                chosen = thin([s for s, _ in line], LENGTH * 3 // 4) if len(line) > LENGTH else range(len(line))
+                self._points[key] = [line[i] for i in chosen]
+
+    def of(self, metrics: Collection[str]) -> dict[MetricKey, Points]:
+        """The curves of these metrics that have points, by role, layer and metric."""
+        return {key: line for key, line in sorted(self._points.items()) if key.metric in metrics and line}
+
+    def copy(self) -> Curves:
+        """The same, which later points are not added to."""
+        return Curves(self._points)
+
+    def state_dict(self) -> list[Any]:
+        """Plain values only."""
+        return [[*key[:3], [list(point) for point in line]] for key, line in self._points.items()]
+
+    @classmethod
+    def from_state_dict(cls, state: list[Any]) -> Curves:
+        """The curves that `state_dict` came from."""
+        return cls({MetricKey(*key): [(int(s), float(v)) for s, v in line] for *key, line in state})

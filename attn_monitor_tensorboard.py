@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SNAPSHOT = re.compile(r"step-[0-9]{9,18}\.npz")
 NUMBER = re.compile(r"-?[0-9]{1,18}")
-FRESH = 3.0  # seconds for which a look at the log directory is good
+FRESH = 3.0  # seconds for which a look at the log directory is good, or longer:
+SHARE = 0.1  # of the time is spent looking at most, where that directory is large or far away
 
 HOST = """const page = new URL("page", import.meta.url);
 export function render() {
@@ -84,13 +85,14 @@ class Archives:
     def __init__(self, root: str | None) -> None:
         self._root = root
         self._found: dict[str, Path] = {}
-        self._lock, self._looked = threading.Lock(), -FRESH
+        self._lock, self._until = threading.Lock(), 0.0
 
     def found(self) -> dict[str, Path]:
         """All that there are, as of a moment ago."""
         with self._lock:
-            if self._root is not None and time.monotonic() - self._looked >= FRESH:
-                self._found, self._looked = self._look(Path(self._root)), time.monotonic()
+            if self._root is not None and (began := time.monotonic()) >= self._until:
+                self._found, now = self._look(Path(self._root)), time.monotonic()
+                self._until = now + max(FRESH, (now - began) / SHARE)
             return self._found
 
     @staticmethod
@@ -140,7 +142,7 @@ def _respond(content: Any, kind: str, status: int = 200) -> wrappers.Response:
     if kind == "text/html":
         from attn_monitor.player.page import policy_of
 
-        policy = f"{policy_of(server=True)}; frame-ancestors 'self'"
+        policy = policy_of(server=True)  # with frames anywhere: notebooks show TensorBoard in one of another origin
     headers = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",

@@ -617,6 +617,92 @@ def test_its_policy_forbids_scripts_and_requests(file: Path, browser: Watched) -
     assert [url for url in browser.asked if url.startswith("http")] == []
 
 
+def written(folder: Path, layers_at: dict[int, dict[tuple[str, int], LayerAttention]]) -> Path:
+    """The report of a run with these layers at each step."""
+    ProbeBatch(torch.rand(2, 3, 32, 32)).save(folder / "probe.npz")
+    for step, layers in layers_at.items():
+        AttentionSnapshot(step, 0, ("image0", "image1"), layers).save(snapshot_path(folder, step))
+    page = folder / "report.html"
+    page.write_text(report_page([("run", folder)]))
+    return page
+
+
+def rows_of(layer: int, heads: int = 2, grid: tuple[int, int] = (4, 4), prefix: int = 1, **more: Any) -> LayerAttention:
+    rows = torch.randn(2, heads, prefix + grid[0] * grid[1], generator=torch.Generator().manual_seed(layer)).softmax(-1)
+    return LayerAttention(layer, f"blocks.{layer}", rows, prefix, grid, False, 0.0, **more)
+
+
+@in_a_browser
+def test_it_plays_over_steps_at_which_other_layers_were_recorded(watched: Watched, tmp_path: Path) -> None:
+    page = watched.open(written(tmp_path, {0: {("student", 3): rows_of(3)}, 10: {("student", 5): rows_of(5)}}))
+    page.get_by_role("button", name="play").click()
+    page.wait_for_function("() => document.querySelector('output.step').textContent === 'step 10'")
+    page.get_by_role("button", name="play").wait_for()
+    assert page.get_by_text("only layer 5 was recorded").is_visible()
+
+
+@in_a_browser
+def test_of_two_runs_one_layer_is_compared_or_said_to_be_another(watched: Watched, tmp_path: Path) -> None:
+    """A has layers 1 to 3, B 1, 3 and 5: B's last one is not taken for A's last one."""
+    for name, layers in (("a", (1, 2, 3)), ("b", (1, 3, 5))):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, {0: {("student", layer): rows_of(layer) for layer in layers}})
+    (tmp_path / "b" / "probe.npz").write_bytes((tmp_path / "a" / "probe.npz").read_bytes())
+    file = tmp_path / "both.html"
+    report(str(tmp_path / "a"), str(tmp_path / "b"), out=str(file))
+    for layer, told in ((3, ["step 0", "step 0"]), (2, ["step 0, layer 2", "step 0, layer 5"])):
+        page = watched.open(file, f"layer={layer}", width=400)
+        assert page.locator(".detail").all_inner_texts() == told
+        captions = page.locator("figcaption").all_inner_texts()
+        assert (captions[0] == captions[1]) == (layer == 3)
+
+
+@in_a_browser
+def test_one_place_in_grids_of_two_sizes(watched: Watched, tmp_path: Path) -> None:
+    """The cursor on a teacher's patch is, in a student of larger patches, the patch at the same place."""
+    grids = {"student": (2, 2), "teacher": (4, 4)}
+    layers = {(role, 1): rows_of(1, heads, grids[role]) for role, heads in (("student", 1), ("teacher", 3))}
+    page = watched.open(written(tmp_path, {0: layers}))
+    box = canvas_of(page, "teacher").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.35)
+    watched.settle()
+    assert page.locator(".patch h3").inner_text() == "Patch 0, 1"
+    told = [float(text.rstrip("×")) for text in page.locator(".bars .number").all_inner_texts()[:2]]
+    maps = [layers[role, 1].maps[0].half().float().mean(0) for role in grids]
+    np.testing.assert_allclose(told, [4 * maps[0][0, 1], 16 * maps[1][1, 2]], rtol=0.01, atol=0.006)
+    assert page.locator("section[aria-label=student] .heads button:visible").count() == 1
+    absent = page.locator("section[aria-label=student] .heads button").last
+    assert absent.get_attribute("aria-label") == "student, head 2: there is no head 2"
+
+
+@in_a_browser
+def test_what_is_unknown_is_not_said(watched: Watched, tmp_path: Path) -> None:
+    """Prefix tokens of a model without CLS have no names; signed weights have neither entropy nor mask."""
+    signed = rows_of(2, prefix=2, kind="signed", query="mean")
+    signed.rows.sub_(0.1)
+    layers = {("one", 2): signed, ("another", 2): rows_of(2, prefix=2, query="cls")}
+    page = watched.open(written(tmp_path, {0: layers}))
+    assert page.locator("figcaption").first.inner_text().split() == ["mean", "H", "–", "mask", "–", "peak", "–"]
+    labels = page.locator(".tokens .label").all_inner_texts()
+    assert labels == ["one prefix token 0", "one prefix token 1", "another CLS", "another register 1"]
+    colour = "dots => dots.map(dot => getComputedStyle(dot).backgroundColor)"
+    assert len(set(page.locator(".column .dot").evaluate_all(colour))) == 2
+    assert page.locator("#summary").inner_text() == "1 snapshot, step 0"
+
+
+@in_a_browser
+def test_a_link_that_is_pasted_into_the_open_page_is_believed_as_little(
+    watched: Watched, file: Path, probe: ProbeBatch
+) -> None:
+    page = watched.open(file)
+    page.evaluate("location.hash = 'image=99&head=-7&pin=2.5&step=10'")
+    page.locator("output.step", has_text="step 10").wait_for()
+    watched.settle()
+    assert page.get_by_label("Head", exact=True).input_value() == "-1"
+    assert page.locator(".thumbnail[aria-pressed=true]").get_attribute("aria-label") == probe.names[-1]
+    assert page.locator(".patch h3").inner_text() == "Patch 0, 2"
+
+
 def made_up_run(folder: Path, steps: int) -> None:
     """Snapshots of 8 images, two roles, 12 heads and 14 x 14 patches; random, which compresses worst."""
     generator = torch.Generator().manual_seed(0)
@@ -660,3 +746,12 @@ def test_a_broken_snapshot_is_left_out_by_name(archive: Path, tmp_path: Path) ->
     (run,) = manifest_of(report_page([("run", tmp_path)]))["runs"]
     assert [step["step"] for step in run["steps"]] == [0, 30, 100]
     assert "step-000000010.npz" in run["note"]
+    assert str(tmp_path) not in run["note"], "a page is handed on"
+    with pytest.raises(SystemExit, match=r"report\.html is without step-000000010\.npz"):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")])
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_name_that_is_no_text_is_written(archive: Path) -> None:
+    page = report_page([("run \udcff", archive)])
+    assert manifest_of(page.encode().decode())["runs"][0]["name"] == "run ?"

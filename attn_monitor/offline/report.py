@@ -6,17 +6,21 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
+from attn_monitor.errors import ArchiveError
 from attn_monitor.offline.compare import compare_runs
 from attn_monitor.offline.results import doing, print_path, writing_to
 from attn_monitor.offline.runs import find_archive
-from attn_monitor.player.report import EMBED_BYTES, FILE_BYTES, names_of, report_page, write_whole
+from attn_monitor.player.contents import Contents
+from attn_monitor.player.page import page_of_runs
+from attn_monitor.player.report import EMBED_BYTES, FILE_BYTES, contents_within, names_of, write_whole
 
 
 def report(run: str, other: str | None = None, *, out: str = "report.html", embed: bool = False) -> None:
     """Write a run as one HTML file that opens by double click: every step, image, layer and head, to play and to ask.
 
     With two runs of the same images, they are swiped between and subtracted. The file needs no network and makes no
-    request. Steps are thinned evenly, with a note, where it would be larger than 8 MB.
+    request. Steps are thinned evenly, with a note, where it would be larger than 8 MB. Snapshots that cannot be read
+    are left out, and named in the page and at the end.
 
     Example: attn-monitor report runs/version_0 --out report.html
 
@@ -28,10 +32,12 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
     """
     path = Path(out)
     with doing(f"writing {path}"):
-        page = _page(run, other, EMBED_BYTES if embed else FILE_BYTES)
+        contents = _contents(run, other, EMBED_BYTES if embed else FILE_BYTES)
         with writing_to(path.parent):
-            write_whole(path, page)
+            write_whole(path, page_of_runs(contents))
     print_path(path)
+    if broken := [reason for of_run in contents for reason in of_run.broken]:
+        raise ArchiveError(f"{path} is without {'; '.join(broken)}")
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,11 @@ def snapshot_player(run: str | Path, other: str | Path | None = None, *, height:
     ``run`` is an archive or the log directory that holds it; with ``other``, a run of the same images, they are
     swiped between and subtracted. At most 4 MB stay in the notebook, with steps thinned evenly where there are more.
     """
-    return Player(_page(run, other, EMBED_BYTES), height)
+    return Player(page_of_runs(_contents(run, other, EMBED_BYTES)), height)
 
 
-def _page(run: str | Path, other: str | Path | None, limit: int) -> str:
+def _contents(run: str | Path, other: str | Path | None, limit: int) -> list[Contents]:
     folders = [find_archive(path) for path in (run, other) if path is not None]
     if other is not None:
         compare_runs(*folders)  # tells why two cannot be compared
-    return report_page(list(zip(names_of(folders), folders, strict=True)), limit=limit)
+    return contents_within(list(zip(names_of(folders), folders, strict=True)), limit)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measure.sinks import has_cls
 from attn_monitor.record.snapshot import AttentionSnapshot
 
 Layout = list[dict[str, Any]]
@@ -24,8 +25,8 @@ Layout = list[dict[str, Any]]
 def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
     """What the snapshot's layers are, in the order in which their numbers stand in blocks; ``features`` as in `block`.
 
-    ``prefix`` tokens stand before the patches of a row; ``colors`` says whether there are some, ``features`` how many
-    a patch has.
+    ``prefix`` tokens stand before the patches of a row, the first of them CLS where ``cls``; ``colors`` says whether
+    there are some, ``features`` how many a patch has.
     """
     return [
         {
@@ -38,6 +39,7 @@ def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
             "kind": a.kind,
             "mixed": a.mixed,
             "prefix": a.num_prefix,
+            "cls": has_cls(a),
             "grid": list(a.grid),
             "heads": a.rows.shape[1],
             "colors": _optional(a, "colors") is not None,

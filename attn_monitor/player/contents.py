@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ class Step:
 
 @dataclass
 class Contents:
-    """A run's images and steps; ``note`` says what was left out."""
+    """A run's images and steps; ``note`` says what was left out, ``broken`` what of it could not be read, and why."""
 
     name: str
     images: dict[str, Any]
     steps: list[Step]
     note: str = ""
+    broken: list[str] = field(default_factory=list)
 
     def manifest(self) -> dict[str, Any]:
         """All but the blocks, in plain values. Layouts are told once each, and steps say which is theirs."""
@@ -111,7 +113,7 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     size = _largest_step(paths)
     few = max(2, int(room / size)) if size else len(paths)
     chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
-    broken: list[str] = []
+    broken = contents.broken
     contents.steps = list(_readable(chosen, probe, broken))
     if not contents.steps:
         raise ArchiveError(f"{folder}: no snapshot can be shown: {'; '.join(broken)}")
@@ -142,7 +144,7 @@ def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> It
             if tag_safe_names(snapshot.names) != probe.names:
                 raise ArchiveError(f"{path.name} shows {', '.join(snapshot.names)}, which are not the probe's images")
         except (ArchiveError, OSError) as error:
-            broken.append(str(error))
+            broken.append(str(error).replace(f"{path.parent}{os.sep}", ""))  # a page is handed on; its folder is not
             continue
         bare = blocks.blocks(snapshot, features=False)
         full = blocks.blocks(snapshot) if blocks.has_features(snapshot) else None

@@ -102,6 +102,7 @@ def _page(manifest: dict[str, Any], blocks: str) -> str:
     script, style, body = _sources()
     # In a script element only "<" could end it, or begin a comment.
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    text = text.encode(errors="replace").decode()  # names of files may hold bytes that are no text
     policy = policy_of(server=bool(manifest.get("server")))
     return _PAGE.format(policy=policy, style=style, body=body, manifest=text, blocks=blocks, script=script)
 

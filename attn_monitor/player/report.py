@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attn_monitor.player.contents import gather
+from attn_monitor.player.contents import Contents, gather
 from attn_monitor.player.page import code_size, page_of_runs
 
 FILE_BYTES, EMBED_BYTES = 8_000_000, 4_000_000  # of a file, and of one that others show inside of theirs
@@ -16,8 +16,13 @@ REST = 50_000  # of them for layouts and the like
 
 def report_page(archives: Sequence[tuple[str, Path]], *, limit: int = FILE_BYTES) -> str:
     """The page of one or two archives, given by name and folder, in about ``limit`` bytes; steps are thinned to fit."""
+    return page_of_runs(contents_within(archives, limit))
+
+
+def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Contents]:
+    """What such a page shows of each."""
     room = (limit - code_size() - REST) / len(archives)
-    return page_of_runs([gather(folder, name, room) for name, folder in archives])
+    return [gather(folder, name, room) for name, folder in archives]
 
 
 def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda size: None) -> None:

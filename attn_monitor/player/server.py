@@ -51,7 +51,7 @@ class Library:
 
 
 class _Archive:
-    """One archive, which may grow, or go back where its run is resumed from an earlier step."""
+    """One archive, which may grow, go back where its run is resumed from an earlier step, or be filled in between."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -95,7 +95,8 @@ class _Archive:
         """Read new snapshots for a while; how many are left to read."""
         paths = _own_files(self.folder)
         stamps = {path: _stamp(path) for path in paths}
-        if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
+        between = [path for path in paths if path not in self._steps and path < max(self._steps, default=path)]
+        if between or any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
             self._forget()
         if not self._images:
             self._read_images()
@@ -110,7 +111,7 @@ class _Archive:
 
     def _read_images(self) -> None:
         path = self.folder / "probe.npz"
-        if path.is_symlink() or not path.exists():
+        if path.is_symlink() or not path.is_file():
             raise ArchiveError("this run has no probe.npz")
         probe = ProbeBatch.load(path)
         self._images, self._names = images_of(probe), probe.names
@@ -135,8 +136,8 @@ class _Archive:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """Snapshots that lie in the folder itself: a link may lead anywhere."""
-    return [path for path in snapshot_paths(folder) if not path.is_symlink()]
+    """Snapshots that lie in the folder itself: a link may lead anywhere, and to read a pipe is to wait for ever."""
+    return [path for path in snapshot_paths(folder) if path.is_file() and not path.is_symlink()]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 // What the chosen patch and the chosen head hold: weights in every head, history over steps, prefix tokens, facts.
 import {makeChart} from "./charts.js";
 import {cosines, grouped, percent, written} from "./numbers.js";
-import {atOf, chosenPatch, now, runA, shownLayer, view} from "./view.js";
+import {atOf, chosenPatch, classOf, now, patchIn, pinned, runA, shownLayer, view} from "./view.js";
 import {columnsShown} from "./stage.js";
 import {el, headName} from "./tiles.js";
 
@@ -27,16 +27,17 @@ export function makeInspector() {
   }
 
   function drawPatch(chosen, columns) {
-    const grid = columns[0]?.entry.grid, there = chosen && grid && chosen.patch < grid[0] * grid[1];
+    const grid = columns[0]?.entry.grid, patchOf = ({entry}) => patchIn(entry.grid, chosen);
+    const first = chosen && grid ? patchOf(columns[0]) : -1, there = first >= 0;
     patch.classList.toggle("empty", !there);
-    where.textContent = there ? `Patch ${Math.floor(chosen.patch / grid[1])}, ${chosen.patch % grid[1]}` : "Patch";
-    hint.replaceChildren(...there ? ["× uniform", ...columns.map(({role, side, title}) => el("span", {class: `value role-${role}${side ? " other" : ""}`}, title))]
+    where.textContent = there ? `Patch ${Math.floor(first / grid[1])}, ${first % grid[1]}` : "Patch";
+    hint.replaceChildren(...there ? ["× uniform", ...columns.map(({role, side, title}) => el("span", {class: `value ${classOf(role)}${side ? " other" : ""}`}, title))]
       : ["Point at a picture to read one patch; click to keep it."]);
     bars.hidden = history.element.hidden = over.hidden = !there;
     cosine.hidden = true;
     if (!there) return;
-    const weights = columns.map(({run, at, layer, role, entry}) => Array.from({length: entry.heads + 1}, (_, i) =>
-      run.weight(at, role, layer, chosen.image, i - 1, chosen.patch)));
+    const weights = columns.map(column => Array.from({length: column.entry.heads + 1}, (_, i) =>
+      column.run.weight(column.at, column.role, column.layer, chosen.image, i - 1, patchOf(column))));
     drawBars(bars, columns, weights);
     drawCosine(chosen, columns);
     drawHistory(chosen, columns);
@@ -46,17 +47,18 @@ export function makeInspector() {
     const {part} = columns[0] ?? {};
     if (!part?.width || view.pin < 0 || chosen.image !== view.image) return;
     cosine.hidden = false;
-    cosine.textContent = "cosine to the chosen patch: " + columns.map(({title, part}) =>
-      `${title} ${written(cosines(part.features(chosen.image), part.width, view.pin)[chosen.patch])}`).join(", ");
+    cosine.textContent = "cosine to the chosen patch: " + columns.filter(({part}) => part.width).map(({title, part, entry}) =>
+      `${title} ${written(cosines(part.features(chosen.image), part.width, patchIn(entry.grid, pinned()))[patchIn(entry.grid, chosen)])}`).join(", ");
   }
 
   function drawHistory(chosen, columns) {
     const wanted = JSON.stringify([chosen, view.head, columns.map(c => [c.title, c.layer, c.run.name, c.run.kept.size, c.run.steps.length])]);
     if (wanted !== known) {
       known = wanted;
+      const patchAt = entry => entry ? patchIn(entry.grid, chosen) : -1;
       curves = columns.map(({run, layer, role, side}) => ({
-        className: `role-${role} mean${side ? " other" : ""}`, dotted: true, id: wanted,
-        points: run.steps.map((step, at) => [step.step, run.weight(at, role, layer, chosen.image, view.head, chosen.patch)])
+        className: `${classOf(role)} mean${side ? " other" : ""}`, dotted: true, id: wanted,
+        points: run.steps.map((step, at) => [step.step, run.weight(at, role, layer, chosen.image, view.head, patchAt(run.entry(at, role, layer)))])
           .filter(point => Number.isFinite(point[1])),
       }));
     }
@@ -70,9 +72,9 @@ export function makeInspector() {
     prefix.hidden = shown.length === 0;
     if (prefix.hidden) return;
     tokensTitle.textContent = `Prefix tokens, ${headName(view.head)}`;
-    const rows = shown.flatMap(({run, at, layer, role, title, side}) =>
+    const rows = shown.flatMap(({run, at, layer, role, title, side, entry}) =>
       run.prefixes(at, role, layer, view.image, view.head).map((share, token) => ({
-        name: `${title} ${token ? `register ${token}` : "CLS"}`, share, className: `role-${role}${side ? " other" : ""}`,
+        name: `${title} ${entry.cls ? token ? `register ${token}` : "CLS" : `prefix token ${token}`}`, share, className: `${classOf(role)}${side ? " other" : ""}`,
       })));
     replaceRows(tokens, rows.map(row => row.name), (parts, i) => fill(parts, rows[i].name, rows[i].share, percent(rows[i].share), rows[i].className));
   }
@@ -95,7 +97,7 @@ function drawBars(bars, columns, weights) {
   replaceRows(bars, rows.map(({i, column}) => `${column.title} ${i}`), (parts, r) => {
     const {i, c, column} = rows[r], value = weights[c][i];
     const label = c ? "" : i ? `head ${i - 1}` : "mean";
-    fill(parts, label, value / most, Number.isFinite(value) ? `${written(value)}×` : "–", `role-${column.role}${column.side ? " other" : ""}`);
+    fill(parts, label, value / most, Number.isFinite(value) ? `${written(value)}×` : "–", `${classOf(column.role)}${column.side ? " other" : ""}`);
     parts.row.classList.toggle("first", c === 0);
     parts.row.classList.toggle("chosen", i - 1 === view.head);
     parts.row.title = `${column.title}, ${headName(i - 1)}`;
@@ -123,7 +125,7 @@ function drawFacts(facts, columns) {
   const told = columns.flatMap(({title, entry, run}) => [
     [title, `${entry.model || "model"}, ${entry.name}`],
     ["rows are", `${entry.kind === "distribution" ? "distributions" : entry.kind}${entry.mixed ? ", mixed" : ""}`],
-    ["query", entry.query || "cls"], ["places known", entry.places || "not told"],
+    ["query", entry.query || "not told"], ["places known", entry.places || "not told"],
     ["patches", `${entry.grid[0]} × ${entry.grid[1]}`],
   ]);
   const text = JSON.stringify(told);

@@ -4,7 +4,7 @@ import {grouped} from "./numbers.js";
 import {makeControls, makeThumbnails} from "./controls.js";
 import {makeInspector, stepsOfHistory} from "./inspector.js";
 import {pictureOf} from "./picture.js";
-import {runsOfFile, Server} from "./source.js";
+import {PHOTOGRAPH, runsOfFile, Server} from "./source.js";
 import {makeStage} from "./stage.js";
 import {makeTimeline, togglePlay} from "./timeline.js";
 import {asHash, atOf, change, fromHash, goTo, goToStep, hover, now, runA, shownLayer, view, whenChanged} from "./view.js";
@@ -33,13 +33,14 @@ async function start() {
   wireButtons(stage);
   addEventListener("keydown", onKey);
   if (linked) addEventListener("hashchange", () => {
-    if (location.hash.slice(1) !== asHash()) {
-      fromHash(location.hash);
-      goToStep(view.step);
-    }
+    if (location.hash.slice(1) === asHash()) return;
+    const {run, other} = view;
+    fromHash(location.hash);
+    if (server && (view.run !== run || view.other !== other)) location.reload();
+    else goToStep(view.step);
   });
   new ResizeObserver(() => change()).observe(byId("pictures"));
-  for (const picture of now.runs.flatMap(run => run.pictures)) picture.addEventListener("load", () => change());
+  document.addEventListener(PHOTOGRAPH, () => change());
   byId("loading").hidden = true;
   byId("app").hidden = false;
   goToStep(view.step);
@@ -77,10 +78,22 @@ async function fetchHistory() {
 async function openServer() {
   const names = await server.names();
   if (!names.length) throw new Error("There is no archive below the log directory yet.");
-  if (!names.includes(view.run)) view.run = names[names.length - 1];
-  now.runs = [await server.run(view.run)];
+  now.runs = [await firstOf([view.run, ...[...names].reverse()].filter(name => names.includes(name)))];
+  view.run = runA().name;
   if (names.includes(view.other) && view.other !== view.run) await openOther(view.other);
   drawRuns(names);
+}
+
+// The first of these runs that can be shown; why the last one cannot where none can.
+async function firstOf(names) {
+  for (const name of names.slice(0, -1)) {
+    try {
+      return await server.run(name);
+    } catch (error) {
+      tell(`${name}: ${error.message}`);
+    }
+  }
+  return server.run(names.at(-1));
 }
 
 async function openOther(name) {
@@ -111,7 +124,7 @@ async function openRun(name) {
     view.image = Math.min(view.image, run.images.length - 1);
     now.runs = [run];
     now.playing = false;
-    for (const picture of run.pictures) picture.addEventListener("load", () => change());
+    now.hover = null;
     byId("runs").lastChild.value = "";
     goTo(run.steps.length - 1);
   } catch (error) {
@@ -120,6 +133,7 @@ async function openRun(name) {
 }
 
 // News of a run that is still going: the newest step stays the one that is shown where it was.
+let lost = false;
 async function look() {
   let soon = false;
   try {
@@ -132,8 +146,10 @@ async function look() {
       if (await server.refresh(run) && run === runA()) last ? goTo(run.steps.length - 1) : goToStep(step);
       soon ||= run.pending > 0;
     }
-    tell("");
+    if (lost) tell("");
+    lost = false;
   } catch (error) {
+    lost = true;
     tell(`no news: ${error.message}`);
   }
   setTimeout(look, soon ? 50 : LIVE);
@@ -147,7 +163,8 @@ function tellTitle() {
     byId("title").replaceChildren(...names.map(name => el("span", {}, name)));
     if (b && !server) [...byId("title").children].forEach((name, i) => name.prepend(runDot(i)));
   }
-  byId("summary").textContent = `${steps.length} snapshots, steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;
+  byId("summary").textContent = steps.length === 1 ? `1 snapshot, step ${grouped(steps[0].step)}`
+    : `${steps.length} snapshots, steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;
   const note = now.runs.map(run => run.note).filter(Boolean).join(". ");
   byId("note").hidden = !note;
   byId("note").textContent = note;
@@ -221,7 +238,8 @@ const KEYS = {
 
 // Keys work wherever they mean nothing else: not in fields, and space not on buttons.
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, select, textarea")) return;
+  const modified = (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph"); // types [ and ]
+  if (modified || event.target.closest?.("input, select, textarea")) return;
   if (event.key === " " && event.target.closest?.("button, summary, a")) return;
   const action = KEYS[event.key];
   if (!action) return;

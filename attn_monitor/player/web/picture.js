@@ -26,8 +26,9 @@ export function pictureOf(stage) {
   }
   for (const text of stage.pictures.querySelectorAll("h2, .caption, .small, .detail")) {
     const at = text.getBoundingClientRect(), own = getComputedStyle(text);
+    if (!at.width) continue; // what small pages leave out
     context.fillStyle = own.color;
-    const words = [...text.childNodes].map(node => node.textContent.trim()).join("   ");
+    const words = [...text.childNodes].filter(node => node.nodeType === Node.TEXT_NODE || node.getClientRects().length).map(node => node.textContent.trim()).join("   ");
     write(context, words, at.left - box.left + MARGIN, at.top - box.top + HEADER + at.height / 2 + 5, `${own.fontWeight} ${own.fontSize} ${style.fontFamily}`, at.width);
   }
   drawFooter(context, box.height + HEADER + 16, style);

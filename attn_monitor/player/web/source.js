@@ -1,6 +1,7 @@
 // Runs as the page knows them: their facts, and their blocks of numbers, from this file or from a server.
 import {fromHalves} from "./numbers.js";
 
+export const PHOTOGRAPH = "photograph"; // what happens in the document when one can be drawn
 const MOST_BYTES = 192 * 2 ** 20; // of decoded blocks that are kept; the oldest go first
 
 async function inflated(bytes) {
@@ -27,8 +28,10 @@ class Run {
   replace(facts) {
     Object.assign(this, facts);
     this.kept.clear();
+    this.waiting.clear();
     this.bytes = 0;
-    this.pictures = this.images.map(image => Object.assign(new Image(), {src: image.photo}));
+    const onload = () => document.dispatchEvent(new Event(PHOTOGRAPH));
+    this.pictures = this.images.map(image => Object.assign(new Image(), {onload, src: image.photo}));
     this.truths = this.images.map(image => image.truth.map(runs => unrolled(runs, this.size[0] * this.size[1])));
   }
 
@@ -57,9 +60,9 @@ class Run {
       const layout = this.layout(at).filter(entry => entry.layer === layer);
       const ready = Promise.resolve(this.fetchBlock(step, layer)).then(inflated).then(bytes => {
         const numbers = unpacked(bytes, layout, this.images.length);
-        this.keep(key, numbers, bytes.length);
+        if (this.waiting.get(key) === ready) this.keep(key, numbers, bytes.length); // else the run is another by now
         return numbers;
-      }).finally(() => this.waiting.delete(key));
+      }).finally(() => this.waiting.get(key) === ready && this.waiting.delete(key));
       this.waiting.set(key, ready);
     }
     return this.waiting.get(key);
@@ -92,7 +95,7 @@ class Run {
   // The weight of one patch in units of uniform attention, NaN where it is not here; of prefix tokens as it is.
   weight(at, role, layer, image, head, patch) {
     const part = this.peek(at, layer)?.[role], patches = part ? part.tokens - part.prefix : 0;
-    return patch < patches && head < part.heads ? patches * tokenWeight(part, image, head, part.prefix + patch) : NaN;
+    return patch >= 0 && patch < patches && head < part.heads ? patches * tokenWeight(part, image, head, part.prefix + patch) : NaN;
   }
 
   prefixes(at, role, layer, image, head) {
@@ -112,6 +115,8 @@ function tokenWeight(part, image, head, token) {
 function unpacked(bytes, layout, images) {
   const count = layout.reduce((sum, e) => sum + images * (e.heads * tokensOf(e) + patchesOf(e) * e.features), 0);
   const halves = new Uint16Array(count);
+  const colours = layout.reduce((sum, e) => sum + (e.colors ? 3 * images * patchesOf(e) : 0), 0);
+  if (bytes.length !== 2 * count + colours) throw new Error("this snapshot has changed");
   for (let i = 0; i < count; i++) halves[i] = bytes[i] | bytes[count + i] << 8;
   let rowsAt = 0, coloursAt = 2 * count;
   let featuresAt = layout.reduce((sum, e) => sum + images * e.heads * tokensOf(e), 0);

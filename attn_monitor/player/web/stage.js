@@ -1,7 +1,7 @@
 // The pictures: a column for each role (and run), with one large map and the heads below, or all images at once.
 import {drawBar, SCALES} from "./colours.js";
 import {entropyOf, grouped, percent} from "./numbers.js";
-import {atOf, change, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
+import {atOf, change, classOf, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
 import {drawTile, el, makeTile, runDot} from "./tiles.js";
 
 // What stands side by side: roles, of both runs where there are two; together where they are swiped or subtracted.
@@ -54,7 +54,7 @@ function byEntropy(columns, heads) {
 function buildColumns(pictures, columns, heads) {
   const draws = [], tiles = [];
   pictures.replaceChildren(...columns.map((column, index) => {
-    const title = el("h2", {}, column.title), detail = el("span", {class: "detail"});
+    const title = el("h2", {}, column.title), detail = el("span", {class: `detail ${runB() ? "of-two" : ""}`});
     const section = el("section", {class: "column", "aria-label": column.title}, el("header", {}, marker(column), title, detail));
     draws.push(columns => detail.textContent = detailOf(columns[index]));
     if (view.arrange !== "grid") {
@@ -70,15 +70,16 @@ function buildColumns(pictures, columns, heads) {
 }
 
 function marker(column) {
-  return column.side === undefined ? el("span", {class: `dot role-${column.role}`, "aria-hidden": "true"}) : runDot(column.side);
+  return column.side === undefined ? el("span", {class: `dot ${classOf(column.role)}`, "aria-hidden": "true"}) : runDot(column.side);
 }
 
 const modelOf = (run, role) => run.entry(atOf(run), role, shownLayer(run))?.model ?? "";
 
 function detailOf({runs, role, side}) {
-  const steps = runs.map(run => grouped(run.steps[atOf(run)].step));
-  if (runs.length > 1) return `A step ${steps[0]} · B step ${steps[1]}`;
-  return side === undefined ? modelOf(runs[0], role) : `step ${steps[0]}`;
+  const differ = new Set(now.runs.map(run => shownLayer(run))).size > 1;
+  const told = runs.map(run => `step ${grouped(run.steps[atOf(run)].step)}${differ ? `, layer ${shownLayer(run)}` : ""}`);
+  if (runs.length > 1) return `A ${told[0]} · B ${told[1]}`;
+  return side === undefined ? modelOf(runs[0], role) : told[0];
 }
 
 function headTiles(index, heads, draws, all) {

@@ -2,7 +2,7 @@
 import {RUN_COLOURS} from "./colours.js";
 import {cosines, entropyOf, isFinite32, massMask, meanOf, overlaps, peakOf, percent, shareOf} from "./numbers.js";
 import {fitCanvas, lineOf, outlined, paintMap} from "./painting.js";
-import {atOf, change, chosenPatch, hover, now, runA, shownLayer, view} from "./view.js";
+import {atOf, change, chosenPatch, firstGrid, hover, now, patchIn, pinned, runA, shownLayer, view} from "./view.js";
 
 // An element with attributes and children; text is text, never HTML.
 export function el(tag, attributes = {}, ...children) {
@@ -61,15 +61,15 @@ function placeOf(event, {canvas, grid, image}) {
   const within = (position, count) => Math.max(0, Math.min(count - 1, Math.floor(position * count)));
   const x = within((event.clientX - box.left) / box.width, grid[1]);
   const y = within((event.clientY - box.top) / box.height, grid[0]);
-  return {image, patch: y * grid[1] + x};
+  return {image, patch: y * grid[1] + x, grid};
 }
 
 // Choose a patch, or let go of the one that was chosen. Where features are stored, its cosine to all is shown.
 function pin(place) {
   if (!place) return;
-  const same = view.pin === place.patch && view.image === place.image;
+  const patch = patchIn(firstGrid(), place), same = view.pin === patch && view.image === place.image;
   const show = same ? (view.show === "cosine" ? "attention" : view.show) : hasFeatures() ? "cosine" : view.show;
-  change({pin: same ? -1 : place.patch, image: place.image, show});
+  change({pin: same ? -1 : patch, image: place.image, show});
 }
 
 export function hasFeatures() {
@@ -88,10 +88,10 @@ function walk(event, {grid, image}) {
   if (!grid || event.ctrlKey || event.metaKey || event.altKey) return;
   const step = STEPS[event.key], [gh, gw] = grid;
   if (step) {
-    const from = now.hover?.image === image ? now.hover.patch : view.pin >= 0 ? view.pin : gw * (gh >> 1) + (gw >> 1);
+    const from = now.hover?.image === image ? patchIn(grid, now.hover) : view.pin >= 0 ? patchIn(grid, pinned()) : gw * (gh >> 1) + (gw >> 1);
     const y = Math.max(0, Math.min(gh - 1, Math.floor(from / gw) + step[0]));
     const x = Math.max(0, Math.min(gw - 1, from % gw + step[1]));
-    hover({image, patch: y * gw + x});
+    hover({image, patch: y * gw + x, grid});
   } else if (event.key === "Enter" || event.key === " ") {
     pin(now.hover);
   } else if (event.key === "Escape") {
@@ -109,9 +109,12 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   const parts = partsOf(column), [first, second] = parts;
   tile.image = image;
   tile.grid = first.entry?.grid ?? null;
-  const missing = parts.find(({entry, part}) => !entry || (part && head >= part.heads));
+  const missing = parts.find(({entry}) => !entry || head >= entry.heads);
+  tile.element.classList.toggle("absent", Boolean(missing?.entry));
   if (missing) {
-    tile.caption.textContent = "not recorded at this step";
+    const reason = missing.entry ? `there is no ${headName(head)}` : "not recorded at this step";
+    tile.caption.textContent = large || !missing.entry ? reason : "";
+    (large ? tile.canvas : tile.element).setAttribute("aria-label", `${column.title}, ${headName(head)}: ${reason}`);
     tile.canvas.getContext("2d").clearRect(0, 0, tile.canvas.width, tile.canvas.height);
     return;
   }
@@ -122,10 +125,10 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   const common = {
     photo: first.run.pictures[image], grid: tile.grid, opacity: view.opacity, table: view.table, size: first.run.size,
     truths: view.truth ? first.run.truths[image] : [],
-    cursor: now.hover?.image === image ? now.hover.patch : -1,
-    pin: large && view.image === image ? view.pin : -1,
+    cursor: now.hover?.image === image ? patchIn(tile.grid, now.hover) : -1,
+    pin: large && view.image === image ? patchIn(tile.grid, pinned()) : -1,
   };
-  const contentOf = index => contentFor(parts[index].part, maps[index], image, large);
+  const contentOf = index => contentFor(parts[index], maps[index], image, large);
   const maskOf = values => view.mask && !(large && view.show !== "attention") ? outlined(values, view.threshold) : null;
   if (second && view.compare === "difference") {
     paintMap(tile.canvas, {...common, content: alike ? {a: maps[0], b: maps[1]} : null});
@@ -142,6 +145,8 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   const said = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${words}`;
   (large ? tile.canvas : tile.element).setAttribute("aria-label", large && chosen ? `${said}, patch ${chosen.patch}` : said);
 }
+
+const fixed = (value, digits) => Number.isFinite(value) ? value.toFixed(digits) : "–";
 
 // A name and numbers, each as words before it, the number, words after it and a title; elements are made once.
 function caption({caption: element}, parts) {
@@ -161,10 +166,11 @@ function caption({caption: element}, parts) {
   });
 }
 
-function contentFor(part, values, image, large) {
+function contentFor({part, entry}, values, image, large) {
   if (large && view.show === "colors" && part.colours(image)) return {colours: part.colours(image)};
-  if (large && view.show === "cosine" && part.width && view.pin >= 0) {
-    return {values: cosines(part.features(image), part.width, view.pin), scale: "cosine"};
+  const chosen = patchIn(entry.grid, pinned());
+  if (large && view.show === "cosine" && part.width && chosen >= 0) {
+    return {values: cosines(part.features(image), part.width, chosen), scale: "cosine"};
   }
   return {values, scale: view.scale};
 }
@@ -181,14 +187,15 @@ function strokeDivider(canvas) {
 function numbersOf({run, entry}, values, image, head, large) {
   if (!isFinite32(values)) return [["missing: ", "NaN", ""]];
   const stats = [], add = (label, value, title) => stats.push([`${label} `, value, "", title]);
-  const mask = massMask(values, view.threshold), objects = run.truths[image];
-  add("H", entropyOf(values).toFixed(2), "entropy over patches: 1 uniform, 0 one patch");
+  const mask = massMask(values, view.threshold), signed = values.some(value => value < 0);
+  const objects = signed ? [] : run.truths[image]; // there is no mask of weights of which some are negative
+  add("H", fixed(entropyOf(values), 2), "entropy over patches: 1 uniform, 0 one patch");
   if (!large) {
     if (objects.length && view.truth) add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap with ground truth");
     return stats;
   }
-  add("mask", percent(values.some(v => v < 0) ? NaN : shareOf(mask)), "area of the mask");
-  add("peak", `${peakOf(values).toFixed(1)}×`, "largest weight, in units of uniform attention");
+  add("mask", percent(signed ? NaN : shareOf(mask)), "area of the mask");
+  add("peak", signed ? "–" : `${fixed(peakOf(values), 1)}×`, "largest weight, in units of uniform attention");
   if (objects.length) {
     add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap of the mask with ground truth, mean over objects");
   }
@@ -201,7 +208,7 @@ function comparisonOf([a, b], alike, large) {
     const moved = a.reduce((sum, value, i) => sum + Math.abs(value - b[i]), 0) / 2;
     return [["", percent(moved), large ? " elsewhere" : "", "half the sum of absolute differences"]];
   }
-  const [first, second] = [a, b].map(values => entropyOf(values).toFixed(2));
+  const [first, second] = [a, b].map(values => fixed(entropyOf(values), 2));
   return [[large ? "H A " : "H ", first, "", "entropy in A"], [large ? "B " : "", second, "", "entropy in B"]];
 }
 

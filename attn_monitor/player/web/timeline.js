@@ -1,7 +1,7 @@
 // One slider of steps for everything: play, speed, arrow keys, curves with a moving cursor, and health flags as marks.
 import {makeChart} from "./charts.js";
 import {grouped, written} from "./numbers.js";
-import {change, goTo, goToStep, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
+import {change, classOf, goTo, goToStep, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
 import {el} from "./tiles.js";
 
 const INSET = 9; // pixels: half of the slider's thumb, so that curves and slider share their steps
@@ -81,14 +81,14 @@ export function makeTimeline() {
       const points = pick => run.steps.map((s, at) => [s.step, pick(values(at) ?? []) ?? null]);
       const id = `${run.name} ${role} ${name} ${shownLayer(run)} ${view.head}`, dashed = index ? " other" : "";
       const ofHead = view.head >= 0 ? points(found => found[view.head + 1]) : [];
-      if (ofHead.some(point => point[1] !== null)) curves.push({className: `role-${role} head${dashed}`, points: ofHead, id});
-      curves.push({className: `role-${role} mean${dashed}`, points: points(found => found[0]), dotted: true, id, role, index});
+      if (ofHead.some(point => point[1] !== null)) curves.push({className: `${classOf(role)} head${dashed}`, points: ofHead, id});
+      curves.push({className: `${classOf(role)} mean${dashed}`, points: points(found => found[0]), dotted: true, id, role, index});
     }));
     chart.draw(curves, domain, step, written);
     chart.element.setAttribute("aria-label", `${name.replaceAll("_", " ")} over steps ${domain[0]} to ${domain[1]}`);
     reading.replaceChildren(...curves.filter(curve => curve.role).map(curve => {
       const at = curve.points.findLast(point => point[0] <= step && point[1] !== null);
-      return el("span", {class: `value role-${curve.role}${curve.index ? " other" : ""}`}, `${curve.role}${runB() ? ` ${"AB"[curve.index]}` : ""} `, el("b", {}, written(at?.[1])));
+      return el("span", {class: `value ${classOf(curve.role)}${curve.index ? " other" : ""}`}, `${curve.role}${runB() ? ` ${"AB"[curve.index]}` : ""} `, el("b", {}, written(at?.[1])));
     }));
   }
   return {element, draw};
@@ -134,17 +134,18 @@ export function togglePlay() {
 
 function playOn(time) {
   if (!now.playing) return;
-  const next = now.at + 1, here = now.runs.every(run => run !== runA() || run.peek(Math.min(next, run.steps.length - 1), shownLayer()));
+  const run = runA(), next = now.at + 1, at = Math.min(next, run.steps.length - 1), layer = shownLayer(run, at);
+  const here = run.peek(at, layer);
   if (time >= due && here) {
     due = Math.max(due + 1000 / view.speed, time - 1000 / view.speed);
-    if (next >= runA().steps.length) {
+    if (next >= run.steps.length) {
       now.playing = false;
       change();
       return;
     }
     goTo(next);
   } else if (!here) {
-    runA().load(next, shownLayer()).catch(() => {
+    run.load(at, layer).catch(() => {
       now.playing = false;
       change();
     });

@@ -8,7 +8,7 @@ const DEFAULTS = {
 
 export const view = {...DEFAULTS};
 
-// What is of the moment only: the patch below the pointer, {image, patch}, whether it plays, and the runs.
+// What is of the moment only: the patch of a grid below the pointer, {image, patch, grid}, whether it plays, and the runs.
 export const now = {hover: null, playing: false, runs: [], at: 0, drawn: new Set()};
 
 let asked = false;
@@ -20,7 +20,8 @@ export function change(changes = {}) {
 }
 
 export function hover(place) {
-  if (place?.image === now.hover?.image && place?.patch === now.hover?.patch) return;
+  const same = ["image", "patch", "grid"].every(key => String(place?.[key]) === String(now.hover?.[key]));
+  if (same) return;
   now.hover = place;
   ask();
 }
@@ -42,7 +43,19 @@ export function whenChanged(draw) {
 // The patch that numbers are told of: the one below the pointer, else the one that was chosen.
 export function chosenPatch() {
   if (now.hover) return now.hover;
-  return view.pin >= 0 ? {image: view.image, patch: view.pin} : null;
+  return view.pin >= 0 ? pinned() : null;
+}
+
+// A link names a patch of the grid of the role that stands first.
+export const pinned = () => ({image: view.image, patch: view.pin, grid: firstGrid()});
+
+export const firstGrid = () => runA().layout(now.at).find(entry => entry.layer === shownLayer()).grid;
+
+// The patch of a grid that lies where a patch of another grid has its middle; -1 where there is none.
+export function patchIn([gh, gw], {patch, grid: [rows, columns]}) {
+  if (patch < 0 || patch >= rows * columns) return -1;
+  const y = Math.floor((Math.floor(patch / columns) + 0.5) / rows * gh);
+  return y * gw + Math.floor((patch % columns + 0.5) / columns * gw);
 }
 
 export const runA = () => now.runs[0];
@@ -75,17 +88,24 @@ export function goToStep(step) {
   goTo(best);
 }
 
-export function layersOf(run) {
-  return [...new Set(run.layout(atOf(run)).map(entry => entry.layer))].sort((a, b) => a - b);
+export function layersOf(run, at = atOf(run)) {
+  return [...new Set(run.layout(at).map(entry => entry.layer))].sort((a, b) => a - b);
 }
 
-// The layer that is shown: the chosen one, or the last one there is.
-export function shownLayer(run = runA()) {
-  const layers = layersOf(run);
-  return layers.includes(view.layer) ? view.layer : layers[layers.length - 1];
+// The layer that is shown of a snapshot: the chosen one, of a second run that of the first, or the last one there is.
+export function shownLayer(run = runA(), at = atOf(run)) {
+  const layers = layersOf(run, at), wanted = run === runA() ? view.layer : shownLayer();
+  return layers.includes(wanted) ? wanted : layers[layers.length - 1];
 }
 
 export const rolesOf = run => [...new Set(run.layout(atOf(run)).map(entry => entry.role))];
+
+// The class of a role's colour: those of student and teacher, and three more in turn.
+export function classOf(role) {
+  const known = ["student", "teacher"], all = runA().layouts.flat().map(entry => entry.role);
+  if (known.includes(role)) return `role-${role}`;
+  return `role-${[...new Set(all)].filter(other => !known.includes(other)).indexOf(role) % 3}`;
+}
 
 // As the part of a link after "#": what is not as it is at first.
 export function asHash() {
@@ -119,7 +139,8 @@ function limited(values) {
   within("threshold", 0.05, 1);
   within("swipe", 0, 1);
   within("speed", 1, 30);
-  values.head = Math.trunc(values.head);
-  values.image = Math.trunc(values.image);
+  for (const key of ["head", "image", "pin"]) values[key] = Math.trunc(values[key]);
+  within("head", -1, Infinity);
+  within("image", 0, runA() ? runA().images.length - 1 : Infinity);
   return values;
 }

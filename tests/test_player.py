@@ -684,7 +684,7 @@ def test_what_is_unknown_is_not_said(watched: Watched, tmp_path: Path) -> None:
     page = watched.open(written(tmp_path, {0: layers}))
     assert page.locator("figcaption").first.inner_text().split() == ["mean", "H", "–", "mask", "–", "peak", "–"]
     labels = page.locator(".tokens .label").all_inner_texts()
-    assert labels == ["one prefix token 0", "one prefix token 1", "another CLS", "another register 1"]
+    assert labels == ["one token 0", "one token 1", "another CLS", "another register 1"]
     colour = "dots => dots.map(dot => getComputedStyle(dot).backgroundColor)"
     assert len(set(page.locator(".column .dot").evaluate_all(colour))) == 2
     assert page.locator("#summary").inner_text() == "1 snapshot, step 0"

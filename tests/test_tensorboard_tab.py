@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -19,8 +20,11 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Response
 
 from attn_monitor import AttentionSnapshot, load_snapshots
+from attn_monitor.player.server import Library
 from attn_monitor.record.archive import snapshot_path
 from attn_monitor_tensorboard import Archives, AttentionPlugin
 from tests.browser import CHROMIUM, browsing
@@ -161,6 +165,57 @@ def test_the_tab_is_absent_where_there_is_no_archive(tmp_path: Path) -> None:
     write_run(tmp_path / "attn_monitor", (0,), sharpness=(1,))
     assert Archives(str(tmp_path)).found() == {"attn_monitor": tmp_path / "attn_monitor"}
     assert AttentionPlugin(TBContext(logdir=str(tmp_path))).is_active()
+
+
+def test_steps_that_come_in_between_are_told(tmp_path: Path) -> None:
+    """As `backfill` fills an archive; a pipe among them is not waited for."""
+    (first, last) = write_run(tmp_path / "run", (0, 20), sharpness=(1, 3))
+    os.mkfifo(snapshot_path(tmp_path / "run", 5))
+    library = Library(Archives(str(tmp_path)).found)
+    told = library.run("run", -1, "")
+    assert [step["step"] for step in told["steps"]] == [0, 20]
+    later(last, 30, tmp_path / "run")
+    news = library.run("run", 20, told["generation"])
+    assert [step["step"] for step in news["steps"]] == [30]
+    later(first, 10, tmp_path / "run")
+    news = library.run("run", 30, told["generation"])
+    assert [step["step"] for step in news["steps"]] == [0, 10, 20, 30], "all anew"
+
+
+@pytest.fixture
+def framed(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A log directory, and a page of another origin that shows the tab in a frame, as notebooks do."""
+    apps = AttentionPlugin(TBContext(logdir=str(tmp_path))).get_plugin_apps()
+
+    def tab(environ: dict[str, Any], start: Any) -> Any:
+        return apps.get(environ["PATH_INFO"], Response("", 404))(environ, start)
+
+    inner = make_server("127.0.0.1", 0, tab, threaded=True)
+    html = f'<iframe width="1000" height="600" src="http://127.0.0.1:{inner.port}/page"></iframe>'
+    frame = Response(html, content_type="text/html")
+    outer = make_server("127.0.0.1", 0, frame)
+    for server in (inner, outer):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path, f"http://127.0.0.1:{outer.port}/"
+    for server in (inner, outer):
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_one_damaged_run_leaves_the_others_in_a_notebooks_frame(framed: tuple[Path, str]) -> None:
+    root, address = framed
+    name = "a%2F\"b'&run=c #d"
+    for run in (name, "without-probe"):
+        write_run(root / run, (0, 10), sharpness=(1, 3))
+    (root / "without-probe" / "probe.npz").unlink()
+    with browsing() as watched:
+        watched.page.goto(address)
+        frame = watched.page.frame_locator("iframe")
+        frame.locator("body[data-ready]").wait_for()
+        assert frame.get_by_label("run", exact=True).input_value() == name
+        selects, summary = (frame.locator(part).bounding_box() for part in ("#runs", "#summary"))
+        assert selects["x"] + selects["width"] <= summary["x"], "they stand beside each other"
 
 
 def later(snapshot: AttentionSnapshot, step: int, folder: Path) -> None:

@@ -111,7 +111,7 @@ class _Archive:
 
     def _read_images(self) -> None:
         path = self.folder / "probe.npz"
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.exists():
             raise ArchiveError("this run has no probe.npz")
         probe = ProbeBatch.load(path)
         self._images, self._names = images_of(probe), probe.names
@@ -136,8 +136,8 @@ class _Archive:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """Snapshots that lie in the folder itself: a link may lead anywhere, and to read a pipe is to wait for ever."""
-    return [path for path in snapshot_paths(folder) if path.is_file() and not path.is_symlink()]
+    """Snapshots that lie in the folder itself: a link may lead anywhere."""
+    return [path for path in snapshot_paths(folder) if not path.is_symlink()]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

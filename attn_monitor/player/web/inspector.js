@@ -74,7 +74,7 @@ export function makeInspector() {
     tokensTitle.textContent = `Prefix tokens, ${headName(view.head)}`;
     const rows = shown.flatMap(({run, at, layer, role, title, side, entry}) =>
       run.prefixes(at, role, layer, view.image, view.head).map((share, token) => ({
-        name: `${title} ${entry.cls ? token ? `register ${token}` : "CLS" : `prefix token ${token}`}`, share, className: `${classOf(role)}${side ? " other" : ""}`,
+        name: `${title} ${entry.cls ? token ? `register ${token}` : "CLS" : `token ${token}`}`, share, className: `${classOf(role)}${side ? " other" : ""}`,
       })));
     replaceRows(tokens, rows.map(row => row.name), (parts, i) => fill(parts, rows[i].name, rows[i].share, percent(rows[i].share), rows[i].className));
   }

@@ -752,6 +752,14 @@ def test_a_broken_snapshot_is_left_out_by_name(archive: Path, tmp_path: Path) ->
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_report_has_any_name_that_a_file_may_have(archive: Path, tmp_path: Path) -> None:
+    longest = tmp_path / ("日" * 83 + ".html")  # 254 bytes
+    report(str(archive), out=str(longest))
+    assert [path.name for path in tmp_path.iterdir()] == [longest.name]
+    with pytest.raises(IsADirectoryError, match="is a folder, expected the file to write"):
+        report(str(archive), out=str(tmp_path))
+
+
 def test_a_name_that_is_no_text_is_written(archive: Path) -> None:
     page = report_page([("run \udcff", archive)])
     assert manifest_of(page.encode().decode())["runs"][0]["name"] == "run ?"

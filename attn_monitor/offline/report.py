@@ -31,6 +31,8 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
         embed: at most 4 MB, for pages that show it inside of theirs.
     """
     path = Path(out)
+    if path.is_dir():
+        raise IsADirectoryError(f"out={path}: is a folder, expected the file to write, such as {path / 'report.html'}")
     with doing(f"writing {path}"):
         contents = _contents(run, other, EMBED_BYTES if embed else FILE_BYTES)
         with writing_to(path.parent):

@@ -29,7 +29,7 @@ def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda 
     """Write under another name and rename, so that nobody opens half a page; ``before`` is asked with its size."""
     content = page.encode()
     before(len(content))
-    temporary = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}"[:200])
+    temporary = path.with_name(f".writing-{secrets.token_hex(4)}.html")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

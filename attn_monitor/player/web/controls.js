@@ -90,12 +90,13 @@ function layers() {
   const input = el("input", {id: "layer", type: "range", min: 0, step: 1, oninput: () => change({layer: layersOf(runA())[Number(input.value)]})});
   const element = el("div", {class: "control"}, el("label", {class: "name", for: "layer"}, "Layer"), input, told);
   drawers.push(() => {
-    const found = layersOf(runA());
+    const run = runA(), found = layersOf(run), roles = rolesOf(run).filter(role => run.entry(atOf(run), role, shownLayer()));
+    const whose = roles.length < rolesOf(run).length ? ` of ${roles.join(" and ")}` : "";
     input.max = found.length - 1;
     input.value = found.indexOf(shownLayer());
     input.hidden = found.length === 1;
-    input.setAttribute("aria-valuetext", `layer ${shownLayer()}`);
-    told.textContent = found.length === 1 ? `only layer ${shownLayer()} was recorded` : shownLayer();
+    input.setAttribute("aria-valuetext", `layer ${shownLayer()}${whose}`);
+    told.textContent = found.length === 1 ? `only layer ${shownLayer()} was recorded` : shownLayer() + whose;
     element.classList.toggle("alone", found.length === 1);
     fillTrack(input);
   });

@@ -103,7 +103,8 @@ class Archives:
             snapshots = filter(SNAPSHOT.fullmatch, files)
             if any(not os.path.islink(os.path.join(folder, name)) for name in snapshots):
                 name = os.path.relpath(folder, root)
-                found[name.removesuffix(f"{os.sep}attn_monitor")] = Path(folder)
+                short = name.removesuffix(f"{os.sep}attn_monitor")
+                found[name if short in found else short] = Path(folder)
         return found
 
 

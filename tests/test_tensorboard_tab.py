@@ -164,6 +164,9 @@ def test_the_tab_is_absent_where_there_is_no_archive(tmp_path: Path) -> None:
         assert not AttentionPlugin(TBContext(logdir=root)).is_active()
     write_run(tmp_path / "attn_monitor", (0,), sharpness=(1,))
     assert Archives(str(tmp_path)).found() == {"attn_monitor": tmp_path / "attn_monitor"}
+    for folder in ("run", "run/attn_monitor"):
+        write_run(tmp_path / folder, (0,), sharpness=(1,))
+    assert {"run", "run/attn_monitor"} < set(Archives(str(tmp_path)).found()), "each by a name of its own"
     assert AttentionPlugin(TBContext(logdir=str(tmp_path))).is_active()
 
 

@@ -24,7 +24,6 @@ async function start() {
   if (server) await openServer();
   else now.runs = runsOfFile(manifest);
   now.at = runA().steps.length - 1;
-  view.image = Math.max(0, Math.min(runA().images.length - 1, view.image));
   const stage = makeStage(), thumbnails = makeThumbnails(), controls = makeControls(), inspector = makeInspector(), timeline = makeTimeline();
   byId("rail").append(thumbnails.element);
   byId("pictures").append(stage.element);
@@ -121,7 +120,6 @@ async function openRun(name) {
   try {
     const run = await server.run(name);
     Object.assign(view, {run: name, other: null, step: null, pin: -1, head: -1, layer: null});
-    view.image = Math.min(view.image, run.images.length - 1);
     now.runs = [run];
     now.playing = false;
     now.hover = null;

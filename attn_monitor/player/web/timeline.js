@@ -98,7 +98,7 @@ const metricNames = new WeakMap();
 
 // Names of the metrics that the shown layer has at any step.
 function metricsOf(run) {
-  const layer = shownLayer(run), key = `${layer} ${run.steps.length}`;
+  const layer = shownLayer(run), key = `${layer} ${run.generation} ${run.steps.length}`;
   if (metricNames.get(run)?.key !== key) {
     const names = new Set();
     for (const step of run.steps) for (const of of Object.keys(step.metrics)) {

@@ -76,6 +76,7 @@ export function goTo(at) {
   const last = runA().steps.length - 1;
   now.at = Math.max(0, Math.min(last, at));
   view.step = now.at === last ? null : runA().steps[now.at].step;
+  view.image = Math.min(view.image, runA().images.length - 1);
   change();
 }
 
@@ -102,9 +103,10 @@ export const rolesOf = run => [...new Set(run.layout(atOf(run)).map(entry => ent
 
 // The class of a role's colour: those of student and teacher, and three more in turn.
 export function classOf(role) {
-  const known = ["student", "teacher"], all = runA().layouts.flat().map(entry => entry.role);
+  const known = ["student", "teacher"];
   if (known.includes(role)) return `role-${role}`;
-  return `role-${[...new Set(all)].filter(other => !known.includes(other)).indexOf(role) % 3}`;
+  const roles = new Set(runA().layouts.flat().map(entry => entry.role));
+  return `role-${[...roles].filter(other => !known.includes(other)).indexOf(role) % 3}`;
 }
 
 // As the part of a link after "#": what is not as it is at first.

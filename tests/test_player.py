@@ -17,6 +17,7 @@ from PIL import Image
 
 from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots, snapshot_player
 from attn_monitor import functional as F
+from attn_monitor.errors import ArchiveError
 from attn_monitor.offline.cli import main
 from attn_monitor.offline.report import report
 from attn_monitor.player.blocks import blocks, layout_of
@@ -650,11 +651,14 @@ def test_of_two_runs_one_layer_is_compared_or_said_to_be_another(watched: Watche
         (tmp_path / name).mkdir()
         written(tmp_path / name, {0: {("student", layer): rows_of(layer) for layer in layers}})
     (tmp_path / "b" / "probe.npz").write_bytes((tmp_path / "a" / "probe.npz").read_bytes())
+    snapshot_path(tmp_path / "b", 1).write_bytes(b"no zip")
     file = tmp_path / "both.html"
-    report(str(tmp_path / "a"), str(tmp_path / "b"), out=str(file))
+    with pytest.raises(ArchiveError, match=r"/b: step-000000001\.npz"):
+        report(str(tmp_path / "a"), str(tmp_path / "b"), out=str(file))
     for layer, told in ((3, ["step 0", "step 0"]), (2, ["step 0, layer 2", "step 0, layer 5"])):
         page = watched.open(file, f"layer={layer}", width=400)
         assert page.locator(".detail").all_inner_texts() == told
+        assert page.locator("#note").inner_text().startswith("B: Left out: step-000000001.npz")
         captions = page.locator("figcaption").all_inner_texts()
         assert (captions[0] == captions[1]) == (layer == 3)
 
@@ -749,7 +753,7 @@ def test_a_broken_snapshot_is_left_out_by_name(archive: Path, tmp_path: Path) ->
     assert [step["step"] for step in run["steps"]] == [0, 30, 100]
     assert "step-000000010.npz" in run["note"]
     assert str(tmp_path) not in run["note"], "a page is handed on"
-    with pytest.raises(SystemExit, match=r"report\.html is without step-000000010\.npz"):
+    with pytest.raises(SystemExit, match=r"report\.html is without .*: step-000000010\.npz"):
         main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")])
     assert (tmp_path / "report.html").exists()
 

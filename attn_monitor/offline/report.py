@@ -38,7 +38,7 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
         with writing_to(path.parent):
             write_whole(path, page_of_runs(contents))
     print_path(path)
-    if broken := [reason for of_run in contents for reason in of_run.broken]:
+    if broken := [f"{of_run.name}: {reason}" for of_run in contents for reason in of_run.broken]:
         raise ArchiveError(f"{path} is without {'; '.join(broken)}")
 
 

@@ -163,7 +163,7 @@ function tellTitle() {
   }
   byId("summary").textContent = steps.length === 1 ? `1 snapshot, step ${grouped(steps[0].step)}`
     : `${steps.length} snapshots, steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;
-  const note = now.runs.map(run => run.note).filter(Boolean).join(". ");
+  const note = now.runs.flatMap((run, i) => run.note ? `${b ? `${"AB"[i]}: ` : ""}${run.note}` : []).join(". ");
   byId("note").hidden = !note;
   byId("note").textContent = note;
 }

@@ -23,7 +23,7 @@ export function makeStage() {
 
   function draw() {
     const columns = columnsShown(), heads = headsOf(columns);
-    const wanted = JSON.stringify([columns.map(c => c.key), heads, view.all, view.arrange, runA().images.length, runA().name]);
+    const wanted = JSON.stringify([columns.map(c => c.key), heads, view.all, view.arrange, runA().images.length, now.runs.map(run => run.name)]);
     if (wanted !== built) {
       built = wanted;
       pictures.className = `pictures ${view.all ? "gallery" : view.arrange} columns${columns.length}`;

@@ -19,12 +19,12 @@ export function pictureOf(stage) {
   const run = runA(), image = run.images[view.image].name;
   write(context, `${run.name}${runB() ? ` and ${runB().name}` : ""}`, MARGIN, 30, `600 16px ${style.fontFamily}`);
   write(context, `step ${grouped(run.steps[now.at].step)} · layer ${shownLayer()}${view.all ? "" : ` · ${image}`}`, MARGIN, 50, `13px ${style.fontFamily}`);
-  for (const map of stage.pictures.querySelectorAll("canvas")) {
+  for (const map of stage.pictures.querySelectorAll(".tile:not(.stale) canvas")) {
     const at = map.getBoundingClientRect();
     context.imageSmoothingEnabled = false;
     context.drawImage(map, at.left - box.left + MARGIN, at.top - box.top + HEADER, at.width, at.height);
   }
-  for (const text of stage.pictures.querySelectorAll("h2, .caption, .small, .detail")) {
+  for (const text of stage.pictures.querySelectorAll("h2, .tile:not(.stale) .caption, .small, .detail")) {
     const at = text.getBoundingClientRect(), own = getComputedStyle(text);
     if (!at.width) continue; // what small pages leave out
     context.fillStyle = own.color;

@@ -110,7 +110,9 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   tile.image = image;
   tile.grid = first.entry?.grid ?? null;
   const missing = parts.find(({entry}) => !entry || head >= entry.heads);
+  const waits = !missing && parts.some(({part}) => !part); // what is drawn is of another step as yet
   tile.element.classList.toggle("absent", Boolean(missing?.entry));
+  tile.element.classList.toggle("stale", waits);
   if (missing) {
     const reason = missing.entry ? `there is no ${headName(head)}` : "not recorded at this step";
     tile.caption.textContent = large || !missing.entry ? reason : "";
@@ -118,7 +120,7 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
     tile.canvas.getContext("2d").clearRect(0, 0, tile.canvas.width, tile.canvas.height);
     return;
   }
-  if (parts.some(({part}) => !part)) return; // on its way
+  if (waits) return;
   fitCanvas(tile.canvas, tile.grid, first.run.size, tile.width || 64);
   const maps = parts.map(({run, at, layer}) => run.map(at, column.role, layer, image, head));
   const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length;

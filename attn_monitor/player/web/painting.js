@@ -41,34 +41,35 @@ export function paintMap(canvas, {photo, grid, content, opacity, table, mask, tr
 
 export const lineOf = width => Math.max(1, Math.round(width / 220));
 
-const KEPT_SIZES = 24; // of each photograph
+const KEPT_SIZES = 8; // of each photograph
 const scaled = new WeakMap();
 
-// The photograph, or so much of it in dark grey, at the size of a canvas: scaled once, as it is the same at every step.
+// The photograph, or so much of it in dark grey: scaled once to the size of a canvas, as it is the same at every step.
 function paintPhoto(context, photo, dark, width, height) {
   if (!photo.complete || !photo.naturalWidth) {
     context.fillStyle = "#808080";
     context.fillRect(0, 0, width, height);
     return;
   }
+  if (dark < 1) context.drawImage(photoAt(photo, false, width, height), 0, 0);
+  if (dark > 0) {
+    context.globalAlpha = dark;
+    context.drawImage(photoAt(photo, true, width, height), 0, 0);
+    context.globalAlpha = 1;
+  }
+}
+
+function photoAt(photo, dark, width, height) {
   if (!scaled.has(photo)) scaled.set(photo, new Map());
   const sizes = scaled.get(photo), key = `${width} ${height} ${dark}`;
   if (!sizes.has(key)) {
     if (sizes.size >= KEPT_SIZES) sizes.clear();
-    sizes.set(key, photoAt(photo, dark, width, height));
+    const canvas = Object.assign(document.createElement("canvas"), {width, height}), context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(dark ? greyOf(photo) : photo, 0, 0, width, height);
+    sizes.set(key, canvas);
   }
-  context.drawImage(sizes.get(key), 0, 0);
-}
-
-function photoAt(photo, dark, width, height) {
-  const canvas = Object.assign(document.createElement("canvas"), {width, height}), context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.drawImage(photo, 0, 0, width, height);
-  if (dark) {
-    context.globalAlpha = dark;
-    context.drawImage(greyOf(photo), 0, 0, width, height);
-  }
-  return canvas;
+  return sizes.get(key);
 }
 
 const greys = new WeakMap();

@@ -46,7 +46,12 @@ class Watched:
 
     def settle(self) -> None:
         """Wait until what was asked for is drawn."""
-        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.evaluate(
+            """async () => {
+                const drawn = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+                for (let i = 0; i < 200 && (!i || document.body.classList.contains('waiting')); i++) await drawn();
+            }"""
+        )
 
     def check(self) -> None:
         """No error, no request but for the page itself."""

@@ -110,11 +110,13 @@ def test_answers_are_what_the_archive_holds(address: str, logdir: Path) -> None:
     assert "images" not in later
     status, headers, body = ask(f"{address}/block?run=first&step=10&layer=1")
     assert (status, headers.get_content_type()) == (200, "application/octet-stream")
-    planes = np.frombuffer(zlib.decompress(body), np.uint8).reshape(2, -1)
-    rows = np.ascontiguousarray(planes.T).view("<f2").reshape(2, 2, 4, 17)
+    numbers, count = np.frombuffer(zlib.decompress(body), np.uint8), 2 * 2 * 4 * 17
+    rows = np.ascontiguousarray(numbers[: 2 * count].reshape(2, -1).T).view("<f2").reshape(2, 2, 4, 17)
     snapshot = load_snapshots(logdir / "first" / "attn_monitor")[1]
     expected = [snapshot.rows(role, 1).half().numpy() for role in snapshot.roles]
     np.testing.assert_array_equal(rows, expected)
+    colours = [(255 * snapshot.layer(role, 1).colors).round().byte().numpy() for role in snapshot.roles]
+    np.testing.assert_array_equal(numbers[2 * count :].reshape(2, 2, 16, 3), colours)
 
 
 @pytest.mark.parametrize(

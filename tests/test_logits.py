@@ -18,6 +18,7 @@ from attn_monitor import AttentionMonitor, AttentionRecorder, HealthFlag, Health
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.draw.charts import MARK
 from attn_monitor.measure.health import Health
+from attn_monitor.measure.logit_growth import LogitGrowth
 from attn_monitor.measure.metrics import LARGEST, MetricKey, Metrics
 from tests.helpers import tiny_vit
 from tests.oracle import logit_matrices
@@ -162,6 +163,23 @@ def test_growth_is_told_before_the_line_is_crossed() -> None:
 )
 def test_what_is_growth(values: list[float], flagged: bool) -> None:
     assert [flag.kind for flag in growing(values)] == ["max_logit"] * flagged
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.0, 20, 60, 120], "120, up from 0 30 steps before, above 100"),  # q and k began as zeros
+        ([-3.5, 20, 60, 120], "120, up from -3.5 30 steps before, above 100"),
+        ([1.0, math.nan, 150], "150, above 100"),
+    ],
+)
+def test_growth_from_nothing(values: list[float], text: str) -> None:
+    growth = LogitGrowth()
+    for number, value in enumerate(values):
+        growth.add(10 * number, value)
+    said = growth.finding(100)
+    assert said is not None
+    assert said.partition(";")[0] == f"largest attention logit {text}"
 
 
 def test_the_line_can_be_moved_and_growth_survives_a_checkpoint() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 LARGEST_FLOAT16 = 65_504.0
 WINDOW = 5  # snapshots that the rate is taken from
 AHEAD = 1.0  # windows: a line that would be crossed later is no news
+TOLD = 0.01  # a logit from which on growth is told as a factor: weights of zeros start at 0, and others below it
 NEAR = 1 / 3  # of the line, from where on it counts as being headed for
 
 
@@ -43,11 +44,18 @@ class LogitGrowth:
         span = step - self.recent[0][0]
         if now < line and not (now >= NEAR * line and crossings.get(line, math.inf) <= step + AHEAD * span):
             return None
-        grown = now / self.recent[0][1]
-        text = f"largest attention logit{of} {now:,.0f}, {grown:.1f} times that of {span:,.0f} steps before"
+        text = f"largest attention logit{of} {now:,.0f}{self._grown()}"
         ahead = [f"{value:,.0f} at step {at:,.0f}" for value, at in crossings.items()]
         beyond = f", above {line:,.0f}" if now >= line else ""
         return f"{text}{beyond}" + (f"; at this rate it passes {' and '.join(ahead)}" if ahead else "")
+
+    def _grown(self) -> str:
+        """Since when by how much, in words; empty after a single snapshot."""
+        (step, now), (since, then) = self.recent[-1], self.recent[0]
+        if step == since:
+            return ""
+        before = f"{step - since:,.0f} steps before"
+        return f", {now / then:.1f} times that of {before}" if then >= TOLD else f", up from {then:.3g} {before}"
 
     def _crossings(self, lines: Sequence[float]) -> Iterator[tuple[float, float]]:
         """(line, step) for each line ahead: the logarithm of the logit goes on along its least-squares slope."""

@@ -344,6 +344,13 @@ class ForEvaluation(Averaged):
         self.ema.update_parameters(self.student_backbone)
 
 
+class ForEvaluationLater(ForEvaluation):
+    """It copies at first, as timm's ModelEmaV3 does until ``update_after_step``."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ema.module.load_state_dict(self.student_backbone.state_dict())
+
+
 class NowAndThen(Averaged):
     """The student is copied every fourth step, as a target network is."""
 
@@ -412,6 +419,7 @@ RIGHT: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "long warm-up": (LongWarmUp, {}),
     "frozen in the optimizer": (FrozenInOptimizer, {}),
     "an average for evaluation": (ForEvaluation, {}),
+    "an average for evaluation that begins later": (ForEvaluationLater, {}),
     "copied now and then": (NowAndThen, {}),
     "two optimizers, twice": (TwoOptimizers, {}),
     "buffers copied": (BuffersToo, {}),

@@ -233,8 +233,9 @@ class Wiring:
             )
 
     def _momentum_zero(self, watched: WatchedStep, updates: list[Update]) -> Iterator[tuple[str, str]]:
+        """An average that does not run while training is for evaluation, and may copy until it begins."""
         moves = not torch.equal(watched.moments[0].student, watched.moments[-1].student)
-        copies = bool(updates) and all(update.copies for update in updates)
+        copies = watched.teacher_ran is not False and bool(updates) and all(update.copies for update in updates)
         if self._confirmed("copies", copies if moves else None):
             yield (
                 "momentum_zero",

@@ -112,6 +112,7 @@ def test_no_sink() -> None:
     snapshot.layer("teacher").received[0, 3] = math.nan
     (row,) = sink_rows(snapshot, Curves())
     assert row.verdict.startswith("not known")
+    assert Sink("CLS", 1.0, 0.5, 20.0, math.nan).verdict == "a sink"  # V held NaN: what it carries is not known
 
 
 @pytest.mark.parametrize(

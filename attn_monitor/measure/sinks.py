@@ -7,6 +7,7 @@ arXiv 2309.16588 (registers); Gu et al. 2024, arXiv 2410.10781. The cut-offs are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Sink:
     @property
     def verdict(self) -> str:
         """What kind of sink it is."""
-        if self.value is None:
+        if self.value is None or not math.isfinite(self.value):
             return "a sink"
         return "a sink that broadcasts" if self.value >= CARRIES else "a sink that carries nothing"
 

@@ -214,11 +214,15 @@ class AttentionMonitor:
         return layers
 
     def _settled(self) -> Captured:
-        """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet."""
-        layers = {} if self.previous is None else self.previous.layers
-        for attention in layers.values():
-            if attention.patch_colors is not None:
-                attention.patch_colors.settle()  # else what they are computed from would pile up
+        """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet.
+
+        Where all of them are black, as every token held NaN, the layer of an earlier snapshot.
+        """
+        layers = {} if self.previous is None else dict(self.previous.layers)
+        for key, attention in layers.items():  # else what colours are computed from would pile up
+            if attention.colors is not None and not attention.colors.any():
+                past = (s.layers[key] for s in reversed(self.history) if key in s.layers)
+                layers[key] = next((a for a in past if a.colors is not None and a.colors.any()), attention)
         return layers
 
     def _is_shared(self) -> bool:
@@ -239,8 +243,9 @@ class AttentionMonitor:
         self.previous = snapshot
         if self.reference is not None and snapshot.step <= self.reference.step:
             self.reference = None  # from before a run was resumed
-        stored = any(attention.features is not None for attention in snapshot.layers.values())
-        if self.features and self.reference is None and stored and snapshot.step >= self.gram_step:
+        stored = [a.features for a in snapshot.layers.values() if a.features is not None]
+        whole = bool(stored) and all(bool(features.isfinite().all()) for features in stored)
+        if self.features and self.reference is None and whole and snapshot.step >= self.gram_step:
             self.reference = snapshot
         self.health.add(snapshot.flags)
         self.history.add(snapshot, self.drawn_layers(snapshot))

@@ -162,6 +162,32 @@ def test_tokens_that_are_nan(tokens: Tensor) -> None:
     assert colors_of(tokens, gone).rgb.isfinite().all()
 
 
+def test_black_is_no_color_to_turn_onto(tokens: Tensor) -> None:
+    """Two of three images held NaN: the third decides, nearly as all three would."""
+    before, turn = colors_of(tokens), torch.linalg.qr(torch.randn(40, 40))[0]
+    black = before.rgb.clone()
+    black[:2] = 0
+    part = PatchColors.of(black, before.scale)
+    expected = colors_of(tokens @ turn, before).rgb
+    assert (colors_of(tokens @ turn, part).rgb - expected).abs().mean() < 0.07
+
+
+def test_colors_come_back_after_a_snapshot_of_nan() -> None:
+    model, probe = tiny_vit(), ProbeBatch(torch.randn(4, 3, 32, 32))
+    found = []
+    for broken in (False, True):
+        looking, monitor = copy.deepcopy(model), AttentionMonitor(probe)
+        monitor.snapshot({"backbone": looking}, step=0)
+        if broken:
+            bias = looking.patch_embed.proj.bias.detach().clone()
+            looking.patch_embed.proj.bias.data.fill_(torch.nan)
+            assert not monitor.snapshot({"backbone": looking}, step=1).layer("backbone").colors.any()
+            looking.patch_embed.proj.bias.data.copy_(bias)
+        looking.blocks[0].mlp.fc2.weight.data.mul_(40)
+        found.append(monitor.snapshot({"backbone": looking}, step=2).layer("backbone").colors)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("layers", [-1, "all"])
 def test_colors_are_of_the_patches_that_enter_the_block(layers: Any) -> None:
     """CLS and registers are left out, on a grid that is no square; of all layers those of the last are kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def test_a_run_stores_features_and_logs_gram_drift(tmp_path: Path) -> None:
     again.remember(archived[2])  # resumed from before it
     assert again.reference is again.previous
     again.forget()
-    assert again.reference is None
+    broken = replace(archived[4].layer("teacher"), features=archived[4].layer("teacher").features * torch.nan)
+    again.remember(replace(archived[4], layers={("teacher", 1): broken}))
+    assert again.reference is None  # against NaN there would be no curve
 
 
 def test_features_on_request_alone(tmp_path: Path) -> None:

@@ -90,13 +90,15 @@ def patch_colors(patches: Tensor, before: PatchColors | None) -> tuple[Tensor, f
     tokens, finite = _finite_rows(patches)
     scores = principal_scores(tokens[finite] - tokens[finite].mean(0), AXES)
     past = None if before is None else before.rgb.double().flatten(0, 1)[finite]
-    scores = scores @ rotation_onto(scores, None if past is None else past - past.mean(0), 3)
+    known = slice(None) if past is None else past.any(1)  # what was NaN then was black, which is no colour
+    scores = scores @ rotation_onto(scores[known], None if past is None else past[known] - past[known].mean(0), 3)
     scale = max(LEAST_SCALE, float(scores.abs().flatten().quantile(FULL_COLOUR)) if len(scores) else 0.0)
     if before is not None:
         scale = before.scale ** (1 - PACE) * scale**PACE
-    rgb = torch.zeros(len(tokens), 3, dtype=torch.float64)
-    rgb[finite] = (0.5 + 0.5 * scores / scale).clamp(0, 1)
-    return (rgb * 255).round().div(255).float().unflatten(0, patches.shape[:2]), scale
+    levels = torch.zeros(len(tokens), 3, dtype=torch.float64)
+    shown = (255 * (0.5 + 0.5 * scores / scale).clamp(0, 1)).round()
+    levels[finite] = torch.where(shown.any(1, keepdim=True), shown, 1)  # black is for NaN alone
+    return levels.div(255).float().unflatten(0, patches.shape[:2]), scale
 
 
 @torch.no_grad()

@@ -77,7 +77,10 @@ class Masked(nn.Module):
         x = self.proj(images).flatten(2).transpose(1, 2) + self.position
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        if self.way == "eager":
+        if self.way == "subtracted":
+            first, second = (a @ b.mT for a, b in ((q, k), (k, q)))
+            out = (first.softmax(-1) - 0.5 * second.softmax(-1)) @ v
+        elif self.way == "eager":
             scores = (q @ k.mT * 0.9 + self.bias).masked_fill(~self.visible, torch.finfo(q.dtype).min)
             out = scores.softmax(-1) @ v
         else:
@@ -100,6 +103,13 @@ def test_masked_pairs_do_not_count(way: str) -> None:
     q, k, _ = model.qkv(_tokens(model, images)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     if way == "causal":
         assert ((q @ k.mT / 8**0.5).amax((-2, -1)) > scores.amax((-2, -1)) + 0.01).any(), "the mask hides nothing"
+
+
+def test_two_softmaxes_subtracted_have_no_logits() -> None:
+    (seen,) = every_layer(Masked("subtracted").eval(), torch.randn(2, 3, 48, 48))
+    assert seen.kind == "signed"
+    assert seen.max_logit is None
+    assert seen.max_logit_cls is None
 
 
 def _tokens(model: Masked, images: Tensor) -> Tensor:

@@ -193,7 +193,8 @@ class AttentionObserver(TorchDispatchMode):
         taken = [p for p in self._pending if any(p.weights is u for u in used)]
         self._pending = [p for p in self._pending if not any(p.weights is u for u in used)]
         scope = common_path([self._running[-1], *(p.path for p in taken)])
-        return replace(call, weights=used, largest_logits=taken[-1].largest_logits), scope
+        logits = taken[0].largest_logits if len(taken) == 1 else None  # of several, none are the scores
+        return replace(call, weights=used, largest_logits=logits), scope
 
     def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         result = unknown.first_tensor(out)

@@ -49,6 +49,14 @@ def embedding_model() -> nn.Module:
     return module(wrapped_model=module(_model=vit()), embed=nn.Linear(32, 32))
 
 
+def shared_patch_embedding() -> nn.Module:
+    """Of student and teacher; the predictor merely refers to it."""
+    made = module(student=vit(), teacher=vit(), predictor=nn.Module())
+    made.teacher.patch_embed = made.predictor.patch_embed = made.student.patch_embed
+    made.predictor.attn = nn.Linear(2, 2)
+    return made
+
+
 def shared() -> nn.Module:
     """The teacher is the student itself until training starts."""
     made = module(student_backbone=vit())
@@ -148,6 +156,7 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     ),
     "MAE": (mae, {"backbone": "backbone.vit"}),
     "shared weights": (shared, {"student": "student_backbone"}),
+    "shared patch embedding": (shared_patch_embedding, {"student": "student", "teacher": "teacher"}),
     "Hugging Face model.vit": (
         lambda: module(model=hugging_face("ViTForImageClassification", "ViTConfig")),
         {"backbone": "model.vit"},

@@ -329,6 +329,21 @@ class FrozenInOptimizer(Averaged):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class SharedPatchEmbedding(Averaged):
+    """One for both, trained by the student; each has blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher_backbone.patch_embed = self.student_backbone.patch_embed
+
+    @torch.no_grad()
+    def average(self) -> None:
+        for teacher, student in zip(
+            self.teacher_backbone.parameters(), self.student_backbone.parameters(), strict=True
+        ):
+            teacher.lerp_(student, 1 - self.momentum)  # of itself nothing new
+
+
 class ForEvaluation(Averaged):
     """An average that no loss looks at, made by PyTorch, which leaves it requiring gradients."""
 
@@ -418,6 +433,7 @@ RIGHT: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "warm-up from 0": (WarmUp, {}),
     "long warm-up": (LongWarmUp, {}),
     "frozen in the optimizer": (FrozenInOptimizer, {}),
+    "a patch embedding for both": (SharedPatchEmbedding, {}),
     "an average for evaluation": (ForEvaluation, {}),
     "an average for evaluation that begins later": (ForEvaluationLater, {}),
     "copied now and then": (NowAndThen, {}),

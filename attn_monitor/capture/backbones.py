@@ -35,14 +35,14 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     A backbone is the smallest module that holds a patch embedding and attention. Roles are read from the words in its
     path (teacher, momentum, ema, target, key; student, online, anchor, query); one unnamed backbone beside a named
     one takes the other role, and one alone is called "backbone". A module reachable by two names counts once, by its
-    first name.
+    first name; a teacher may share its patch embedding with the student.
 
     Raises `NoAttentionError`, listing what was looked at, when there is none.
     """
     named = list(module.named_modules())
     attention = [path for path, m in named if _is_attention(path, m)]
-    holders = {_holder(path, attention) for path, m in named if _embeds_patches(path, m)} - {None}
-    paths = [p for p, _ in named if p in holders and not any(q != p and _inside(str(q), p) for q in holders)]
+    holders = _holders(module, attention)
+    paths = [p for p, _ in named if p in holders and not any(q != p and _inside(q, p) for q in holders)]
     if not paths:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in module.named_children()) or "no submodules"
         if not attention and any(_convolves(m) for _, m in named):
@@ -76,6 +76,21 @@ def _is_teacher(path: str) -> bool:
 
 def _inside(path: str, ancestor: str) -> bool:
     return ancestor == "" or path.startswith(f"{ancestor}.")
+
+
+def _holders(module: nn.Module, attention: list[str]) -> set[str]:
+    """Modules around patch embeddings, which others of their class may share; but none that merely refers to one."""
+    known = dict(module.named_modules())
+    first = {m: path for path, m in known.items()}
+    holders = set[str]()
+    for path, m in module.named_modules(remove_duplicate=False):
+        if _embeds_patches(path, m):
+            holder, original = (_holder(p, attention) for p in (path, first[m]))
+            if holder is None or original is None or holder not in known:
+                continue
+            if type(known[holder]) is type(known[original]):
+                holders.add(holder)
+    return holders
 
 
 def _holder(patch_embedding: str, attention: list[str]) -> str | None:

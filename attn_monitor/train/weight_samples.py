@@ -47,6 +47,7 @@ class WeightSamples:
         common = [n for n, p in ours.items() if n in theirs and _comparable(p, theirs[n])]
         if not common or len(common) < ALIKE * max(len(ours), len(theirs)):
             return None
+        common = [n for n in common if theirs[n] is not ours[n]] or common  # a patch embedding may be one of both
         common = [n for n in common if ours[n].requires_grad] or common
         common = [n for n in common if ours[n].device == ours[common[0]].device]  # of a model on several devices
         scales = [n for n in common if ours[n].ndim == 1 and n.endswith("weight")]

@@ -262,13 +262,14 @@ def _compiled_so_far() -> int:
 
 
 def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Module | None:
-    """Runs whenever the teacher does, by whichever of its methods; None where it cannot have a hook."""
+    """Of the teacher's own: runs whenever it does, by whichever of its methods; None where it cannot have a hook."""
     if samples is None:
         return None
     around = [] if root is None else all_modules(root)
     modules = [*around, *all_modules(samples.student), *all_modules(samples.teacher)]
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
         return None
+    shared = set(samples.student.modules())
     layers = (m for m in samples.teacher.modules() if not m._modules and any(True for _ in m.parameters()))
-    layer = next(layers, None)
+    layer = next((m for m in layers if m not in shared), None)
     return None if isinstance(layer, torch.jit.ScriptModule) else layer

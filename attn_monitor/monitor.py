@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from attn_monitor import distributed
@@ -220,7 +221,13 @@ class AttentionMonitor:
         """
         layers = {} if self.previous is None else dict(self.previous.layers)
         for key, attention in layers.items():  # else what colours are computed from would pile up
-            if attention.colors is not None and not attention.colors.any():
+            try:
+                colors = attention.colors
+            except Exception:  # told with this snapshot, which is lost; the next ones go on
+                if attention.patch_colors is not None:
+                    attention.patch_colors.give_up(torch.zeros(*attention.maps[:, 0].flatten(1).shape, 3))
+                raise
+            if colors is not None and not colors.any():
                 past = (s.layers[key] for s in reversed(self.history) if key in s.layers)
                 layers[key] = next((a for a in past if a.colors is not None and a.colors.any()), attention)
         return layers

@@ -37,6 +37,11 @@ class PatchColors:
                 self._make = None
             return self._made
 
+    def give_up(self, rgb: Tensor) -> None:
+        """These instead, black ones, if they could not be computed: what looks at them would fail again and again."""
+        with self._lock:
+            self._made, self._make = self._made or (rgb, 1.0), None
+
     @property
     def rgb(self) -> Tensor:
         """(B, N, 3)."""

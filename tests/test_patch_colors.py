@@ -214,6 +214,31 @@ def test_probe_in_pieces_and_teacher_like_student() -> None:
     assert (a.layer("student").colors - a.layer("teacher").colors).abs().mean() < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:AttentionMapCallback. .*(failed|works again|has ended)")
+def test_colors_that_cannot_be_computed_cost_one_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are black in the archive, and neither training nor its checkpoints fail."""
+    failing, states = list[Tensor](), list[dict[str, Any]]()
+
+    def colors(patches: Tensor, before: PatchColors | None) -> tuple[Tensor, float]:
+        failing[:] = failing or [patches]
+        if patches is failing[0]:
+            raise torch.linalg.LinAlgError("eigh did not converge")
+        return patch_colors(patches, before)
+
+    class Checkpoints(Distillation):
+        def on_train_batch_end(self, *_: Any) -> None:
+            states.append(watch.state_dict())
+
+    monkeypatch.setattr(patch_features, "patch_colors", colors)
+    watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), every_n_train_steps=2)
+    with pytest.warns(UserWarning, match="eigh did not converge"):
+        trainer(tmp_path, watch, max_steps=8).fit(Checkpoints(), loader())
+    archived = load_snapshots(next(tmp_path.rglob("attn_monitor")))
+    shown = {s.step: all(bool(a.colors.any()) for a in s.layers.values()) for s in archived}
+    assert shown == {0: False, 4: True, 6: True, 8: True}
+    assert (states[0], "monitor" in states[-1]) == ({}, True)
+
+
 def test_a_resumed_run_keeps_its_colors(tmp_path: Path) -> None:
     """From a checkpoint's state, and from files of the archive, the next snapshot is the same to the bit."""
     probe, model = ProbeBatch(torch.randn(3, 3, 32, 32)), tiny_vit()

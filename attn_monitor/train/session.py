@@ -32,6 +32,7 @@ from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.wiring_watch import WiringWatch
 
 SNAPSHOT = "taking a snapshot"  # what failures call it
+STATE = "keeping attention's past in a checkpoint"
 WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
@@ -224,12 +225,16 @@ class Session:
         self.run.failures.report(self.warn, reraise=reraise and self.on_error == "raise")
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's state, the last step and the archive: a few megabytes at most, without pickled objects."""
-        if self.monitor is None:
+        """The monitor's state, the last step and the archive: a few megabytes at most, without pickled objects.
+
+        Empty where there is none, or it cannot be made: a checkpoint of the training is worth more.
+        """
+        state = None if self.monitor is None else self.run.failures.result_of(STATE, self.monitor.state_dict)
+        if state is None:
             return {}
         return {
             "version": STATE_VERSION,
-            "monitor": self.monitor.state_dict(),
+            "monitor": state,
             "last_step": self.schedule.last_step,
             "archive": self.archive.name,
             "run": self.archive.run,

@@ -123,6 +123,9 @@ def test_a_step_tells_nothing_of_what_it_did_not_see() -> None:
     assert run(10, update="", teacher_ran=False) == []
     assert [f.kind for f in run(10, update="", teacher_ran=None)] == ["teacher_stands_still"]
     assert run(2, update="step") == []  # nor is it told of two steps
+    for unseen in (None, False):  # an average for evaluation, perhaps
+        assert run(10, update="end", m=0.0, teacher_requires_grad=True, teacher_ran=unseen) == []
+    assert [f.kind for f in run(10, update="end", m=0.0)] == ["momentum_zero"]
 
 
 def test_a_student_at_a_learning_rate_of_zero_may_rest() -> None:

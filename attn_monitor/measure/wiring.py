@@ -187,7 +187,7 @@ class Wiring:
 
     def _requires_grad(self, watched: WatchedStep) -> Iterator[tuple[str, str]]:
         """An average that does not run while training is for evaluation, and harmless."""
-        holds = watched.teacher_requires_grad and self._meant_as_average and watched.teacher_ran is not False
+        holds = watched.teacher_requires_grad and self._meant_as_average if watched.teacher_ran else None
         if not self._confirmed("requires grad", holds):
             return
         if any(o.holds_teacher for o in watched.optimizers):
@@ -235,8 +235,8 @@ class Wiring:
     def _momentum_zero(self, watched: WatchedStep, updates: list[Update]) -> Iterator[tuple[str, str]]:
         """An average that does not run while training is for evaluation, and may copy until it begins."""
         moves = not torch.equal(watched.moments[0].student, watched.moments[-1].student)
-        copies = watched.teacher_ran is not False and bool(updates) and all(update.copies for update in updates)
-        if self._confirmed("copies", copies if moves else None):
+        copies = bool(updates) and all(update.copies for update in updates)
+        if self._confirmed("copies", copies if moves and watched.teacher_ran else None):
             yield (
                 "momentum_zero",
                 "it equals the student after each update: the average has a momentum of 0, or copies instead",

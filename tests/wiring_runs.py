@@ -407,6 +407,13 @@ class BuffersToo(ForgottenBuffers):
             teacher.copy_(student)
 
 
+class BuffersAtTheEnd(ForgottenBuffers):
+    """Those of an average for evaluation may be made after training, by PyTorch's ``update_bn``."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.head(self.student_backbone(batch)).square().mean()
+
+
 class OwnBuffers(ForgottenBuffers):
     """BYOL's target normalises by its own batches."""
 
@@ -439,6 +446,7 @@ RIGHT: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "copied now and then": (NowAndThen, {}),
     "two optimizers, twice": (TwoOptimizers, {}),
     "buffers copied": (BuffersToo, {}),
+    "buffers made at the end": (BuffersAtTheEnd, {}),
     "buffers of its own": (OwnBuffers, {}),
     "bfloat16": (Averaged, {"precision": "bf16-true"}),
 }

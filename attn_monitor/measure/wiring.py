@@ -263,9 +263,11 @@ class Wiring:
             )
 
     def _buffers(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
+        """Those of an average for evaluation may be made when training is over, as by PyTorch's `update_bn`."""
         steps = watched.ended - first.begun
         student, teacher = (not torch.equal(a, b) for a, b in zip(watched.buffers, first.buffers, strict=True))
-        if self._confirmed("buffers", student and not teacher and self.averaged) and steps >= self.still_steps:
+        forgotten = student and not teacher and self.averaged if watched.teacher_ran else None
+        if self._confirmed("buffers", forgotten) and steps >= self.still_steps:
             yield (
                 "average_forgets_buffers",
                 f"its parameters are averaged and its buffers are not: those such as {self.sampled.buffer} have stayed "

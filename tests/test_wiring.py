@@ -17,6 +17,7 @@ from torch.optim import optimizer as optimizers
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.offline.summary import summary
+from attn_monitor.train.wiring_watch import MOMENTS
 from tests.events import Events
 from tests.helpers import NoiseImages, loader, tiny_vit, trainer
 from tests.processes import launch
@@ -282,6 +283,22 @@ def test_a_loop_of_ones_own(tmp_path: Path, averaged: str, kinds: list[str]) -> 
     watch = plain_loop(tmp_path, averaged=averaged)
     assert [flag.kind for flag in watch.monitor.health.flags] == kinds
     assert [flag.kind for s in load_snapshots(tmp_path / "attn_monitor") for flag in s.flags] == kinds
+
+
+def test_a_loop_that_asks_once_an_epoch(tmp_path: Path) -> None:
+    """Nothing piles up, and nothing is told, between two looks that are many steps apart."""
+    models = nn.ModuleDict({"student": tiny_vit(), "teacher": tiny_vit().requires_grad_(False)})
+    optimizer = torch.optim.SGD(models["student"].parameters(), lr=1e-3)
+    watch = Watch(models, PROBE, folder=tmp_path, health=LIMITS)
+    watch.step(0)
+    for _ in range(50):
+        optimizer.step()
+    batch = watch._session.run.wiring._batch  # type: ignore[union-attr]
+    assert len(batch._optimizers) <= len(batch._moments) == MOMENTS  # type: ignore[union-attr]
+    watch.step(50)
+    watch.close()
+    assert watch.monitor is not None
+    assert watch.monitor.health.flags == []
 
 
 @pytest.mark.slow

@@ -184,6 +184,8 @@ class _Batch:
         self._noisy = tuple(name for name, m in self._random.items() if m.training)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if len(self._moments) >= MOMENTS:  # not followed: nothing more is kept
+            return
         students, teachers = ({id(p) for p in tensors} for tensors in self._pair)
         ids = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
         ours = [group for group, held in zip(optimizer.param_groups, ids, strict=True) if held & students]

@@ -85,8 +85,8 @@ class AttentionMapCallback(pl.Callback):
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
         - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture
-        - ``attn_logits``: the largest logits of all layers over the run; ``attn_layers/{entropy|logits}``: with several
-          layers, a heat map of all their heads; ``attn_sinks``, ``attn_monitor/sinks``: a table at the end
+        - ``attn_overview/logits``: the largest logits of all layers over the run; ``…/heads_{entropy|logits}``: with
+          several layers, a heat map of all their heads; ``attn_sinks``, ``attn_monitor/sinks``: a table at the end
         - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is
           never written to
 

@@ -228,7 +228,7 @@ def test_chart_of_all_layers(tmp_path: Path) -> None:
         assert (points[0], points[-1][0], len(points) <= 96) == ((0, 1.0), 120, True)
     publisher.publish(monitor.previous)
     publisher.close()
-    with Image.open(next((tmp_path / "pictures").rglob("*attn_logits*"))) as picture:
+    with Image.open(next((tmp_path / "pictures").rglob("*attn_overview?logits*"))) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     line = (abs(pixels - np.array(MARK)).sum(-1) < 60).sum(1)  # of the colour of the lines at 100 and 65,504
     assert len([row for row in range(1, len(line)) if line[row] > 400 >= line[row - 1]]) == 2

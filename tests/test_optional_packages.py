@@ -78,7 +78,7 @@ def fit(folder, logger):
     assert len(list(folder.rglob("step-*.npz"))) == 3, list(folder.rglob("*"))
 
 fit(FOLDER / "pictures", False)
-assert len(list(FOLDER.rglob("*.jpg"))) == 4, list(FOLDER.rglob("*"))  # a panel and a film strip of each image
+assert len(list(FOLDER.rglob("*.jpg"))) == 5, list(FOLDER.rglob("*"))  # two of each image, and logits
 fit(FOLDER / "numbers", CSVLogger(FOLDER / "numbers"))
 assert "attn/backbone/layer1/entropy" in next(FOLDER.rglob("metrics.csv")).read_text()
 """

@@ -364,7 +364,7 @@ def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, m
     for step in range(7):
         assert {key for s, key in logger.images if s == step} == {
             *("attn_maps/image1", "attn_filmstrip/image1", "attn_maps/image2"),
-            *("attn_maps/image3", "attn_filmstrip/image3"),
+            *("attn_maps/image3", "attn_filmstrip/image3", "attn_overview/logits"),
         }
     assert sum("drawing some images failed, training goes on. image0: ValueError" in text for text in told) == 1
     assert sum("logging some pictures to Mine failed" in text for text in told) == 1
@@ -382,7 +382,7 @@ def test_names_of_eighty_wide_characters(tmp_path: Path) -> None:
     told, _ = fit(tmp_path, False, steps=2, watch=watch)
     assert not [text for text in told if "no logger" not in text]
     (folder,) = tmp_path.rglob("pictures")
-    assert len(list(folder.iterdir())) == 8
+    assert len(list(folder.iterdir())) == 9  # a panel and a film strip of each, and logits
 
 
 # Disks
@@ -438,7 +438,7 @@ def test_the_last_of_a_disk_is_not_the_monitors(tmp_path: Path, disk: Path) -> N
     at = At(step5=lambda: (time.sleep(1), fill(disk, reserve)), step15=(disk / "ballast").unlink)
     watch = AttentionMapCallback(num_images=2, every_n_train_steps=1, disk_reserve=reserve)
     told, _ = fit(disk, TensorBoardLogger(disk, name="run", version=0), at, Looks(), steps=60, watch=watch)
-    assert min(free) > reserve - 300_000  # scalars are still written
+    assert min(free) > reserve - 1_000_000  # scalars are still written, and what was begun before the disk was full
     assert archived(disk / RUN / "attn_monitor") == [*range(61)]
     assert [s for s, _ in Events(disk / RUN).scalars(ENTROPY)] == [*range(61)]
     pictures = [s for s, _ in Events(disk / RUN).images("attn_maps/image0")]

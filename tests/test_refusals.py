@@ -283,8 +283,8 @@ def test_rows_that_do_not_give_the_output_are_refused(monkeypatch: pytest.Monkey
 
     model, images = enliven(timm_vit("vit_tiny_patch16_224")).eval(), torch.randn(2, 3, *W)
     record_attention(model, images)
-    original = FusedCall._softmax
-    monkeypatch.setattr(FusedCall, "_softmax", lambda self, queries: original(self, queries).pow(1.05))
+    original = FusedCall._scores
+    monkeypatch.setattr(FusedCall, "_scores", lambda self, queries: original(self, queries) * 1.05)
     for query in ("cls", "mean"):
         with pytest.raises(errors.VerificationError) as caught:
             record_attention(model, images, query=query)

@@ -33,5 +33,5 @@ def budget_text(label: str, kept: Sequence[int], snapshot: AttentionSnapshot) ->
     return (
         f"{label} gets the curves of single heads of {len(kept)} of the {len(costs)} watched layers, {kept[0]} to "
         f"{kept[-1]}: all would be {sum(costs.values()):,} metrics, and W&B advises fewer than 10,000 in a project. "
-        "Every layer is in the means, the heat maps attn_layers/… and the archive"
+        "Every layer is in the means, the heat maps attn_overview/heads_… and the archive"
     )

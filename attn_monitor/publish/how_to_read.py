@@ -16,7 +16,7 @@ def how_to_read(style: DrawingOptions, settings: str = "", name: str = "") -> st
         else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
     )
     strips, panels = renamed("attn_filmstrip", name), renamed("attn_maps", name)
-    logits = renamed("attn_logits", name)
+    logits = renamed("attn_overview/logits", name)
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
         f"patches that holds {style.threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "

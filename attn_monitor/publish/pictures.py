@@ -49,13 +49,13 @@ class Pictures:
         """Charts of the whole run up to a snapshot, and where it has several layers, all of their heads at a glance."""
         if logits := curves.of(LARGEST):
             caption = f"largest logits, step {snapshot.step}"
-            yield Picture(renamed("attn_logits", self.name), logit_chart(logits), caption)
+            yield Picture(renamed("attn_overview/logits", self.name), logit_chart(logits), caption)
         if len({layer for _, layer in snapshot.layers}) == 1:
             return
         for name, scale in HEAT_SCALES.items():
             heat_map = layer_heat_map(snapshot, scale)
             if heat_map is not None:
-                tag = renamed(f"attn_layers/{name}", self.name)
+                tag = renamed(f"attn_overview/heads_{name}", self.name)
                 yield Picture(tag, heat_map, f"{name} of all heads, step {snapshot.step}")
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:

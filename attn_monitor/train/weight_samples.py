@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class WeightSamples:
         names = *_spread(scales, SCALES), *_spread(vectors, VECTORS), *_spread(matrices, MATRICES)
         return cls(student, teacher, names, tuple(_spread(_buffers_in_common(student, teacher), BUFFERS)))
 
+    def are_there(self) -> bool:
+        """Whether the models have them still: blocks may be taken out while training goes on."""
+        names = (*self.names, *self.buffers)
+        return all(_at(model, name) is not None for model in (self.student, self.teacher) for name in names)
+
     def parameters(self) -> Pair:
         """Those that the models have now."""
         return self._find(self.names)
@@ -85,7 +90,7 @@ class WeightSamples:
 
     def _find(self, names: Iterable[str]) -> Pair:
         found = [[_at(model, name) for name in names] for model in (self.student, self.teacher)]
-        return Pair(*found)
+        return Pair(*([p for p in parameters if p is not None] for parameters in found))
 
 
 def student_and_teacher(models: Mapping[str, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
@@ -114,13 +119,13 @@ def _is_random(module: nn.Module) -> bool:
     )
 
 
-def _at(model: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer that is there now: it may be replaced while training goes on."""
+def _at(model: nn.Module, path: str) -> Tensor | None:
+    """The parameter or buffer that is there now, if there is one: it may be replaced while training goes on."""
     *owners, name = path.split(".")
-    for owner in owners:
-        model = model._modules[owner]  # type: ignore[assignment]
-    found: Any = model._parameters[name] if name in model._parameters else model._buffers[name]
-    return found  # type: ignore[no-any-return]
+    owner: nn.Module | None = model
+    for part in owners:
+        owner = None if owner is None else owner._modules.get(part)
+    return None if owner is None else owner._parameters.get(name, owner._buffers.get(name))
 
 
 def _comparable(one: Tensor, other: Tensor) -> bool:

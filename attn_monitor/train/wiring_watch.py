@@ -100,6 +100,8 @@ class WiringWatch:
     def _begin(self, step: int) -> None:
         if step >= self._again_at:
             self._again_at, self._left, self._tries = math.inf, max(self._left, AGAIN), BATCHES * AGAIN
+        if self._samples is not None and not self._samples.are_there():
+            self._samples = None  # of what these models are now, nothing is known
         if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
             # Not in the first batch, which shows whether training compiles: what it compiles would be so anew.
             layer = self._layer if self._wiring.begun and self._compiled == _compiled_so_far() else None

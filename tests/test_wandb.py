@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-import wandb
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Publisher, load_snapshots
 from attn_monitor import functional as F
 from tests import wandb_runs
@@ -54,6 +53,7 @@ def by_lightning_with_prefix(folder: Path) -> str:
 
 
 def by_lightning_in_a_running_run(folder: Path) -> str:
+    import wandb
 
     wandb.init(project="test", dir=folder)
     with pytest.warns(UserWarning, match="already in progress"):
@@ -67,6 +67,7 @@ def by_lightning_behind_tensorboard(folder: Path) -> str:
 
 
 def by_a_plain_run(folder: Path) -> str:
+    import wandb
 
     run = wandb.init(project="test", dir=folder)
     models = {role: tiny_vit() for role in ("student", "teacher")}
@@ -97,6 +98,8 @@ def test_everything_is_drawn_over_the_global_step(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    import wandb
+
     wandb.teardown()  # what tests before it have set up is silent
     monkeypatch.setenv("WANDB_SILENT", "false")
     tag = train(offline)

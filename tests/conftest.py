@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from attn_monitor.publish import background
 from tests import processes
+
+settings.register_profile("shared machine", deadline=None)  # a slow example is no fault of the code
+settings.load_profile("shared machine")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

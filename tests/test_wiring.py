@@ -17,6 +17,7 @@ from torch.optim import optimizer as optimizers
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.offline.summary import summary
+from attn_monitor.train.weight_samples import WeightSamples
 from attn_monitor.train.wiring_watch import MOMENTS
 from tests.events import Events
 from tests.helpers import NoiseImages, loader, tiny_vit, trainer
@@ -312,3 +313,12 @@ def test_several_processes(tmp_path: Path) -> None:
             "FSDP, before the step": ["average_before_step"],
             "FSDP, never": ["teacher_stands_still"],
         }
+
+
+def test_models_that_have_lost_a_block_are_known_to_have() -> None:
+    student, teacher = tiny_vit(), tiny_vit()
+    samples = WeightSamples.of(student, teacher)
+    assert samples is not None
+    assert samples.are_there()
+    del teacher.blocks[1]
+    assert not samples.are_there()

@@ -1,4 +1,4 @@
-"""`write_report`: one or two archives as an HTML file that opens by double click."""
+"""One or two archives as an HTML file that opens by double click: its text, how it is written, what runs are called."""
 
 from __future__ import annotations
 

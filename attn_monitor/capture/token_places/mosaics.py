@@ -69,7 +69,9 @@ def _read(tokens: Tokens, conv: PatchConv) -> Mosaic:
                 mosaic.dilated.add(key)
     limit = max((site.threshold for site in tokens.sites.values()), default=1e-3)
     mosaic.entries = {call: places_in_mosaics(t, cells, limit) for call, t in tokens.entries.items()}
-    mosaic.exits = {call: places_in_mosaics(t, cells, limit) for call, t in tokens.exits.items()}
+    mosaic.exits = {
+        call: tuple(places_in_mosaics(t, cells, limit) for t in all_) for call, all_ in tokens.exits.items()
+    }
     return mosaic
 
 

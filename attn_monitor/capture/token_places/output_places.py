@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -15,7 +15,7 @@ from attn_monitor.capture.token_places.layout import STATIC, Places, is_whole
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
+from attn_monitor.capture.token_places.tokens import Call, SiteTokens
 
 
 def refuse_mixtures(search: PlaceSearch) -> None:
@@ -45,22 +45,23 @@ def check_outputs(search: PlaceSearch) -> None:
     marks = _choose_marks(search)
     if not marks:
         return
-    slots = 1 + max(m.slot for m in marks.values())
-    base, other = noise_images(search.images, 2, seed=8)
-    shown = torch.stack([base, *(base for _ in range(slots)), other])
-    marked_queries = {}
-    for key, tokens in search.reference.sites.items():
-        marked_queries[key] = torch.zeros(len(shown), tokens.queries, dtype=torch.bool, device=search.images.device)
-        if key in marks:
-            marked_queries[key][1 + marks[key].slot, list(marks[key].queries)] = True
-    check = _OutputCheck(search, search.silent_model(shown, 1, marks=marked_queries), marks)
+    check = _OutputCheck(search, marks)
     two_hops = check.two_hops()
+    doubtful = []
     for key, site, layout in search.placed():
         if key not in check.tokens.sites:
             continue
         if key in two_hops:
             site.refuse("it is one of two hops: what an attention gave is read by attention again")
         elif key in marks and not check.is_right(key, search.mosaic_of(layout)):
+            doubtful.append(key)
+    if not doubtful:
+        return
+    # Alone in its image: tokens of earlier layers, which a module may return too, then show no marks at all.
+    alone = _OutputCheck(search, {key: replace(marks[key], slot=n) for n, key in enumerate(doubtful)})
+    for key in doubtful:
+        site = search.sites[key]
+        if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(site.layout)):
             site.refuse("the results of its queries do not go to the tokens that its queries are")
 
 
@@ -103,9 +104,18 @@ class _OutputCheck:
     ``tokens`` are those of the first image without marks, of one image a slot with marks, and of another image.
     """
 
-    def __init__(self, search: PlaceSearch, tokens: Tokens, marks: dict[SiteKey, _Marked]) -> None:
-        self.search, self.tokens, self.marks = search, tokens, marks
-        self.order = [key for key in search.sites if key in tokens.sites]
+    def __init__(self, search: PlaceSearch, marks: dict[SiteKey, _Marked]) -> None:
+        slots = 1 + max(m.slot for m in marks.values())
+        base, other = noise_images(search.images, 2, seed=8)
+        shown = torch.stack([base, *(base for _ in range(slots)), other])
+        marked_queries = {}
+        for key, tokens in search.reference.sites.items():
+            marked_queries[key] = torch.zeros(len(shown), tokens.queries, dtype=torch.bool, device=shown.device)
+            if key in marks:
+                marked_queries[key][1 + marks[key].slot, list(marks[key].queries)] = True
+        self.search, self.marks = search, marks
+        self.tokens = search.silent_model(shown, 1, marks=marked_queries)
+        self.order = [key for key in search.sites if key in self.tokens.sites]
 
     def two_hops(self) -> set[SiteKey]:
         """Operations whose V is nothing but what others gave in the same call of a module; and those others."""
@@ -142,16 +152,27 @@ class _OutputCheck:
         return set(own.places).union(*(m.places for m in marks if (m.slot, m.grid) == (own.slot, own.grid)))
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: Mosaic | None) -> str:
-        """What the tokens say that leave a module: "right", "in another order", "wrong", or nothing."""
-        leaving, entering = self.tokens.exits.get(call), self.tokens.entries.get(call)
-        if leaving is None:
-            return ""
+        """What the first tokens that leave a module with marks say: "right", "in another order", "wrong", or nothing.
+
+        Some modules return those of several layers, and the marks of one layer are in its own and the later ones only.
+        """
+        leaving = self.tokens.exits.get(call, ())
+        exits = () if mosaic is None else mosaic.exits.get(call, ())
+        places: Sequence[Places | None] = exits if len(exits) == len(leaving) else [None] * len(leaving)
+        verdicts = (self._at_tensor(key, call, mosaic, *one) for one in zip(leaving, places, strict=True))
+        return next((verdict for verdict in verdicts if verdict), "")
+
+    def _at_tensor(
+        self, key: SiteKey, call: Call, mosaic: Mosaic | None, leaving: Tensor, leaving_places: Places | None
+    ) -> str:
+        """The same of one tensor that a module returns."""
+        entering = self.tokens.entries.get(call)
         out = self._moved(key, leaving)
         if entering is not None and entering.shape[1] != len(out):
             entering = None
         before = [False] * len(out) if entering is None else self._moved(key, entering)
         entry = None if mosaic is None or entering is None else _if_whole(mosaic, mosaic.entries.get(call))
-        exit_ = None if mosaic is None else _if_whole(mosaic, mosaic.exits.get(call))
+        exit_ = None if mosaic is None else _if_whole(mosaic, leaving_places)
         places = exit_ if exit_ is not None and entry is not None else entry
         if places is None and len(out) == self.tokens.sites[key].queries:
             at_queries = {q: p for p, q in self.search.sites[key].patch_queries.items()}

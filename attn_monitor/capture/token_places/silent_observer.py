@@ -64,23 +64,23 @@ class SilentObserver(AttentionObserver):
             call = (path, self._calls.get(path, 0))
             self._calls[path] = call[1] + 1
             self._open.append(call)
-            self._keep(self.tokens.entries, call, (args, kwargs))
+            if (entering := next(self._sketches((args, kwargs)), None)) is not None:
+                self.tokens.entries[call] = entering
 
         return hook
 
     def _end(self, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if self._open and self._open[-1][0] == path:
-                self._keep(self.tokens.exits, self._open.pop(), out)
+                self.tokens.exits[self._open.pop()] = tuple(self._sketches(out))
 
         return hook
 
-    def _keep(self, kept: dict[Call, Tensor], call: Call, values: Any) -> None:
+    def _sketches(self, values: Any) -> Iterator[Tensor]:
+        """Of what could be tokens among a module's arguments or results."""
         for x in _tensors(values):
             if x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]:
-                x = x if x.shape[0] == self.batch else x.transpose(0, 1)
-                kept[call] = sketch(x[:, None])
-                return
+                yield sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None])
 
     @errors_from("monitor")
     def __torch_dispatch__(

@@ -47,7 +47,7 @@ class Mosaic:
     q: dict[SiteKey, Places] = field(default_factory=dict)
     k: dict[SiteKey, Places] = field(default_factory=dict)
     entries: dict[Call, Places] = field(default_factory=dict)
-    exits: dict[Call, Places] = field(default_factory=dict)
+    exits: dict[Call, tuple[Places, ...]] = field(default_factory=dict)  # of each tensor that a call returns
     changes: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T) between images, where V is not exact
     dilated: set[SiteKey] = field(default_factory=set)  # sites whose heads hold different cells of this grid
 

@@ -50,7 +50,7 @@ class Tokens:
 
     sites: dict[SiteKey, SiteTokens] = field(default_factory=dict)
     entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
-    exits: dict[Call, Tensor] = field(default_factory=dict)
+    exits: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict)  # of each tensor that a call returns
     again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
     mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
 
@@ -72,7 +72,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(
         sites,
         _concatenate_values([p.entries for p in parts]),
-        _concatenate_values([p.exits for p in parts]),
+        _concatenate_exits([p.exits for p in parts]),
         _concatenate_values([p.again for p in parts]),
         set().union(*(p.mixed for p in parts)),
     )
@@ -82,3 +82,11 @@ def _concatenate_values(parts: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tens
     first = parts[0]
     shared = [k for k in first if all(k in part and part[k].shape[1:] == first[k].shape[1:] for part in parts)]
     return {k: torch.cat([part[k] for part in parts]) for k in shared}
+
+
+def _concatenate_exits(parts: Sequence[Mapping[Call, tuple[Tensor, ...]]]) -> dict[Call, tuple[Tensor, ...]]:
+    first, numbered = parts[0], [{(c, n): t for c, all_ in p.items() for n, t in enumerate(all_)} for p in parts]
+    joined = _concatenate_values(numbered)
+    return {
+        call: tuple(joined[call, n] for n in range(len(all_)) if (call, n) in joined) for call, all_ in first.items()
+    }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SIZE = 16  # numbers that stand for one token's channels
+_SAMPLE = 8192  # numbers that tell the precision of a tensor
 
 
 def sketch(x: Tensor) -> Tensor:
@@ -42,3 +43,22 @@ def change_threshold(dtype: torch.dtype, device: torch.device) -> float:
     """The relative change above which a token counts as changed."""
     rounding = 4e-3 if device.type == "cuda" and dtype == torch.float32 else 1e-3  # products may run in TF32
     return max(rounding, 8 * torch.finfo(dtype).eps)
+
+
+def precision_of(x: Tensor) -> torch.dtype:
+    """The precision that a tensor's numbers have: half where float32 ones were computed or rounded in it (bf16 RoPE).
+
+    Up to a common factor, such numbers share a few mantissas among many values.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        return x.dtype
+    numbers = x.detach().flatten()
+    sample = numbers[:: numbers.numel() // _SAMPLE | 1].abs()  # an odd step passes through all channels
+    values, mantissas = (int(t.unique().numel()) for t in (sample, torch.frexp(sample).mantissa))
+    halves = ((torch.bfloat16, 128), (torch.float16, 1024))  # with that many mantissas each, and 0
+    return next((half for half, most in halves if mantissas <= most + 1 and values >= 2 * mantissas), x.dtype)
+
+
+def coarsest(*precisions: torch.dtype) -> torch.dtype:
+    """That of the fewest digits."""
+    return max(precisions, key=lambda dtype: torch.finfo(dtype).eps)

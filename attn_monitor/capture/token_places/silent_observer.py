@@ -19,7 +19,7 @@ from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.observer import AttentionObserver, run_operation
 from attn_monitor.capture.token_places.attention_product import AttentionProduct, by_image_and_head, explains_scores
-from attn_monitor.capture.token_places.random_projections import noise_like, project, sketch
+from attn_monitor.capture.token_places.random_projections import coarsest, noise_like, precision_of, project, sketch
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteTokens, Tokens
 from attn_monitor.capture.unknown_operations import call_by
 
@@ -50,6 +50,7 @@ class SilentObserver(AttentionObserver):
         self._values: list[tuple[Tensor, SiteKey]] = []  # the last few V
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
+        self._precision = torch.float64
 
     def watch_calls(self, stack: ExitStack, modules: Mapping[str, nn.Module], paths: set[str]) -> None:
         """Also read the tokens with which the modules at these paths are called, and what they return."""
@@ -188,13 +189,15 @@ class SilentObserver(AttentionObserver):
             for t in (product.v, product.q, product.k)
         )
         if v is not None:
+            # What the queries are made of goes on to the later sites, as queries stand in place of results.
+            self._precision = coarsest(*(precision_of(t) for t in (v, q, k) if t is not None), self._precision)
             self.tokens.sites[key] = SiteTokens(
                 v=sketch(v),
                 heads=project(v) if v.shape[2] < self.by_head else None,
                 q=None if q is None else sketch(q),
                 k=None if k is None else sketch(k),
                 queries=product.lead[-1],
-                dtype=v.dtype,
+                dtype=self._precision,
                 within=tuple(self._open),
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_monitor.capture.attention_rows import CallingConvention, Folding
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.random_projections import change_threshold
+from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
 
 Call = tuple[str, int]
 """A module's path, and how many times it had been called before within the same forward."""
@@ -35,7 +35,7 @@ class SiteTokens:
     q: Tensor | None
     k: Tensor | None
     queries: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # the precision that they have, the coarsest where they differ
     within: tuple[Call, ...]  # calls of the modules around, the outermost first
 
     @property
@@ -68,7 +68,8 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         for name in ("v", "q", "k", "heads"):
             known = [t for t in (getattr(o, name) for o in all_parts) if t is not None]
             tensors[name] = torch.cat(known) if len(known) == len(parts) else None
-        sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=first.dtype, within=first.within)
+        dtype = coarsest(*(o.dtype for o in all_parts))
+        sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=dtype, within=first.within)
     return Tokens(
         sites,
         _concatenate_values([p.entries for p in parts]),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from attn_monitor.capture.model_state import HeldState
+from attn_monitor.capture.parameter_writes import parameters_restored, was_watched
 
 
 @contextmanager
@@ -22,8 +24,9 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, in which nothing that training can see is changed for good.
 
     Restored afterwards, also after an exception: the ``training`` flag of every submodule (each its own), the values of
-    every buffer, what every module's attributes are bound to (see `_attributes_restored`), the random state of torch,
-    CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path.
+    every buffer, parameters that the forward writes to, what is held by the modules' attributes, hooks and classes (see
+    `HeldState`), the random state of torch, CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast
+    path. What changes and cannot be restored is named in one warning for each model.
     """
     with ExitStack() as stack:
         stack.enter_context(_known_to_be_isolated())
@@ -31,9 +34,10 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
-        stack.enter_context(_values_of_buffers_restored(modules))
-        if not _may_be_sharded() or not is_sharded(model):  # FSDP keeps an account of its own in attributes
-            stack.enter_context(_attributes_restored(modules))
+        if _may_be_sharded() and is_sharded(model):  # FSDP keeps an account of its own in attributes and parameters
+            stack.enter_context(_values_restored(_buffers(modules)))
+        else:
+            stack.enter_context(_state_restored(model, modules))
         stack.enter_context(random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
@@ -72,77 +76,57 @@ def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _values_of_buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """By whole storages, byte by byte.
+def _state_restored(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What the modules hold: parameters, buffers, attributes and what can be reached from them."""
+    lost: list[str] = []
+    held = HeldState(modules, thorough=not was_watched(model))
+    try:
+        with parameters_restored(model, lost.append), _values_restored([*_buffers(modules), *held.tensors]):
+            yield
+    finally:
+        lost += held.restore()
+        news = [path for path in lost if path not in _REPORTED.setdefault(model, set())]
+        if news:
+            _REPORTED[model].update(news)
+            warnings.warn(
+                f"{type(model).__name__} changes {', '.join(news[:5])}{' and more' * (len(news) > 5)} when it runs, "
+                "which cannot be restored after the probe, so training may differ by it. Keep it in a buffer or a "
+                "plain attribute, or pass a forward= that does not change it",
+                stacklevel=2,
+            )
 
-    This sees what is written through ``.data`` or through another view, works for buffers made in inference mode, and
+
+_REPORTED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _buffers(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta]
+
+
+@contextmanager
+def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The values of tensors, by whole storages, byte by byte.
+
+    This sees what is written through ``.data`` or through another view, works for tensors made in inference mode, and
     does not count as a change to autograd, which may hold a buffer for a backward that is still to come.
     """
     storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
     others: list[tuple[Tensor, Tensor]] = []
-    for buffer in {id(b): b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta}.values():
-        if type(buffer) is Tensor and buffer.layout is torch.strided:
-            storage = buffer.untyped_storage()
+    for tensor in {id(t): t for t in tensors}.values():
+        if type(tensor) is Tensor and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
             if storage._cdata not in storages:
                 storages[storage._cdata] = storage, storage.clone()
         else:
-            others.append((buffer, buffer.clone()))
+            others.append((tensor, tensor.clone()))
     try:
         yield
     finally:
         for storage, value in storages.values():
             if storage.nbytes() == value.nbytes():  # else the model has resized it, and gave it up
                 storage.copy_(value)
-        for buffer, copy in others:
-            buffer.copy_(copy)
-
-
-@contextmanager
-def _attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Bind every attribute of the modules to what it was bound to, and give lists, dicts and sets their items back.
-
-    This covers the tables of buffers (those that were None, added, removed, replaced), of parameters and submodules,
-    and caches in plain attributes, such as RoPE tables and the size that they were made for: they belong together, and
-    training must not find what was made for the probe. What lies deeper (in objects that are no modules, in containers
-    within containers) is left as the model leaves it.
-    """
-    before = [(vars(module), vars(module).copy()) for module in modules]
-    contents = [
-        (value, value.copy())
-        for _, attributes in before
-        for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in _HOOKS
-    ]
-    try:
-        yield
-    finally:
-        for now, attributes in before:
-            if not (_same(now, attributes) and _same(now.values(), attributes.values())):
-                _refill(now, attributes)
-        for now, items in contents:
-            if not (_same(now, items) and (not isinstance(now, dict) or _same(now.values(), items.values()))):
-                _refill(now, items)
-
-
-_CONTAINERS = (dict, list, set, OrderedDict)
-# A module's own tables that no forward fills; Transformers hooks modules the first time that they run.
-_HOOKS = vars(nn.Module()).keys() - {
-    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-}
-
-
-def _same(now: Collection[Any], before: Collection[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
-
-
-def _refill(container: Any, items: Any) -> None:
-    container.clear()  # all anew, so that the order is restored too
-    if isinstance(container, list):
-        container.extend(items)
-    else:
-        container.update(items)
+        for tensor, copy in others:
+            tensor.copy_(copy)
 
 
 @contextmanager

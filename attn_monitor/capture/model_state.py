@@ -1,0 +1,289 @@
+"""The state that a model holds outside its parameters and buffers: found from its modules' attributes, and restored.
+
+`HeldState` walks from the attributes of every module, and of its class, through lists, dicts, sets, tuples and plain
+objects. It copies containers (shallowly, each on its own), tensors, NumPy arrays and the states of random generators,
+and puts back what has changed. What it can only compare is named by `HeldState.restore`. Functions are not walked: what
+a hook or a wrapper keeps in its closure is its user's, who is free to observe every forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import pickle
+import random
+import types
+import warnings
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LARGEST_COPIES = 2**26  # bytes of all tensors and arrays that are no buffers; beyond that they are compared only
+_LARGEST_WALK = 50_000  # objects; the rest of a larger graph is left as the model leaves it
+_LONGEST = 1_000  # items of one container that are looked into; all of them are restored
+
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
+_CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_LEAVES = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, *_CALLABLES}
+    | {torch.dtype, torch.device, torch.Size, nn.Parameter, np.dtype, slice, range, property, staticmethod, classmethod}
+)
+_LOCKS = frozenset({"_thread", "threading", "queue", "multiprocessing", "concurrent", "asyncio"})
+# Objects of these packages hold no state of the model: trainers, loggers, locks, optimizers, and what is ours.
+_FOREIGN = _LOCKS | {
+    "torch",
+    "lightning",
+    "pytorch_lightning",
+    "attn_monitor",
+    "numpy",
+    "logging",
+    "io",
+    "_io",
+    "weakref",
+}
+# A module's tables that a forward may change; what stands in them is saved elsewhere, or is a function.
+_OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}) | {
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+}
+_TABLES_LEFT_ALONE = vars(nn.Module()).keys() - _OWN_TABLES
+_Path = tuple[Any, ...]  # (path of the owner, name or key); spelled out only where something cannot be restored
+
+
+class _Saved(NamedTuple):
+    """A value that may change: how it is reached, whether it has changed, and how to restore it where possible."""
+
+    path: _Path
+    changed: Callable[[], bool]
+    restore: Callable[[], None] | None
+
+
+class HeldState:
+    """What the modules of one model hold at the time of the call.
+
+    ``tensors`` are those that are not registered as buffers, up to 64 MB together; the caller saves their values with
+    the buffers'. ``thorough`` also compares what cannot be restored (large arrays, and objects that are neither
+    containers nor plain objects, by their pickled bytes); it costs more than a snapshot should.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, thorough: bool = False) -> None:
+        self.tensors: list[Tensor] = []
+        self._bytes_left = _LARGEST_COPIES
+        self._containers: list[tuple[Any, Any]] = []  # each with a copy of its items
+        self._saved: list[_Saved] = []
+        self._thorough = thorough
+        self._seen = {id(module) for module in modules}
+        self._waiting: deque[tuple[_Path, Any]] = deque()
+        for module in modules:
+            self._save_module(module)
+        for cls in dict.fromkeys(c for kind in {type(module) for module in modules} for c in kind.__mro__):
+            if cls is not object and not _is_foreign(cls.__module__):
+                self._save_class(cls)
+        while self._waiting and len(self._seen) < _LARGEST_WALK:
+            self._visit(*self._waiting.popleft())
+        self._waiting.clear()
+
+    def restore(self) -> list[str]:
+        """Put everything back; the paths of what has changed and cannot be."""
+        for container, before in self._containers:
+            if (container or before) and not _same_items(container, before):
+                _refill(container, before)
+        lost = []
+        for path, changed, restore in self._saved:
+            if changed():
+                if restore is None:
+                    lost.append(_spelled(path))
+                else:
+                    restore()
+        return lost
+
+    def _later(self, path: _Path, value: Any) -> None:
+        if type(value) not in _LEAVES and id(value) not in self._seen:
+            self._waiting.append((path, value))
+
+    def _visit(self, path: _Path, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, dict):
+            self._save_dict(path, value)
+        elif isinstance(value, (list, set, deque)):
+            self._save_items(path, value)
+        elif isinstance(value, (tuple, frozenset)):
+            for index, item in enumerate(list(value)[:_LONGEST]):
+                self._later((path, index), item)
+        elif isinstance(value, Tensor):
+            self._save_tensor(path, value)
+        elif isinstance(value, np.ndarray):
+            self._save_array(path, value)
+        elif isinstance(value, _GENERATORS):
+            get, put = _generator_state(value)
+            before = get()
+            self._saved.append(_Saved(path, lambda: not _equal(get(), before), lambda: put(before)))
+        elif not isinstance(value, (nn.Module, type, *_CALLABLES)) and not _is_foreign(type(value).__module__):
+            self._save_object(path, value)
+
+    def _save_module(self, module: nn.Module) -> None:
+        """Most of a module's tables are empty, and there are thousands of them."""
+        attributes = vars(module)
+        self._containers.append((attributes, attributes.copy()))
+        for name, item in attributes.items():
+            if type(item) in _LEAVES or name in _TABLES_LEFT_ALONE:
+                continue
+            if name in _OWN_TABLES or (type(item) in _CONTAINERS and not item):
+                self._containers.append((item, item.copy()))
+            else:
+                self._later(((type(module).__name__,), name), item)
+
+    def _save_dict(self, path: _Path, value: dict[Any, Any]) -> None:
+        before = dict(value)  # a copy of the items alone: a subclass may be made in ways of its own
+        self._containers.append((value, before))
+        for key, item in before.items() if len(before) <= _LONGEST else itertools.islice(before.items(), _LONGEST):
+            self._later((path, key), item)
+
+    def _save_items(self, path: _Path, value: Any) -> None:
+        before = list(value)
+        self._containers.append((value, before))
+        for index, item in enumerate(before[:_LONGEST]):
+            self._later((path, index), item)
+
+    def _save_tensor(self, path: _Path, value: Tensor) -> None:
+        if type(value) is not Tensor or value.is_meta:
+            return
+        if self._fits(value.untyped_storage().nbytes() if value.layout is torch.strided else 0):
+            self.tensors.append(value)
+        elif not value.is_inference():
+            version = value._version
+            self._saved.append(_Saved(path, lambda: value._version != version, None))
+
+    def _save_array(self, path: _Path, value: np.ndarray) -> None:
+        if value.dtype.hasobject:
+            return
+        if self._fits(value.nbytes):
+            copy = value.copy()
+            self._saved.append(_Saved(path, lambda: value.tobytes() != copy.tobytes(), lambda: np.copyto(value, copy)))
+        elif self._thorough and value.flags.c_contiguous:
+            before = zlib.crc32(value.data)
+            self._saved.append(_Saved(path, lambda: zlib.crc32(value.data) != before, None))
+
+    def _fits(self, size: int) -> bool:
+        fits = size <= self._bytes_left
+        self._bytes_left -= size if fits else 0
+        return fits
+
+    def _save_class(self, cls: type) -> None:
+        """Attributes of a module's class, which a forward may count in."""
+        before = dict(vars(cls))
+
+        def restore() -> None:
+            now = dict(vars(cls))
+            for name in now.keys() - before.keys():
+                delattr(cls, name)
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    setattr(cls, name, value)
+
+        self._saved.append(_Saved((cls.__name__,), lambda: not _same_items(dict(vars(cls)), before), restore))
+        for name, value in before.items():
+            if not name.startswith("__"):
+                self._later(((cls.__name__,), name), value)
+
+    def _save_object(self, path: _Path, value: Any) -> None:
+        attributes = getattr(value, "__dict__", None)
+        slots = [s for c in type(value).__mro__ for s in _slots_of(c) if hasattr(value, s)]
+        if isinstance(attributes, dict) or slots:
+            held = {**(attributes or {}), **{s: getattr(value, s) for s in slots}}
+            if any(type(item).__module__.partition(".")[0] in _LOCKS for item in held.values()):
+                return  # shared with a thread, which may change it meanwhile
+            if isinstance(attributes, dict):
+                self._save_dict(path, attributes)
+            for slot in slots:
+                self._save_slot((path, slot), value, slot)
+        elif self._thorough and (before := _pickled(value)) is not None:
+            self._saved.append(_Saved(path, lambda: _pickled(value) != before, None))
+
+    def _save_slot(self, path: _Path, owner: Any, name: str) -> None:
+        before = getattr(owner, name)
+        self._saved.append(
+            _Saved(path, lambda: getattr(owner, name, None) is not before, lambda: setattr(owner, name, before))
+        )
+        self._later(path, before)
+
+
+def _spelled(path: _Path) -> str:
+    if len(path) == 1:
+        return str(path[0])
+    owner, name = path
+    return f"{_spelled(owner)}.{name}" if isinstance(name, str) else f"{_spelled(owner)}[{name!r}]"
+
+
+def _slots_of(cls: type) -> Iterator[str]:
+    slots = vars(cls).get("__slots__", ())
+    for slot in (slots,) if isinstance(slots, str) else slots:
+        if slot not in ("__dict__", "__weakref__"):
+            yield slot
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] in _FOREIGN
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """Whether two containers hold the same objects in the same order, and under the same keys."""
+    if len(now) != len(before) or not all(map(operator.is_, now, before)):
+        return False
+    return not isinstance(now, dict) or all(map(operator.is_, now.values(), before.values()))
+
+
+def _refill(container: Any, items: Any) -> None:
+    """Fill a container again from the start, so that the order is restored too.
+
+    By the methods of the built-in type: a subclass may forbid them, as Transformers' ModelOutput does.
+    """
+    builtin: Any = next(base for base in _CONTAINERS if isinstance(container, base))
+    builtin.clear(container)
+    if issubclass(builtin, dict):
+        for key, item in items.items():
+            builtin.__setitem__(container, key, item)
+    else:
+        (builtin.update if builtin is set else builtin.extend)(container, items)
+
+
+def _generator_state(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """How to read and how to set the state of a random generator."""
+    if isinstance(generator, np.random.Generator):
+        bits: Any = generator.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    return generator.get_state, generator.set_state
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, tuple):
+        return all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _pickled(value: Any) -> bytes | None:
+    """The bytes of an object's state, None where it has none that can be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickling an iterator is deprecated from Python 3.12 on
+            return pickle.dumps(value)
+    except Exception:
+        return None

@@ -1,0 +1,110 @@
+"""Restore parameters that a model's own forward writes to: weights that it normalises, decays or clamps."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Names of the parameters that each model has written to, once a whole forward of it has been watched."""
+
+
+def was_watched(model: nn.Module) -> bool:
+    """Whether a whole forward of this model has been watched, so that the parameters it writes to are known."""
+    return model in _WRITTEN
+
+
+@contextmanager
+def parameters_restored(model: nn.Module, lost: Callable[[str], None]) -> Iterator[None]:
+    """Restore values, storages and ``requires_grad`` of the model's parameters.
+
+    In the first forward, a parameter is copied when an operation is about to write to it; from then on those that were
+    written to are copied beforehand. ``lost`` is called with the name of a parameter that is first written to later:
+    its value before is not known.
+    """
+    named = [(n, p, p.data) for n, p in model.named_parameters() if type(p.data) is Tensor and not p.is_meta]
+    before = [(parameter.requires_grad, parameter._version) for _, parameter, _ in named]
+    known, copies = _WRITTEN.get(model), _Copies(data for _, _, data in named)
+    for name, _, data in named:
+        if known and name in known:
+            copies.save(data)
+    try:
+        with _SaveBeforeWriting(copies) if known is None else nullcontext():
+            yield
+        known = _WRITTEN.setdefault(model, set())  # not where the forward failed, or was left early
+    finally:
+        copies.restore()
+        for (name, parameter, data), (requires_grad, version) in zip(named, before, strict=True):
+            if _storage_id(parameter.data) != _storage_id(data):
+                parameter.data = data
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if known is not None and (copies.has(data) or parameter._version != version):
+                known.add(name)
+            if not copies.has(data) and parameter._version != version:
+                lost(f"parameter {name}")
+
+
+class _Copies:
+    """Copies of the storages of some tensors, each made when it is asked for."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._storages = {_storage_id(t): t.untyped_storage() for t in tensors}
+        self._copies: dict[int, torch.UntypedStorage] = {}
+
+    def save(self, tensor: Tensor) -> None:
+        """Copy the storage of a tensor, if it is one of those and has not been copied yet."""
+        key = _storage_id(tensor)
+        if key in self._storages and key not in self._copies:
+            self._copies[key] = self._storages[key].clone()
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the storage of a tensor was copied."""
+        return _storage_id(tensor) in self._copies
+
+    def restore(self) -> None:
+        """Write all copies back."""
+        for key, copy in self._copies.items():
+            if self._storages[key].nbytes() == copy.nbytes():
+                self._storages[key].copy_(copy)
+
+
+class _SaveBeforeWriting(TorchDispatchMode):
+    """Copies a storage before the first operation that writes to it, also through a view or ``.data``."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, copies: _Copies) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._copies = copies
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for position, name in _written_arguments(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+                    self._copies.save(tensor)
+        return func(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that an operation writes to, by its schema."""
+    schema = getattr(func, "_schema", None)
+    arguments = () if schema is None else enumerate(schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _storage_id(tensor: Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity

@@ -151,6 +151,7 @@ class AttentionMapCallback(pl.Callback):
             warn=_warn,
             inform=_inform,
             strict=chosen or (layers, query) != (-1, "cls"),
+            named=targets is not None,
             disk_reserve=check_reserve(disk_reserve),
         )
 

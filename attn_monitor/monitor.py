@@ -17,7 +17,7 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
 from attn_monitor.capture.recording_plan import ModelSummary
-from attn_monitor.errors import HeadError
+from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
 from attn_monitor.measure.patch_features import check_features, with_colors, with_features
@@ -43,6 +43,8 @@ class AttentionMonitor:
     drift against the first snapshot from step ``gram_step`` on (None: the first of all).
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
+    ``alone=True``: a role that fails is left out of a look, and ``failed`` holds its error, unless all fail; otherwise
+    the first error is raised.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class AttentionMonitor:
         features: bool = False,
         gram_step: int | None = None,
         distributed: bool = False,
+        alone: bool = False,
     ) -> None:
-        self.probe = probe
+        self.probe, self.alone = probe, alone
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
         self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name, of every layer
@@ -71,17 +74,17 @@ class AttentionMonitor:
         self.previous: AttentionSnapshot | None = None
         self.history, self.curves = History(), Curves()
         self._chunk = len(probe)
+        self.failed: dict[str, Exception] = {}  # by role, at the latest look
         self._recorders: dict[str, AttentionRecorder] = {}
         self._told: dict[str, dict[int, str]] = {}  # what was said to be left out
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
 
-        def look() -> None:
-            for role, model in models.items():
-                self._recorder(role, model).check(self.probe.images)
+        def look(role: str, model: nn.Module) -> None:
+            self._with_one_outcome(role, lambda: self._recorder(role, model).check(self.probe.images))
 
-        self._with_one_outcome(look)
+        self._of_each(models, look)
 
     def found(self) -> dict[str, ModelSummary]:
         """What the latest look has found, by role."""
@@ -190,29 +193,48 @@ class AttentionMonitor:
         self.curves = Curves.from_state_dict(state.get("curves", []))  # older checkpoints have none
 
     def _capture(self, models: Mapping[str, nn.Module]) -> dict[tuple[str, int], LayerAttention]:
-        """The whole probe, on the models' device; in smaller and smaller chunks when memory runs out."""
+        """The whole probe, on the models' device."""
         part = distributed.share(len(self.probe)) if self._is_shared() else None
         images = self.probe.images if part is None else self.probe.images[list(part.indices)]
+        recorded = self._of_each(models, lambda role, model: self._record(role, model, images))
+        captured = {(role, attention.layer): attention for role, layers in recorded.items() for attention in layers}
+        return captured if part is None else distributed.merge(captured, part)
+
+    def _of_each(self, models: Mapping[str, nn.Module], look: Callable[[str, nn.Module], Result]) -> dict[str, Result]:
+        """What each role gives; one that fails is looked for anew the next time, in all processes."""
+        found: dict[str, Result] = {}
+        self.failed = {}
+        for role, model in models.items():
+            try:
+                found[role] = look(role, model)
+            except Exception as error:
+                self._recorders.pop(role, None)
+                self.failed[role] = error
+                if not self.alone:
+                    break
+        if self.failed and not (found and self.alone):
+            role, first = next(iter(self.failed.items()))
+            raise named(role, first) if len(models) > 1 else first
+        return found
+
+    def _record(self, role: str, model: nn.Module, images: Tensor) -> list[LayerAttention]:
+        """One model on its images, in smaller and smaller chunks when memory runs out."""
+
+        def record() -> list[LayerAttention]:
+            recorder = self._recorder(role, model)
+            if self._is_shared():
+                recorder.check(self.probe.images)  # all processes ask the same questions, and as many
+            parts = zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True)
+            return [LayerAttention.cat(layer) for layer in parts]
+
         while True:
             try:
-                captured = self._with_one_outcome(lambda: self._record(models, images))
+                return self._with_one_outcome(role, record)
             except Exception as error:
                 chunk = min(self._chunk, len(images))
                 if not distributed.is_out_of_memory(error) or chunk == 1:
                     raise
                 self._chunk = (chunk + 1) // 2
-            else:
-                return captured if part is None else distributed.merge(captured, part)
-
-    def _record(self, models: Mapping[str, nn.Module], images: Tensor) -> dict[tuple[str, int], LayerAttention]:
-        layers = {}
-        for role, model in models.items():
-            recorder = self._recorder(role, model)
-            if self._is_shared():
-                recorder.check(self.probe.images)  # all processes ask the same questions, and as many
-            for parts in zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True):
-                layers[role, parts[0].layer] = LayerAttention.cat(parts)
-        return layers
 
     def _settled(self) -> Captured:
         """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet.
@@ -235,14 +257,14 @@ class AttentionMonitor:
     def _is_shared(self) -> bool:
         return self.distributed and distributed.is_on()
 
-    def _with_one_outcome(self, action: Callable[[], Result]) -> Result:
-        """Do it; where it fails in one of several processes, it fails in all."""
+    def _with_one_outcome(self, role: str, action: Callable[[], Result]) -> Result:
+        """Look at a role; where that fails in one of several processes, it fails in all."""
         if not self._is_shared():
             return action()
         try:
             return distributed.agree(action)
         except Exception:
-            self._recorders.clear()  # so that all look for the layers anew: sharded models do so together
+            self._recorders.pop(role, None)  # so that all look for the layers anew: sharded models do so together
             raise
 
     def remember(self, snapshot: AttentionSnapshot) -> None:
@@ -277,3 +299,12 @@ class AttentionMonitor:
                 patches=True,
             )
         return known
+
+
+def named(role: str, error: Exception) -> Exception:
+    """The error of a role beside others, in a sentence that says which."""
+    if not isinstance(error, AttnMonitorError):
+        return error
+    same = type(error)(f"{role}: {error}")
+    same.__cause__ = error.__cause__
+    return same

@@ -106,7 +106,8 @@ def agreement(folder: Path) -> Seen:
     return {
         "monitored": monitored(folder / "monitored"),
         "resumed": resumed(folder / "resumed"),
-        "fails": fit_with(folder / "fails", partial(Fragile, RuntimeError("deliberate"))),
+        "fails": fit_with(folder / "fails", partial(Fragile, RuntimeError("deliberate"), of="both")),
+        "teacher fails": fit_with(folder / "teacher", partial(Fragile, RuntimeError("deliberate"), of="teacher")),
         "memory": fit_with(folder / "memory", partial(Fragile, torch.OutOfMemoryError("deliberate"), images=2)),
         "no images": refused(folder / "no images", AttentionMapCallback(on_error="raise"), data=labels_in_process(0)),
         "other's images": refused(folder / "other's images", AttentionMapCallback(), data=labels_in_process(1)),
@@ -150,14 +151,16 @@ def resumed(folder: Path) -> Seen:
 class Fragile(Distillation):
     """From step 3 on, the probe's forward fails in process 1, for so many images or more."""
 
-    def __init__(self, error: Exception, images: int = 0) -> None:
+    def __init__(self, error: Exception, images: int = 0, of: str = "student") -> None:
         super().__init__()
-        self.error, self.images = error, images
+        self.error, self.images, self.of = error, images, of
 
     def on_train_batch_end(self, *_: Any) -> None:
         super().on_train_batch_end()
         if self.global_step == 3 and self.global_rank == 1:
-            self.student_backbone.blocks[0].register_forward_pre_hook(self.fail)  # however it is called
+            models = {"student": self.student_backbone, "teacher": self.teacher_backbone}
+            for model in models.values() if self.of == "both" else [models[self.of]]:
+                model.blocks[0].register_forward_pre_hook(self.fail)  # however it is called
 
     def fail(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not module.training and (self.images == 0 or len(args[0]) == self.images):

@@ -216,6 +216,7 @@ def by_hand(folder: Path) -> Seen:
     losses += [step(sharded), step(sharded)]
     seen["losses"] = losses, [step(twin) for _ in losses]
     seen["again"] = bool(inside.snapshot({"backbone": sharded[0]}, step=1).rows("backbone").isfinite().all())
+    seen["one of two"] = one_of_two_fails(probe, mesh)
     seen["stuck"] = stuck_after_failure(probe, mesh)
     seen["split"] = error_of(AttentionMonitor(probe, distributed=True), {"backbone": split_heads(mesh)})
     dist.destroy_process_group()
@@ -233,6 +234,20 @@ def shard(model: nn.Sequential, mesh: Any) -> nn.Sequential:
     for block in model[0].blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def one_of_two_fails(probe: ProbeBatch, mesh: Any) -> Seen:
+    """The student's forward fails in all processes; the teacher in the same outermost unit is watched."""
+    torch.manual_seed(0)
+    root = nn.Sequential(tiny_vit(), tiny_vit())
+    whole = AttentionMonitor(probe).snapshot({"teacher": root[1]}, step=0).rows("teacher")
+    for block in (*root[0].blocks, *root[1].blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+    root[0].blocks[1].register_forward_pre_hook(_fail)
+    monitor = AttentionMonitor(probe, distributed=True, alone=True, forward=forward_within(root))
+    snapshot = monitor.snapshot({"student": root[0], "teacher": root[1]}, step=0)
+    return {"roles": snapshot.roles, "rows": (snapshot.rows("teacher"), whole), "whole": whole_parameters(root)}
 
 
 def stuck_after_failure(probe: ProbeBatch, mesh: Any) -> bool:

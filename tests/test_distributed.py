@@ -127,6 +127,21 @@ def test_a_failure_in_one_process_is_everyones(agreement: tuple[Path, list[Seen]
     assert seen[1]["warnings"] == []  # one warning in all
 
 
+def test_a_role_that_fails_in_one_process_is_left_out_in_all(agreement: tuple[Path, list[Seen]]) -> None:
+    """Of each snapshot, and training and the other role go on together."""
+    folder, ranks = agreement
+    seen = [rank["teacher fails"] for rank in ranks]
+    assert_same_attention(seen)
+    assert [s["steps"] for s in seen] == [8, 8]
+    roles = {s.step: s.roles for s in load_snapshots(archive(folder / "teacher"))}
+    assert roles == {step: ("student", "teacher") if step < 3 else ("student",) for step in range(9)}
+    first, last = seen[0]["warnings"]
+    assert "taking a snapshot of teacher failed, training goes on. ForwardError" in first
+    assert "(process 1 of 2)" in first
+    assert last.endswith("this was not done:\n  taking a snapshot of teacher: steps 3, 4, 5, 6, 7, 8")
+    assert seen[1]["warnings"] == []
+
+
 def test_memory_that_one_process_lacks_makes_all_take_smaller_steps(agreement: tuple[Path, list[Seen]]) -> None:
     seen = [rank["memory"] for rank in agreement[1]]
     assert_same_attention(seen)

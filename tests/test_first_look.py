@@ -56,7 +56,7 @@ class Short(Distillation):
 @pytest.mark.parametrize("probe", [None, PROBE], ids=["adopted", "given"])
 def test_lack_of_memory_is_one_warning_and_tried_again(tmp_path: Path, probe: Tensor | None) -> None:
     _, told = fit(tmp_path, Short(1), probe=probe)
-    assert "taking a snapshot failed, training goes on. OutOfMemoryError" in told[0]
+    assert "taking a snapshot of student failed, training goes on. OutOfMemoryError" in told[0]
     assert "works again" in told[1]
     assert len(told) == 2
     assert steps(tmp_path)[-1] == 4

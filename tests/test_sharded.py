@@ -76,6 +76,14 @@ def test_a_failed_forward_does_not_harm_training(by_hand: list[Seen]) -> None:
         assert not rank["stuck"]
 
 
+def test_a_role_that_fails_leaves_the_other_whole(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        seen = rank["one of two"]
+        assert seen["roles"] == ("teacher",)
+        torch.testing.assert_close(*seen["rows"], atol=1e-6, rtol=1e-5)
+        assert seen["whole"] == []
+
+
 def test_heads_split_over_processes_are_refused(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         kind, text = rank["split"]

@@ -49,6 +49,7 @@ class RunState:
     folder: Path | None = None  # of the archive
     claim: Claim | None = None  # on it, by rank zero
     publisher: Publisher | None = None  # of rank zero, from the first snapshot on
+    failing: set[str] = field(default_factory=set)  # roles that were left out of the latest look
     root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
     looks_at_wiring: bool = True
     wiring: WiringWatch | None = None  # of rank zero, from the first snapshot on

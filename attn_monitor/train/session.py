@@ -18,7 +18,7 @@ from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
 from attn_monitor.publish.publisher import Publisher
@@ -42,8 +42,9 @@ class Session:
     """Watches one run after another. Between runs it is settings and what a checkpoint holds, and can be copied.
 
     Before the first step, errors that the user can mend end the run if ``strict``; else it goes on unwatched. All
-    other failures are warnings, and tried again; with ``on_error="raise"`` the next report raises them. ``warn`` and
-    ``inform`` are for rank zero to tell people.
+    other failures are warnings, and tried again; with ``on_error="raise"`` the next report raises them. A role that
+    fails beside others is left out alone, unless the user has named the roles (``named``) and can mend it before the
+    first step. ``warn`` and ``inform`` are for rank zero to tell people.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class Session:
         warn: Callable[[str], None],
         inform: Callable[[str], None],
         strict: bool = False,
+        named: bool = False,
         disk_reserve: int | None = None,
     ) -> None:
         self.settings, self.probe_settings, self.schedule, self.drawing = settings, probe_settings, schedule, drawing
         self.forward_options = FORWARD_OPTIONS if forward is None else (ForwardOption(forward),)
         self.on_error, self.strict, self.disk_reserve = on_error, strict or on_error == "raise", disk_reserve
-        self.warn, self.inform = warn, inform
+        self.warn, self.inform, self.named = warn, inform, named
         self.monitor: AttentionMonitor | None = None
         self.archive = ArchiveId()
         self.run_folder: Path | None = None  # of the latest run
@@ -150,9 +152,15 @@ class Session:
             if (wiring := run.wiring) is not None:
                 self._find(lambda: wiring.end(step), step)
             # All processes must agree on it, and their clocks differ.
-            now, flags = run.rank_zero.run(lambda: (not run.failures.pause(SNAPSHOT), tuple(run.findings)))
+            now, flags, paused = run.rank_zero.run(
+                lambda: (
+                    not run.failures.pause(SNAPSHOT),
+                    tuple(run.findings),
+                    tuple(filter(self._pauses, run.failing)),
+                )
+            )
             if now:
-                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch, flags)))
+                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch, flags, paused)))
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
             self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
@@ -264,7 +272,7 @@ class Session:
     def _make_monitor(self, probe: ProbeBatch) -> AttentionMonitor:
         options = [replace(o, forward=partial(self._call, o.forward)) for o in self.forward_options]
         return AttentionMonitor(
-            probe, **vars(self.settings), forward=options, or_mean=True, distributed=self.distributed
+            probe, **vars(self.settings), forward=options, or_mean=True, distributed=self.distributed, alone=True
         )
 
     def _call(self, forward: Forward, model: nn.Module, images: Tensor) -> Any:
@@ -274,6 +282,10 @@ class Session:
     def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
         """Discover attention; heads that a model has not are a mistake, layers left out are said."""
         monitor.check(models)
+        for role, error in monitor.failed.items():
+            if self.named and not self.run.training and isinstance(error, USER_ERRORS):
+                raise named(role, error)
+            self._failed(role, error)
         monitor.check_heads(self.drawing.heads)
         for text in monitor.left_out():
             self.run.failures.note(text)
@@ -322,15 +334,35 @@ class Session:
             run.findings += news
             run.publisher.tell(news, step)
 
-    def _take(self, targets: FindTargets, step: int, epoch: int, flags: Sequence[HealthFlag]) -> AttentionSnapshot:
+    def _pauses(self, role: str) -> bool:
+        return self.run.failures.pause(_part_of(role)) > 0
+
+    def _failed(self, role: str, error: Exception) -> None:
+        """It was left out of a look at all roles."""
+        self.run.failing.add(role)
+        self.run.failures.failed(_part_of(role), error)
+
+    def _take(
+        self, targets: FindTargets, step: int, epoch: int, flags: Sequence[HealthFlag], paused: Sequence[str]
+    ) -> AttentionSnapshot:
         run, monitor = self.run, self.monitor
         assert monitor is not None
         with targets() as (models, paths):
+            looked_at = {role: model for role, model in models.items() if role not in paused} or models
             if not run.cost.snapshots:
                 with run.cost.of_discovery():
-                    self._check(monitor, models)
+                    self._check(monitor, looked_at)
+                looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
-            snapshot = monitor.snapshot(models, step=step, epoch=epoch, flags=flags)
+            snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags)
+        for role, error in monitor.failed.items():
+            self._failed(role, error)
+        for role in run.failing & models.keys():
+            if role in snapshot.roles:
+                run.failures.worked(_part_of(role))
+            else:
+                run.failures.lost(_part_of(role), step)
+        run.failing -= set(snapshot.roles)
         if not run.cost.snapshots and run.rank_zero.is_here:
             run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started)
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
@@ -361,3 +393,7 @@ class Session:
             disk_reserve=self.disk_reserve,
             patience=run.patience,
         )
+
+
+def _part_of(role: str) -> str:
+    return f"{SNAPSHOT} of {role}"

@@ -47,7 +47,8 @@ class AttentionMapCallback(pl.Callback):
         probe: the images: a folder, a tensor (images, channels, H, W) normalised as the model expects, or a
             `ProbeBatch`. None takes evenly spaced images of the validation data set, else of the training data.
         targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches.
-        layers: index in order of execution (negative from the end), module path, a list of these, or "all".
+        layers: index in order of execution (negative from the encoder's end), module path, a list of these, or "all" of
+            the encoder's; an MAE's decoder in the same module is asked for by its path.
         query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index. A
             model without a CLS token is looked at by "mean".
         threshold: share of attention mass that DINO's mask keeps.

@@ -126,11 +126,12 @@ def archive(folder: Path) -> Any:
 def test_all_patches_of_a_model_that_masks_in_their_order(made: Callable[[], ShufflingEncoder]) -> None:
     model = enliven(made()).eval()
     images = torch.randn(2, 3, 32, 32)
-    (masked,) = record_attention(model, images)
+    with pytest.warns(UserWarning, match=f"{type(model).__name__}: it.* looked at"):
+        (masked,) = record_attention(model, images)
     (plain,) = record_attention(model, images, forward=lambda m, x: m.plain(x))
     assert masked.grid == (4, 4)
     torch.testing.assert_close(masked.rows, plain.rows)
-    (again,) = record_attention(model, images)
+    (again,) = AttentionRecorder(model)(images)
     assert torch.equal(masked.rows, again.rows)
 
 
@@ -138,7 +139,8 @@ def test_hugging_face_vit_mae() -> None:
     """Equal to the model's own weights with its own `noise` argument and nothing masked; its settings stay."""
     model = enliven(hugging_face_mae()).eval()
     images = torch.randn(2, 3, 32, 32)
-    (found,) = record_attention(model.vit, images)
+    with pytest.warns(UserWarning, match="it masks patches at random, and is looked at with all of them"):
+        (found,) = record_attention(model.vit, images)
     assert model.config.mask_ratio == 0.75
     eager = copy.deepcopy(model.vit)
     eager.config.mask_ratio = 0.0
@@ -154,7 +156,7 @@ def test_masking_is_as_it_was_after_a_look() -> None:
     torch.manual_seed(5)
     expected = model(torch.ones(1, 3, 32, 32)).mask
     torch.manual_seed(5)
-    record_attention(model.vit, images)
+    AttentionRecorder(model.vit)(images)
     got = model(torch.ones(1, 3, 32, 32)).mask
     assert torch.equal(got, expected)
     assert got.sum() == 12

@@ -14,7 +14,7 @@ from attn_monitor.capture.attention_rows import widen
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.functional import full_precision
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) ->
     fallback = None
     for depth in range(len(parts), 0, -1):
         parent, item = ".".join(parts[: depth - 1]), ".".join(parts[:depth])
-        if not isinstance(modules.get(parent), _CONTAINERS):
+        if not isinstance(modules.get(parent), CONTAINERS):
             continue
         holders = {
             o[len(parent) :].strip(".").split(".")[0] for o in others if o.startswith(f"{parent}." if parent else "")

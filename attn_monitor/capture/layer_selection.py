@@ -34,6 +34,24 @@ def check_layers(layers: Layers) -> Layers:
     return layers
 
 
+def encoder_of(sites: Sequence[Site]) -> list[Site]:
+    """The layers that negative indices and "all" count: without those of a second stack, such as an MAE's decoder."""
+    return [site for site in sites if not site.stack]
+
+
+def stack_notes(sites: Sequence[Site]) -> list[str]:
+    """What to say of second stacks, each of which can be asked for by its path."""
+    stacks: dict[str, list[int]] = {}
+    for site in sites:
+        if site.stack:
+            stacks.setdefault(site.stack, []).append(site.index)
+    return [
+        f"{name} (layer{f's {indices[0]} to {indices[-1]}' if len(indices) > 1 else f' {indices[0]}'}) is a second "
+        f"stack, which is watched by layers={name!r}"
+        for name, indices in stacks.items()
+    ]
+
+
 def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
     """The index of each layer that layers="all" leaves out, and why."""
     return {index: str(reason) for index, reason in _every_layer(sites, query)[1].items()}
@@ -57,10 +75,10 @@ def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> Sel
 
 
 def _every_layer(sites: Sequence[Site], query: QuerySpec) -> tuple[Selection, dict[int, AttentionError]]:
-    """All layers that have this query, and for each other one, by index, why it has not."""
+    """All of the encoder's layers that have this query, and for each other one, by index, why it has not."""
     selected: Selection = {}
     reasons: dict[int, AttentionError] = {}
-    for site in sites:
+    for site in encoder_of(sites):
         if isinstance(site, RefusedSite):
             reasons[site.index] = site.refusal
             continue
@@ -78,10 +96,14 @@ def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> Attent
 
 def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
     if isinstance(want, int) and not isinstance(want, bool):
-        if -len(sites) <= want < len(sites):
-            return [want % len(sites)]
+        encoder = encoder_of(sites)
+        if -len(encoder) <= want < 0:
+            return [encoder[want].index]
+        if 0 <= want < len(sites):
+            return [want]
+        beside = f", {len(encoder)} of them the encoder's" if len(encoder) < len(sites) else ""
         raise LayerError(
-            f"layers={want}: expected {-len(sites)} to {len(sites) - 1}; this model has {len(sites)} layers"
+            f"layers={want}: expected {-len(encoder)} to {len(sites) - 1}; this model has {len(sites)} layers{beside}"
         )
     named = [s.index for s in sites if s.name == want or s.key[0] == want or s.key[0].startswith(f"{want}.")]
     if not named:

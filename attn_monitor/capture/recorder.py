@@ -21,7 +21,16 @@ from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, Forw
 from attn_monitor.capture.every_query import Asked, EveryQueryOf, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.isolation import model_device_dtype
-from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query, left_out, select_sites
+from attn_monitor.capture.layer_selection import (
+    Layers,
+    QuerySpec,
+    check_layers,
+    check_query,
+    encoder_of,
+    left_out,
+    select_sites,
+    stack_notes,
+)
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
@@ -53,16 +62,20 @@ def record_attention(
 ) -> list[LayerAttention]:
     """Attention of the model on images (B, C, H, W), one entry per layer asked for.
 
-    ``layers``: an index in order of execution (negative from the end), a module path, a list of these, or "all".
+    ``layers``: an index in order of execution (negative from the encoder's end), a module path, a list of these, or
+    "all" of the encoder's. A second stack of blocks, such as an MAE's decoder, is asked for by its path or by indices.
     ``query``: "cls", "mean" (average over all queries), ``(row, col)`` of a patch, or a token index.
     ``forward``: how to call the model when ``model(images)`` is not right. ``verify=False`` skips the comparison of
     row·V with the model's own output. The model is left as it was found.
 
     Raises a subclass of `AttentionError` with the reason when a map would not be what the model computed. Under
-    layers="all", layers that cannot be read are left out, and a warning lists them with the reasons.
+    layers="all", layers that cannot be read are left out, and a warning lists them with the reasons; another says so
+    where a model that masks patches was looked at without masks.
     """
     recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
     recorded = recorder(images)
+    if note := recorder.forward_note:
+        warnings.warn(f"{type(recorder.model).__name__}: {note}", stacklevel=2)
     if reasons := recorder.left_out.values():
         lines = "".join(f"\n  {reason}" for reason in reasons)
         model_name = type(recorder.model).__name__
@@ -111,12 +124,22 @@ class AttentionRecorder:
         self._verified = False
 
     @property
+    def forward_note(self) -> str:
+        """How the model was called, if not as `model(images)`."""
+        return "" if self._discovery is None else self._discovery.option.note
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
-        notes = [] if self._discovery is None else [self._discovery.option.note]
+        notes = [self.forward_note]
+        if self._plan is not None and self._discovery is not None and not self._in_second_stacks():
+            notes += stack_notes(self._discovery.sites)
         if self._plan is not None and self._plan.query != self.query:
             notes.append("it has no CLS token, so maps show the attention that patches receive (query='mean')")
         return tuple(note for note in notes if note)
+
+    def _in_second_stacks(self) -> bool:
+        return self._plan is not None and any(planned.site.stack for planned in self._plan.sites.values())
 
     @property
     def left_out(self) -> dict[int, str]:
@@ -137,7 +160,8 @@ class AttentionRecorder:
             raise RuntimeError("the model has not been run yet, expected a call of check(images) before summary()")
         sites = [planned.site for planned in self._planned(self._discovery).sites.values()]
         last, layers = sites[-1], tuple(site.index for site in sites)
-        model, count = type(self.model).__name__, len(self._discovery.sites)
+        every = self._discovery.sites if self._in_second_stacks() else encoder_of(self._discovery.sites)
+        model, count = type(self.model).__name__, 1 + max(site.index for site in every)
         return ModelSummary(model, layers, count, last.heads, last.layout.grid, self.notes)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:

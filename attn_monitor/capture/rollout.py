@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.attention_rows import AttentionSource
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.layer_selection import QuerySpec, resolve_query
+from attn_monitor.capture.layer_selection import QuerySpec, encoder_of, resolve_query
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
@@ -42,7 +42,7 @@ def attention_rollout(
     if not 0 <= residual < 1:
         raise ValueError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
     recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify="always")
-    last = _check_sites(recorder.sites(images))[-1]
+    last = _check_sites(encoder_of(recorder.sites(images)))[-1]
     sources: list[AttentionSource] = []
 
     def keep(_: ReadableSite, seen: ReadObservation) -> None:

@@ -14,6 +14,7 @@ from attn_monitor.capture.observation import Observation, ObservedRows, ReadObse
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
+from attn_monitor.capture.stacks import Ran, second_stacks
 from attn_monitor.capture.token_places.find_places import find_places
 from attn_monitor.capture.token_places.random_projections import change_threshold, relative_change
 from attn_monitor.capture.token_places.site_places import SitePlaces
@@ -65,8 +66,9 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         )
     read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
     checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
+    stacks = second_stacks([Ran(c.key[0], c.seen.queries * c.seen.batch // _IMAGES) for c in candidates], modules)
     return tuple(
-        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key))
+        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stacks[index])
         for index, candidate in enumerate(candidates)
     )
 
@@ -127,7 +129,7 @@ def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
     return ""
 
 
-def _site(index: int, candidate: _Candidate, places: SitePlaces, check: CheckResult | None) -> Site:
+def _site(index: int, candidate: _Candidate, places: SitePlaces, check: CheckResult | None, stack: str) -> Site:
     seen, layout = candidate.seen, places.layout
     compared = isinstance(seen, ObservedRows) and seen.error is not None
     facts: dict[str, Any] = {
@@ -143,6 +145,7 @@ def _site(index: int, candidate: _Candidate, places: SitePlaces, check: CheckRes
         "scope": seen.scope,
         "convention": candidate.convention,
         "places": places,
+        "stack": stack,
     }
     where = f"layer {index} ({site_name(candidate.key)}, {seen.op})"
     refusal = _refusal(where, candidate, check)

@@ -12,6 +12,7 @@ from torch import nn
 from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.layer_selection import stack_notes
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
 from attn_monitor.errors import AttentionError, NoAttentionError
@@ -47,6 +48,8 @@ def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") 
         )
         for site in sites:
             print("  " + _describe(site))
+        for note in stack_notes(sites):
+            print(f"  {note}")
         print("  " + _cost(backbone, recorder, images, query))
 
 

@@ -1,0 +1,69 @@
+"""Which attention layers are the encoder's, where a model has a second stack of blocks, such as an MAE's decoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from attn_monitor.capture.block_tokens import CONTAINERS, block_of
+
+DECODER = {"decoder", "dec", "predictor"}
+
+
+class Ran(NamedTuple):
+    """Attention that ran: path of its module, and for how many queries of one image, those of all windows together."""
+
+    path: str
+    queries: int
+
+
+def second_stacks(ran: Sequence[Ran], modules: dict[str, nn.Module]) -> list[str]:
+    """For each attention, in order of execution, the path of the second stack that it is in; "" for the encoder's.
+
+    The encoder's blocks are the longest list (of equal ones the first). A list that runs entirely after it is a second
+    stack, unless it has at most half as many queries, as the later stages of a pyramid and class attention do. What is
+    called a decoder or a predictor is a second stack beside anything else.
+    """
+    paths = [path for path, _ in ran]
+    named = [_named_decoder(path) for path in paths]
+    if all(named):
+        return [""] * len(ran)
+    lists = ["" if name else _list_of(path, paths, modules) for path, name in zip(paths, named, strict=True)]
+    blocks = [block_of(path, paths, modules) for path in paths]
+    lengths = {one: len({b for b, of in zip(blocks, lists, strict=True) if of == one}) for one in lists if one}
+    if not lengths:
+        return named
+    encoder = max(lengths, key=lambda one: lengths[one])  # the first of equal ones
+    end = max(index for index, one in enumerate(lists) if one == encoder)
+    queries, after = ran[end].queries, set[str]()
+    for one in dict.fromkeys(lists[end + 1 :]):
+        first = lists.index(one)
+        if one and first > end:
+            if after or 2 * ran[first].queries > queries:
+                after.add(one)
+            queries = ran[first].queries
+    return [name or (one if one in after else "") for name, one in zip(named, lists, strict=True)]
+
+
+def _named_decoder(path: str) -> str:
+    """The path down to the first name with a word for a decoder; "" if none has one."""
+    parts = path.split(".")
+    for depth, part in enumerate(parts, 1):
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
+        if not DECODER.isdisjoint(words):
+            return ".".join(parts[:depth])
+    return ""
+
+
+def _list_of(path: str, others: Sequence[str], modules: dict[str, nn.Module]) -> str:
+    """The outermost list of which several items hold attention; "" if it is in none."""
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        below = {o[len(parent) + 1 :].partition(".")[0] for o in others if o.startswith(f"{parent}.")}
+        if isinstance(modules.get(parent), CONTAINERS) and len(below) > 1:
+            return parent
+    return ""

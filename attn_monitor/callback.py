@@ -201,7 +201,7 @@ class AttentionMapCallback(pl.Callback):
         run_folder, step = found or Path(trainer.default_root_dir), lightning_run.steps_done(trainer)
         session.begin_or_continue(step, run_folder)
         with run.cost.of_discovery():
-            session.find_probe(partial(self._images.of_data_sets, trainer, pl_module, run.failures))
+            session.find_probe(partial(self._images.of_data_sets, trainer, run.failures))
             self._images.forget()
         run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
         run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.wiring), None) is self  # one tells

@@ -32,7 +32,7 @@ from attn_monitor.train.arguments import (
     check_on_error,
     import_forward,
 )
-from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_loaders
+from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_first_batch, probe_from_loaders
 from attn_monitor.train.run_state import Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
@@ -175,9 +175,12 @@ class Watch:
             return probe_from_batch(batch, count, caption=TRAINING_CAPTION)
         loader = source if isinstance(source, DataLoader) else DataLoader(source)
         caption = TRAINING_CAPTION if _shuffles(loader) else "original"
-        model = self.models if isinstance(self.models, nn.Module) else nn.ModuleList(self.models.values())
-        found = probe_from_loaders(loader, count, model, caption=caption)
-        return found or probe_from_batch(next(iter(loader)) if batch is None else batch, count, caption=caption)
+        found = probe_from_loaders(loader, count, caption=caption)
+        if found is not None:
+            return found
+        if batch is not None:
+            return probe_from_batch(batch, count, caption=caption)
+        return probe_from_first_batch(loader, count, caption=caption)
 
     @contextmanager
     def _find_targets(self) -> Iterator[Targets]:

@@ -64,7 +64,7 @@ def test_several_validation_sets_and_a_sampler_of_a_part() -> None:
     part = DataLoader(Numbered(100), batch_size=4, sampler=SubsetRandomSampler(range(50, 58)))
     other = DataLoader(Numbered(9))
     for loaders in ([part, other], {"a": part, "b": other}):
-        probe = probe_from_loaders(loaders, 8, tiny_vit())
+        probe = probe_from_loaders(loaders, 8)
         assert probe is not None
         assert indices(probe) == list(range(50, 58))
 
@@ -117,7 +117,7 @@ def test_neither_random_states_nor_the_loader_move(workers: int) -> None:
     model = tiny_vit()
     data = DataLoader(Numbered(100), batch_size=4, shuffle=True, num_workers=workers)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    probe = probe_from_loaders(data, 8, model)
+    probe = probe_from_loaders(data, 8)
     assert probe is not None
     assert indices(probe) == EVEN
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002

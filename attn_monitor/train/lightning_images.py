@@ -46,14 +46,14 @@ class LightningImages:
         """Drop what was kept."""
         self._checked = None
 
-    def of_data_sets(self, trainer: pl.Trainer, pl_module: pl.LightningModule, failures: Failures) -> ProbeBatch | None:
+    def of_data_sets(self, trainer: pl.Trainer, failures: Failures) -> ProbeBatch | None:
         """Validation images, else those of the sanity check, else of the training data set; None where all fail."""
         validation, training = trainer.val_dataloaders, trainer.train_dataloader
         # Images are changed on the way to the model: those of the data set are not what it sees.
         as_is = not changes_batches(trainer)
 
         def ask(loaders: Any, caption: str) -> ProbeBatch | None:
-            find = partial(probe_from_loaders, loaders, self.count, pl_module, caption=caption)
+            find = partial(probe_from_loaders, loaders, self.count, caption=caption)
             return failures.result_of(f"finding a {caption}", find)
 
         probe = ask(validation, VALIDATION_CAPTION) if as_is else None

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch import Tensor
+from torch.utils.data import IterableDataset, SubsetRandomSampler
+from torch.utils.data._utils import worker
 
-from attn_monitor.capture.isolation import random_state_restored
 from attn_monitor.errors import ProbeError
 from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import describe_batch, find_images
+from attn_monitor.train.process_copy import ask_a_copy
 
 TRAINING_CAPTION, VALIDATION_CAPTION = "training crop", "validation image"
 
@@ -40,22 +41,32 @@ def probe_from_images(images: Tensor, *, caption: str = "original", declared: Se
     return ProbeBatch(images, mean=found.mean, std=found.std, caption=caption, source=str(found))
 
 
-def probe_from_loaders(
-    loaders: Any, num_images: int, model: nn.Module, *, caption: str = "original"
-) -> ProbeBatch | None:
+def probe_from_loaders(loaders: Any, num_images: int, *, caption: str = "original") -> ProbeBatch | None:
     """Of evenly spaced images of the first data set in these loaders that has a length; None where there is none.
 
-    The images are loaded by a loader of our own with the same workers and `collate_fn`, one worker at most, so that
-    neither the run's loader nor any random state moves.
+    A copy of this process is asked, see `ask_a_copy`: neither the run's loader nor anything that its data set and its
+    ``collate_fn`` hold moves, and no random state.
     """
+    if not pytree.tree_leaves(loaders):
+        return None
+    found = ask_a_copy(lambda: _evenly_spaced_images(loaders, num_images))
+    return None if found is None else probe_from_images(found[0], caption=caption, declared=found[1])
+
+
+def probe_from_first_batch(loader: Any, num_images: int, *, caption: str = "original") -> ProbeBatch:
+    """Of the first images that a loader gives, in a copy of this process; `ProbeError` where there are none."""
+    return ask_a_copy(lambda: probe_from_batch(next(iter(loader)), num_images, caption=caption))
+
+
+def _evenly_spaced_images(loaders: Any, num_images: int) -> tuple[Tensor, list[Statistics]] | None:
     for loader in pytree.tree_leaves(loaders):
         dataset = getattr(loader, "dataset", None)
-        if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not _length(dataset):
+        if not hasattr(loader, "collate_fn") or isinstance(dataset, IterableDataset) or not _length(dataset):
             continue
-        images = _load_images(loader, _evenly_spaced_indices(loader, num_images), model)
+        images = find_images(_load(loader, _evenly_spaced_indices(loader, num_images)))
         if images is not None:
-            declared = declared_statistics([dataset, loader.collate_fn])
-            return probe_from_images(images[:num_images], caption=caption, declared=declared)
+            plain = images[:num_images].detach().as_subclass(Tensor)
+            return plain, declared_statistics([dataset, loader.collate_fn])
     return None
 
 
@@ -67,9 +78,9 @@ def _length(dataset: Any) -> int:
         return 0
 
 
-def _evenly_spaced_indices(loader: DataLoader[Any], count: int) -> list[int]:
+def _evenly_spaced_indices(loader: Any, count: int) -> list[int]:
     """Indices at even distances over what the loader draws from, first and last included."""
-    sampler = loader.sampler
+    sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         known: Sequence[int] = sorted(int(i) for i in sampler.indices)
     else:
@@ -77,16 +88,13 @@ def _evenly_spaced_indices(loader: DataLoader[Any], count: int) -> list[int]:
     return [known[round(i)] for i in np.linspace(0, len(known) - 1, min(count, len(known)))]
 
 
-def _load_images(loader: DataLoader[Any], indices: list[int], model: nn.Module) -> Tensor | None:
-    """The images in one batch of these indices, if there are any."""
-    with random_state_restored(model):
-        batches = DataLoader(
-            loader.dataset,
-            batch_sampler=[indices],
-            num_workers=min(1, loader.num_workers),
-            collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator(),
-        )
-        return find_images(next(iter(batches)))
+def _load(loader: Any, indices: Sequence[int]) -> Any:
+    """One batch of these indices, with what the run's workers do first, if it has any."""
+    dataset = loader.dataset
+    if getattr(loader, "num_workers", 0):
+        worker._worker_info = worker.WorkerInfo(id=0, num_workers=1, seed=torch.initial_seed(), dataset=dataset)
+        if loader.worker_init_fn is not None:
+            loader.worker_init_fn(0)
+    samples = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
+    worker._worker_info = None  # with which batches are made in shared memory
+    return loader.collate_fn(samples)

@@ -1,0 +1,221 @@
+"""Ask a copy of this process, so that whatever the question changes in other people's objects changes nothing here.
+
+A fork is the one copy that is always whole: of counters, generators and caches in objects, closures, modules and
+libraries, of arrays of any size, of what cannot be pickled. What processes share in spite of it is taken from the copy
+before it is asked: memory, open files, connections.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import mmap
+import os
+import pickle
+import select
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+SECONDS = 60.0  # for an answer, as a copy can wait for ever for a lock that a thread held when it was made
+COPIED = 1 << 26  # bytes: larger pieces of shared memory cannot be written to, as copying them takes too long
+MREMAP_MAYMOVE_FIXED = 3
+
+
+class CopyError(RuntimeError):
+    """There is no copy of this process that could be asked, or it has not answered."""
+
+
+def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> Result:
+    """What ``question`` returns, or raises, in a copy of this process; what it returns must be possible to pickle.
+
+    The copy can read and draw what it likes, and can print, write to files or use a device to no effect but an error
+    of its own. Raises `CopyError` where the system has no such copy, and where it dies or does not answer in time.
+    """
+    if sys.platform != "linux":
+        raise CopyError(f"data can be asked without changing them on Linux only, and this is {sys.platform}")
+    receiving, sending = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other threads may hold locks: see SECONDS
+        process = os.fork()
+    if process == 0:
+        _answer(question, sending)
+    os.close(sending)
+    try:
+        answer = _read_all(receiving, time.monotonic() + seconds)
+    except TimeoutError:
+        raise CopyError(f"no answer within {seconds:.0f} s") from None
+    finally:
+        os.close(receiving)
+        status = _end(process)
+    if not answer:
+        raise CopyError(f"the process that asked was ended by {_signal_name(status)}")
+    worked, result = pickle.loads(answer)
+    if not worked:
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _read_all(receiving: int, deadline: float) -> bytes:
+    """Up to the end of a pipe. Raises `TimeoutError`."""
+    parts: list[bytes] = []
+    poll = select.poll()
+    poll.register(receiving, select.POLLIN)
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        part = os.read(receiving, 1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+    raise TimeoutError
+
+
+def _end(process: int) -> int:
+    """Its exit status. It has answered by now, or never will."""
+    try:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+    except ChildProcessError:  # somebody waits for all processes
+        return 0
+    return status
+
+
+def _signal_name(status: int) -> str:
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {status}"
+
+
+def _answer(question: Callable[[], Any], sending: int) -> NoReturn:
+    """In the copy: leaves it without any of the clean-up that is this process's own."""
+    try:
+        _keep_to_itself(sending)
+        try:
+            answer = pickle.dumps((True, question()))
+        except Exception as error:
+            answer = pickle.dumps((False, _portable(error)))
+        with open(sending, "wb", closefd=False) as pipe:
+            pipe.write(answer)
+    finally:
+        os._exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling, else one with its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return CopyError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _keep_to_itself(sending: int) -> None:
+    """Nothing that this process does from here on reaches another, except what it writes to ``sending``."""
+    import resource  # Unix alone has it
+
+    for number in signal.valid_signals():  # handlers are the run's: a requeue, a checkpoint
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    gc.disable()  # finalizers are the run's, too
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.dont_write_bytecode, logging.raiseExceptions = True, False
+    libc = ctypes.CDLL(None, use_errno=True)
+    _take_memory(libc)
+    _take_files(sending)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    _take_rights(libc)
+    sys.addaudithook(_refuse_to_write)  # where the kernel is too old to do it, and for sockets
+    torch.set_num_threads(1)  # OpenMP's others were not copied
+
+
+def _take_memory(libc: ctypes.CDLL) -> None:
+    """Copies in the places of shared memory; of large pieces the process can only read, and dies where it writes."""
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.mmap.argtypes = [pointer, size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mremap.argtypes = [pointer, size_t, size_t, ctypes.c_int, pointer]
+    libc.mprotect.argtypes = [pointer, size_t, ctypes.c_int]
+    failed = ctypes.c_void_p(-1).value
+    for start, size in _shared_memory():
+        if size > COPIED:
+            done = libc.mprotect(start, size, mmap.PROT_READ) == 0
+        else:
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            copy = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0)
+            if done := copy != failed:
+                ctypes.memmove(copy, start, size)
+                done = libc.mremap(copy, size, size, MREMAP_MAYMOVE_FIXED, start) != failed
+        if not done:
+            raise CopyError(f"shared memory cannot be copied: {os.strerror(ctypes.get_errno())}")
+
+
+def _shared_memory() -> list[tuple[int, int]]:
+    """Start and size of what can be written to and is seen elsewhere, without that of devices."""
+    found = []
+    with open("/proc/self/maps") as file:
+        for line in file:
+            span, rights, _, _, _, *name = line.split(maxsplit=5)
+            path = name[0].strip() if name else ""
+            device = path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero", "/dev/hugepages/"))
+            if rights[1] == "w" and rights[3] == "s" and not device and not path.startswith("anon_inode:"):
+                start, end = (int(number, 16) for number in span.split("-"))
+                found.append((start, end - start))
+    return found
+
+
+def _take_files(sending: int) -> None:
+    """Open files get a position of their own, and can only be read; pipes and connections lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            mode = os.fstat(number).st_mode
+        except OSError:  # that of the listing itself
+            continue
+        if number in (sending, nowhere) or (number > 2 and (stat.S_ISDIR(mode) or stat.S_ISCHR(mode))):
+            continue
+        opened = nowhere
+        if number > 2 and stat.S_ISREG(mode):
+            try:
+                opened = os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
+                os.lseek(opened, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+            except OSError:  # may be written only
+                opened = nowhere
+        os.dup2(opened, number, inheritable=False)
+        if opened != nowhere:
+            os.close(opened)
+
+
+def _take_rights(libc: ctypes.CDLL) -> None:
+    """By Landlock, where the kernel has it: compiled code cannot make, change or remove files either."""
+    create, restrict, version_asked, no_new_privileges = 444, 446, 1, 38
+    version = libc.syscall(create, None, 0, version_asked)
+    write_remove_make, truncate = 0b1_1111_1111_0010, (1 << 14 if version >= 3 else 0)
+    rights = ctypes.c_uint64(write_remove_make | truncate)
+    if version > 0 and libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0:
+        libc.syscall(restrict, libc.syscall(create, ctypes.byref(rights), ctypes.sizeof(rights), 0), 0)
+
+
+_CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+
+
+def _refuse_to_write(event: str, arguments: tuple[Any, ...]) -> None:
+    """For the files of caches, which the run would find, and for the servers of shared dictionaries."""
+    if event == "open":
+        path, _, flags = arguments
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        refused = bool(writes) and path != os.devnull and not isinstance(path, int)
+    else:
+        path = arguments[1] if event == "socket.connect" else arguments[:1]
+        refused = event in _CHANGES or (event == "socket.connect" and isinstance(path, (str, bytes)))
+    if refused:
+        raise PermissionError(f"the data write to {path!r} when they are asked")

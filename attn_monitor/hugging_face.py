@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from attn_monitor.train.arguments import is_data
 from attn_monitor.train.reports import warn
 from attn_monitor.watch import Watch
 
@@ -26,7 +27,8 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
     ``report_to`` has it, and the archive to ``{output_dir}/attn_monitor``. A checkpoint holds what a resumed run needs.
 
     Args:
-        probe: as in `Watch`, such as the evaluation data set. None takes evenly spaced images of the training data.
+        probe: as in `Watch`, such as the evaluation data set, whose samples the Trainer's own collator puts together.
+            None takes evenly spaced images of the training data.
         loggers: what to log to instead.
         every_n_train_steps: None: 50 snapshots over the run.
         settings: other arguments of `Watch`.
@@ -52,7 +54,7 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         loader = kwargs.get("train_dataloader")
         self.watch = Watch(
             kwargs["model"],
-            loader if self.probe is None and isinstance(loader, DataLoader) else self.probe,
+            loader if self.probe is None else _in_batches(self.probe, loader),
             loggers=self._find_loggers(args) if self.loggers is None else self.loggers,
             folder=args.output_dir,
             total_steps=state.max_steps,
@@ -107,3 +109,11 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self._opened = [SummaryWriter(os.path.expanduser(folder or os.path.join(args.output_dir, "runs")))]
             loggers += self._opened
         return loggers
+
+
+def _in_batches(probe: Any, loader: Any) -> Any:
+    """A data set with the collator of the Trainer's loader; anything else as it is."""
+    is_samples = is_data(probe) and hasattr(probe, "__getitem__") and not hasattr(probe, "collate_fn")
+    if not is_samples or not hasattr(loader, "collate_fn"):
+        return probe
+    return DataLoader(probe, collate_fn=loader.collate_fn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,12 @@ from attn_monitor.train.arguments import (
     check_on_error,
     import_forward,
 )
-from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_first_batch, probe_from_loaders
+from attn_monitor.train.probe_search import (
+    TRAINING_CAPTION,
+    probe_from_batch,
+    probe_from_first_batch,
+    probe_from_loaders,
+)
 from attn_monitor.train.run_state import Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
@@ -53,7 +58,8 @@ class Watch:
     Args:
         models: a module, in which backbones and their roles are searched, or role to module.
         probe: a folder, a tensor of normalised images, a `ProbeBatch`, or a data set or its loader, of which evenly
-            spaced images are taken. None takes the first ``batch`` that `step` is given.
+            spaced images are taken: anything with ``__len__`` and ``__getitem__``, else the first of the batches that
+            it gives. None takes the first ``batch`` that `step` is given.
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: of the run; the archive is in ``attn_monitor`` below it. None: no archive.
         every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either.
@@ -66,7 +72,7 @@ class Watch:
     def __init__(
         self,
         models: nn.Module | Mapping[str, nn.Module],
-        probe: str | os.PathLike[str] | Tensor | ProbeBatch | Dataset[Any] | DataLoader[Any] | None = None,
+        probe: str | os.PathLike[str] | Tensor | ProbeBatch | Dataset[Any] | Iterable[Any] | None = None,
         *,
         loggers: Sequence[Any] = (),
         folder: str | os.PathLike[str] | None = None,
@@ -94,9 +100,7 @@ class Watch:
         self.models, self.loggers, self.folder = models, list(loggers), None if folder is None else Path(folder)
         self.schedule = Schedule(every_n_train_steps)
         self.schedule.start(total_steps or float("inf"))
-        self._images = ProbeSettings(
-            probe, num_images=num_images, image_size=image_size, mean=mean, std=std, data=(Dataset, DataLoader)
-        )
+        self._images = ProbeSettings(probe, num_images=num_images, image_size=image_size, mean=mean, std=std, data=True)
         settings = MonitorSettings(
             layers=layers,
             query=query,
@@ -173,14 +177,17 @@ class Watch:
         source, count = self._images.data, self._images.num_images
         if source is None:
             return probe_from_batch(batch, count, caption=TRAINING_CAPTION)
-        loader = source if isinstance(source, DataLoader) else DataLoader(source)
-        caption = TRAINING_CAPTION if _shuffles(loader) else "original"
-        found = probe_from_loaders(loader, count, caption=caption)
-        if found is not None:
-            return found
-        if batch is not None:
-            return probe_from_batch(batch, count, caption=caption)
-        return probe_from_first_batch(loader, count, caption=caption)
+
+        def ask() -> ProbeBatch:
+            loader = source if hasattr(source, "collate_fn") else DataLoader(source)
+            caption = TRAINING_CAPTION if _shuffles(loader) else "original"
+            found = probe_from_loaders([loader], count, caption=caption)
+            return found or probe_from_first_batch(source, count, caption=caption)
+
+        if batch is None:
+            return ask()
+        found = self._session.run.failures.result_of("finding images of the data", ask)
+        return found or probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 
     @contextmanager
     def _find_targets(self) -> Iterator[Targets]:
@@ -198,12 +205,13 @@ class Watch:
         yield targets
 
 
-def _shuffles(loader: DataLoader[Any]) -> bool:
+def _shuffles(loader: Any) -> bool:
     """Whether it is for training: what is shuffled is mostly augmented. accelerate wraps the samplers."""
-    batches: Any = loader.batch_sampler
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
-    return not isinstance(getattr(batches, "sampler", loader.sampler), SequentialSampler)
+    sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
+    return sampler is not None and not isinstance(sampler, SequentialSampler)
 
 
 def _only_backbone(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 from attn_monitor import AttentionMapCallback, ProbeBatch
 from attn_monitor.train.probe_search import probe_from_loaders
-from tests.helpers import Distillation, NoiseImages, loader, tiny_vit, trainer
+from tests.helpers import Distillation, NoiseImages, loader, trainer
 
 
 class Numbered(Dataset[Tensor]):
@@ -114,7 +114,6 @@ def test_data_that_cannot_be_asked_are_one_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_neither_random_states_nor_the_loader_move(workers: int) -> None:
-    model = tiny_vit()
     data = DataLoader(Numbered(100), batch_size=4, shuffle=True, num_workers=workers)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     probe = probe_from_loaders(data, 8)

@@ -141,7 +141,7 @@ def test_a_model_without_attention_is_left_alone(tmp_path: Path) -> None:
         ({"folder": "x", "probe": torch.zeros(4, 3, 32, 32), "image_size": 16}, "image_size=16: probe is a Tensor"),
         ({"folder": "x", "probe": NoiseImages(), "image_size": 16}, "image_size=16: probe is a NoiseImages"),
         ({"folder": "x", "num_images": 0}, "num_images=0: expected a whole number"),
-        ({"folder": "x", "probe": [torch.zeros(3, 32, 32)]}, "probe: received a list.*a data set or its loader"),
+        ({"folder": "x", "probe": {"train": NoiseImages()}}, "probe: received a dict.*a data set or its loader"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:

@@ -134,7 +134,18 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
     missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
     if missing:
         raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
-    objects = [_read_objects(folder / f"{file.stem}.png", size) for file in files]
+    objects, unreadable = [], []
+    for file in files:
+        path = folder / f"{file.stem}.png"
+        try:
+            objects.append(_read_objects(path, size))
+        except Exception as error:  # as of images
+            unreadable.append(f"{path.name} ({type(error).__name__}: {error})")
+    if unreadable:
+        raise ProbeError(
+            f"masks folder {folder}: cannot read {'; '.join(unreadable)}; expected PNGs, binary or one value per "
+            "object. Replace these files"
+        )
     most = max(map(len, objects))
     return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
@@ -49,7 +49,7 @@ class MonitorSettings:
 class ProbeSettings:
     """Which images to watch, and by which statistics to show them; checked, not yet loaded.
 
-    ``data`` are the types of data sets that may be given in place of images.
+    ``data`` is whether a data set or its loader may be given in place of images.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class ProbeSettings:
         masks: str | os.PathLike[str] | None = None,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
-        data: tuple[type, ...] = (),
+        data: bool = False,
     ) -> None:
         self.num_images, self.image_size = check_probe(probe, num_images, image_size, masks, data=data)
         self.statistics = check_statistics(probe, mean, std)
-        self.data: Any = probe if isinstance(probe, data) else None
+        self.data: Any = probe if data and is_data(probe) else None
         self.probe: Probe | None = None if self.data is not None else probe
         self.masks = masks
 
@@ -81,6 +81,13 @@ class ProbeSettings:
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
         """Images that were found, with the mean and std that were given, if any were."""
         return probe.with_statistics(*self.statistics) if self.statistics else probe
+
+
+def is_data(probe: object) -> bool:
+    """Whether it is a data set or a loader, by what it can do: it has samples with indices, or gives batches."""
+    if isinstance(probe, (str, bytes, os.PathLike, Tensor, ProbeBatch, Mapping, nn.Module, type)):
+        return False
+    return hasattr(probe, "__iter__") or (hasattr(probe, "__len__") and hasattr(probe, "__getitem__"))
 
 
 def check_on_error(on_error: str) -> OnError:
@@ -109,13 +116,13 @@ def check_probe(
     image_size: int | Sequence[int] | None,
     masks: str | os.PathLike[str] | None,
     *,
-    data: tuple[type, ...] = (),
+    data: bool = False,
 ) -> tuple[int, int | tuple[int, int]]:
     """How many images to take and of which size; an error where one of these is given and could have no effect.
 
-    ``data`` are the types of data sets that may be given in place of images.
+    ``data`` is whether a data set or its loader may be given in place of images.
     """
-    if not isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None), *data)):
+    if not (isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None))) or (data and is_data(probe))):
         raise ValueError(
             f"probe: received a {type(probe).__name__}, expected a folder, a tensor (images, channels, H, W), a "
             f"ProbeBatch, {'a data set or its loader, ' if data else ''}or None to take images of the run's own data"

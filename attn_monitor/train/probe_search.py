@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils.data import IterableDataset, SubsetRandomSampler
+from torch.utils.data import IterableDataset, SubsetRandomSampler, default_collate
 from torch.utils.data._utils import worker
 
 from attn_monitor.errors import ProbeError
@@ -53,9 +55,19 @@ def probe_from_loaders(loaders: Any, num_images: int, *, caption: str = "origina
     return None if found is None else probe_from_images(found[0], caption=caption, declared=found[1])
 
 
-def probe_from_first_batch(loader: Any, num_images: int, *, caption: str = "original") -> ProbeBatch:
-    """Of the first images that a loader gives, in a copy of this process; `ProbeError` where there are none."""
-    return ask_a_copy(lambda: probe_from_batch(next(iter(loader)), num_images, caption=caption))
+def probe_from_first_batch(data: Any, num_images: int, *, caption: str = "original") -> ProbeBatch:
+    """Of the first that a loader, or a stream of samples, gives to a copy of this process; `ProbeError` without any."""
+
+    def first() -> ProbeBatch:
+        stream = iter(data)
+        batch = next(stream, None)
+        if find_images(batch) is None:
+            samples = [batch, *islice(stream, num_images - 1)]
+            with suppress(TypeError, RuntimeError):  # what is no sample is described as the batch that it is
+                batch = default_collate(samples)
+        return probe_from_batch(batch, num_images, caption=caption)
+
+    return ask_a_copy(first)
 
 
 def _evenly_spaced_images(loaders: Any, num_images: int) -> tuple[Tensor, list[Statistics]] | None:

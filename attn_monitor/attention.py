@@ -106,10 +106,14 @@ class LayerAttention:
 
     @classmethod
     def cat(cls, parts: Sequence[LayerAttention]) -> LayerAttention:
-        """One layer's attention on all images, concatenated from its attention on some of them at a time."""
+        """One layer's attention on all images, concatenated from its attention on some of them at a time.
+
+        What some of them have not been given is not known of the whole.
+        """
         if len(parts) == 1:
             return parts[0]
-        together = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        names = [name for name in parts[0].tensors if all(name in part.tensors for part in parts)]
+        together = {name: torch.cat([part.tensors[name] for part in parts]) for name in names}
         kind = max((part.kind for part in parts), key=KINDS.index)
         error = max(part.verified_error for part in parts)
         joined = replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attn_monitor import errors
-from attn_monitor.attention import KINDS, LayerAttention
+from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, PATCH_TENSORS, LayerAttention
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
@@ -131,10 +131,12 @@ def _same_type(kind: str, text: str, memory: bool) -> Exception:
 def merge(mine: Captured, part: Share) -> Captured:
     """Every process's images in their places, on the device they are on: sums with zeros, which are exact.
 
-    Three reductions, whose size does not depend on the number of processes. Raises `UnsupportedAttentionError` in all
-    processes when they do not hold the same layers.
+    Four reductions, whose size does not depend on the number of processes. What one process does not know of a layer is
+    not known of the whole. Raises `UnsupportedAttentionError` in all processes when they do not hold the same layers.
     """
-    _check_same_layers(mine, next(iter(mine.values())).rows.device)
+    device = next(iter(mine.values())).rows.device
+    _check_same_layers(mine, device)
+    mine = _known_to_all(mine, device)
     tensors = [(key, name, value) for key, attention in mine.items() for name, value in attention.tensors.items()]
     spread = [_spread(value, part) for _, _, value in tensors]
     flat = torch.cat([s.to(spread[0].device).flatten() for s in spread])
@@ -165,9 +167,7 @@ def _spread(values: Tensor, part: Share) -> Tensor:
 
 
 def _check_same_layers(mine: Captured, device: torch.device) -> None:
-    layout = [
-        (key, a.name, a.num_prefix, a.grid, [tuple(v.shape) for v in a.tensors.values()]) for key, a in mine.items()
-    ]
+    layout = [(key, a.name, a.num_prefix, a.grid, len(a.rows), a.rows.shape[1:]) for key, a in mine.items()]
     digest = zlib.crc32(repr(layout).encode())
     extremes = torch.tensor([digest, -digest], device=device)  # the largest and the smallest of all processes
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -177,6 +177,18 @@ def _check_same_layers(mine: Captured, device: torch.device) -> None:
             f"the {dist.get_world_size()} processes captured different layers, so that their rows cannot be put "
             "together. Watch the same model in every process, or leave out distributed=True"
         )
+
+
+def _known_to_all(mine: Captured, device: torch.device) -> Captured:
+    """With those optional tensors alone that every process has, as one may have refused some of its numbers."""
+    names = (*OPTIONAL_TENSORS, *PATCH_TENSORS)
+    known = torch.tensor([[float(name in a.tensors) for name in names] for a in mine.values()], device=device)
+    dist.all_reduce(known, dist.ReduceOp.MIN)
+    kept = [{"rows", *(n for n, k in zip(names, row, strict=True) if k)} for row in known.tolist()]
+    return {
+        key: a.with_tensors({name: t for name, t in a.tensors.items() if name in shared})
+        for (key, a), shared in zip(mine.items(), kept, strict=True)
+    }
 
 
 def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], dict[str, Any]]:

@@ -76,7 +76,7 @@ class AttentionMonitor:
         self._chunk = len(probe)
         self.failed: dict[str, Exception] = {}  # by role, at the latest look
         self._recorders: dict[str, AttentionRecorder] = {}
-        self._told: dict[str, dict[int, str]] = {}  # what was said to be left out
+        self._told: dict[str, list[str]] = {}  # what was said to be left out, by role
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
@@ -132,14 +132,15 @@ class AttentionMonitor:
                     )
 
     def left_out(self) -> list[str]:
-        """What layers="all" leaves out of each role, in words and with the reasons; said once, until it changes."""
+        """What layers="all" leaves out of each role, and numbers that layers lack; with the reasons, each said once."""
         news = []
         for role, recorder in self._recorders.items():
-            reasons = recorder.left_out
-            if reasons and reasons != self._told.get(role):
-                lines = "".join(f"\n  {reason}" for reason in reasons.values())
-                news.append(f'layers="all" leaves out {len(reasons)} of the layers of {role}:{lines}')
-                self._told[role] = reasons
+            texts = [f"{role}, {reason}" for reason in recorder.without_statistics.values()]
+            if reasons := recorder.left_out.values():
+                lines = "".join(f"\n  {reason}" for reason in reasons)
+                texts.append(f'layers="all" leaves out {len(reasons)} of the layers of {role}:{lines}')
+            news += [text for text in texts if text not in self._told.get(role, ())]
+            self._told[role] = texts
         return news
 
     def let_go(self) -> None:

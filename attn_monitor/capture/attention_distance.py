@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor import functional as F
-from attn_monitor.capture.observation import ReadObservation
+from attn_monitor.capture.attention_rows import Chunk
 from attn_monitor.capture.sites import ReadableSite
 
 
@@ -17,19 +17,27 @@ def has_query_of_each_patch(site: ReadableSite) -> bool:
     return len(site.places.patch_queries) == math.prod(site.layout.grid)
 
 
-@F.full_precision()
-def mean_distance(site: ReadableSite, seen: ReadObservation, image_size: tuple[int, int]) -> Tensor:
-    """Mean attention distance over all patches as queries, a few at a time: (B, H) pixels."""
-    (gh, gw), device = site.layout.grid, seen.rows.device  # FSDP may have moved the images to another device
-    rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
-    centres = torch.cartesian_prod(rows * (image_size[0] / gh), cols * (image_size[1] / gw))  # (N, 2) pixels
-    patches = torch.tensor(site.layout.patches, device=device)
-    patch_of_query = torch.full((site.queries,), -1, device=device)  # -1 for the prefix
-    for patch, query in site.places.patch_queries.items():
-        patch_of_query[query] = patch
-    total = torch.zeros((), device=device)
-    for start, chunk in seen.source.chunks():
-        queries = patch_of_query[start : start + chunk.shape[2]]
-        p = chunk[:, :, queries >= 0][..., patches]  # (B, H, queries, N)
-        total = total + F.attention_distance(p, centres[queries[queries >= 0]], centres).sum(-1)
-    return total / len(patches)
+class MeanDistance:
+    """Mean attention distance over all patches as queries, whose rows are added a few at a time."""
+
+    def __init__(self, site: ReadableSite, image_size: tuple[int, int], device: torch.device) -> None:
+        (gh, gw) = site.layout.grid
+        rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
+        self._centres = torch.cartesian_prod(rows * (image_size[0] / gh), cols * (image_size[1] / gw))  # (N, 2) pixels
+        self._patches = torch.tensor(site.layout.patches, device=device)
+        self._patch_of_query = {query: patch for patch, query in site.places.patch_queries.items()}
+        self._total = torch.zeros((), device=device)
+
+    def add(self, chunk: Chunk) -> None:
+        """Take these rows into account, those of the prefix's queries not."""
+        found = [(i, self._patch_of_query[q]) for i, q in enumerate(chunk.queries) if q in self._patch_of_query]
+        if not found:
+            return
+        index, patches = (torch.tensor(one, device=self._centres.device) for one in zip(*found, strict=True))
+        p = chunk.rows[:, :, index][..., self._patches]  # (B, H, queries, N)
+        self._total = self._total + F.attention_distance(p, self._centres[patches], self._centres).sum(-1)
+
+    @property
+    def value(self) -> Tensor:
+        """(B, H) pixels."""
+        return self._total / len(self._patches)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Query = int | str
-"""A token index, or "mean": the average over all queries."""
+Query = int | Literal["mean"] | tuple[int, ...]
+"""A token index, or an average: "mean" over all queries, a tuple over these, in ascending order."""
 
 Folding = Literal["batch first", "heads first"]
 """Which of batch and heads comes first where they are one dimension: (B·H, …) or (H·B, …)."""
@@ -34,16 +34,16 @@ class CallingConvention(NamedTuple):
 _CHUNK = 64  # queries at a time when all are wanted: memory stays O(tokens)
 
 
-class EveryQuery(NamedTuple):
-    """What all queries of a layer say together, in one pass over its matrix.
+class Chunk(NamedTuple):
+    """A few rows of a matrix: those of ``queries``, (B, H, queries, K).
 
-    ``largest_logits`` (B, H, Q) are the largest of each query's logits, what enters its softmax: scale · q·k + bias,
-    without the keys that are masked; None where the scores are not known. ``received`` (B, H, K) is the mean over
-    queries of the attention on each key.
+    ``largest_logits`` (B, H, queries) are the largest of each query's logits, what enters its softmax: scale · q·k +
+    bias, without the keys that are masked; None where the scores are not known, or not asked for.
     """
 
+    queries: Sequence[int]
+    rows: Tensor
     largest_logits: Tensor | None
-    received: Tensor
 
 
 class AttentionSource(Protocol):
@@ -52,22 +52,15 @@ class AttentionSource(Protocol):
     def row(self, query: int) -> Tensor:
         """What one query attends to: (B, H, K) float32, float64 for float64."""
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first query, (B, H, some queries, K)) until all queries have passed."""
+    def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
+        """The matrix, a few queries at a time, until all have passed; with their largest logits if asked for."""
 
     def largest_logit(self, query: int) -> Tensor | None:
         """The largest logit of one query, (B, H); None where the scores are not known."""
 
-    def every_query(self) -> EveryQuery:
-        """What all queries say together."""
 
-
-def read_rows(source: AttentionSource, query: Query, queries: int) -> Tensor:
-    """One query's row, or the mean over all of them: (B, H, K)."""
-    if query != "mean":
-        return source.row(int(query))
-    total: Tensor = functools.reduce(torch.add, (chunk.sum(2) for _, chunk in source.chunks()))
-    return total / queries
+def _chunks(queries: int) -> Iterator[range]:
+    return (range(start, min(start + _CHUNK, queries)) for start in range(0, queries, _CHUNK))
 
 
 def widened_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,32 +92,22 @@ class FusedCall:
         """Attention of one query: (B, H, K)."""
         return self._scores_of(query).softmax(-1)[:, :, 0]
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
         """The matrix, a few queries at a time."""
-        return ((start, scores.softmax(-1)) for start, scores in self._chunks_of_scores())
+        laid_out = replace(self, k=self._keys.contiguous())  # once, instead of in the product of every chunk
+        for queries in _chunks(self.q.shape[2]):
+            scores = laid_out._scores(slice(queries.start, queries.stop))
+            yield Chunk(queries, scores.softmax(-1), scores.amax(-1) if logits else None)
 
     def largest_logit(self, query: int) -> Tensor:
         """Of one query: (B, H)."""
         return self._scores_of(query).amax((-2, -1))
-
-    def every_query(self) -> EveryQuery:
-        """What all queries say together, from a few at a time."""
-        largest, received = [], torch.zeros((), device=self.q.device)
-        for _, scores in self._chunks_of_scores():
-            largest.append(scores.amax(-1))
-            received = received + scores.softmax(-1).sum(2)
-        return EveryQuery(torch.cat(largest, -1), received / self.q.shape[2])
 
     def _scores_of(self, query: int) -> Tensor:
         """Of one query, (B, H, 1, K); kept, as its row and its largest logit are both asked for."""
         if query not in self._kept:
             self._kept = {query: self._scores(slice(query, query + 1))}
         return self._kept[query]
-
-    def _chunks_of_scores(self) -> Iterator[tuple[int, Tensor]]:
-        laid_out = replace(self, k=self._keys.contiguous())  # once, instead of in the product of every chunk
-        for start in range(0, self.q.shape[2], _CHUNK):
-            yield start, laid_out._scores(slice(start, start + _CHUNK))
 
     @functools.cached_property
     def _keys(self) -> Tensor:
@@ -146,14 +129,12 @@ class FusedCall:
             scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > index[:, None], -math.inf)
         return scores
 
-    def output_row(self, out: Tensor, query: Query) -> Tensor:
-        """The operation's own result for the same query: (B, H, D)."""
+    def output(self, out: Tensor) -> Tensor:
+        """The operation's own result, (B, H, Q, D)."""
         batch, heads, length, _ = self.q.shape
         if self.heads_first:
-            out = out.reshape(batch, heads, length, -1)
-        else:
-            out = out.reshape(batch, length, heads, -1).transpose(1, 2)
-        return out.mean(2, dtype=widened_dtype(out.dtype)) if query == "mean" else widen(out[:, :, int(query)])
+            return out.reshape(batch, heads, length, -1)
+        return out.reshape(batch, length, heads, -1).transpose(1, 2)
 
 
 @dataclass
@@ -171,21 +152,17 @@ class ExplicitCall:
         """Attention of one query: (B, H, K)."""
         return self._part(slice(query, query + 1))[:, :, 0]
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
         """The matrix, a few queries at a time."""
-        for start in range(0, self.shape[2], _CHUNK):
-            yield start, self._part(slice(start, start + _CHUNK))
+        largest = self._logits() if logits else None
+        for queries in _chunks(self.shape[2]):
+            part = slice(queries.start, queries.stop)
+            yield Chunk(queries, self._part(part), None if largest is None else largest[..., part])
 
     def largest_logit(self, query: int) -> Tensor | None:
         """Of one query: (B, H)."""
         logits = self._logits()
         return None if logits is None else logits[..., query]
-
-    def every_query(self) -> EveryQuery:
-        """What all queries say together."""
-        batch, heads, _, keys = self.shape
-        received = self.applied.mean(-2, dtype=widened_dtype(self.applied.dtype)).reshape(batch, heads, keys)
-        return EveryQuery(self._logits(), received)
 
     def _logits(self) -> Tensor | None:
         known, (batch, heads, queries, _) = self.largest_logits, self.shape
@@ -217,18 +194,13 @@ class Regrouped:
         """Attention of one query: (B, H, K)."""
         return regroup(self.source.row(query), self.images, self.folding)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
         """The matrix, a few queries at a time."""
-        for start, chunk in self.source.chunks():
-            yield start, regroup(chunk, self.images, self.folding)
+        for queries, rows, largest in self.source.chunks(logits=logits):
+            regrouped = None if largest is None else regroup(largest, self.images, self.folding)
+            yield Chunk(queries, regroup(rows, self.images, self.folding), regrouped)
 
     def largest_logit(self, query: int) -> Tensor | None:
         """Of one query: (B, H)."""
         logit = self.source.largest_logit(query)
         return None if logit is None else regroup(logit, self.images, self.folding)
-
-    def every_query(self) -> EveryQuery:
-        """What all queries say together."""
-        logits, received = self.source.every_query()
-        known = None if logits is None else regroup(logits, self.images, self.folding)
-        return EveryQuery(known, regroup(received, self.images, self.folding))

@@ -1,14 +1,15 @@
-"""What a layer's queries say together, while its attention can still be read: largest logits, and where sinks are."""
+"""What a layer's queries say together, while its attention can still be read: largest logits, sinks and distance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from attn_monitor import functional as F
+from attn_monitor.capture.attention_distance import MeanDistance, has_query_of_each_patch
 from attn_monitor.capture.attention_rows import widen
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recording_plan import SitePlan
@@ -21,11 +22,12 @@ EveryQueryOf = Literal["none", "last", "all"]
 class Asked:
     """What is asked of a layer beside its rows: ``logits``, ``sinks``; of the ``whole`` matrix or the read row alone.
 
-    ``query`` is "cls" or "mean" where the row is that one's.
+    ``distance`` is of the whole matrix always. ``query`` is "cls" or "mean" where the row is that one's.
     """
 
     logits: bool
     sinks: bool
+    distance: bool
     whole: bool
     query: object
 
@@ -37,22 +39,47 @@ def check_every_query(every_query: str) -> EveryQueryOf:
     return every_query  # type: ignore[return-value]
 
 
+class Statistics(NamedTuple):
+    """Optional tensors of `LayerAttention` by name, float32: what the read row says, and what many queries' rows say.
+
+    ``error`` is the largest relative difference of the many rows from the model's own output, see `CheckedRows`.
+    """
+
+    of_row: dict[str, Tensor]
+    of_many: dict[str, Tensor]
+    error: Tensor | None
+
+
 @F.full_precision()
-def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked) -> dict[str, Tensor]:
-    """Optional tensors of `LayerAttention` in float32, those that are asked for and can be known."""
-    cls = int(planned.query) if asked.query == "cls" else None
-    needs_matrix = asked.whole and (asked.logits or (asked.sinks and asked.query != "mean"))
-    every = seen.source.every_query() if needs_matrix else None
-    found: dict[str, Tensor | None] = {}
-    if asked.logits:
-        found["max_logit_cls"] = None if cls is None else seen.source.largest_logit(cls)
-        if every is not None and every.largest_logits is not None:
-            found["max_logit"] = every.largest_logits.amax(-1)
-    if asked.sinks and (every is not None or asked.query in ("cls", "mean")):
-        weights = seen.rows if every is None else every.received
-        found["value_norms"] = _in_order(_value_norms(seen.values, weights), planned.order)
-        found["received"] = None if every is None else _in_order(weights.mean(1), planned.order)
-    return {name: value.float() for name, value in found.items() if value is not None}
+def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked, image_size: tuple[int, int]) -> Statistics:
+    """Those that are asked for and can be known, in one pass over every query's row where any of them needs it."""
+    of_row: dict[str, Tensor | None] = {}
+    of_many: dict[str, Tensor | None] = {}
+    if asked.logits and asked.query == "cls" and isinstance(planned.query, int):
+        of_row["max_logit_cls"] = seen.source.largest_logit(planned.query)
+    if asked.sinks and asked.query in ("cls", "mean"):
+        of_row["value_norms"] = _in_order(_value_norms(seen.values, seen.rows), planned.order)
+    received = asked.whole and asked.sinks and asked.query != "mean"
+    distance = asked.distance and has_query_of_each_patch(planned.site)
+    checked = seen.checked_rows
+    if distance or received or (asked.whole and asked.logits):
+        mean = MeanDistance(planned.site, image_size, seen.rows.device) if distance else None
+        largest, total = [], torch.zeros((), device=seen.rows.device)
+        for chunk in checked.chunks(logits=asked.logits and asked.whole):
+            if mean is not None:
+                mean.add(chunk)
+            if received:
+                total = total + chunk.rows.sum(2)
+            if chunk.largest_logits is not None:
+                largest.append(chunk.largest_logits.amax(-1))
+        of_many["distance"] = None if mean is None else mean.value
+        of_many["max_logit"] = torch.stack(largest).amax(0) if largest else None
+        if received:
+            total = total / seen.queries
+            of_many["value_norms"] = _in_order(_value_norms(seen.values, total), planned.order)
+            of_many["received"] = _in_order(total.mean(1), planned.order)
+    row, many = ({name: t.float() for name, t in found.items() if t is not None} for found in (of_row, of_many))
+    return Statistics(row, many, checked.error)
 
 
 def _in_order(per_key: Tensor, order: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from attn_monitor.capture.attention_rows import AttentionSource, CallingConvention, Folding, Regrouped, regroup
+from attn_monitor.capture.checked_rows import CheckedRows
 
 SiteKey = tuple[str, int]
 """Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
@@ -35,6 +36,8 @@ class RefusedObservation(_Operation):
 class ObservedRows(_Operation):
     """The rows that were asked for, and what they are checked by.
 
+    Of a mean over queries, each of its rows is. ``error_of_all``, with the same ``tolerance``, is that of the rows that
+    statistics over many queries are made of, None where there are none.
     ``error`` is the largest relative difference between row·V and what the model computed, None where they were not
     compared. ``mixed`` marks weights that are not applied as a softmax gave them (talking heads, gated mixes), None for
     fused operations. Both stay on the device until `verification.fetch_checks`, so that no GPU waits for them.
@@ -43,6 +46,7 @@ class ObservedRows(_Operation):
     rows: Tensor  # (B, H, K) float32, float64 for float64
     error: Tensor | None = None
     tolerance: float = 0.0
+    error_of_all: Tensor | None = None
     mixed: Tensor | None = None
     convention: CallingConvention | None = None  # of an operation from outside PyTorch
 
@@ -52,7 +56,13 @@ class ReadObservation(ObservedRows):
     """Rows, with the values that they weight and the attention that they were read from: to be used as it runs."""
 
     values: Tensor  # (B, H, K, D)
+    output: Tensor | None  # (B, H, Q, D), what the operation computed; None where it is not to be compared
     source: AttentionSource
+
+    @property
+    def checked_rows(self) -> CheckedRows:
+        """The rows of any of its queries, compared with its output as they are read."""
+        return CheckedRows(self.source, self.values, self.output)
 
     def regrouped(self, images: int, folding: Folding | None) -> ReadObservation:
         """The same, read with batch and heads in another order; None leaves it as it is."""
@@ -64,6 +74,7 @@ class ReadObservation(ObservedRows):
             heads=self.batch * self.heads // images,
             rows=regroup(self.rows, images, folding),
             values=regroup(self.values, images, folding),
+            output=None if self.output is None else regroup(self.output, images, folding),
             source=Regrouped(self.source, images, folding),
         )
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import ExplicitCall, FusedCall, Query, read_rows, widen, widened_dtype
+from attn_monitor.capture.attention_rows import AttentionSource, ExplicitCall, FusedCall, Query, widen, widened_dtype
+from attn_monitor.capture.checked_rows import CheckedRows
 from attn_monitor.capture.observation import Observation, ReadObservation, RefusedObservation
-from attn_monitor.capture.tolerance import relative_error, tolerance
+from attn_monitor.capture.tolerance import tolerance
 
 aten = torch.ops.aten
 
@@ -89,8 +90,7 @@ def observe_fused(call: FusedCall, result: Tensor | None, query: Query) -> Obser
     reason = _unreadable(query, queries, call.q, call.k, call.v)
     if reason:
         return RefusedObservation(**shape, reason=reason)
-    seen = ReadObservation(**shape, rows=read_rows(call, query, queries), values=call.v, source=call)
-    return seen if result is None else _compared(seen, call.output_row(result, query), result)
+    return _read(call, call.v, None if result is None else call.output(result), query, shape)
 
 
 def _unreadable(query: Query, queries: int, *tensors: Tensor) -> str:
@@ -98,15 +98,21 @@ def _unreadable(query: Query, queries: int, *tensors: Tensor) -> str:
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"its tensors are {type(tensor).__name__}s (sharded over devices, or ragged), not plain tensors"
-    if query != "mean" and int(query) >= queries:
+    if isinstance(query, int) and query >= queries:
         return f"it has {queries} queries, so no query {query}"
     return ""
 
 
-def _compared(seen: ReadObservation, row: Tensor, result: Tensor) -> ReadObservation:
-    """The observation with its error: ``row`` (B, H, D) is what the operation's ``result`` holds for the query."""
-    error = relative_error(seen.rows, seen.values, row)
-    return replace(seen, error=error, tolerance=tolerance(result.dtype, result.device))
+def _read(
+    source: AttentionSource, values: Tensor, output: Tensor | None, query: Query, shape: dict[str, Any]
+) -> ReadObservation:
+    """Rows of an attention over values (B, H, K, D), each compared with the (B, H, Q, D) output unless that is None."""
+    checked = CheckedRows(source, values, output)
+    rows = checked.read(query)
+    allowed = 0.0 if output is None else tolerance(output.dtype, output.device)
+    return ReadObservation(
+        **shape, rows=rows, values=values, output=output, source=source, error=checked.error, tolerance=allowed
+    )
 
 
 def is_same(a: Any, b: Tensor) -> bool:
@@ -150,22 +156,17 @@ def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, que
     reason = _unreadable(query, queries, call.applied, call.values)
     if reason:
         return RefusedObservation(**shape, reason=reason)
-    applied = _row_of(call.applied, query)
-    seen = ReadObservation(
-        **shape,
-        rows=applied.reshape(batch, heads, keys),
-        values=call.values.reshape(batch, heads, keys, -1),
-        source=replace(call, shape=(batch, heads, queries, keys)),
-        mixed=_is_mixed(applied, call, query),
+    source, values = (
+        replace(call, shape=(batch, heads, queries, keys)),
+        call.values.reshape(batch, heads, keys, -1),
     )
-    if result is None:
-        return seen
-    row = _row_of(result.mT if call.swapped else result, query)
-    return _compared(seen, row.reshape(batch, heads, -1), result)
+    output = None if result is None else (result.mT if call.swapped else result).reshape(batch, heads, queries, -1)
+    return replace(_read(source, values, output, query, shape), mixed=_is_mixed(call, query))
 
 
-def _is_mixed(applied: Tensor, call: ExplicitCall, query: Query) -> Tensor:
-    """Whether the (..., K) row that is applied is none of the softmaxes before, up to rounding."""
+def _is_mixed(call: ExplicitCall, query: Query) -> Tensor:
+    """Whether the row that is applied is none of the softmaxes before, up to rounding."""
+    applied = _row_of(call.applied, query)  # (..., K)
     limit = 8 * torch.finfo(call.applied.dtype).eps
     rows = [_row_of(w, query).reshape(applied.shape) for w in call.weights if w.numel() == call.applied.numel()]
     if not rows:
@@ -176,10 +177,11 @@ def _is_mixed(applied: Tensor, call: ExplicitCall, query: Query) -> Tensor:
 
 
 def _row_of(weights: Tensor, query: Query) -> Tensor:
-    """One query's row, or the mean over all of them: (..., Q, K) to (..., K)."""
-    return (
-        weights.mean(-2, dtype=widened_dtype(weights.dtype)) if query == "mean" else widen(weights[..., int(query), :])
-    )
+    """One query's row, or the mean over several: (..., Q, K) to (..., K)."""
+    if isinstance(query, int):
+        return widen(weights[..., query, :])
+    several = weights if query == "mean" else weights[..., list(query), :]
+    return several.mean(-2, dtype=widened_dtype(weights.dtype))
 
 
 def _batch_and_heads(lead: Sequence[int], images: int) -> tuple[int, int]:

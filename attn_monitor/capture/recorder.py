@@ -6,19 +6,21 @@ it. From then on only the wanted modules are watched, and the forward is left af
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.attention_distance import has_query_of_each_patch, mean_distance
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
-from attn_monitor.capture.every_query import Asked, EveryQueryOf, check_every_query, query_statistics
+from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import (
@@ -36,10 +38,11 @@ from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
 from attn_monitor.capture.site_cache import Conditions, forget, structure_of
 from attn_monitor.capture.sites import ReadableSite, Site
-from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch
+from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
 from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 
 Verify = bool | Literal["first", "always"]
+OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
 
 
 def check_verify(verify: Verify | str) -> Verify:
@@ -122,6 +125,7 @@ class AttentionRecorder:
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
         self._verified = False
+        self._absent: dict[int, str] = {}
 
     @property
     def forward_note(self) -> str:
@@ -149,6 +153,11 @@ class AttentionRecorder:
         return left_out(self._discovery.sites, self._plan.query)
 
     @property
+    def without_statistics(self) -> dict[int, str]:
+        """Layers that have no statistics over many queries as their rows are not what the model computed: why not."""
+        return dict(self._absent)
+
+    @property
     def heads(self) -> dict[int, int]:
         """How many heads each wanted layer has, by index; known after the first look."""
         planned = () if self._plan is None else self._plan.sites.values()
@@ -172,12 +181,11 @@ class AttentionRecorder:
         """Raise the reason if a wanted layer cannot be read on images of this size."""
         self._planned(self._look(images)[1])
 
-    def __call__(
-        self, images: Tensor, *, on_layer: Callable[[ReadableSite, ReadObservation], None] | None = None
-    ) -> list[LayerAttention]:
+    def __call__(self, images: Tensor, *, on_layer: OnLayer | None = None) -> list[LayerAttention]:
         """Attention on (B, C, H, W) images, one entry per wanted layer, on the model's device.
 
-        ``on_layer`` is called with every wanted layer as it runs, when its whole matrix can still be read.
+        ``on_layer`` is called with every wanted layer as it runs, when its whole matrix can still be read, and returns
+        the error of the rows that it has read, see `CheckedRows`: they must be right as the row that is recorded.
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
@@ -201,7 +209,7 @@ class AttentionRecorder:
         conditions = Conditions.of(images, structure)
         if known is None or conditions != known.conditions:
             known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
-            self._discovery, self._plan, self._verified = known, None, False
+            self._discovery, self._plan, self._verified, self._absent = known, None, False, {}
         return images, known
 
     def _planned(self, discovery: Discovery) -> RecordingPlan:
@@ -224,10 +232,10 @@ class AttentionRecorder:
         forward: Forward,
         plan: RecordingPlan,
         verify: bool,
-        on_layer: Callable[[ReadableSite, ReadObservation], None] | None,
+        on_layer: OnLayer | None,
     ) -> list[LayerAttention]:
         observed: dict[SiteKey, ObservedRows] = {}
-        measured: dict[SiteKey, dict[str, Tensor]] = {key: {} for key in plan.sites}
+        measured: dict[SiteKey, Statistics] = {}
         last = list(plan.sites)[-1]
 
         def report(key: SiteKey, seen: Observation) -> None:
@@ -237,15 +245,13 @@ class AttentionRecorder:
             seen = seen.regrouped(len(images), site.folding)
             if seen.rows.shape != (len(images), site.heads, site.keys):
                 return
-            if self.distance and has_query_of_each_patch(site):
-                measured[key]["distance"] = mean_distance(site, seen, (images.shape[-2], images.shape[-1]))
-            if self.logits or self.sinks:
-                whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-                asked = Asked(self.logits, self.sinks, whole, plan.query)
-                measured[key].update(query_statistics(seen, plan.sites[key], asked))
-            if on_layer is not None:
-                on_layer(site, seen)
-            observed[key] = seen.rows_alone()
+            whole = self.every_query == "all" or (self.every_query == "last" and key == last)
+            asked = Asked(self.logits, self.sinks, self.distance, whole, plan.query)
+            measured[key] = query_statistics(seen, plan.sites[key], asked, (images.shape[-2], images.shape[-1]))
+            error = seen.error
+            if on_layer is not None and (others := on_layer(site, seen)) is not None:
+                error = others if error is None else torch.maximum(error, others)
+            observed[key] = replace(seen.rows_alone(), error=error, error_of_all=measured[key].error)
 
         observer = AttentionObserver(
             report,
@@ -284,7 +290,7 @@ class AttentionRecorder:
         query: QuerySpec,
         seen: ObservedRows,
         check: CheckResult,
-        measured: dict[str, Any],
+        found: Statistics,
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
         site = planned.site
@@ -292,6 +298,7 @@ class AttentionRecorder:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if check.finite and not check.reproduces_output:
             raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
+        measured: dict[str, Any] = {**found.of_row, **(found.of_many if self._holds(site, found, check) else {})}
         if check.kind == "signed":
             measured.pop("distance", None)
         rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
@@ -312,6 +319,15 @@ class AttentionRecorder:
             patches=None if tokens is None else tokens.patches,
             **measured,
         )
+
+    def _holds(self, site: ReadableSite, found: Statistics, check: CheckResult) -> bool:
+        """Whether the rows behind statistics over many queries are right, as far as was checked last."""
+        if math.isnan(check.error_of_all) or not check.finite:  # not compared, or NaN, which is what the model computed
+            return site.index not in self._absent
+        if not check.all_reproduce_output and site.index not in self._absent:
+            absent = found.of_many.keys() - found.of_row.keys()
+            self._absent[site.index] = no_statistics(f"layer {site.index} ({site.name}, {site.op})", check, absent)
+        return check.all_reproduce_output
 
 
 def _watch_tokens(

@@ -45,13 +45,17 @@ def attention_rollout(
     last = _check_sites(encoder_of(recorder.sites(images)))[-1]
     sources: list[AttentionSource] = []
 
-    def keep(_: ReadableSite, seen: ReadObservation) -> None:
+    def keep(_: ReadableSite, seen: ReadObservation) -> Tensor | None:
         sources.append(seen.source)
+        checked = seen.checked_rows
+        checked.read("mean")
+        return checked.error
 
     recorder(images, on_layer=keep)
     token = resolve_query(last, query)
     row = torch.zeros(len(images), last.keys, device=images.device)  # (B, T)
-    row[:, slice(None) if token == "mean" else int(token)] = 1 / last.keys if token == "mean" else 1
+    starts = range(last.keys) if token == "mean" else [token] if isinstance(token, int) else token
+    row[:, list(starts)] = 1 / len(starts)
     for source in reversed(sources):
         row = residual * row + (1 - residual) * _through(source, row, head_fusion)
     maps: Tensor = row[:, list(last.layout.patches)].unflatten(-1, last.layout.grid)
@@ -61,10 +65,10 @@ def attention_rollout(
 def _through(source: AttentionSource, row: Tensor, head_fusion: Fusion) -> Tensor:
     """The (B, T) row times the fused attention matrix, a few of the matrix's rows at a time."""
     total = torch.zeros_like(row)
-    for start, chunk in source.chunks():
-        fused: Tensor = chunk.mean(1) if head_fusion == "mean" else getattr(chunk, f"a{head_fusion}")(1)
+    for queries, rows, _ in source.chunks():
+        fused: Tensor = rows.mean(1) if head_fusion == "mean" else getattr(rows, f"a{head_fusion}")(1)
         fused = fused / fused.sum(-1, keepdim=True)  # (B, queries, T)
-        total += (row[:, None, start : start + fused.shape[1]] @ fused.to(row.dtype))[:, 0]
+        total += (row[:, None, queries[0] : queries[-1] + 1] @ fused.to(row.dtype))[:, 0]
     return total
 
 

@@ -7,23 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import widen
-
 # Relative to what the output's own precision allows: sums of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 
 def relative_error(rows: Tensor, values: Tensor, output: Tensor) -> Tensor:
-    """Largest |row·V - output| over the largest sum of |row|·|V| of its channel: 0 exact, ~1 unrelated.
+    """Largest |row·V - output| of (B, H, Q, K) rows over the largest sum of |row|·|V| of its query and channel.
 
-    The denominator is the bound that floating-point summation itself obeys, so the tolerance only depends on the
-    precision of the output and not on the number of tokens.
+    ``values`` are (B, H, K, D), in the rows' type; the result is 0 exact, ~1 unrelated. The denominator is the bound
+    that floating-point summation itself obeys, so the tolerance only depends on the precision of the (B, H, Q, D)
+    output and not on the number of tokens.
     """
-    values = widen(values).to(rows.dtype)
-    if values.shape[1] != rows.shape[1]:
-        values = values.repeat_interleave(rows.shape[1] // values.shape[1], 1)
-    expected = (rows[:, :, None] @ values)[:, :, 0]  # (B, H, D)
-    bound = (rows[:, :, None].abs() @ values.abs())[:, :, 0].amax((0, 1))  # (D,)
+    expected, bound = rows @ values, (rows.abs() @ values.abs()).amax((0, 1))  # (Q, D)
     error = (expected - output).abs().amax((0, 1)) / bound.clamp_min(torch.finfo(rows.dtype).tiny)
     return error.max().nan_to_num(nan=math.inf)  # NaN is no agreement
 

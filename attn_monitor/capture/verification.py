@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,17 @@ class CheckResult:
     tolerance: float
     mixed: bool
     kind: RowKind
+    error_of_all: float  # of the rows that statistics over many queries are made of; NaN: not compared
 
     @property
     def reproduces_output(self) -> bool:
         """Whether row·V is the model's own output, as far as that was compared."""
         return not self.error > self.tolerance
+
+    @property
+    def all_reproduce_output(self) -> bool:
+        """The same of all rows that statistics over many queries are made of."""
+        return not self.error_of_all > self.tolerance
 
 
 def fetch_checks(observations: Sequence[ObservedRows]) -> list[CheckResult]:
@@ -34,18 +40,19 @@ def fetch_checks(observations: Sequence[ObservedRows]) -> list[CheckResult]:
     facts = []
     for seen in observations:
         unknown = seen.rows.new_full((), math.nan)
-        facts += [seen.rows.isfinite().all(), *(unknown if f is None else f for f in (seen.error, seen.mixed))]
+        known = (seen.error, seen.mixed, seen.error_of_all)
+        facts += [seen.rows.isfinite().all(), *(unknown if f is None else f for f in known)]
         explicit = seen.mixed is not None  # what a fused operation applies is a softmax
         facts += [seen.rows.amin(), (seen.rows.sum(-1) - 1).abs().amax()] if explicit else [unknown, unknown]
     numbers = torch.stack([f.float() for f in facts]).tolist() if facts else []
-    return [_check_result(seen.tolerance, *numbers[5 * i : 5 * i + 5]) for i, seen in enumerate(observations)]
+    return [_check_result(seen.tolerance, *numbers[6 * i : 6 * i + 6]) for i, seen in enumerate(observations)]
 
 
 def _check_result(
-    tolerance: float, finite: float, error: float, mixed: float, lowest: float, off_sum: float
+    tolerance: float, finite: float, error: float, mixed: float, error_of_all: float, lowest: float, off_sum: float
 ) -> CheckResult:
     kind: RowKind = "signed" if lowest < -1e-6 else "weights" if off_sum > 0.02 else "distribution"
-    return CheckResult(finite == 1, error, tolerance, mixed == 1, kind)
+    return CheckResult(finite == 1, error, tolerance, mixed == 1, kind, error_of_all)
 
 
 def mismatch(layer: str, check: CheckResult) -> VerificationError:
@@ -54,4 +61,13 @@ def mismatch(layer: str, check: CheckResult) -> VerificationError:
         f"{layer}: the attention row times V differs from the model's own output by {check.error:.2g} "
         f"(allowed: {check.tolerance:.2g}), so the row is not what the model computed and no map is shown. Please "
         "report the model; forward= or another layer may help meanwhile"
+    )
+
+
+def no_statistics(layer: str, check: CheckResult, absent: Collection[str]) -> str:
+    """Why a layer has a map and yet none of the numbers that are made of many queries' rows."""
+    return (
+        f"{layer}: the rows of other queries times V differ from the model's own output by {check.error_of_all:.2g} "
+        f"(allowed: {check.tolerance:.2g}), so what is made of them is absent ({', '.join(sorted(absent))}). The row "
+        "that is shown agrees with the output; ask for single rows by query="
     )

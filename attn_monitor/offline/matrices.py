@@ -30,8 +30,8 @@ def save_matrices(
     """Write `{name}-layer{L}.npy` for each of the images (B, C, H, W) and each layer: (heads, queries, keys) float32.
 
     Keys stand as in an `AttentionSnapshot`: the prefix (CLS, registers) first, then the patches row by row; queries
-    likewise where they are the same tokens, else in the model's own order. The row of ``query`` is what is checked
-    against the model's own output; a file appears only after that. Images run one at a time, and memory is linear in
+    likewise where they are the same tokens, else in the model's own order. Every row is checked against
+    the model's own output; a file appears only after that. Images run one at a time, and memory is linear in
     the tokens unless the model itself makes the matrix.
     """
     folder = Path(folder)
@@ -41,11 +41,11 @@ def save_matrices(
     for name, image in progress(list(zip(names, images, strict=True)), "attention matrices"):
         written: dict[Path, Path] = {}  # temporary to final
 
-        def write(site: ReadableSite, seen: ReadObservation) -> None:
+        def write(site: ReadableSite, seen: ReadObservation) -> Tensor | None:
             temporary = folder / f"{WRITING}{secrets.token_hex(4)}.npy"
             written[temporary] = folder / f"{name}-layer{site.index}.npy"  # noqa: B023 - called within this turn
             with temporary.open("xb") as file:
-                _write(file, site, seen)
+                return _write(file, site, seen)
 
         try:
             recorder(image[None], on_layer=write)
@@ -58,18 +58,23 @@ def save_matrices(
     return paths
 
 
-def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> None:
-    """One image's matrix, row after row where it belongs; a plain file, as a full disk kills whoever maps one."""
+def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> Tensor | None:
+    """One image's matrix, row after row where it belongs; a plain file, as a full disk kills whoever maps one.
+
+    Returns the largest difference of its rows from the model's own output.
+    """
     shape = site.heads, site.queries, site.keys
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start, row_bytes, keys = file.tell(), 4 * site.keys, list(site.layout.order)
     place = {query: row for row, query in enumerate(_query_order(site))}
-    for first, chunk in seen.source.chunks():
+    checked = seen.checked_rows
+    for queries, chunk, _ in checked.chunks():
         rows = chunk[0][..., keys].float().cpu().numpy().astype("<f4", copy=False)  # (heads, some queries, keys)
         for head, of_head in enumerate(rows):
-            for query, row in enumerate(of_head, first):
+            for query, row in zip(queries, of_head, strict=True):
                 file.seek(start + (head * site.queries + place[query]) * row_bytes)
                 file.write(row.tobytes())
+    return checked.error
 
 
 def _query_order(site: ReadableSite) -> Sequence[int]:

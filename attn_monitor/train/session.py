@@ -280,15 +280,13 @@ class Session:
         return forward_within(model if self.run.root is None else self.run.root, forward)(model, images)
 
     def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
-        """Discover attention; heads that a model has not are a mistake, layers left out are said."""
+        """Discover attention; heads that a model has not are a mistake."""
         monitor.check(models)
         for role, error in monitor.failed.items():
             if self.named and not self.run.training and isinstance(error, USER_ERRORS):
                 raise named(role, error)
             self._failed(role, error)
         monitor.check_heads(self.drawing.heads)
-        for text in monitor.left_out():
-            self.run.failures.note(text)
 
     def _claim(self, folder: Path, number: int, step: int) -> Path:
         claim, continued = claim_archive(self.archive, folder, number)
@@ -363,6 +361,8 @@ class Session:
             else:
                 run.failures.lost(_part_of(role), step)
         run.failing -= set(snapshot.roles)
+        for text in monitor.left_out():
+            run.failures.note(text)
         if not run.cost.snapshots and run.rank_zero.is_here:
             run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started)
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []

@@ -1,0 +1,67 @@
+"""Rows of attention compared with what the operation computed for the same queries, as they pass."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.attention_rows import AttentionSource, Chunk, Query, widen
+from attn_monitor.capture.tolerance import relative_error
+
+
+class CheckedRows:
+    """Rows of an attention over ``values`` (B, H, K, D), compared with its ``output`` (B, H, Q, D) as they are read.
+
+    ``error`` is the largest relative difference of those that have been read, on the device; None without an output.
+    """
+
+    def __init__(self, source: AttentionSource, values: Tensor, output: Tensor | None) -> None:
+        self.source, self.output = source, output
+        self.error: Tensor | None = None
+        self._given = values
+        self._values: Tensor | None = None  # in the type and number of heads of the rows, once they are needed
+
+    def read(self, query: Query) -> Tensor:
+        """One query's row, or the mean over several: (B, H, K)."""
+        if isinstance(query, int):
+            row = self.source.row(query)
+            self._compare(Chunk([query], row[:, :, None], None))
+            return row
+        total, count = torch.zeros((), device=self._given.device), 0
+        for queries, rows, _ in self.chunks(None if query == "mean" else query):
+            total, count = total + rows.sum(2), count + len(queries)
+        return total / count
+
+    def chunks(self, wanted: Sequence[int] | None = None, *, logits: bool = False) -> Iterator[Chunk]:
+        """The rows of the ``wanted`` queries (ascending; None: of all), a few at a time."""
+        for chunk in self.source.chunks(logits=logits):
+            part = chunk if wanted is None else _of_those(chunk, wanted)
+            if len(part.queries):
+                self._compare(part)
+                yield part
+
+    def _compare(self, chunk: Chunk) -> None:
+        if self.output is None:
+            return
+        if self._values is None:
+            values = widen(self._given).to(chunk.rows.dtype)
+            repeats = chunk.rows.shape[1] // values.shape[1]  # grouped queries
+            self._values = values.repeat_interleave(repeats, 1) if repeats > 1 else values
+        first, last = chunk.queries[0], chunk.queries[-1]
+        output = self.output[:, :, first : last + 1]
+        if last - first + 1 != len(chunk.queries):
+            output = output[:, :, [query - first for query in chunk.queries]]
+        error = relative_error(chunk.rows, self._values, output)
+        self.error = error if self.error is None else torch.maximum(self.error, error)
+
+
+def _of_those(chunk: Chunk, wanted: Sequence[int]) -> Chunk:
+    queries, rows, largest = chunk
+    kept = wanted[bisect_left(wanted, queries[0]) : bisect_left(wanted, queries[-1] + 1)]
+    if len(kept) == len(queries):
+        return chunk
+    index = [query - queries[0] for query in kept]
+    return Chunk(kept, rows[:, :, index], None if largest is None else largest[..., index])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.attention_rows import AttentionSource, Chunk, Query, widen
-from attn_monitor.capture.tolerance import relative_error
+from attn_monitor.capture.tolerance import ManyRows, relative_error
 
 
 class CheckedRows:
@@ -19,18 +19,18 @@ class CheckedRows:
     """
 
     def __init__(self, source: AttentionSource, values: Tensor, output: Tensor | None) -> None:
-        self.source, self.output = source, output
+        self.source, self.values, self.output = source, values, output
         self.error: Tensor | None = None
-        self._given = values
-        self._values: Tensor | None = None  # in the type and number of heads of the rows, once they are needed
+        self._many: ManyRows | None = None
 
     def read(self, query: Query) -> Tensor:
         """One query's row, or the mean over several: (B, H, K)."""
         if isinstance(query, int):
             row = self.source.row(query)
-            self._compare(Chunk([query], row[:, :, None], None))
+            if self.output is not None:
+                self.error = relative_error(row, self._values_like(row), self.output[:, :, query])
             return row
-        total, count = torch.zeros((), device=self._given.device), 0
+        total, count = torch.zeros((), device=self.values.device), 0
         for queries, rows, _ in self.chunks(None if query == "mean" else query):
             total, count = total + rows.sum(2), count + len(queries)
         return total / count
@@ -46,16 +46,20 @@ class CheckedRows:
     def _compare(self, chunk: Chunk) -> None:
         if self.output is None:
             return
-        if self._values is None:
-            values = widen(self._given).to(chunk.rows.dtype)
-            repeats = chunk.rows.shape[1] // values.shape[1]  # grouped queries
-            self._values = values.repeat_interleave(repeats, 1) if repeats > 1 else values
+        if self._many is None:
+            self._many = ManyRows(self._values_like(chunk.rows))
         first, last = chunk.queries[0], chunk.queries[-1]
         output = self.output[:, :, first : last + 1]
         if last - first + 1 != len(chunk.queries):
             output = output[:, :, [query - first for query in chunk.queries]]
-        error = relative_error(chunk.rows, self._values, output)
+        error = self._many.relative_error(chunk.rows, output)
         self.error = error if self.error is None else torch.maximum(self.error, error)
+
+    def _values_like(self, rows: Tensor) -> Tensor:
+        """V in the type and number of heads of (B, H, …) rows."""
+        values = widen(self.values).to(rows.dtype)
+        repeats = rows.shape[1] // values.shape[1]  # grouped queries
+        return values.repeat_interleave(repeats, 1) if repeats > 1 else values
 
 
 def _of_those(chunk: Chunk, wanted: Sequence[int]) -> Chunk:

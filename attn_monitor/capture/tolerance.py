@@ -40,9 +40,10 @@ class ManyRows:
 
     def relative_error(self, rows: Tensor, output: Tensor) -> Tensor:
         """Of rows (B, H, Q, K) and the outputs of their queries (B, H, Q, D): the largest of all queries."""
-        difference = (rows @ self._sums - output.to(rows.dtype) @ self._signs).abs().amax((0, 1, 3))  # (Q,)
+        difference: Tensor = (rows @ self._sums - output.to(rows.dtype) @ self._signs).abs().amax((0, 1, 3))  # (Q,)
         bound = (rows.abs() @ self._lengths).amax((0, 1, 3))
-        return (difference / bound.clamp_min(torch.finfo(rows.dtype).tiny)).max().nan_to_num(nan=math.inf)
+        largest: Tensor = (difference / bound.clamp_min(torch.finfo(rows.dtype).tiny)).max()
+        return largest.nan_to_num(nan=math.inf)
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:

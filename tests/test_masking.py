@@ -19,6 +19,7 @@ from attn_monitor import AttentionMapCallback, load_snapshots, record_attention
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import ForwardError, NoAttentionError
 from tests.helpers import loader, tiny_vit, trainer
+from tests.oracle import attention_matrices
 from tests.zoo import enliven
 
 
@@ -94,6 +95,24 @@ def hugging_face_mae() -> nn.Module:
     return ViTMAEForPreTraining(config)
 
 
+class AsksForAMask(nn.Module):
+    """iBOT's student and BEiT: a mask of the patches to replace must be given, as a grid or as a list."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.vit, self.flat = tiny_vit(), flat
+        self.mask_token = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor, return_all_tokens: bool = False, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            raise AssertionError
+        tokens, (cls, places) = self.vit.patch_embed(x), (self.vit.cls_token, self.vit.pos_embed)
+        tokens = tokens.clone()
+        (tokens.flatten(1, 2) if self.flat else tokens)[mask] = self.mask_token
+        tokens = torch.cat((cls.expand(len(x), -1, -1), tokens.flatten(1, 2)), 1) + places
+        return self.vit.blocks(tokens)
+
+
 class Pretraining(pl.LightningModule):
     """Trains whatever it is given, on a loss of no use."""
 
@@ -133,6 +152,20 @@ def test_all_patches_of_a_model_that_masks_in_their_order(made: Callable[[], Shu
     torch.testing.assert_close(masked.rows, plain.rows)
     (again,) = AttentionRecorder(model)(images)
     assert torch.equal(masked.rows, again.rows)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_that_asserts_a_mask_gets_an_empty_one(flat: bool) -> None:
+    model, images = enliven(AsksForAMask(flat)).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="it asks for a mask of patches, and is looked at with an empty one"):
+        (found,) = record_attention(model, images)
+    expected = attention_matrices(model.vit, images, lambda m, x: m(x))[-1]
+    torch.testing.assert_close(found.rows.double(), expected[:, :, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_no_way_to_call_a_model_mends_is_told_of_its_own_forward() -> None:
+    with pytest.raises(ForwardError, match=r"failed on images .*: AssertionError\. If it is the size"):
+        record_attention(AsksForAMask(False), torch.randn(1, 3, 30, 30))
 
 
 def test_hugging_face_vit_mae() -> None:

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, default_forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, select_sites
-from attn_monitor.capture.masked_models import features_forward, unmasked_forward
+from attn_monitor.capture.masked_models import (
+    empty_flat_mask_forward,
+    empty_mask_forward,
+    features_forward,
+    unmasked_forward,
+)
 from attn_monitor.capture.site_cache import Conditions, sites_of
 from attn_monitor.capture.sites import Site
-from attn_monitor.errors import AttentionError, ForwardError, LayerError, QueryError
+from attn_monitor.errors import AttentionError, LayerError, QueryError
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,16 @@ class ForwardOption:
     note: str = ""
 
 
+_EMPTY = "it asks for a mask of patches, and is looked at with an empty one"
+
 FORWARD_OPTIONS = (
     ForwardOption(default_forward),
     ForwardOption(
         unmasked_forward,
         "it masks patches at random, and is looked at with all of them (mask_ratio=0, no shuffling)",
     ),
+    ForwardOption(empty_mask_forward, _EMPTY),
+    ForwardOption(empty_flat_mask_forward, _EMPTY),
     ForwardOption(features_forward, "its own forward gives no map, so it is looked at by forward_features"),
 )
 """Tried in this order where the user has not said how to call a model."""
@@ -57,7 +66,7 @@ def choose_forward(
     options = options[:1] if is_sharded(model) else options
     trials = (_try(model, images, option, conditions, layers, query) for option in options)
     first = next(trials)
-    others = trials if _another_may_help(first.problem) else ()
+    others = trials if first.problem is not None else ()  # it cannot be read, or failed: it may want other arguments
     chosen = next((trial for trial in itertools.chain([first], others) if trial.problem is None), first)
     if isinstance(chosen, _Failure):
         raise chosen.problem
@@ -98,9 +107,3 @@ def _try(
     except AttentionError as error:
         return _Trial(discovery, error)
     return _Trial(discovery)
-
-
-def _another_may_help(problem: AttentionError | None) -> bool:
-    """Whether another forward may do better: the model ran and cannot be read, or it wants other arguments."""
-    ran = not isinstance(problem, ForwardError) or problem.__cause__ is None
-    return problem is not None and (ran or isinstance(problem.__cause__, TypeError))

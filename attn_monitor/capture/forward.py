@@ -63,8 +63,9 @@ def run_forward(
         if is_monitor_error(error):  # not to be told as the model's
             raise
         reason = str(error).rstrip(". ")
+        what = type(error).__name__ + (f": {reason}" if reason else "")
         raise ForwardError(
             f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "
-            f"{type(error).__name__}: {reason}. If it is the size, choose one that the model takes (a multiple of its "
+            f"{what}. If it is the size, choose one that the model takes (a multiple of its "
             "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
         ) from error

@@ -1,4 +1,4 @@
-"""Models that leave patches out or shuffle them at random (MAE and its kin): how to run them on all, in order."""
+"""Models that leave patches out, shuffle or mask them (MAE and its kin): how to run them on all, in order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,39 @@ from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.isolation import all_modules
 
 RATIO = re.compile(r"mask(ing)?_ratio$")
+MASK = re.compile(r"^((bool|patch|token)_)?mask(s|ed_pos|_pos|ed_positions?)?$")
 
 
 def unmasked_forward(model: nn.Module, images: Tensor) -> Any:
     """The model's own forward with every ``mask_ratio`` at 0 and its shuffles in order."""
     with unmasked(model):
         return default_forward(model, images)
+
+
+def empty_mask_forward(model: nn.Module, images: Tensor) -> Any:
+    """The model's own forward with a mask (B, gh, gw) in which no patch is masked, as iBOT and SimMIM ask for one."""
+    return model(images, **dict.fromkeys(_mask_arguments(model), _empty_mask(model, images)))
+
+
+def empty_flat_mask_forward(model: nn.Module, images: Tensor) -> Any:
+    """The same with a mask (B, gh · gw), as BEiT asks for one."""
+    return model(images, **dict.fromkeys(_mask_arguments(model), _empty_mask(model, images).flatten(1)))
+
+
+def _mask_arguments(model: nn.Module) -> list[str]:
+    names = [name for name in inspect.signature(model.forward).parameters if MASK.search(name)]
+    if not names:
+        raise NotImplementedError(f"{type(model).__name__} takes no mask of patches")
+    return names
+
+
+def _empty_mask(model: nn.Module, images: Tensor) -> Tensor:
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    patches = next((c.kernel_size for c in convolutions if c.kernel_size == c.stride and max(c.kernel_size) > 1), None)
+    if patches is None:
+        raise NotImplementedError(f"{type(model).__name__} has no convolution that tells the size of its patches")
+    grid = [size // patch for size, patch in zip(images.shape[2:], patches, strict=True)]
+    return torch.zeros(len(images), *grid, dtype=torch.bool, device=images.device)
 
 
 def features_forward(model: nn.Module, images: Tensor) -> Any:

@@ -62,7 +62,8 @@ class Watch:
             it gives. None takes the first ``batch`` that `step` is given.
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: of the run; the archive is in ``attn_monitor`` below it. None: no archive.
-        every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either.
+        every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either: from 50
+            steps on, and before at steps 1, 2, 4, …, 32 as long as that takes at most 5 % of the loop's time.
         layers, query, threshold, metrics, health, verify, num_images, image_size, mean, std, scale, heads, features,
             gram_step: as in `AttentionMapCallback`.
         forward: calls a model when ``model(images)`` is not right.
@@ -137,7 +138,8 @@ class Watch:
 
     def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
         """Call it between two optimizer steps with how many are done; the snapshot, where one was due and taken."""
-        if self.active and self.schedule.due(step):
+        early = self.schedule.due_early(step) and self._session.run.cost.allows_another()
+        if self.active and (early or self.schedule.due(step)):
             return self._snapshot(step, batch, epoch)
         self._session.between_steps(step)
         return None

@@ -22,6 +22,9 @@ from attn_monitor.train.arguments import MonitorSettings
 from attn_monitor.train.schedule import Schedule
 
 
+SHARE = 0.05  # of the loop's time, which snapshots that nobody asked for may take
+
+
 def warn(text: str) -> None:
     """A warning without a place: no line of this package explains it, and none of the user's caused it."""
     warnings.warn_explicit(text, UserWarning, "attn_monitor", 0, module="attn_monitor")
@@ -87,6 +90,8 @@ class Cost:
     discovery: float = 0.0
     blocked: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    _latest: float = 0.0  # seconds of the latest snapshot
+    _loop: tuple[float, float] | None = None  # the time when the first one was over, and what was blocked by then
 
     @contextmanager
     def of_discovery(self) -> Iterator[None]:
@@ -100,11 +105,22 @@ class Cost:
     @contextmanager
     def of_a_snapshot(self) -> Iterator[None]:
         """Count what happens inside, without the discovery in it."""
-        started, discovery = time.perf_counter(), self.discovery
+        started, discovery, snapshots = time.perf_counter(), self.discovery, self.snapshots
         try:
             yield
         finally:
-            self.blocked += time.perf_counter() - started - (self.discovery - discovery)
+            ended = time.perf_counter()
+            seconds = ended - started - (self.discovery - discovery)
+            self.blocked += seconds
+            if self.snapshots > snapshots:
+                self._latest, self._loop = seconds, self._loop or (ended, self.blocked)
+
+    def allows_another(self) -> bool:
+        """Whether one more snapshot keeps watching, after the first of them, within a share of the loop's time."""
+        if self._loop is None:
+            return False
+        began, before = self._loop
+        return self.blocked - before + self._latest <= SHARE * (time.perf_counter() - began)
 
     def text(self, waited: float, behind: float, folder: Path | None) -> str:
         """One line, with the seconds of waiting at the end, those on other threads, and where the archive is."""

@@ -55,6 +55,15 @@ class Schedule:
         # Not a remainder: with several optimizers the step counter skips numbers.
         return step // self._interval > self.last_step // self._interval
 
+    def due_early(self, step: int) -> bool:
+        """Whether there may be one besides, where that is cheap: early in a run of unknown length, which may be short.
+
+        At steps 1, 2, 4, …, 32.
+        """
+        if self.last_step is None or self._interval is not None or self.every_n_epochs is not None:
+            return False
+        return max(1, 2 * self.last_step) <= step < OPEN_ENDED
+
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
         """Whether to take one at the end of this epoch (counted from 0)."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -39,8 +40,15 @@ from attn_monitor.train.run_state import Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
 
+if TYPE_CHECKING:
+    Base = pl.Callback
+else:
+    # `pytorch_lightning`, the other name of the same package, has a class of its own, which its command line asks for.
+    _other = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
+    Base = pl.Callback if _other is None else type("Base", (pl.Callback, _other), {})
 
-class AttentionMapCallback(pl.Callback):
+
+class AttentionMapCallback(Base):
     """Logs what the CLS token attends to, on fixed probe images, while a vision transformer trains.
 
     Args:

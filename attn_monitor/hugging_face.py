@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,13 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """What a resumed run needs, into the checkpoint that was just written."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.watch is not None and folder.is_dir():
+            temporary = folder / f".writing-{secrets.token_hex(4)}.pt"
             try:
-                torch.save(self.watch.state_dict(), folder / STATE)
-            except OSError as error:
+                torch.save(self.watch.state_dict(), temporary)
+                os.replace(temporary, folder / STATE)
+            except Exception as error:  # on a full disk PyTorch raises RuntimeError
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
                 warn(f"attn_monitor: {folder / STATE} cannot be written ({error}); a resumed run starts afresh")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -93,7 +99,15 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         folder = given if isinstance(given, str) else os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         path = Path(folder, STATE)
         if self.watch is not None and state.global_step and path.is_file():
-            self.watch.load_state_dict(torch.load(path, weights_only=True))
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(found, dict):
+                    raise TypeError(f"it holds a {type(found).__name__}, expected a dictionary")
+            except Exception as error:  # of a truncated file, whatever PyTorch, zipfile and pickle raise
+                reason = f"{type(error).__name__}: {error}"
+                warn(f"attn_monitor: {path} cannot be read, and film strips start afresh. {reason}")
+            else:
+                self.watch.load_state_dict(found)
 
     def _find_loggers(self, args: Any) -> list[Any]:
         """The loggers of ``report_to`` that take pictures."""

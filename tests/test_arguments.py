@@ -179,3 +179,45 @@ def test_dirpath_false_without_a_logger_writes_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no logger, so attention is written nowhere, with dirpath=False"):
         trainer(tmp_path, AttentionMapCallback(dirpath=False), max_steps=1, logger=False).fit(Distillation(), loader())
     assert files(tmp_path) == set()
+
+
+@pytest.mark.slow
+def test_the_command_line_of_lightnings_other_name(tmp_path: Path) -> None:
+    """`pytorch_lightning` has a Callback class of its own, and its YAML takes no other."""
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from pytorch_lightning.cli import LightningCLI
+import pytorch_lightning as pl, torch
+from tests.helpers import loader, tiny_vit
+
+class Supervised(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.vit = tiny_vit()
+    def training_step(self, batch, index):
+        return self.vit(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def train_dataloader(self):
+        return loader()
+
+LightningCLI(Supervised, args=sys.argv[1:], save_config_callback=None)
+"""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  default_root_dir: {tmp_path}
+  enable_progress_bar: false
+  enable_checkpointing: false
+  logger: false
+  callbacks:
+  - class_path: attn_monitor.AttentionMapCallback
+    init_args:
+      every_n_train_steps: 1
+      dirpath: {tmp_path / "archive"}
+""")
+    subprocess.run([sys.executable, "-c", code, "fit", "--config", str(config)], check=True, capture_output=True)
+    assert [s.step for s in load_snapshots(tmp_path / "archive")] == [0, 1, 2]

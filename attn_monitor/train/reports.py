@@ -21,7 +21,6 @@ from attn_monitor.publish.sink_registry import sink_for
 from attn_monitor.train.arguments import MonitorSettings
 from attn_monitor.train.schedule import Schedule
 
-
 SHARE = 0.05  # of the loop's time, which snapshots that nobody asked for may take
 
 

@@ -13,7 +13,13 @@ import pytest
 import attn_monitor
 
 PACKAGE = Path(attn_monitor.__file__).parent
-VALUES = {"errors", "functional", "attention", "patch_colors"}  # modules at the top that any folder may import
+VALUES = {
+    "errors",
+    "functional",
+    "attention",
+    "patch_colors",
+    "workers",
+}  # modules at the top that any folder may import
 MAY_IMPORT = {
     "capture": set(),
     "measure": set(),

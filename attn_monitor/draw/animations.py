@@ -18,6 +18,7 @@ from attn_monitor.draw.maps import past_map
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.strips import short_step
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 TIMELAPSE_CELL = 128
 
@@ -45,6 +46,7 @@ def timelapse(
     for snapshot in history:
         pictures = blank_picture(*size)
         for index, painter in enumerate(painters):
+            safe_point()
             shown = painter.paint(past_map(snapshot, role, layer, index, None, missing).numpy())
             paste(pictures, GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y, shown)
         canvas = Image.fromarray(pictures)

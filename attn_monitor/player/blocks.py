@@ -18,6 +18,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.measure.sinks import has_cls
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 Layout = list[dict[str, Any]]
 
@@ -51,6 +52,7 @@ def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
 
 def block(snapshot: AttentionSnapshot, layer: int, *, features: bool = True) -> bytes:
     """Rows (B, H, T) of every role's layer, then ``features`` (B, N, K), then colours (B, N, 3) of 0…255; deflated."""
+    safe_point()
     parts = [a for (_, index), a in snapshot.layers.items() if index == layer]
     numbers = [a.rows for a in parts]
     numbers += [f for a in parts if features and (f := _optional(a, "features")) is not None]

@@ -22,6 +22,7 @@ from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 PHOTO, FEW = 512, 16  # pixels of a photograph's longer side at most, half of it where there are more than so many
 FEATURE_STEPS = 8  # that keep their features where those of all steps would be too many
@@ -139,6 +140,7 @@ def _largest_step(paths: Sequence[Path]) -> float:
 def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> Iterator[Step]:
     """Each as a `Step`; what cannot be read, or is not of the probe, is told in ``broken``."""
     for path in paths:
+        safe_point()
         try:
             snapshot = load_step(path)
             if tag_safe_names(snapshot.names) != probe.names:

@@ -10,6 +10,7 @@ from attn_monitor.measure.metrics import SINK_SHARES, MetricKey
 from attn_monitor.measure.sinks import LEAST_SHARE, find_sinks, on_registers
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 COLUMNS = (
     "role",
@@ -53,6 +54,7 @@ def sink_rows(snapshot: AttentionSnapshot, curves: Curves) -> list[AttentionSink
 
 
 def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[AttentionSinkRow]:
+    safe_point()
     queries, sinks = find_sinks(attention)
     since = _since(curves, role, attention.layer)
     if sinks is None:

@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from attn_monitor.publish.failures import Failures, Paused
+from attn_monitor.workers import GivenUp, Worker, is_given_up
 
 PATIENCE = 60.0  # seconds that all waits of a run may hold it up together
 ROOM_PATIENCE = 5.0  # of these, for room in the queue of one destination that is slow
@@ -16,6 +18,9 @@ KEPT_BYTES = 64 * 2**20  # that wait for one destination
 WAITING = 4  # jobs of a part, such as pictures, that wait and that one may also go without
 TRIES = 10  # of a job that is kept
 UNANSWERED = 60.0  # seconds after which a destination is said not to answer
+DISK_PATIENCE = 20.0  # that the training thread waits for something of a disk
+
+Result = TypeVar("Result")
 
 
 class Patience:
@@ -35,6 +40,50 @@ class Patience:
     def limit(self, seconds: float) -> None:
         """Leave no more than this."""
         self.left = min(self.left, seconds)
+
+    @property
+    def for_now(self) -> float:
+        """What may be waited before the end of the run, for which half is kept: a slow logger must not take all."""
+        return self.left - PATIENCE / 2
+
+
+def within(
+    patience: Patience,
+    seconds: float,
+    action: Callable[[], Result],
+    late: Callable[[Result], object] = lambda result: None,
+) -> Result:
+    """What an action on a disk returns or raises, done on another thread; `TimeoutError` after so many seconds.
+
+    What it returns after that is given to ``late``. Where the system gives no thread, it is done on this one.
+    """
+    changed, ended, seconds = threading.Condition(), False, max(0.0, min(seconds, patience.left))
+    results, errors = list[Result](), list[BaseException]()
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+        with changed:
+            changed.notify_all()
+            waited_for = not ended
+        if results and not waited_for:
+            late(results[0])
+
+    worker = Worker("disk", run)
+    try:
+        worker.start()
+    except RuntimeError:
+        return action()
+    with changed:
+        ended = not patience.wait(changed, lambda: bool(results or errors), seconds)
+    if ended:
+        worker.give_up()
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @dataclass(eq=False)
@@ -64,7 +113,7 @@ class Outbox:
         self._failures, self._patience, self._patient = failures, patience, patient
         self._jobs: list[Job] = []  # the one that runs included
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._thread: Worker | None = None
         self._running: Job | None = None
         self._since = 0.0  # when it began, in `time.monotonic`
         self._closing, self._done, self._gave_up = False, 0, -1  # _gave_up: what _done was when a wait was in vain
@@ -73,17 +122,15 @@ class Outbox:
         """Queue a job. Waits a while for room, but not where the destination fails or has not moved since last time."""
         with self._changed:
             self._closing = False
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"attn_monitor {self.name}", daemon=True)
-                self._thread.start()
-            failing = self._jobs and self._failures.pause(self._jobs[0].part) > 0
+            failing = self._jobs and (self._thread is None or self._failures.pause(self._jobs[0].part) > 0)
             if not self._has_room(job) and not failing and self._gave_up != self._done:
-                # Half of the patience is for the end, so that a slow logger does not take the archive's.
-                seconds = min(ROOM_PATIENCE, self._patience.left - PATIENCE / 2)
+                seconds = min(ROOM_PATIENCE, self._patience.for_now)
                 if not self._patience.wait(self._changed, lambda: self._has_room(job), seconds):
                     self._gave_up = self._done
             self._jobs.append(job)
             self._leave_out()
+            if (error := self._start()) is not None:
+                self._failures.failed(self._jobs[0].part, error)
             late = self._running if time.monotonic() - self._since > UNANSWERED else None
             if late is not None and not self._failures.fails(late.part):
                 self._failures.failed(late.part, TimeoutError(f"no answer for {UNANSWERED:.0f} s"))
@@ -100,15 +147,35 @@ class Outbox:
             return not self._jobs
 
     def close(self) -> None:
-        """Try what is left once more, end the thread, and account for the rest; a thread that hangs is left behind."""
+        """Try what is left once more, end the thread, and account for the rest.
+
+        A thread that takes too long is given up: it ends between two images or files, or where it hangs when that ends.
+        """
         with self._changed:
-            self._closing, thread = True, self._thread
+            self._closing, error = True, self._start()
             self._changed.notify_all()
-            if thread is None or self._patience.wait(self._changed, lambda: self._thread is None, PATIENCE):
-                return
+            if self._thread is not None:
+                self._patience.wait(self._changed, lambda: self._thread is None, PATIENCE)
             for job in self._jobs:
-                self._failures.lost(job.part, job.step, TimeoutError(f"no answer from {self.name}"))
+                self._failures.lost(job.part, job.step, error or TimeoutError(f"no answer from {self.name}"))
             self._jobs.clear()
+            if self._thread is not None:
+                self._thread.give_up()
+
+    def _start(self) -> RuntimeError | None:
+        """Start the thread if there is something to do and none yet; why the system gives none, if it does not."""
+        if self._thread is None and self._jobs:
+            worker = Worker(self.name, self._run, self._wake)
+            try:
+                worker.start()
+            except RuntimeError as error:
+                return error
+            self._thread = worker
+        return None
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _has_room(self, job: Job) -> bool:
         if not job.keep:
@@ -155,7 +222,7 @@ class Outbox:
         with self._changed:
             while True:
                 job = self._jobs[0] if self._jobs else None
-                if job is None and self._closing:
+                if is_given_up() or (job is None and self._closing):
                     self._thread = None
                     self._changed.notify_all()
                     return None
@@ -170,6 +237,8 @@ class Outbox:
             return Paused()  # pictures of a logger that fails at present
         try:
             job.action()
+        except GivenUp as error:  # which was told when it was
+            return error
         except BaseException as error:  # whatever it is, SystemExit too, must not end the thread
             self._failures.failed(job.part, error)
             return error

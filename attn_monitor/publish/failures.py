@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from attn_monitor.workers import safe_point
+
 Result = TypeVar("Result")
 
 LONGEST_PAUSE = 120.0  # seconds between two tries of a part that fails
@@ -69,6 +71,7 @@ class Failures:
         """Do all of them, of which one that fails keeps none back: part ``some``. Raises if all failed."""
         errors: dict[str, Exception] = {}
         for name, action in actions.items():
+            safe_point()
             try:
                 action()
             except Exception as error:

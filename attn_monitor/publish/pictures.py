@@ -19,6 +19,7 @@ from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 OVERLAID_IMAGES = 2
 THUMBNAIL = 64  # pixels
@@ -37,10 +38,12 @@ class Pictures:
         name, photo, masks = snapshot.names[index], self.probe.pixels[index], self.probe.masks
         truth, caption = None if masks is None else masks[index].numpy(), f"{name}, step {snapshot.step}"
         for layer in layers:
+            safe_point()
             suffix = f"/layer{layer}" if len(layers) > 1 else ""
             panel = panels.panel(
                 snapshot, index, photo, layer=layer, truth=truth, caption=self.probe.caption, options=self.style
             )
+            safe_point()
             strip = strips.filmstrip(history, index, photo, layer=layer, options=self.style)
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
@@ -63,6 +66,7 @@ class Pictures:
         masks = map_statistics(snapshot.maps(snapshot.roles[-1], layer), self.style.threshold).mask
         overlays = []
         for image, photo in enumerate(self.probe.pixels[:OVERLAID_IMAGES]):
+            safe_point()
             enlarged = torch.nn.functional.interpolate(masks[image][None].float(), photo.shape[:2]).numpy()[0]
             layers = {f"head {head}": mask for head, mask in enumerate(enlarged)}
             tag = renamed(f"attn_overlay/{snapshot.names[image]}", self.name)
@@ -80,6 +84,7 @@ class Pictures:
             attention = snapshot.layer(role)
             said = map_statistics(attention.maps, self.style.threshold)  # (B, H)
             for image, photo in enumerate(self.probe.pixels):
+                safe_point()
                 painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL)
                 for head, cell in enumerate(painter.paint(attention.maps[image].numpy())):
                     numbers = float(said.entropy[image, head]), float(said.mask_area[image, head])
@@ -91,6 +96,7 @@ def entropy_curves(history: Sequence[AttentionSnapshot]) -> list[HeadCurves]:
     """Of each role and layer, the mean entropy over images of every head at every step."""
     curves: dict[tuple[str, int], dict[int, list[float]]] = {}
     for snapshot in history:
+        safe_point()
         for key, attention in snapshot.layers.items():
             curves.setdefault(key, {})[snapshot.step] = F.entropy(attention.maps.flatten(-2)).mean(0).tolist()
     return [

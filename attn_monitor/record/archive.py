@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attn_monitor.errors import ArchiveError
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -50,6 +51,7 @@ def written_between(
     read = []
     for path in snapshot_paths(archive):
         if after < step_of(path) <= until:
+            safe_point()
             try:
                 read.append(load_step(path))
             except (ArchiveError, OSError) as error:

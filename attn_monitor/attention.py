@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attn_monitor.grid_geometry import GridGeometry, placed
 from attn_monitor.patch_colors import PatchColors
 
 RowKind = Literal["distribution", "weights", "signed"]
@@ -31,7 +32,8 @@ class LayerAttention:
     ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
     relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
     is known which key is which patch: "exact", "exact but masked" or "centres", see `capture.token_places`.
-    ``model`` is the name of the model's class, ``query`` the query that was read.
+    ``model`` is the name of the model's class, ``query`` the query that was read. ``geometry`` is where the patches lie
+    in the image's pixels, None where they tile the whole image.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
@@ -68,12 +70,23 @@ class LayerAttention:
     features: Tensor | None = None
     features_error: tuple[float, float] | None = None
     patch_colors: PatchColors | None = None
+    geometry: GridGeometry | None = None
 
     @property
     def maps(self) -> Tensor:
         """The patch part as images, (B, H, gh, gw), not renormalised: DINO's numbers."""
         maps: Tensor = self.rows[..., self.num_prefix :].unflatten(-1, self.grid)
         return maps
+
+    def over_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        """Values of patches (..., gh, gw) at each pixel of an image, (..., H, W); 0 where no patch is."""
+        geometry = placed(self.geometry, self.grid, size)
+        rows, cols = (torch.from_numpy(i).to(cells.device) for i in geometry.cells_of_pixels(self.grid, size))
+        return cells[..., rows[:, None], cols].where((rows >= 0)[:, None] & (cols >= 0), 0)
+
+    def seen_share(self, size: tuple[int, int]) -> float:
+        """Share of an image of this size that patches see, 0…1."""
+        return placed(self.geometry, self.grid, size).seen_share(self.grid, size)
 
     @property
     def colors(self) -> Tensor | None:

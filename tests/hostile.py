@@ -316,9 +316,7 @@ CASES = [
     *cases(
         "image changed inside",
         {
-            "cropped": lambda: with_stem(
-                Do(lambda x: x[..., 8:24, 8:40]), conv(), grid=(2, 4), void="the outer patches are cut off"
-            ),
+            "cropped": lambda: with_stem(Do(lambda x: x[..., 8:24, 8:40]), conv(), grid=(2, 4)),
             "each token a thinned image": lambda: with_stem(
                 Do(
                     lambda x: (

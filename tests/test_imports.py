@@ -19,6 +19,7 @@ VALUES = {
     "attention",
     "patch_colors",
     "workers",
+    "grid_geometry",
 }  # modules at the top that any folder may import
 MAY_IMPORT = {
     "capture": set(),

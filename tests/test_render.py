@@ -17,8 +17,9 @@ from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.animations import gif
 from attn_monitor.draw.canvas import GAP, HEADER, MASK, MISSING, TRUTH, draw_outline, jpeg
-from attn_monitor.draw.cells import CellPainter, cell_size, overlay
+from attn_monitor.draw.cells import CellPainter, overlay
 from attn_monitor.draw.colormap import COLORMAPS, colour_table
+from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.legend import LEGEND
 from attn_monitor.draw.maps import PRACTICALLY_UNIFORM, map_statistics, mean_and_heads
 from attn_monitor.draw.panels import panel
@@ -139,7 +140,7 @@ def test_every_grid_and_number_of_heads_can_be_drawn(gh: int, gw: int, heads: in
         assert picture.dtype == np.uint8
         assert picture.shape[2] == 3
         assert picture.shape[1] <= 4000
-    height, width = cell_size((gh, gw), 128)
+    height, width = Frame.of((gh, gw), 128).size
     assert (height % gh, width % gw) == (0, 0)
     assert height // gh == width // gw
 

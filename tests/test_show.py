@@ -153,14 +153,15 @@ def test_masks_and_maps_are_those_of_dino(tmp_path: Path, photographs: Path, thr
 
 def test_patches_that_are_no_whole_pixels() -> None:
     from attn_monitor.draw.options import DrawingOptions
-    from attn_monitor.draw.single import heat_map, heat_map_over, masked
+    from attn_monitor.draw.single import PixelPictures
 
     photo, weights = np.full((30, 31, 3), 200, np.uint8), np.eye(4, 6, dtype=np.float32)
-    for picture in (heat_map(weights, (30, 31), DrawingOptions()), heat_map_over(photo, weights, DrawingOptions())):
+    drawing = PixelPictures(photo, (4, 6), DrawingOptions())
+    for picture in (drawing.heat_map(weights), drawing.heat_map_over(weights)):
         assert picture.shape == (30, 31, 3)
         assert picture[2, 2].sum() > picture[2, 29].sum()
-    assert (masked(photo, weights > 0)[28, 1] == 50).all()
-    assert (masked(photo, weights > 0)[3, 2] == 200).all()
+    assert (drawing.masked(weights > 0)[28, 1] == 50).all()
+    assert (drawing.masked(weights > 0)[3, 2] == 200).all()
 
 
 @pytest.mark.parametrize(("heads", "drawn"), [("all", {0, 1, 2, 3}), ("mean", set()), (2, {2}), ([0, 3], {0, 3})])
@@ -343,7 +344,8 @@ def test_attention_without_patches_is_a_softmax_without_them() -> None:
 
 def test_hatching_covers_patches_and_nothing_else() -> None:
     pictures = np.full((2, 16, 24, 3), 77, np.uint8)
-    hatch(pictures, np.array([[True, False, False], [False, False, True]]))
+    patches = np.array([[True, False, False], [False, False, True]])
+    hatch(pictures, patches.repeat(8, 0).repeat(8, 1), 8)
     assert ((pictures == 77).all(-1).sum((1, 2)) == 4 * 64).all()
     assert {tuple(c) for c in pictures[:, :8, :8].reshape(-1, 3)} == {BACKGROUND, TEXT}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from attn_monitor import functional as F
 from attn_monitor.capture.attention_rows import Chunk
 from attn_monitor.capture.sites import ReadableSite
+from attn_monitor.grid_geometry import placed
 
 
 def has_query_of_each_patch(site: ReadableSite) -> bool:
@@ -21,9 +22,10 @@ class MeanDistance:
     """Mean attention distance over all patches as queries, whose rows are added a few at a time."""
 
     def __init__(self, site: ReadableSite, image_size: tuple[int, int], device: torch.device) -> None:
-        (gh, gw) = site.layout.grid
-        rows, cols = torch.arange(gh, device=device), torch.arange(gw, device=device)
-        self._centres = torch.cartesian_prod(rows * (image_size[0] / gh), cols * (image_size[1] / gw))  # (N, 2) pixels
+        grid = site.layout.grid
+        middles = placed(site.layout.geometry, grid, image_size).centres(grid, image_size)  # of what patches see
+        axes = (torch.tensor(axis, dtype=torch.float32, device=device) for axis in middles)
+        self._centres = torch.cartesian_prod(*axes)  # (N, 2) pixels
         self._patches = torch.tensor(site.layout.patches, device=device)
         self._patch_of_query = {query: patch for patch, query in site.places.patch_queries.items()}
         self._total = torch.zeros((), device=device)

@@ -19,6 +19,7 @@ from attn_monitor.capture.attention_rows import CallingConvention, ExplicitCall,
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import Observation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.grid_geometry import GridGeometry
 
 
 class StopForward(BaseException):
@@ -65,7 +66,7 @@ class AttentionObserver(TorchDispatchMode):
         self.report, self.query, self.verify, self.last = report, query, verify, last
         self.conventions, self.logits = conventions or {}, logits
         self.batch, self.channels, *self.size = images.shape
-        self.convs: list[PatchConv] = []  # convolutions on whole images
+        self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
         self._cropped = False  # the convolutions now running see a part of the images
         self.products = 0
         self._running: list[str] = []
@@ -214,12 +215,20 @@ class AttentionObserver(TorchDispatchMode):
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
         if out.ndim != 4 or out.shape[0] != self.batch:
             return
-        x, kernel, stride = args[0], tuple(args[1].shape[2:]), tuple(args[3])
+        x, kernel, stride, padding = args[0], tuple(args[1].shape[2:]), tuple(args[3]), args[4]
         on_pixels = x.shape[1] == self.channels
         if on_pixels:
             self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))
-        if not self._cropped:
-            self.convs.append(PatchConv((out.shape[2], out.shape[3]), stride, on_pixels and kernel == stride))
+        disjoint = on_pixels and kernel == stride
+        if disjoint or not self._cropped:
+            geometry = GridGeometry(tuple(-float(p) for p in padding), tuple(map(float, stride)))
+            seen = None if [*x.shape[2:]] == self.size else (x.shape[2], x.shape[3])
+            self.convs.append(PatchConv((out.shape[2], out.shape[3]), geometry, disjoint, seen))
+            if disjoint and seen is not None:
+                self._saw_other_pixels(x)
+
+    def _saw_other_pixels(self, x: Tensor) -> None:
+        """A convolution ran on pixels (B, C, H, W) that are not the images as they are."""
 
 
 def common_path(paths: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Grids of patches: those of the convolutions that saw the whole image, and others that tokens could form."""
+"""Grids of patches: those of the convolutions that saw pixels, and others that tokens could form."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_monitor.grid_geometry import GridGeometry
+
+_MERGES = (2, 4, 8, 16)  # patches on a side that a coarser token of a pyramid is made of
+
 
 @dataclass(frozen=True)
 class PatchConv:
-    """Output grid and stride of a convolution on whole images."""
+    """A grid of patches, such as a convolution's output, and where its cells lie in the image's pixels.
+
+    ``disjoint``: the stride equals the kernel, so that every output sees its own pixels only. ``seen`` is the size of
+    what the convolution saw, where that is not the image as it is; then ``geometry`` is in pixels of that.
+    """
 
     grid: tuple[int, int]
-    stride: tuple[int, int]
-    disjoint: bool  # stride equals kernel: every output sees its own pixels only
+    geometry: GridGeometry
+    disjoint: bool
+    seen: tuple[int, int] | None = None
 
-    def covers(self, size: tuple[int, int]) -> bool:
-        """Whether its patches cover an image of this size, but for a remainder that makes no patch."""
-        return all(0 <= s - g * step < step for s, g, step in zip(size, self.grid, self.stride, strict=True))
+    def has_remainder(self, size: tuple[int, int]) -> bool:
+        """Whether there are pixels of an image of this size that no cell sees."""
+        return any(bool((cells < 0).any()) for cells in self.geometry.cells_of_pixels(self.grid, size))
 
     def cell_of_pixels(self, size: tuple[int, int]) -> Tensor:
-        """The cell that each pixel is in, (H, W), or -1 for a remainder that no patch covers."""
-        (gh, gw), (height, width) = self.grid, size
-        sh, sw = self.stride if self.covers(size) else (height / gh, width / gw)
-        rows, cols = (torch.arange(height) / sh).floor().long(), (torch.arange(width) / sw).floor().long()
-        inside = (rows < gh)[:, None] & (cols < gw)
-        return torch.where(inside, rows[:, None] * gw + cols, -1)
+        """The cell that each pixel is in, (H, W), or -1 for those that no cell sees."""
+        rows, cols = map(torch.from_numpy, self.geometry.cells_of_pixels(self.grid, size))
+        inside = (rows >= 0)[:, None] & (cols >= 0)
+        return torch.where(inside, rows[:, None] * self.grid[1] + cols, -1)
 
 
 def candidate_grids(
@@ -36,10 +43,10 @@ def candidate_grids(
 ) -> Iterator[PatchConv]:
     """Grids that this many tokens could form, of which ``moving`` depend on the image.
 
-    Those of a convolution that saw the whole image come first, else the image's proportions decide.
+    Those of a convolution that saw the pixels come first, else the image's proportions decide.
     """
     height, width = image_size
-    whole = [c for c in convs if c.disjoint and c.covers(image_size)]
+    whole = [c for c in convs if c.disjoint]
     yield from (c for c in whole if math.prod(c.grid) == moving)
     # Patches that a mask token replaces depend on no image, but keep their place.
     yield from (c for c in whole if moving < math.prod(c.grid) <= tokens)
@@ -47,8 +54,20 @@ def candidate_grids(
     yield from (c for c in whole if moving - 8 <= math.prod(c.grid) < moving)
     if moving < 1 or any(math.prod(c.grid) == moving for c in whole):
         return
+    yield from (c for c in _merged(whole, image_size) if math.prod(c.grid) == moving)
     overlapping = [c.grid for c in convs if c not in whole and math.prod(c.grid) == moving]
     rows = [r for r in range(1, moving + 1) if moving % r == 0]
     gh = min(rows, key=lambda r: abs(math.log((r * r / moving) * (width / height))))
     for grid in dict.fromkeys([*overlapping, (gh, moving // gh)]):
-        yield PatchConv(grid, (round(height / grid[0]), round(width / grid[1])), disjoint=False)
+        yield PatchConv(grid, GridGeometry.whole(grid, image_size), disjoint=False)
+
+
+def _merged(convs: Sequence[PatchConv], size: tuple[int, int]) -> Iterator[PatchConv]:
+    """Coarser grids, where several patches on a side become one token, that do not tile the image."""
+    for conv in convs:
+        for times in _MERGES:
+            for up in (True, False):  # patches that make no whole token are padded, or left out
+                gh, gw = (-(-g // times) if up else g // times for g in conv.grid)
+                geometry = GridGeometry(conv.geometry.origin, tuple(c * times for c in conv.geometry.cell))
+                if gh * gw and geometry.unless_whole((gh, gw), size) is not None:
+                    yield PatchConv((gh, gw), geometry, disjoint=False)

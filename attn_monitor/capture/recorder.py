@@ -316,6 +316,7 @@ class AttentionRecorder:
             cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
             model=type(self.model).__name__,
             query=str(query),
+            geometry=site.layout.geometry,
             patches=None if tokens is None else tokens.patches,
             **measured,
         )

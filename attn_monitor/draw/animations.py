@@ -37,7 +37,8 @@ def timelapse(
     role = last.roles[-1]
     attention = last.layer(role, layer)
     missing = torch.full(attention.grid, math.nan)
-    painters = [CellPainter(photo, attention.grid, options, TIMELAPSE_CELL) for photo in photos]
+    grid, where = attention.grid, attention.geometry
+    painters = [CellPainter(photo, grid, options, TIMELAPSE_CELL, geometry=where) for photo in photos]
     height, width = painters[0].size
     columns = math.ceil(math.sqrt(len(painters)))
     pitch_x, pitch_y = width + GAP, height + GAP

@@ -47,11 +47,6 @@ def resize(photo: Pixels, size: tuple[int, int], resample: Image.Resampling) -> 
     return np.asarray(Image.fromarray(photo).resize((size[1], size[0]), resample))
 
 
-def resize_cells(cells: Pixels, size: tuple[int, int]) -> Pixels:
-    """Cells (gh, gw) or (gh, gw, 3) as rectangles of one colour each, also where they are no whole pixels."""
-    return resize(cells, size, Image.Resampling.NEAREST)
-
-
 def draw_outline(picture: Pixels, mask: Array, colour: Colour, width: int = 1) -> None:
     """Draw the inner border of bool masks (..., h, w) onto pictures (..., h, w, 3), in place."""
     inside, (height, breadth) = mask, mask.shape[-2:]

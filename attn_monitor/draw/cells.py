@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from PIL import Image, ImageFilter
 
 from attn_monitor.draw.canvas import BLOCK, MASK, MISSING, TRUTH, Array, Pixels, draw_outline, resize
 from attn_monitor.draw.colormap import colour_table
-from attn_monitor.draw.hatching import hatch
+from attn_monitor.draw.frame import Frame
+from attn_monitor.draw.hatching import hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
+from attn_monitor.grid_geometry import GridGeometry
 
 DOUBLE_OUTLINE = 160  # side of a cell in pixels from which on ground truth is outlined with two
 
@@ -20,7 +20,8 @@ class CellPainter:
     """Paints maps of one image: holds its photograph at the size of a cell, in colour and in grey.
 
     ``photo`` is uint8 (H, W, 3), ``grid`` the patches of a map, ``side`` the wanted side of a cell in pixels and
-    ``truth`` ground-truth objects, bool (objects, H, W), which are outlined on every cell.
+    ``truth`` ground-truth objects, bool (objects, H, W), which are outlined on every cell. ``geometry`` is where the
+    patches are in the photograph, None where they tile it; what no patch sees is dark and hatched.
     """
 
     def __init__(
@@ -30,13 +31,16 @@ class CellPainter:
         options: DrawingOptions,
         side: int,
         truth: Array | None = None,
+        geometry: GridGeometry | None = None,
     ) -> None:
         self.grid, self.options = grid, options
-        self.size = cell_size(grid, side)
+        self.frame = Frame.of(grid, side, geometry, (photo.shape[0], photo.shape[1]))
+        self.size = self.frame.size
         self.photo = resize(photo, self.size, Image.Resampling.LANCZOS).copy()
         # A little soft: the photograph is there to place the attention, and sharp texture fills the event file.
         grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(max(self.size) / 180))
         self.grey: Array = np.asarray(grey, dtype=np.float32)
+        self.unseen = unseen_picture(self.grey)
         objects = [(mask * np.uint8(255)).astype(np.uint8) for mask in truth if mask.any()] if truth is not None else []
         self.truth = [resize(mask, self.size, Image.Resampling.NEAREST) > 0 for mask in objects]
         self._outline_truth(self.photo)
@@ -46,14 +50,25 @@ class CellPainter:
 
         ``hatched`` are patches, bool (gh, gw), of which nothing is shown.
         """
-        pictures = overlay(maps, self.grey, scale=self.options.scale, colormap=self.options.colormap)
+        below = self.frame.cut(self.grey)
+        pictures = overlay(maps, below, scale=self.options.scale, colormap=self.options.colormap)
+        pictures = self.put(pictures)
         self._outline_truth(pictures)
         if masks is not None:
-            width = 2 if self.size[0] // self.grid[0] >= BLOCK else 1
-            draw_outline(pictures, enlarge(masks[..., None], self.size)[..., 0], MASK, width)
+            width = 2 if self.frame.patch >= BLOCK else 1
+            draw_outline(pictures, self.frame.enlarge(masks[..., None])[..., 0], MASK, width)
         if hatched is not None:
-            hatch(pictures, hatched)
+            hatch(pictures, self.frame.enlarge(hatched[..., None])[..., 0], self.frame.patch)
         return pictures
+
+    def put(self, pictures: Pixels) -> Pixels:
+        """Pictures of the patches alone, (..., gh · patch, gw · patch, 3), in their place in the photograph."""
+        return self.frame.put(pictures, self.unseen)
+
+    def colors(self, colors: Array) -> Pixels:
+        """Colours of patches (gh, gw, 3) in 0…1 as a picture, (h, w, 3); patches stay squares."""
+        patches, side = (colors * 255).round().astype(np.uint8), self.frame.patch
+        return self.put(patches.repeat(side, 0).repeat(side, 1))
 
     def _outline_truth(self, pictures: Pixels) -> None:
         width = 2 if max(self.size) >= DOUBLE_OUTLINE else 1
@@ -63,38 +78,26 @@ class CellPainter:
             draw_outline(pictures, np.broadcast_to(union, pictures.shape[:-1]), TRUTH, width)
 
 
-def color_cell(colors: Array, size: tuple[int, int]) -> Pixels:
-    """Colours of patches (gh, gw, 3) in 0…1 as a picture, (h, w, 3); patches stay squares."""
-    cell: Pixels = enlarge((colors * 255).round().astype(np.uint8), size)
-    return cell
-
-
-def cell_size(grid: tuple[int, int], side: int) -> tuple[int, int]:
-    """Height and width in pixels of a map whose longer side is near ``side``, each patch a square of 2ⁿ pixels."""
-    patch: int = 2 ** max(0, round(math.log2(side / max(grid))))
-    return grid[0] * patch, grid[1] * patch
-
-
 def overlay(maps: Array, grey: Array, *, scale: str = "uniform", colormap: str = "inferno") -> Pixels:
     """Colour maps (..., gh, gw) over a grey photograph (h, w); patches stay squares. Returns (..., h, w, 3).
 
     Where a map is not finite, the whole cell is dull red: missing, never zero.
     """
     finite = np.isfinite(maps).all((-2, -1))
-    level = SCALES[scale].position(np.nan_to_num(maps, posinf=0, neginf=0)).astype(np.float32)
-    # All that is the same down a patch is computed once for it, and the rest along whole rows of pixels, 3 · w values.
-    (gh, gw), (height, width) = maps.shape[-2:], grey.shape
-    opacity = 0.45 + 0.5 * level
-    table = colour_table(colormap)
-    colour = opacity[..., None] * table[(level * 255).astype(np.uint8)] + np.float32(0.5)  # to be rounded down
-    colour = colour.repeat(width // gw, -2).reshape(*maps.shape[:-1], 1, 3 * width)
-    through = ((1 - opacity) * np.float32(0.62)).repeat(3 * (width // gw), -1)[..., None, :]
-    below = grey.astype(np.float32).repeat(3, -1).reshape(gh, height // gh, 3 * width)
-    pictures: Pixels = (through * below + colour).astype(np.uint8).reshape(*maps.shape[:-2], height, width, 3)
+    pictures = blend(SCALES[scale].position(np.nan_to_num(maps, posinf=0, neginf=0)), grey, colormap)
     pictures[~finite] = MISSING
     return pictures
 
 
-def enlarge(maps: Array, size: tuple[int, ...]) -> Array:
-    """Repeat each patch of (..., gh, gw, channels) to (..., h, w, channels)."""
-    return maps.repeat(size[0] // maps.shape[-3], -3).repeat(size[1] // maps.shape[-2], -2)
+def blend(level: Array, grey: Array, colormap: str) -> Pixels:
+    """Positions 0…1 on a colour scale (..., gh, gw) over a grey photograph (h, w): (..., h, w, 3)."""
+    # All that is the same down a patch is computed once for it, and the rest along whole rows of pixels, 3 · w values.
+    (gh, gw), (height, width), level = level.shape[-2:], grey.shape, level.astype(np.float32)
+    opacity = 0.45 + 0.5 * level
+    table = colour_table(colormap)
+    colour = opacity[..., None] * table[(level * 255).astype(np.uint8)] + np.float32(0.5)  # to be rounded down
+    colour = colour.repeat(width // gw, -2).reshape(*level.shape[:-1], 1, 3 * width)
+    through = ((1 - opacity) * np.float32(0.62)).repeat(3 * (width // gw), -1)[..., None, :]
+    below = grey.astype(np.float32).repeat(3, -1).reshape(gh, height // gh, 3 * width)
+    pictures: Pixels = (through * below + colour).astype(np.uint8).reshape(*level.shape[:-2], height, width, 3)
+    return pictures

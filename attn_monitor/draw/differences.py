@@ -107,7 +107,7 @@ def _section(
     both = [mean_and_heads(snapshot.maps(*key)[image], options.heads) for snapshot in pair]
     labels = both[0][1]
     side = min(CELL, SHEET_WIDTH // (len(labels) + 1))
-    painter = CellPainter(photo, attention.grid, options, side, truth)
+    painter = CellPainter(photo, attention.grid, options, side, truth, attention.geometry)
     rows: list[Row] = []
     for letter, (maps, _) in zip("AB", both, strict=True):
         said = map_statistics(maps, options.threshold)
@@ -117,7 +117,7 @@ def _section(
     change = both[1][0] - both[0][0]
     moved = (change.abs().sum((-2, -1)) / 2).tolist()
     captions = [f"{share:.0%} elsewhere" if math.isfinite(share) else "missing" for share in moved]
-    rows.append(("B - A", captions, difference_overlay(change, painter.grey)))
+    rows.append(("B - A", captions, painter.put(difference_overlay(change, painter.frame.cut(painter.grey)))))
     return Section(f"{key[0]} · layer {key[1]} ({attention.name})", painter.photo, rows)
 
 

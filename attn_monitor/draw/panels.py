@@ -26,7 +26,7 @@ from attn_monitor.draw.canvas import (
     paste,
     up_to_block,
 )
-from attn_monitor.draw.cells import CellPainter, color_cell
+from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
@@ -61,7 +61,7 @@ def panel(
     (gh, gw), that were left out of the snapshot's maps. ``pixels`` are those of all cells together, about.
     """
     rows: list[tuple[str, list[Cell]]] = []
-    painters: dict[tuple[tuple[int, int], int], CellPainter] = {}  # roles mostly share one: a photo is resized once
+    painters: dict[tuple[object, ...], CellPainter] = {}  # roles mostly share one: a photo is resized once
     for role in snapshot.roles:
         if not has_layer(snapshot, role, layer):
             continue
@@ -69,24 +69,29 @@ def panel(
         maps, labels = mean_and_heads(attention.maps[image], options.heads)
         count = len(labels) + 1 + (attention.colors is not None)
         side = options.cell or round(math.sqrt(pixels / count / len(snapshot.roles)))
-        key = attention.grid, min(side, LARGEST_CELL)
+        side = min(side, LARGEST_CELL)
+        key = attention.grid, attention.geometry, side
         if key not in painters:
-            painters[key] = CellPainter(photo, attention.grid, options, key[1], truth)
+            painters[key] = CellPainter(photo, attention.grid, options, side, truth, attention.geometry)
         said = map_statistics(maps, options.threshold)
         captions = map_captions(labels, maps, said)
         pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
         if attention.colors is not None:
             colors = attention.colors[image].unflatten(0, attention.grid).numpy()
-            cells.insert(1, (f"PCA of layer {attention.layer}'s input", color_cell(colors, painters[key].size)))
+            cells.insert(1, (f"PCA of layer {attention.layer}'s input", painters[key].colors(colors)))
         left_out = 0 if hatched is None else int(hatched.sum())
-        rows.append((layer_title(attention, role, left_out), cells))
+        unseen = 1 - attention.seen_share((photo.shape[0], photo.shape[1]))
+        rows.append((layer_title(attention, role, left_out, unseen), cells))
     header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, options, truth is not None and bool(truth.any()))
 
 
-def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0) -> str:
-    """The title of a layer's maps: role, model and layer, and whatever is not CLS's plain softmax over all patches."""
+def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0, unseen: float = 0.0) -> str:
+    """The title of a layer's maps: role, model and layer, and whatever is not CLS's plain softmax over all patches.
+
+    ``left_out`` patches are hatched; no patch sees the share ``unseen`` of the image.
+    """
     who = " ".join(filter(None, (role, attention.model)))
     parts = [*filter(None, [who]), f"layer {attention.layer} ({attention.name})"]
     if attention.query not in ("", "cls"):
@@ -97,6 +102,8 @@ def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0) ->
         parts.append({"weights": "weights that do not sum to 1", "signed": "some weights are negative"}[attention.kind])
     if left_out:
         parts.append(f"{left_out} outlier{'s' * (left_out > 1)} left out (hatched)")
+    if unseen > 1e-6:
+        parts.append(f"{unseen:.1%} of the image in no patch (dark)")
     return " · ".join(parts)
 
 

@@ -5,47 +5,69 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from attn_monitor.draw.canvas import MASK, MISSING, Array, Pixels, draw_outline, resize_cells
-from attn_monitor.draw.cells import overlay
+from attn_monitor.draw.canvas import BACKGROUND, MASK, MISSING, Array, Pixels, draw_outline
+from attn_monitor.draw.cells import blend
 from attn_monitor.draw.colormap import colour_table
-from attn_monitor.draw.hatching import hatch
+from attn_monitor.draw.hatching import DIMMED, hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
-
-DIMMED = 0.25  # how bright the photograph is where a mask is not
-
-
-def heat_map(weights: Array, size: tuple[int, int], options: DrawingOptions, hatched: Array | None = None) -> Pixels:
-    """The colours of a map (gh, gw) alone, (height, width, 3): each patch a rectangle of one colour."""
-    if np.isfinite(weights).all():
-        level = SCALES[options.scale].position(weights)
-        cells = colour_table(options.colormap)[(level * 255).astype(np.uint8)]
-    else:
-        cells = np.full((*weights.shape, 3), MISSING, np.uint8)
-    return _hatched(resize_cells(cells, size), hatched)
+from attn_monitor.grid_geometry import GridGeometry, placed
 
 
-def heat_map_over(photo: Pixels, weights: Array, options: DrawingOptions, hatched: Array | None = None) -> Pixels:
-    """A map (gh, gw) over the photograph (height, width, 3) in grey."""
-    height, width = photo.shape[:2]
-    (gh, gw), grey = weights.shape, Image.fromarray(photo).convert("L")
-    whole = -(-height // gh) * gh, -(-width // gw) * gw  # the next size in which patches are whole pixels
-    below = np.asarray(grey.resize((whole[1], whole[0])), dtype=np.float32)
-    picture = overlay(weights, below, scale=options.scale, colormap=options.colormap)
-    return _hatched(resize_cells(picture, (height, width)), hatched)
+class PixelPictures:
+    """Pictures of the maps (gh, gw) of one image, of the photograph's size (height, width, 3).
 
+    ``geometry`` is where the patches are in it, None where they tile it; what no patch sees is dark and hatched.
+    ``hatched`` are patches, bool (gh, gw), of which nothing is shown.
+    """
 
-def masked(photo: Pixels, mask: Array, hatched: Array | None = None) -> Pixels:
-    """The photograph (height, width, 3), dark outside the mask (gh, gw) and outlined at its border."""
-    inside = resize_cells(mask.astype(np.uint8), photo.shape[:2]) > 0
-    picture: Pixels = np.where(inside[..., None], photo, photo * DIMMED).astype(np.uint8)
-    draw_outline(picture, inside, MASK, 1)
-    return _hatched(picture, hatched)
+    def __init__(
+        self,
+        photo: Pixels,
+        grid: tuple[int, int],
+        options: DrawingOptions,
+        geometry: GridGeometry | None = None,
+        hatched: Array | None = None,
+    ) -> None:
+        self.photo, self.grid, self.options, self.hatched = photo, grid, options, hatched
+        size = photo.shape[0], photo.shape[1]
+        self._rows, self._cols = placed(geometry, grid, size).cells_of_pixels(grid, size)
+        self._unseen = (self._rows < 0)[:, None] | (self._cols < 0)
 
+    def heat_map(self, weights: Array) -> Pixels:
+        """The colours of a map alone: each patch a rectangle of one colour."""
+        if np.isfinite(weights).all():
+            level = SCALES[self.options.scale].position(weights)
+            cells = colour_table(self.options.colormap)[(level * 255).astype(np.uint8)]
+        else:
+            cells = np.full((*weights.shape, 3), MISSING, np.uint8)
+        return self._finished(
+            self._over_pixels(cells).astype(np.uint8), np.full(self._unseen.shape, BACKGROUND[0] / DIMMED)
+        )
 
-def _hatched(picture: Pixels, patches: Array | None) -> Pixels:
-    if patches is None:
+    def heat_map_over(self, weights: Array) -> Pixels:
+        """A map over the photograph in grey."""
+        grey = np.asarray(Image.fromarray(self.photo).convert("L"), dtype=np.float32)
+        if np.isfinite(weights).all():
+            level = self._over_pixels(SCALES[self.options.scale].position(weights))
+            picture = blend(level, grey, self.options.colormap)
+        else:
+            picture = np.full(self.photo.shape, MISSING, np.uint8)
+        return self._finished(picture, grey)
+
+    def masked(self, mask: Array) -> Pixels:
+        """The photograph, dark outside the mask and outlined at its border."""
+        inside = self._over_pixels(mask) & ~self._unseen
+        picture: Pixels = np.where(inside[..., None], self.photo, self.photo * DIMMED).astype(np.uint8)
+        draw_outline(picture, inside, MASK, 1)
+        return self._finished(picture, np.asarray(Image.fromarray(self.photo).convert("L"), dtype=np.float32))
+
+    def _over_pixels(self, cells: Array) -> Array:
+        return cells[self._rows[:, None], self._cols]
+
+    def _finished(self, picture: Pixels, grey: Array) -> Pixels:
+        if self._unseen.any():
+            picture[self._unseen] = unseen_picture(grey)[self._unseen]
+        if self.hatched is not None:
+            hatch(picture, self._over_pixels(self.hatched) & ~self._unseen, picture.shape[0] // self.grid[0])
         return picture
-    picture = picture.copy()
-    hatch(picture, patches)
-    return picture

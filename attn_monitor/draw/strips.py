@@ -12,7 +12,7 @@ from PIL import Image
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste, up_to_block
-from attn_monitor.draw.cells import CellPainter, color_cell
+from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import past_colors, past_map
 from attn_monitor.draw.options import DrawingOptions
@@ -44,7 +44,7 @@ def filmstrip(
     labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
     maps = torch.stack([torch.stack([past_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
-    painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
+    painter = CellPainter(photo, attention.grid, options, STRIP_CELL, geometry=attention.geometry)
     pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     features = _features(chosen, layer, image, painter)
     labels = [*((role, "features") for role in features), *labels]
@@ -62,7 +62,7 @@ def _features(
     for role in last.roles:
         colors = [past_colors(s, role, layer, image, blank) for s in snapshots]
         if not colors[-1].isnan().any():
-            found[role] = np.array([[color_cell(one.nan_to_num().numpy(), painter.size) for one in colors]])
+            found[role] = np.array([[painter.colors(one.nan_to_num().numpy()) for one in colors]])
     return found
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, LINE, MASK, Array, Pixels, blank_picture, draw_text_within, paste, up_to_block
-from attn_monitor.draw.cells import CellPainter, cell_size, enlarge
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
@@ -38,13 +39,16 @@ class FrameDrawing:
 
     def draw(self, photo: Pixels, layers: Sequence[LayerAttention], image: int) -> Pixels:
         """A frame, uint8 (height, width, 3), of the attention of each layer on one image of a batch, and its photo."""
-        layout = self._layout = self._layout or _lay_out(layers, self.options)
+        layout = self._layout = self._layout or _lay_out(layers, self.options, (photo.shape[0], photo.shape[1]))
         frame: Pixels = layout.background.copy()
-        painters: dict[tuple[int, int], CellPainter] = {}  # layers mostly share one
+        painters: dict[tuple[object, ...], CellPainter] = {}  # layers mostly share one
         for attention, places in zip(layers, layout.places, strict=True):
-            if attention.grid not in painters:
-                painters[attention.grid] = CellPainter(photo, attention.grid, self.options, layout.side)
-            painter = painters[attention.grid]
+            key = attention.grid, attention.geometry
+            if key not in painters:
+                painters[key] = CellPainter(
+                    photo, attention.grid, self.options, layout.side, geometry=attention.geometry
+                )
+            painter = painters[key]
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
@@ -59,7 +63,7 @@ class FrameDrawing:
         if self.outside == "attention":
             return
         below = np.zeros(painter.size) if self.outside == "black" else 0.62 * painter.grey
-        hidden = ~enlarge(shown[..., None], painter.size)
+        hidden = painter.frame.enlarge(~shown[..., None])
         np.copyto(pictures, below.astype(np.uint8)[..., None], where=hidden)
 
 
@@ -72,16 +76,16 @@ class _Layout:
     places: list[list[tuple[int, int]]]
 
 
-def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions) -> _Layout:
+def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions, image: tuple[int, int]) -> _Layout:
     labels = [["original", *mean_and_heads(a.maps[0], options.heads)[1]] for a in layers]
     side = options.cell or _side(sum(map(len, labels)), layers[0].grid)
-    sizes = [cell_size(attention.grid, side) for attention in layers]
+    sizes = [Frame.of(attention.grid, side, attention.geometry, image).size for attention in layers]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     columns = columns_for(max(map(len, labels)), len(layers), height, width, ASPECT)
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + LINE + GAP
     titles, captions, places, top = [], [], [], GAP
     for attention, shown in zip(layers, labels, strict=True):
-        titles.append(((GAP, top), layer_title(attention)))
+        titles.append(((GAP, top), layer_title(attention, unseen=1 - attention.seen_share(image))))
         top += LINE + GAP
         cells = [(GAP + i % columns * pitch_x, top + i // columns * pitch_y) for i in range(len(shown))]
         captions += [((x, y + height + 1), label) for (x, y), label in zip(cells, shown, strict=True)]

@@ -156,7 +156,7 @@ def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
         return {}
     truth = inputs.truth.to(inputs.p.device)
     maps = inputs.mask.unflatten(-1, inputs.attention.grid).float()
-    shown = torch.nn.functional.interpolate(maps, truth.shape[-2:], mode="nearest").bool().flatten(-2)
+    shown = inputs.attention.over_pixels(maps, (truth.shape[-2], truth.shape[-1])).bool().flatten(-2)
     overlap = F.jaccard(shown[:, :, None], truth.flatten(-2)[:, None])  # (B, H, objects)
     per_object = overlap.transpose(1, 2)[truth.flatten(-2).any(-1)]  # (objects there, H)
     # A head without a mask (NaN in its row) overlaps with nothing.

@@ -59,8 +59,9 @@ def _describe(site: Site) -> str:
         return f"{head} {site.heads} heads, refused: {site.refusal}"
     (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
     how = {"centres": "by the centres of overlapping fields"}.get(site.layout.evidence, site.layout.evidence)
+    where = "" if site.layout.geometry is None else f" of {site.layout.geometry}"
     error = "mixed after the softmax" if site.mixed else f"error {site.error:.1e}"
-    return f"{head} {site.heads} heads, grid {gh} × {gw} (places {how}) + {prefix} prefix, {error}"
+    return f"{head} {site.heads} heads, grid {gh} × {gw}{where} (places {how}) + {prefix} prefix, {error}"
 
 
 def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:

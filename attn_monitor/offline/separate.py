@@ -10,7 +10,7 @@ from attn_monitor import functional as F
 from attn_monitor.draw.canvas import Array, Pixels
 from attn_monitor.draw.maps import mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.draw.single import heat_map, heat_map_over, masked
+from attn_monitor.draw.single import PixelPictures
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.snapshot import AttentionSnapshot
 
@@ -36,20 +36,19 @@ def separate_pictures(
         for layer in layers:
             of_layer = f"{of_image}layer{layer}/" if len(layers) > 1 else of_image
             patches = None if hatched is None or layer not in hatched else hatched[layer][image].numpy()
-            for stem, picture in _pictures(snapshot.maps(role, layer)[image], photo, patches, options):
+            attention = snapshot.layer(role, layer)
+            drawing = PixelPictures(photo, attention.grid, options, attention.geometry, patches)
+            for stem, picture in _pictures(attention.maps[image], drawing):
                 yield f"{of_layer}{stem}.png", picture
 
 
-def _pictures(
-    maps: Tensor, photo: Pixels, hatched: Array | None, options: DrawingOptions
-) -> Iterator[tuple[str, Pixels]]:
+def _pictures(maps: Tensor, drawing: PixelPictures) -> Iterator[tuple[str, Pixels]]:
     """The stems of file names, and pictures of one image's maps (H, gh, gw)."""
-    shown, labels = mean_and_heads(maps, options.heads)
-    masks = F.mass_mask(shown.flatten(1), options.threshold).view_as(shown).numpy()
-    size = photo.shape[0], photo.shape[1]
+    shown, labels = mean_and_heads(maps, drawing.options.heads)
+    masks = F.mass_mask(shown.flatten(1), drawing.options.threshold).view_as(shown).numpy()
     for label, weights, mask in zip(labels, shown.numpy(), masks, strict=True):
         name = label.replace(" ", "")
-        yield "heatmap" if name == "mean" else f"attn-{name}", heat_map(weights, size, options, hatched)
+        yield "heatmap" if name == "mean" else f"attn-{name}", drawing.heat_map(weights)
         if name == "mean":
-            yield "overlay", heat_map_over(photo, weights, options, hatched)
-        yield f"mask_th{options.threshold}_{name}", masked(photo, mask, hatched)
+            yield "overlay", drawing.heat_map_over(weights)
+        yield f"mask_th{drawing.options.threshold}_{name}", drawing.masked(mask)

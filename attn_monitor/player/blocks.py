@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ Layout = list[dict[str, Any]]
 def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
     """What the snapshot's layers are, in the order in which their numbers stand in blocks; ``features`` as in `block`.
 
-    ``prefix`` tokens stand before the patches of a row, the first of them CLS where ``cls``; ``colors`` says whether
-    there are some, ``features`` how many a patch has.
+    ``prefix`` tokens stand before the patches of a row, the first of them CLS where ``cls``; ``geometry`` is where
+    patches lie in the image's pixels, None where they tile it; ``colors`` says whether there are some, ``features`` how
+    many a patch has.
     """
     return [
         {
@@ -42,6 +44,7 @@ def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
             "prefix": a.num_prefix,
             "cls": has_cls(a),
             "grid": list(a.grid),
+            "geometry": None if a.geometry is None else asdict(a.geometry),
             "heads": a.rows.shape[1],
             "colors": _optional(a, "colors") is not None,
             "features": _width(a) if features else 0,

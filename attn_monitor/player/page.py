@@ -19,6 +19,7 @@ from attn_monitor.player.contents import Contents, colour_tables
 
 WEB = Path(__file__).parent / "web"
 MODULES = (
+    "places",
     "numbers",
     "colours",
     "source",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from attn_monitor import functional as F
 from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.cells import CellPainter
@@ -63,11 +61,12 @@ class Pictures:
 
     def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""
-        masks = map_statistics(snapshot.maps(snapshot.roles[-1], layer), self.style.threshold).mask
+        attention = snapshot.layer(snapshot.roles[-1], layer)
+        masks = map_statistics(attention.maps, self.style.threshold).mask
         overlays = []
         for image, photo in enumerate(self.probe.pixels[:OVERLAID_IMAGES]):
             safe_point()
-            enlarged = torch.nn.functional.interpolate(masks[image][None].float(), photo.shape[:2]).numpy()[0]
+            enlarged = attention.over_pixels(masks[image].float(), (photo.shape[0], photo.shape[1])).numpy()
             layers = {f"head {head}": mask for head, mask in enumerate(enlarged)}
             tag = renamed(f"attn_overlay/{snapshot.names[image]}", self.name)
             overlays.append(Overlay(tag, photo, layers))
@@ -85,7 +84,7 @@ class Pictures:
             said = map_statistics(attention.maps, self.style.threshold)  # (B, H)
             for image, photo in enumerate(self.probe.pixels):
                 safe_point()
-                painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL)
+                painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL, geometry=attention.geometry)
                 for head, cell in enumerate(painter.paint(attention.maps[image].numpy())):
                     numbers = float(said.entropy[image, head]), float(said.mask_area[image, head])
                     rows.append(HeadRow(snapshot.names[image], role, attention.layer, head, *numbers, cell))

@@ -23,6 +23,7 @@ from attn_monitor.measure.health import HEALTH_TAG, HealthFlag
 from attn_monitor.measure.metrics import MetricKey, Metrics
 from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record import format_1 as first_format
+from attn_monitor.record.geometry import geometry_facts, read_geometry
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
 
@@ -159,6 +160,7 @@ class AttentionSnapshot:
                     "metrics": _stored_metrics(self.metrics, role, layer),
                     **_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
                     **_patch_facts(a),
+                    **geometry_facts(a.geometry),
                 }
                 for (role, layer), a in self.layers.items()
             ],
@@ -224,7 +226,7 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
     if kind is None:
         raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
     optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
-    optional.update(_patches(entry, (images, gh * gw), take))
+    optional.update(_patches(entry, (images, gh * gw), take), geometry=read_geometry(entry))
     attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
     return attention

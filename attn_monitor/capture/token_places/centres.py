@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import candidate_grids
+from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, places_by_centre, share_far_from
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.token_places.synthetic_images import noise_images, partition_codes, ramps
+from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
 _ROUNDS = 5  # of two base images each: the user's and noise
@@ -50,20 +50,21 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
     limit = first.threshold / 4
     moving, hopeful = relative_change(first.v[1], first.v[0]) > limit, False
     for conv in candidate_grids(search.size, len(moving), int(moving.sum()), search.convs):
-        centres_of_keys = [_centre([s.v for s in some], conv.grid, limit) for some in seen]
+        centres_of_keys = [_centre([s.v for s in some], conv, search.size, limit) for some in seen]
+        geometry = conv.geometry.unless_whole(conv.grid, search.size)
         others = [o for _, _, o in search.placed() if o.grid == conv.grid and len(o.order) == len(moving)]
         hopeful = hopeful or rounds < 2 or _agreement(centres_of_keys, conv.grid) >= 0.5
         places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
         if places is None:
             continue
-        if _distance_of_heads([s.heads for some in seen for s in some], conv.grid, places, limit) > 0.35:
+        if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
             site.reason = "its heads see different parts of each patch (dilated attention)"
-        elif any(m.conv.grid == conv.grid and _exchanges_tokens(m, key, places, 4 * limit) for m in search.mosaics):
+        elif any(m.conv == conv and _exchanges_tokens(m, key, places, 4 * limit) for m in search.mosaics):
             site.reason = "its tokens hold other patches on another image, or in another call"
         else:
-            site.layout = layout_of(places, conv.grid, "centres")
+            site.layout = layout_of(places, conv.grid, "centres", geometry)
             if site.layout is not None:
-                site.patch_queries = _queries_by_centre(seen, site.layout, limit)
+                site.patch_queries = _queries_by_centre(seen, site.layout, conv, search.size, limit)
         return True
     return not hopeful
 
@@ -82,7 +83,7 @@ def _exchanges_tokens(mosaic: Mosaic, key: SiteKey, places: Places, limit: float
     """
     tokens = [t for t, p in enumerate(places) if p >= 0]
     changes = mosaic.changes[key].permute(2, 0, 1)[tokens]  # (N, M, M)
-    codes = torch.tensor(partition_codes(mosaic.cells), device=changes.device)[[places[t] for t in tokens]]
+    codes = torch.tensor(mosaic.codes, device=changes.device)[[places[t] for t in tokens]]
     same = (codes[:, :, None] == codes[:, None]) & ~torch.eye(codes.shape[1], dtype=torch.bool, device=changes.device)
     own, other = changes[same], changes[codes[:, :, None] != codes[:, None]]
     still = own <= limit
@@ -106,14 +107,16 @@ def _agreed_places(halves: Sequence[Tensor], grid: Grid, rounds: int, others: Se
     return next((g for g in guesses if all(share_far_from(half, g, grid, 0.9) <= 0.02 for half in halves)), None)
 
 
-def _queries_by_centre(halves: Sequence[Sequence[SiteTokens]], keys: TokenLayout, limit: float) -> dict[int, int]:
+def _queries_by_centre(
+    halves: Sequence[Sequence[SiteTokens]], keys: TokenLayout, conv: PatchConv, size: Grid, limit: float
+) -> dict[int, int]:
     """Where two halves of the base images rank the queries alike; as the keys where each half does so for most.
 
     An order that is nearly that of the keys is none to trust: a few queries may be exchanged by chance.
     """
     if any(tokens.q is None for half in halves for tokens in half):
         return {}
-    queries = [_centre([tokens.q for tokens in half], keys.grid, limit) for half in halves]
+    queries = [_centre([tokens.q for tokens in half], conv, size, limit) for half in halves]
     one, other = (places_by_centre(half, keys.grid) for half in queries)
     places = one if one == other else None
     order = keys.places
@@ -132,15 +135,17 @@ def _share_ranked_as(centre: Tensor, places: Places, grid: Grid) -> float:
     return float((ranked == torch.tensor([places[t] for t in tokens], device=ranked.device)).double().mean())
 
 
-def _centre(sketches: Sequence[Tensor | None], grid: Grid, limit: float) -> Tensor:
+def _centre(sketches: Sequence[Tensor | None], conv: PatchConv, size: Grid, limit: float) -> Tensor:
     """(2, …, T) centres on average over several base images."""
-    return torch.stack([centres(s, grid, limit) for s in sketches if s is not None]).nanmean(0)
+    return torch.stack([centres(s, conv, size, limit) for s in sketches if s is not None]).nanmean(0)
 
 
-def _distance_of_heads(heads: Sequence[Tensor | None], grid: Grid, places: Places, limit: float) -> float:
+def _distance_of_heads(
+    heads: Sequence[Tensor | None], conv: PatchConv, size: Grid, places: Places, limit: float
+) -> float:
     """By how many cells the heads' own centres differ, on average over the tokens."""
     if any(h is None for h in heads):
         return 0.0
     tokens = [t for t, p in enumerate(places) if p != STATIC]
-    own = _centre(heads, grid, limit)[..., tokens].nanmean(-1)  # (2, H)
+    own = _centre(heads, conv, size, limit)[..., tokens].nanmean(-1)  # (2, H)
     return float((own.amax(1) - own.amin(1)).nan_to_num(0).max())

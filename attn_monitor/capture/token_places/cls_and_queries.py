@@ -38,14 +38,14 @@ def _patch_queries(mosaic: Mosaic, key: SiteKey) -> dict[int, int]:
     held = [p for p in places if p >= 0]
     if len(held) != len(set(held)) or not mostly_single(places):
         return {}
-    masked = layout_of(places, mosaic.conv.grid, "exact")
+    masked = layout_of(places, mosaic.conv.grid, "exact", mosaic.geometry)
     return {p: t for t, p in enumerate(places) if p >= 0} if masked is None else dict(enumerate(masked.patches))
 
 
 def _entering_layouts(mosaic: Mosaic, tokens: SiteTokens, keys: TokenLayout) -> dict[str, TokenLayout]:
     """Layouts of the tokens that enter the modules around a site, by path."""
     entering = {call[0]: mosaic.entries[call] for call in tokens.within if call in mosaic.entries}
-    layouts = {path: layout_of(places, keys.grid, "exact") for path, places in entering.items()}
+    layouts = {path: layout_of(places, keys.grid, "exact", keys.geometry) for path, places in entering.items()}
     if keys.evidence == "centres" and not any(layouts.values()):
         # Where no token has an exact place, those that enter are taken to be in the order of the keys.
         return {path: keys for path, places in entering.items() if len(places) == len(keys.order)}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
 from attn_monitor.capture.token_places.random_projections import relative_change
-from attn_monitor.capture.token_places.synthetic_images import cell_weights, partition_codes
+from attn_monitor.capture.token_places.synthetic_images import cell_weights
 
 
-def places_in_mosaics(sketches: Tensor, cells: int, limit: float) -> Places:
-    """The cell that each token spells out, from sketches (M, T, S) of the tokens in the images of `mosaics`."""
+def places_in_mosaics(sketches: Tensor, codes: Sequence[tuple[int, ...]], limit: float) -> Places:
+    """The cell that each token spells out, from sketches (M, T, S) of the tokens in `mosaics` of the cells' codes."""
     change = relative_change(sketches[:, None], sketches[None])  # (M, M, T)
     labels = (change > limit).long().cumprod(1).sum(1).T.tolist()  # the first image that each one is equal to
-    known = {code: cell for cell, code in enumerate(partition_codes(cells))}
+    known = {code: cell for cell, code in enumerate(codes)}
     places = []
     for token in labels:
         classes = {first: number for number, first in enumerate(dict.fromkeys(token))}
@@ -37,10 +39,14 @@ def shares(sketches: Tensor, limit: float) -> Tensor:
     return torch.stack([torch.where(moved, ((s - base) * change).sum(-1) / energy, math.nan) for s in scaled])
 
 
-def centres(sketches: Tensor, grid: tuple[int, int], limit: float) -> Tensor:
+def centres(sketches: Tensor, conv: PatchConv, size: tuple[int, int], limit: float) -> Tensor:
     """(row, column) of the centre of what each token holds, in cells: (2, ..., T) of (4, ..., T, S) from `ramps`."""
     share = shares(sketches, limit)
-    return share * torch.tensor(grid).to(share).reshape(2, *(1 for _ in share.shape[1:])) - 0.5
+    pixels, origin, cell = (
+        torch.tensor(values).to(share).reshape(2, *(1 for _ in share.shape[1:]))
+        for values in (size, conv.geometry.origin, conv.geometry.cell)
+    )
+    return (share * pixels - origin) / cell - 0.5
 
 
 def cells_by_rank(centre: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -18,6 +18,7 @@ from attn_monitor.capture.token_places.centres import rank_centres
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
 from attn_monitor.capture.token_places.mosaics import describe_keys, read_mosaics
 from attn_monitor.capture.token_places.output_places import check_outputs, refuse_mixtures
+from attn_monitor.capture.token_places.pixel_maps import locate_convs
 from attn_monitor.capture.token_places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
 from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
@@ -42,10 +43,11 @@ def find_places(
     """
     around = {path for key in formats for path in _ancestors(key[0])}
     silent_model = SilentModel(model, forward, formats, around & dict(model.named_modules()).keys(), batch_size)
+    convs = locate_convs(silent_model, images, convs)
     search = PlaceSearch(silent_model, images, convs, {key: SitePlaces() for key in formats})
     grids = [*candidate_grids(search.size, keys, moving, convs)]
     # Where the first attention is coarser than the patches, these tell whether its heads see the same of them.
-    grids = [*(c for c in convs if c.disjoint and c.covers(search.size) and math.prod(c.grid) > keys), *grids]
+    grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
     read_mosaics(search, grids)
     if not search.mosaics:
         return search.sites

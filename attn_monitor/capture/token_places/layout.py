@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attn_monitor.grid_geometry import GridGeometry
+
 STATIC, SEVERAL = -1, -2  # in place of a cell: holds nothing of the image; holds more than one cell
 
 Places = tuple[int, ...]
@@ -17,13 +19,15 @@ class TokenLayout:
 
     ``evidence`` says how the places are known: "exact", each token changes with its own cell and with no other; "exact
     but masked", likewise, and tokens that a mask token replaced stand between the others; "centres", fields overlap,
-    and tokens are ordered by the centre of what they hold.
+    and tokens are ordered by the centre of what they hold. ``geometry`` is where the cells lie in the image's pixels,
+    None where they tile the whole image.
     """
 
     grid: tuple[int, int]
     prefix: tuple[int, ...]
     patches: tuple[int, ...]
     evidence: str
+    geometry: GridGeometry | None = None
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -50,15 +54,18 @@ def mostly_single(places: Places) -> bool:
     return places.count(SEVERAL) <= min(8, max(sum(p >= 0 for p in places) - 1, 0))
 
 
-def layout_of(places: Places, grid: tuple[int, int], evidence: str) -> TokenLayout | None:
+def layout_of(
+    places: Places, grid: tuple[int, int], evidence: str, geometry: GridGeometry | None
+) -> TokenLayout | None:
     """The layout that places amount to, None where cells are missing or held twice."""
     cells = math.prod(grid)
     if is_whole(places, cells) and mostly_single(places):
         token_of_cell = {place: token for token, place in enumerate(places) if place >= 0}
         prefix = tuple(token for token, place in enumerate(places) if place < 0)
-        return TokenLayout(grid, prefix, tuple(token_of_cell[cell] for cell in range(cells)), evidence)
+        return TokenLayout(grid, prefix, tuple(token_of_cell[cell] for cell in range(cells)), evidence, geometry)
     # Where some patches show a mask token, the others must stand in row-major order behind the prefix.
     first, placed = len(places) - cells, [(t, p) for t, p in enumerate(places) if p >= 0]
     if first >= 0 and SEVERAL not in places and 2 * len(placed) > cells and all(t == first + p for t, p in placed):
-        return TokenLayout(grid, tuple(range(first)), tuple(range(first, len(places))), f"{evidence} but masked")
+        patches = tuple(range(first, len(places)))
+        return TokenLayout(grid, tuple(range(first)), patches, f"{evidence} but masked", geometry)
     return None

@@ -11,7 +11,7 @@ from attn_monitor.capture.token_places.decoding import places_in_mosaics
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places, is_whole, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.token_places.synthetic_images import mosaics
+from attn_monitor.capture.token_places.synthetic_images import mosaic_codes, mosaics
 from attn_monitor.capture.token_places.tokens import Tokens
 
 _MOST_GRIDS = 6  # a pyramid has four, and one more when a guess is wrong
@@ -22,10 +22,10 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
     waiting = list(grids)
     while waiting and len(search.mosaics) < _MOST_GRIDS:
         conv = waiting.pop(0)
-        if any(m.conv.grid == conv.grid for m in search.mosaics):
+        if any(m.conv == conv for m in search.mosaics) or any(o.grid == conv.grid for _, _, o in search.placed()):
             continue
         tokens = search.silent_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid))
-        mosaic = _read(tokens, conv)
+        mosaic = _read(tokens, conv, search.size)
         search.mosaics.append(mosaic)
         if not search.reference.sites:
             search.reference = tokens
@@ -45,7 +45,7 @@ def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) ->
     site, k = search.sites[key], mosaic.k.get(key)
     if site.layout is not None or site.reason:
         return
-    site.layout = layout_of(places, mosaic.conv.grid, "exact")
+    site.layout = layout_of(places, mosaic.conv.grid, "exact", mosaic.geometry)
     if site.layout is None:
         return
     if k is not None and is_whole(k, mosaic.cells) and k != places:
@@ -54,23 +54,24 @@ def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) ->
         site.refuse("its heads see different parts of each patch (dilated attention)")
 
 
-def _read(tokens: Tokens, conv: PatchConv) -> Mosaic:
-    mosaic, cells = Mosaic(conv), math.prod(conv.grid)
+def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
+    codes, cells = mosaic_codes(conv, size), math.prod(conv.grid)
+    mosaic = Mosaic(conv, conv.geometry.unless_whole(conv.grid, size), codes[:cells])
     for key, site in tokens.sites.items():
         limit = site.threshold
         for sketches, places in ((site.v, mosaic.v), (site.q, mosaic.q), (site.k, mosaic.k)):
             if sketches is not None:
-                places[key] = places_in_mosaics(sketches, cells, limit)
+                places[key] = places_in_mosaics(sketches, mosaic.codes, limit)
         if not is_whole(mosaic.v[key], cells):
             mosaic.changes[key] = relative_change(site.v[:, None], site.v[None])
         if site.heads is not None:
-            heads = {places_in_mosaics(site.heads[:, h], cells, limit) for h in range(site.heads.shape[1])}
+            heads = {places_in_mosaics(site.heads[:, h], mosaic.codes, limit) for h in range(site.heads.shape[1])}
             if len(heads) > 1 and any(p >= 0 for places_of_head in heads for p in places_of_head):
                 mosaic.dilated.add(key)
     limit = max((site.threshold for site in tokens.sites.values()), default=1e-3)
-    mosaic.entries = {call: places_in_mosaics(t, cells, limit) for call, t in tokens.entries.items()}
+    mosaic.entries = {call: places_in_mosaics(t, mosaic.codes, limit) for call, t in tokens.entries.items()}
     mosaic.exits = {
-        call: tuple(places_in_mosaics(t, cells, limit) for t in all_) for call, all_ in tokens.exits.items()
+        call: tuple(places_in_mosaics(t, mosaic.codes, limit) for t in all_) for call, all_ in tokens.exits.items()
     }
     return mosaic
 

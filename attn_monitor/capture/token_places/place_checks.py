@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.token_places.decoding import share_of_wrong_weight, shares
 from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout, is_whole, mostly_single
 from attn_monitor.capture.token_places.random_projections import relative_change
@@ -18,18 +19,20 @@ from attn_monitor.capture.token_places.synthetic_images import (
     cell_weighted_noise,
     corners_changed,
     noise_images,
-    quadrants_changed,
+    quarters_changed,
+    quarters_of_cells,
 )
 from attn_monitor.capture.token_places.tokens import SiteTokens
+from attn_monitor.grid_geometry import GridGeometry, placed
 
 
 def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> None:
     """The same places must hold on images of the user's, each in another call and another random state."""
     for mosaic in search.mosaics:
-        placed = [key for key, _, layout in search.placed() if layout.grid == mosaic.conv.grid]
-        for number, image in enumerate(images if placed else ()):
+        keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
+        for number, image in enumerate(images if keys else ()):
             seen = search.silent_model(cell_weighted_noise(image, mosaic.conv, strength), 2 + number).sites
-            for key in placed:
+            for key in keys:
                 site = search.sites[key]
                 if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
                     site.refuse("it runs in another way on the user's images than on noise")
@@ -51,20 +54,23 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool
 def refuse_partial_views(search: PlaceSearch) -> None:
     """Coarse tokens, and tokens whose fields overlap, must see all of their cell and all of the image's border."""
     finest, base = max(m.cells for m in search.mosaics), noise_images(search.images, 1, seed=4)[0]
-    doubtful: dict[tuple[int, int], list[tuple[SiteKey, TokenLayout]]] = {}
+    doubtful: dict[tuple[tuple[int, int], GridGeometry | None], list[tuple[SiteKey, TokenLayout]]] = {}
     for key, _, layout in search.placed():
         if layout.evidence == "centres" or math.prod(layout.grid) < finest:
-            doubtful.setdefault(layout.grid, []).append((key, layout))
-    for grid, keys in doubtful.items():
-        changed = [border_changed(base, grid)[None], quadrants_changed(base, grid)]
+            doubtful.setdefault((layout.grid, layout.geometry), []).append((key, layout))
+    for (grid, geometry), keys in doubtful.items():
+        conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
+        quarters, cells = quarters_of_cells(conv, search.size), conv.cell_of_pixels(search.size)
+        there = torch.stack([cells[quarters == q].bincount(minlength=math.prod(grid)) > 0 for q in range(4)])
+        changed = [border_changed(base, conv)[None], quarters_changed(base, quarters)]
         seen = search.silent_model(torch.cat([base[None], *changed]), 3).sites
         for key, layout in keys:
-            moved = _moved(seen[key])[:, list(layout.patches)]
-            border = torch.ones(grid, dtype=torch.bool, device=moved.device)
+            moved = _moved(seen[key])[:, list(layout.patches)].cpu()
+            border = torch.ones(grid, dtype=torch.bool)
             border[1:-1, 1:-1] = False
             if not bool(moved[0][border.flatten()].all()):
                 search.sites[key].refuse("the outermost pixels of the image are not seen: the model looks at a crop")
-            elif not bool(moved[1:].all()):
+            elif not bool((moved[1:] | ~there).all()):
                 search.sites[key].refuse(
                     "its keys hold a part of their patches only (tokens left out, or pooled irregularly)"
                 )

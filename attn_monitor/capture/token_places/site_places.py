@@ -13,6 +13,7 @@ from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.token_places.layout import Places, TokenLayout
 from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.tokens import Call, Tokens
+from attn_monitor.grid_geometry import GridGeometry
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Mosaic:
     """What the mosaics of one grid show: places of V, q and k at sites, and of tokens where modules begin and end."""
 
     conv: PatchConv
+    geometry: GridGeometry | None  # of its grid, None where that tiles the image
+    codes: Sequence[tuple[int, ...]]  # for each cell, which of the pictures it shows in each image
     v: dict[SiteKey, Places] = field(default_factory=dict)
     q: dict[SiteKey, Places] = field(default_factory=dict)
     k: dict[SiteKey, Places] = field(default_factory=dict)
@@ -84,4 +87,7 @@ class PlaceSearch:
 
     def mosaic_of(self, layout: TokenLayout | None) -> Mosaic | None:
         """The mosaic of a layout's grid, if there was one."""
-        return next((m for m in self.mosaics if layout is not None and m.conv.grid == layout.grid), None)
+        if layout is None:
+            return None
+        grid = layout.grid, layout.geometry
+        return next((m for m in self.mosaics if (m.conv.grid, m.geometry) == grid), None)

@@ -65,14 +65,23 @@ def _partitions(n: int, k: int) -> Iterator[tuple[int, ...]]:
     yield from extend((), 0)
 
 
+def mosaic_codes(conv: PatchConv, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+    """`partition_codes` of the cells of a grid, and of the pixels that no cell sees behind them, where there are some.
+
+    These have a code of their own, so that a token which sees them is not taken for one that sees its cell alone.
+    """
+    return partition_codes(math.prod(conv.grid) + conv.has_remainder(size))
+
+
 def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
-    """Noise images (M, C, H, W) in which each cell of the grid shows the pictures of its `partition_codes`."""
-    codes = partition_codes(math.prod(conv.grid))
+    """Noise images (M, C, H, W) in which each cell of the grid shows the pictures of its `mosaic_codes`."""
+    size = images.shape[-2], images.shape[-1]
+    codes = mosaic_codes(conv, size)
     pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
     # The first is bright and the others dark: an order that hangs on brightness is not the same in all images.
     pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])]).to(pictures)[:, None, None, None]
-    table = torch.tensor([*codes, [0] * len(codes[0])], device=images.device)  # pixels outside show the first
-    shown = table.T[:, conv.cell_of_pixels((images.shape[-2], images.shape[-1])).to(images.device)]  # (M, H, W)
+    table = torch.tensor(codes, device=images.device)
+    shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, H, W); -1 is the last code
     index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
     return pictures[None].expand(len(shown), -1, -1, -1, -1).gather(1, index)[:, 0]
 
@@ -106,13 +115,21 @@ def small_strength(dtype: torch.dtype) -> float:
     return max(0.02, 25 * torch.finfo(dtype).eps)
 
 
-def quadrants_changed(image: Tensor, grid: tuple[int, int], seed: int = 6) -> Tensor:
-    """(4, C, H, W): the (C, H, W) image with other noise in one quarter of every cell."""
-    (gh, gw), (height, width) = grid, image.shape[-2:]
-    lower, right = ((torch.arange(n) * 2 * g // n) % 2 for n, g in ((height, gh), (width, gw)))
-    quarter = (2 * lower[:, None] + right).to(image.device)
-    other = noise_images(image[None], 1, seed)[0]
-    return torch.stack([torch.where(quarter == q, other, image) for q in range(4)])
+def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
+    """The quarter, 0…3, of what the image has of its cell that each pixel is in, (H, W); -1 outside of cells."""
+    halves = []
+    for middles, cells in zip(
+        conv.geometry.centres(conv.grid, size), conv.geometry.cells_of_pixels(conv.grid, size), strict=True
+    ):
+        halves.append(torch.arange(len(cells)) + 0.5 > torch.tensor(middles)[cells])
+    lower, right = halves
+    return torch.where(conv.cell_of_pixels(size) >= 0, 2 * lower[:, None].long() + right, -1)
+
+
+def quarters_changed(image: Tensor, quarters: Tensor, seed: int = 6) -> Tensor:
+    """(4, C, H, W): the (C, H, W) image with other noise in one of the `quarters_of_cells`."""
+    other, quarters = noise_images(image[None], 1, seed)[0], quarters.to(image.device)
+    return torch.stack([torch.where(quarters == q, other, image) for q in range(4)])
 
 
 def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
@@ -125,10 +142,15 @@ def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
     return torch.stack([first, last])
 
 
-def border_changed(image: Tensor, grid: tuple[int, int], seed: int = 6) -> Tensor:
-    """The (C, H, W) image with other noise in its outermost pixels, an eighth of a cell wide."""
-    _, height, width = image.shape
-    edge = max(1, round(min(height / grid[0], width / grid[1]) / 8))
+def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
+    """The (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
+    edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()
     other = noise_images(image[None], 1, seed)[0]
-    other[:, edge : height - edge, edge : width - edge] = image[:, edge : height - edge, edge : width - edge]
-    return other
+    seen = [
+        torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.geometry.cells_of_pixels(conv.grid, image.shape[-2:])
+    ]
+    (top, bottom), (left, right) = ((int(pixels[0]), int(pixels[-1]) + 1) for pixels in seen)
+    changed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    inner = slice(top + edge, max(bottom - edge, 0)), slice(left + edge, max(right - edge, 0))
+    changed[:, inner[0], inner[1]] = image[:, inner[0], inner[1]]
+    return changed

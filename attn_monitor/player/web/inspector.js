@@ -1,7 +1,8 @@
 // What the chosen patch and the chosen head hold: weights in every head, history over steps, prefix tokens, facts.
 import {makeChart} from "./charts.js";
 import {cosines, grouped, percent, written} from "./numbers.js";
-import {atOf, chosenPatch, classOf, now, patchIn, pinned, runA, shownLayer, view} from "./view.js";
+import {patchIn} from "./places.js";
+import {atOf, chosenPatch, classOf, now, pinned, runA, shownLayer, view} from "./view.js";
 import {columnsShown} from "./stage.js";
 import {el, headName} from "./tiles.js";
 
@@ -27,7 +28,7 @@ export function makeInspector() {
   }
 
   function drawPatch(chosen, columns) {
-    const grid = columns[0]?.entry.grid, patchOf = ({entry}) => patchIn(entry.grid, chosen);
+    const grid = columns[0]?.entry.grid, patchOf = ({entry}) => patchIn(entry.place, chosen);
     const first = chosen && grid ? patchOf(columns[0]) : -1, there = first >= 0;
     patch.classList.toggle("empty", !there);
     where.textContent = there ? `Patch ${Math.floor(first / grid[1])}, ${first % grid[1]}` : "Patch";
@@ -48,14 +49,14 @@ export function makeInspector() {
     if (!part?.width || view.pin < 0 || chosen.image !== view.image) return;
     cosine.hidden = false;
     cosine.textContent = "cosine to the chosen patch: " + columns.filter(({part}) => part.width).map(({title, part, entry}) =>
-      `${title} ${written(cosines(part.features(chosen.image), part.width, patchIn(entry.grid, pinned()))[patchIn(entry.grid, chosen)])}`).join(", ");
+      `${title} ${written(cosines(part.features(chosen.image), part.width, patchIn(entry.place, pinned()))[patchIn(entry.place, chosen)])}`).join(", ");
   }
 
   function drawHistory(chosen, columns) {
     const wanted = JSON.stringify([chosen, view.head, columns.map(c => [c.title, c.layer, c.run.name, c.run.kept.size, c.run.steps.length])]);
     if (wanted !== known) {
       known = wanted;
-      const patchAt = entry => entry ? patchIn(entry.grid, chosen) : -1;
+      const patchAt = entry => entry ? patchIn(entry.place, chosen) : -1;
       curves = columns.map(({run, layer, role, side}) => ({
         className: `${classOf(role)} mean${side ? " other" : ""}`, dotted: true, id: wanted,
         points: run.steps.map((step, at) => [step.step, run.weight(at, role, layer, chosen.image, view.head, patchAt(run.entry(at, role, layer)))])
@@ -126,13 +127,16 @@ function drawFacts(facts, columns) {
     [title, `${entry.model || "model"}, ${entry.name}`],
     ["rows are", `${entry.kind === "distribution" ? "distributions" : entry.kind}${entry.mixed ? ", mixed" : ""}`],
     ["query", entry.query || "not told"], ["places known", entry.places || "not told"],
-    ["patches", `${entry.grid[0]} × ${entry.grid[1]}`],
+    ["patches", `${entry.grid[0]} × ${entry.grid[1]}${entry.geometry ? placeInWords(entry.place) : ""}`],
   ]);
   const text = JSON.stringify(told);
   if (facts.dataset.text === text) return;
   facts.dataset.text = text;
   facts.replaceChildren(...told.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
 }
+
+const placeInWords = ({origin, cell}) =>
+  ` of ${cell.map(side => written(side)).join(" × ")} pixels, the first at ${origin.map(pixels => written(pixels)).join(", ")}`;
 
 // Steps whose blocks the history needs, evenly spaced, the shown one first.
 export function stepsOfHistory(run) {

@@ -58,29 +58,6 @@ export function peakOf(values) {
   return p ? Math.max(...p) * p.length : NaN;
 }
 
-// Which patch of a grid each pixel of an image lies in, along one side, as nearest-neighbour interpolation has it.
-function patchOfPixel(pixels, patches) {
-  const ratio = Math.fround(patches / pixels);
-  return Uint32Array.from({length: pixels}, (_, x) => Math.min(patches - 1, Math.floor(Math.fround(x * ratio))));
-}
-
-// Intersection over union of a mask of patches with each object, objects being Uint8Arrays of pixels.
-export function overlaps(mask, [gh, gw], objects, [height, width]) {
-  const down = patchOfPixel(height, gh), across = patchOfPixel(width, gw);
-  return objects.map(object => {
-    let both = 0, either = 0;
-    for (let y = 0, i = 0; y < height; y++) {
-      const row = down[y] * gw;
-      for (let x = 0; x < width; x++, i++) {
-        const inside = mask[row + across[x]];
-        both += inside & object[i];
-        either += inside | object[i];
-      }
-    }
-    return either ? both / either : NaN;
-  });
-}
-
 export const meanOf = values => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 // Cosine of one patch's features to those of all, from (N, K) numbers.

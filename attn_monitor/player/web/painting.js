@@ -1,18 +1,20 @@
 // Draws one map on a canvas: photograph, colours, outlines of mask and ground truth, cursor.
 import {colourDifference, colourMap, MASK_COLOUR, MISSING, TRUTH_COLOUR} from "./colours.js";
 import {entropyOf, isFinite32, massMask} from "./numbers.js";
+import {boxOf, unseenBands} from "./places.js";
 
 const PRACTICALLY_UNIFORM = 0.995; // entropy above which which patches are largest is noise, and nothing is outlined
 
 const scratch = document.createElement("canvas");
 
 // Make the canvas a whole number of pixels for each patch, at least as fine as it is shown.
-export function fitCanvas(canvas, [gh, gw], [height, width], cssWidth) {
-  const across = Math.max(4, Math.min(64, Math.ceil(cssWidth * Math.min(2, devicePixelRatio) / gw)));
-  const down = Math.max(1, Math.round(across * (height / gh) / (width / gw)));
-  if (canvas.width !== across * gw || canvas.height !== down * gh) {
-    canvas.width = across * gw;
-    canvas.height = down * gh;
+export function fitCanvas(canvas, {cell, size}, cssWidth) {
+  const across = Math.max(4, Math.min(64, Math.ceil(cssWidth * Math.min(2, devicePixelRatio) * cell[1] / size[1])));
+  const down = Math.max(1, Math.round(across * cell[0] / cell[1]));
+  const [height, width] = [down, across].map((pixels, axis) => Math.max(1, Math.round(pixels * size[axis] / cell[axis])));
+  if (canvas.width !== width || canvas.height !== height) {
+    canvas.width = width;
+    canvas.height = height;
   }
 }
 
@@ -22,7 +24,7 @@ export function outlined(values, threshold) {
 }
 
 // `content` is one of {values, scale}, {a, b} for a difference, {colours}; all over `photo`.
-export function paintMap(canvas, {photo, grid, content, opacity, table, mask, truths, size, cursor, pin, clip}) {
+export function paintMap(canvas, {photo, place, content, opacity, table, mask, truths, cursor, pin, clip}) {
   const context = canvas.getContext("2d"), {width, height} = canvas;
   context.save();
   if (clip) {
@@ -31,11 +33,12 @@ export function paintMap(canvas, {photo, grid, content, opacity, table, mask, tr
     context.clip();
   }
   paintPhoto(context, photo, content ? Math.min(1, 2 * opacity) : 0, width, height);
-  if (content) paintContent(context, content, grid, opacity, table, width, height);
-  if (truths?.length) strokeTruths(context, truths, size, width, height);
-  if (mask) strokeMask(context, mask, grid, width, height, MASK_COLOUR, lineOf(width));
-  if (pin >= 0) strokeCell(context, pin, grid, width, height, true);
-  if (cursor >= 0) strokeCell(context, cursor, grid, width, height, false);
+  if (content) paintContent(context, content, place, opacity, table, width, height);
+  if (content && opacity > 0) paintUnseen(context, unseenBands(place, width, height), width);
+  if (truths?.length) strokeTruths(context, truths, place.size, width, height);
+  if (mask) strokeMask(context, mask, place, width, height, MASK_COLOUR, lineOf(width));
+  if (pin >= 0) strokeCell(context, pin, place, width, height, true);
+  if (cursor >= 0) strokeCell(context, cursor, place, width, height, false);
   context.restore();
 }
 
@@ -92,8 +95,8 @@ function greyOf(photo) {
   return greys.get(photo);
 }
 
-function paintContent(context, content, [gh, gw], opacity, table, width, height) {
-  const {values, scale, a, b, colours} = content;
+function paintContent(context, content, place, opacity, table, width, height) {
+  const {values, scale, a, b, colours} = content, [gh, gw] = place.grid, box = boxOf(place, width, height);
   const known = [values, a, b].filter(Boolean);
   if (!known.every(isFinite32)) {
     context.fillStyle = MISSING;
@@ -112,20 +115,50 @@ function paintContent(context, content, [gh, gw], opacity, table, width, height)
   }
   small.putImageData(image, 0, 0);
   context.imageSmoothingEnabled = false;
-  context.drawImage(scratch, 0, 0, width, height);
+  context.drawImage(scratch, box.x, box.y, box.width, box.height);
 }
 
-// The inner border of a mask of patches.
-function strokeMask(context, mask, [gh, gw], width, height, colour, line) {
-  const w = width / gw, h = height / gh, inside = (y, x) => y >= 0 && x >= 0 && y < gh && x < gw && mask[y * gw + x];
+// Parts of the image that no patch sees are dark and hatched.
+function paintUnseen(context, bands, width) {
+  if (!bands.length) return;
+  const line = lineOf(width), period = 6 * line;
+  context.save();
+  context.beginPath();
+  for (const band of bands) context.rect(...band);
+  context.clip();
+  context.fillStyle = "rgba(12, 12, 16, 0.7)";
+  context.fill();
+  context.strokeStyle = "rgba(150, 150, 160, 0.5)";
+  context.lineWidth = line;
+  context.beginPath();
+  for (let x = 0; x < width + context.canvas.height; x += period) {
+    context.moveTo(x, 0);
+    context.lineTo(x - context.canvas.height, context.canvas.height);
+  }
+  context.stroke();
+  context.restore();
+}
+
+// The inner border of a mask of patches, of what the canvas has of them.
+function strokeMask(context, mask, place, width, height, colour, line) {
+  const [gh, gw] = place.grid, inside = (y, x) => y >= 0 && x >= 0 && y < gh && x < gw && mask[y * gw + x];
   context.fillStyle = colour;
   for (let y = 0; y < gh; y++) for (let x = 0; x < gw; x++) {
     if (!mask[y * gw + x]) continue;
-    if (!inside(y - 1, x)) context.fillRect(x * w, y * h, w, line);
-    if (!inside(y + 1, x)) context.fillRect(x * w, (y + 1) * h - line, w, line);
-    if (!inside(y, x - 1)) context.fillRect(x * w, y * h, line, h);
-    if (!inside(y, x + 1)) context.fillRect((x + 1) * w - line, y * h, line, h);
+    const {left, top, right, bottom} = cellOf(place, y, x, width, height);
+    if (!inside(y - 1, x)) context.fillRect(left, top, right - left, line);
+    if (!inside(y + 1, x)) context.fillRect(left, bottom - line, right - left, line);
+    if (!inside(y, x - 1)) context.fillRect(left, top, line, bottom - top);
+    if (!inside(y, x + 1)) context.fillRect(right - line, top, line, bottom - top);
   }
+}
+
+function cellOf(place, row, column, width, height) {
+  const {x, y, w, h} = boxOf(place, width, height), within = (a, most) => Math.max(0, Math.min(most, a));
+  return {
+    left: within(x + column * w, width), right: within(x + (column + 1) * w, width),
+    top: within(y + row * h, height), bottom: within(y + (row + 1) * h, height),
+  };
 }
 
 const borders = new WeakMap();
@@ -158,12 +191,12 @@ function strokeTruths(context, truths, size, width, height) {
 }
 
 // One patch, in white on black, so that it is seen on every colour; a chosen one is thicker.
-function strokeCell(context, patch, [gh, gw], width, height, thick) {
-  const w = width / gw, h = height / gh, line = lineOf(width) * (thick ? 1.5 : 1);
-  const x = (patch % gw) * w, y = Math.floor(patch / gw) * h;
+function strokeCell(context, patch, place, width, height, thick) {
+  const columns = place.grid[1], line = lineOf(width) * (thick ? 1.5 : 1);
+  const {left, top, right, bottom} = cellOf(place, Math.floor(patch / columns), patch % columns, width, height);
   for (const [colour, breadth] of [["#000", 3 * line], ["#fff", line]]) {
     context.strokeStyle = colour;
     context.lineWidth = breadth;
-    context.strokeRect(x, y, w, h);
+    context.strokeRect(left, top, right - left, bottom - top);
   }
 }

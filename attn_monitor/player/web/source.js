@@ -1,5 +1,6 @@
 // Runs as the page knows them: their facts, and their blocks of numbers, from this file or from a server.
 import {fromHalves} from "./numbers.js";
+import {makePlace} from "./places.js";
 
 export const PHOTOGRAPH = "photograph"; // what happens in the document when one can be drawn
 const MOST_BYTES = 192 * 2 ** 20; // of decoded blocks that are kept; the oldest go first
@@ -36,7 +37,9 @@ class Run {
   }
 
   layout(at) {
-    return this.layouts[this.steps[at].layout];
+    const layout = this.layouts[this.steps[at].layout];
+    for (const entry of layout) entry.place ??= makePlace(entry.grid, entry.geometry, this.size);
+    return layout;
   }
 
   entry(at, role, layer) {

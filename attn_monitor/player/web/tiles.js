@@ -1,8 +1,9 @@
 // A tile: one map on a canvas, with its caption, that tells which patch the pointer is on.
 import {RUN_COLOURS} from "./colours.js";
-import {cosines, entropyOf, isFinite32, massMask, meanOf, overlaps, peakOf, percent, shareOf} from "./numbers.js";
+import {cosines, entropyOf, isFinite32, massMask, meanOf, peakOf, percent, shareOf} from "./numbers.js";
 import {fitCanvas, lineOf, outlined, paintMap} from "./painting.js";
-import {atOf, change, chosenPatch, firstGrid, hover, now, patchIn, pinned, runA, shownLayer, view} from "./view.js";
+import {overlaps, patchAt, patchIn} from "./places.js";
+import {atOf, change, chosenPatch, firstPlace, hover, now, pinned, runA, shownLayer, view} from "./view.js";
 
 // An element with attributes and children; text is text, never HTML.
 export function el(tag, attributes = {}, ...children) {
@@ -32,7 +33,7 @@ export function makeTile({large, onpick}) {
   const caption = el(large ? "figcaption" : "span", {class: "caption"});
   const element = large ? el("figure", {class: "tile large"}, canvas, caption)
     : el("button", {class: "tile", type: "button", onclick: onpick}, canvas, caption);
-  const tile = {element, canvas, caption, grid: null, image: 0, width: 0};
+  const tile = {element, canvas, caption, place: null, image: 0, width: 0};
   canvas.addEventListener("pointermove", event => {
     if (large && view.compare === "swipe" && event.buttons && now.runs[1]) change({swipe: fractionOf(event, canvas)});
     hover(placeOf(event, tile));
@@ -55,19 +56,20 @@ function fractionOf(event, canvas) {
   return Math.max(0, Math.min(1, (event.clientX - box.left) / box.width));
 }
 
-function placeOf(event, {canvas, grid, image}) {
-  if (!grid) return null;
+// The patch below the pointer; null where there is none.
+function placeOf(event, {canvas, place, image}) {
+  if (!place) return null;
   const box = canvas.getBoundingClientRect();
-  const within = (position, count) => Math.max(0, Math.min(count - 1, Math.floor(position * count)));
-  const x = within((event.clientX - box.left) / box.width, grid[1]);
-  const y = within((event.clientY - box.top) / box.height, grid[0]);
-  return {image, patch: y * grid[1] + x, grid};
+  const within = (position, pixels) => Math.max(0, Math.min(pixels - 1e-3, position * pixels));
+  const y = within((event.clientY - box.top) / box.height, place.size[0]);
+  const patch = patchAt(place, [y, within((event.clientX - box.left) / box.width, place.size[1])]);
+  return patch < 0 ? null : {image, patch, place};
 }
 
 // Choose a patch, or let go of the one that was chosen. Where features are stored, its cosine to all is shown.
 function pin(place) {
   if (!place) return;
-  const patch = patchIn(firstGrid(), place), same = view.pin === patch && view.image === place.image;
+  const patch = patchIn(firstPlace(), place), same = view.pin === patch && view.image === place.image;
   const show = same ? (view.show === "cosine" ? "attention" : view.show) : hasFeatures() ? "cosine" : view.show;
   change({pin: same ? -1 : patch, image: place.image, show});
 }
@@ -84,14 +86,14 @@ export function hasColours() {
 const STEPS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
 
 // With the keyboard: arrows move the cursor from patch to patch, Enter chooses, Escape leaves.
-function walk(event, {grid, image}) {
-  if (!grid || event.ctrlKey || event.metaKey || event.altKey) return;
-  const step = STEPS[event.key], [gh, gw] = grid;
+function walk(event, {place, image}) {
+  if (!place || event.ctrlKey || event.metaKey || event.altKey) return;
+  const step = STEPS[event.key], [gh, gw] = place.grid;
   if (step) {
-    const from = now.hover?.image === image ? patchIn(grid, now.hover) : view.pin >= 0 ? patchIn(grid, pinned()) : gw * (gh >> 1) + (gw >> 1);
+    const from = now.hover?.image === image ? patchIn(place, now.hover) : view.pin >= 0 ? patchIn(place, pinned()) : gw * (gh >> 1) + (gw >> 1);
     const y = Math.max(0, Math.min(gh - 1, Math.floor(from / gw) + step[0]));
     const x = Math.max(0, Math.min(gw - 1, from % gw + step[1]));
-    hover({image, patch: y * gw + x, grid});
+    hover({image, patch: y * gw + x, place});
   } else if (event.key === "Enter" || event.key === " ") {
     pin(now.hover);
   } else if (event.key === "Escape") {
@@ -108,7 +110,7 @@ function walk(event, {grid, image}) {
 export function drawTile(tile, column, image, head, {large = false} = {}) {
   const parts = partsOf(column), [first, second] = parts;
   tile.image = image;
-  tile.grid = first.entry?.grid ?? null;
+  tile.place = first.entry?.place ?? null;
   const missing = parts.find(({entry}) => !entry || head >= entry.heads);
   const waits = !missing && parts.some(({part}) => !part); // what is drawn is of another step as yet
   tile.element.classList.toggle("absent", Boolean(missing?.entry));
@@ -121,14 +123,14 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
     return;
   }
   if (waits) return;
-  fitCanvas(tile.canvas, tile.grid, first.run.size, tile.width || 64);
+  fitCanvas(tile.canvas, tile.place, tile.width || 64);
   const maps = parts.map(({run, at, layer}) => run.map(at, column.role, layer, image, head));
   const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length;
   const common = {
-    photo: first.run.pictures[image], grid: tile.grid, opacity: view.opacity, table: view.table, size: first.run.size,
+    photo: first.run.pictures[image], place: tile.place, opacity: view.opacity, table: view.table,
     truths: view.truth ? first.run.truths[image] : [],
-    cursor: now.hover?.image === image ? patchIn(tile.grid, now.hover) : -1,
-    pin: large && view.image === image ? patchIn(tile.grid, pinned()) : -1,
+    cursor: now.hover?.image === image ? patchIn(tile.place, now.hover) : -1,
+    pin: large && view.image === image ? patchIn(tile.place, pinned()) : -1,
   };
   const contentOf = index => contentFor(parts[index], maps[index], image, large);
   const maskOf = values => view.mask && !(large && view.show !== "attention") ? outlined(values, view.threshold) : null;
@@ -137,7 +139,7 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   } else {
     paintMap(tile.canvas, {...common, content: contentOf(0), mask: maskOf(maps[0])});
     if (second) {
-      paintMap(tile.canvas, {...common, content: contentOf(1), mask: maskOf(maps[1]), grid: second.entry.grid, clip: view.swipe});
+      paintMap(tile.canvas, {...common, content: contentOf(1), mask: maskOf(maps[1]), place: second.entry.place, clip: view.swipe});
       strokeDivider(tile.canvas);
     }
   }
@@ -170,7 +172,7 @@ function caption({caption: element}, parts) {
 
 function contentFor({part, entry}, values, image, large) {
   if (large && view.show === "colors" && part.colours(image)) return {colours: part.colours(image)};
-  const chosen = patchIn(entry.grid, pinned());
+  const chosen = patchIn(entry.place, pinned());
   if (large && view.show === "cosine" && part.width && chosen >= 0) {
     return {values: cosines(part.features(image), part.width, chosen), scale: "cosine"};
   }
@@ -193,13 +195,13 @@ function numbersOf({run, entry}, values, image, head, large) {
   const objects = signed ? [] : run.truths[image]; // there is no mask of weights of which some are negative
   add("H", fixed(entropyOf(values), 2), "entropy over patches: 1 uniform, 0 one patch");
   if (!large) {
-    if (objects.length && view.truth) add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap with ground truth");
+    if (objects.length && view.truth) add("IoU", meanOf(overlaps(mask, entry.place, objects)).toFixed(2), "overlap with ground truth");
     return stats;
   }
   add("mask", percent(signed ? NaN : shareOf(mask)), "area of the mask");
   add("peak", signed ? "–" : `${fixed(peakOf(values), 1)}×`, "largest weight, in units of uniform attention");
   if (objects.length) {
-    add("IoU", meanOf(overlaps(mask, entry.grid, objects, run.size)).toFixed(2), "overlap of the mask with ground truth, mean over objects");
+    add("IoU", meanOf(overlaps(mask, entry.place, objects)).toFixed(2), "overlap of the mask with ground truth, mean over objects");
   }
   return stats;
 }

@@ -8,7 +8,7 @@ const DEFAULTS = {
 
 export const view = {...DEFAULTS};
 
-// What is of the moment only: the patch of a grid below the pointer, {image, patch, grid}, whether it plays, and the runs.
+// What is of the moment only: the patch of a grid below the pointer, {image, patch, place}, whether it plays, and the runs.
 export const now = {hover: null, playing: false, runs: [], at: 0, drawn: new Set()};
 
 let asked = false;
@@ -20,8 +20,7 @@ export function change(changes = {}) {
 }
 
 export function hover(place) {
-  const same = ["image", "patch", "grid"].every(key => String(place?.[key]) === String(now.hover?.[key]));
-  if (same) return;
+  if (JSON.stringify(place) === JSON.stringify(now.hover)) return;
   now.hover = place;
   ask();
 }
@@ -47,16 +46,9 @@ export function chosenPatch() {
 }
 
 // A link names a patch of the grid of the role that stands first.
-export const pinned = () => ({image: view.image, patch: view.pin, grid: firstGrid()});
+export const pinned = () => ({image: view.image, patch: view.pin, place: firstPlace()});
 
-export const firstGrid = () => runA().layout(now.at).find(entry => entry.layer === shownLayer()).grid;
-
-// The patch of a grid that lies where a patch of another grid has its middle; -1 where there is none.
-export function patchIn([gh, gw], {patch, grid: [rows, columns]}) {
-  if (patch < 0 || patch >= rows * columns) return -1;
-  const y = Math.floor((Math.floor(patch / columns) + 0.5) / rows * gh);
-  return y * gw + Math.floor((patch % columns + 0.5) / columns * gw);
-}
+export const firstPlace = () => runA().layout(now.at).find(entry => entry.layer === shownLayer()).place;
 
 export const runA = () => now.runs[0];
 export const runB = () => now.runs[1];

@@ -35,13 +35,27 @@ Borders = tuple[list[float], list[float]]
 """Of rows and of columns, in pixels of the image."""
 
 
-class Inside(nn.Module):
-    """Does something to its images, then a ViT whose patch embedding is a convolution that drops what is left over."""
+class CutOut(nn.Linear):
+    """A linear layer on patches of the image, as many as are whole."""
 
-    def __init__(self, change: Callable[[Tensor], Tensor], grid: tuple[int, int]) -> None:
+    def __init__(self) -> None:
+        super().__init__(3 * PATCH**2, DIM)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+        return super().forward(patches).transpose(1, 2)[..., None]
+
+
+class Inside(nn.Module):
+    """Does something to its images, then a ViT whose patch embedding drops what is left over.
+
+    It is a convolution, or ``linear`` on patches that are cut out.
+    """
+
+    def __init__(self, change: Callable[[Tensor], Tensor], grid: tuple[int, int], linear: bool = False) -> None:
         super().__init__()
         self.change = change
-        self.proj = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.proj = CutOut() if linear else nn.Conv2d(3, DIM, PATCH, PATCH)
         self.pos_embed = nn.Parameter(torch.randn(1, grid[0] * grid[1], DIM))
         self.cls_token = nn.Parameter(torch.randn(1, 1, DIM))
         self.blocks = nn.ModuleList(Block(MemEffAttention()) for _ in range(2))
@@ -100,10 +114,11 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int], tuple[int, i
 }
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["convolution", "linear"])
 @pytest.mark.parametrize("name", CASES)
-def test_borders_and_distance_are_in_the_images_own_pixels(name: str) -> None:
+def test_borders_and_distance_are_in_the_images_own_pixels(name: str, linear: bool) -> None:
     change, grid, size, borders = CASES[name]
-    model, images = enliven(Inside(change, grid)).eval(), noise(*size)
+    model, images = enliven(Inside(change, grid, linear)).eval(), noise(*size)
     probe = ProbeBatch(images, mean=(0, 0, 0), std=(1, 1, 1))
     attention = AttentionMonitor(probe, metrics="all").snapshot({"backbone": model}, step=0).layer("backbone")
     assert attention.places == "exact"
@@ -186,6 +201,32 @@ def test_library_models_of_sizes_that_are_no_multiple(
     matrix = attention_matrices(model, images, lambda m, x: m(x, **extra))[-1]
     assert attention.distance is not None
     torch.testing.assert_close(attention.distance.double(), distance(matrix, grid, borders), rtol=1e-3, atol=1e-2)
+
+
+class Pyramid(nn.Module):
+    """Attention over patches of 4 pixels, then over 2 × 2 of them; those left over are padded, or left out."""
+
+    def __init__(self, pads: bool) -> None:
+        super().__init__()
+        self.pads = pads
+        self.proj, self.merge = nn.Conv2d(3, DIM, 4, 4), nn.Linear(4 * DIM, DIM)
+        self.first, self.second = Block(MemEffAttention()), Block(MemEffAttention())
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.proj(images)
+        height, width = x.shape[-2:]
+        x = self.first(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (height, width))
+        x = F.pad(x, (0, width % 2, 0, height % 2)) if self.pads else x
+        merged: Tensor = self.second(self.merge(F.unfold(x, 2, stride=2).transpose(1, 2)))
+        return merged.mean(1)
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_coarser_layers_of_a_pyramid(pads: bool) -> None:
+    fine, coarse = record_attention(enliven(Pyramid(pads)).eval(), noise(36, 48), layers="all", query="mean")
+    assert borders_of(fine, (36, 48)) == (whole(9, 36), whole(12, 48))
+    assert borders_of(coarse, (36, 48)) == (steps(0, 5 if pads else 4, 36), whole(6, 48))
+    assert coarse.places == "exact"
 
 
 def test_where_patches_are_costs_three_images_at_most() -> None:

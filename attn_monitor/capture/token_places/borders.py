@@ -1,0 +1,95 @@
+"""Where patches lie that no convolution makes: the first pixels that two of their rows and columns see.
+
+A patch embedding that cuts its patches out and multiplies them has no stride to go by. Where its patches do not tile
+the image, mosaics fail and only the order of tokens is known, by their centres. Then the first pixel that a row of
+patches sees is looked for by halving, and mosaics are asked about once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.token_places.layout import TokenLayout
+from attn_monitor.capture.token_places.mosaics import read_mosaics
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import noise_images
+from attn_monitor.capture.token_places.tokens import SiteTokens
+from attn_monitor.grid_geometry import GridGeometry
+
+_SEED = 3
+
+
+def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> bool:
+    """Place sites of which the order of tokens is known exactly, where it can be; whether some were."""
+    ranked = {key: site.layout for key in keys if (site := search.sites[key]).layout is not None}
+    if search.convs or not ranked:
+        return False
+    key, layout = next((k, o) for k, o in ranked.items() if o is not None)
+    geometry = _measured(search, key, layout)
+    if geometry is None:
+        return False
+    alike = {k: o for k, o in ranked.items() if o is not None and o.grid == layout.grid}
+    queries = {k: search.sites[k].patch_queries for k in alike}
+    for k in alike:
+        search.sites[k].layout, search.sites[k].patch_queries = None, {}
+    read_mosaics(search, [PatchConv(layout.grid, geometry, disjoint=True)])
+    for k, before in alike.items():
+        site = search.sites[k]
+        if site.layout is None and not site.reason:
+            site.layout, site.patch_queries = replace(before, geometry=geometry), queries[k]
+    return any(search.sites[k].layout is not None for k in alike)
+
+
+def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeometry | None:
+    """Origin and size of cells of whole pixels; None where the first pixels are not those of equal cells."""
+    if min(layout.grid) < 3:
+        return None
+    asked = [(axis, index) for axis, cells in enumerate(layout.grid) for index in (1, cells - 1)]
+    first = _first_pixels(search, key, layout, asked)
+    origin, cell = [], []
+    for axis, cells in enumerate(layout.grid):
+        one, last = first[2 * axis : 2 * axis + 2]
+        size, left = divmod(last - one, cells - 2)
+        if left or size < 1:
+            return None
+        origin.append(float(one - size))
+        cell.append(float(size))
+    return GridGeometry(tuple(origin), tuple(cell)).unless_whole(layout.grid, search.size)
+
+
+def _first_pixels(
+    search: PlaceSearch, key: SiteKey, layout: TokenLayout, asked: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The first pixel along an axis that a row of patches (axis 0), or a column (axis 1), sees: for each one asked."""
+    one, other = noise_images(search.images, 2, seed=12)
+    before = search.silent_model(one[None], _SEED).sites[key]
+    low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # it is from low on, and below high
+    while any(b - a > 1 for a, b in zip(low, high, strict=True)):
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        images = torch.stack([_begun(one, other, axis, end) for (axis, _), end in zip(asked, middle, strict=True)])
+        after = search.silent_model(images, _SEED).sites[key]
+        moved = _moved(before, after)[:, list(layout.patches)].unflatten(1, layout.grid)
+        for number, (axis, index) in enumerate(asked):
+            if bool(moved[number].select(axis, index).any()):
+                high[number] = middle[number]
+            else:
+                low[number] = middle[number]
+    return low
+
+
+def _begun(image: Tensor, other: Tensor, axis: int, end: int) -> Tensor:
+    """The (C, H, W) image with another's pixels before ``end`` along an axis."""
+    changed = image.clone()
+    changed.narrow(1 + axis, 0, end).copy_(other.narrow(1 + axis, 0, end))
+    return changed
+
+
+def _moved(before: SiteTokens, after: SiteTokens) -> Tensor:
+    return relative_change(after.v, before.v) > before.threshold / 4

@@ -25,6 +25,7 @@ from attn_monitor.draw.single import PixelPictures
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.errors import ArchiveError
 from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.offline.compare import compare_runs
 from attn_monitor.offline.report import report
 from tests.browser import CHROMIUM, browsing, pixels_of
 from tests.oracle import attention_matrices
@@ -360,6 +361,20 @@ def test_what_no_patch_sees_is_said_and_stays_the_same() -> None:
     assert not (one[:, :64, :64] == other[:, :64, :64]).all()
     assert attention_at(DROPS).seen_share((79, 79)) == pytest.approx((64 / 79) ** 2)
     assert attention_at(None).seen_share((79, 79)) == 1
+
+
+def test_runs_whose_patches_are_elsewhere_are_not_compared(tmp_path: Path) -> None:
+    for name, geometry in (("drops", DROPS), ("crops", GridGeometry((7.0, 7.0), (16.0, 16.0))), ("older", None)):
+        (tmp_path / name).mkdir()
+        ProbeBatch(torch.zeros(1, 3, 79, 79)).save(tmp_path / name / "probe.npz")
+        snapshot_of(attention_at(geometry, hot=5)).save(tmp_path / name / "step-000000000.npz")
+    with pytest.raises(ArchiveError, match=r"its place of patches is 16 × 16 pixels each from .0, 0. on in"):
+        compare_runs(tmp_path / "drops", tmp_path / "crops")
+    found = compare_runs(tmp_path / "older", tmp_path / "drops")
+    ((_, picture),) = found.pictures(0, every_layer=False, options=DrawingOptions())
+    same = compare_runs(tmp_path / "drops", tmp_path / "drops")
+    ((_, expected),) = same.pictures(0, every_layer=False, options=DrawingOptions())
+    np.testing.assert_array_equal(picture[100:], expected[100:], "but for the names of the runs")
 
 
 @pytest.mark.skipif(CHROMIUM is None or shutil.which("chromium") is None, reason="needs Debian's chromium")

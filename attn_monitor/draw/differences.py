@@ -107,7 +107,8 @@ def _section(
     both = [mean_and_heads(snapshot.maps(*key)[image], options.heads) for snapshot in pair]
     labels = both[0][1]
     side = min(CELL, SHEET_WIDTH // (len(labels) + 1))
-    painter = CellPainter(photo, attention.grid, options, side, truth, attention.geometry)
+    geometry = attention.geometry or pair[1].layer(*key).geometry  # not in older files
+    painter = CellPainter(photo, attention.grid, options, side, truth, geometry)
     rows: list[Row] = []
     for letter, (maps, _) in zip("AB", both, strict=True):
         said = map_statistics(maps, options.threshold)

@@ -184,6 +184,7 @@ def _common_layers(a: Side, b: Side, pair: Pair) -> tuple[list[tuple[str, int]],
             "grid": (x.grid, y.grid),
             "number of heads": (x.rows.shape[1], y.rows.shape[1]),
             "query": (x.query or y.query, y.query or x.query),  # not in older files
+            "place of patches": (x.geometry or y.geometry, y.geometry or x.geometry),
         }.items():
             if values[0] != values[1]:
                 raise ArchiveError(

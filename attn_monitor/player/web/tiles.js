@@ -106,6 +106,9 @@ function walk(event, {place, image}) {
   event.stopPropagation();
 }
 
+// Older archives do not know where patches are.
+const atOnePlace = (a, b) => !a.geometry || !b.geometry || JSON.stringify(a.place) === JSON.stringify(b.place);
+
 // Draw a column's map of an image and a head (-1: their mean) and say what it shows.
 export function drawTile(tile, column, image, head, {large = false} = {}) {
   const parts = partsOf(column), [first, second] = parts;
@@ -125,7 +128,7 @@ export function drawTile(tile, column, image, head, {large = false} = {}) {
   if (waits) return;
   fitCanvas(tile.canvas, tile.place, tile.width || 64);
   const maps = parts.map(({run, at, layer}) => run.map(at, column.role, layer, image, head));
-  const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length;
+  const chosen = chosenPatch(), alike = second && maps[0].length === maps[1].length && atOnePlace(first.entry, second.entry);
   const common = {
     photo: first.run.pictures[image], place: tile.place, opacity: view.opacity, table: view.table,
     truths: view.truth ? first.run.truths[image] : [],

@@ -15,10 +15,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from attn_monitor.capture.backbones import find_backbones, resolve_targets
+from attn_monitor.capture.backbones import check_targets, find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.recorder import Verify
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.errors import NoAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.publish.disk_space import check_reserve
@@ -36,7 +37,7 @@ from attn_monitor.train.arguments import (
     import_forward,
 )
 from attn_monitor.train.lightning_images import LightningImages
-from attn_monitor.train.run_state import Targets
+from attn_monitor.train.run_state import NO_TEACHER, Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
 
@@ -176,7 +177,7 @@ class AttentionMapCallback(Base):
         name, rank_zero = self._name_in_tags(trainer), lightning_run.rank_zero(trainer)
         self._session.start(rank_zero, name=name, distributed=trainer.world_size > 1)
         if not lightning_run.configures_late(pl_module):
-            self._session.attempt("finding backbones", lambda: resolve_targets(pl_module, self.targets))
+            self._session.attempt("finding backbones", lambda: check_targets(pl_module, self.targets))
         if not trainer.loggers:
             _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or trainer.default_root_dir))
 
@@ -184,7 +185,8 @@ class AttentionMapCallback(Base):
         """The model is on its device now: discover its attention, on images of the probe's size."""
         if self._session.run.active:
             self._session.run.root = trainer.strategy.model
-            self._session.discover(partial(self._find_targets, trainer, pl_module))
+            if self.monitor is not None or self.targets is not None:
+                self._session.discover(partial(self._find_targets, trainer, pl_module))
 
     def on_validation_batch_start(
         self,
@@ -301,10 +303,19 @@ class AttentionMapCallback(Base):
 
     @contextmanager
     def _find_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Targets]:
-        paths = find_backbones(pl_module) if self.targets is None else self.targets
-        models = resolve_targets(pl_module, paths)
         with trainer.precision_plugin.forward_context():
-            yield Targets(models, paths)
+            paths = self._find_paths(pl_module) if self.targets is None else self.targets
+            models = resolve_targets(pl_module, paths)
+            missed = self.targets is None and teacher_is_missed(pl_module, paths)
+            yield Targets(models, paths, NO_TEACHER.format("targets={'teacher': 'path.of.it', …}") if missed else "")
+
+    def _find_paths(self, pl_module: pl.LightningModule) -> Mapping[str, str]:
+        """By names, the same in all processes; where these fail, rank zero runs modules, which may fail there alone."""
+        images = None if self.monitor is None else self.monitor.probe.images
+        try:
+            return find_backbones(pl_module)
+        except NoAttentionError:
+            return self._session.run.rank_zero.run(lambda: find_backbones(pl_module, images))
 
     def _name_in_tags(self, trainer: pl.Trainer) -> str:
         """What follows the first part of every tag: the name, else a number from the second callback without one on."""

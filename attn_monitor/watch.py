@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attn_monitor import distributed
-from attn_monitor.capture.backbones import find_backbones
+from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
 from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.recorder import Verify
@@ -38,7 +38,7 @@ from attn_monitor.train.probe_search import (
     probe_from_first_batch,
     probe_from_loaders,
 )
-from attn_monitor.train.run_state import Targets
+from attn_monitor.train.run_state import NO_TEACHER, Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
 
@@ -193,11 +193,14 @@ class Watch:
 
     @contextmanager
     def _find_targets(self) -> Iterator[Targets]:
+        images = None if self.monitor is None else self.monitor.probe.images
         if isinstance(self.models, nn.Module):
-            paths, models = find_backbones(self.models), self.models
-            targets = Targets({role: models.get_submodule(path) for role, path in paths.items()}, paths)
+            paths, models = find_backbones(self.models, images), self.models
+            missed = teacher_is_missed(models, paths)
+            note = NO_TEACHER.format("Watch({'student': …, 'teacher': …})") if missed else ""
+            targets = Targets({role: models.get_submodule(path) for role, path in paths.items()}, paths, note)
         else:
-            paths = {role: _only_backbone(model) for role, model in self.models.items()}
+            paths = {role: _only_backbone(model, images) for role, model in self.models.items()}
             targets = Targets({role: m.get_submodule(paths[role]) for role, m in self.models.items()}, paths)
         if distributed.is_on() and any(map(is_sharded, targets.models.values())):
             raise UnsupportedAttentionError(
@@ -216,10 +219,10 @@ def _shuffles(loader: Any) -> bool:
     return sampler is not None and not isinstance(sampler, SequentialSampler)
 
 
-def _only_backbone(model: nn.Module) -> str:
+def _only_backbone(model: nn.Module, images: Tensor | None) -> str:
     """Path of the one backbone in a module, such as a wrapper for multi-crops; the module where none is found."""
     try:
-        found = find_backbones(model)
+        found = find_backbones(model, images)
     except NoAttentionError:
         return ""
     return next(iter(found.values())) if len(found) == 1 else ""

@@ -188,7 +188,7 @@ def test_roles_are_found(name: str) -> None:
     made = build()
     assert find_backbones(made) == expected
     assert list(find_backbones(made)) == list(expected), "student before teacher"
-    for role, found in resolve_targets(made, None).items():
+    for role, found in resolve_targets(made, expected).items():
         assert found is made.get_submodule(expected[role])
 
 

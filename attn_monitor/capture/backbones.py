@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from attn_monitor.capture.block_tokens import CONTAINERS, block_of
+from attn_monitor.capture.isolation import is_sharded
+from attn_monitor.capture.site_cache import structure_of
+from attn_monitor.capture.site_discovery import attends_to_images
 from attn_monitor.errors import NoAttentionError, TargetError
 
 TEACHER = {"teacher", "momentum", "ema", "target", "key"}
@@ -29,13 +35,16 @@ PARTS = {
 """Words beside "teacher" that say what the module is, and not which of several teachers."""
 
 
-def find_backbones(module: nn.Module) -> dict[str, str]:
+def find_backbones(module: nn.Module, images: Tensor | None = None) -> dict[str, str]:
     """Role to dotted path, such as ``{"student": "student.backbone", "teacher": "teacher.backbone"}``.
 
-    A backbone is the smallest module that holds a patch embedding and attention. Roles are read from the words in its
-    path (teacher, momentum, ema, target, key; student, online, anchor, query); one unnamed backbone beside a named
-    one takes the other role, and one alone is called "backbone". A module reachable by two names counts once, by its
-    first name; a teacher may share its patch embedding with the student.
+    A backbone is the smallest module that holds a patch embedding and attention. Where no name tells one, modules are
+    run on ``images`` (B, C, H, W), if there are some: it is the smallest that attends to tokens which come from them.
+    Roles are read from the words in its path (teacher, momentum, ema, target, key; student, online, anchor, query).
+    Where these are silent, a teacher is a frozen backbone with the parameters of a trained one, or is called as that
+    with ``_m`` behind; one unnamed backbone beside a teacher is the student, beside a student the teacher if it is
+    frozen or of the same parameters; and one alone is called "backbone". A module reachable by two names counts once,
+    by its first name; a teacher may share its patch embedding with the student.
 
     Raises `NoAttentionError`, listing what was looked at, when there is none.
     """
@@ -43,6 +52,8 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
     attention = [path for path, m in named if _is_attention(path, m)]
     holders = _holders(module, attention)
     paths = [p for p, _ in named if p in holders and not any(q != p and _inside(q, p) for q in holders)]
+    if not paths and images is not None:
+        paths = _found_by_running(module, images)
     if not paths:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in module.named_children()) or "no submodules"
         if not attention and any(_convolves(m) for _, m in named):
@@ -54,7 +65,63 @@ def find_backbones(module: nn.Module) -> dict[str, str]:
             f"no vision transformer was found in {type(module).__name__}. Looked at {children} for a module that holds "
             "both a patch embedding and attention. Name it yourself: targets={'student': 'path.of.the.backbone'}"
         )
-    return name_roles(paths)
+    return name_roles(paths, dict(named))
+
+
+def modules_to_run(module: nn.Module) -> list[str]:
+    """Paths of the modules that may be backbones though no name tells so, the innermost first.
+
+    They are around attention or around lists of equal blocks; none in a convolutional network.
+    """
+    known = dict(module.named_modules())
+    attention = [path for path, m in known.items() if _is_attention(path, m)]
+    if not attention and any(map(_convolves, known.values())):
+        return []
+    for path, m in known.items():
+        if isinstance(m, CONTAINERS) and len(m._modules) > 1 and len({*map(type, m.children())}) == 1:
+            attention += [f"{path}.{name}".strip(".") for name in m._modules]
+    found = dict[str, None]()
+    for path in attention:
+        above = block_of(path, attention, known) or path
+        while above:
+            above = above.rpartition(".")[0]
+            if not isinstance(known[above], (nn.ModuleList, nn.ModuleDict)):
+                found[above] = None
+    return sorted(found, key=lambda path: -len(path.split(".")) if path else 0)
+
+
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, torch.Size], list[str]]] = weakref.WeakKeyDictionary()
+"""What was found by running, as long as the module's structure and the images' size stay the same."""
+
+
+def _found_by_running(module: nn.Module, images: Tensor) -> list[str]:
+    known, conditions = dict(module.named_modules()), (structure_of(module), images.shape[1:])
+    if is_sharded(module):  # parts of it cannot run alone
+        return []
+    if _FOUND.get(module, (None, []))[0] != conditions:
+        found = list[str]()
+        for path in modules_to_run(module):
+            if not any(_inside(other, path) for other in found) and attends_to_images(known[path], images):
+                found.append(path)
+        _FOUND[module] = conditions, [path for path in known if path in found]
+    return _FOUND[module][1]
+
+
+def teacher_is_missed(module: nn.Module, roles: Iterable[str]) -> bool:
+    """Whether no role is a teacher's though something in the module is called student, teacher, or an average."""
+    if any(role.endswith("teacher") for role in roles):
+        return False
+    names = [
+        *vars(module),
+        *(part for path, m in module.named_modules() if _has_parameters(m) for part in path.split(".")),
+    ]
+    words = {word for name in names for word in _words(name)}
+    return "student" in roles or not {"teacher", "student"}.isdisjoint(words) or _averages(module)
+
+
+def _averages(module: nn.Module) -> bool:
+    paths = [path for path, m in module.named_modules() if _has_parameters(m)]
+    return any(not {"ema", "momentum"}.isdisjoint(_words(path.rpartition(".")[2])) for path in paths)
 
 
 def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
@@ -124,8 +191,11 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def name_roles(paths: list[str]) -> dict[str, str]:
-    """Role to path, by the rules of `find_backbones`; students and backbones before teachers."""
+def name_roles(paths: list[str], modules: Mapping[str, nn.Module] | None = None) -> dict[str, str]:
+    """Role to path, by the rules of `find_backbones`; students and backbones before teachers.
+
+    Without ``modules``, as for names in a checkpoint, by names alone.
+    """
     roles: dict[str, str] = {}
     unnamed = []
     for path in paths:
@@ -134,13 +204,40 @@ def name_roles(paths: list[str]) -> dict[str, str]:
             unnamed.append(path)
         else:
             roles[role if role not in roles else path] = path
+    students = [roles["student"]] if "student" in roles else unnamed
+    pairs = [(s, t) for s in students for t in unnamed if s != t and _is_teacher_of(t, s, modules)]
+    if "teacher" not in roles and len(pairs) == 1:
+        for role, path in zip(("student", "teacher"), pairs[0], strict=True):
+            roles[role] = path
+            unnamed = [other for other in unnamed if other != path]
     if len(unnamed) == 1:
         other = "student" if "teacher" in roles else "teacher" if "student" in roles else "backbone"
-        if other not in roles:
+        if other not in roles and (other != "teacher" or _may_teach(unnamed[0], roles["student"], modules)):
             roles[other] = unnamed.pop()
     roles.update({path: path for path in unnamed})
     order = {"student": 0, "backbone": 0, "teacher": 1}
     return dict(sorted(roles.items(), key=lambda item: order.get(item[0], 2)))
+
+
+def _is_teacher_of(teacher: str, student: str, modules: Mapping[str, nn.Module] | None) -> bool:
+    """By a name such as ``visual_encoder_m`` beside ``visual_encoder``, else by what it is: a frozen copy."""
+    if re.sub(r"_m(?=\.|$)", "", teacher) == student:
+        return True
+    return modules is not None and _is_frozen(modules[teacher]) and _is_copy(modules[teacher], modules[student])
+
+
+def _may_teach(path: str, student: str, modules: Mapping[str, nn.Module] | None) -> bool:
+    return modules is None or _is_frozen(modules[path]) or _is_copy(modules[path], modules[student])
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def _is_copy(module: nn.Module, other: nn.Module) -> bool:
+    """Whether their parameters have the same names and shapes."""
+    one, two = ({name: p.shape for name, p in m.named_parameters()} for m in (module, other))
+    return one == two
 
 
 def role_of(path: str) -> str | None:
@@ -149,7 +246,7 @@ def role_of(path: str) -> str | None:
     Words are whole: there is no "ema" in ``semantic_encoder``. MoCo's encoders end in ``_q`` and ``_k``.
     """
     for part in path.split("."):
-        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)]
+        words = _words(part)
         ending = words[-1] if len(words) > 1 else ""
         if not TEACHER.isdisjoint(words) or ending == "k":
             which = [word for word in words[:-1] if word not in PARTS] if ending == "teacher" else []
@@ -159,11 +256,21 @@ def role_of(path: str) -> str | None:
     return None
 
 
-def resolve_targets(module: nn.Module, targets: Mapping[str, str] | None) -> dict[str, nn.Module]:
-    """Role to module, found by `find_backbones` unless ``targets`` says role to path."""
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+
+
+def check_targets(module: nn.Module, targets: Mapping[str, str] | None) -> None:
+    """Raise where there are no such targets, or, without any given, surely no backbone; without running anything."""
+    if targets is not None:
+        resolve_targets(module, targets)
+    elif not modules_to_run(module):
+        find_backbones(module)
+
+
+def resolve_targets(module: nn.Module, targets: Mapping[str, str]) -> dict[str, nn.Module]:
+    """Role to module; ``targets`` says role to path."""
     known = dict(module.named_modules())
-    if targets is None:
-        return {role: known[path] for role, path in find_backbones(module).items()}
     if not targets:
         raise TargetError("targets={}: expected at least one role, such as {'backbone': 'encoder'}, or None to search")
     for role, path in targets.items():

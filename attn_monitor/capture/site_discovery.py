@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.attention_rows import CallingConvention, Folding, widen
-from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.forward import Forward, default_forward, run_forward
+from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.sharded_models import refuse_split_parameters
@@ -71,6 +72,21 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stacks[index])
         for index, candidate in enumerate(candidates)
     )
+
+
+def attends_to_images(model: nn.Module, images: Tensor) -> bool:
+    """Whether the module runs on images and attends to tokens that come from them."""
+    device, dtype = model_device_dtype(model)
+    one, other = noise_images(images.to(device=device, dtype=dtype), 2)
+    noise, moving = torch.stack([one, one, other]), list[int]()
+    observer = AttentionObserver(
+        lambda key, seen: moving.append(_examine(key, seen).moving), lambda key: 0, images=noise
+    )
+    try:
+        run_forward(model, noise, default_forward, observer, model.named_modules())
+    except AttentionError:  # it is not made for images
+        return False
+    return max(moving, default=0) > 1
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") 
     height, width = fitting_size(loaded, size)
     images = torch.randn(1, 3, height, width)
     try:
-        roles = find_backbones(loaded)
-    except NoAttentionError:  # by its modules' names; running it may tell otherwise
+        roles = find_backbones(loaded, images)
+    except NoAttentionError:  # the whole of it may be run in another way
         roles = {"model": ""}
     for role, path in roles.items():
         backbone = loaded.get_submodule(path)

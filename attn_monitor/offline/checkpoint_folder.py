@@ -83,7 +83,10 @@ def roles_in(checkpoint: Checkpoint, weights: Container[str], key: str | None = 
     most = max(count.values(), default=0)
     places = [place for place in count if count[place] >= NEARLY * most]
     if key is not None:
+        of_role = name_roles(places).get(key)
         places = [place for place in places if f".{key.strip('.')}." in f".{place}." or role_of(place) == key]
+        if not places and of_role is not None:  # known by the other names alone
+            return {key: of_role}
     return name_roles(places)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.backbones import role_of
+from attn_monitor.capture.backbones import name_roles, role_of
 from attn_monitor.errors import CheckpointError
 from attn_monitor.offline.position_embeddings import Grids, find_grids, interpolate
 from attn_monitor.offline.weight_conversions import convert, shortened
@@ -146,7 +146,12 @@ def _chosen(fits: Sequence[Fit], key: str) -> list[Fit]:
     """The one of exactly this prefix, else those of which it is a part or the role."""
     key = key.rstrip(".")
     exactly = [fit for fit in fits if fit.prefix.rstrip(".") == key]
-    return exactly or [fit for fit in fits if key and (f".{key}." in f".{fit.prefix}" or role_of(fit.prefix) == key)]
+    of_role = name_roles([fit.prefix.rstrip(".") for fit in fits]).get(key)
+    return exactly or [
+        fit
+        for fit in fits
+        if key and (f".{key}." in f".{fit.prefix}" or role_of(fit.prefix) == key or fit.prefix.rstrip(".") == of_role)
+    ]
 
 
 def _rank(fit: Fit) -> tuple[int, int, int, str]:

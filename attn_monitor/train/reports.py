@@ -42,6 +42,7 @@ def found_text(
     schedule: Schedule,
     seconds: float,
     folder: Path | None,
+    note: str = "",
 ) -> str:
     """One line: roles with their paths, layers, heads, grid, images and their statistics, schedule, cost, archive."""
     groups: dict[str, list[str]] = {}
@@ -54,6 +55,7 @@ def found_text(
     return "; ".join(
         [
             *models,
+            *([note] if note else []),
             images_text(probe),
             f"a snapshot {schedule}, {cost}",
             "no archive" if folder is None else f"archive in {folder}",

@@ -22,11 +22,15 @@ from attn_monitor.train.wiring_watch import WiringWatch
 HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure
 
 
+NO_TEACHER = "no teacher was found; name it by {}"
+
+
 class Targets(NamedTuple):
     """What is watched now: role to model, and role to the model's path for people."""
 
     models: Mapping[str, nn.Module]
     paths: Mapping[str, str]
+    note: str = ""  # what was not found
 
 
 FindTargets = Callable[[], AbstractContextManager[Targets]]

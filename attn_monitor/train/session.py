@@ -103,7 +103,7 @@ class Session:
         """Find the attention of the models on images of the probe's size, if there are any."""
 
         def find() -> None:
-            with targets() as (models, _):
+            with targets() as (models, *_):
                 if self.monitor is not None:
                     self._check(self.monitor, models)
 
@@ -345,7 +345,7 @@ class Session:
     ) -> AttentionSnapshot:
         run, monitor = self.run, self.monitor
         assert monitor is not None
-        with targets() as (models, paths):
+        with targets() as (models, paths, note):
             looked_at = {role: model for role, model in models.items() if role not in paused} or models
             if not run.cost.snapshots:
                 with run.cost.of_discovery():
@@ -364,7 +364,7 @@ class Session:
         for text in monitor.left_out():
             run.failures.note(text)
         if not run.cost.snapshots and run.rank_zero.is_here:
-            run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started)
+            run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started, note)
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
         if run.publisher is not None:
             run.publisher.publish(snapshot)
@@ -372,11 +372,13 @@ class Session:
                 self._find(lambda: self._watch_wiring(models, step), step)
         return snapshot
 
-    def _open_publisher(self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float) -> Publisher:
+    def _open_publisher(
+        self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float, note: str
+    ) -> Publisher:
         """Tell what was found, which the loggers get with the first snapshot. ``seconds`` are those it has taken."""
         run = self.run
         found = reports.found_text(
-            monitor.found(), paths, monitor.probe, schedule=self.schedule, seconds=seconds, folder=run.folder
+            monitor.found(), paths, monitor.probe, schedule=self.schedule, seconds=seconds, folder=run.folder, note=note
         )
         self.inform(found)
         return Publisher(

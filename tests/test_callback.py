@@ -388,7 +388,7 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], text: str) -> 
 
 
 def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
-    """A probe forward that starts to fail does not end training."""
+    """A probe forward that starts to fail does not end training, nor the watching of the other role."""
 
     class Fragile(Distillation):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -405,10 +405,11 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
         running.fit(Fragile(), loader())
     texts = [str(w.message) for w in caught if "AttentionMapCallback" in str(w.message)]
     assert len(texts) == 2
-    assert "taking a snapshot failed, training goes on. ForwardError" in texts[0]
-    assert texts[1].endswith("this was not done:\n  taking a snapshot: steps 3, 4, 5, 6, 7, 8")
+    assert "taking a snapshot of student failed, training goes on. ForwardError" in texts[0]
+    assert texts[1].endswith("this was not done:\n  taking a snapshot of student: steps 3, 4, 5, 6, 7, 8")
     assert running.global_step == 8
-    assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
+    roles = {s.step: s.roles for s in archive(tmp_path)}
+    assert roles == {step: ("student", "teacher") if step < 3 else ("teacher",) for step in range(9)}
 
 
 @pytest.mark.filterwarnings("ignore:.*attention health")  # scattered on purpose

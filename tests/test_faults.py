@@ -100,10 +100,11 @@ def test_out_of_memory_even_for_one_image(tmp_path: Path) -> None:
         module.student_backbone.blocks[0].register_forward_pre_hook(out_of_memory_above(0))
 
     _, _, told = fit(tmp_path, At(4, squeeze))
-    assert "taking a snapshot failed, training goes on. OutOfMemoryError" in told[0]
-    assert told[1].endswith("this was not done:\n  taking a snapshot: steps 4, 5, 6, 7, 8")
+    assert "taking a snapshot of student failed, training goes on. OutOfMemoryError" in told[0]
+    assert told[1].endswith("this was not done:\n  taking a snapshot of student: steps 4, 5, 6, 7, 8")
     assert len(told) == 2
-    assert steps(tmp_path) == [0, 1, 2, 3]
+    roles = {s.step: s.roles for s in load_snapshots(tmp_path / RUN / "attn_monitor")}
+    assert roles == {step: ("student", "teacher") if step < 4 else ("teacher",) for step in range(STEPS + 1)}
 
 
 def test_a_swapped_backbone_is_the_one_that_is_shown(tmp_path: Path) -> None:

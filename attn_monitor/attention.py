@@ -26,21 +26,24 @@ PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, o
 class LayerAttention:
     """What one layer's query token attends to, for every image and head.
 
-    ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers), then the patches
-    row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that sums to 1 over T,
-    "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are negative;
-    ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes). ``verified_error`` is the
-    relative difference between row·V and the model's own output, NaN when it was not checked. ``places`` says how it
-    is known which key is which patch: "exact", "exact but masked" or "centres", see `capture.token_places`.
-    ``model`` is the name of the model's class, ``query`` the query that was read. ``geometry`` is where the patches lie
-    in the image's pixels, None where they tile the whole image.
+    ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers and whatever else is no
+    patch), then the patches row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that
+    sums to 1 over T, "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are
+    negative; ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes).
+    ``verified_error`` is the relative difference between row·V and the model's own output, NaN when it was not checked.
+    ``places`` says how it is known which key is which patch: "exact", "exact but masked" or "centres", see
+    `capture.token_places`. ``model`` is the name of the model's class, ``query`` the query that was read.
+    ``prefix_names`` has a name for each prefix token: "CLS", "register 1" and so on where it was found to be that, else
+    "token 27" by its index in the model (padding, text, …); it is empty in archives from before names were kept.
+    ``geometry`` is where the patches lie in the image's pixels, None where they tile the whole image.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
     its patches; None where a block's input is not these tokens, or has no CLS token. ``max_logit`` (B, H) is the
-    largest of the logits, scale · q·k + bias of the pairs that are not masked, over all queries and keys;
-    ``max_logit_cls`` that of the CLS query. ``received`` (B, T) is the attention on each token, a mean over all queries
-    and heads; ``value_norms`` (B, T) the norm of its V next to the median token's, over heads by their attention.
+    largest of the logits, scale · q·k + bias of the pairs that are not masked, over all keys and the queries that are
+    patches or the model's own tokens (not padding); ``max_logit_cls`` that of the CLS query. ``received`` (B, T) is the
+    attention on each token, a mean over these queries and the heads; ``value_norms`` (B, T) the norm of its V next to
+    the median token's, over heads by their attention.
 
     Of the tokens that enter the block, those of patches alone: ``colors`` (B, N, 3) in 0…1, whose meaning stays from
     snapshot to snapshot; ``features`` (B, N, K ≤ 32) at unit length, whose products are the tokens' cosines but for
@@ -66,6 +69,7 @@ class LayerAttention:
     value_norms: Tensor | None = None
     model: str = ""
     query: str = ""
+    prefix_names: tuple[str, ...] = ()
     patches: Tensor | None = None
     features: Tensor | None = None
     features_error: tuple[float, float] | None = None

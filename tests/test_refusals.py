@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any],
         W,
         {},
         errors.QueryError,
-        ["blocks.0.attn", "2 queries that are not patches", "query=<index>"],
+        ["blocks.0.attn", "2 class tokens, at [0, 1]", "query=<index>"],
     ),
     "no CLS": (
         lambda: plain(styles.MemEffAttention, prefix=0),

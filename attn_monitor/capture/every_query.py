@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -59,13 +59,15 @@ def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked, ima
         of_row["max_logit_cls"] = seen.source.largest_logit(planned.query)
     if asked.sinks and asked.query in ("cls", "mean"):
         of_row["value_norms"] = _in_order(_value_norms(seen.values, seen.rows), planned.order)
+    counted = planned.site.places.counted
+    asked = replace(asked, whole=asked.whole and bool(counted))
     received = asked.whole and asked.sinks and asked.query != "mean"
     distance = asked.distance and has_query_of_each_patch(planned.site)
     checked = seen.checked_rows
     if distance or received or (asked.whole and asked.logits):
         mean = MeanDistance(planned.site, image_size, seen.rows.device) if distance else None
         largest, total = [], torch.zeros((), device=seen.rows.device)
-        for chunk in checked.chunks(logits=asked.logits and asked.whole):
+        for chunk in checked.chunks(counted or None, logits=asked.logits and asked.whole):
             if mean is not None:
                 mean.add(chunk)
             if received:
@@ -75,7 +77,7 @@ def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked, ima
         of_many["distance"] = None if mean is None else mean.value
         of_many["max_logit"] = torch.stack(largest).amax(0) if largest else None
         if received:
-            total = total / seen.queries
+            total = total / len(counted)
             of_many["value_norms"] = _in_order(_value_norms(seen.values, total), planned.order)
             of_many["received"] = _in_order(total.mean(1), planned.order)
     row, many = ({name: t.float() for name, t in found.items() if t is not None} for found in (of_row, of_many))

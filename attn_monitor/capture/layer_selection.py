@@ -121,7 +121,12 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
             raise QueryError(
                 f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
             )
-        return "mean"
+        if not places.counted:
+            raise QueryError(
+                f"{where} has {site.queries} queries, and which of them are patches or the model's own tokens was not "
+                "found: there is no mean over them here. Choose one by its index, query=<index>"
+            )
+        return "mean" if len(places.counted) == site.queries else places.counted
     if isinstance(query, int):
         if query < site.queries:
             return query

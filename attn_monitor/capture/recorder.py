@@ -37,7 +37,7 @@ from attn_monitor.capture.observation import Observation, ObservedRows, ReadObse
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
 from attn_monitor.capture.site_cache import Conditions, forget, structure_of
-from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
 from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 
@@ -317,6 +317,7 @@ class AttentionRecorder:
             model=type(self.model).__name__,
             query=str(query),
             geometry=site.layout.geometry,
+            prefix_names=prefix_names(site),
             patches=None if tokens is None else tokens.patches,
             **measured,
         )

@@ -90,7 +90,7 @@ def _block(
     if (entering.grid, len(entering.prefix)) != (layout.grid, len(layout.prefix)):
         return None  # its tokens are not those of the rows
     order = torch.tensor(entering.order, device=device)
-    return Block(modules[path], order, len(entering.prefix), site.places.cls is not None and bool(entering.prefix))
+    return Block(modules[path], order, len(entering.prefix), "CLS" in site.places.prefix_names.values())
 
 
 @dataclass(frozen=True)

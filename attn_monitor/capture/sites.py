@@ -59,3 +59,13 @@ class RefusedSite(_Site):
 
 
 Site = ReadableSite | RefusedSite
+
+
+def prefix_names(site: ReadableSite) -> tuple[str, ...]:
+    """See `LayerAttention.prefix_names`."""
+    names, registers = [], 0
+    for token in site.layout.prefix:
+        name = site.places.prefix_names.get(token, f"token {token}")
+        registers += name == "register"
+        names.append(f"register {registers}" if name == "register" else name)
+    return tuple(names)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.sinks import received, sink_share
+from attn_monitor.measure.sinks import names_of_prefix, received, sink_share
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 Measured = dict[tuple[str, int], dict[str, Tensor]]
@@ -88,14 +88,15 @@ class Metric:
 
 
 def _prefix_mass(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Attention on all prefix tokens together and, where there are several, on each."""
+    """Attention on all prefix tokens together and, where there are several, on CLS and each register."""
     prefix = inputs.attention.rows[..., : inputs.attention.num_prefix]
     if inputs.attention.num_prefix == 0:
         return {}
     masses = {"prefix_mass": prefix.sum(-1)}
     if inputs.attention.num_prefix > 1:
-        masses["prefix_mass_cls"] = prefix[..., 0]
-        masses.update({f"prefix_mass_register{i}": prefix[..., i] for i in range(1, inputs.attention.num_prefix)})
+        for index, name in enumerate(names_of_prefix(inputs.attention)):
+            if "token" not in name:  # found to be CLS or a register
+                masses[f"prefix_mass_{name.lower().replace(' ', '')}"] = prefix[..., index]
     return masses
 
 

@@ -28,7 +28,7 @@ CARRIES = 0.5
 class Sink:
     """One place where attention collects, as means over images and heads."""
 
-    token: str  # "CLS", "register 1" or "patches"; "prefix token 0" in a model without CLS
+    token: str  # "CLS", "register 1", "patches"; "token 27" where it is not known what it is
     tokens: float  # how many of an image
     share: float  # of all attention, on all of them
     times_uniform: float  # of one of them
@@ -83,7 +83,7 @@ def find_sinks(attention: LayerAttention) -> tuple[str, list[Sink] | None]:
 def _sinks(attention: LayerAttention, shares: Tensor) -> Iterator[Sink]:
     prefix = attention.num_prefix
     found = sink_tokens(shares, prefix)  # (B, T)
-    names = [_name_of_prefix(i, has_cls(attention)) for i in range(prefix)]
+    names = names_of_prefix(attention)
     parts = {name: slice(i, i + 1) for i, name in enumerate(names)} | {"patches": slice(prefix, None)}
     for name, part in parts.items():
         sinks, of_part = found[:, part], shares[:, part]
@@ -98,13 +98,15 @@ def _sinks(attention: LayerAttention, shares: Tensor) -> Iterator[Sink]:
 
 def has_cls(attention: LayerAttention) -> bool:
     """Whether the first prefix token is known to be CLS."""
-    return attention.num_prefix > 0 and (attention.query == "cls" or attention.cosine is not None)
+    return names_of_prefix(attention)[:1] == ["CLS"]
 
 
-def _name_of_prefix(index: int, cls: bool) -> str:
-    if not cls:
-        return f"prefix token {index}"
-    return f"register {index}" if index else "CLS"
+def names_of_prefix(attention: LayerAttention) -> list[str]:
+    """What each prefix token was found to be, see `LayerAttention`; of archives without names, what they tell."""
+    if attention.prefix_names:
+        return list(attention.prefix_names)
+    cls = attention.query == "cls" or attention.cosine is not None
+    return [("CLS", f"register {i}")[i > 0] if cls else f"prefix token {i}" for i in range(attention.num_prefix)]
 
 
 def _weighted(values: Tensor, weights: Tensor) -> float:
@@ -113,7 +115,7 @@ def _weighted(values: Tensor, weights: Tensor) -> float:
 
 def on_registers(sinks: Sequence[Sink], attention: LayerAttention) -> str:
     """Whether registers do their work, in words; empty where no token is known to be CLS, or there is no need."""
-    registers = attention.num_prefix - 1
+    registers = sum(name.startswith("register") for name in names_of_prefix(attention))
     if not sinks or not has_cls(attention):
         return ""
     tokens = {sink.token.split(" ")[0] for sink in sinks}

@@ -155,6 +155,7 @@ class AttentionSnapshot:
                     "places": a.places,
                     "model": a.model,
                     "query": a.query,
+                    "prefix_names": list(a.prefix_names),
                     "verified_error": _finite(a.verified_error),
                     "heads": a.rows.shape[1],
                     "metrics": _stored_metrics(self.metrics, role, layer),
@@ -226,6 +227,9 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
     if kind is None:
         raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
     optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
+    optional["prefix_names"] = entry.names("prefix_names") if entry.items("prefix_names", default=[]) else ()
+    if len(optional["prefix_names"]) not in (0, prefix):
+        raise ArchiveError(f"prefix_names of layer {index} of {role!r} are not {prefix}")
     optional.update(_patches(entry, (images, gh * gw), take), geometry=read_geometry(entry))
     attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)

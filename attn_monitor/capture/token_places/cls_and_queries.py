@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.layout import TokenLayout, layout_of, mostly_single
+from attn_monitor.capture.token_places.layout import STATIC, TokenLayout, is_whole, layout_of, mostly_single
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
-from attn_monitor.capture.token_places.synthetic_images import mosaics
+from attn_monitor.capture.token_places.synthetic_images import corners_changed, mosaics, noise_images
+from attn_monitor.capture.token_places.token_parameters import TokenParameter
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
-
-_CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
 
 
 def find_queries(search: PlaceSearch) -> None:
@@ -52,48 +51,57 @@ def _entering_layouts(mosaic: Mosaic, tokens: SiteTokens, keys: TokenLayout) -> 
     return {path: layout for path, layout in layouts.items() if layout is not None}
 
 
+@dataclass(frozen=True)
+class _Nudge:
+    """The tokens of the first mosaic image after one parameter was changed."""
+
+    parameter: TokenParameter
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """What one parameter moves at a site without moving a patch: it is a token, or several."""
+
+    parameter: TokenParameter
+    queries: frozenset[int]
+    keys: frozenset[int]
+
+
 def find_cls(search: PlaceSearch) -> None:
-    """Which query is CLS: the one that moves when the class token's parameter is changed."""
-    model, reference = search.silent_model.model, search.reference
+    """Which queries and keys are tokens of the model's own, CLS and registers: they move with a parameter of theirs."""
+    silent, reference = search.silent_model, search.reference
     first = mosaics(search.images, search.mosaics[0].conv)[:1]
-    nudges = [search.silent_model(first, 1, nudged=[owner]) for owner in _class_parameters(model)]
-    registers = any(
-        _REGISTER_NAME.search(name) for m in model.modules() for name, _ in m.named_parameters(recurse=False)
-    )
+    nudges = [_Nudge(p, silent(first, 1, nudged=[p])) for p in silent.token_parameters or ()]
+    parts = _parts_of_the_image(search)
     for key, site, layout in search.placed():
         if key not in reference.sites:
             continue
         before, held = reference.sites[key], set(site.patch_queries.values())
+        moved = [m for n in nudges if (m := _moved_by(n, key, before, held, set(layout.patches))) is not None]
+        whole, part = parts[key]
         others = [t for t in range(before.queries) if t not in held]
-        moved_queries, moved_keys = _moved_by(nudges, key, before)
-        site.cls, site.no_cls_reason = _choose_cls(before, moved_queries, others, registers)
-        site.layout = _with_first(layout, moved_keys & set(layout.prefix))
-        _put_cls_first_in_entries(site, before, nudges, reference)
+        site.cls, site.no_cls_reason = _choose_cls(before, moved, others, whole, part)
+        own = {t for m in moved for t in m.queries if t not in part}
+        on_grid = held or _on_another_grid(search, key)
+        alone = set() if site.cls is None else {site.cls}
+        site.counted = tuple(sorted(on_grid | own | alone)) if on_grid or before.queries == 1 else ()
+        site.prefix_names = _names(moved, site.cls, layout, before, whole)
+        site.layout = _with_first(layout, {t for t, name in site.prefix_names.items() if name == "CLS"})
+        _put_cls_first_in_entries(site, before, [n for n in nudges if _is_cls(n.parameter, moved, site.cls)], reference)
 
 
-def _class_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Parameters that are a class token by their name, as (module, name)."""
-    found = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            small = parameter is not None and parameter.is_floating_point() and parameter.numel() <= 65536
-            if small and _CLASS_NAME.search(name) and not hasattr(parameter, "ds_id"):
-                found.append((module, name))
-    return found[:4]
-
-
-def _moved_by(nudges: Sequence[Tokens], key: SiteKey, before: SiteTokens) -> tuple[list[list[int]], set[int]]:
-    """The queries at a site that each nudged parameter moves, if any; and the keys that one of them does."""
-    moved_queries: list[list[int]] = []
-    moved_keys: set[int] = set()
-    for nudge in nudges:
-        after = nudge.sites.get(key)
-        if after is None or after.v.shape[1:] != before.v.shape[1:]:
-            continue
-        if after.q is not None and before.q is not None and after.q.shape[1:] == before.q.shape[1:]:
-            moved_queries.append(_changed(after.q, before.q, before.threshold))
-        moved_keys.update(_changed(after.v, before.v, before.threshold))
-    return [queries for queries in moved_queries if queries], moved_keys
+def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], patches: set[int]) -> _Moved | None:
+    """What a nudged parameter moves at a site; None where it moves nothing, or patches too."""
+    after = nudge.tokens.sites.get(key)
+    if after is None or after.v.shape[1:] != before.v.shape[1:]:
+        return None
+    keys, queries = frozenset(_changed(after.v, before.v, before.threshold)), frozenset[int]()
+    if after.q is not None and before.q is not None and after.q.shape[1:] == before.q.shape[1:]:
+        queries = frozenset(_changed(after.q, before.q, before.threshold))
+    if not (keys or queries) or keys & patches or queries & held:
+        return None
+    return _Moved(nudge.parameter, queries, keys)
 
 
 def _changed(after: Tensor, before: Tensor, limit: float) -> list[int]:
@@ -101,34 +109,85 @@ def _changed(after: Tensor, before: Tensor, limit: float) -> list[int]:
     return [int(t) for t in (relative_change(after[0], before[0]) > limit).nonzero().flatten()]
 
 
+def _parts_of_the_image(search: PlaceSearch) -> dict[SiteKey, tuple[set[int], set[int]]]:
+    """Of each site, the queries that hold all of the image, such as a mean, and those that hold some part of it."""
+    found: dict[SiteKey, tuple[set[int], set[int]]] = {}
+    several: dict[SiteKey, list[int]] = {}
+    for key, site, layout in search.placed():
+        mosaic, held = search.mosaic_of(layout), set(site.patch_queries.values())
+        places = () if mosaic is None else mosaic.q.get(key, ())
+        depend = [t for t, p in enumerate(places) if p != STATIC and t not in held]
+        found[key] = set(), set(depend)
+        if depend and len(depend) <= 8:  # of a sequence whose patches are not known, it is not asked
+            several[key] = depend
+    if several:
+        base = noise_images(search.images, 1, seed=4)[0]
+        seen = search.silent_model(torch.cat([base[None], corners_changed(base)]), 3).sites
+        for key, tokens in several.items():
+            q = seen[key].q if key in seen else None
+            if q is not None and q.shape[1] > max(tokens):
+                moved = (relative_change(q[1:], q[:1]) > seen[key].threshold / 4).all(0).tolist()
+                whole = {t for t in tokens if moved[t]}
+                found[key] = whole, set(tokens) - whole
+    return found
+
+
+def _on_another_grid(search: PlaceSearch, key: SiteKey) -> set[int]:
+    """The queries of a site that are the patches of another grid than its keys'."""
+    grids = [m.q[key] for m in search.mosaics if key in m.q and is_whole(m.q[key], m.cells) and m.cells > 1]
+    return {t for places in grids[:1] for t, p in enumerate(places) if p >= 0}
+
+
 def _choose_cls(
-    before: SiteTokens, moved: Sequence[list[int]], others: Sequence[int], registers: bool
+    before: SiteTokens, moved: Sequence[_Moved], others: Sequence[int], whole: set[int], part: set[int]
 ) -> tuple[int | None, str]:
     """The query index of CLS among the ``others``, which are no patch; or why there is none."""
-    alone = sorted({m[0] for m in moved if len(m) == 1})
-    if moved and len(alone) == 1 and alone[0] in others:
-        return alone[0], ""
-    if moved and any(len(m) > 1 for m in moved) and not alone:
-        several = max(moved, key=len)
-        if len(several) > len(others):
-            return None, "its class parameter takes part in every token, so no single token is CLS"
-        return None, f"it has {len(several)} class tokens, at {several}, and nothing tells which one is meant"
-    if len(alone) > 1:
-        return None, f"it has {len(alone)} class tokens, at {alone}, and nothing tells which one is meant"
-    if before.q is None and before.queries > 1:
-        return None, "what its queries are made of could not be seen"
     if not others:
         return None, ""
-    if len(others) == 1 and not (registers and before.queries > 1):
-        return others[0], ""
+    alone: dict[int, list[TokenParameter]] = {}
+    for m in moved:
+        if len(m.queries) == 1 and not m.queries & part:
+            alone.setdefault(min(m.queries), []).append(m.parameter)
+    tokens = [t for t, owners in alone.items() if not all(p.is_register for p in owners)]
+    if len(tokens) > 1:  # names count between tokens that were found
+        tokens = [t for t in tokens if any(p.is_class for p in alone[t])] or tokens
+    if len(tokens) == 1:
+        return tokens[0], ""
+    if len(tokens) > 1:
+        return None, f"it has {len(tokens)} class tokens, at {sorted(tokens)}, and nothing tells which one is meant"
+    several = max((m.queries for m in moved if not m.parameter.is_register), key=len, default=frozenset())
+    if len(several) > 1:
+        return None, f"it has {len(several)} class tokens, at {sorted(several)}, and nothing tells which one is meant"
+    if before.queries == 1 and 0 not in part:
+        return 0, ""  # nothing else is asked there, and its result goes to no patch, see `check_outputs`
+    if before.q is None:
+        return None, "what its queries are made of could not be seen"
+    if len(others) == 1 and set(others) <= whole:
+        return others[0], ""  # the mean of the patches, as in CLIP's pooling
     return None, (
         f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and nothing tells which is the "
-        "CLS token (registers are not)"
+        "CLS token: no parameter is that token alone (registers, padding and pooled tokens are not CLS)"
     )
 
 
+def _names(
+    moved: Sequence[_Moved], cls: int | None, layout: TokenLayout, before: SiteTokens, whole: set[int]
+) -> dict[int, str]:
+    """The keys beside the patches that were found to be CLS or a register."""
+    names = {t: "register" for m in moved if m.parameter.is_register for t in m.keys}
+    found = [m for m in moved if _is_cls(m.parameter, moved, cls) and len(m.keys) == 1]
+    names |= {t: "CLS" for m in found for t in m.keys}
+    if cls in whole and before.queries == before.v.shape[1]:  # the mean is a key too
+        names[cls] = "CLS"
+    return {t: name for t, name in names.items() if t in layout.prefix}
+
+
+def _is_cls(parameter: TokenParameter, moved: Sequence[_Moved], cls: int | None) -> bool:
+    return cls is not None and any(m.parameter is parameter and m.queries == {cls} for m in moved)
+
+
 def _put_cls_first_in_entries(
-    site: SitePlaces, before: SiteTokens, nudges: Sequence[Tokens], reference: Tokens
+    site: SitePlaces, before: SiteTokens, nudges: Sequence[_Nudge], reference: Tokens
 ) -> None:
     """The prefix of what enters the modules around a site starts with the token that the class parameter moves."""
     entries = {}
@@ -138,7 +197,7 @@ def _put_cls_first_in_entries(
             continue
         changed: set[int] = set()
         for nudge in nudges:
-            after = nudge.entries.get(call)
+            after = nudge.tokens.entries.get(call)
             if after is not None and after.shape[1:] == entering.shape[1:]:
                 changed.update(_changed(after, entering, before.threshold))
         entries[call[0]] = _with_first(layout, changed & set(layout.prefix))

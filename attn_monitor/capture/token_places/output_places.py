@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.layout import STATIC, Places, is_whole
+from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, is_whole
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
@@ -43,9 +43,14 @@ def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
 def check_outputs(search: PlaceSearch) -> None:
     """Marks in a product's results must come out at the tokens that its queries are."""
     marks = _choose_marks(search)
-    if not marks:
+    lone = {
+        key: site.cls
+        for key, site, _ in search.placed()
+        if site.cls is not None and key not in marks and key in search.reference.sites
+    }
+    if not any(search.placed()):
         return
-    check = _OutputCheck(search, marks)
+    check = _OutputCheck(search, marks, lone)
     two_hops = check.two_hops()
     doubtful = []
     for key, site, layout in search.placed():
@@ -55,6 +60,8 @@ def check_outputs(search: PlaceSearch) -> None:
             site.refuse("it is one of two hops: what an attention gave is read by attention again")
         elif key in marks and not check.is_right(key, search.mosaic_of(layout)):
             doubtful.append(key)
+        elif key in lone and check.goes_to_patches(key, search.mosaic_of(layout), layout):
+            site.refuse("the result of its query goes to the patches, so that it is not the CLS token")
     if not doubtful:
         return
     # Alone in its image: tokens of earlier layers, which a module may return too, then show no marks at all.
@@ -101,18 +108,24 @@ def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
 class _OutputCheck:
     """Whether results of a site's queries come out at the tokens that the queries are.
 
-    ``tokens`` are those of the first image without marks, of one image a slot with marks, and of another image.
+    ``tokens`` are those of the first image without marks, of one image a slot with marks, of one with marks at the CLS
+    queries of the sites that have no other marks (``lone``), and of another image.
     """
 
-    def __init__(self, search: PlaceSearch, marks: dict[SiteKey, _Marked]) -> None:
-        slots = 1 + max(m.slot for m in marks.values())
+    def __init__(
+        self, search: PlaceSearch, marks: dict[SiteKey, _Marked], lone: Mapping[SiteKey, int] | None = None
+    ) -> None:
+        slots = 1 + max((m.slot for m in marks.values()), default=-1)
         base, other = noise_images(search.images, 2, seed=8)
-        shown = torch.stack([base, *(base for _ in range(slots)), other])
+        shown = torch.stack([base, *(base for _ in range(slots)), *([base] if lone else []), other])
+        self._slot_of_lone = slots
         marked_queries = {}
         for key, tokens in search.reference.sites.items():
             marked_queries[key] = torch.zeros(len(shown), tokens.queries, dtype=torch.bool, device=shown.device)
             if key in marks:
                 marked_queries[key][1 + marks[key].slot, list(marks[key].queries)] = True
+            elif lone and key in lone:
+                marked_queries[key][1 + slots, lone[key]] = True
         self.search, self.marks = search, marks
         self.tokens = search.silent_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]
@@ -129,6 +142,22 @@ class _OutputCheck:
             if again is not None and not _depends_on_image(again, seen.threshold):
                 chained.add(key)
         return chained
+
+    def goes_to_patches(self, key: SiteKey, mosaic: Mosaic | None, layout: TokenLayout) -> bool:
+        """Whether a lone query's result moves patches at the end of the innermost module where it moves anything."""
+        seen, image = self.tokens.sites[key], 1 + self._slot_of_lone
+        for call in reversed(seen.within):
+            leaving = self.tokens.exits.get(call, ())
+            exits = () if mosaic is None else mosaic.exits.get(call, ())
+            for number, tensor in enumerate(leaving):
+                moved = (relative_change(tensor[image], tensor[0]) > seen.threshold).tolist()
+                if not any(moved):
+                    continue
+                places = _if_whole(mosaic, exits[number]) if mosaic is not None and len(exits) > number else None
+                if places is None and len(moved) == len(layout.order):
+                    places = layout.places
+                return places is not None and any(m and p >= 0 for m, p in zip(moved, places, strict=True))
+        return False
 
     def is_right(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
         """Looked at where the modules around end, and where the next attention reads."""

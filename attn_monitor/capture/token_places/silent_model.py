@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attn_monitor.capture.forward import Forward, run_forward
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.token_places.silent_observer import SilentObserver
+from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import SiteFormat, Tokens, concatenate
 
 
@@ -33,6 +34,7 @@ class SilentModel:
     ) -> None:
         self.model, self.forward, self.formats, self.paths = model, forward, formats, paths
         self.batch_size = max(batch_size, 3)
+        self.token_parameters: Sequence[TokenParameter] | None = None  # known after the first call
         self._modules = dict(model.named_modules())
 
     def __call__(
@@ -41,7 +43,7 @@ class SilentModel:
         seed: int,
         *,
         marks: Mapping[SiteKey, Tensor] | None = None,
-        nudged: Sequence[tuple[nn.Module, str]] = (),
+        nudged: Sequence[TokenParameter] = (),
         by_head: int = 0,
     ) -> Tokens:
         """The tokens of (B, C, H, W) images; each batch runs in the random state of ``seed``.
@@ -52,7 +54,10 @@ class SilentModel:
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
-            observer = SilentObserver(images[batch], self.formats, marks=marks_of_batch, nudged=nudged, by_head=by_head)
+            first = ParameterUses(self.model, len(images[batch])) if self.token_parameters is None else None
+            observer = SilentObserver(
+                images[batch], self.formats, marks=marks_of_batch, nudged=nudged, uses=first, by_head=by_head
+            )
 
             def seeded(model: nn.Module, x: Tensor) -> Any:
                 _seed_everything(seed, x.device)
@@ -62,6 +67,8 @@ class SilentModel:
                 observer.watch_calls(stack, self._modules, self.paths)
                 run_forward(self.model, images[batch], seeded, observer, self._modules.items())
             parts.append(observer.tokens)
+            if first is not None:
+                self.token_parameters = first.tokens
         return concatenate(parts)
 
 

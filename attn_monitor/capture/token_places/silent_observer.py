@@ -20,6 +20,7 @@ from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.observer import AttentionObserver, run_operation
 from attn_monitor.capture.token_places.attention_product import AttentionProduct, by_image_and_head, explains_scores
 from attn_monitor.capture.token_places.random_projections import coarsest, noise_like, precision_of, project, sketch
+from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteTokens, Tokens
 from attn_monitor.capture.unknown_operations import call_by
 
@@ -28,8 +29,8 @@ class SilentObserver(AttentionObserver):
     """Silences attention and keeps sketches of the tokens at the sites whose ``formats`` are given.
 
     ``marks`` (B, Q) bool for a site: then results are nothing but strong noise at the marked queries. ``nudged`` are
-    (module, name) of parameters that the model sees changed. Of sites with less than ``by_head`` keys, V of each head
-    is kept too.
+    parameters that the model sees changed; ``uses`` notes how it uses them. Of sites with less than ``by_head`` keys, V
+    of each head is kept too.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class SilentObserver(AttentionObserver):
         formats: Mapping[SiteKey, SiteFormat],
         *,
         marks: Mapping[SiteKey, Tensor] | None = None,
-        nudged: Sequence[tuple[nn.Module, str]] = (),
+        nudged: Sequence[TokenParameter] = (),
+        uses: ParameterUses | None = None,
         by_head: int = 0,
     ) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
-        self.formats, self.marks, self.nudged, self.by_head = formats, marks, nudged, by_head
+        self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.tokens = Tokens()
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # of the last few products
         self._scores_of: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
@@ -87,6 +89,8 @@ class SilentObserver(AttentionObserver):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.uses is not None:
+            self.uses.note(func, args)
         if self.nudged:
             args = tuple(self._nudge(a) for a in args)
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -95,8 +99,8 @@ class SilentObserver(AttentionObserver):
         if isinstance(argument, (list, tuple)):
             return type(argument)(self._nudge(a) for a in argument)
         if isinstance(argument, Tensor):
-            for module, name in self.nudged:
-                now = module._parameters[name]  # under FSDP another tensor than before the forward
+            for parameter in self.nudged:
+                now = parameter.tensor
                 if now is not None and ops.is_same(argument, now):
                     return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument

@@ -21,7 +21,9 @@ class SitePlaces:
     """What is known of one attention operation's keys and queries.
 
     ``layout`` is that of the keys, None with the ``reason``. ``cls`` is the query index of the CLS token, None with the
-    ``no_cls_reason``; ``patch_queries`` maps a cell to the query that holds it. ``partial_queries`` says that its
+    ``no_cls_reason``; ``patch_queries`` maps a cell to the query that holds it; ``counted`` are the queries that were
+    found to be patches or tokens of the model's own, which a mean is over, in ascending order; ``prefix_names`` are the
+    keys that were found to be "CLS" or a "register". ``partial_queries`` says that its
     queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
     ``entries`` are the layouts of the tokens that enter the modules around, by path.
     """
@@ -31,6 +33,8 @@ class SitePlaces:
     cls: int | None = None
     no_cls_reason: str = ""
     patch_queries: Mapping[int, int] = field(default_factory=dict)
+    counted: tuple[int, ...] = ()
+    prefix_names: Mapping[int, str] = field(default_factory=dict)
     partial_queries: bool = False
     entries: Mapping[str, TokenLayout] = field(default_factory=dict)
 

@@ -1,0 +1,114 @@
+"""Parameters and buffers that could be tokens of their own (CLS, registers, a probe), by how a forward uses them.
+
+Whether one is a token is asked by changing it, a forward each. What scales, shifts or projects the image's tokens need
+not be asked: a token's parameter is repeated, put beside others, looked up or projected itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_LARGEST, _MOST = 65536, 8
+_BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")
+_LOOKUP = ("embedding", "index.Tensor", "index_select")
+_WITH_WEIGHTS = {"mm": 0, "bmm": 0, "convolution": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # where the data stands
+_CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
+
+
+class TokenParameter(NamedTuple):
+    """A parameter or buffer by its owner, its name there, and its path in the model."""
+
+    module: nn.Module
+    name: str
+    path: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What it is now; under FSDP another tensor than before the forward."""
+        found = getattr(self.module, self.name, None)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def is_class(self) -> bool:
+        """By its name, which counts only between several that were found to be tokens."""
+        return _CLASS_NAME.search(self.path) is not None and not self.is_register
+
+    @property
+    def is_register(self) -> bool:
+        """Likewise."""
+        return _REGISTER_NAME.search(self.path) is not None
+
+
+class ParameterUses:
+    """Collects from the operations of a forward how small parameters are used."""
+
+    def __init__(self, model: nn.Module, batch: int) -> None:
+        self.batch = batch
+        self._small = list(_small(model))
+        self._at: dict[int, TokenParameter] = {}
+        self._used: dict[str, TokenParameter] = {}
+        self._excluded: set[str] = set()
+        self._locate()
+
+    @property
+    def tokens(self) -> list[TokenParameter]:
+        """Those that may be tokens, class tokens by name first, as a few of them only are asked about."""
+        found = [p for path, p in self._used.items() if path not in self._excluded]
+        return sorted(found, key=lambda p: (not p.is_class, not p.is_register))[:_MOST]
+
+    def note(self, func: Any, args: Sequence[Any]) -> None:
+        """Take one operation into account."""
+        operands = [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(x, Tensor)]
+        for operand in operands:
+            if operand.numel() > _LARGEST:
+                continue
+            found = self._find(operand)
+            if found is not None:
+                self._used[found.path] = found
+                if not self._may_be_token(str(func).removeprefix("aten."), operand, args, operands):
+                    self._excluded.add(found.path)
+
+    def _locate(self) -> None:
+        for parameter in self._small:
+            tensor = parameter.tensor
+            if tensor is not None and (pointer := _pointer(tensor)) is not None:
+                self._at[pointer] = parameter
+
+    def _find(self, operand: Tensor) -> TokenParameter | None:
+        pointer = _pointer(operand)
+        if pointer not in self._at and isinstance(operand, nn.Parameter):
+            self._locate()  # FSDP has gathered it since
+        found = None if pointer is None else self._at.get(pointer)
+        now = None if found is None else found.tensor
+        return found if now is not None and now.numel() == operand.numel() else None
+
+    def _may_be_token(self, name: str, operand: Tensor, args: Sequence[Any], operands: Sequence[Tensor]) -> bool:
+        data = next((at for op, at in _WITH_WEIGHTS.items() if name.startswith(f"{op}.")), None)
+        data = 0 if data is None and "norm" in name else data
+        if data is not None:
+            return args[data] is operand
+        if name.startswith(_LOOKUP):  # of a table, a few rows are no token of the model's own
+            rows, asked = len(operand), next((x for x in operands if not x.is_floating_point()), None)
+            return asked is not None and asked.numel() in (rows, rows * self.batch)
+        if name.startswith(_BESIDE):
+            return True
+        return all(other.numel() <= operand.numel() for other in operands)
+
+
+def _small(model: nn.Module) -> Iterator[TokenParameter]:
+    for path, module in model.named_modules():
+        for found in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            for name, tensor in found:
+                if tensor is not None and tensor.is_floating_point() and 1 < tensor.numel() <= _LARGEST:
+                    yield TokenParameter(module, name, f"{path}.{name}" if path else name)
+
+
+def _pointer(x: Tensor) -> int | None:
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:  # a subclass without storage of its own
+        return None

@@ -145,8 +145,7 @@ def test_the_mean_over_queries_is_what_is_received() -> None:
     probe = ProbeBatch(_images())
     snapshot = AttentionMonitor(probe, query="mean").snapshot({"teacher": Sinking(2).eval()}, step=0)
     queries, (sink,) = sinks_of(snapshot)
-    # Nobody looked for the CLS token, so which of the prefix it is is not known.
-    assert (queries, sink.token) == ("every query", "prefix token 2")
+    assert (queries, sink.token) == ("every query", "register 2")
 
 
 def test_archived_and_since_when(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tests.families import FAMILIES, Family
 from tests.oracle import _method, _replaced, attention_matrices
 
 LIMIT = 2e-3  # of uniform attention: |difference| times the number of keys
-MOST_IMAGES = 60
+MOST_IMAGES = 61
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,11 @@ def test_each_map_is_right_or_refused(case: Family) -> None:
             if query == "cls":
                 assert classes, f"{site.name}: there is no class token"
                 assert classes[site.index] == {query_index(site, query)}
-            wanted = matrix.mean(2) if query == "mean" else matrix[:, :, query_index(site, query)]
+            # Padding of a window and text are no queries of the image.
+            several: Any = slice(None)
+            if case.name == "Twins-SVT" or "language_model" in site.name:
+                several = list(site.layout.patches)
+            wanted = matrix[:, :, several].mean(2) if query == "mean" else matrix[:, :, query_index(site, query)]
             wanted = wanted[..., list(site.layout.order)]
             assert attention.grid == site.layout.grid
             apart = (attention.rows.double() - wanted).abs().amax() * site.keys

@@ -228,11 +228,11 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
         raise ArchiveError(f"kind of layer {index} of {role!r} is {told!r}, expected one of {', '.join(KINDS)}")
     optional.update({key: entry.text(key, default="") for key in ("places", "model", "query")})  # not in older files
     optional["prefix_names"] = entry.names("prefix_names") if entry.items("prefix_names", default=[]) else ()
-    if len(optional["prefix_names"]) not in (0, prefix):
-        raise ArchiveError(f"prefix_names of layer {index} of {role!r} are not {prefix}")
     optional.update(_patches(entry, (images, gh * gw), take), geometry=read_geometry(entry))
     attention = LayerAttention(index, name, rows, prefix, (gh, gw), mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
+    if len(attention.prefix_names) not in (0, prefix):
+        raise ArchiveError(f"prefix_names of layer {index} of {role!r} are not {prefix}")
     return attention
 
 

@@ -153,7 +153,9 @@ class _OutputCheck:
                 moved = (relative_change(tensor[image], tensor[0]) > seen.threshold).tolist()
                 if not any(moved):
                     continue
-                places = _if_whole(mosaic, exits[number]) if mosaic is not None and len(exits) > number else None
+                places = _if_whole(mosaic, exits[number]) if mosaic is not None and len(exits) == len(leaving) else None
+                if places is not None and len(places) != len(moved):
+                    places = None
                 if places is None and len(moved) == len(layout.order):
                     places = layout.places
                 return places is not None and any(m and p >= 0 for m, p in zip(moved, places, strict=True))

@@ -95,7 +95,7 @@ class ParameterUses:
             rows, asked = len(operand), next((x for x in operands if not x.is_floating_point()), None)
             return asked is not None and asked.numel() in (rows, rows * self.batch)
         if name.startswith(_BESIDE):
-            return True
+            return operand.ndim > 1 or not name.startswith("cat")  # biases of q, k and v are put one behind the other
         return all(other.numel() <= operand.numel() for other in operands)
 
 

@@ -19,7 +19,7 @@ class PatchColors:
     def __init__(self, make: Callable[[], tuple[Tensor, float]]) -> None:
         self._make: Callable[[], tuple[Tensor, float]] | None = make
         self._made: tuple[Tensor, float] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may save a checkpoint, which asks again
 
     @classmethod
     def of(cls, rgb: Tensor, scale: float) -> PatchColors:

@@ -72,6 +72,7 @@ class Publisher:
 
     ``every_layer`` draws each captured layer, not only the last. ``history`` are the snapshots of a resumed run's past,
     for film strips, ``curves`` its metrics, for charts. ``settings`` is Markdown that records how the run was watched.
+    ``before_writing`` is called before each snapshot is written to the archive, and may keep it from that by raising.
     ``name`` keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
 
     On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
@@ -95,8 +96,9 @@ class Publisher:
         failures: Failures | None = None,
         disk_reserve: int | None = None,
         patience: Patience | None = None,
+        before_writing: Callable[[], object] | None = None,
     ) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self._before_writing = folder, settings, before_writing
         self.failures = failures or Failures()
         self._reports = failures is None
         self._probe, self._style, self._name, self._every_layer = probe, style, name, every_layer
@@ -132,7 +134,7 @@ class Publisher:
         self._last = snapshot
         self._tell(snapshot.flags, step)
         if self.folder is not None:
-            write = partial(_write, self._space, self.folder, snapshot, self._probe)
+            write = partial(self._write, self.folder, snapshot)
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
         every_scalar = self._scalars(snapshot, True)
         drawn = _Once(partial(self._draw, snapshot, list(self._history), self._curves.copy(), layers))
@@ -189,6 +191,17 @@ class Publisher:
             if pages and isinstance(channel.sink, TakesReports):
                 log = partial(channel.sink.log_report, renamed("attn_report", self._name), pages[0], step)
                 channel.outbox.put(Job(f"logging the report to {channel.label}", None, log, keep=False))
+
+    def _write(self, folder: Path, snapshot: AttentionSnapshot) -> None:
+        """A snapshot to the archive, after its probe."""
+        path = folder / "probe.npz"
+        missing = not path.exists()
+        self._space.require(folder, _size(snapshot) + missing * self._probe.images.nbytes)
+        if self._before_writing is not None:
+            self._before_writing()
+        if missing:
+            self._probe.save(path)
+        snapshot.save(snapshot_path(folder, snapshot.step))
 
     def _write_report(self, folder: Path, pages: list[str]) -> None:
         if self._archive.last_step is None or self.failures.fails(ARCHIVE):
@@ -339,16 +352,6 @@ def _different(labels: Sequence[str]) -> list[str]:
 def _warn(text: str) -> None:
     # Four calls up is the line that called the publisher.
     warnings.warn(f"attn_monitor: {text}", stacklevel=5)
-
-
-def _write(space: Space, folder: Path, snapshot: AttentionSnapshot, probe: ProbeBatch) -> None:
-    """A snapshot to the archive, after its probe."""
-    path = folder / "probe.npz"
-    missing = not path.exists()
-    space.require(folder, _size(snapshot) + missing * probe.images.nbytes)
-    if missing:
-        probe.save(path)
-    snapshot.save(snapshot_path(folder, snapshot.step))
 
 
 def _size(snapshot: AttentionSnapshot) -> int:

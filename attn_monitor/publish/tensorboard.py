@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import queue
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,10 +22,14 @@ from attn_monitor.publish.attention_sinks import AttentionSinkRow, markdown
 from attn_monitor.publish.sink import Picture, Sink, is_a, is_lightning, prefix_of
 from attn_monitor.publish.tags import renamed, titled
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.workers import safe_point
 
 # Of each writer. Only the last layout in a run is shown, so it has to hold the charts of all callbacks.
 _charts: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 _charts_lock = threading.Lock()
+
+# Of each queue of a writer. Held while something of ours is in it.
+_ours: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
 
 class TensorBoardSink(Sink):
@@ -62,6 +69,7 @@ class TensorBoardSink(Sink):
     def log_histograms(self, snapshot: AttentionSnapshot) -> None:
         """Entropy over heads and images, where no row holds NaN."""
         for (role, layer), attention in snapshot.layers.items():
+            safe_point()
             values = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
             if np.isfinite(values).all():
                 tag = renamed(f"attn_histogram/{role}/layer{layer}/entropy", self.name)
@@ -99,4 +107,27 @@ class TensorBoardSink(Sink):
     def _add_summary(self, values: Sequence[Mapping[str, Any]], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.writer._get_file_writer().add_summary(Summary(value=values), step)
+        writer = self.writer._get_file_writer()
+        with _room_for_others(writer):
+            writer.add_summary(Summary(value=values), step)
+
+
+@contextmanager
+def _room_for_others(writer: Any) -> Iterator[None]:
+    """Let others put what they like into a writer's queue while ours is put there and written; returns when it is.
+
+    The queue of torch's writer holds ten records, and that of a picture takes long to write. While the queue is full,
+    whoever logs waits for room and holds the writer's lock. If that is the training thread and a signal comes, such as
+    the one by which Slurm announces the end of a job, its handler flushes the writer and needs that lock: a deadlock.
+    """
+    waiting = getattr(getattr(writer.event_writer, "_async_writer", None), "_byte_queue", None)
+    if not isinstance(waiting, queue.Queue):  # tensorboardX waits without a lock
+        yield
+        return
+    with _ours.setdefault(waiting, threading.Lock()):
+        room, waiting.maxsize = waiting.maxsize, sys.maxsize  # not 0: whoever waits would not be woken
+        try:
+            yield
+            waiting.join()
+        finally:
+            waiting.maxsize = room

@@ -29,9 +29,27 @@ class Claim:
 
     def __init__(self, folder: Path, run: str, handle: int | None, note: str = "") -> None:
         self.folder, self.run, self.note = folder, run, note
-        self._handle, self._key = handle, (os.getpid(), folder.resolve())
+        self._handle, self._key = handle, (os.getpid(), folder)
         if handle is not None:
-            _held.add(self._key)
+            self._hold()
+
+    def renew(self) -> None:
+        """Claim the folder again where it was deleted, or could not be made before; `OSError` where another run has."""
+        with suppress(FileNotFoundError):
+            if self._handle is not None and os.path.samestat(os.stat(self.folder / CLAIM), os.fstat(self._handle)):
+                return
+        handle = _create(self.folder, empty=False)
+        if handle is None:
+            raise FileExistsError(f"{self.folder} was deleted in mid-run and is another run's now")
+        _sign(handle, self.run)
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = handle
+        self._hold()
+
+    def _hold(self) -> None:
+        self._key = os.getpid(), self.folder.resolve()
+        _held.add(self._key)
 
     def release(self) -> None:
         """Let others have the folder; one in which nothing has been written is removed."""
@@ -49,7 +67,7 @@ class Claim:
 def claim_free(root: Path, base: str, first: int = 1) -> Claim:
     """The first folder of ``base``, ``base-2``, ``base-3``, … from number ``first`` on that is empty and nobody's.
 
-    Where none can be made now, as on a full disk, a name that nobody else can have is given, to be written to later.
+    Where none can be made now, as on a full disk, it is `claim_later`'s.
     """
     run = secrets.token_hex(8)
     try:
@@ -61,9 +79,15 @@ def claim_free(root: Path, base: str, first: int = 1) -> Claim:
                 note = "" if name == wanted else f"{root / wanted} is another run's, so this one writes to {name}"
                 return Claim(root / name, run, handle, note)
     except OSError as error:
-        name = f"{base}-{run}"
-        return Claim(root / name, run, None, f"no archive folder could be made ({error}); {root / name} is tried later")
+        return claim_later(root, base, error)
     raise AssertionError("there is always another number")
+
+
+def claim_later(root: Path, base: str, error: Exception) -> Claim:
+    """A folder that nobody else can have, as its name has the run's id, to be made when it is written to."""
+    run = secrets.token_hex(8)
+    folder = root / f"{base}-{run}"
+    return Claim(folder, run, None, f"no archive folder could be made ({error}); {folder} is tried later")
 
 
 def claim_again(folder: Path, run: str | None) -> Claim | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,11 +21,12 @@ from attn_monitor.measure.health import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
+from attn_monitor.publish.background import DISK_PATIENCE, within
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import written_between
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
-from attn_monitor.train.archive_folder import ArchiveId, claim_archive, tidy
+from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
@@ -36,6 +37,8 @@ STATE = "keeping attention's past in a checkpoint"
 WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
+
+Result = TypeVar("Result")
 
 
 class Session:
@@ -210,7 +213,7 @@ class Session:
         if self.run.publisher is not None:
             self.run.publisher.close(finish=False)
         if self.run.claim is not None:
-            self.run.claim.release()
+            release(self.run.claim)
         self._stop_wiring()
         if self.monitor is not None:
             self.monitor.let_go()
@@ -289,12 +292,14 @@ class Session:
         monitor.check_heads(self.drawing.heads)
 
     def _claim(self, folder: Path, number: int, step: int) -> Path:
-        claim, continued = claim_archive(self.archive, folder, number)
+        claim, continued = claim_archive(self.archive, folder, number, self.run.patience)
         self.run.claim, self.archive = claim, ArchiveId(claim.folder.name, claim.run)
         if claim.note:
             self.inform(claim.note)
         if continued:
-            told = self.run.failures.result_of("tidying the archive", lambda: tidy(claim.folder, step))
+            told = self.run.failures.result_of(
+                "tidying the archive", lambda: self._on_disk(lambda: tidy(claim.folder, step))
+            )
             if told:
                 self.warn(told)
         return claim.folder
@@ -304,7 +309,15 @@ class Session:
         last, folder = self.schedule.last_step, self.run.folder
         if folder is None or self.monitor is None or last is None:
             return []
-        return written_between(folder, last, until, self.monitor.probe.names, self.run.failures.note)
+        names, note = self.monitor.probe.names, self.run.failures.note
+        read = partial(written_between, folder, last, until, names, note)
+        found = self.run.failures.result_of("reading the archive", lambda: self._on_disk(read))
+        return found or []
+
+    def _on_disk(self, action: Callable[[], Result]) -> Result:
+        """What it returns, or `TimeoutError` where that takes too long."""
+        patience = self.run.patience
+        return within(patience, min(DISK_PATIENCE, patience.for_now), action)
 
     def _watch_wiring(self, models: Mapping[str, nn.Module], step: int) -> Sequence[HealthFlag]:
         run = self.run
@@ -385,6 +398,7 @@ class Session:
             run.loggers,
             monitor.probe,
             folder=run.folder,
+            before_writing=None if run.claim is None else run.claim.renew,
             style=self.drawing,
             every_layer=monitor.draws_every_layer,
             history=monitor.history,

@@ -34,6 +34,12 @@ def check_layers(layers: Layers) -> Layers:
     return layers
 
 
+def counts_from_end(layers: Layers) -> bool:
+    """Whether layers are asked for by where they stand from the end, or all of them."""
+    wanted = layers if isinstance(layers, (list, tuple)) else [layers]
+    return "all" in wanted or any(isinstance(want, int) and want < 0 for want in wanted)
+
+
 def encoder_of(sites: Sequence[Site]) -> list[Site]:
     """The layers that negative indices and "all" count: without those of a second stack, such as an MAE's decoder."""
     return [site for site in sites if not site.stack]

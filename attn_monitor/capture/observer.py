@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -44,7 +44,8 @@ class AttentionObserver(TorchDispatchMode):
     """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
 
     ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
-    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more;
+    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more, except
+    to see whether attention goes on where none of the ``known`` sites is, if they are given: then it is ``beyond``;
     ``conventions`` are those already known of operations from outside PyTorch; ``logits`` keeps the largest score of
     each query, which of explicit attention can be had only before its softmax.
     """
@@ -59,12 +60,14 @@ class AttentionObserver(TorchDispatchMode):
         images: Tensor,
         verify: bool = True,
         last: SiteKey | None = None,
+        known: Collection[SiteKey] = (),
         conventions: Mapping[SiteKey, CallingConvention] | None = None,
         logits: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.conventions, self.logits = conventions or {}, logits
+        self.conventions, self.logits, self.known = conventions or {}, logits, known
+        self.passed_last, self.beyond = False, False
         self.batch, self.channels, *self.size = images.shape
         self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
         self._cropped = False  # the convolutions now running see a part of the images
@@ -161,13 +164,19 @@ class AttentionObserver(TorchDispatchMode):
         self._count[key[0]] = key[1] + 1
         if seen is not None:
             self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
-        if key == self.last:
+        if self.passed_last or (self.known and key not in self.known):
+            self.beyond = key not in self.known
             raise StopForward
+        if key == self.last:
+            self.passed_last = True
+            if not self.known:
+                raise StopForward
+            self._running.insert(0, "")  # the mode stays on to the end of the forward, or to the next attention
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call = self._key(), ops.fused_call(func, args, kwargs)
         query = self.query(key)
-        if query is not None and key == self.last and not self.verify:  # its result is not needed by anyone
+        if query is not None and key == self.last and not self.verify and not self.known:  # nobody needs its result
             self._finish(key, ops.observe_fused(call, None, query))
         out = run_operation(func, args, kwargs)
         result = ops.fused_result(out) if self.verify else None

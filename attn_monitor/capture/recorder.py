@@ -28,6 +28,7 @@ from attn_monitor.capture.layer_selection import (
     QuerySpec,
     check_layers,
     check_query,
+    counts_from_end,
     encoder_of,
     left_out,
     select_sites,
@@ -35,7 +36,7 @@ from attn_monitor.capture.layer_selection import (
 )
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, plan_recording
+from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, other_number, plan_recording
 from attn_monitor.capture.site_cache import Conditions, forget, structure_of
 from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
@@ -223,7 +224,9 @@ class AttentionRecorder:
                 query = "mean"
                 wanted = select_sites(discovery.sites, self.layers, query)
             device, tokens = discovery.conditions.device, self.tokens or self.patches
-            self._plan = plan_recording(self.model, discovery.sites, query, wanted, device, tokens=tokens)
+            self._plan = plan_recording(
+                self.model, discovery.sites, query, wanted, device, tokens=tokens, from_end=counts_from_end(self.layers)
+            )
         return self._plan
 
     def _record(
@@ -259,6 +262,7 @@ class AttentionRecorder:
             images=images,
             verify=verify,
             last=plan.last,
+            known=plan.known,
             conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
             logits=self.logits,
         )
@@ -266,6 +270,10 @@ class AttentionRecorder:
             kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
             tokens = _watch_tokens(stack, len(images), plan, kept if self.patches else ())
             run_forward(self.model, images, forward, observer, plan.watched)
+        if observer.beyond or (plan.known and not observer.passed_last):
+            self._discovery = None  # discover again next time
+            forget(self.model)
+            raise other_number(self.model, self.layers, plan, more=observer.beyond)
         self._check_complete(plan, observed)
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [

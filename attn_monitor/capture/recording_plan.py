@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.block_tokens import block_of
 from attn_monitor.capture.forward import is_sharded
-from attn_monitor.capture.layer_selection import QuerySpec, Selection
+from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection, encoder_of
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.errors import AttentionError, UnsupportedAttentionError
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class RecordingPlan:
     """How the wanted layers of a model are recorded; valid while its modules and the images' size stay the same.
 
     ``query`` is what is read in all of them. ``watched`` are the (path, module) pairs inside which operations are
-    observed; after the site ``last`` the forward may be left (None: it must run to its end).
+    observed; after the site ``last`` the forward may be left (None: it must run to its end). Where layers were counted
+    from the end, ``known`` are all sites, and others that run after the last one are an error.
     """
 
     query: QuerySpec
     sites: Mapping[SiteKey, SitePlan]
     watched: Sequence[tuple[str, nn.Module]]
     last: SiteKey | None
+    known: frozenset[SiteKey] = frozenset()
 
 
 def plan_recording(
@@ -58,17 +61,38 @@ def plan_recording(
     device: torch.device,
     *,
     tokens: bool,
+    from_end: bool,
 ) -> RecordingPlan:
-    """The plan for the ``wanted`` ones of all sites; ``tokens``: what enters their blocks is asked for too."""
+    """The plan for the ``wanted`` ones of all sites; ``tokens``: what enters their blocks is asked for too.
+
+    ``from_end``: which ones they are hangs on how many layers the encoder has.
+    """
     modules = dict(model.named_modules())
     planned = {
         key: SitePlan(site, index, _order(site, device), _block(site, sites, modules, device) if tokens else None)
         for key, (site, index) in wanted.items()
     }
+    last = max(site.index for site, _ in wanted.values())
+    last = max(last, encoder_of(sites)[-1].index) if from_end else last
+    later = [site for site in sites if from_end and site.index >= last]
     roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
+    roots |= {site.scope for site in later}
     # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
-    return RecordingPlan(query, planned, watched, None if is_sharded(model) else next(reversed(planned)))
+    if is_sharded(model):
+        return RecordingPlan(query, planned, watched, None)
+    known = frozenset(site.key for site in sites) if from_end else frozenset[SiteKey]()
+    return RecordingPlan(query, planned, watched, sites[last].key, known)
+
+
+def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bool) -> AttentionError:
+    """More layers ran than were found on noise, or fewer: what was counted from the end is another layer."""
+    name, number, found = type(model).__name__, "more" if more else "fewer", len(plan.known)
+    return UnsupportedAttentionError(
+        f"{name} ran {number} attention layers on these images than on noise images of the same size ({found}): how "
+        f"many run depends on the images, and layers={layers!r} names no layer in particular. Choose a layer by its "
+        "path, or by its index from the front"
+    )
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -246,8 +246,11 @@ class AttentionMapCallback(Base):
         """The last snapshot, and everything written."""
         if not self._session.run.active:
             return
-        if self.monitor is not None and self.schedule.last_step != lightning_run.steps_done(trainer):
-            self._snapshot(trainer, pl_module)
+        step = lightning_run.steps_done(trainer)
+        if self.monitor is not None and self.schedule.last_step != step:
+            self._snapshot(trainer, pl_module, last=True)
+        elif self.monitor is not None:
+            self._session.confirm(partial(self._find_targets, trainer, pl_module), step=step)
         self._session.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -294,10 +297,10 @@ class AttentionMapCallback(Base):
                 "afresh: new probe images, and film strips from here on"
             )
 
-    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, last: bool = False) -> None:
         """Take one; its metrics can be monitored by other callbacks from now on."""
         targets, step = partial(self._find_targets, trainer, pl_module), lightning_run.steps_done(trainer)
-        snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch)
+        snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch, last=last)
         if snapshot is not None:
             trainer.callback_metrics.update(_means(snapshot, self._session.run.name))
 

@@ -116,6 +116,13 @@ def agree(action: Callable[[], Result]) -> Result:
     return result
 
 
+def largest(value: int) -> int:
+    """The largest number that any process has."""
+    values = [0] * dist.get_world_size()
+    dist.all_gather_object(values, int(value))
+    return max(values)
+
+
 def _present(reports: list[tuple[str, str, bool] | None]) -> list[tuple[int, tuple[str, str, bool]]]:
     return [(rank, report) for rank, report in enumerate(reports) if report is not None]
 

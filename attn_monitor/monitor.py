@@ -17,6 +17,7 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
 from attn_monitor.capture.recording_plan import ModelSummary
+from attn_monitor.capture.site_cache import Doubt
 from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
@@ -41,6 +42,8 @@ class AttentionMonitor:
     ``or_mean`` reads query="mean" where a model has no CLS token.
     ``features`` keeps the patch features of the layers that are drawn, in at most 32 dimensions, and measures Gram
     drift against the first snapshot from step ``gram_step`` on (None: the first of all).
+    What is known of a model is asked again when it may have changed, as in `AttentionRecorder`, and a flag "order" is
+    raised where maps may have been drawn in an old order of tokens.
     ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
     and gets the whole; otherwise a process that calls it looks by itself.
     ``alone=True``: a role that fails is left out of a look, and ``failed`` holds its error, unless all fail; otherwise
@@ -77,6 +80,8 @@ class AttentionMonitor:
         self.failed: dict[str, Exception] = {}  # by role, at the latest look
         self._recorders: dict[str, AttentionRecorder] = {}
         self._told: dict[str, list[str]] = {}  # what was said to be left out, by role
+        self._confirmed: dict[str, int] = {}  # step at which a role's tokens were last found in their places
+        self._reordered: list[HealthFlag] = []  # for the next snapshot
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
@@ -86,18 +91,34 @@ class AttentionMonitor:
 
         self._of_each(models, look)
 
+    def confirm(self, models: Mapping[str, nn.Module], *, step: int) -> tuple[HealthFlag, ...]:
+        """Check at the end of a run that the tokens are where they were found; flags where maps may be in an old order.
+
+        A `snapshot` that is the last one does so by itself.
+        """
+        self._of_each(models, lambda role, model: self._follow(role, model, step, last=True))
+        found, self._reordered = self.health.add(self._reordered), []
+        return found
+
     def found(self) -> dict[str, ModelSummary]:
         """What the latest look has found, by role."""
         return {role: recorder.summary() for role, recorder in self._recorders.items()}
 
     def snapshot(
-        self, models: Mapping[str, nn.Module], *, step: int, epoch: int = 0, flags: Sequence[HealthFlag] = ()
+        self,
+        models: Mapping[str, nn.Module],
+        *,
+        step: int,
+        epoch: int = 0,
+        flags: Sequence[HealthFlag] = (),
+        last: bool = False,
     ) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
 
-        ``flags`` are health flags that were found elsewhere and go with it.
+        ``flags`` are health flags that were found elsewhere and go with it. ``last``: the run ends with it, and the
+        places of tokens are checked in any case.
         """
-        layers = self._capture(models)
+        layers = self._capture(models, step, last)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
         reference = self.reference.layers if self.reference is not None and self.reference.step < step else None
         if self.features:
@@ -114,7 +135,8 @@ class AttentionMonitor:
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
         layers = with_colors(layers, self._settled())
-        found = (*self.health.add(flags), *self.health.examine(step, layers, measured))
+        found = (*self.health.add((*flags, *self._reordered)), *self.health.examine(step, layers, measured))
+        self._reordered = []
         metrics, raised = summarise(measured), len(self.health.flags)
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
         self.remember(snapshot)
@@ -147,6 +169,7 @@ class AttentionMonitor:
         """Hold no model: the next look finds everything anew."""
         self._recorders.clear()
         self._told.clear()
+        self._confirmed.clear()
 
     def forget(self) -> None:
         """Drop the past: the next snapshot is the first one of a run."""
@@ -193,11 +216,16 @@ class AttentionMonitor:
         self.health.load_state_dict(state["health"])
         self.curves = Curves.from_state_dict(state.get("curves", []))  # older checkpoints have none
 
-    def _capture(self, models: Mapping[str, nn.Module]) -> dict[tuple[str, int], LayerAttention]:
+    def _capture(self, models: Mapping[str, nn.Module], step: int, last: bool) -> dict[tuple[str, int], LayerAttention]:
         """The whole probe, on the models' device."""
         part = distributed.share(len(self.probe)) if self._is_shared() else None
         images = self.probe.images if part is None else self.probe.images[list(part.indices)]
-        recorded = self._of_each(models, lambda role, model: self._record(role, model, images))
+
+        def look(role: str, model: nn.Module) -> list[LayerAttention]:
+            self._follow(role, model, step, last)
+            return self._record(role, model, images)
+
+        recorded = self._of_each(models, look)
         captured = {(role, attention.layer): attention for role, layers in recorded.items() for attention in layers}
         return captured if part is None else distributed.merge(captured, part)
 
@@ -236,6 +264,22 @@ class AttentionMonitor:
                 if not distributed.is_out_of_memory(error) or chunk == 1:
                     raise
                 self._chunk = (chunk + 1) // 2
+
+    def _follow(self, role: str, model: nn.Module, step: int, last: bool) -> None:
+        """Ask again what may have changed since the latest snapshot; all processes ask the same, and as much."""
+        recorder, images = self._recorder(role, model), self.probe.images
+
+        def worst(ask: Callable[[], int]) -> Doubt:
+            answer = self._with_one_outcome(role, ask)
+            return Doubt(distributed.largest(answer) if self._is_shared() else answer)
+
+        first = doubt = worst(lambda: recorder.doubt(images, last=last))
+        if doubt == Doubt.DUE:
+            doubt = worst(lambda: recorder.check_places(images))
+        if doubt >= Doubt.CHANGED and worst(lambda: recorder.ask_again(images, doubt)):
+            self._reordered.append(_reordered(role, self._confirmed.get(role, step), step))
+        if first or role not in self._confirmed:
+            self._confirmed[role] = step
 
     def _settled(self) -> Captured:
         """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet.
@@ -298,6 +342,7 @@ class AttentionMonitor:
                 every_query=self.every_query,
                 tokens=not TOKEN_METRICS.isdisjoint(self.metrics),
                 patches=True,
+                follow=False,
             )
         return known
 
@@ -309,3 +354,12 @@ def named(role: str, error: Exception) -> Exception:
     same = type(error)(f"{role}: {error}")
     same.__cause__ = error.__cause__
     return same
+
+
+def _reordered(role: str, since: int, step: int) -> HealthFlag:
+    text = (
+        f"its tokens hold other parts of the image than at step {since:,}, and its attention is read in the new order "
+        f"from here on. Maps of steps after {since:,} may be drawn in the old order: draw them again from checkpoints "
+        "(attn-monitor backfill)"
+    )
+    return HealthFlag("order", role, None, (), step, None, text)

@@ -148,7 +148,9 @@ class Watch:
         """Take a last snapshot at this step, unless there is one, and write everything. Nothing is watched after."""
         try:
             if step is not None and self.active and step != self.schedule.last_step:
-                self._snapshot(step, None, 0)
+                self._snapshot(step, None, 0, last=True)
+            elif step is not None and self.active:
+                self._session.confirm(self._find_targets, step=step)
             self._session.close()
         finally:
             self._session.end()
@@ -165,14 +167,14 @@ class Watch:
             self._session.run.failures.attempt("reading the state of a checkpoint", load)
             self._session.report()
 
-    def _snapshot(self, step: int, batch: Any, epoch: int) -> AttentionSnapshot | None:
+    def _snapshot(self, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
         session = self._session
         if not session.ensure_probe(partial(self._find_images, batch), step):
             return None
         if not session.run.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
             session.open(self.loggers, folder, step=step, until=step - 1)  # this one is taken again
-        return session.snapshot(self._find_targets, step=step, epoch=epoch)
+        return session.snapshot(self._find_targets, step=step, epoch=epoch, last=last)
 
     def _find_images(self, batch: Any) -> ProbeBatch:
         """Those of the data set or the loader that was given, else of a batch."""

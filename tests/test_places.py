@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import deque
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ class Counting(nn.Module):
         return self.model(images)
 
 
-BATCHES: list[int] = []
+BATCHES = deque[int]()  # no list, which would be a global that the model depends on
 
 
 @pytest.mark.parametrize(("size", "patch", "most"), [(224, 16, 20), (32, 8, 18)])
@@ -46,9 +47,9 @@ def test_a_plain_vit_is_asked_few_images_once(size: int, patch: int, most: int) 
     assert sum(BATCHES) - 2 <= most
     assert max(BATCHES) <= 3, "in pieces no larger than three images, or the batch"
     BATCHES.clear()
-    for _ in range(3):
+    for _ in range(6):
         record_attention(model, images[:1])
-    assert BATCHES == [1, 1, 1]
+    assert list(BATCHES) == [3, 1, 3, 1, 1, 3, 1, 1, 1]  # places are checked with three after 1, 2, 4, … recordings
 
 
 def test_a_model_is_asked_again_for_another_size_precision_or_structure() -> None:
@@ -58,7 +59,7 @@ def test_a_model_is_asked_again_for_another_size_precision_or_structure() -> Non
     def asked(images: Tensor) -> bool:
         BATCHES.clear()
         record_attention(model, images)
-        return len(BATCHES) > 1
+        return len(BATCHES) > 2  # one may be the check of places
 
     assert not asked(IMAGES)
     assert asked(IMAGES.mT)

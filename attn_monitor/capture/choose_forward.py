@@ -16,7 +16,7 @@ from attn_monitor.capture.masked_models import (
     features_forward,
     unmasked_forward,
 )
-from attn_monitor.capture.site_cache import Conditions, sites_of
+from attn_monitor.capture.site_cache import Conditions, Known, sites_of
 from attn_monitor.capture.sites import Site
 from attn_monitor.errors import AttentionError, LayerError, QueryError
 
@@ -49,8 +49,12 @@ class Discovery:
     """Every attention site of a model, under one way to call it and as long as the conditions stay the same."""
 
     option: ForwardOption
-    sites: tuple[Site, ...]
-    conditions: Conditions
+    known: Known
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """In order of execution."""
+        return self.known.sites
 
 
 def choose_forward(
@@ -97,7 +101,7 @@ def _try(
     query: QuerySpec,
 ) -> _Trial | _Failure:
     try:
-        discovery = Discovery(option, sites_of(model, images, option.forward, conditions), conditions)
+        discovery = Discovery(option, sites_of(model, images, option.forward, conditions))
     except AttentionError as error:
         return _Failure(error)
     try:

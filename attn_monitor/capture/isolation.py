@@ -190,6 +190,5 @@ def _may_be_sharded() -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
-    return any(
-        "FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in model.modules() for base in type(m).__mro__
-    )
+    bases = {base.__name__ for kind in {*map(type, all_modules(model))} for base in kind.__mro__}
+    return any("FSDP" in name or "FullySharded" in name for name in bases)

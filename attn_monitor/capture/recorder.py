@@ -37,8 +37,9 @@ from attn_monitor.capture.layer_selection import (
 from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, other_number, plan_recording
-from attn_monitor.capture.site_cache import Conditions, forget, structure_of
+from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_places, structure_of
 from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
+from attn_monitor.capture.token_places.recheck import places_hold
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
 from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 
@@ -98,6 +99,11 @@ class AttentionRecorder:
     layers that ``every_query`` names.
     ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
     query="mean" where the model has no CLS token. ``notes`` say what was done so.
+
+    What was discovered is remembered until the model's buffers, attributes, hooks, methods or forward change, or the
+    places of its tokens, which are checked after 1, 2, 4, 8, … recordings, turn out to be others: that is a warning, as
+    recordings since the check before may be in the old order. ``follow=False`` leaves `doubt`, `check_places` and
+    `ask_again` to the caller, as several processes must agree on them.
     """
 
     def __init__(
@@ -116,12 +122,14 @@ class AttentionRecorder:
         logits: bool = False,
         sinks: bool = False,
         every_query: EveryQueryOf = "none",
+        follow: bool = True,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens, self.patches = distance, tokens, patches
         self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)
+        self._follow = follow
         self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -175,12 +183,37 @@ class AttentionRecorder:
         return ModelSummary(model, layers, count, last.heads, last.layout.grid, self.notes)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
-        """Every attention site in order of execution, usable or not; found anew when model or image size changed."""
-        return self._look(images)[1].sites
+        """Every attention site in order of execution, usable or not; found again when model or image size changed."""
+        return self._follow_model(images)[1].sites
 
     def check(self, images: Tensor) -> None:
         """Raise the reason if a wanted layer cannot be read on images of this size."""
-        self._planned(self._look(images)[1])
+        self._planned(self._follow_model(images)[1])
+
+    def doubt(self, images: Tensor, *, last: bool = False) -> Doubt:
+        """Whether what was discovered still holds, to be asked before each recording; discovers what is not known yet.
+
+        ``last``: the recording is the last one, before which the places are checked in any case.
+        """
+        discovery = self._look(images)[1]
+        return discovery.known.doubt(self.model, discovery.option.forward, last=last)
+
+    def check_places(self, images: Tensor) -> Doubt:
+        """Ask the model by a few coded images whether its tokens are where they were found."""
+        images, discovery = self._look(images)
+        known = discovery.known
+        hold = places_hold(self.model, images, discovery.option.forward, known.sites, known.looks)
+        return Doubt.NONE if hold else Doubt.MOVED
+
+    def ask_again(self, images: Tensor, doubt: Doubt) -> bool:
+        """Discover the sites again; whether they had moved unnoticed, so that recordings may be in the old order."""
+        before = self._look(images)[1].sites
+        if doubt == Doubt.MOVED:
+            forget(self.model)
+        self._discovery = None
+        now = self._look(images)[1].sites
+        lost = {site.key for site in before if site.layout is not None} - {s.key for s in now if s.layout is not None}
+        return doubt == Doubt.MOVED and (bool(lost) or not same_places(before, now))
 
     def __call__(self, images: Tensor, *, on_layer: OnLayer | None = None) -> list[LayerAttention]:
         """Attention on (B, C, H, W) images, one entry per wanted layer, on the model's device.
@@ -193,22 +226,37 @@ class AttentionRecorder:
             raise TypeError(
                 f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
             )
-        images, discovery = self._look(images)
+        images, discovery = self._follow_model(images, recording=True)
         verify = self.verify is True or (self.verify == "first" and not self._verified)
         plan = self._planned(discovery)
         recorded = self._record(images, discovery.option.forward, plan, verify, on_layer)
-        self._verified = self._verified or verify
+        self._verified, discovery.known.recorded = self._verified or verify, True
         return recorded
 
+    def _follow_model(self, images: Tensor, *, recording: bool = False) -> tuple[Tensor, Discovery]:
+        """As `_look`, after what is in doubt has been asked again; the places themselves only before a recording."""
+        if self._follow:
+            doubt = self.doubt(images)
+            if doubt == Doubt.DUE and recording:
+                doubt = self.check_places(images)
+            if doubt >= Doubt.CHANGED and self.ask_again(images, doubt):
+                warnings.warn(
+                    f"the tokens of {type(self.model).__name__} hold other parts of the image than before, and its "
+                    "attention is read in the new order from now on. Recordings since the latest check of the places "
+                    "(they come after 1, 2, 4, 8, … recordings) may be in the old order: record those again",
+                    stacklevel=3,
+                )
+        return self._look(images)
+
     def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
-        """The images as the model takes them; and its sites, discovered anew when it or the images' size changed."""
+        """The images as the model takes them; and its sites, discovered again when modules or image size changed."""
         known, structure = self._discovery, structure_of(self.model)
-        if known is None or structure != known.conditions.structure:
+        if known is None or structure != known.known.conditions.structure:
             check_materialised(self.model)
         device, dtype = model_device_dtype(self.model)
         images = images.to(device=device, dtype=dtype)
         conditions = Conditions.of(images, structure)
-        if known is None or conditions != known.conditions:
+        if known is None or conditions != known.known.conditions:
             known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
             self._discovery, self._plan, self._verified, self._absent = known, None, False, {}
         return images, known
@@ -223,7 +271,7 @@ class AttentionRecorder:
                     raise
                 query = "mean"
                 wanted = select_sites(discovery.sites, self.layers, query)
-            device, tokens = discovery.conditions.device, self.tokens or self.patches
+            device, tokens = discovery.known.conditions.device, self.tokens or self.patches
             self._plan = plan_recording(
                 self.model, discovery.sites, query, wanted, device, tokens=tokens, from_end=counts_from_end(self.layers)
             )

@@ -1,16 +1,17 @@
-"""What each model was found to have, kept for as long as the model lives."""
+"""What each model was found to have, kept for as long as the model lives and nothing speaks against it."""
 
 from __future__ import annotations
 
-import types
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.fingerprint import Key, State, state_of
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import all_modules
 from attn_monitor.capture.site_discovery import discover
@@ -36,40 +37,98 @@ def structure_of(model: nn.Module) -> int:
     return hash(tuple((id(module), type(module), *module._modules.keys()) for module in all_modules(model)))
 
 
-@dataclass(frozen=True)
-class _Entry:
+class Doubt(IntEnum):
+    """Whether what is known of a model still holds; of several processes, the largest counts."""
+
+    NONE = 0
+    DUE = 1  # it is time to check the places
+    CHANGED = 2  # something that they may depend on is not as it was
+    MOVED = 3  # the check has shown other places
+
+
+@dataclass(eq=False)
+class Known:
+    """Every attention site of a model under one forward, and what it may depend on as it was then.
+
+    What changes in ordinary training and moves no token (BatchNorm's statistics, centres of a loss, counters) must not
+    be a reason to ask again for ever. So an item that has changed is ``ignored`` from then on if the sites were found
+    where they had been: a number at once, and anything else if it changes from look to look, since a switch that was
+    turned once is likely to be turned again. Functions are never ignored. For what is ignored and for trained weights
+    there is the check of the places, at growing distances.
+    """
+
     conditions: Conditions
-    forward: Callable[[], object]
     sites: tuple[Site, ...]
+    state: State
+    ignored: frozenset[Key] = frozenset()
+    changed: frozenset[Key] = frozenset()  # when the sites were found again where they had been
+    looks: int = 0  # recordings that were made of them
+    recorded: bool = field(default=False, repr=False)  # since the latest doubt
+
+    def doubt(self, model: nn.Module, forward: Forward, *, last: bool = False) -> Doubt:
+        """To be called before each recording. A check is due after 1, 2, 4, 8, … of them, and before the ``last``."""
+        self.looks, self.recorded = self.looks + self.recorded, False
+        if self.changes(state_of(model, forward)):
+            return Doubt.CHANGED
+        return Doubt.DUE if last or (self.looks and self.looks & (self.looks - 1) == 0) else Doubt.NONE
+
+    def changes(self, now: State) -> set[Key]:
+        """What is not as it was."""
+        if now == self.state:
+            return set()
+        keys = (self.state.keys() | now.keys()) - self.ignored
+        return {key for key in keys if now.get(key) != self.state.get(key)}
+
+    def follow(self, before: Known) -> None:
+        """Learn from what was known before, under other circumstances, what to ignore."""
+        if not same_places(before.sites, self.sites):
+            return
+        self.changed = frozenset(before.changes(self.state))
+        kinds = {key: (self.state.get(key) or before.state[key]).kind for key in self.changed}
+        again = {key for key, kind in kinds.items() if kind == "number" or (kind == "other" and key in before.changed)}
+        self.ignored = before.ignored | again
 
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, list[_Entry]] = weakref.WeakKeyDictionary()
+def same_places(before: Sequence[Site], now: Sequence[Site]) -> bool:
+    """Whether the same sites were found, with tokens in the same places where both times these could be told."""
+    if [(site.key, site.queries, site.keys) for site in before] != [
+        (site.key, site.queries, site.keys) for site in now
+    ]:
+        return False
+    both = ((a, b) for a, b in zip(before, now, strict=True) if a.layout is not None and b.layout is not None)
+    return all(
+        a.layout == b.layout and (a.places.cls, a.places.patch_queries) == (b.places.cls, b.places.patch_queries)
+        for a, b in both
+    )
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, list[Known]] = weakref.WeakKeyDictionary()
 _SIZE = 8  # entries a model: image sizes come and go
 
 
-def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Conditions) -> tuple[Site, ...]:
-    """Every attention site of the model, discovered once for the same conditions and forward."""
-    entries, identity = _CACHE.setdefault(model, []), _identity(forward)
-    for entry in entries:
-        if entry.conditions == conditions and entry.forward() is identity():
-            return entry.sites
+def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Conditions) -> Known:
+    """Every attention site of the model, discovered once for the same conditions, state of the model and forward."""
+    entries, state = _CACHE.setdefault(model, []), state_of(model, forward)
+    alike = [known for known in reversed(entries) if known.conditions == conditions]
+    for known in alike:
+        if not known.changes(state):
+            return known
     sites = discover(model, images, forward)
-    entries.append(_Entry(conditions, identity, sites))
+    found = Known(conditions, sites, state_of(model, forward))  # as it is now: some models change as they run
+    before = next((known for known in alike if not _is_of_another_forward(known, state)), None)
+    if before is not None:
+        found.follow(before)
+    entries.append(found)
     del entries[:-_SIZE]
-    return sites
+    return found
 
 
 def forget(model: nn.Module) -> None:
-    """Discover the model's sites anew the next time."""
+    """Discover the model's sites again the next time."""
     _CACHE.pop(model, None)
 
 
-def _identity(forward: Forward) -> Callable[[], object]:
-    """What tells a forward from others without keeping it alive: the code, where nothing else is part of it."""
-    if isinstance(forward, types.FunctionType) and not (forward.__closure__ or forward.__defaults__):
-        code = forward.__code__
-        return lambda: code
-    try:
-        return weakref.WeakMethod(forward) if isinstance(forward, types.MethodType) else weakref.ref(forward)
-    except TypeError:  # an object without weak references equals no other, not even itself the next time
-        return object
+def _is_of_another_forward(known: Known, now: State) -> bool:
+    """Whether the function itself is another one: then nothing is to be learned from what differs."""
+    changed = [key for key in known.changes(now) if key[0] == "forward"]
+    return any((now.get(key) or known.state[key]).kind == "code" for key in changed)

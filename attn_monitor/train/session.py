@@ -34,6 +34,7 @@ from attn_monitor.train.wiring_watch import WiringWatch
 
 SNAPSHOT = "taking a snapshot"  # what failures call it
 STATE = "keeping attention's past in a checkpoint"
+PLACES = "checking the places of tokens"
 WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
@@ -147,8 +148,8 @@ class Session:
             self.monitor.remember(snapshot)
             self.schedule.taken(snapshot.step)
 
-    def snapshot(self, targets: FindTargets, *, step: int, epoch: int) -> AttentionSnapshot | None:
-        """Take one and publish it; None where that fails."""
+    def snapshot(self, targets: FindTargets, *, step: int, epoch: int, last: bool = False) -> AttentionSnapshot | None:
+        """Take one and publish it; None where that fails. ``last``: the run ends with it."""
         run, taken = self.run, list[AttentionSnapshot]()
         self.report()
         with run.cost.of_a_snapshot():
@@ -163,12 +164,27 @@ class Session:
                 )
             )
             if now:
-                self.attempt(SNAPSHOT, lambda: taken.append(self._take(targets, step, epoch, flags, paused)))
+                take = partial(self._take, targets, step, epoch, flags, paused, last)
+                self.attempt(SNAPSHOT, lambda: taken.append(take()))
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
             self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
         self.report()
         return taken[0] if taken else None
+
+    def confirm(self, targets: FindTargets, *, step: int) -> None:
+        """The run ends at the step of the latest snapshot: check the places of its tokens once more."""
+
+        def check() -> None:
+            with targets() as (models, *_):
+                found = () if self.monitor is None else self.monitor.confirm(models, step=step)
+            if self.run.publisher is not None:
+                self.run.publisher.tell(found, step)
+
+        if self.run.cost.snapshots:
+            with self.run.cost.of_a_snapshot():
+                self.attempt(PLACES, check)
+            self.report()
 
     def between_steps(self, step: int) -> None:
         """Called between batches where no snapshot is due: after some snapshots, a few steps are looked at."""
@@ -354,7 +370,13 @@ class Session:
         self.run.failures.failed(_part_of(role), error)
 
     def _take(
-        self, targets: FindTargets, step: int, epoch: int, flags: Sequence[HealthFlag], paused: Sequence[str]
+        self,
+        targets: FindTargets,
+        step: int,
+        epoch: int,
+        flags: Sequence[HealthFlag],
+        paused: Sequence[str],
+        last: bool,
     ) -> AttentionSnapshot:
         run, monitor = self.run, self.monitor
         assert monitor is not None
@@ -365,7 +387,7 @@ class Session:
                     self._check(monitor, looked_at)
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
-            snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags)
+            snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last)
         for role, error in monitor.failed.items():
             self._failed(role, error)
         for role in run.failing & models.keys():

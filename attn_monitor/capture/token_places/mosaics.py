@@ -48,6 +48,7 @@ def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) ->
     site.layout = layout_of(places, mosaic.conv.grid, "exact", mosaic.geometry)
     if site.layout is None:
         return
+    site.held = mosaic.held(key)
     if k is not None and is_whole(k, mosaic.cells) and k != places:
         site.refuse("its keys and its values hold different patches")
     elif any(key in m.dilated for m in search.mosaics):

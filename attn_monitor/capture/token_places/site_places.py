@@ -16,6 +16,14 @@ from attn_monitor.capture.token_places.tokens import Call, Tokens
 from attn_monitor.grid_geometry import GridGeometry
 
 
+@dataclass(frozen=True)
+class Held:
+    """What each token of V, q and k ("v", "q", "k") held in the mosaics of a grid, to be asked about again."""
+
+    conv: PatchConv
+    places: Mapping[str, Places]
+
+
 @dataclass
 class SitePlaces:
     """What is known of one attention operation's keys and queries.
@@ -25,7 +33,8 @@ class SitePlaces:
     found to be patches or tokens of the model's own, which a mean is over, in ascending order; ``prefix_names`` are the
     keys that were found to be "CLS" or a "register". ``partial_queries`` says that its
     queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
-    ``entries`` are the layouts of the tokens that enter the modules around, by path.
+    ``entries`` are the layouts of the tokens that enter the modules around, by path. ``held`` is None where places are
+    known by centres.
     """
 
     layout: TokenLayout | None = None
@@ -37,6 +46,7 @@ class SitePlaces:
     prefix_names: Mapping[int, str] = field(default_factory=dict)
     partial_queries: bool = False
     entries: Mapping[str, TokenLayout] = field(default_factory=dict)
+    held: Held | None = None
 
     def refuse(self, reason: str) -> None:
         """There is no layout of its keys after all."""
@@ -57,6 +67,11 @@ class Mosaic:
     exits: dict[Call, tuple[Places, ...]] = field(default_factory=dict)  # of each tensor that a call returns
     changes: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T) between images, where V is not exact
     dilated: set[SiteKey] = field(default_factory=set)  # sites whose heads hold different cells of this grid
+
+    def held(self, key: SiteKey) -> Held:
+        """What the tokens of a site hold."""
+        places = {"v": self.v, "q": self.q, "k": self.k}
+        return Held(self.conv, {name: of_sites[key] for name, of_sites in places.items() if key in of_sites})
 
     @property
     def cells(self) -> int:

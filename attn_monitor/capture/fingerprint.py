@@ -1,0 +1,302 @@
+"""What the order of a model's tokens may depend on beside its trained weights, read to be compared with what it was.
+
+Read are buffers, integer parameters, plain attributes, hooks, methods and classes of every module, and the code,
+arguments, closure and globals of the forward that calls it. Tensors are read by value: DDP's broadcasts change versions
+and no value, and averages that write through ``.data`` the reverse. Trained weights are not read, as they change with
+every step; what follows from them is asked of the model, see `token_places.recheck`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+import zlib
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.isolation import all_modules, is_sharded
+
+Key = tuple[Any, ...]
+"""Where something was read, such as (number of the module, name of the attribute)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What was read: "code", which people change; a "number" (or several), which training may; or something "other"."""
+
+    kind: Literal["code", "number", "other"]
+    value: Any
+
+
+State = Mapping[Key, Item]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_TABLES = {*vars(nn.Module()), "_compiled_call_impl"}  # what is no attribute of the user's
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_NUMBERS = (int, float, complex)
+_PLAIN = (*_SCALARS, list, tuple, dict, Set, Tensor, np.ndarray, np.generic)
+# Nothing may take long: values of this many bytes and items are known by where they are and how many there are; objects
+# within objects, and what is reached through this many functions, by what they are.
+_BYTES, _ITEMS, _STEPS = 2**20, 1000, 8
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def state_of(model: nn.Module, forward: Callable[..., Any]) -> State:
+    """Everything that was read, by where it was found."""
+    modules, sharded = all_modules(model), is_sharded(model)
+    reader = _Reader(sharded)
+    for number, module in enumerate(modules):
+        for name, tensor in module._buffers.items():
+            reader.value((number, name), tensor)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not (parameter.is_floating_point() or parameter.is_complex()):
+                reader.value((number, name), parameter)
+        for table in _HOOKS:
+            if hooks := getattr(module, table):
+                reader.hooks((number, table), hooks)
+        if not sharded:
+            reader.attributes((number,), module)
+    for base in {base for kind in {*map(type, modules)} for base in kind.__mro__} - {*nn.Module.__mro__}:
+        for name, value in list(vars(base).items()):
+            reader.member((base, name), value)
+    for table in _GLOBAL_HOOKS:
+        reader.hooks((table,), getattr(nn.modules.module, table))
+    reader.anything(("forward",), forward)
+    return reader.finished()
+
+
+class _Reader:
+    """Gathers items; the values of tensors are fetched once for each device, at the end.
+
+    ``sharded``: FSDP keeps an account of its own in attributes of modules and of the objects that its hooks belong to.
+    """
+
+    def __init__(self, sharded: bool) -> None:
+        self._sharded = sharded
+        self._items: dict[Key, Item] = {}
+        self._sums: list[tuple[_Sum, Tensor]] = []
+        self._open: set[int] = set()  # ids of what is being looked into
+        self._objects: dict[int, Any] = {}  # what was seen of objects, such as a configuration that all modules hold
+        self._numbers = True  # whether what is being read is made of numbers alone
+
+    def finished(self) -> State:
+        """All items, with the values of tensors."""
+        by_device: dict[torch.device, list[tuple[_Sum, Tensor]]] = {}
+        for entry in self._sums:
+            by_device.setdefault(entry[1].device, []).append(entry)
+        for entries in by_device.values():
+            values = torch.stack([tensor for _, tensor in entries]).tolist()
+            for (one, _), value in zip(entries, values, strict=True):
+                one.value = value
+        return self._items
+
+    def anything(self, key: Key, value: Any) -> None:
+        """An attribute, or what a function can reach."""
+        if type(value) in _SCALARS:
+            self.value(key, value)
+        elif isinstance(value, _FUNCTIONS):
+            self._function(key, value)
+        elif _is_object(value) and callable(value):
+            self._object(key, value)
+            self.anything((*key, "()"), type(value).__call__)
+        else:
+            self.value(key, value)
+
+    def value(self, key: Key, value: Any) -> None:
+        """Values, in containers or objects too."""
+        self._numbers = True
+        seen = self._seen(value, 4)
+        self._items[key] = Item("number" if self._numbers else "other", seen)
+
+    def attributes(self, key: Key, value: Any) -> None:
+        """Each by itself."""
+        own = vars(value)
+        for name in own.keys() - _TABLES:
+            self.anything((*key, name), own[name])
+
+    def hooks(self, key: Key, table: Mapping[int, Any]) -> None:
+        """Hooks in order, without those of this package, which change nothing."""
+        hooks = [hook for hook in list(table.values()) if not _is_ours(hook)]
+        self._items[key] = Item("other", len(hooks))
+        for number, hook in enumerate(hooks):
+            self.anything((*key, number), hook)
+
+    def member(self, key: Key, value: Any) -> None:
+        """What a class defines: methods, and plain values."""
+        value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        value = value.fget if isinstance(value, property) else value
+        if isinstance(value, _FUNCTIONS):
+            self._function(key, value)
+        elif isinstance(value, _PLAIN) and not key[-1].startswith("__"):
+            self.value(key, value)
+
+    def _object(self, key: Key, value: Any) -> None:
+        self._items[key] = Item("other", _Same(value) if isinstance(value, nn.Module) else type(value))
+        if not _is_ours(value) and (not self._sharded or key[0] == "forward"):
+            self.attributes(key, value)
+
+    def _function(self, key: Key, function: Any) -> None:
+        """Its code with the arguments given in advance; and each by itself, what it can reach."""
+        if id(function) in self._open or len(key) > _STEPS:
+            self._items[key] = Item("other", _Same(function))
+            return
+        self._open.add(id(function))
+        if isinstance(function, functools.partial):
+            self._arguments(key, {**dict(enumerate(function.args)), **function.keywords})
+            self.anything((*key, "partial"), function.func)
+        elif isinstance(function, types.MethodType):
+            self._object((*key, "self"), function.__self__)
+            self.anything((*key, "method"), function.__func__)
+        else:
+            self._items[key] = Item("code", function.__code__)
+            self._arguments(key, {**dict(enumerate(function.__defaults__ or ())), **(function.__kwdefaults__ or {})})
+            if not _is_ours(function):
+                self._reach(key, function)
+        self._open.remove(id(function))
+
+    def _arguments(self, key: Key, arguments: Mapping[Any, Any]) -> None:
+        for name, value in arguments.items():
+            if isinstance(value, _SCALARS):  # a constant is as good as code
+                where = (*key, name)
+                self._items[where] = Item("code", self._seen(value, 0))
+            else:
+                self.anything((*key, name), value)
+
+    def _reach(self, key: Key, function: types.FunctionType) -> None:
+        of_user = key[0] == "forward"
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # empty as yet
+                continue
+            if isinstance(content, nn.Module) and of_user:
+                self._object((*key, name), content)
+            else:
+                self.anything((*key, name), content)
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            where = (*key, "global", name)
+            if isinstance(value, types.FunctionType):
+                self._items[where] = Item("code", value.__code__)
+            elif value is not None and (isinstance(value, _PLAIN) or (of_user and _is_object(value))):
+                self.value(where, value)
+
+    def _seen(self, value: Any, budget: int) -> Any:
+        """Something to compare by, equal if the value is."""
+        kind = type(value)
+        if kind in _SCALARS:
+            self._numbers &= kind in _NUMBERS
+            return kind, repr(value) if kind is float or kind is complex else value  # NaN is equal to itself
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject and value.nbytes <= _BYTES:
+            self._numbers &= value.dtype.kind == "f" or value.size == 1
+            return value.dtype.str, value.shape, zlib.crc32(np.ascontiguousarray(value).tobytes())
+        container = isinstance(value, (list, tuple, dict, Set))
+        if not container and id(value) in self._objects and budget >= 3:
+            self._numbers = False
+            return self._objects[id(value)]
+        cost = 1 if container else 3 if _is_object(value) else budget + 1
+        if cost <= budget and id(value) not in self._open:
+            self._open.add(id(value))
+            inner = self._inside(value, budget - cost)
+            self._open.remove(id(value))
+            if not container:
+                self._objects[id(value)] = kind, inner
+            return kind, inner
+        self._numbers = False
+        return (kind, len(value)) if container else _Same(value)
+
+    def _inside(self, value: Any, budget: int) -> Any:
+        if not isinstance(value, (list, tuple, dict, Set)):
+            self._numbers = False
+            value = vars(value)
+        if len(value) > _ITEMS:
+            self._numbers = False
+            return len(value)
+        if isinstance(value, Set):
+            return frozenset(self._seen(item, budget) for item in list(value))
+        if isinstance(value, dict):
+            return tuple((self._seen(k, budget), self._seen(v, budget)) for k, v in list(value.items()))
+        return tuple(self._seen(item, budget) for item in list(value))
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        self._numbers &= tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 1
+        facts = (type(tensor), tensor.shape, tensor.dtype)
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            return facts
+        storage = tensor.untyped_storage()
+        if tensor.nbytes > _BYTES:
+            return *facts, storage.data_ptr(), None if tensor.is_inference() else tensor._version
+        if tensor.is_quantized or not tensor.nbytes or not storage.nbytes():  # FSDP frees what it has sharded
+            return facts
+        self._sums.append((_Sum(), _checksum(tensor)))
+        return *facts, self._sums[-1][0]
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number that depends on every element and on its place."""
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    words = flat.view(_INTEGERS[flat.element_size()]).long()
+    weights = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131  # the golden ratio's 64 bits
+    return (words * (weights ^ (weights >> 29))).sum()
+
+
+@dataclass(slots=True)
+class _Sum:
+    """The checksum of a tensor, once it has been fetched."""
+
+    value: int = 0
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Same:
+    """An object that is equal to itself alone, and is not kept alive."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, value: Any) -> None:
+        self._id = id(value)
+        try:
+            self._ref: weakref.ref[Any] | None = weakref.ref(value)
+        except TypeError:  # functions written in C, and what has slots
+            self._ref = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or self._id != other._id or (self._ref is None) != (other._ref is None):
+            return False
+        return self._ref is None or other._ref is None or self._ref() is other._ref() is not None
+
+    def __hash__(self) -> int:
+        return self._id
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is looked into: an object with attributes that is no part of PyTorch, Python or this package."""
+    kept = isinstance(value, (type, types.ModuleType, types.FunctionType, logging.Logger, nn.Module))
+    return hasattr(value, "__dict__") and not kept and not _is_ours(value)
+
+
+def _is_ours(value: Any) -> bool:
+    function = value.__func__ if isinstance(value, types.MethodType) else value
+    module = function.__module__ if isinstance(function, types.FunctionType) else type(function).__module__
+    return str(module).partition(".")[0] == __name__.partition(".")[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals and attributes in a function and in those within it."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))

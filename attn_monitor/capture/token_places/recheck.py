@@ -1,0 +1,119 @@
+"""Whether tokens still hold the parts of the image that they were found to hold: asked with a coded image or two.
+
+Some parts of the user's image are exchanged for others. A token that was found to hold an exact place must not change
+where that place shows the same; where it changes all the same, it holds another one. That is the only evidence which
+counts: a token that does *not* change may belong to a model whose features have collapsed, which is no other order.
+Which parts are exchanged is drawn by lot for each check, so that two tokens that changed places are seen in 4 of 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.capture.token_places.decoding import shares
+from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.silent_model import SilentModel
+from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps, small_strength
+from attn_monitor.capture.token_places.tokens import SiteFormat, SiteTokens
+
+_PARTITIONS = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])  # of three images
+_SAME = _PARTITIONS[:, :, None] == _PARTITIONS[:, None]  # (5, 3, 3): whether two images show the same
+_ROUNDS = 5  # of centres, as many as finding them takes at most
+_LEAST = 0.6  # correlation of the centres of tokens with their places
+
+
+def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Sequence[Site], number: int) -> bool:
+    """Whether nothing speaks against the places of any site, on one of the (B, C, H, W) images.
+
+    The ``number`` of the check chooses the image and what is exchanged in it. Three images are run for each grid of
+    exact places, and four where places are known by centres (more where these leave doubts).
+    """
+    readable = [site for site in sites if isinstance(site, ReadableSite)]
+    formats = {site.key: SiteFormat(site.folding, site.convention) for site in readable}
+    silent_model = SilentModel(model, forward, formats, set(), min(len(images), 8))
+    by_conv: dict[PatchConv, list[ReadableSite]] = {}
+    for site in readable:
+        if site.places.held is not None:
+            by_conv.setdefault(site.places.held.conv, []).append(site)
+    for conv, group in by_conv.items():
+        image, seed = images[number % len(images)], 100 + number
+        drawn = torch.randint(len(_PARTITIONS), (math.prod(conv.grid),), generator=torch.Generator().manual_seed(seed))
+        seen = silent_model(_exchanged(image, conv, drawn, seed), seed).sites
+        if not all(site.key in seen and _unmoved(seen[site.key], site, drawn) for site in group):
+            return False
+    return _centres_hold(silent_model, images, [site for site in readable if site.places.held is None], number)
+
+
+def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tensor:
+    """(3, C, H, W): the (C, H, W) image and two more, in which each cell shows the same or others, as was ``drawn``."""
+    # One bright and one dark: an order that hangs on brightness is not the same in all.
+    bright, dark = noise_images(image[None], 2, seed) + torch.tensor([0.5, -0.5]).to(image)[:, None, None, None]
+    cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
+    shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels outside stay
+    pictures = torch.stack([image, bright, dark])
+    index = shown.movedim(-1, 0)[:, None].expand(-1, len(image), -1, -1)  # (3, C, H, W)
+    return pictures[None].expand(3, -1, -1, -1, -1).gather(1, index[:, None])[:, 0]
+
+
+def _unmoved(seen: SiteTokens, site: ReadableSite, drawn: Tensor) -> bool:
+    """Whether no token of V, q and k changes between images that show the same in its place."""
+    held = {} if site.places.held is None else site.places.held.places
+    for name, places in held.items():
+        sketches: Tensor | None = getattr(seen, name)
+        if sketches is None:  # not seen to be a product of queries and keys this time
+            continue
+        if sketches.shape[1] != len(places):
+            return False
+        same = _same(places, drawn).to(sketches.device)
+        changed = relative_change(sketches[:, None], sketches[None]) > seen.threshold  # (3, 3, T)
+        finite = sketches.isfinite().all(-1).all(0)
+        if bool((changed & same & finite).any()):
+            return False
+    return True
+
+
+def _same(places: Places, drawn: Tensor) -> Tensor:
+    """(3, 3, T): between which images a token must not change."""
+    places_ = torch.tensor(places)
+    same = _SAME[drawn[places_.clamp_min(0)]].movedim(0, -1)
+    return (same | (places_ == STATIC)) & (places_ != SEVERAL)
+
+
+def _centres_hold(silent_model: SilentModel, images: Tensor, sites: Sequence[ReadableSite], number: int) -> bool:
+    """Whether the centres of tokens rise with the rows and columns of their places.
+
+    One noise shows centres roughly, so the mean of several counts where the first leaves doubts.
+    """
+    found: dict[SiteKey, list[Tensor]] = {}
+    for seed in range(100 + _ROUNDS * number, 100 + _ROUNDS * (number + 1)):
+        if not sites:
+            break
+        seen = silent_model(ramps(images[seed % len(images)], small_strength(images.dtype), seed), seed).sites
+        for site in sites:
+            if site.key not in seen or seen[site.key].v.shape[1] != len(site.layout.order):
+                return False
+            tokens = seen[site.key]
+            share = shares(tokens.v, tokens.threshold / 4)[:, list(site.layout.patches)]
+            found.setdefault(site.key, []).append(share)
+        sites = [site for site in sites if not _rise(torch.stack(found[site.key]).nanmean(0), site.layout.grid)]
+    return not sites
+
+
+def _rise(share: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether (2, N) centres of tokens in row-major order are correlated with their rows and columns."""
+    cells = torch.arange(share.shape[1], device=share.device)
+    for axis, place in zip(share, (cells // grid[1], cells % grid[1]), strict=True):
+        known = axis.isfinite()
+        pair = torch.stack([axis[known], place[known].to(axis)])
+        if int(known.sum()) > 2 and float(torch.corrcoef(pair)[0, 1]) < _LEAST:  # NaN where a grid has one row
+            return False
+    return True

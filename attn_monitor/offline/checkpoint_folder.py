@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +70,18 @@ def step_in_name(path: Path) -> int:
     raise CheckpointError(f"{path}: at which step it was saved is told neither by a global_step in it nor by its name")
 
 
-def roles_in(checkpoint: Checkpoint, weights: Container[str], key: str | None = None) -> dict[str, str]:
+def roles_in(checkpoint: Checkpoint, weights: Collection[str], key: str | None = None) -> dict[str, str]:
     """Role to the name below which a model's ``weights`` are, such as {"student": "state_dict.student"}.
 
     These are the places below which the most of them are, or nearly so; whether they fit is for loading to tell.
     ``key``, a role or a part of such names, chooses among the places. Empty where there is none.
     """
     count: Counter[str] = Counter()
+    deepest = max((name.count(".") for name in weights), default=0) + 1
     for name in checkpoint.names:
         parts = name.split(".")
-        count.update(".".join(parts[:n]) for n in range(len(parts)) if ".".join(parts[n:]) in weights)
+        starts = range(max(0, len(parts) - deepest), len(parts))
+        count.update(".".join(parts[:n]) for n in starts if ".".join(parts[n:]) in weights)
     most = max(count.values(), default=0)
     places = [place for place in count if count[place] >= NEARLY * most]
     if key is not None:

@@ -109,9 +109,10 @@ def _with_plain_names(stored: Weights, model: nn.Module) -> Weights:
 def _fits(model: nn.Module, stored: Weights, wanted: Shapes) -> list[Fit]:
     """For each prefix below which about as many of the model's names lie as below any."""
     count: Counter[str] = Counter()
+    deepest = max((name.count(".") for name in wanted), default=0) + 1
     for name in stored.shapes:
         parts = name.split(".")
-        for start in range(len(parts)):
+        for start in range(max(0, len(parts) - deepest), len(parts)):
             if ".".join(parts[start:]) in wanted:
                 count["".join(f"{part}." for part in parts[:start])] += 1
     most = max(count.values(), default=0)

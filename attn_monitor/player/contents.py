@@ -27,6 +27,7 @@ from attn_monitor.workers import safe_point
 PHOTO, FEW = 512, 16  # pixels of a photograph's longer side at most, half of it where there are more than so many
 FEATURE_STEPS = 8  # that keep their features where those of all steps would be too many
 BASE64 = 4 / 3  # characters for a byte
+MOST_STEPS = 500  # of a page: small ones take longer to read than they take room
 MOST_VALUES = 200_000  # of metrics; beyond, those of single heads are left out
 
 
@@ -112,7 +113,7 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     contents = Contents(name, images_of(probe), [])
     room -= sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in contents.images["images"])
     size = _largest_step(paths)
-    few = max(2, int(room / size)) if size else len(paths)
+    few = min(MOST_STEPS, max(2, int(room / size)) if size else len(paths))
     chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
     broken = contents.broken
     contents.steps = list(_readable(chosen, probe, broken))

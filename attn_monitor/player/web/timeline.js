@@ -100,10 +100,9 @@ const metricNames = new WeakMap();
 function metricsOf(run) {
   const layer = shownLayer(run), key = `${layer} ${run.generation} ${run.steps.length}`;
   if (metricNames.get(run)?.key !== key) {
-    const names = new Set();
+    const names = new Set(), wanted = [...new Set(run.layouts.flat().map(entry => `${entry.role}/${layer}/`))];
     for (const step of run.steps) for (const of of Object.keys(step.metrics)) {
-      const [, found, name] = of.match(/^.*\/(\d+)\/([^/]+)$/);
-      if (Number(found) === layer) names.add(name);
+      for (const start of wanted) if (of.startsWith(start)) names.add(of.slice(start.length));
     }
     metricNames.set(run, {key, names: [...names]});
   }

@@ -196,9 +196,27 @@ class AttentionMapCallback(Base):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the images of the sanity check, for a validation data set that cannot be asked for others."""
-        if trainer.sanity_checking and self.monitor is None:
-            self._images.keep(batch)
+        """Look at the images of the sanity check, and at what the models get of them."""
+        if trainer.sanity_checking and self.monitor is None and self._session.run.active:
+            try:
+                with self._find_targets(trainer, pl_module) as found:
+                    seen = list(found.models.values())
+            except Exception:  # it is told at the first snapshot
+                seen = []
+            self._images.look(batch, seen, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep them, for a validation data set that cannot be asked for others."""
+        if trainer.sanity_checking:
+            self._images.keep()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out the schedule, now that Lightning knows how long the run is, and choose what is written to."""
@@ -212,6 +230,7 @@ class AttentionMapCallback(Base):
         session.begin_or_continue(step, run_folder)
         with run.cost.of_discovery():
             session.find_probe(partial(self._images.of_data_sets, trainer, run.failures))
+            run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
             self._images.forget()
         run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
         run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.wiring), None) is self  # one tells
@@ -224,8 +243,9 @@ class AttentionMapCallback(Base):
         """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
         session, step = self._session, lightning_run.steps_done(trainer)
         due = session.run.active and self.schedule.due(step)
-        if due and session.ensure_probe(partial(self._images.of_batch, batch, trainer), step):
-            self._snapshot(trainer, pl_module)
+        find, targets = partial(self._images.of_batch, batch, trainer), partial(self._find_targets, trainer, pl_module)
+        if due and session.ensure_probe(find, step, targets, batch):
+            self._snapshot(trainer, pl_module, batch)
         else:
             session.between_steps(step)
         session.run.training = True
@@ -297,10 +317,12 @@ class AttentionMapCallback(Base):
                 "afresh: new probe images, and film strips from here on"
             )
 
-    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, last: bool = False) -> None:
+    def _snapshot(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, *, last: bool = False
+    ) -> None:
         """Take one; its metrics can be monitored by other callbacks from now on."""
         targets, step = partial(self._find_targets, trainer, pl_module), lightning_run.steps_done(trainer)
-        snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch, last=last)
+        snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last)
         if snapshot is not None:
             trainer.callback_metrics.update(_means(snapshot, self._session.run.name))
 

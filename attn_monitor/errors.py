@@ -9,6 +9,10 @@ class ProbeError(AttnMonitorError, ValueError):
     """The probe images cannot be used: missing, empty, unreadable, or of the wrong shape."""
 
 
+class NoImagesError(ProbeError):
+    """A batch holds no images that could be watched."""
+
+
 class TargetError(AttnMonitorError, ValueError):
     """``targets`` names something that is no submodule."""
 

@@ -138,6 +138,7 @@ class Watch:
 
     def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
         """Call it between two optimizer steps with how many are done; the snapshot, where one was due and taken."""
+        self._session.settle()
         early = self.schedule.due_early(step) and self._session.run.cost.allows_another()
         if self.active and (early or self.schedule.due(step)):
             return self._snapshot(step, batch, epoch)
@@ -147,6 +148,7 @@ class Watch:
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step, unless there is one, and write everything. Nothing is watched after."""
         try:
+            self._session.settle()
             if step is not None and self.active and step != self.schedule.last_step:
                 self._snapshot(step, None, 0, last=True)
             elif step is not None and self.active:
@@ -169,12 +171,12 @@ class Watch:
 
     def _snapshot(self, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
         session = self._session
-        if not session.ensure_probe(partial(self._find_images, batch), step):
+        if not session.ensure_probe(partial(self._find_images, batch), step, self._find_targets, batch):
             return None
         if not session.run.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
             session.open(self.loggers, folder, step=step, until=step - 1)  # this one is taken again
-        return session.snapshot(self._find_targets, step=step, epoch=epoch, last=last)
+        return session.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
 
     def _find_images(self, batch: Any) -> ProbeBatch:
         """Those of the data set or the loader that was given, else of a batch."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_monitor.probe.normalisation import declared_statistics
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.failures import Failures
+from attn_monitor.train.backbone_inputs import BackboneInputs, prepared_probe
 from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.lightning_run import changes_batches
 from attn_monitor.train.probe_search import (
@@ -28,23 +30,41 @@ class LightningImages:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.are_known = False  # to be what the model gets
         self._checked: Tensor | None = None  # images of the sanity check
+        self._batch: Tensor | None = None  # those of the batch that is checked now
+        self._inputs: BackboneInputs | None = None  # in the same batch
+        self._seen: BackboneInputs | None = None  # in the first batch that was seen to enter the models
 
-    def keep(self, batch: Any) -> None:
-        """Remember images of a sanity check's batch, for a validation data set that cannot be asked for others."""
+    def look(self, batch: Any, models: Iterable[nn.Module], root: nn.Module) -> None:
+        """Look at a batch of the sanity check, for a validation data set that cannot be asked for others."""
         lacking = self.count - (0 if self._checked is None else len(self._checked))
-        images = find_images(batch) if lacking > 0 else None
+        if lacking > 0:
+            self._batch, self._inputs = find_images(batch), BackboneInputs(models, batch, self.count, root)
+
+    def keep(self) -> None:
+        """When its step is over: remember its images as the model got them, or else as they are."""
+        inputs, batch = self._inputs, self._batch
+        self._inputs = self._batch = None
+        if inputs is None:
+            return
+        inputs.stop()
+        images = inputs.entered[0] if inputs.entered else batch
+        if inputs.entered and self._seen is None:
+            self._seen, self._checked = inputs, None
         if images is None:
             return
-        images = images[:lacking].detach().cpu()
+        images = images[: self.count].detach().cpu()
         if self._checked is None:
             self._checked = images
         elif self._checked.shape[1:] == images.shape[1:]:
-            self._checked = torch.cat([self._checked, images])
+            self._checked = torch.cat([self._checked, images])[: self.count]
 
     def forget(self) -> None:
         """Drop what was kept."""
-        self._checked = None
+        if self._inputs is not None:
+            self._inputs.stop()
+        self._checked = self._batch = self._inputs = self._seen = None
 
     def of_data_sets(self, trainer: pl.Trainer, failures: Failures) -> ProbeBatch | None:
         """Validation images, else those of the sanity check, else of the training data set; None where all fail."""
@@ -56,12 +76,18 @@ class LightningImages:
             find = partial(probe_from_loaders, loaders, self.count, caption=caption)
             return failures.result_of(f"finding a {caption}", find)
 
+        self.are_known = self._seen is not None
         probe = ask(validation, VALIDATION_CAPTION) if as_is else None
+        if probe is not None and self._seen is not None:
+            probe = prepared_probe(probe, self._seen)
         if probe is None and self._checked is not None:
             probe = probe_from_images(
                 self._checked, caption=VALIDATION_CAPTION, declared=declared_statistics([validation, training])
             )
-        return ask(training, TRAINING_CAPTION) if probe is None and as_is else probe
+        if probe is None:
+            self.are_known = False
+            probe = ask(training, TRAINING_CAPTION) if as_is else None
+        return probe
 
     def of_batch(self, batch: Any, trainer: pl.Trainer) -> ProbeBatch:
         """Those of a training batch. Raises `ProbeError` where it holds none."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, SubsetRandomSampler, default_collate
 from torch.utils.data._utils import worker
 
-from attn_monitor.errors import ProbeError
+from attn_monitor.errors import NoImagesError
 from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.train.backbone_inputs import BackboneInputs, alike, find_preparation, prepared_probe
 from attn_monitor.train.batch_images import describe_batch, find_images
 from attn_monitor.train.process_copy import ask_a_copy
 
@@ -26,10 +27,10 @@ TRAINING_CAPTION, VALIDATION_CAPTION = "training crop", "validation image"
 def probe_from_batch(
     batch: Any, num_images: int, *, caption: str = "original", declared: Sequence[Statistics] = ()
 ) -> ProbeBatch:
-    """Of the first images in a batch, see `find_images`; `ProbeError` where it holds none."""
+    """Of the first images in a batch, see `find_images`; `NoImagesError` where it holds none."""
     images = find_images(batch)
     if images is None:
-        raise ProbeError(
+        raise NoImagesError(
             "probe=None: the batch holds no floating-point tensor of images (batch, channels, height, width); received "
             f"{describe_batch(batch)}. Pass probe= a folder, a tensor or a ProbeBatch"
         )
@@ -68,6 +69,49 @@ def probe_from_first_batch(data: Any, num_images: int, *, caption: str = "origin
         return probe_from_batch(batch, num_images, caption=caption)
 
     return ask_a_copy(first)
+
+
+def what_to_watch(watched: ProbeBatch | None, inputs: BackboneInputs, *, given: bool) -> tuple[ProbeBatch | None, str]:
+    """After a step: the images to watch from now on, None for those that are ``watched``; and what to say of it.
+
+    Images that the user has ``given`` stay. Raises what a hook met.
+    """
+    if inputs.error is not None:
+        raise inputs.error
+    if not inputs.entered:
+        return None, ""
+    entered = probe_from_images(inputs.entered[0], caption=TRAINING_CAPTION)
+    if watched is None:
+        return entered, ""
+    remedy = (
+        "mean= and std= say how a folder's images are normalised, and forward= takes a function of (model, images) "
+        "that prepares them"
+    )
+    if given:
+        if alike(watched.images, entered.images):
+            return None, ""
+        return None, (
+            f"the probe's images and those that enter the model in training disagree: {_range(watched.images)} and "
+            f"{_range(entered.images)}. Normalise the probe as training does: {remedy}"
+        )
+    prepared = prepared_probe(watched, inputs)
+    if prepared is watched:
+        return None, ""
+    first = "the first snapshot is that after the first step"
+    if prepared is not None:
+        return prepared, (
+            "the step prepares its batch before the model gets it, and the images that are watched are prepared in the "
+            f"same way ({find_preparation(inputs.given, inputs.entered)}); {first}"
+        )
+    return entered, (
+        f"the images of the data and those that enter the model in training disagree: {_range(watched.images)} and "
+        f"{_range(entered.images)}. The latter are watched, and {first}. To watch others, pass them as probe= with "
+        f"mean= and std=, or with forward=, a function of (model, images) that prepares them"
+    )
+
+
+def _range(images: Tensor) -> str:
+    return f"values of {images.min():.4g} to {images.max():.4g}"
 
 
 def _evenly_spaced_images(loaders: Any, num_images: int) -> tuple[Tensor, list[Statistics]] | None:

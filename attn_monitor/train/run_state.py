@@ -16,6 +16,7 @@ from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.folder_claim import Claim
+from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.reports import Cost
 from attn_monitor.train.wiring_watch import WiringWatch
 
@@ -58,6 +59,10 @@ class RunState:
     looks_at_wiring: bool = True
     wiring: WiringWatch | None = None  # of rank zero, from the first snapshot on
     findings: list[HealthFlag] = field(default_factory=list)  # of it, for the next snapshot
+    inputs: BackboneInputs | None = None  # of the batch that is looked at
+    inputs_known: bool = False  # the images that are watched are known to be what the models get
+    batches_looked_at: int = 0
+    held: Callable[[], None] | None = None  # publishes the first snapshot, once they are known to be that
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunState, ()

@@ -16,7 +16,7 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import AttentionError, ProbeError, TargetError
+from attn_monitor.errors import AttentionError, NoImagesError, ProbeError, TargetError
 from attn_monitor.measure.health import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -28,6 +28,8 @@ from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
+from attn_monitor.train.backbone_inputs import BackboneInputs
+from attn_monitor.train.probe_search import what_to_watch
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.wiring_watch import WiringWatch
@@ -38,6 +40,7 @@ PLACES = "checking the places of tokens"
 WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
+BATCHES = 8  # in which to look for images that enter the models
 
 Result = TypeVar("Result")
 
@@ -95,13 +98,38 @@ class Session:
         if self.monitor is None and (probe := self.run.rank_zero.run(find)) is not None:
             self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
 
-    def ensure_probe(self, find: Callable[[], ProbeBatch], step: int) -> bool:
-        """Whether there are images to watch, found now if need be; where that fails, again at the next snapshot."""
-        if self.attempt("taking images of a batch", lambda: self.find_probe(find)):
-            return True
-        self.schedule.taken(step)
+    def ensure_probe(self, find: Callable[[], ProbeBatch], step: int, targets: FindTargets, batch: Any) -> bool:
+        """Whether there are images to watch, found now if need be; where that fails, again at the next snapshot.
+
+        Where this batch holds none, those are watched that enter the models in its step, from the next one on.
+        """
+
+        def find_or_look() -> None:
+            try:
+                self.find_probe(find)
+            except NoImagesError:
+                with targets() as found:
+                    if not self._look_at_inputs(found.models, batch):
+                        raise
+
+        if not self.attempt("taking images of a batch", find_or_look):
+            self.schedule.taken(step)
         self.report()
-        return False
+        return self.monitor is not None
+
+    def settle(self) -> None:
+        """After a batch that was looked at: whether what is watched is what the models get.
+
+        If so, or if nothing is known, the first snapshot is published; else it is taken again, of what they get.
+        """
+        run = self.run
+        if run.inputs is None:
+            return
+        inputs, run.inputs = run.inputs, None
+        inputs.stop()
+        self.attempt("comparing the probe with training's images", lambda: self._compare(inputs))
+        self.attempt(SNAPSHOT, self._publish_held)
+        self.report()
 
     def discover(self, targets: FindTargets) -> None:
         """Find the attention of the models on images of the probe's size, if there are any."""
@@ -148,8 +176,13 @@ class Session:
             self.monitor.remember(snapshot)
             self.schedule.taken(snapshot.step)
 
-    def snapshot(self, targets: FindTargets, *, step: int, epoch: int, last: bool = False) -> AttentionSnapshot | None:
-        """Take one and publish it; None where that fails. ``last``: the run ends with it."""
+    def snapshot(
+        self, targets: FindTargets, *, step: int, epoch: int, batch: Any = None, last: bool = False
+    ) -> AttentionSnapshot | None:
+        """Take one and publish it; None where that fails.
+
+        ``batch`` is what the next step is about to take; ``last``: the run ends with it.
+        """
         run, taken = self.run, list[AttentionSnapshot]()
         self.report()
         with run.cost.of_a_snapshot():
@@ -164,7 +197,7 @@ class Session:
                 )
             )
             if now:
-                take = partial(self._take, targets, step, epoch, flags, paused, last)
+                take = partial(self._take, targets, step, epoch, batch, flags, paused, last)
                 self.attempt(SNAPSHOT, lambda: taken.append(take()))
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
@@ -198,9 +231,11 @@ class Session:
         """Called where averages may have been updated already, and others may still be, if there is such a place."""
         if self.run.wiring is not None:
             self._find(self.run.wiring.batch_ended, self.schedule.last_step or 0)
+        self.settle()
 
     def close(self) -> None:
         """Write everything, and tell what watching has cost and found."""
+        self.settle()
         run = self.run
         if self.monitor is not None:
             self.monitor.health.add(run.findings)  # since the last snapshot
@@ -209,12 +244,19 @@ class Session:
             run.publisher.close()
             self.inform(run.cost.text(time.perf_counter() - ended, run.publisher.seconds, run.folder))
             self.inform(reports.health_text([] if self.monitor is None else self.monitor.health.flags))
+        if self.monitor is None and run.batches_looked_at:
+            run.failures.note(
+                "attention was not watched in this run: its batches hold no floating-point images (batch, channels, "
+                "height, width), and none entered the models as they were called. Pass probe= a folder, a tensor or a "
+                "ProbeBatch"
+            )
         run.failures.sum_up()
         self.report()
 
     def abort(self) -> None:
         """After an exception: write what was captured, for a few seconds, and say what is not written."""
         run = self.run
+        self.attempt(SNAPSHOT, self._publish_held)  # nothing is known against it
         run.patience.limit(background.LAST_WORDS)
         if run.publisher is not None:
             run.publisher.close(finish=False)
@@ -231,6 +273,8 @@ class Session:
         if self.run.claim is not None:
             release(self.run.claim)
         self._stop_wiring()
+        if self.run.inputs is not None:
+            self.run.inputs.stop()
         if self.monitor is not None:
             self.monitor.let_go()
         self.run = RunState()
@@ -356,10 +400,11 @@ class Session:
             run.failures.failed(WIRING, error)
             self._stop_wiring()  # until the next snapshot
             return
-        if self.monitor is not None and run.publisher is not None:
+        if self.monitor is not None and (run.publisher is not None or run.held is not None):
             news = [flag for flag in self.monitor.health.unknown(found) if flag not in run.findings]
             run.findings += news
-            run.publisher.tell(news, step)
+            if run.publisher is not None:
+                run.publisher.tell(news, step)
 
     def _pauses(self, role: str) -> bool:
         return self.run.failures.pause(_part_of(role)) > 0
@@ -374,6 +419,7 @@ class Session:
         targets: FindTargets,
         step: int,
         epoch: int,
+        batch: Any,
         flags: Sequence[HealthFlag],
         paused: Sequence[str],
         last: bool,
@@ -398,14 +444,53 @@ class Session:
         run.failing -= set(snapshot.roles)
         for text in monitor.left_out():
             run.failures.note(text)
-        if not run.cost.snapshots and run.rank_zero.is_here:
-            run.publisher = self._open_publisher(monitor, paths, time.perf_counter() - started, note)
+        first, seconds = not run.cost.snapshots, time.perf_counter() - started
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
-        if run.publisher is not None:
-            run.publisher.publish(snapshot)
-            if run.looks_at_wiring:
-                self._find(lambda: self._watch_wiring(models, step), step)
+        run.held = partial(self._publish, snapshot, paths, seconds, note)
+        looks = first and not run.inputs_known and not self.resumed and self._look_at_inputs(models, batch)
+        if not (looks and self.probe_settings.probe is None):
+            self._publish_held()
+        if run.looks_at_wiring and run.rank_zero.is_here:
+            self._find(lambda: self._watch_wiring(models, step), step)
         return snapshot
+
+    def _publish(self, snapshot: AttentionSnapshot, paths: Mapping[str, str], seconds: float, note: str) -> None:
+        run, monitor = self.run, self.monitor
+        assert monitor is not None
+        if run.publisher is None and run.rank_zero.is_here:
+            run.publisher = self._open_publisher(monitor, paths, seconds, note)
+            run.publisher.publish(snapshot)
+            run.publisher.tell(run.findings, snapshot.step)  # since the snapshot was taken
+        elif run.publisher is not None:
+            run.publisher.publish(snapshot)
+
+    def _publish_held(self) -> None:
+        held, self.run.held = self.run.held, None
+        if held is not None:
+            held()
+
+    def _look_at_inputs(self, models: Mapping[str, nn.Module], batch: Any) -> bool:
+        """See what enters the models in the step that follows; whether that can be seen, in all processes alike."""
+        run = self.run
+        run.batches_looked_at += 1
+        if run.batches_looked_at > BATCHES:
+            return False
+        here = models.values() if run.rank_zero.is_here else ()
+        inputs = BackboneInputs(here, batch, self.probe_settings.num_images, run.root)
+        run.inputs = inputs if run.rank_zero.run(lambda: inputs.can_see) else None
+        return run.inputs is not None
+
+    def _compare(self, inputs: BackboneInputs) -> None:
+        """Make another monitor where the models get other images than those that are watched."""
+        run, watched = self.run, None if self.monitor is None else self.monitor.probe
+        given = self.probe_settings.probe is not None
+        probe, text = run.rank_zero.run(lambda: what_to_watch(watched, inputs, given=given))
+        if text:
+            run.failures.note(text)
+        if probe is not None:
+            self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
+            run.inputs_known, run.held = True, None
+            run.cost.snapshots, self.schedule.last_step = 0, None
 
     def _open_publisher(
         self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float, note: str

@@ -165,7 +165,7 @@ class _Batch:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, read: Callable[..., None]) -> _Hook:
+    def _hook(self, read: Callable[..., None]) -> Hook:
         """What fails in it waits for `seen`: it must not end the step."""
 
         def call(*args: Any) -> None:
@@ -175,7 +175,7 @@ class _Batch:
             except Exception as error:
                 self._error = error
 
-        return _Hook(call)
+        return Hook(call)
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         """The teacher begins to run: the last time before the step counts."""
@@ -202,7 +202,7 @@ class _Batch:
         return Pair(gradients, []).sample()[0] if gradients else None
 
 
-class _Hook:
+class Hook:
     """Reads while a step is watched. Copies of a model that has it, pickles too, have one that does nothing."""
 
     def __init__(self, read: Callable[..., None] | None = None) -> None:
@@ -213,7 +213,7 @@ class _Hook:
             self._read(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()
+        return Hook, ()
 
 
 def _with_gradient(step: OptimizerStep, gradient: Tensor | None) -> OptimizerStep:

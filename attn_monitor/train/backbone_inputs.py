@@ -1,0 +1,188 @@
+"""What enters a backbone while a batch is trained or validated on, and what has become of the batch until then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from attn_monitor.capture.isolation import all_modules, is_isolated
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
+from attn_monitor.train.wiring_watch import Hook
+
+FORWARDS = 8  # that are looked at in a batch
+NO_SPREAD = 1e-12
+ALIKE = 5.0  # times: how far apart the spreads of the same channel in two sets of images may be
+
+
+class BackboneInputs:
+    """The first images of a batch, and those that enter some models until `stop`, up to ``count`` of each.
+
+    Hooks on the models themselves, for one batch. Where anything is compiled there are none: what has a hook would be
+    compiled again.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], batch: Any, count: int, root: nn.Module | None = None) -> None:
+        models = list(dict.fromkeys(models))
+        around = [*models] if root is None else [root, *models]
+        hooked = [] if _compiles(m for model in around for m in all_modules(model)) else models
+        self.given = [_first(t, count) for t in pytree.tree_leaves(batch) if _may_be_images(t)] if hooked else []
+        self.entered: list[Tensor] = []
+        self.error: Exception | None = None  # of a hook, which must not end the step
+        self._count = count
+        self._handles = [m.register_forward_pre_hook(Hook(self._enters), with_kwargs=True) for m in hooked]
+
+    @property
+    def can_see(self) -> bool:
+        """Whether anything could be seen."""
+        return bool(self._handles)
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_isolated() or len(self.entered) >= FORWARDS:
+            return
+        try:
+            if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+                images = find_images([*args, kwargs])
+                if images is not None:
+                    self.entered.append(_first(images, self._count))
+        except Exception as error:
+            self.error = error
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A map for each channel, from what a batch holds to what enters the model: images · scale + offset."""
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    def __str__(self) -> str:
+        numbers = (", ".join(f"{v:.4g}" for v in values) for values in (self.scale, self.offset))
+        return "times {}; plus {}".format(*numbers)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model is given the batch as it is."""
+        return set(self.scale) == {1.0} and set(self.offset) == {0.0}
+
+    def of(self, probe: ProbeBatch) -> ProbeBatch:
+        """The images as the model gets them, shown in the colours that they have now."""
+        scale, offset = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.scale, self.offset))
+        images = (probe.images.double() * scale + offset).float()
+        std = [s / a for s, a in zip(probe.std, self.scale, strict=True)]
+        mean = [m - b * s for m, b, s in zip(probe.mean, self.offset, std, strict=True)]
+        source = f"{probe.source}, and prepared as the step prepares a batch: {self}"
+        return ProbeBatch(images, mean=mean, std=std, names=probe.names, caption=probe.caption, source=source)
+
+
+def find_preparation(given: Sequence[Tensor], entered: Sequence[Tensor]) -> Preparation | None:
+    """What the step does to its batch, by least squares on that batch; None where no such map is exact."""
+    pairs = [(before, after) for after in entered for tensor in given for before in _channels_first(tensor)]
+    maps = [found for before, after in pairs if (found := _fit(before, after)) is not None]
+    return next((m for m in maps if m.changes_nothing), maps[0] if maps else None)
+
+
+def alike(images: Tensor, others: Tensor) -> bool:
+    """Whether two sets of images could have been prepared in one way, by mean and spread of their channels.
+
+    Channels of one value tell nothing.
+    """
+    if images.shape[1] != others.shape[1]:
+        return False
+    (mean, std), (mean_of_others, std_of_others) = (_statistics(i) for i in (images, others))
+    larger, smaller = torch.maximum(std, std_of_others), torch.minimum(std, std_of_others)
+    differ = (larger > ALIKE * smaller) | ((mean - mean_of_others).abs() > ALIKE * larger)
+    tells = smaller > NO_SPREAD
+    return not bool(tells.any() and differ[tells].all())
+
+
+def is_nearer(images: Tensor, than: Tensor, others: Tensor) -> bool:
+    """Whether ``images`` are nearer to ``others`` in mean and spread than ``than``."""
+    mean, std = _statistics(others)
+
+    def distance(of: Tensor) -> float:
+        its_mean, its_std = _statistics(of)
+        return float(((its_mean - mean) / std).abs().sum() + (its_std / std).log().abs().sum())
+
+    return distance(images) < distance(than)
+
+
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    images = images.double()
+    return images.mean((0, 2, 3)), images.std((0, 2, 3)).clamp(min=NO_SPREAD)
+
+
+def _fit(before: Tensor, after: Tensor) -> Preparation | None:
+    """Over the images that both have."""
+    count = min(len(before), len(after))
+    before, after = before[:count], after[:count]
+    if before.shape != after.shape:
+        return None
+    channels = before.shape[1]
+    if torch.equal(before.to(after.dtype), after):
+        return Preparation((1.0,) * channels, (0.0,) * channels)
+    x, y = (images.double().transpose(0, 1).flatten(1) for images in (before, after))  # (channels, pixels)
+    centred = x - x.mean(1, keepdim=True)
+    spread = centred.square().sum(1)
+    if not bool((spread > 0).all() and y.isfinite().all()):
+        return None
+    scale = (centred * y).sum(1) / spread
+    offset = y.mean(1) - scale * x.mean(1)
+    apart = (y - (scale[:, None] * x + offset[:, None])).abs().amax(1)
+    size = y.abs().amax(1) + (scale[:, None] * x).abs().amax(1) + offset.abs()
+    if not bool((scale != 0).all() and (apart <= 4 * torch.finfo(after.dtype).eps * size).all()):
+        return None
+    return Preparation(tuple(scale.tolist()), tuple(offset.tolist()))
+
+
+def _channels_first(images: Tensor) -> list[Tensor]:
+    """As they are, and as they would be if their channels were last."""
+    return [images, images.permute(0, 3, 1, 2)] if images.shape[3] <= MAX_CHANNELS else [images]
+
+
+def _may_be_images(tensor: Any) -> bool:
+    channels = min(tensor.shape[1], tensor.shape[3]) if isinstance(tensor, Tensor) and tensor.ndim == 4 else 0
+    return 0 < channels <= MAX_CHANNELS and not tensor.is_complex()
+
+
+def _first(images: Tensor, count: int) -> Tensor:
+    """A copy on the CPU: steps change batches in place."""
+    return images.detach()[:count].as_subclass(Tensor).to("cpu", copy=True)
+
+
+def _compiles(modules: Iterable[nn.Module]) -> bool:
+    if any(
+        m._compiled_call_impl is not None or "_orig_mod" in m._modules or isinstance(m, torch.jit.ScriptModule)
+        for m in modules
+    ):
+        return True
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # where a function of the loop is compiled
+    return dynamo is not None and any(map(callable, dynamo.cached_backends.values()))
+
+
+def prepared_probe(probe: ProbeBatch, inputs: BackboneInputs) -> ProbeBatch | None:
+    """A probe of a run's own data as the models get it, where they get it as it is or by a map that is known.
+
+    None where the images are changed otherwise, and are unlike those that enter.
+    """
+    if not inputs.entered:
+        return probe
+    preparation = find_preparation(inputs.given, inputs.entered)
+    entered = inputs.entered[0]
+    if preparation is not None and len(preparation.scale) == probe.images.shape[1]:
+        if preparation.changes_nothing:
+            return probe
+        changed = preparation.of(probe)
+        return changed if is_nearer(changed.images, probe.images, entered) else probe
+    return probe if alike(probe.images, entered) else None

@@ -82,7 +82,8 @@ def find_cls(search: PlaceSearch) -> None:
         whole, part = parts[key]
         others = [t for t in range(before.queries) if t not in held]
         site.cls, site.no_cls_reason = _choose_cls(before, moved, others, whole, part)
-        own = {t for m in moved for t in m.queries if t not in part}
+        own = whole | {t for m in moved for t in m.queries if t not in part}
+        own |= {t for n in nudges if n.parameter.is_class for t in _beside_patches(n, key, before, held)}
         on_grid = held or _on_another_grid(search, key)
         alone = set() if site.cls is None else {site.cls}
         site.counted = tuple(sorted(on_grid | own | alone)) if on_grid or before.queries == 1 else ()
@@ -102,6 +103,15 @@ def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], p
     if not (keys or queries) or keys & patches or queries & held:
         return None
     return _Moved(nudge.parameter, queries, keys)
+
+
+def _beside_patches(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int]) -> set[int]:
+    """The one query that moves with a class parameter beside the patches, to which it is added."""
+    after = nudge.tokens.sites.get(key)
+    if after is None or after.q is None or before.q is None or after.q.shape[1:] != before.q.shape[1:]:
+        return set()
+    moved = set(_changed(after.q, before.q, before.threshold)) - held
+    return moved if len(moved) == 1 else set()
 
 
 def _changed(after: Tensor, before: Tensor, limit: float) -> list[int]:

@@ -224,7 +224,8 @@ class AttentionObserver(TorchDispatchMode):
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
         if out.ndim != 4 or out.shape[0] != self.batch:
             return
-        x, kernel, stride, padding = args[0], tuple(args[1].shape[2:]), tuple(args[3]), args[4]
+        x, kernel = args[0], tuple(args[1].shape[2:])
+        stride, padding = (tuple(a) * (2 // len(a)) for a in args[3:5])  # one number stands for both axes
         on_pixels = x.shape[1] == self.channels
         if on_pixels:
             self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))

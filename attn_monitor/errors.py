@@ -13,6 +13,10 @@ class NoImagesError(ProbeError):
     """A batch holds no images that could be watched."""
 
 
+class InputTypeError(ProbeError, TypeError):
+    """What was given as a model is no module, or what was given as images no tensor of images."""
+
+
 class TargetError(AttnMonitorError, ValueError):
     """``targets`` names something that is no submodule."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,10 +63,15 @@ def run_forward(
     except Exception as error:
         if is_monitor_error(error):  # not to be told as the model's
             raise
-        reason = str(error).rstrip(". ")
-        what = type(error).__name__ + (f": {reason}" if reason else "")
         raise ForwardError(
-            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: "
-            f"{what}. If it is the size, choose one that the model takes (a multiple of its "
-            "patch size); if it wants other arguments, pass forward=lambda model, images: ..."
+            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: {_in_one_line(error)}. "
+            "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
+            "images: ... where it wants other arguments"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """The type of an error and the beginning of its text, which may be pages long; the whole of it is chained."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = textwrap.shorten(lines[0], 300, placeholder=" …").rstrip(". ") if lines else ""
+    return type(error).__name__ + (f": {text}" if text else "")

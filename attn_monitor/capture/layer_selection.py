@@ -97,7 +97,10 @@ def _every_layer(sites: Sequence[Site], query: QuerySpec) -> tuple[Selection, di
 
 def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
     usable = [s.index for s in sites if isinstance(s, ReadableSite)]
-    return type(refusal)(f"{refusal}. Layers that can be read: {usable or 'none'}")
+    others = "No other layer of this model can be read either"
+    if usable:
+        others = f"Choose another layer. Layers that can be read: {usable}"
+    return type(refusal)(f"{refusal}. {others}")
 
 
 def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:

@@ -22,6 +22,7 @@ from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
 from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
+from attn_monitor.capture.inputs import check_finite, check_images, check_model
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import (
     Layers,
@@ -124,7 +125,7 @@ class AttentionRecorder:
         every_query: EveryQueryOf = "none",
         follow: bool = True,
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        self.model = check_model(model)
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens, self.patches = distance, tokens, patches
@@ -221,11 +222,6 @@ class AttentionRecorder:
         ``on_layer`` is called with every wanted layer as it runs, when its whole matrix can still be read, and returns
         the error of the rows that it has read, see `CheckedRows`: they must be right as the row that is recorded.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(
-                f"images: received {got}, expected a floating-point tensor (batch, channels, height, width)"
-            )
         images, discovery = self._follow_model(images, recording=True)
         verify = self.verify is True or (self.verify == "first" and not self._verified)
         plan = self._planned(discovery)
@@ -250,6 +246,7 @@ class AttentionRecorder:
 
     def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
         """The images as the model takes them; and its sites, discovered again when modules or image size changed."""
+        images = check_images(images)
         known, structure = self._discovery, structure_of(self.model)
         if known is None or structure != known.known.conditions.structure:
             check_materialised(self.model)
@@ -257,6 +254,7 @@ class AttentionRecorder:
         images = images.to(device=device, dtype=dtype)
         conditions = Conditions.of(images, structure)
         if known is None or conditions != known.known.conditions:
+            check_finite(images)
             known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
             self._discovery, self._plan, self._verified, self._absent = known, None, False, {}
         return images, known

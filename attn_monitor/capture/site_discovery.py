@@ -61,7 +61,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             forward,
             {c.key: SiteFormat(c.folding, c.convention) for c in global_sites},
             keys=first.seen.keys,
-            moving=first.moving,
+            moving={c.key: c.moving for c in global_sites},
             convs=observer.convs,
             batch_size=min(len(images), 8),
         )
@@ -139,9 +139,9 @@ def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
     if isinstance(seen, RefusedObservation):
         return seen.reason
     if seen.batch % _IMAGES:
-        return f"it runs on {seen.batch} sequences for {_IMAGES} images (several images packed into one, or a part)"
+        return f"it runs on {seen.batch} sequences for {_IMAGES} images, which is no whole number for each"
     if seen.batch != _IMAGES:
-        return f"it is windowed attention ({seen.batch // _IMAGES} windows of {seen.keys} tokens for each image)"
+        return f"it runs on {seen.batch // _IMAGES} sequences of {seen.keys} tokens for each image, such as windows"
     return ""
 
 
@@ -168,8 +168,7 @@ def _site(index: int, candidate: _Candidate, places: SitePlaces, check: CheckRes
     if refusal is None and layout is not None:
         return ReadableSite(**facts, layout=layout)
     no_places = UnsupportedAttentionError(
-        f"{where} has {seen.queries} queries and {seen.keys} keys of which no map can be drawn: {places.reason}. "
-        "Choose another layer"
+        f"{where} has {seen.queries} queries and {seen.keys} keys of which no map can be drawn: {places.reason}"
     )
     return RefusedSite(**facts, refusal=refusal or no_places)
 
@@ -178,7 +177,7 @@ def _refusal(where: str, candidate: _Candidate, check: CheckResult | None) -> At
     """Why no map is shown of a site, wherever its keys are."""
     problem = _shape_problem(candidate.seen)
     if problem:
-        return UnsupportedAttentionError(f"{where} has no global attention row: {problem}. Choose another layer")
+        return UnsupportedAttentionError(f"{where} has no global attention row: {problem}")
     if check is not None and not check.finite:
         return NonFiniteAttentionError(f"{where}: its attention row holds NaN or infinity")
     if check is not None and not check.reproduces_output:

@@ -44,7 +44,7 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
     site = search.sites[key]
     seen = [[t.sites[key] for t in half if key in t.sites] for half in halves]
     if any(len(some) < len(half) for some, half in zip(seen, halves, strict=True)):
-        site.reason = "it runs in another way on other images"
+        site.reason = "it does not run on every one of the images that are made up to find its patches"
         return True
     first, rounds = seen[0][0], len(seen[0])
     limit = first.threshold / 4
@@ -58,7 +58,7 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
         if places is None:
             continue
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
-            site.reason = "its heads see different parts of each patch (dilated attention)"
+            site.reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
         elif any(m.conv == conv and _exchanges_tokens(m, key, places, 4 * limit) for m in search.mosaics):
             site.reason = "its tokens hold other patches on another image, or in another call"
         else:

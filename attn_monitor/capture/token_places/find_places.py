@@ -34,23 +34,26 @@ def find_places(
     formats: Mapping[SiteKey, SiteFormat],
     *,
     keys: int,
-    moving: int,
+    moving: Mapping[SiteKey, int],
     convs: Sequence[PatchConv],
     batch_size: int,
 ) -> dict[SiteKey, SitePlaces]:
     """Places of keys and queries at the sites whose formats are given.
 
-    Of the ``keys`` of the first of them, ``moving`` depend on the image. The places must hold on the user's images too.
+    ``keys`` is how many the first of them has, ``moving`` how many keys of each depend on the image in an ordinary
+    forward. The places must hold on the user's images too.
     """
     around = {path for key in formats for path in _ancestors(key[0])}
     silent_model = SilentModel(model, forward, formats, around & dict(model.named_modules()).keys(), batch_size)
     convs = locate_convs(silent_model, images, convs)
     search = PlaceSearch(silent_model, images, convs, {key: SitePlaces() for key in formats})
-    grids = [*candidate_grids(search.size, keys, moving, convs)]
+    grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]
     # Where the first attention is coarser than the patches, these tell whether its heads see the same of them.
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
     read_mosaics(search, grids)
     if not search.mosaics:
+        for site in search.sites.values():
+            site.reason = f"no grid of patches that fits images of {search.size[0]} × {search.size[1]} has so many keys"
         return search.sites
     strength = max(small_strength(site.dtype) for site in search.reference.sites.values())
     chosen = _least_alike(images)
@@ -68,7 +71,7 @@ def find_places(
     check_outputs(search)
     for key, site in search.sites.items():
         if site.layout is None and not site.reason:
-            site.reason = describe_keys(key, search.mosaics)
+            site.reason = describe_keys(key, search.mosaics, depends_on_image=moving[key] > 0)
     return search.sites
 
 

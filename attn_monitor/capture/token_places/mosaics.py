@@ -52,7 +52,7 @@ def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) ->
     if k is not None and is_whole(k, mosaic.cells) and k != places:
         site.refuse("its keys and its values hold different patches")
     elif any(key in m.dilated for m in search.mosaics):
-        site.refuse("its heads see different parts of each patch (dilated attention)")
+        site.refuse("its heads read different parts of each patch, so a key holds no one part for all of them")
 
 
 def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
@@ -77,20 +77,25 @@ def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
     return mosaic
 
 
-def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic]) -> str:
-    """Why a site's keys have no places, in words."""
+def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: bool) -> str:
+    """What was seen of the keys of a site that has no layout.
+
+    ``depends_on_image``: whether its V does in an ordinary forward, in which attention mixes tokens.
+    """
     seen = [m for m in mosaics if key in m.v]
     if not seen:
-        return "its operation did not run in the same way on other images"
-    places = seen[0].v[key]
-    moving = [p for p in places if p != STATIC]
+        return "it runs with other shapes on the images that are made up to find its patches"
+    best = max(seen, key=lambda mosaic: len({p for p in mosaic.v[key] if p >= 0}))
+    places = best.v[key]
+    moving = sum(p != STATIC for p in places)
+    if not moving and depends_on_image:
+        return "what it reads (V) depends on the image through other attention alone, so no key holds a part of it"
     if not moving:
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
-    if len(moving) == len(places) and all(p == SEVERAL for p in places):
-        return "each of its keys holds many parts of the image (channel or linear attention, or tokens mixed elsewhere)"
-    distinct = len({p for p in moving if p >= 0})
+    if all(p == SEVERAL for p in places):
+        return "each of its keys changes with many parts of the image, so none of them is a patch"
+    (rows, cols), distinct = best.conv.grid, len({p for p in places if p >= 0})
     return (
-        f"{len(moving)} of its {len(places)} keys hold parts of the image, and they are not the grid of its patches "
-        f"(of {seen[0].cells} patches {distinct} stand alone in a key): a part of the image, patches left out, pooled "
-        "tokens in no regular grid, or an order that changes from image to image"
+        f"{moving} of its {len(places)} keys change with the image, and they are no grid of patches: of the "
+        f"{rows} × {cols} cells of a grid that was tried, {distinct} have a key of their own"
     )

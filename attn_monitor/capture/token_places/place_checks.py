@@ -35,7 +35,7 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
             for key in keys:
                 site = search.sites[key]
                 if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
-                    site.refuse("it runs in another way on the user's images than on noise")
+                    site.refuse("it runs with other shapes on the images given than on images that are made up")
                 elif site.layout is not None and _holds_other_patches(seen[key], key, mosaic):
                     site.refuse("its tokens hold other patches on another image, or in another call")
 
@@ -69,11 +69,11 @@ def refuse_partial_views(search: PlaceSearch) -> None:
             border = torch.ones(grid, dtype=torch.bool)
             border[1:-1, 1:-1] = False
             if not bool(moved[0][border.flatten()].all()):
-                search.sites[key].refuse("the outermost pixels of the image are not seen: the model looks at a crop")
-            elif not bool((moved[1:] | ~there).all()):
                 search.sites[key].refuse(
-                    "its keys hold a part of their patches only (tokens left out, or pooled irregularly)"
+                    "its keys do not change with the outermost pixels of the image, so a part of it is not looked at"
                 )
+            elif not bool((moved[1:] | ~there).all()):
+                search.sites[key].refuse("some of its keys do not change with all parts of their patch")
 
 
 def refuse_overlaps(search: PlaceSearch) -> None:

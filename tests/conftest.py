@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +77,11 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     if wandb.run is not None:
         wandb.finish()  # of a test that failed
     wandb.teardown()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """What an earlier test has compiled is forgotten: in a process that compiles, training gets no hooks."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is not None and any(map(callable, frames.cached_backends.values())):
+        torch._dynamo.reset()

@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
     "weight clamped through data": Case(sets(), lambda m: m.patch_embed.proj.weight.data.clamp_(-0.01, 0.01), weight),
     "weight decayed through a view": Case(sets(), lambda m: m.patch_embed.proj.weight.view(-1).mul_(0.9), weight),
     "weights decayed together": Case(
-        sets(), lambda m: torch._foreach_mul_(list(m.patch_embed.parameters()), 0.9), weight
+        sets(), lambda m: torch._foreach_mul_(list(m.patch_embed.proj.parameters()), 0.9), weight
     ),
     "weight bound to other data": Case(sets(), rebind_data, weight),
     "weight frozen": Case(
@@ -221,3 +221,13 @@ def test_an_iterator_that_is_not_used_raises_no_warning() -> None:
     model = Stateful(sets(a=lambda: itertools.count()), lambda m: None)
     record_attention(model, IMAGES)
     assert next(model.a) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_is_run_and_left_alone() -> None:
+    """Its tables are views of what TorchScript keeps."""
+    model = PlainViT(MemEffAttention(), MemEffAttention())
+    model.patch_embed = torch.jit.script(model.patch_embed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    record_attention(model, IMAGES)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -137,9 +137,9 @@ class HeldState:
         for name, item in attributes.items():
             if type(item) in _LEAVES or name in _TABLES_LEFT_ALONE:
                 continue
-            if name in _OWN_TABLES or (type(item) in _CONTAINERS and not item):
+            if type(item) in _CONTAINERS and (name in _OWN_TABLES or not item):
                 self._containers.append((item, item.copy()))
-            else:
+            elif name not in _OWN_TABLES:  # those of a ScriptModule are views of what is C++
                 self._later(((type(module).__name__,), name), item)
 
     def _save_dict(self, path: _Path, value: dict[Any, Any]) -> None:

@@ -87,7 +87,7 @@ class AttentionMonitor:
         """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
 
         def look(role: str, model: nn.Module) -> None:
-            self._with_one_outcome(role, lambda: self._recorder(role, model).check(self.probe.images))
+            self._in_chunks(role, lambda: self._recorder(role, model).check(self.probe.images[: self._chunk]))
 
         self._of_each(models, look)
 
@@ -247,23 +247,16 @@ class AttentionMonitor:
         return found
 
     def _record(self, role: str, model: nn.Module, images: Tensor) -> list[LayerAttention]:
-        """One model on its images, in smaller and smaller chunks when memory runs out."""
+        """One model on its images."""
 
         def record() -> list[LayerAttention]:
             recorder = self._recorder(role, model)
             if self._is_shared():
-                recorder.check(self.probe.images)  # all processes ask the same questions, and as many
+                recorder.check(self.probe.images[: self._chunk])  # all processes ask the same questions, and as many
             parts = zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True)
             return [LayerAttention.cat(layer) for layer in parts]
 
-        while True:
-            try:
-                return self._with_one_outcome(role, record)
-            except Exception as error:
-                chunk = min(self._chunk, len(images))
-                if not distributed.is_out_of_memory(error) or chunk == 1:
-                    raise
-                self._chunk = (chunk + 1) // 2
+        return self._in_chunks(role, record, len(images))
 
     def _follow(self, role: str, model: nn.Module, step: int, last: bool) -> None:
         """Ask again what may have changed since the latest snapshot; all processes ask the same, and as much."""
@@ -301,6 +294,17 @@ class AttentionMonitor:
 
     def _is_shared(self) -> bool:
         return self.distributed and distributed.is_on()
+
+    def _in_chunks(self, role: str, action: Callable[[], Result], images: int | None = None) -> Result:
+        """Look at a role, again with half the images at a time whenever memory runs out."""
+        while True:
+            try:
+                return self._with_one_outcome(role, action)
+            except Exception as error:
+                chunk = min(self._chunk, images or self._chunk)
+                if not distributed.is_out_of_memory(error) or chunk == 1:
+                    raise
+                self._chunk = (chunk + 1) // 2
 
     def _with_one_outcome(self, role: str, action: Callable[[], Result]) -> Result:
         """Look at a role; where that fails in one of several processes, it fails in all."""

@@ -54,8 +54,8 @@ class Short(Distillation):
 
 
 @pytest.mark.parametrize("probe", [None, PROBE], ids=["adopted", "given"])
-def test_lack_of_memory_is_one_warning_and_tried_again(tmp_path: Path, probe: Tensor | None) -> None:
-    _, told = fit(tmp_path, Short(1), probe=probe)
+def test_lack_of_memory_for_one_image_is_one_warning_and_tried_again(tmp_path: Path, probe: Tensor | None) -> None:
+    _, told = fit(tmp_path, Short(2 if probe is not None else 4), probe=probe)
     assert "taking a snapshot of student failed, training goes on. OutOfMemoryError" in told[0]
     assert "works again" in told[1]
     assert len(told) == 2
@@ -115,11 +115,10 @@ def test_an_operation_that_fails_is_the_models() -> None:
         record_attention(Misfit(MemEffAttention()), IMAGES, layers="all")
 
 
-def test_a_mistake_of_ours_that_the_model_catches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_never_reaches_a_model_that_would_catch_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "observe_fused", lambda *_, **__: 1 / 0)
-    with pytest.raises(RuntimeError, match="the block failed") as caught:
+    with pytest.raises(ZeroDivisionError):
         record_attention(Catching(MemEffAttention()), IMAGES)
-    assert not isinstance(caught.value, ForwardError)
 
 
 def test_a_folder_that_cannot_be_found_costs_the_archive_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Query = int | Literal["mean"] | tuple[int, ...]
 """A token index, or an average: "mean" over all queries, a tuple over these, in ascending order."""
@@ -137,20 +138,67 @@ class FusedCall:
         return out.reshape(batch, length, heads, -1).transpose(1, 2)
 
 
+class Memory:
+    """The memory that a tensor is in, recognised without being kept: the model alone decides how long it lives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._numel, self._pointer = tensor.numel(), _pointer(tensor)
+        self._storage = None if self._pointer is None else StorageWeakRef(tensor.untyped_storage())
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether these are the same numbers in memory, whatever their shape, and it has not been freed since."""
+        if self._storage is None or not isinstance(tensor, Tensor) or tensor.numel() != self._numel:
+            return False
+        return _pointer(tensor) == self._pointer and not self._storage.expired()
+
+    def overlaps(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a part of these numbers, or of what is in the same memory."""
+        if self._storage is None or self._storage.expired() or _pointer(tensor) is None:
+            return False
+        return bool(StorageWeakRef(tensor.untyped_storage()).cdata == self._storage.cdata)
+
+
+def _pointer(x: Tensor) -> int | None:
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:  # a subclass without storage of its own
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What is kept of a softmax of scores (..., Q, K) until it meets V: a few rows and no matrix.
+
+    With the matrices themselves, a forward of a large image would take several times the memory that it takes alone.
+    """
+
+    shape: torch.Size
+    memory: Memory
+    path: str  # of the module in which it ran
+    rows: Mapping[Query, Tensor]  # (..., K) of each query that may be asked for
+    largest_logits: Tensor | None = None  # (..., Q) of the scores, where they are asked for
+
+
 @dataclass
 class ExplicitCall:
     """What met V as the left operand of a batched product, and the softmaxes (..., Q, K) that it may be."""
 
-    weights: list[Tensor]  # since the product before; the last one is the most likely
-    applied: Tensor  # (L, Q, K)
-    values: Tensor  # (L, K, D)
+    weights: list[Weights]  # since the product before; the last one is the most likely
+    applied: Tensor  # (L, Q, K), or (L, H, Q, K) where the product had its heads among the queries
+    values: Tensor  # (L, K, D), or (L, H, K, D)
     swapped: bool = False  # the product was (D, K) times (K, Q)
+    folded_heads: int = 0  # that the product had among its queries
     largest_logits: Tensor | None = None  # (L, Q): of each query, the largest of the scores that became weights
     shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
 
+    def result(self, product: Tensor) -> Tensor:
+        """A view of what the product gave in which queries stand as in ``applied``: (L, Q, D), or (L, H, Q, D)."""
+        product = product.mT if self.swapped else product
+        return product.unflatten(-2, (self.folded_heads, -1)) if self.folded_heads else product
+
     def row(self, query: int) -> Tensor:
-        """Attention of one query: (B, H, K)."""
-        return self._part(slice(query, query + 1))[:, :, 0]
+        """Attention of one query, (B, H, K), which does not keep the matrix alive."""
+        return self._part(slice(query, query + 1))[:, :, 0].clone()
 
     def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
         """The matrix, a few queries at a time."""

@@ -74,7 +74,7 @@ def watch_tokens(
     @errors_from("monitor")
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for x in (*args, *kwargs.values()):
-            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):
+            if not isinstance(x, Tensor) or x.is_nested or x.ndim != 3 or x.shape[:2] not in (shape, shape[::-1]):
                 continue
             batch_first = x.shape[:2] == shape
             report(_statistics(x if batch_first else x.transpose(0, 1), order, num_prefix, has_cls, patches))

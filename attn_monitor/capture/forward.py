@@ -21,7 +21,8 @@ Forward = Callable[[nn.Module, Tensor], Any]
 
 def default_forward(model: nn.Module, images: Tensor) -> Any:
     """``model(images)``; Hugging Face models are told to accept sizes other than their own."""
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    scripted = isinstance(model, torch.jit.ScriptModule)  # without a Python signature
+    if not scripted and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         return model(images, interpolate_pos_encoding=True)
     return model(images)
 
@@ -61,17 +62,24 @@ def run_forward(
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if is_monitor_error(error):  # not to be told as the model's
+        if "DefaultCPUAllocator" in str(error):  # as type, the CPU's want of memory is any RuntimeError
+            raise torch.OutOfMemoryError(str(error)) from error
+        if observer.failure is not None:  # not to be told as the model's
+            raise observer.failure from None
+        if is_monitor_error(error):
             raise
         raise ForwardError(
             f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: {_in_one_line(error)}. "
             "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
             "images: ... where it wants other arguments"
         ) from error
+    if observer.failure is not None:
+        raise observer.failure
 
 
 def _in_one_line(error: Exception) -> str:
-    """The type of an error and the beginning of its text, which may be pages long; the whole of it is chained."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = textwrap.shorten(lines[0], 300, placeholder=" …").rstrip(". ") if lines else ""
+    """The type of an error, and the first and the last line of its text, which may be pages long; it is chained."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    ends = dict.fromkeys((*lines[:1], *lines[-1:]))
+    text = " … ".join(textwrap.shorten(line, 300, placeholder=" …") for line in ends).rstrip(". ")
     return type(error).__name__ + (f": {text}" if text else "")

@@ -43,6 +43,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_mha_fast_path_off())
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_flex_attention_uncompiled())
         yield
 
 
@@ -65,7 +66,7 @@ def _known_to_be_isolated() -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    modules = [m for m in modules if m.training]
+    modules = [m for m in modules if getattr(m, "training", False)]  # frozen TorchScript has no such flag
     for module in modules:
         module.training = False  # not .eval(): methods overridden by users may do more than set the flag
     try:
@@ -163,6 +164,20 @@ def _mha_fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _flex_attention_uncompiled() -> Iterator[None]:
+    # Called by itself it compiles a wrapper of its own, which fails where nothing may be compiled.
+    flex, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(flex, name, True)
+    if not before:
+        setattr(flex, name, True)
+    try:
+        yield
+    finally:
+        if not before:
+            setattr(flex, name, before)
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:

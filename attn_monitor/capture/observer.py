@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor.capture import operations as ops
 from attn_monitor.capture import unknown_operations as unknown
-from attn_monitor.capture.attention_rows import CallingConvention, ExplicitCall, FusedCall, Query
-from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.observation import Observation, SiteKey
+from attn_monitor.capture.attention_rows import CallingConvention, ExplicitCall, FusedCall, Query, Weights
+from attn_monitor.capture.error_origin import errors_from, is_monitor_error
+from attn_monitor.capture.observation import Observation, RefusedObservation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.grid_geometry import GridGeometry
 
@@ -32,20 +33,19 @@ def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return func(*args, **kwargs)
 
 
-class _Weights(NamedTuple):
-    """What a softmax made of scores, that has not met its V yet."""
-
-    weights: Tensor
-    path: str  # where it ran
-    largest_logits: Tensor | None  # (..., Q) of the scores, where they are asked for
+@errors_from("model")
+def run_in_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run what the model has dispatched as the operations that it is made of; NotImplemented where it is one itself."""
+    return func.decompose(*args, **kwargs) if isinstance(func, torch._ops.OpOverload) else NotImplemented
 
 
 class AttentionObserver(TorchDispatchMode):
     """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
 
-    ``query(key)`` says which row is wanted there, or None to let the operation pass unread. ``verify=False`` skips
-    the comparison with the operation's output; ``last`` names the site after which nothing is needed any more, except
-    to see whether attention goes on where none of the ``known`` sites is, if they are given: then it is ``beyond``;
+    ``query(key)`` says which row is wanted there, or None to let the operation pass unread; ``queries`` are all that it
+    may name. ``verify=False`` skips the comparison with the operation's output; ``last`` names the site after which
+    nothing is needed any more, except to see whether attention goes on where none of the ``known`` sites is, if they
+    are given: then it is ``beyond``;
     ``conventions`` are those already known of operations from outside PyTorch; ``logits`` keeps the largest score of
     each query, which of explicit attention can be had only before its softmax.
     """
@@ -58,6 +58,7 @@ class AttentionObserver(TorchDispatchMode):
         query: Callable[[SiteKey], Query | None],
         *,
         images: Tensor,
+        queries: Collection[Query] = (),
         verify: bool = True,
         last: SiteKey | None = None,
         known: Collection[SiteKey] = (),
@@ -66,16 +67,20 @@ class AttentionObserver(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.conventions, self.logits, self.known = conventions or {}, logits, known
+        self.queries, self.conventions, self.logits, self.known = queries, conventions or {}, logits, known
         self.passed_last, self.beyond = False, False
         self.batch, self.channels, *self.size = images.shape
         self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
         self._cropped = False  # the convolutions now running see a part of the images
         self.products = 0
+        self.failure: Exception | None = None  # what went wrong in the observer itself, which then observes no more
+        self.quantised = False  # linear layers in steps that depend on all that is in a tensor
+        self.elsewhere = ""  # path of a module that ran in another thread, where no operation is seen
+        self._thread = threading.get_ident()
         self._running: list[str] = []
         self._count: dict[str, int] = {}
         self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
-        self._pending: list[_Weights] = []
+        self._pending: list[Weights] = []  # softmaxes that have not met their V yet
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
         """Hooks on these (path, module) pairs; leaving the returned stack removes them.
@@ -96,6 +101,9 @@ class AttentionObserver(TorchDispatchMode):
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
+            if threading.get_ident() != self._thread:
+                self.elsewhere = path or "(root)"
+                return
             if not self._running:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._running.append(path)
@@ -105,7 +113,8 @@ class AttentionObserver(TorchDispatchMode):
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             # Called even when another pre-hook failed before ours ran: then there is nothing to leave.
-            if self._running and self._running[-1] == path:
+            here = threading.get_ident() == self._thread
+            if here and self._running and self._running[-1] == path:
                 self._running.pop()
                 if not self._running:
                     self._pending.clear()
@@ -120,13 +129,34 @@ class AttentionObserver(TorchDispatchMode):
             self._pending.clear()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    @errors_from("monitor")
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, kind = kwargs or {}, ops.kind_of(func)
+        if self.failure is None:
+            try:
+                return self._dispatched(func, args, kwargs or {})
+            except Exception as error:
+                if not is_monitor_error(error):
+                    raise
+                self.failure = (
+                    error  # raised when the forward has ended: TorchScript may not survive what is raised in it
+                )
+        return run_operation(func, args, kwargs or {})
+
+    @errors_from("monitor")
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = ops.kind_of(func)
+        if torch.is_inference_mode_enabled():  # in which operations made of others come whole
+            with self:
+                out = run_in_parts(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        if kind and any(isinstance(a, Tensor) and a.is_nested for a in args):
+            return self._nested(kind, func, args, kwargs)
         if kind == "fused":
             return self._fused(func, args, kwargs)
+        if kind == "product" and len(args) == 3 and ops.explicit_call(self._pending, args[1:], self.batch) is not None:
+            return self._on_top_of(args[0], args[1:], **kwargs)
         out = run_operation(func, args, kwargs)
         if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
             kind == "elementwise" and self._made_of_scores(out)
@@ -137,13 +167,16 @@ class AttentionObserver(TorchDispatchMode):
             self._product(args[-2:], out)
         elif kind == "convolution":
             self._convolution(args, out)
+        elif "linear_dynamic" in str(func):
+            self.quantised = True
         elif kind == "foreign" and unknown.looks_like_attention(args):
             self._foreign(func, args, kwargs, out)
         return out
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         largest = args[0].amax(-1) if self.logits else None
-        self._pending = [*self._pending[-31:], _Weights(out, self._running[-1], largest)]  # gates' never meet a V
+        weights = ops.read_weights(out, self._running[-1], self.queries, largest)
+        self._pending = [*self._pending[-31:], weights]  # gates' never meet a V
 
     def _made_of_scores(self, out: Any) -> bool:
         return isinstance(out, Tensor) and any(
@@ -154,6 +187,21 @@ class AttentionObserver(TorchDispatchMode):
         if self._pending:
             self._explicit(args, out)
         self._scores = [*self._scores[-3:], tuple(out.shape)]
+
+    def _on_top_of(self, other: Tensor, args: tuple[Any, ...], beta: float = 1, alpha: float = 1) -> Tensor:
+        """A product with V that is added to something else, in two steps: attention's own result must be known."""
+        out: Tensor = run_operation(torch.ops.aten.bmm.default, args, {})
+        self.products += 1
+        self._product(args, out)
+        return out * alpha + other * beta if beta else out * alpha
+
+    def _nested(self, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Attention over sequences of several lengths in one tensor, which has no rows of one length."""
+        if kind in ("fused", "softmax"):
+            reason = "its tensors are nested (sequences of several lengths in one), and have no rows of one length"
+            seen = RefusedObservation(op=str(func), batch=1, heads=1, queries=0, keys=0, reason=reason)
+            self._finish(self._key(), seen)
+        return run_operation(func, args, kwargs)
 
     def _key(self) -> SiteKey:
         path = self._running[-1]
@@ -196,14 +244,13 @@ class AttentionObserver(TorchDispatchMode):
 
     def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
         """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
-        call = ops.explicit_call([p.weights for p in self._pending], args, self.batch)
+        call = ops.explicit_call(self._pending, args, self.batch)
         if call is None:
             return None
-        used = [w for w in call.weights if ops.is_same(call.applied, w)][-1:] or call.weights
-        taken = [p for p in self._pending if any(p.weights is u for u in used)]
-        self._pending = [p for p in self._pending if not any(p.weights is u for u in used)]
-        scope = common_path([self._running[-1], *(p.path for p in taken)])
-        logits = taken[0].largest_logits if len(taken) == 1 else None  # of several, none are the scores
+        used = [w for w in call.weights if w.memory.holds(call.applied)][-1:] or call.weights
+        self._pending = [p for p in self._pending if p not in used]
+        scope = common_path([self._running[-1], *(w.path for w in used)])
+        logits = used[0].largest_logits if len(used) == 1 else None  # of several, none are the scores
         return replace(call, weights=used, largest_logits=logits), scope
 
     def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -11,23 +11,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, ExplicitCall, FusedCall, Query, widen, widened_dtype
+from attn_monitor.capture.attention_rows import (
+    AttentionSource,
+    ExplicitCall,
+    FusedCall,
+    Memory,
+    Query,
+    Weights,
+    widen,
+    widened_dtype,
+)
 from attn_monitor.capture.checked_rows import CheckedRows
 from attn_monitor.capture.observation import Observation, ReadObservation, RefusedObservation
 from attn_monitor.capture.tolerance import tolerance
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
+SOFTMAX = {aten._softmax.default, aten._safe_softmax.default, aten._softmax.out}
 ELEMENTWISE = {aten.sigmoid.default, aten.relu.default}  # make weights of scores where there is no softmax
-PRODUCT = {aten.bmm.default, aten.baddbmm.default}
+PRODUCT = {aten.bmm.default, aten.bmm.out, aten.baddbmm.default}
 _OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 
 
@@ -96,11 +105,17 @@ def observe_fused(call: FusedCall, result: Tensor | None, query: Query) -> Obser
 def _unreadable(query: Query, queries: int, *tensors: Tensor) -> str:
     """Why an operation cannot be read, whatever it computes; empty if it can."""
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor.is_complex():
+            return "its weights are complex numbers, of which no map can be drawn"
+        if _foreign_type(tensor):
             return f"its tensors are {type(tensor).__name__}s (sharded over devices, or ragged), not plain tensors"
     if isinstance(query, int) and query >= queries:
         return f"it has {queries} queries, so no query {query}"
     return ""
+
+
+def _foreign_type(tensor: Tensor) -> bool:
+    return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def _read(
@@ -117,14 +132,7 @@ def _read(
 
 def is_same(a: Any, b: Tensor) -> bool:
     """Whether both are the same numbers in memory, whatever their shape."""
-    return isinstance(a, Tensor) and a.numel() == b.numel() and _pointer(a) == _pointer(b) is not None
-
-
-def _pointer(x: Tensor) -> int | None:
-    try:
-        return x.data_ptr() or None
-    except RuntimeError:  # a subclass without storage of its own
-        return None
+    return Memory(b).holds(a)
 
 
 def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
@@ -132,24 +140,53 @@ def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)
 
 
-def explicit_call(weights: Sequence[Tensor], args: tuple[Any, ...], images: int) -> ExplicitCall | None:
-    """The batched product as attention, when its left operand has the shape of softmaxed scores before it."""
+def read_weights(weights: Tensor, path: str, queries: Collection[Query], logits: Tensor | None) -> Weights:
+    """What is kept of weights that may meet a V: the rows of ``queries``, as far as there are such."""
+    last = {q: -1 if q == "mean" else max(q) if isinstance(q, tuple) else q for q in queries}
+    known = [] if _foreign_type(weights) else [q for q in queries if last[q] < weights.shape[-2]]
+    rows = {query: _row_of(weights, query) for query in known}
+    return Weights(weights.shape, Memory(weights), path, rows, logits)
+
+
+def explicit_call(weights: Sequence[Weights], args: tuple[Any, ...], images: int) -> ExplicitCall | None:
+    """The batched product as attention, when its left operand has the shape of softmaxed scores before it.
+
+    Heads that share one V may be folded into the queries: then the left operand is (L, H·Q, K). Columns of the softmax
+    that meet no V, such as a sink of their own, may have been cut off.
+    """
     for swapped, left, right in ((False, *args[:2]), (True, args[1].mT, args[0].mT)):  # einsum may put V first
-        fitting = [w for w in weights if w.shape[-2:] == left.shape[-2:] and _fits(w, left, images)]
-        if fitting:
+        if fitting := [w for w in weights if w.shape[-2:] == left.shape[-2:] and _fits(w, left, images)]:
             return ExplicitCall(fitting, left, right, swapped)
+        if folded := [w for w in weights if _are_folded(w, left)]:
+            queries = folded[-1].shape[-2]
+            heads = left.shape[-2] // queries
+            shared = right[:, None].expand(-1, heads, -1, -1)
+            return ExplicitCall(folded, left.unflatten(-2, (heads, queries)), shared, swapped, heads)
+        if cut := [w for w in weights if _is_cut(w, left)]:
+            return ExplicitCall(cut, left, right, swapped)
     return None
 
 
-def _fits(weights: Tensor, left: Tensor, images: int) -> bool:
+def _fits(weights: Weights, left: Tensor, images: int) -> bool:
     """As many heads, or fewer where some were pruned."""
     heads, kept = (math.prod(t.shape[:-2]) for t in (weights, left))
     return heads == kept or (kept < heads and kept % images == 0)
 
 
+def _are_folded(weights: Weights, left: Tensor) -> bool:
+    queries, keys = weights.shape[-2:]
+    return left.shape[-1] == keys and left.shape[-2] % queries == 0 and left.numel() == math.prod(weights.shape)
+
+
+def _is_cut(weights: Weights, left: Tensor) -> bool:
+    same_rows = math.prod(weights.shape[:-1]) == math.prod(left.shape[:-1]) and weights.shape[-2] == left.shape[-2]
+    return same_rows and weights.shape[-1] > left.shape[-1] and weights.memory.overlaps(left)
+
+
 def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, query: Query) -> Observation:
     """Rows of the operand that meets V, whether or not it is a softmax; compared with the product unless it is None."""
-    lead = call.weights[-1].shape[:-2] if call.weights[-1].numel() == call.applied.numel() else call.applied.shape[:-2]
+    last = call.weights[-1].shape
+    lead = last[:-2] if math.prod(last[:-2]) == math.prod(call.applied.shape[:-2]) else call.applied.shape[:-2]
     queries, keys = call.applied.shape[-2:]
     batch, heads = _batch_and_heads(lead, images)
     shape: dict[str, Any] = {"op": "softmax -> bmm", "batch": batch, "heads": heads, "queries": queries, "keys": keys}
@@ -160,7 +197,7 @@ def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, que
         replace(call, shape=(batch, heads, queries, keys)),
         call.values.reshape(batch, heads, keys, -1),
     )
-    output = None if result is None else (result.mT if call.swapped else result).reshape(batch, heads, queries, -1)
+    output = None if result is None else call.result(result).reshape(batch, heads, queries, -1)
     return replace(_read(source, values, output, query, shape), mixed=_is_mixed(call, query))
 
 
@@ -168,18 +205,20 @@ def _is_mixed(call: ExplicitCall, query: Query) -> Tensor:
     """Whether the row that is applied is none of the softmaxes before, up to rounding."""
     applied = _row_of(call.applied, query)  # (..., K)
     limit = 8 * torch.finfo(call.applied.dtype).eps
-    rows = [_row_of(w, query).reshape(applied.shape) for w in call.weights if w.numel() == call.applied.numel()]
+    keys = applied.shape[-1]
+    known = [w.rows[query] for w in call.weights if query in w.rows]
+    ends = [end for row in known if row.shape[-1] >= keys for end in (row[..., :keys], row[..., -keys:])]
+    rows = [row.reshape(applied.shape) for row in ends if row.numel() == applied.numel()]
     if not rows:
         return applied.new_ones((), dtype=torch.bool)
-    keys = applied.shape[-1]
     differences = [((applied - w.to(applied.dtype)).abs() / w.clamp_min(1 / keys)).max() for w in rows]
     return ~(torch.stack(differences).min() <= limit)
 
 
 def _row_of(weights: Tensor, query: Query) -> Tensor:
-    """One query's row, or the mean over several: (..., Q, K) to (..., K)."""
+    """One query's row, or the mean over several, (..., Q, K) to (..., K), which does not keep the matrix alive."""
     if isinstance(query, int):
-        return widen(weights[..., query, :])
+        return widen(weights[..., query, :].clone())
     several = weights if query == "mean" else weights[..., list(query), :]
     return several.mean(-2, dtype=widened_dtype(weights.dtype))
 

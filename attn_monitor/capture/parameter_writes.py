@@ -29,7 +29,8 @@ def parameters_restored(model: nn.Module, lost: Callable[[str], None]) -> Iterat
     written to are copied beforehand. ``lost`` is called with the name of a parameter that is first written to later:
     its value before is not known.
     """
-    named = [(n, p, p.data) for n, p in model.named_parameters() if type(p.data) is Tensor and not p.is_meta]
+    plain = ((n, p) for n, p in model.named_parameters() if p.layout is torch.strided and not p.is_meta)
+    named = [(name, parameter, parameter.data) for name, parameter in plain if type(parameter.data) is Tensor]
     before = [(parameter.requires_grad, parameter._version) for _, parameter, _ in named]
     known, copies = _WRITTEN.get(model), _Copies(data for _, _, data in named)
     for name, _, data in named:

@@ -253,7 +253,7 @@ class AttentionRecorder:
         device, dtype = model_device_dtype(self.model)
         images = images.to(device=device, dtype=dtype)
         conditions = Conditions.of(images, structure)
-        if known is None or conditions != known.known.conditions:
+        if known is None or not known.known.conditions.cover(conditions):
             check_finite(images)
             known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
             self._discovery, self._plan, self._verified, self._absent = known, None, False, {}
@@ -306,6 +306,7 @@ class AttentionRecorder:
             report,
             lambda key: plan.sites[key].query if key in plan.sites else None,
             images=images,
+            queries={planned.query for planned in plan.sites.values()},
             verify=verify,
             last=plan.last,
             known=plan.known,

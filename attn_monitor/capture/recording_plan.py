@@ -79,8 +79,8 @@ def plan_recording(
     roots |= {site.scope for site in later}
     # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
-    if is_sharded(model):
-        return RecordingPlan(query, planned, watched, None)
+    if is_sharded(model) or any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+        return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive what is raised in it
     known = frozenset(site.key for site in sites) if from_end else frozenset[SiteKey]()
     return RecordingPlan(query, planned, watched, sites[last].key, known)
 

@@ -21,6 +21,7 @@ from attn_monitor.capture.sites import Site
 class Conditions(NamedTuple):
     """Under which a model's sites stay the same."""
 
+    together: bool  # several images run at once, of which is known how they are told apart
     image_shape: tuple[int, ...]  # (C, H, W)
     dtype: torch.dtype
     device: torch.device
@@ -29,7 +30,11 @@ class Conditions(NamedTuple):
     @classmethod
     def of(cls, images: Tensor, structure: int) -> Conditions:
         """Of images as the model takes them, and the model's `structure_of`."""
-        return cls(tuple(images.shape[1:]), images.dtype, images.device, structure)
+        return cls(len(images) > 1, tuple(images.shape[1:]), images.dtype, images.device, structure)
+
+    def cover(self, other: Conditions) -> bool:
+        """Whether sites found under these are those under the others too."""
+        return other in (self, self._replace(together=False))
 
 
 def structure_of(model: nn.Module) -> int:
@@ -109,7 +114,7 @@ _SIZE = 8  # entries a model: image sizes come and go
 def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Conditions) -> Known:
     """Every attention site of the model, discovered once for the same conditions, state of the model and forward."""
     entries, state = _CACHE.setdefault(model, []), state_of(model, forward)
-    alike = [known for known in reversed(entries) if known.conditions == conditions]
+    alike = [known for known in reversed(entries) if known.conditions.cover(conditions)]
     for known in alike:
         if not known.changes(state):
             return known

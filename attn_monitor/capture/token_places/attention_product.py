@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.attention_rows import Folding, widen
-from attn_monitor.capture.token_places.random_projections import noise_like, random_matrix
+from attn_monitor.capture.token_places.random_projections import noise_like, off_device, random_matrix
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,22 @@ def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor
     return grouped.transpose(0, 1) if folding == "heads first" else grouped
 
 
+_QUERIES = 16  # as many of a matrix as tell what scores are made of
+
+
+def some_queries(matrix: Tensor) -> Tensor:
+    """(L, some, K) of (..., Q, K): a copy of some rows, off the model's device."""
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    return off_device(flat[:, :: max(1, flat.shape[1] // _QUERIES)].clone())
+
+
 def explains_scores(products: Tensor, scores: Tensor) -> bool:
     """Whether what differs between two images' scores is what differs between their products, with heads mixed.
 
-    Both are (B, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries.
+    Both are (2, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries.
     """
-    step = max(1, scores.shape[2] // 64)
-    finite = (scores[1].isfinite() & scores[0].isfinite())[:, ::step]
-    score = torch.where(finite, widen(scores[1] - scores[0])[:, ::step], 0).flatten(1).double()
-    difference = widen(products[1] - products[0])
-    for product in (difference, difference.mT) if products.shape[-1] == products.shape[-2] else (difference,):
-        p = torch.where(finite, product[:, ::step], 0).flatten(1).double()
-        mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
-        if float((score - mix @ p).norm()) <= 0.7 * float(score.norm()):
-            return True
-    return False
+    finite = scores[1].isfinite() & scores[0].isfinite()
+    score = torch.where(finite, widen(scores[1] - scores[0]), 0).flatten(1).double()
+    p = torch.where(finite, widen(products[1] - products[0]), 0).flatten(1).double()
+    mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
+    return float((score - mix @ p).norm()) <= 0.7 * float(score.norm())

@@ -44,7 +44,9 @@ def find_places(
     forward. The places must hold on the user's images too.
     """
     around = {path for key in formats for path in _ancestors(key[0])}
-    silent_model = SilentModel(model, forward, formats, around & dict(model.named_modules()).keys(), batch_size)
+    paths = around & dict(model.named_modules()).keys()
+    silent_model = SilentModel(model, forward, formats, paths, images.device, batch_size)
+    images = images.cpu()  # those made up of them wait there for their turn
     convs = locate_convs(silent_model, images, convs)
     search = PlaceSearch(silent_model, images, convs, {key: SitePlaces() for key in formats})
     grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]

@@ -50,7 +50,7 @@ def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[Patc
     middle = one.clone()
     rows, cols = (slice(n // 4, n - n // 4) for n in size)
     middle[:, rows, cols] = other[:, rows, cols]
-    asked = torch.stack([one, middle, other])
+    asked = torch.stack([one, middle, other]).to(silent_model.device)
     observer = _PixelObserver(asked)
     model = silent_model.model
     run_forward(model, asked, silent_model.forward, observer, dict(model.named_modules()).items())

@@ -22,6 +22,11 @@ def project(x: Tensor) -> Tensor:
     return x.float() @ random_matrix(x.shape[-1], SIZE, x.float())
 
 
+def off_device(x: Tensor) -> Tensor:
+    """In the memory of the host, where what is kept of all images takes nothing away from the model."""
+    return x.cpu()
+
+
 def random_matrix(rows: int, cols: int, like: Tensor) -> Tensor:
     """The same (rows, cols) projection every time, in the type and on the device of a tensor."""
     return noise_like((rows, cols), like) / math.sqrt(rows)

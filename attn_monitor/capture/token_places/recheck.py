@@ -39,7 +39,8 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
     """
     readable = [site for site in sites if isinstance(site, ReadableSite)]
     formats = {site.key: SiteFormat(site.folding, site.convention) for site in readable}
-    silent_model = SilentModel(model, forward, formats, set(), min(len(images), 8))
+    silent_model = SilentModel(model, forward, formats, set(), images.device, min(len(images), 8))
+    images = images.cpu()
     by_conv: dict[PatchConv, list[ReadableSite]] = {}
     for site in readable:
         if site.places.held is not None:

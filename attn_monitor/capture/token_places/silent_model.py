@@ -22,6 +22,7 @@ class SilentModel:
     """A model with silenced attention: called on images, it gives the tokens of each depth.
 
     ``formats`` are those of the sites whose tokens are read; ``paths`` those of modules whose inputs and outputs are.
+    ``batch_size`` images run at once, on the ``device``; the others wait wherever they are.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class SilentModel:
         forward: Forward,
         formats: Mapping[SiteKey, SiteFormat],
         paths: set[str],
+        device: torch.device,
         batch_size: int,
     ) -> None:
         self.model, self.forward, self.formats, self.paths = model, forward, formats, paths
-        self.batch_size = max(batch_size, 3)
+        self.device, self.batch_size = device, batch_size
         self.token_parameters: Sequence[TokenParameter] | None = None  # known after the first call
         self._modules = dict(model.named_modules())
 
@@ -50,26 +52,40 @@ class SilentModel:
 
         ``marks``, ``nudged`` and ``by_head`` as in `SilentObserver`, with marks for all the images.
         """
-        parts = []
-        for start in range(0, len(images), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
-            first = ParameterUses(self.model, len(images[batch])) if self.token_parameters is None else None
-            observer = SilentObserver(
-                images[batch], self.formats, marks=marks_of_batch, nudged=nudged, uses=first, by_head=by_head
-            )
+        while True:
+            parts = []
+            for start in range(0, len(images), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
+                parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head))
+                wrong = [site for site in self.formats.values() if site.decide()]
+                if wrong:  # what was taken to be their queries is none: once more without
+                    break
+            else:
+                return concatenate(parts)
 
-            def seeded(model: nn.Module, x: Tensor) -> Any:
-                _seed_everything(seed, x.device)
-                return self.forward(model, x)
+    def _run(
+        self,
+        images: Tensor,
+        seed: int,
+        marks: Mapping[SiteKey, Tensor] | None,
+        nudged: Sequence[TokenParameter],
+        by_head: int,
+    ) -> Tokens:
+        images = images.to(self.device)
+        first = ParameterUses(self.model, len(images)) if self.token_parameters is None else None
+        observer = SilentObserver(images, self.formats, marks=marks, nudged=nudged, uses=first, by_head=by_head)
 
-            with ExitStack() as stack:
-                observer.watch_calls(stack, self._modules, self.paths)
-                run_forward(self.model, images[batch], seeded, observer, self._modules.items())
-            parts.append(observer.tokens)
-            if first is not None:
-                self.token_parameters = first.tokens
-        return concatenate(parts)
+        def seeded(model: nn.Module, x: Tensor) -> Any:
+            _seed_everything(seed, x.device)
+            return self.forward(model, x)
+
+        with ExitStack() as stack:
+            observer.watch_calls(stack, self._modules, self.paths)
+            run_forward(self.model, images, seeded, observer, self._modules.items())
+        if first is not None:
+            self.token_parameters = first.tokens
+        return observer.tokens
 
 
 def _seed_everything(seed: int, device: torch.device) -> None:

@@ -8,21 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture import operations as ops
-from attn_monitor.capture.attention_rows import FusedCall, widen
+from attn_monitor.capture.attention_rows import FusedCall, Memory, Weights, widen
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.observer import AttentionObserver, run_operation
-from attn_monitor.capture.token_places.attention_product import AttentionProduct, by_image_and_head, explains_scores
-from attn_monitor.capture.token_places.random_projections import coarsest, noise_like, precision_of, project, sketch
+from attn_monitor.capture.token_places.attention_product import (
+    AttentionProduct,
+    by_image_and_head,
+    some_queries,
+)
+from attn_monitor.capture.token_places.random_projections import (
+    coarsest,
+    noise_like,
+    off_device,
+    precision_of,
+    project,
+    sketch,
+)
 from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteTokens, Tokens
 from attn_monitor.capture.unknown_operations import call_by
+
+
+@dataclass(eq=False)
+class _Factors:
+    """Two operands of a product that scores may be made of, and its (..., Q, K) result: ``count`` numbers."""
+
+    q: Tensor
+    k: Tensor
+    count: int
+    shape: torch.Size  # (Q, K)
+    samples: list[Tensor]  # some rows of the result, and of its transpose
+    used: bool = False  # in an attention, after which they are kept for no longer than until the next product
+
+    def may_become(self, weights: Tensor) -> bool:
+        """Whether the result has the shape of these, perhaps with heads among the queries or without some columns."""
+        (queries, keys), rows = self.shape, weights.numel() // weights.shape[-1]
+        same_rows = self.count == rows * keys and queries % weights.shape[-2] == 0
+        return same_rows and weights.shape[-1] >= keys
+
+    def laid_out(self, scores: Tensor) -> list[Tensor]:
+        """The scores as the result is laid out, (L, Q, K): their first and their last columns, where there are more."""
+        (queries, keys), more = self.shape, scores.shape[-1] > self.shape[1]
+        ends = [scores[..., :keys], scores[..., -keys:]] if more else [scores]
+        return [end.reshape(-1, queries, keys) for end in ends]
 
 
 class SilentObserver(AttentionObserver):
@@ -46,10 +82,12 @@ class SilentObserver(AttentionObserver):
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.tokens = Tokens()
-        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # of the last few products
-        self._scores_of: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
-        self._spent: list[tuple[Tensor, SiteKey]] = []  # weights that have met a V: another product may use them
-        self._values: list[tuple[Tensor, SiteKey]] = []  # the last few V
+        self._factors: list[_Factors] = []  # of the last few products that are no attention
+        self._operands: list[Memory] = []  # of these
+        self._made_of: dict[Weights, tuple[list[Tensor], _Factors | None]] = {}  # some rows of the scores; q and k
+        self._spent: list[tuple[Memory, SiteKey]] = []  # weights that have met a V: another product may use them
+        self._cut: list[tuple[Memory, SiteKey]] = []  # those of which columns were cut off before
+        self._values: list[tuple[Memory, SiteKey]] = []  # the last few V
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
         self._precision = torch.float64
@@ -82,18 +120,16 @@ class SilentObserver(AttentionObserver):
     def _sketches(self, values: Any) -> Iterator[Tensor]:
         """Of what could be tokens among a module's arguments or results."""
         for x in _tensors(values):
-            if x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]:
-                yield sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None])
+            if not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]:
+                yield off_device(sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None]))
 
     @errors_from("monitor")
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.uses is not None:
             self.uses.note(func, args)
         if self.nudged:
             args = tuple(self._nudge(a) for a in args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super()._dispatched(func, args, kwargs)
 
     def _nudge(self, argument: Any) -> Any:
         if isinstance(argument, (list, tuple)):
@@ -102,7 +138,8 @@ class SilentObserver(AttentionObserver):
             for parameter in self.nudged:
                 now = parameter.tensor
                 if now is not None and ops.is_same(argument, now):
-                    return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
+                    with torch.inference_mode(False):  # a model in inference mode takes views of it, as of a parameter
+                        return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,30 +156,43 @@ class SilentObserver(AttentionObserver):
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)
-        fitting = [f for f in self._factors if f[2].numel() == out.numel() and f[2].shape[-2:] == out.shape[-2:]]
-        waiting = {id(pending.weights) for pending in self._pending}
-        self._scores_of = {i: s for i, s in self._scores_of.items() if i in waiting}
-        self._scores_of[id(out)] = (args[0], fitting[-1:])
+        factors = next((f for f in reversed(self._factors) if f.may_become(out)), None)
+        known = factors is not None and self._undecided()
+        made_of = [some_queries(part) for part in factors.laid_out(args[0])] if factors and known else [], factors
+        self._made_of = {w: m for w, m in self._made_of.items() if w in self._pending} | {self._pending[-1]: made_of}
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
         seen = dict(self._count)
         super()._product(args, out)
         if seen == self._count:
             self._used_again(args, out)
-        self._factors = [*self._factors[-3:], (args[0], args[1], out)]
+        if seen == self._count and not out.is_complex():
+            turned = [out, out.mT] if out.shape[-1] == out.shape[-2] else [out]  # scores may be k · q
+            samples = [some_queries(m) for m in turned] if self._undecided() else []
+            unused = [f for f in self._factors if not f.used]
+            self._factors = [*unused[-3:], _Factors(args[0], args[1].mT, out.numel(), out.shape[-2:], samples)]
+            self._operands = [*self._operands[-6:], Memory(args[0]), Memory(args[1])]
+
+    def _undecided(self) -> bool:
+        return any(site.scores_are_products is None for site in self.formats.values())
 
     def _used_again(self, args: tuple[Any, ...], out: Tensor) -> None:
         """Silence also a further product of weights that have met their V, or of a V that weights have met."""
         for left, right in (args, (args[1].mT, args[0].mT)):
             for weights, key in self._spent:
-                if ops.is_same(left, weights) and key in self.formats:
-                    values = by_image_and_head(right, self.batch, self.formats[key].folding)
-                    if values is not None:
-                        self.tokens.again[key] = sketch(values)
+                if weights.holds(left) and key in self.formats:
+                    grouped = by_image_and_head(right, self.batch, self.formats[key].folding)
+                    if grouped is not None:
+                        self.tokens.again[key] = off_device(sketch(grouped))
+                    out.zero_()
+                    return
+            for weights, key in self._cut:
+                if weights.overlaps(left):
+                    self.tokens.parts.add(key)
                     out.zero_()
                     return
             for values, key in self._values:
-                if ops.is_same(right, values):
+                if values.holds(right):
                     self.tokens.mixed.add(key)
                     out.zero_()
                     return
@@ -152,32 +202,45 @@ class SilentObserver(AttentionObserver):
         if taken is None:
             return
         call, key = taken[0], self._key()
-        self._spent = [*self._spent, *((weights, key) for weights in call.weights), (call.applied, key)][-32:]
-        made = [self._scores_of[id(w)] for w in reversed(call.weights)]
-        scores, factors = next(((s, f[0]) for s, f in made if f), (made[0][0], None))
+        met = [*(w.memory for w in call.weights), Memory(call.applied)]
+        self._spent = [*self._spent, *((memory, key) for memory in met)][-32:]
+        cut = [w.memory for w in call.weights if w.shape[-1] > call.applied.shape[-1]]
+        self._cut = [*self._cut, *((memory, key) for memory in cut)][-8:]
+        made = [self._made_of.pop(w) for w in reversed(call.weights)]
+        scores, factors = next((m for m in made if m[1] is not None), ([], None))
         q = k = None
-        if factors is not None and self._are_products(key, scores, factors[2]):
-            q, k = factors[0], factors[1].mT
-        result = out.mT if call.swapped else out
+        if factors is not None and self._are_products(key, scores, factors):
+            factors.used = True
+            q, k = factors.q, factors.k
+        result = call.result(out)
+        if call.folded_heads and q is not None and q.shape[:-1] != result.shape[:-1]:
+            q = q.reshape(*result.shape[:-1], -1)
         self._silence(key, AttentionProduct(result, result.shape[:-1], q, k, call.values))
 
-    def _are_products(self, key: SiteKey, scores: Tensor, product: Tensor) -> bool:
-        """Whether scores are the products, up to a mix of heads and what is the same for all images."""
+    def _are_products(self, key: SiteKey, scores: list[Tensor], factors: _Factors) -> bool:
+        """Whether scores are the products, up to a mix of heads and what is the same for all images.
+
+        They are taken to be, until `SiteFormat.decide` has seen two images.
+        """
         site = self.formats.get(key)
         if site is None:
             return True
         if site.scores_are_products is None:
-            s, p = (by_image_and_head(t, self.batch, site.folding) for t in (scores, product))
-            site.scores_are_products = s is not None and p is not None and self.batch > 1 and explains_scores(p, s)
-        return site.scores_are_products
+            for kept, samples in ((site.scores, scores), (site.products, factors.samples)):
+                by_image = [by_image_and_head(sample, self.batch, site.folding) for sample in samples]
+                known = [t[:2] for t in by_image if t is not None]
+                if len(known) < len(samples):
+                    site.scores_are_products = False
+                kept += map(list, zip(*known, strict=True))
+        return site.scores_are_products is not False
 
     def _silence(self, key: SiteKey, product: AttentionProduct) -> None:
         """Replace the result, and keep sketches of what came in."""
         site = self.formats.get(key)
         self._count[key[0]] = key[1] + 1
-        if any(ops.is_same(right, product.v) or ops.is_same(left, product.v) for left, right, _ in self._factors):
+        if any(operand.holds(product.v) for operand in self._operands):
             self.tokens.mixed.add(key)
-        self._values = [*self._values[-7:], (product.v, key)]
+        self._values = [*self._values[-7:], (Memory(product.v), key)]
         if site is not None:
             self._keep_tokens(key, site, product)
         content = None
@@ -196,12 +259,13 @@ class SilentObserver(AttentionObserver):
             # What the queries are made of goes on to the later sites, as queries stand in place of results.
             self._precision = coarsest(*(precision_of(t) for t in (v, q, k) if t is not None), self._precision)
             self.tokens.sites[key] = SiteTokens(
-                v=sketch(v),
-                heads=project(v) if v.shape[2] < self.by_head else None,
-                q=None if q is None else sketch(q),
-                k=None if k is None else sketch(k),
+                v=off_device(sketch(v)),
+                heads=off_device(project(v)) if v.shape[2] < self.by_head else None,
+                q=None if q is None else off_device(sketch(q)),
+                k=None if k is None else off_device(sketch(k)),
                 queries=product.lead[-1],
                 dtype=self._precision,
+                device=v.device,
                 within=tuple(self._open),
             )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from attn_monitor.capture.attention_rows import CallingConvention, Folding
 from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.token_places.attention_product import explains_scores
 from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
 
 Call = tuple[str, int]
@@ -19,11 +21,30 @@ Call = tuple[str, int]
 
 @dataclass
 class SiteFormat:
-    """Layout of one site's tensors. ``scores_are_products``: of its queries and keys; None until it is known."""
+    """Layout of one site's tensors. ``scores_are_products``: of its queries and keys; None until it is known.
+
+    That takes two images: until then ``scores`` and the ``products`` they may be are kept, some rows of each image.
+    """
 
     folding: Folding | None
     convention: CallingConvention | None
     scores_are_products: bool | None = None
+    scores: list[list[Tensor]] = field(default_factory=list)  # of each image, the (H, Q, K) that they may be
+    products: list[list[Tensor]] = field(default_factory=list)
+
+    def decide(self) -> bool:
+        """Settle what scores are made of, if that can be told; whether they are then no products."""
+        if self.scores_are_products is not None or len(self.scores) < 2:
+            return False
+        pairs = itertools.product(zip(*self.scores[:2], strict=False), zip(*self.products[:2], strict=False))
+        self.scores_are_products = len(self.products) > 1 and any(_explain(*pair) for pair in pairs)
+        self.scores, self.products = [], []
+        return not self.scores_are_products
+
+
+def _explain(scores: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
+    same = len({tuple(matrix.shape) for matrix in (*scores, *products)}) == 1
+    return same and explains_scores(torch.stack(list(products)), torch.stack(list(scores)))
 
 
 @dataclass(frozen=True)
@@ -36,12 +57,13 @@ class SiteTokens:
     k: Tensor | None
     queries: int
     dtype: torch.dtype  # the precision that they have, the coarsest where they differ
+    device: torch.device  # that they were computed on
     within: tuple[Call, ...]  # calls of the modules around, the outermost first
 
     @property
     def threshold(self) -> float:
         """The relative change above which one of its tokens counts as changed."""
-        return change_threshold(self.dtype, self.v.device)
+        return change_threshold(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class Tokens:
     exits: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict)  # of each tensor that a call returns
     again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
     mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
+    parts: set[SiteKey] = field(default_factory=set)  # sites whose softmax goes on to other keys in a further product
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -68,14 +91,14 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         for name in ("v", "q", "k", "heads"):
             known = [t for t in (getattr(o, name) for o in all_parts) if t is not None]
             tensors[name] = torch.cat(known) if len(known) == len(parts) else None
-        dtype = coarsest(*(o.dtype for o in all_parts))
-        sites[key] = SiteTokens(**tensors, queries=first.queries, dtype=dtype, within=first.within)
+        sites[key] = replace(first, **tensors, dtype=coarsest(*(o.dtype for o in all_parts)))
     return Tokens(
         sites,
         _concatenate_values([p.entries for p in parts]),
         _concatenate_exits([p.exits for p in parts]),
         _concatenate_values([p.again for p in parts]),
         set().union(*(p.mixed for p in parts)),
+        set().union(*(p.parts for p in parts)),
     )
 
 

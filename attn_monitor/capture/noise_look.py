@@ -1,0 +1,161 @@
+"""Run a model on three noise images, of which two are the same: where attention runs, and how it lays out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.capture.attention_rows import CallingConvention, Folding
+from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.observation import Observation, ObservedRows, RefusedObservation, SiteKey
+from attn_monitor.capture.observer import AttentionObserver
+from attn_monitor.capture.token_places.random_projections import (
+    change_threshold,
+    off_device,
+    relative_change,
+    sketch,
+)
+from attn_monitor.capture.token_places.synthetic_images import noise_images
+
+IMAGES = 3  # of which the first two are the same
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What was observed at a site, before it is known what its tokens are."""
+
+    key: SiteKey
+    seen: ObservedRows | RefusedObservation
+    folding: Folding | None = None
+    moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
+    repeatable: bool = True  # equal images gave equal tokens
+
+    @property
+    def convention(self) -> CallingConvention | None:
+        """Of an operation from outside PyTorch, if it was read."""
+        return self.seen.convention if isinstance(self.seen, ObservedRows) else None
+
+
+def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[list[Candidate], AttentionObserver]:
+    """Every site in order of execution, on noise of the images' size, and the observer of the last forward.
+
+    The three run together, which shows how operations lay out heads and images; where only one image is given they run
+    one by one, as there may be no memory for more.
+    """
+    one, other = noise_images(images, 2)
+    candidates: list[Candidate] = []
+    if len(images) > 1:
+        noise = torch.stack([one, one, other])
+        return candidates, _observe(model, noise, forward, lambda k, seen: candidates.append(_examine(k, seen)))
+    alone: list[dict[SiteKey, _Alone | RefusedObservation]] = []
+    for image in (one, one, other):
+        sites: dict[SiteKey, _Alone | RefusedObservation] = {}
+        observer = _observe(model, image[None], forward, partial(_keep_alone, sites))
+        alone.append(sites)
+    return [_put_together(key, [sites.get(key) for sites in alone]) for key in alone[0]], observer
+
+
+def _observe(
+    model: nn.Module, noise: Tensor, forward: Forward, report: Callable[[SiteKey, Observation], None]
+) -> AttentionObserver:
+    observer = AttentionObserver(report, lambda key: 0, images=noise, queries=(0,))
+    run_forward(model, noise, forward, observer, model.named_modules())
+    return observer
+
+
+def _examine(key: SiteKey, seen: Observation) -> Candidate:
+    """In which order batch and heads are, and whether equal images give equal tokens."""
+    if isinstance(seen, RefusedObservation):
+        return Candidate(key, seen)
+    foldings: list[Folding | None] = [None]
+    if seen.batch * seen.heads % IMAGES == 0:
+        foldings += ["batch first", "heads first"] if seen.batch == 1 else ["heads first"]
+    best = Candidate(key, seen.rows_alone())
+    for folding in foldings:
+        regrouped = seen.regrouped(IMAGES, folding)
+        if regrouped.batch != IMAGES:
+            continue
+        limit = change_threshold(seen.values.dtype, seen.values.device)
+        repeatable, moving = _compare_images(sketch(regrouped.values), regrouped.rows, limit)
+        if repeatable or folding is None:  # another order than the plain one must explain what is seen
+            best = Candidate(key, regrouped.rows_alone(), folding, moving, repeatable)
+        if repeatable:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What was observed at a site in one image by itself."""
+
+    seen: ObservedRows
+    folding: Folding | None
+    values: Tensor  # (windows, K, S) sketches of V
+    limit: float  # the relative change above which they count as changed
+
+
+def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey, seen: Observation) -> None:
+    if isinstance(seen, RefusedObservation):
+        sites[key] = seen
+        return
+    folding: Folding | None = "heads first" if seen.batch > 1 and seen.heads == 1 else None  # else they are windows
+    seen = seen.regrouped(1, folding)
+    rows = seen.rows_alone()
+    error, mixed = (None if fact is None else off_device(fact) for fact in (rows.error, rows.mixed))
+    rows = replace(rows, rows=off_device(rows.rows), error=error, mixed=mixed)
+    limit = change_threshold(seen.values.dtype, seen.values.device)
+    sites[key] = _Alone(rows, folding, off_device(sketch(seen.values)), limit)
+
+
+def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | None]) -> Candidate:
+    """What one forward of the images would have shown of a site."""
+    first = images[0]
+    if isinstance(first, RefusedObservation):
+        return Candidate(key, replace(first, batch=IMAGES * first.batch))
+    known = [image for image in images if isinstance(image, _Alone)]
+    seen, values = known[0].seen, [image.values for image in known]
+    if (
+        len(known) < IMAGES
+        or len({(v.shape, image.seen.rows.shape) for v, image in zip(values, known, strict=True)}) > 1
+    ):
+        reason = "it does not run in the same way on every image"
+        return Candidate(
+            key,
+            RefusedObservation(
+                op=seen.op,
+                batch=seen.batch,
+                heads=seen.heads,
+                queries=seen.queries,
+                keys=seen.keys,
+                scope=seen.scope,
+                reason=reason,
+            ),
+        )
+    rows = torch.cat([image.seen.rows for image in known])
+    errors, mixed = ([getattr(i.seen, n) for i in known] for n in ("error", "mixed"))
+    together = replace(
+        seen,
+        batch=IMAGES * seen.batch,
+        rows=rows,
+        error=None if any(e is None for e in errors) else torch.stack(errors).amax(),
+        mixed=None if any(m is None for m in mixed) else torch.stack(mixed).any(),
+    )
+    if seen.batch > 1:  # windows
+        return Candidate(key, together)
+    repeatable, moving = _compare_images(torch.cat(values), rows, known[0].limit)
+    return Candidate(key, together, known[0].folding, moving, repeatable)
+
+
+def _compare_images(values: Tensor, rows: Tensor, limit: float) -> tuple[bool, int]:
+    """Whether the two equal images have equal tokens, and how many keys differ in the third image.
+
+    From (3, K, S) sketches of V and (3, H, K) rows.
+    """
+    # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
+    compared = (values, rows.flatten(1)[:, None])
+    repeatable = all(bool((relative_change(t[1], t[0]) <= limit).all()) for t in compared)
+    return repeatable, int((relative_change(values[2], values[0]) > limit).sum())

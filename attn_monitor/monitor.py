@@ -260,16 +260,19 @@ class AttentionMonitor:
 
     def _follow(self, role: str, model: nn.Module, step: int, last: bool) -> None:
         """Ask again what may have changed since the latest snapshot; all processes ask the same, and as much."""
-        recorder, images = self._recorder(role, model), self.probe.images
+        recorder = self._recorder(role, model)
+
+        def images() -> Tensor:
+            return self.probe.images[: self._chunk]
 
         def worst(ask: Callable[[], int]) -> Doubt:
-            answer = self._with_one_outcome(role, ask)
+            answer = self._in_chunks(role, ask)
             return Doubt(distributed.largest(answer) if self._is_shared() else answer)
 
-        first = doubt = worst(lambda: recorder.doubt(images, last=last))
+        first = doubt = worst(lambda: recorder.doubt(images(), last=last))
         if doubt == Doubt.DUE:
-            doubt = worst(lambda: recorder.check_places(images))
-        if doubt >= Doubt.CHANGED and worst(lambda: recorder.ask_again(images, doubt)):
+            doubt = worst(lambda: recorder.check_places(images()))
+        if doubt >= Doubt.CHANGED and worst(lambda: recorder.ask_again(images(), doubt)):
             self._reordered.append(_reordered(role, self._confirmed.get(role, step), step))
         if first or role not in self._confirmed:
             self._confirmed[role] = step

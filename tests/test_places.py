@@ -49,7 +49,8 @@ def test_a_plain_vit_is_asked_few_images_once(size: int, patch: int, most: int) 
     BATCHES.clear()
     for _ in range(6):
         record_attention(model, images[:1])
-    assert list(BATCHES) == [3, 1, 3, 1, 1, 3, 1, 1, 1]  # places are checked with three after 1, 2, 4, … recordings
+    assert sum(BATCHES) == 6 + 3 * 3, "places are checked with three images after 1, 2 and 4 recordings"
+    assert max(BATCHES) == 1, "no more at a time than are recorded"
 
 
 def test_a_model_is_asked_again_for_another_size_precision_or_structure() -> None:
@@ -59,7 +60,7 @@ def test_a_model_is_asked_again_for_another_size_precision_or_structure() -> Non
     def asked(images: Tensor) -> bool:
         BATCHES.clear()
         record_attention(model, images)
-        return len(BATCHES) > 2  # one may be the check of places
+        return sum(BATCHES) > len(images) + 3  # three may be the check of places
 
     assert not asked(IMAGES)
     assert asked(IMAGES.mT)

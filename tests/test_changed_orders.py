@@ -301,3 +301,21 @@ def test_forward_of_which_something_changes(made: Any, monkeypatch: pytest.Monke
     change()
     for maps in (recorder(images())[0].maps, record_attention(model, images(), forward=forward)[0].maps):
         assert off_by(maps, expected(model, MIRRORED, forward)) <= 1e-3
+
+
+def test_callable_objects_that_hold_each_other() -> None:
+    """As operations of libraries do: what is held is followed once."""
+
+    class Operation:
+        other: object = None
+
+        def __call__(self) -> None:
+            pass
+
+    model: Any = PlainViT(styles.MemEffAttention()).eval()
+    model.one, model.packet = Operation(), torch.ops.aten.add
+    model.one.other = Operation()
+    model.one.other.other = model.one
+    recorder, images = AttentionRecorder(model), torch.randn(2, 3, 32, 48)
+    (first,), (second,) = recorder(images), recorder(images)
+    assert torch.equal(first.rows, second.rows)

@@ -141,8 +141,11 @@ class _Reader:
 
     def _object(self, key: Key, value: Any) -> None:
         self._items[key] = Item("other", _Same(value) if isinstance(value, nn.Module) else type(value))
-        if not _is_ours(value) and (not self._sharded or key[0] == "forward"):
+        known = id(value) in self._open or len(key) > _STEPS
+        if not known and not _is_ours(value) and (not self._sharded or key[0] == "forward"):
+            self._open.add(id(value))
             self.attributes(key, value)
+            self._open.remove(id(value))
 
     def _function(self, key: Key, function: Any) -> None:
         """Its code with the arguments given in advance; and each by itself, what it can reach."""
@@ -286,7 +289,8 @@ class _Same:
 def _is_object(value: Any) -> bool:
     """Whether it is looked into: an object with attributes that is no part of PyTorch, Python or this package."""
     kept = isinstance(value, (type, types.ModuleType, types.FunctionType, logging.Logger, nn.Module))
-    return hasattr(value, "__dict__") and not kept and not _is_ours(value)
+    of_torch = type(value).__module__.partition(".")[0] == "torch"
+    return hasattr(value, "__dict__") and not kept and not of_torch and not _is_ours(value)
 
 
 def _is_ours(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Candidate:
     folding: Folding | None = None
     moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
     repeatable: bool = True  # equal images gave equal tokens
+    reordered: bool = False  # they did so at other places in the batch
 
     @property
     def convention(self) -> CallingConvention | None:
@@ -80,9 +82,10 @@ def _examine(key: SiteKey, seen: Observation) -> Candidate:
         if regrouped.batch != IMAGES:
             continue
         limit = change_threshold(seen.values.dtype, seen.values.device)
-        repeatable, moving = _compare_images(sketch(regrouped.values), regrouped.rows, limit)
+        equal, moving = _compare_images(sketch(regrouped.values), regrouped.rows, limit)
+        repeatable = (0, 1) in equal
         if repeatable or folding is None:  # another order than the plain one must explain what is seen
-            best = Candidate(key, regrouped.rows_alone(), folding, moving, repeatable)
+            best = Candidate(key, regrouped.rows_alone(), folding, moving, repeatable, bool(equal) and not repeatable)
         if repeatable:
             break
     return best
@@ -146,16 +149,20 @@ def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | N
     )
     if seen.batch > 1:  # windows
         return Candidate(key, together)
-    repeatable, moving = _compare_images(torch.cat(values), rows, known[0].limit)
-    return Candidate(key, together, known[0].folding, moving, repeatable)
+    equal, moving = _compare_images(torch.cat(values), rows, known[0].limit)
+    return Candidate(key, together, known[0].folding, moving, (0, 1) in equal)
 
 
-def _compare_images(values: Tensor, rows: Tensor, limit: float) -> tuple[bool, int]:
-    """Whether the two equal images have equal tokens, and how many keys differ in the third image.
+def _compare_images(values: Tensor, rows: Tensor, limit: float) -> tuple[set[tuple[int, int]], int]:
+    """Which two images have equal tokens, and how many keys differ between the first image and the third.
 
     From (3, K, S) sketches of V and (3, H, K) rows.
     """
     # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
     compared = (values, rows.flatten(1)[:, None])
-    repeatable = all(bool((relative_change(t[1], t[0]) <= limit).all()) for t in compared)
-    return repeatable, int((relative_change(values[2], values[0]) > limit).sum())
+    equal = {
+        (i, j)
+        for i, j in combinations(range(IMAGES), 2)
+        if all(bool((relative_change(t[j], t[i]) <= limit).all()) for t in compared)
+    }
+    return equal, int((relative_change(values[2], values[0]) > limit).sum())

@@ -134,6 +134,11 @@ def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> Att
         return NonFiniteAttentionError(f"{where}: its attention row holds NaN or infinity")
     if check is not None and not check.reproduces_output:
         return mismatch(where, check)
+    if candidate.reordered:
+        return UnsupportedAttentionError(
+            f"{where}: two identical images gave equal tokens at other places in the batch, so the model puts a batch "
+            "in another order before it attends. Pass a forward=lambda model, images: ... that leaves it as it is"
+        )
     if not candidate.repeatable:
         return ForwardError(
             f"{where}: two identical images gave different tokens, so the forward is random even in eval mode "

@@ -15,7 +15,7 @@ from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.capture.token_places.tokens import Call, SiteTokens
+from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
 
 
 def refuse_mixtures(search: PlaceSearch) -> None:
@@ -71,7 +71,7 @@ def check_outputs(search: PlaceSearch) -> None:
     for key in doubtful:
         site = search.sites[key]
         if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(site.layout)):
-            site.refuse("the results of its queries do not go to the tokens that its queries are")
+            site.refuse("not all results of its queries go to the tokens that its queries are")
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,41 @@ class _OutputCheck:
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
     def two_hops(self) -> set[SiteKey]:
-        """Operations whose V is nothing but what others gave in the same call of a module; and those others."""
-        chained: set[SiteKey] = set()
+        """Operations whose V is nothing but what others gave in the same call of a module; and those others.
+
+        A V that does not depend on the image may also be learned prompts or coordinates. So the results of the earlier
+        ones are marked in one more image: what they gave moves with them.
+        """
+        suspects: list[tuple[Tensor, SiteKey, list[SiteKey]]] = []  # a V, where it is read, and what may have given it
         for number, key in enumerate(self.order):
             seen = self.tokens.sites[key]
             before = [k for k in self.order[:number] if seen.within and self.tokens.sites[k].within == seen.within]
-            if before and not _depends_on_image(seen.v, seen.threshold):
-                chained.update([*before, key])
-            again = self.tokens.again.get(key)
-            if again is not None and not _depends_on_image(again, seen.threshold):
-                chained.add(key)
+            for of_site, sources in ((seen.v, before), (self.tokens.again.get(key), [key])):
+                if sources and of_site is not None and not _depends_on_image(of_site, seen.threshold):
+                    suspects.append((of_site, key, sources))
+        if not suspects:
+            return set()
+        marked = self._with_all_marked({k for *_, sources in suspects for k in sources})
+        chained: set[SiteKey] = set()
+        for of_site, key, sources in suspects:
+            after = marked.sites[key].v if sources != [key] else marked.again.get(key)
+            limit, alone = self.tokens.sites[key].threshold, of_site[0]
+            if after is None or not bool((relative_change(after[0], alone) > limit).any()):
+                continue
+            # Prompts to which results are added differ without them; where these are patches', they went astray.
+            bare = not bool((relative_change(alone, alone[:1]) > limit).any())
+            if bare or not self.marks.keys().isdisjoint(sources):
+                chained.update([*sources, key])
         return chained
+
+    def _with_all_marked(self, keys: set[SiteKey]) -> Tokens:
+        """The tokens of the first image with marks in all results of these sites."""
+        base = noise_images(self.search.images, 2, seed=8)[:1]  # as above
+        marks = {
+            key: torch.full((1, seen.queries), key in keys, device=base.device)
+            for key, seen in self.search.reference.sites.items()
+        }
+        return self.search.silent_model(base, 1, marks=marks)
 
     def goes_to_patches(self, key: SiteKey, mosaic: Mosaic | None, layout: TokenLayout) -> bool:
         """Whether a lone query's result moves patches at the end of the innermost module where it moves anything."""

@@ -356,7 +356,7 @@ def test_probe_folder_missing_empty_or_broken(tmp_path: Path) -> None:
 def test_size_that_the_model_refuses(tmp_path: Path) -> None:
     module = Distillation(dynamic_img_size=False)
     callback = AttentionMapCallback(torch.randn(2, 3, 40, 40))
-    with pytest.raises(ForwardError, match=r"failed on images \(3, 3, 40, 40\).*choose one that the model takes"):
+    with pytest.raises(ForwardError, match=r"failed on images \(3, 3, 40, 40\).*of a size that the model takes"):
         trainer(tmp_path, callback).fit(module, loader())
 
 

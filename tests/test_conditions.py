@@ -264,7 +264,7 @@ def test_user_given_forward_and_its_mistakes() -> None:
             return super().forward(images * scale)
 
     model, images = enliven(TwoArguments(styles.MemEffAttention())).eval(), torch.randn(2, 3, 32, 48)
-    with pytest.raises(ForwardError, match=r"scale.*pass forward=lambda model, images"):
+    with pytest.raises(ForwardError, match=r"scale.*or forward=lambda model, images"):
         record_attention(model, images)
     (attention,) = record_attention(model, images, forward=lambda m, x: m(x, 0.5))
     assert off_by(attention.rows, attention_matrices(model, images, lambda m, x: m(x, 0.5))[-1][:, :, 0]) <= 1e-3

@@ -74,6 +74,8 @@ def apart(moved: Tensor, said: Tensor, grid: Grid) -> Tensor:
 def test_places_are_where_the_pixels_go(case: Hostile) -> None:
     if case.kind == "changing order" or "batch" in case.name or "each second image" in case.name:
         pytest.skip("each image of a batch has an order of its own")
+    if case.name == "cropped":
+        pytest.skip("its patches lie in a part of the image, and pixels are changed in all of it")
     grids = {t.grid for t in case.truths().values()}
     for grid in grids:
         images = torch.stack(list(changed_pixels(case, grid)))

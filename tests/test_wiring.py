@@ -82,8 +82,11 @@ def test_an_average_may_hold_the_model_that_it_is_of() -> None:
 
 
 def wiring_hooks(module: nn.Module) -> int:
-    """How many hooks there are that training alone would not have."""
-    return sum(len(m._forward_pre_hooks) for m in module.modules()) + len(optimizers._global_optimizer_post_hooks)
+    """How many hooks of the wiring's there are."""
+    hooks = [hook for m in module.modules() for hook in m._forward_pre_hooks.values()]
+    hooks += optimizers._global_optimizer_post_hooks.values()
+    read = [getattr(hook, "_read", None) for hook in hooks]
+    return sum(getattr(one, "__module__", "") == "attn_monitor.train.wiring_watch" for one in read)
 
 
 def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, p
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
+from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
+from attn_monitor.grid_geometry import GridGeometry, placed
 
 _ROUNDS = 5  # of two base images each: the user's and noise
 
@@ -30,13 +31,66 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
     on_user_image: list[Tokens] = []
     on_noise: list[Tokens] = []
     waiting = list(unplaced)
+    clear: list[SiteKey] = []
     for number in range(_ROUNDS):
         for tokens, base in ((on_user_image, image), (on_noise, noise[number])):
             changed = ramps(base, strength, seed=10 + number)
             tokens.append(search.silent_model(changed, 4 + number, by_head=coarsest))
-        waiting = [key for key in waiting if not _rank_site(search, key, (on_user_image, on_noise))]
+        still = [key for key in waiting if not _rank_site(search, key, (on_user_image, on_noise))]
+        clear += [key for key in waiting if key not in still and number + 1 < _ROUNDS]
+        waiting = still
         if not waiting:
             break
+    _refuse_shared_cells(search, clear, noise[0], on_noise[0])
+
+
+def _refuse_shared_cells(search: PlaceSearch, keys: Sequence[SiteKey], base: Tensor, seen: Tokens) -> None:
+    """Refuse sites of which two tokens hold the same two cells: these have one centre, and are ranked by chance.
+
+    Other noise in the middles of every second cell changes such a token although its own cell stays the same; and in
+    the mosaics both change as much with the one cell as with the other. Where most tokens change so, fields overlap by
+    too much to tell.
+    """
+    grids: dict[tuple[Grid, GridGeometry | None], list[SiteKey]] = {}
+    for key in keys:
+        layout = search.sites[key].layout
+        if layout is not None and min(layout.grid) > 2:
+            grids.setdefault((layout.grid, layout.geometry), []).append(key)
+    for (grid, geometry), alike in grids.items():
+        conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
+        after = search.silent_model(middles_changed(base, conv)[None], 4).sites
+        for key in alike:
+            layout, before = search.sites[key].layout, seen.sites[key].v
+            mosaic = next((m for m in search.mosaics if m.conv.grid == grid and key in m.changes), None)
+            if layout is None or mosaic is None or key not in after or after[key].v.shape[1:] != before.shape[1:]:
+                continue
+            patches = list(layout.patches)
+            change = relative_change(after[key].v[0], before[0]) / relative_change(before[1], before[0])
+            if _some_share_cells(change[patches].cpu(), mosaic.changes[key][..., patches].cpu(), mosaic.codes, grid):
+                search.sites[key].refuse("two of its keys hold the same part of the image")
+
+
+def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Grid) -> bool:
+    """From (T,) changes with the middles of every second cell, and (M, M, T) between mosaics, of tokens by cell."""
+    rows, cols = torch.arange(grid[0] * grid[1]) // grid[1], torch.arange(grid[0] * grid[1]) % grid[1]
+    changed = (rows + cols) % 2 == 0
+    expected, usual = float(change[changed].median()), float(change[~changed].median())
+    if usual > expected / 5:
+        return False
+    for cell in (~changed & (change > max(expected / 6, 2 * usual))).nonzero().flatten().tolist():
+        beside = ((rows - rows[cell]).abs() + (cols - cols[cell]).abs() == 1).nonzero().flatten().tolist()
+        if any(_prefer_own_cells(changes, codes, cell, other) < 1.25 for other in beside):
+            return True
+    return False
+
+
+def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: int, other: int) -> float:
+    """Logarithm of how much more two tokens change in the mosaics with their own cell alone than with the other's."""
+    code = torch.tensor(codes)[[one, other]]
+    differs = code[:, :, None] != code[:, None]
+    alone = [differs[0] & ~differs[1], differs[1] & ~differs[0]]  # images between which one of the two cells changes
+    power = [[changes[..., t][i].square().mean().clamp_min(1e-16).log() for i in alone] for t in (one, other)]
+    return float(power[0][0] - power[0][1] + power[1][1] - power[1][0]) / 2
 
 
 def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]) -> bool:

@@ -142,6 +142,18 @@ def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
     return torch.stack([first, last])
 
 
+def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
+    """The (C, H, W) image with other noise in the middles of every second cell, as on a chessboard."""
+    size = (image.shape[-2], image.shape[-1])
+    cells = [torch.from_numpy(c) for c in conv.geometry.cells_of_pixels(conv.grid, size)]
+    middle = []
+    for pixels, start, cell in zip(size, conv.geometry.origin, conv.geometry.cell, strict=True):
+        middle.append(((torch.arange(pixels) + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
+    dark = (cells[0][:, None] + cells[1]) % 2 == 0
+    chosen = dark & middle[0][:, None] & middle[1] & (conv.cell_of_pixels(size) >= 0)
+    return torch.where(chosen.to(image.device), noise_images(image[None], 1, seed)[0], image)
+
+
 def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """The (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
     edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()

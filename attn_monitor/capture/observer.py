@@ -70,6 +70,7 @@ class AttentionObserver(TorchDispatchMode):
         self.queries, self.conventions, self.logits, self.known = queries, conventions or {}, logits, known
         self.passed_last, self.beyond = False, False
         self.batch, self.channels, *self.size = images.shape
+        self._images = images.data_ptr(), images.stride()
         self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
         self._cropped = False  # the convolutions now running see a part of the images
         self.products = 0
@@ -279,8 +280,11 @@ class AttentionObserver(TorchDispatchMode):
         disjoint = on_pixels and kernel == stride
         if disjoint or not self._cropped:
             geometry = GridGeometry(tuple(-float(p) for p in padding), tuple(map(float, stride)))
-            seen = None if [*x.shape[2:]] == self.size else (x.shape[2], x.shape[3])
-            self.convs.append(PatchConv((out.shape[2], out.shape[3]), geometry, disjoint, seen))
+            grid, size = (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3])
+            # An image that was mirrored first has its size; where that matters, only the image itself is as it is.
+            tiled = geometry.unless_whole(grid, size) is None or (x.data_ptr(), x.stride()) == self._images
+            seen = None if [*size] == self.size and tiled else size
+            self.convs.append(PatchConv(grid, geometry, disjoint, seen))
             if disjoint and seen is not None:
                 self._saw_other_pixels(x)
 

@@ -20,12 +20,14 @@ class PatchConv:
 
     ``disjoint``: the stride equals the kernel, so that every output sees its own pixels only. ``seen`` is the size of
     what the convolution saw, where that is not the image as it is; then ``geometry`` is in pixels of that.
+    ``mirrored`` are the axes of the image along which the convolution's own cells follow one another backwards.
     """
 
     grid: tuple[int, int]
     geometry: GridGeometry
     disjoint: bool
     seen: tuple[int, int] | None = None
+    mirrored: tuple[bool, bool] = (False, False)
 
     def has_remainder(self, size: tuple[int, int]) -> bool:
         """Whether there are pixels of an image of this size that no cell sees."""
@@ -68,6 +70,9 @@ def _merged(convs: Sequence[PatchConv], size: tuple[int, int]) -> Iterator[Patch
         for times in _MERGES:
             for up in (True, False):  # patches that make no whole token are padded, or left out
                 gh, gw = (-(-g // times) if up else g // times for g in conv.grid)
-                geometry = GridGeometry(conv.geometry.origin, tuple(c * times for c in conv.geometry.cell))
+                more = [n * times - g for n, g in zip((gh, gw), conv.grid, strict=True)]  # than there are patches
+                axes = zip(conv.geometry.origin, conv.geometry.cell, conv.mirrored, more, strict=True)
+                origin = tuple(o - c * n if backwards else o for o, c, backwards, n in axes)
+                geometry = GridGeometry(origin, tuple(c * times for c in conv.geometry.cell))
                 if gh * gw and geometry.unless_whole((gh, gw), size) is not None:
                     yield PatchConv((gh, gw), geometry, disjoint=False)

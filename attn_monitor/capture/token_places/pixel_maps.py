@@ -1,13 +1,15 @@
-"""Where the pixels that a patch embedding sees come from in the image: padded, cropped, resized, or all of these.
+"""Where the pixels that a patch embedding sees come from in the image: padded, cropped, resized, mirrored or turned.
 
-A model that pads its images, or resizes or crops them, calls its patch embedding with others than it was given. Noise
-in the middle of an image, and in all of it, shows which of the pixels that arrive there depend on it.
+A model that changes its images calls its patch embedding with others than it was given. Changes in the middle of an
+image, and in all of it, show which of the pixels that arrive there depend on it. They are weaker towards the image's
+lower and right end, by unlike factors, and so show which axis of the image an axis is, and its direction.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +21,17 @@ from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.grid_geometry import GridGeometry
 
+_WEAKER = (0.75, 0.5)  # changes of the lower half, and of the right half
 _CHANGED = 0.25  # of the largest change: interpolation spreads little of it to pixels around
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """The first place along an axis that changes, the one behind the last, and how much weaker the second half does."""
+
+    first: int
+    end: int
+    weaker: float  # logarithm of the ratio
 
 
 class _PixelObserver(AttentionObserver):
@@ -27,14 +39,11 @@ class _PixelObserver(AttentionObserver):
 
     def __init__(self, images: Tensor) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
-        self.changed: dict[
-            int, list[list[tuple[int, int]]]
-        ] = {}  # by convolution: of each image, first and end by axis
+        self.changed: dict[int, list[list[_Extent]]] = {}  # by convolution: of each image, by axis
 
     def _saw_other_pixels(self, x: Tensor) -> None:
         differences = (x[1:] - x[:1]).abs().float().amax(1)  # (B - 1, H, W)
-        boxes = [[_extent(d.amax(1)), _extent(d.amax(0))] for d in differences]
-        self.changed[len(self.convs) - 1] = boxes
+        self.changed[len(self.convs) - 1] = [[_extent(d), _extent(d.T)] for d in differences]
 
 
 def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[PatchConv]) -> list[PatchConv]:
@@ -46,7 +55,10 @@ def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[Patc
     size = images.shape[-2], images.shape[-1]
     if not any(conv.disjoint and conv.seen is not None for conv in convs):
         return [_without_padding(conv, size) if conv.disjoint else conv for conv in convs]
-    one, other = noise_images(images, 2, seed=8)
+    one, signs = noise_images(images, 2, seed=8)
+    half, right = ((torch.arange(n) >= n // 2).to(signs) for n in size)
+    weaker = (1 - (1 - _WEAKER[0]) * half)[:, None] * (1 - (1 - _WEAKER[1]) * right)
+    other = one + 2 * signs.sign() * weaker
     middle = one.clone()
     rows, cols = (slice(n // 4, n - n // 4) for n in size)
     middle[:, rows, cols] = other[:, rows, cols]
@@ -58,47 +70,62 @@ def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[Patc
     for index, conv in enumerate(convs):
         if conv.disjoint and conv.seen is not None:
             boxes = observer.changed.get(index)
-            geometry = None if boxes is None else _in_image_pixels(conv, size, *boxes)
-            if geometry is None:
+            found = None if boxes is None else _in_image_pixels(conv, size, *boxes)
+            if found is None:
                 continue
-            conv = replace(conv, geometry=geometry, seen=None)
+            conv = found
         located.append(_without_padding(conv, size) if conv.disjoint else conv)
     return located
 
 
-def _extent(change: Tensor) -> tuple[int, int]:
-    """The first of the places along an axis that have changed, and the one after the last."""
-    found = (change > _CHANGED * change.max()).nonzero()[:, 0]
-    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+def _extent(change: Tensor) -> _Extent:
+    """Of the rows of (H, W) changes."""
+    rows = change.amax(1)
+    found = (rows > _CHANGED * rows.max()).nonzero()[:, 0]
+    if not len(found):
+        return _Extent(0, 0, 0.0)
+    first, end = int(found[0]), int(found[-1]) + 1
+    half = (end - first) // 2
+    strength = [float(part.square().mean()) for part in (change[first : first + half], change[end - half : end])]
+    return _Extent(first, end, 0.5 * math.log(strength[1] / strength[0]) if half and min(strength) > 0 else 0.0)
 
 
 def _in_image_pixels(
-    conv: PatchConv, size: tuple[int, int], middle: list[tuple[int, int]], whole: list[tuple[int, int]]
-) -> GridGeometry | None:
-    """A convolution's cells in the image's pixels, from what changes when its middle does, and when all of it does."""
-    maps = [_pixel_map(n, m, w) for n, m, w in zip(size, middle, whole, strict=True)]
-    known = [found for found in maps if found is not None]
-    if len(known) < len(maps):
-        return None
-    origin = tuple((o - shift) / scale for o, (scale, shift) in zip(conv.geometry.origin, known, strict=True))
-    return GridGeometry(origin, tuple(c / scale for c, (scale, _) in zip(conv.geometry.cell, known, strict=True)))
+    conv: PatchConv, size: tuple[int, int], middle: list[_Extent], whole: list[_Extent]
+) -> PatchConv | None:
+    """A convolution with its cells in the image's pixels, from what changes when its middle does, and all of it."""
+    turned = abs(middle[0].weaker) > abs(middle[1].weaker)  # its rows are columns of the image
+    origins, cells, mirrored = [], [], []
+    for axis, pixels in zip((1, 0) if turned else (0, 1), size, strict=True):
+        backwards = middle[axis].weaker > 0
+        found = _pixel_map(pixels, middle[axis], whole[axis], backwards)
+        if found is None:
+            return None
+        scale, shift = found
+        first = conv.geometry.origin[axis] + backwards * conv.grid[axis] * conv.geometry.cell[axis]
+        origins.append((first - shift) / scale)
+        cells.append(conv.geometry.cell[axis] / abs(scale))
+        mirrored.append(backwards)
+    geometry = GridGeometry(tuple(origins), tuple(cells))
+    grid = (conv.grid[1], conv.grid[0]) if turned else conv.grid
+    return PatchConv(grid, geometry, conv.disjoint, mirrored=(mirrored[0], mirrored[1]))
 
 
-def _pixel_map(pixels: int, middle: tuple[int, int], whole: tuple[int, int]) -> tuple[float, float] | None:
+def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) -> tuple[float, float] | None:
     """(scale, shift) of one axis: pixel x of the image comes to scale · x + shift. None where none explains it."""
     first, last = pixels // 4, pixels - pixels // 4
-    (begin, end), (left, right) = middle, whole
+    begin, end, left, right = middle.first, middle.end, whole.first, whole.end
     if end - begin == last - first:
-        return 1.0, float(begin - first)
+        return (-1.0, float(begin + last)) if backwards else (1.0, float(begin - first))
     resized = (right - left) / pixels, float(left)  # all of the image
     scale = (end - begin) / (last - first)
     cropped = scale, (begin + end) / 2 - scale * pixels / 2
-    for times, shift in (resized, cropped):
+    for times, shift in (resized, cropped):  # the middle is one, forwards and backwards
         blur = 1 + times
         ends = max(left, shift), min(right, times * pixels + shift)
         expected = times * first + shift, times * last + shift, *ends
-        if times > 0 and all(abs(a - b) <= blur for a, b in zip(expected, (*middle, *whole), strict=True)):
-            return times, shift
+        if times > 0 and all(abs(a - b) <= blur for a, b in zip(expected, (begin, end, left, right), strict=True)):
+            return (-times, shift + times * pixels) if backwards else (times, shift)
     return None
 
 

@@ -151,6 +151,15 @@ class Memory:
             return False
         return _pointer(tensor) == self._pointer and not self._storage.expired()
 
+    def offset(self, tensor: Tensor) -> int:
+        """Where a tensor that overlaps begins, in numbers from the first one."""
+        return (tensor.data_ptr() - (self._pointer or 0)) // tensor.element_size()
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether nothing can be found in it again."""
+        return self._storage is None or self._storage.expired()
+
     def overlaps(self, tensor: Tensor) -> bool:
         """Whether the tensor is a part of these numbers, or of what is in the same memory."""
         if self._storage is None or self._storage.expired() or _pointer(tensor) is None:
@@ -190,6 +199,7 @@ class ExplicitCall:
     folded_heads: int = 0  # that the product had among its queries
     largest_logits: Tensor | None = None  # (L, Q): of each query, the largest of the scores that became weights
     shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # (B, H, Q, K)
+    part: slice | None = None  # which queries' rows of the softmax are applied, where not all of them are
 
     def result(self, product: Tensor) -> Tensor:
         """A view of what the product gave in which queries stand as in ``applied``: (L, Q, D), or (L, H, Q, D)."""

@@ -35,6 +35,7 @@ class Candidate:
     moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
     repeatable: bool = True  # equal images gave equal tokens
     reordered: bool = False  # they did so at other places in the batch
+    overlooked: bool = False  # it mixes tokens, and no attention was seen in it
 
     @property
     def convention(self) -> CallingConvention | None:

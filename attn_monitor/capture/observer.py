@@ -78,10 +78,12 @@ class AttentionObserver(TorchDispatchMode):
         self.quantised = False  # linear layers in steps that depend on all that is in a tensor
         self.elsewhere = ""  # path of a module that ran in another thread, where no operation is seen
         self._thread = threading.get_ident()
+        self.entered: dict[str, int] = {}  # how many attentions had run when a module was first called
         self._running: list[str] = []
         self._count: dict[str, int] = {}
         self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
         self._pending: list[Weights] = []  # softmaxes that have not met their V yet
+        self._met: list[tuple[Weights, str]] = []  # those that have, as long as they live, and where
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
         """Hooks on these (path, module) pairs; leaving the returned stack removes them.
@@ -108,6 +110,7 @@ class AttentionObserver(TorchDispatchMode):
             if not self._running:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._running.append(path)
+            self.entered.setdefault(path, sum(self._count.values()))
 
         return hook
 
@@ -118,7 +121,7 @@ class AttentionObserver(TorchDispatchMode):
             if here and self._running and self._running[-1] == path:
                 self._running.pop()
                 if not self._running:
-                    self._pending.clear()
+                    self._forget_weights()
                     self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         return hook
@@ -127,8 +130,11 @@ class AttentionObserver(TorchDispatchMode):
         # PyTorch calls no hooks for `StopForward`, which is no `Exception`: close what is still open.
         if self._running:
             self._running.clear()
-            self._pending.clear()
+            self._forget_weights()
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _forget_weights(self) -> None:
+        self._pending, self._met = [], []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -156,7 +162,7 @@ class AttentionObserver(TorchDispatchMode):
             return self._nested(kind, func, args, kwargs)
         if kind == "fused":
             return self._fused(func, args, kwargs)
-        if kind == "product" and len(args) == 3 and ops.explicit_call(self._pending, args[1:], self.batch) is not None:
+        if kind == "product" and len(args) == 3 and self._call(args[1:]) is not None:
             return self._on_top_of(args[0], args[1:], **kwargs)
         out = run_operation(func, args, kwargs)
         if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
@@ -185,7 +191,7 @@ class AttentionObserver(TorchDispatchMode):
         )
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
-        if self._pending:
+        if self._pending or self._met:
             self._explicit(args, out)
         self._scores = [*self._scores[-3:], tuple(out.shape)]
 
@@ -243,15 +249,25 @@ class AttentionObserver(TorchDispatchMode):
             seen = ops.observe_explicit(call, out if self.verify else None, self.batch, query)
         self._finish(key, seen, scope)
 
+    def _call(self, args: tuple[Any, ...]) -> ExplicitCall | None:
+        """A product as attention, by weights that have not met their V yet, else by those that have met another one."""
+        call = ops.explicit_call(self._pending, args, self.batch)
+        if call is not None and any(w.memory.overlaps(call.applied) for w in call.weights):
+            return call
+        return ops.call_again(self._met, args, self._running[-1]) or call
+
     def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
         """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
-        call = ops.explicit_call(self._pending, args, self.batch)
+        call = self._call(args)
         if call is None:
             return None
         used = [w for w in call.weights if w.memory.holds(call.applied)][-1:] or call.weights
         self._pending = [p for p in self._pending if p not in used]
         scope = common_path([self._running[-1], *(w.path for w in used)])
+        met = [(w, p) for w, p in self._met if not w.memory.is_freed and w not in used]
+        self._met = [*met, *((w, self._running[-1]) for w in used)]
         logits = used[0].largest_logits if len(used) == 1 else None  # of several, none are the scores
+        logits = logits[..., call.part] if logits is not None and call.part is not None else logits
         return replace(call, weights=used, largest_logits=logits), scope
 
     def _foreign(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

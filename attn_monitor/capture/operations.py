@@ -164,7 +164,30 @@ def explicit_call(weights: Sequence[Weights], args: tuple[Any, ...], images: int
             return ExplicitCall(folded, left.unflatten(-2, (heads, queries)), shared, swapped, heads)
         if cut := [w for w in weights if _is_cut(w, left)]:
             return ExplicitCall(cut, left, right, swapped)
+        if some := [w for w in weights if _are_some_rows(w, left)]:
+            return ExplicitCall(some[-1:], left, right, swapped, part=_which_rows(some[-1], left))
     return None
+
+
+def call_again(met: Sequence[tuple[Weights, str]], args: tuple[Any, ...], path: str) -> ExplicitCall | None:
+    """A product with V of weights that have met another V, as attention of the module at this path.
+
+    Either it is another item of a list than the one in which they met V (blocks that share a map), or these are other
+    queries' rows of them.
+    """
+    for swapped, left, right in ((False, *args[:2]), (True, args[1].mT, args[0].mT)):
+        for weights, other in reversed(met):
+            if weights.memory.holds(left) and left.shape[-2:] == weights.shape[-2:] and _other_item(path, other):
+                return ExplicitCall([weights], left, right, swapped)
+            if _are_some_rows(weights, left):
+                return ExplicitCall([weights], left, right, swapped, part=_which_rows(weights, left))
+    return None
+
+
+def _other_item(path: str, other: str) -> bool:
+    """Whether two modules are in two items of one list."""
+    names = zip(path.split("."), other.split("."), strict=False)
+    return next((a.isdigit() and b.isdigit() for a, b in names if a != b), False)
 
 
 def _fits(weights: Weights, left: Tensor, images: int) -> bool:
@@ -181,6 +204,19 @@ def _are_folded(weights: Weights, left: Tensor) -> bool:
 def _is_cut(weights: Weights, left: Tensor) -> bool:
     same_rows = math.prod(weights.shape[:-1]) == math.prod(left.shape[:-1]) and weights.shape[-2] == left.shape[-2]
     return same_rows and weights.shape[-1] > left.shape[-1] and weights.memory.overlaps(left)
+
+
+def _are_some_rows(weights: Weights, left: Tensor) -> bool:
+    same = weights.shape[-1] == left.shape[-1] and math.prod(weights.shape[:-2]) == math.prod(left.shape[:-2])
+    return same and weights.shape[-2] > left.shape[-2] and weights.memory.overlaps(left)
+
+
+def _which_rows(weights: Weights, left: Tensor) -> slice:
+    """Which queries these rows of a softmax belong to."""
+    queries, keys = weights.shape[-2:]
+    first, count = weights.memory.offset(left) // keys % queries, left.shape[-2]
+    step = left.stride(-2) // keys if count > 1 else 1
+    return slice(first, first + (count - 1) * step + 1, step)
 
 
 def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, query: Query) -> Observation:
@@ -203,6 +239,8 @@ def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, que
 
 def _is_mixed(call: ExplicitCall, query: Query) -> Tensor:
     """Whether the row that is applied is none of the softmaxes before, up to rounding."""
+    if call.part is not None:  # a view of the softmax itself
+        return call.applied.new_zeros((), dtype=torch.bool)
     applied = _row_of(call.applied, query)  # (..., K)
     limit = 8 * torch.finfo(call.applied.dtype).eps
     keys = applied.shape[-1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.block_tokens import block_of
 from attn_monitor.capture.forward import is_sharded
-from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection, encoder_of
+from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
 from attn_monitor.errors import AttentionError, UnsupportedAttentionError
@@ -72,17 +72,18 @@ def plan_recording(
         key: SitePlan(site, index, _order(site, device), _block(site, sites, modules, device) if tokens else None)
         for key, (site, index) in wanted.items()
     }
-    last = max(site.index for site, _ in wanted.values())
-    last = max(last, encoder_of(sites)[-1].index) if from_end else last
-    later = [site for site in sites if from_end and site.index >= last]
+    sites = [site for site in sites if not site.overlooked]  # those that can be seen running
+    last = max(sites, key=lambda site: (site.key in wanted or (from_end and not site.stack), site.index))
+    later = [site for site in sites if from_end and site.index >= last.index]
     roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
     roots |= {site.scope for site in later}
+    roots = {_with_forward(path, modules) for path in roots}
     # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
     if is_sharded(model) or any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
         return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive what is raised in it
     known = frozenset(site.key for site in sites) if from_end else frozenset[SiteKey]()
-    return RecordingPlan(query, planned, watched, sites[last].key, known)
+    return RecordingPlan(query, planned, watched, last.key, known)
 
 
 def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bool) -> AttentionError:
@@ -93,6 +94,13 @@ def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bo
         f"many run depends on the images, and layers={layers!r} names no layer in particular. Choose a layer by its "
         "path, or by its index from the front"
     )
+
+
+def _with_forward(path: str, modules: dict[str, nn.Module]) -> str:
+    """The innermost module around that is called: blocks that share weights have but their list in common."""
+    while path and isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_nam
 from attn_monitor.capture.stacks import Ran, second_stacks
 from attn_monitor.capture.token_places.find_places import find_places
 from attn_monitor.capture.token_places.site_places import SitePlaces
+from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import SiteFormat
+from attn_monitor.capture.unseen_attention import overlooked
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch
 from attn_monitor.errors import (
     AttentionError,
@@ -48,6 +51,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             f"no attention was observed in {type(model).__name__}: its forward ran {hint}. "
             "Models without softmax attention (convolutional networks, linear attention) have no map to show"
         )
+    candidates = _with_overlooked(model, images, forward, candidates, observer.entered)
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
     places: dict[SiteKey, SitePlaces] = {}
     if global_sites:
@@ -74,6 +78,21 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stacks[index])
         for index, candidate in enumerate(candidates)
     )
+
+
+def _with_overlooked(
+    model: nn.Module, images: Tensor, forward: Forward, seen: Sequence[Candidate], entered: Mapping[str, int]
+) -> list[Candidate]:
+    """The candidates in order of execution, with modules like theirs in which tokens mix unrecognised."""
+    by_path = {c.seen.scope: c for c in reversed(seen)}
+    others = overlooked(model, noise_images(images, 1), forward, by_path, entered)
+    found = list(enumerate(seen))
+    for path in others:
+        like = by_path[others[path]].seen
+        shape: dict[str, Any] = {name: getattr(like, name) for name in ("batch", "heads", "queries", "keys")}
+        observation = RefusedObservation(op="not recognised", scope=path, reason="it is not recognised", **shape)
+        found.append((entered[path] - 1, Candidate((path, 0), observation, overlooked=True)))
+    return [candidate for _, candidate in sorted(found, key=lambda one: one[0])]
 
 
 def attends_to_images(model: nn.Module, images: Tensor) -> bool:
@@ -113,9 +132,10 @@ def _site(index: int, candidate: Candidate, places: SitePlaces, check: CheckResu
         "scope": seen.scope,
         "convention": candidate.convention,
         "places": places,
+        "overlooked": candidate.overlooked,
         "stack": stack,
     }
-    where = f"layer {index} ({site_name(candidate.key)}, {seen.op})"
+    where = f"layer {index} ({site_name(candidate.key)}{'' if candidate.overlooked else f', {seen.op}'})"
     refusal = _refusal(where, candidate, check)
     if refusal is None and layout is not None:
         return ReadableSite(**facts, layout=layout)
@@ -127,6 +147,11 @@ def _site(index: int, candidate: Candidate, places: SitePlaces, check: CheckResu
 
 def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> AttentionError | None:
     """Why no map is shown of a site, wherever its keys are."""
+    if candidate.overlooked:
+        return UnsupportedAttentionError(
+            f"{where} mixes tokens in an operation that is not recognised as attention; use "
+            "F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V by @"
+        )
     problem = _shape_problem(candidate.seen)
     if problem:
         return UnsupportedAttentionError(f"{where} has no global attention row: {problem}")

@@ -34,6 +34,7 @@ class _Site:
     scope: str  # path of the module in which all of it ran
     convention: CallingConvention | None  # of an operation from outside PyTorch
     places: SitePlaces
+    overlooked: bool = False  # it mixes tokens, and no attention was seen in it
     stack: str = ""  # path of a second stack of blocks that it is in, such as an MAE's decoder; "" in the encoder
 
     @property

@@ -24,7 +24,7 @@ def refuse_mixtures(search: PlaceSearch) -> None:
     for key in reference.mixed & set(found):
         found[key].refuse("what it reads is also combined with other weights (a mixture)")
     for key in reference.parts & set(found):
-        found[key].refuse("its softmax meets V in several products, with a part of the keys in each")
+        found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
     sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
     for (site, a), (other, b) in combinations(sites, 2):
         if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):

@@ -6,6 +6,7 @@ token holds the same part of the image in the last layer as in the first, unless
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class SilentObserver(AttentionObserver):
         self._operands: list[Memory] = []  # of these
         self._made_of: dict[Weights, tuple[list[Tensor], _Factors | None]] = {}  # some rows of the scores; q and k
         self._spent: list[tuple[Memory, SiteKey]] = []  # weights that have met a V: another product may use them
-        self._cut: list[tuple[Memory, SiteKey]] = []  # those of which columns were cut off before
+        self._cut: list[tuple[Memory, SiteKey]] = []  # those of which keys or heads were left out
         self._values: list[tuple[Memory, SiteKey]] = []  # the last few V
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
@@ -156,10 +157,12 @@ class SilentObserver(AttentionObserver):
 
     def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(args, out)
-        factors = next((f for f in reversed(self._factors) if f.may_become(out)), None)
+        possible = [f for f in reversed(self._factors) if f.may_become(out)]
+        factors = next((f for f in possible if f.shape[0] == out.shape[-2]), next(iter(possible), None))
         known = factors is not None and self._undecided()
         made_of = [some_queries(part) for part in factors.laid_out(args[0])] if factors and known else [], factors
-        self._made_of = {w: m for w, m in self._made_of.items() if w in self._pending} | {self._pending[-1]: made_of}
+        known_weights = {*self._pending, *(w for w, _ in self._met)}
+        self._made_of = {w: m for w, m in self._made_of.items() if w in known_weights} | {self._pending[-1]: made_of}
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
         seen = dict(self._count)
@@ -204,14 +207,16 @@ class SilentObserver(AttentionObserver):
         call, key = taken[0], self._key()
         met = [*(w.memory for w in call.weights), Memory(call.applied)]
         self._spent = [*self._spent, *((memory, key) for memory in met)][-32:]
-        cut = [w.memory for w in call.weights if w.shape[-1] > call.applied.shape[-1]]
+        cut = [w.memory for w in call.weights if call.part is None and math.prod(w.shape) > call.applied.numel()]
         self._cut = [*self._cut, *((memory, key) for memory in cut)][-8:]
-        made = [self._made_of.pop(w) for w in reversed(call.weights)]
+        made = [self._made_of[w] for w in reversed(call.weights) if w in self._made_of]
         scores, factors = next((m for m in made if m[1] is not None), ([], None))
         q = k = None
         if factors is not None and self._are_products(key, scores, factors):
             factors.used = True
             q, k = factors.q, factors.k
+            if call.part is not None and q.shape[-2] == call.weights[-1].shape[-2]:
+                q = q[..., call.part, :]
         result = call.result(out)
         if call.folded_heads and q is not None and q.shape[:-1] != result.shape[:-1]:
             q = q.reshape(*result.shape[:-1], -1)

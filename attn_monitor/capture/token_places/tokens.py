@@ -75,7 +75,9 @@ class Tokens:
     exits: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict)  # of each tensor that a call returns
     again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
     mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
-    parts: set[SiteKey] = field(default_factory=set)  # sites whose softmax goes on to other keys in a further product
+    parts: set[SiteKey] = field(
+        default_factory=set
+    )  # sites whose softmax goes on in a further product, to other keys or by other heads
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -90,7 +92,10 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         tensors: dict[str, Any] = {}
         for name in ("v", "q", "k", "heads"):
             known = [t for t in (getattr(o, name) for o in all_parts) if t is not None]
-            tensors[name] = torch.cat(known) if len(known) == len(parts) else None
+            alike = (
+                len(known) == len(parts) and len({t.shape[1:] for t in known}) == 1
+            )  # q may be seen otherwise in one
+            tensors[name] = torch.cat(known) if alike else None
         sites[key] = replace(first, **tensors, dtype=coarsest(*(o.dtype for o in all_parts)))
     return Tokens(
         sites,

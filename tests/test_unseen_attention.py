@@ -186,3 +186,37 @@ def test_the_model_is_left_as_it_was() -> None:
     record_attention(model, IMAGES, layers=0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(model.blocks[1]._forward_hooks) == hooks == 0
+
+
+def statistic_first(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A number for a log is made of the softmax, before its heads are mixed and applied."""
+    weights = scores(q, k).softmax(-1)
+    block.shared["statistic"] = weights @ block.other(v)
+    return torch.einsum("bhqk,hg->bgqk", weights, block.mix.weight) @ v
+
+
+def statistic_last(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = plain(block, q, k, v)
+    block.shared["statistic"] = (block.truth * 0.5) @ block.other(v)
+    return out
+
+
+def head_by_head(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).softmax(-1)
+    return torch.stack([weights[:, head] @ v[:, head] for head in (0, 1)], 1)
+
+
+@pytest.mark.parametrize("cores", [(statistic_first,), (statistic_first, plain, plain)])
+def test_a_statistic_of_the_softmax_is_not_taken_for_what_is_applied(cores: tuple[Core, ...]) -> None:
+    with pytest.raises(UnsupportedAttentionError, match="its weights are applied to more than one set of values"):
+        record_attention(ViT(*cores), IMAGES, layers=0)
+
+
+def test_a_statistic_after_the_product_that_reaches_the_tokens_is_none_of_our_business() -> None:
+    check_layers(ViT(statistic_last, statistic_last), {0: 0, -1: 1})
+
+
+@pytest.mark.parametrize("others", [(), (plain, plain)])
+def test_one_head_of_several_is_not_shown_as_the_layer(others: tuple[Core, ...]) -> None:
+    with pytest.raises(UnsupportedAttentionError, match="a part of its keys or heads in each"):
+        record_attention(ViT(head_by_head, *others), IMAGES, layers=0)

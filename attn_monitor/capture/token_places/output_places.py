@@ -62,6 +62,8 @@ def check_outputs(search: PlaceSearch) -> None:
             site.refuse("it is one of two hops: what an attention gave is read by attention again")
         elif key in marks and not check.is_right(key, search.mosaic_of(layout)):
             doubtful.append(key)
+        elif key in search.reference.rivals and not check.reaches_tokens(key, search.mosaic_of(layout)):
+            site.refuse("its weights are applied to more than one set of values")
         elif key in lone and check.goes_to_patches(key, search.mosaic_of(layout), layout):
             site.refuse("the result of its query goes to the patches, so that it is not the CLS token")
     if not doubtful:
@@ -189,12 +191,18 @@ class _OutputCheck:
 
     def is_right(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
         """Looked at where the modules around end, and where the next attention reads."""
-        seen = self.tokens.sites[key]
-        results = [self._at_exit(key, call, mosaic) for call in reversed(seen.within)]
-        results.append(self._at_next_site(key, mosaic))
+        results = self._verdicts(key, mosaic)
         if "wrong" in results:
             return False
         return "right" in results or "in another order" not in results
+
+    def reaches_tokens(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
+        """Whether marks in its results were seen in tokens; not so where they are of no use to the model."""
+        return key in self.marks and any(self._verdicts(key, mosaic))
+
+    def _verdicts(self, key: SiteKey, mosaic: Mosaic | None) -> list[str]:
+        results = [self._at_exit(key, call, mosaic) for call in reversed(self.tokens.sites[key].within)]
+        return [*results, self._at_next_site(key, mosaic)]
 
     def _moved(self, key: SiteKey, sketches: Tensor) -> list[bool]:
         """Which tokens change with the marks of a site."""

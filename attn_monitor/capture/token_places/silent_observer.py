@@ -6,7 +6,6 @@ token holds the same part of the image in the last layer as in the first, unless
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -199,6 +198,9 @@ class SilentObserver(AttentionObserver):
                     self.tokens.mixed.add(key)
                     out.zero_()
                     return
+            for met, path in self._met:
+                if path == self._running[-1] and left.shape[-2:] == met.shape[-2:] and left.numel() == met.shape.numel():
+                    self.tokens.rivals.add((path, self._count[path] - 1))
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
         taken = self._take_weights(args)
@@ -207,7 +209,7 @@ class SilentObserver(AttentionObserver):
         call, key = taken[0], self._key()
         met = [*(w.memory for w in call.weights), Memory(call.applied)]
         self._spent = [*self._spent, *((memory, key) for memory in met)][-32:]
-        cut = [w.memory for w in call.weights if call.part is None and math.prod(w.shape) > call.applied.numel()]
+        cut = [w.memory for w in call.weights if call.part is None and w.shape.numel() > call.applied.numel()]
         self._cut = [*self._cut, *((memory, key) for memory in cut)][-8:]
         made = [self._made_of[w] for w in reversed(call.weights) if w in self._made_of]
         scores, factors = next((m for m in made if m[1] is not None), ([], None))

@@ -78,6 +78,7 @@ class Tokens:
     parts: set[SiteKey] = field(
         default_factory=set
     )  # sites whose softmax goes on in a further product, to other keys or by other heads
+    rivals: set[SiteKey] = field(default_factory=set)  # sites after which what could be their weights meets other values
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -104,6 +105,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         _concatenate_values([p.again for p in parts]),
         set().union(*(p.mixed for p in parts)),
         set().union(*(p.parts for p in parts)),
+        set().union(*(p.rivals for p in parts)),
     )
 
 

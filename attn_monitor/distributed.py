@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attn_monitor import errors
 from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, PATCH_TENSORS, LayerAttention
+from attn_monitor.errors import text_of
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
@@ -91,7 +92,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA's own error, the CPU allocator's, or one that was caused by them."""
     if error is None:
         return False
-    cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in str(error)
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in text_of(error)
     return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_out_of_memory(error.__cause__)
 
 
@@ -106,7 +107,7 @@ def agree(action: Callable[[], Result]) -> Result:
     except Exception as caught:
         error = caught
     reports: list[tuple[str, str, bool] | None] = [None] * dist.get_world_size()
-    mine = None if error is None else (type(error).__name__, str(error), is_out_of_memory(error))
+    mine = None if error is None else (type(error).__name__, text_of(error), is_out_of_memory(error))
     dist.all_gather_object(reports, mine)
     failed = [(memory, rank, kind, text) for rank, (kind, text, memory) in _present(reports)]
     if failed:
@@ -162,7 +163,7 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # pickle raises whatever the error's own constructor does
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(f"{type(error).__name__}: {text_of(error)}")
     return error
 
 

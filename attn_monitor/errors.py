@@ -67,3 +67,11 @@ class ForwardError(AttentionError):
 
 class HeadError(AttentionError):
     """The head asked for does not exist in this model."""
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, also of a class that fails to say it."""
+    try:
+        return str(error)
+    except Exception as another:  # of an exception class with a mistake of its own
+        return f"(its text is {another!r})"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.errors import UnsupportedAttentionError
+from attn_monitor.errors import ForwardError, InputTypeError, UnsupportedAttentionError
 
 Core = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
 IMAGES = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
@@ -93,6 +93,7 @@ def over_dim_2(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def written_to_out(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.empty_like(scores(q, k))
     torch.softmax(scores(q, k), -1, out=weights)
+    block.truth = weights
     return weights @ v
 
 
@@ -109,7 +110,7 @@ def values_alone(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v
 
 
-UNSEEN = [exp_and_sum, multiplied_and_summed, of_two_softmaxes, over_dim_2, log_softmax, written_to_out]
+UNSEEN = [exp_and_sum, multiplied_and_summed, of_two_softmaxes, over_dim_2, log_softmax]
 
 
 def truth(model: ViT, number: int) -> Tensor:
@@ -136,6 +137,10 @@ def test_a_last_block_that_applies_only_the_row_of_cls_is_the_last_layer() -> No
 
 def test_rows_of_one_softmax_may_meet_v_in_two_products() -> None:
     check_layers(ViT(plain, rows_in_two_parts), {0: 0, 1: 1})
+
+
+def test_a_softmax_may_be_written_to_a_tensor_that_is_there() -> None:
+    check_layers(ViT(plain, written_to_out), {0: 0, -1: 1})
 
 
 def test_blocks_that_share_a_map_are_a_layer_each() -> None:
@@ -220,3 +225,61 @@ def test_a_statistic_after_the_product_that_reaches_the_tokens_is_none_of_our_bu
 def test_one_head_of_several_is_not_shown_as_the_layer(others: tuple[Core, ...]) -> None:
     with pytest.raises(UnsupportedAttentionError, match="a part of its keys or heads in each"):
         record_attention(ViT(head_by_head, *others), IMAGES, layers=0)
+
+
+class CatchesAll(ViT):
+    """Goes on after any exception of a block."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+        for block in self.blocks:
+            try:
+                x = block(x)
+            except BaseException:
+                x = x * 0
+        return x[:, 0]
+
+
+class Retries(ViT):
+    """Begins once more after any exception."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            return super().forward(images)
+        except BaseException:
+            return super().forward(images)
+
+
+class Rewords(ViT):
+    """Raises an exception of its own in place of any other."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            return super().forward(images)
+        except BaseException as error:
+            raise RuntimeError("the backbone failed") from error
+
+
+@pytest.mark.parametrize("kind", [CatchesAll, Retries, Rewords])
+def test_a_model_that_catches_every_exception_is_read_all_the_same(kind: type[ViT]) -> None:
+    check_layers(kind(plain, plain, plain), {0: 0, 1: 1, -1: 2, 2: 2, -3: 0})
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def fails(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise UnprintableError
+
+
+def test_an_exception_that_cannot_be_printed_is_reported_by_its_type() -> None:
+    with pytest.raises(ForwardError, match=r"ViT failed on images \(3, 3, 32, 48\) torch.float32: UnprintableError"):
+        record_attention(ViT(plain, fails), IMAGES)
+
+
+def test_sparse_images_are_refused_for_what_they_are() -> None:
+    with pytest.raises(InputTypeError, match=r"received a tensor of layout sparse_coo, expected .*to_dense"):
+        record_attention(ViT(plain), IMAGES.to_sparse())

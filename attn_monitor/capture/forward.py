@@ -14,7 +14,7 @@ from attn_monitor.capture.error_origin import is_monitor_error
 from attn_monitor.capture.isolation import is_sharded as is_sharded
 from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.observer import AttentionObserver, StopForward
-from attn_monitor.errors import AttentionError, ForwardError
+from attn_monitor.errors import AttentionError, ForwardError, text_of
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -62,8 +62,10 @@ def run_forward(
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):  # as type, the CPU's want of memory is any RuntimeError
-            raise torch.OutOfMemoryError(str(error)) from error
+        if observer.stopped:  # the model has caught `StopForward`, and failed by it; what was wanted is observed
+            return
+        if "DefaultCPUAllocator" in text_of(error):  # as type, the CPU's want of memory is any RuntimeError
+            raise torch.OutOfMemoryError(text_of(error)) from error
         if observer.failure is not None:  # not to be told as the model's
             raise observer.failure from None
         if is_monitor_error(error):
@@ -79,7 +81,7 @@ def run_forward(
 
 def _in_one_line(error: Exception) -> str:
     """The type of an error, and the first and the last line of its text, which may be pages long; it is chained."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip(" .")]
     ends = dict.fromkeys((*lines[:1], *lines[-1:]))
     text = " … ".join(textwrap.shorten(line, 300, placeholder=" …") for line in ends).rstrip(". ")
     return type(error).__name__ + (f": {text}" if text else "")

@@ -28,6 +28,9 @@ def check_images(images: Any) -> Tensor:
         raise InputTypeError(f"images: received {_kind(images)}, {expected}")
     if images.is_nested:
         raise InputTypeError(f"images: received a nested tensor, {expected}. Pass images of one size at a time")
+    if images.layout != torch.strided:
+        layout = str(images.layout).removeprefix("torch.")
+        raise InputTypeError(f"images: received a tensor of layout {layout}, {expected}. Pass images.to_dense()")
     received = f"images: received {tuple(images.shape)} {images.dtype}"
     if images.ndim != 4 or not images.is_floating_point():
         raise InputTypeError(f"{received}, {expected}")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class AttentionObserver(TorchDispatchMode):
         self.report, self.query, self.verify, self.last = report, query, verify, last
         self.queries, self.conventions, self.logits, self.known = queries, conventions or {}, logits, known
         self.passed_last, self.beyond = False, False
+        self.stopped = False  # the forward was left; where the model goes on in spite of that, nothing more is observed
         self.batch, self.channels, *self.size = images.shape
         self._images = images.data_ptr(), images.stride()
         self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
@@ -139,7 +140,7 @@ class AttentionObserver(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.failure is None:
+        if self.failure is None and not self.stopped:
             try:
                 return self._dispatched(func, args, kwargs or {})
             except Exception as error:
@@ -221,12 +222,16 @@ class AttentionObserver(TorchDispatchMode):
             self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
         if self.passed_last or (self.known and key not in self.known):
             self.beyond = key not in self.known
-            raise StopForward
+            self._stop()
         if key == self.last:
             self.passed_last = True
             if not self.known:
-                raise StopForward
+                self._stop()
             self._running.insert(0, "")  # the mode stays on to the end of the forward, or to the next attention
+
+    def _stop(self) -> NoReturn:
+        self.stopped = True
+        raise StopForward
 
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call = self._key(), ops.fused_call(func, args, kwargs)

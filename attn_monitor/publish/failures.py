@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from attn_monitor.errors import text_of
 from attn_monitor.workers import safe_point
 
 Result = TypeVar("Result")
@@ -107,7 +108,7 @@ class Failures:
                 return
             state.told, state.quiet_until, state.silence = True, now + state.silence, 2 * state.silence
             raised = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-            reason = f"{about}{type(error).__name__}: {_text(error)}"
+            reason = f"{about}{type(error).__name__}: {text_of(error)}"
             self._news.append((f"{part} failed, training goes on. {reason}{self._hint}", raised))
 
     def worked(self, part: str) -> None:
@@ -153,13 +154,6 @@ class Failures:
             if reraise and error is not None:
                 raise error
             warn(message)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as another:  # of an exception class with a mistake of its own
-        return f"(its text is {another!r})"
 
 
 def in_words(steps: Sequence[int]) -> str:

@@ -199,7 +199,11 @@ class SilentObserver(AttentionObserver):
                     out.zero_()
                     return
             for met, path in self._met:
-                if path == self._running[-1] and left.shape[-2:] == met.shape[-2:] and left.numel() == met.shape.numel():
+                if (
+                    path == self._running[-1]
+                    and left.shape[-2:] == met.shape[-2:]
+                    and left.numel() == met.shape.numel()
+                ):
                     self.tokens.rivals.add((path, self._count[path] - 1))
 
     def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:

@@ -78,7 +78,9 @@ class Tokens:
     parts: set[SiteKey] = field(
         default_factory=set
     )  # sites whose softmax goes on in a further product, to other keys or by other heads
-    rivals: set[SiteKey] = field(default_factory=set)  # sites after which what could be their weights meets other values
+    rivals: set[SiteKey] = field(
+        default_factory=set
+    )  # sites after which what could be their weights meets other values
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:

@@ -186,6 +186,7 @@ class Weights:
     path: str  # of the module in which it ran
     rows: Mapping[Query, Tensor]  # (..., K) of each query that may be asked for
     largest_logits: Tensor | None = None  # (..., Q) of the scores, where they are asked for
+    contiguous: bool = True  # each matrix row by row, so that some of its rows can be told by where they are
 
 
 @dataclass

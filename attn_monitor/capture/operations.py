@@ -145,7 +145,7 @@ def read_weights(weights: Tensor, path: str, queries: Collection[Query], logits:
     last = {q: -1 if q == "mean" else max(q) if isinstance(q, tuple) else q for q in queries}
     known = [] if _foreign_type(weights) else [q for q in queries if last[q] < weights.shape[-2]]
     rows = {query: _row_of(weights, query) for query in known}
-    return Weights(weights.shape, Memory(weights), path, rows, logits)
+    return Weights(weights.shape, Memory(weights), path, rows, logits, weights.is_contiguous())
 
 
 def explicit_call(weights: Sequence[Weights], args: tuple[Any, ...], images: int) -> ExplicitCall | None:
@@ -208,7 +208,8 @@ def _is_cut(weights: Weights, left: Tensor) -> bool:
 
 def _are_some_rows(weights: Weights, left: Tensor) -> bool:
     same = weights.shape[-1] == left.shape[-1] and math.prod(weights.shape[:-2]) == math.prod(left.shape[:-2])
-    return same and weights.shape[-2] > left.shape[-2] and weights.memory.overlaps(left)
+    fewer = weights.shape[-2] > left.shape[-2] and weights.contiguous
+    return same and fewer and weights.memory.overlaps(left)
 
 
 def _which_rows(weights: Weights, left: Tensor) -> slice:

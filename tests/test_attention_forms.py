@@ -211,7 +211,7 @@ def in_a_thread(module: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("attend", "kind", "reason"),
     [
-        (two_parts_of_the_keys, UnsupportedAttentionError, "meets V in several products, with a part of the keys"),
+        (two_parts_of_the_keys, UnsupportedAttentionError, "meets V in several products, with a part of its keys"),
         (complex_weights, UnsupportedAttentionError, "its weights are complex numbers"),
         (nested, UnsupportedAttentionError, "its tensors are nested"),
         (jagged, UnsupportedAttentionError, "its tensors are nested"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attn_monitor import record_attention
 from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.grid_geometry import GridGeometry
 from tests.oracle import attention_matrices
 from tests.styles import DIM, PATCH, Block, MemEffAttention
@@ -44,8 +45,10 @@ class Changed(nn.Module):
         return x[:, 0]
 
 
-def changed(pixels: Change = unchanged, tokens: Change = unchanged, *, linear: bool = False) -> nn.Module:
-    torch.manual_seed(0)
+def changed(
+    pixels: Change = unchanged, tokens: Change = unchanged, *, linear: bool = False, seed: int = 0
+) -> nn.Module:
+    torch.manual_seed(seed)
     return enliven(Changed(pixels, tokens, linear)).eval()
 
 
@@ -107,3 +110,52 @@ def test_images_that_are_mirrored_or_turned(name: str, linear: bool) -> None:
     assert_map(found, model, images, turn)
     lies = found.geometry or GridGeometry.whole(found.grid, size)
     assert (*lies.origin, *lies.cell) == pytest.approx((*geometry.origin, *geometry.cell), abs=1.01 if linear else 0.51)
+
+
+REASONS = (
+    "the order of its keys could not be told",
+    "no grid of patches",
+    "two of its keys hold the same part",
+    "not ordered in one way",
+)
+
+
+def mixed_with(share: float, by: int) -> Change:
+    """Tokens that are made of their own patch, and of a ``share`` of the one that stands some places before."""
+    return lambda x: torch.cat([x[:, :1], (1 - share) * x[:, 1:] + share * x[:, 1:].roll(by, 1)], 1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("by", [1, -1, 6])
+def test_tokens_that_hold_some_of_another_patch(share: float, by: int) -> None:
+    """They lie where most of what they hold is, in every layer, or are refused."""
+    for seed in range(3):
+        model, images = changed(tokens=mixed_with(share, by), seed=seed), noise(32, 48)
+        for site in AttentionRecorder(model).sites(images):
+            if site.layout is None:
+                assert any(words in site.places.reason for words in REASONS), site.places.reason
+            else:
+                assert site.layout.patches == tuple(range(1, 25)), f"layer {site.index}"
+
+
+@pytest.mark.parametrize(("cell", "like"), [(9, 8), (9, 15), (0, 1)])
+def test_a_token_that_is_a_copy_of_another(cell: int, like: int) -> None:
+    order = [like + 1 if t == cell + 1 else t for t in range(25)]
+    for site in AttentionRecorder(changed(tokens=lambda x: x[:, order])).sites(noise(32, 48)):
+        assert site.layout is None
+        assert "1 of them belongs to two keys or more, and 1 to no key alone" in site.places.reason
+
+
+def test_a_part_of_the_patches() -> None:
+    kept = [0, *(1 + 6 * r + c for r in (1, 2) for c in (2, 3, 4))]
+    for site in AttentionRecorder(changed(tokens=lambda x: x[:, kept])).sites(noise(32, 48)):
+        assert site.layout is None
+        assert "of the 4 × 6 cells of a grid that was tried, 6 have a key of their own" in site.places.reason
+
+
+def test_images_that_are_rounded() -> None:
+    """Changes of less than a grey level leave no trace; stronger ones are asked about."""
+    model = changed(lambda x: ((x * 0.25 + 0.45) * 255).clamp(0, 255).to(torch.uint8).to(x.dtype) / 255)
+    (found,) = record_attention(model, noise(32, 48))
+    assert found.places == "exact"
+    assert_map(found, model, noise(32, 48), unchanged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +23,16 @@ _ROUNDS = 5  # of two base images each: the user's and noise
 Grid = tuple[int, int]
 
 
-def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: Sequence[SiteKey]) -> None:
+@dataclass(frozen=True)
+class Ranked:
+    """Sites that were ranked without doubts, and what was seen of them on noise: the ``base`` image and its ramps."""
+
+    keys: Sequence[SiteKey]
+    base: Tensor
+    seen: Tokens
+
+
+def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: Sequence[SiteKey]) -> Ranked:
     """Places of tokens whose fields overlap, by their centres: the user's image and noise must give the same."""
     # Dark noise beside a bright image, and the reverse: an order that hangs on brightness is not the same in both.
     contrast = -0.5 if float(image.float().mean()) > 0 else 0.5
@@ -30,7 +40,7 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
     coarsest = 1 + max(m.cells for m in search.mosaics)
     on_user_image: list[Tokens] = []
     on_noise: list[Tokens] = []
-    waiting = list(unplaced)
+    waiting = [key for key in unplaced if not _hold_single_cells(search, key)]
     clear: list[SiteKey] = []
     for number in range(_ROUNDS):
         for tokens, base in ((on_user_image, image), (on_noise, noise[number])):
@@ -41,10 +51,10 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
         waiting = still
         if not waiting:
             break
-    _refuse_shared_cells(search, clear, noise[0], on_noise[0])
+    return Ranked(clear, noise[0], on_noise[0])
 
 
-def _refuse_shared_cells(search: PlaceSearch, keys: Sequence[SiteKey], base: Tensor, seen: Tokens) -> None:
+def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
     """Refuse sites of which two tokens hold the same two cells: these have one centre, and are ranked by chance.
 
     Other noise in the middles of every second cell changes such a token although its own cell stays the same; and in
@@ -52,15 +62,15 @@ def _refuse_shared_cells(search: PlaceSearch, keys: Sequence[SiteKey], base: Ten
     too much to tell.
     """
     grids: dict[tuple[Grid, GridGeometry | None], list[SiteKey]] = {}
-    for key in keys:
+    for key in ranked.keys:
         layout = search.sites[key].layout
-        if layout is not None and min(layout.grid) > 2:
+        if layout is not None and layout.evidence == "centres" and min(layout.grid) > 2:
             grids.setdefault((layout.grid, layout.geometry), []).append(key)
     for (grid, geometry), alike in grids.items():
         conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
-        after = search.silent_model(middles_changed(base, conv)[None], 4).sites
+        after = search.silent_model(middles_changed(ranked.base, conv)[None], 4).sites
         for key in alike:
-            layout, before = search.sites[key].layout, seen.sites[key].v
+            layout, before = search.sites[key].layout, ranked.seen.sites[key].v
             mosaic = next((m for m in search.mosaics if m.conv.grid == grid and key in m.changes), None)
             if layout is None or mosaic is None or key not in after or after[key].v.shape[1:] != before.shape[1:]:
                 continue
@@ -93,6 +103,19 @@ def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: in
     return float(power[0][0] - power[0][1] + power[1][1] - power[1][0]) / 2
 
 
+def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
+    """Whether tokens are known to be no complete grid: some hold one and the same cell, or all hold one of more cells.
+
+    A grid of fewer cells than there are tokens shows nothing of the kind.
+    """
+    for mosaic in search.mosaics:
+        places = mosaic.v.get(key, ())
+        held, moving = [p for p in places if p >= 0], sum(p != STATIC for p in places)
+        if held and mosaic.cells >= moving and (len(set(held)) < len(held) or len(held) == moving):
+            return True
+    return False
+
+
 def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]) -> bool:
     """Place a site's keys and queries; whether that is settled, or more base images may help."""
     site = search.sites[key]
@@ -114,7 +137,10 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
             site.reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
         elif any(m.conv == conv and _exchanges_tokens(m, key, places, 4 * limit) for m in search.mosaics):
-            site.reason = "its tokens hold other patches on another image, or in another call"
+            site.reason = (
+                "its tokens are not ordered in one way: between some images that are alike in a patch's place its "
+                "token does not change, and between others as much as any token"
+            )
         else:
             site.layout = layout_of(places, conv.grid, "centres", geometry)
             if site.layout is not None:

@@ -176,7 +176,7 @@ def _choose_cls(
         return others[0], ""  # the mean of the patches, as in CLIP's pooling
     return None, (
         f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and nothing tells which is the "
-        "CLS token: no parameter is that token alone (registers, padding and pooled tokens are not CLS)"
+        "CLS token: no parameter was found to move one of them alone (registers, padding and pooled tokens are not CLS)"
     )
 
 

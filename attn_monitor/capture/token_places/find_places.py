@@ -15,7 +15,7 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.token_places.borders import place_by_borders
-from attn_monitor.capture.token_places.centres import rank_centres
+from attn_monitor.capture.token_places.centres import rank_centres, refuse_shared_cells
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
 from attn_monitor.capture.token_places.mosaics import describe_keys, read_mosaics
 from attn_monitor.capture.token_places.output_places import check_outputs, refuse_mixtures
@@ -62,9 +62,10 @@ def find_places(
     check_on_user_images(search, chosen, strength)
     unplaced = [k for k, s in search.sites.items() if s.layout is None and not s.reason and k in search.reference.sites]
     if unplaced:
-        rank_centres(search, chosen[0], strength, unplaced)
+        ranked = rank_centres(search, chosen[0], strength, unplaced)
         if place_by_borders(search, unplaced):
             check_on_user_images(search, chosen, strength)
+        refuse_shared_cells(search, ranked)
     refuse_partial_views(search)
     refuse_overlaps(search)
     find_queries(search)

@@ -94,8 +94,15 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
     if all(p == SEVERAL for p in places):
         return "each of its keys changes with many parts of the image, so none of them is a patch"
-    (rows, cols), distinct = best.conv.grid, len({p for p in places if p >= 0})
-    return (
-        f"{moving} of its {len(places)} keys change with the image, and they are no grid of patches: of the "
-        f"{rows} × {cols} cells of a grid that was tried, {distinct} have a key of their own"
+    (rows, cols), held = best.conv.grid, [p for p in places if p >= 0]
+    cells = f"the {rows} × {cols} cells of a grid that was tried"
+    changing = (
+        f"{moving} of its {len(places)} keys change with the image, and they are no grid of patches: of {cells}, "
     )
+    if len(set(held)) < len(held):
+        twice = sum(held.count(cell) > 1 for cell in set(held))
+        belong = "belongs" if twice == 1 else "belong"
+        return (
+            f"{changing}{twice} of them {belong} to two keys or more, and {best.cells - len(set(held))} to no key alone"
+        )
+    return f"{changing}{len(held)} have a key of their own"

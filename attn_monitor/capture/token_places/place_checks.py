@@ -21,9 +21,12 @@ from attn_monitor.capture.token_places.synthetic_images import (
     noise_images,
     quarters_changed,
     quarters_of_cells,
+    thirds_changed,
 )
 from attn_monitor.capture.token_places.tokens import SiteTokens
 from attn_monitor.grid_geometry import GridGeometry, placed
+
+_OWN_LINE = 0.15  # the least change with a patch's own third of the rows or columns, of that with any third
 
 
 def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> None:
@@ -31,13 +34,21 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
     for mosaic in search.mosaics:
         keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
         for number, image in enumerate(images if keys else ()):
-            seen = search.silent_model(cell_weighted_noise(image, mosaic.conv, strength), 2 + number).sites
-            for key in keys:
-                site = search.sites[key]
-                if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
-                    site.refuse("it runs with other shapes on the images given than on images that are made up")
-                elif site.layout is not None and _holds_other_patches(seen[key], key, mosaic):
-                    site.refuse("its tokens hold other patches on another image, or in another call")
+            waiting = [key for key in keys if search.sites[key].layout is not None]
+            for times in (1, 10):  # stronger for models that round their images
+                weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
+                seen = search.silent_model(weighted, 2 + number).sites if waiting else {}
+                for key in waiting:
+                    if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
+                        search.sites[key].refuse(
+                            "it runs with other shapes on the images given than on images that are made up"
+                        )
+                waiting = [k for k in waiting if search.sites[k].layout and _holds_other_patches(seen[k], k, mosaic)]
+            for key in waiting:
+                search.sites[key].refuse(
+                    "on an image that was given, its tokens do not change with the patches that they hold on made-up "
+                    "images: they hold others there or in another call, or do not follow small changes of the image"
+                )
 
 
 def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool:
@@ -62,7 +73,9 @@ def refuse_partial_views(search: PlaceSearch) -> None:
         conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
         quarters, cells = quarters_of_cells(conv, search.size), conv.cell_of_pixels(search.size)
         there = torch.stack([cells[quarters == q].bincount(minlength=math.prod(grid)) > 0 for q in range(4)])
+        ranked = any(layout.evidence == "centres" for _, layout in keys)
         changed = [border_changed(base, conv)[None], quarters_changed(base, quarters)]
+        changed += [thirds_changed(base, conv)] * ranked
         seen = search.silent_model(torch.cat([base[None], *changed]), 3).sites
         for key, layout in keys:
             moved = _moved(seen[key])[:, list(layout.patches)].cpu()
@@ -70,10 +83,29 @@ def refuse_partial_views(search: PlaceSearch) -> None:
             border[1:-1, 1:-1] = False
             if not bool(moved[0][border.flatten()].all()):
                 search.sites[key].refuse(
-                    "its keys do not change with the outermost pixels of the image, so a part of it is not looked at"
+                    "some of its keys at the border of the grid do not, or hardly, change with the image's outermost "
+                    "pixels, as if the image was cropped or shifted"
                 )
-            elif not bool((moved[1:] | ~there).all()):
+            elif not bool((moved[1:5] | ~there).all()):
                 search.sites[key].refuse("some of its keys do not change with all parts of their patch")
+            elif layout.evidence == "centres" and _in_other_lines(seen[key], layout):
+                search.sites[key].refuse(
+                    "the order of its keys could not be told: some hardly change with the row or the column of patches "
+                    "where the centre of what they hold seems to be"
+                )
+
+
+def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
+    """Whether a patch hardly changes with its own third of the rows, or of the columns, as it does with another third.
+
+    Two tokens that were ranked in each other's place do so, where each holds one cell most of all. Fields of several
+    cells, as behind three convolutions, change with all thirds.
+    """
+    change = relative_change(seen.v[-6:], seen.v[:1])[:, list(layout.patches)].cpu().unflatten(0, (2, 3))  # (2, 3, N)
+    cells = torch.arange(len(layout.patches))
+    lines = cells // layout.grid[1], cells % layout.grid[1]
+    own = torch.stack([of_axis[line % 3, cells] for of_axis, line in zip(change, lines, strict=True)])
+    return bool((own < _OWN_LINE * change.amax(1)).any())
 
 
 def refuse_overlaps(search: PlaceSearch) -> None:

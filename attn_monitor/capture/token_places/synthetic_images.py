@@ -154,6 +154,14 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     return torch.where(chosen.to(image.device), noise_images(image[None], 1, seed)[0], image)
 
 
+def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
+    """(6, C, H, W): the (C, H, W) image with other noise in every third row of cells, from 0, 1, 2 on; and columns."""
+    size, other = (image.shape[-2], image.shape[-1]), noise_images(image[None], 1, seed)[0]
+    rows, cols = (torch.from_numpy(c).to(image.device) for c in conv.geometry.cells_of_pixels(conv.grid, size))
+    lines = (rows[:, None].expand(size), cols[None].expand(size))
+    return torch.stack([torch.where((n >= 0) & (n % 3 == third), other, image) for n in lines for third in range(3)])
+
+
 def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """The (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
     edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()

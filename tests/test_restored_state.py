@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import io
 import itertools
+import multiprocessing
+import queue
 import random
 import threading
 import warnings
@@ -120,6 +125,36 @@ CASES: dict[str, Case] = {
     ),
     "tensor in place": Case(sets(a=lambda: [torch.zeros(3)]), lambda m: m.a[0].data.add_(1), lambda m: m.a[0].tolist()),
     "class attribute": Case(sets(), count_in_class, lambda m: getattr(type(m), "calls", None)),
+    "module in a list": Case(
+        sets(a=lambda: [nn.BatchNorm2d(3)]), lambda m: m.a[0](IMAGES), lambda m: m.a[0].running_mean.clone()
+    ),
+    "average in a list": Case(
+        sets(a=lambda: [nn.Linear(2, 2)]),
+        lambda m: m.a[0].weight.lerp_(torch.ones(2, 2), 0.1),
+        lambda m: m.a[0].weight + 0,
+    ),
+    "bound method": Case(
+        lambda m: setattr(m, "a", Record().add), lambda m: m.a(), lambda m: (m.a.__self__.count, str(m.a.__self__.seen))
+    ),
+    "partial": Case(
+        lambda m: setattr(m, "a", functools.partial(list.append, [])), lambda m: m.a(1), lambda m: list(m.a.args[0])
+    ),
+    "value shared by processes": Case(
+        sets(a=lambda: multiprocessing.Value("i", 3)),
+        lambda m: setattr(m.a, "value", m.a.value + 1),
+        lambda m: m.a.value,
+    ),
+    "C value": Case(
+        sets(a=lambda: ctypes.c_int(3)), lambda m: setattr(m.a, "value", m.a.value + 1), lambda m: m.a.value
+    ),
+    "value of a thread": Case(
+        lambda m: (setattr(m, "a", threading.local()), setattr(m.a, "n", 0)),
+        lambda m: setattr(m.a, "n", m.a.n + 1),
+        lambda m: m.a.n,
+    ),
+    "array of objects": Case(
+        sets(a=lambda: np.array([0, None], dtype=object)), lambda m: m.a.__setitem__(1, [m.a[1]]), lambda m: str(m.a)
+    ),
     "weight normalised": Case(sets(), normalise, weight),
     "weight clamped through data": Case(sets(), lambda m: m.patch_embed.proj.weight.data.clamp_(-0.01, 0.01), weight),
     "weight decayed through a view": Case(sets(), lambda m: m.patch_embed.proj.weight.view(-1).mul_(0.9), weight),
@@ -177,11 +212,15 @@ def test_what_a_thread_fills_is_left_alone() -> None:
             self.lock, self.items = threading.Lock(), [0]
 
     model = Stateful(sets(a=Queue), lambda m: m.a.items.append(1))
-    record_attention(model, IMAGES)
+    with pytest.warns(UserWarning, match=r"Stateful\.a.*cannot be restored"):
+        record_attention(model, IMAGES)
     assert len(model.a.items) > 1
 
 
 LOST: dict[str, Case] = {
+    "cache": Case(sets(a=lambda: functools.lru_cache(4)(torch.zeros)), lambda m: m.a(len(str(m))), lambda m: None),
+    "stream": Case(sets(a=io.BytesIO), lambda m: m.a.write(b"x"), lambda m: None),
+    "queue": Case(sets(a=queue.SimpleQueue), lambda m: m.a.put(1), lambda m: None),
     "iterator": Case(sets(a=lambda: iter(range(10**6))), lambda m: next(m.a), lambda m: None),
     "large array": Case(sets(a=lambda: np.zeros(10**5)), lambda m: m.a.__iadd__(1), lambda m: None),
     "large tensor": Case(sets(a=lambda: torch.zeros(10**5)), lambda m: m.a.add_(1), lambda m: None),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attn_monitor.capture.model_state import HeldState
+from attn_monitor.capture.model_state import all_modules as all_modules
 from attn_monitor.capture.parameter_writes import parameters_restored, was_watched
 
 
@@ -82,7 +83,10 @@ def _state_restored(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[
     lost: list[str] = []
     held = HeldState(modules, thorough=not was_watched(model))
     try:
-        with parameters_restored(model, lost.append), _values_restored([*_buffers(modules), *held.tensors]):
+        with (
+            parameters_restored(model, held.modules, lost.append),
+            _values_restored([*_buffers(held.modules), *held.tensors]),
+        ):
             yield
     finally:
         lost += held.restore()
@@ -178,17 +182,6 @@ def _flex_attention_uncompiled() -> Iterator[None]:
     finally:
         if not before:
             setattr(flex, name, before)
-
-
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module once, in no order of use: what `model.modules()` gives, whose nested generators take far longer."""
-    found, waiting = {id(model): model}, [model]
-    while waiting:
-        for child in waiting.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                waiting.append(child)
-    return list(found.values())
 
 
 def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

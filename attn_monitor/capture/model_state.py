@@ -1,23 +1,27 @@
 """The state that a model holds outside its parameters and buffers: found from its modules' attributes, and restored.
 
 `HeldState` walks from the attributes of every module, and of its class, through lists, dicts, sets, tuples and plain
-objects. It copies containers (shallowly, each on its own), tensors, NumPy arrays and the states of random generators,
-and puts back what has changed. What it can only compare is named by `HeldState.restore`. Functions are not walked: what
-a hook or a wrapper keeps in its closure is its user's, who is free to observe every forward.
+objects, methods and partials, to modules that are no submodules too. It copies containers (shallowly, each on its own),
+tensors, NumPy arrays, C values and the states of random generators, and puts back what has changed. What it can only
+compare is named by `HeldState.restore`. Closures are not walked, nor hooks: what a hook or a wrapper of a method keeps
+is its user's, who is free to observe every forward.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import operator
 import pickle
 import random
+import threading
 import types
 import warnings
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +33,9 @@ _LARGEST_WALK = 50_000  # objects; the rest of a larger graph is left as the mod
 _LONGEST = 1_000  # items of one container that are looked into; all of them are restored
 
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
-_CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _LEAVES = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, *_CALLABLES}
+    {type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType}
     | {torch.dtype, torch.device, torch.Size, nn.Parameter, np.dtype, slice, range, property, staticmethod, classmethod}
 )
 _LOCKS = frozenset({"_thread", "threading", "queue", "multiprocessing", "concurrent", "asyncio"})
@@ -48,6 +51,9 @@ _FOREIGN = _LOCKS | {
     "_io",
     "weakref",
 }
+# Objects of these are compared by what they show: iterators, caches, files, queues.
+_OPAQUE = frozenset({"io", "_io", "functools", "itertools", "builtins", "queue", "_queue"})
+_C_VALUES = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 # A module's tables that a forward may change; what stands in them is saved elsewhere, or is a function.
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}) | {
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -69,8 +75,9 @@ class HeldState:
     """What the modules of one model hold at the time of the call.
 
     ``tensors`` are those that are not registered as buffers, up to 64 MB together; the caller saves their values with
-    the buffers'. ``thorough`` also compares what cannot be restored (large arrays, and objects that are neither
-    containers nor plain objects, by their pickled bytes); it costs more than a snapshot should.
+    the buffers'. ``modules`` are those given and others that they hold in lists or objects. ``thorough`` also compares
+    what cannot be restored (large arrays, iterators, caches, files, what shares a lock with a thread); it costs more
+    than a snapshot should.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, thorough: bool = False) -> None:
@@ -79,11 +86,14 @@ class HeldState:
         self._containers: list[tuple[Any, Any]] = []  # each with a copy of its items
         self._saved: list[_Saved] = []
         self._thorough = thorough
+        self.modules = list(modules)
         self._seen = {id(module) for module in modules}
         self._waiting: deque[tuple[_Path, Any]] = deque()
         for module in modules:
             self._save_module(module)
-        for cls in dict.fromkeys(c for kind in {type(module) for module in modules} for c in kind.__mro__):
+        while self._waiting and len(self._seen) < _LARGEST_WALK:
+            self._visit(*self._waiting.popleft())
+        for cls in dict.fromkeys(c for kind in {type(module) for module in self.modules} for c in kind.__mro__):
             if cls is not object and not _is_foreign(cls.__module__):
                 self._save_class(cls)
         while self._waiting and len(self._seen) < _LARGEST_WALK:
@@ -127,7 +137,24 @@ class HeldState:
             get, put = _generator_state(value)
             before = get()
             self._saved.append(_Saved(path, lambda: not _equal(get(), before), lambda: put(before)))
-        elif not isinstance(value, (nn.Module, type, *_CALLABLES)) and not _is_foreign(type(value).__module__):
+        elif isinstance(value, nn.Module):
+            for module in all_modules(value):
+                if module is value or id(module) not in self._seen:
+                    self._seen.add(id(module))
+                    self.modules.append(module)
+                    self._save_module(module)
+        elif isinstance(value, types.MethodType):
+            self._later(path, value.__self__)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self._later(path, part)
+        elif isinstance(value, threading.local):
+            self._save_dict(path, vars(value))
+        elif isinstance(value, _C_VALUES):
+            self._save_c_value(path, value)
+        elif hasattr(value, "get_obj") and type(value).__module__ == "multiprocessing.sharedctypes":
+            self._save_c_value(path, value.get_obj())
+        elif not isinstance(value, type):
             self._save_object(path, value)
 
     def _save_module(self, module: nn.Module) -> None:
@@ -137,6 +164,8 @@ class HeldState:
         for name, item in attributes.items():
             if type(item) in _LEAVES or name in _TABLES_LEFT_ALONE:
                 continue
+            if isinstance(item, (types.MethodType, functools.partial)) and hasattr(type(module), name):
+                continue  # a wrapper of the module's own method, which may observe what it likes
             if type(item) in _CONTAINERS and (name in _OWN_TABLES or not item):
                 self._containers.append((item, item.copy()))
             elif name not in _OWN_TABLES:  # those of a ScriptModule are views of what is C++
@@ -165,6 +194,11 @@ class HeldState:
 
     def _save_array(self, path: _Path, value: np.ndarray) -> None:
         if value.dtype.hasobject:
+            items = value.copy()
+            changed = lambda: not all(map(operator.is_, value.flat, items.flat))  # noqa: E731
+            self._saved.append(_Saved(path, changed, lambda: np.copyto(value, items)))
+            for index, item in enumerate(items.ravel()[:_LONGEST].tolist()):
+                self._later((path, index), item)
             return
         if self._fits(value.nbytes):
             copy = value.copy()
@@ -195,19 +229,32 @@ class HeldState:
             if not name.startswith("__"):
                 self._later(((cls.__name__,), name), value)
 
+    def _save_c_value(self, path: _Path, value: Any) -> None:
+        address, size = ctypes.addressof(value), ctypes.sizeof(value)
+        before = ctypes.string_at(address, size)
+        changed = lambda: ctypes.string_at(address, size) != before  # noqa: E731
+        self._saved.append(_Saved(path, changed, lambda: ctypes.memmove(ctypes.addressof(value), before, size)))
+
     def _save_object(self, path: _Path, value: Any) -> None:
+        package = type(value).__module__.partition(".")[0]
         attributes = getattr(value, "__dict__", None)
         slots = [s for c in type(value).__mro__ for s in _slots_of(c) if hasattr(value, s)]
-        if isinstance(attributes, dict) or slots:
-            held = {**(attributes or {}), **{s: getattr(value, s) for s in slots}}
-            if any(type(item).__module__.partition(".")[0] in _LOCKS for item in held.values()):
-                return  # shared with a thread, which may change it meanwhile
+        held = {**(attributes or {}), **{s: getattr(value, s) for s in slots}}
+        if package in _OPAQUE or (package not in _FOREIGN and not isinstance(attributes, dict) and not slots):
+            if self._thorough and (before := _outward_state(value)) is not None:
+                self._saved.append(_Saved(path, lambda: _outward_state(value) != before, None))
+        elif package in _FOREIGN:
+            return
+        elif any(type(item).__module__.partition(".")[0] in _LOCKS for item in held.values()):
+            # Shared with a thread, which may change it meanwhile: not restored.
+            if self._thorough and isinstance(attributes, dict):
+                seen = _at_a_glance(attributes)
+                self._saved.append(_Saved(path, lambda: _at_a_glance(attributes) != seen, None))
+        else:
             if isinstance(attributes, dict):
                 self._save_dict(path, attributes)
             for slot in slots:
                 self._save_slot((path, slot), value, slot)
-        elif self._thorough and (before := _pickled(value)) is not None:
-            self._saved.append(_Saved(path, lambda: _pickled(value) != before, None))
 
     def _save_slot(self, path: _Path, owner: Any, name: str) -> None:
         before = getattr(owner, name)
@@ -279,11 +326,28 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _pickled(value: Any) -> bytes | None:
-    """The bytes of an object's state, None where it has none that can be had."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pickling an iterator is deprecated from Python 3.12 on
+def _at_a_glance(attributes: dict[str, Any]) -> list[Any]:
+    return [(name, id(v), len(v) if isinstance(v, _CONTAINERS) else 0) for name, v in attributes.items()]
+
+
+def _outward_state(value: Any) -> Any:
+    """What an object shows of a state that cannot be set: of a cache, a queue, a file, else its pickled bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pickling an iterator is deprecated from Python 3.12 on
+        for look in ("cache_info", "qsize", "tell"):
+            with suppress(Exception):
+                return getattr(value, look)()
+        with suppress(Exception):
             return pickle.dumps(value)
-    except Exception:
-        return None
+    return None
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module once, in no order of use: what `model.modules()` gives, whose nested generators take far longer."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-"""Names of the parameters that each model has written to, once a whole forward of it has been watched."""
+_WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+"""Ids of the parameters that each model has written to, once a whole forward of it has been watched. A new parameter
+that has the id of an old one is copied for nothing.
+"""
 
 
 def was_watched(model: nn.Module) -> bool:
@@ -22,35 +24,36 @@ def was_watched(model: nn.Module) -> bool:
 
 
 @contextmanager
-def parameters_restored(model: nn.Module, lost: Callable[[str], None]) -> Iterator[None]:
-    """Restore values, storages and ``requires_grad`` of the model's parameters.
+def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Callable[[str], None]) -> Iterator[None]:
+    """Restore values, storages and ``requires_grad`` of the parameters of a model's modules, and of others it holds.
 
     In the first forward, a parameter is copied when an operation is about to write to it; from then on those that were
     written to are copied beforehand. ``lost`` is called with the name of a parameter that is first written to later:
     its value before is not known.
     """
-    plain = ((n, p) for n, p in model.named_parameters() if p.layout is torch.strided and not p.is_meta)
-    named = [(name, parameter, parameter.data) for name, parameter in plain if type(parameter.data) is Tensor]
-    before = [(parameter.requires_grad, parameter._version) for _, parameter, _ in named]
-    known, copies = _WRITTEN.get(model), _Copies(data for _, _, data in named)
-    for name, _, data in named:
-        if known and name in known:
-            copies.save(data)
+    every = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
+    plain = [p for p in every if p.layout is torch.strided and not p.is_meta and type(p.data) is Tensor]
+    before = [(p.data, p.requires_grad, p._version) for p in plain]
+    known, copies = _WRITTEN.get(model), _Copies(data for data, _, _ in before)
+    for parameter in plain:
+        if known and id(parameter) in known:
+            copies.save(parameter.data)
     try:
         with _SaveBeforeWriting(copies) if known is None else nullcontext():
             yield
         known = _WRITTEN.setdefault(model, set())  # not where the forward failed, or was left early
     finally:
         copies.restore()
-        for (name, parameter, data), (requires_grad, version) in zip(named, before, strict=True):
+        for parameter, (data, requires_grad, version) in zip(plain, before, strict=True):
             if _storage_id(parameter.data) != _storage_id(data):
                 parameter.data = data
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             if known is not None and (copies.has(data) or parameter._version != version):
-                known.add(name)
+                known.add(id(parameter))
             if not copies.has(data) and parameter._version != version:
-                lost(f"parameter {name}")
+                names = (name for name, p in model.named_parameters() if p is parameter)
+                lost(f"parameter {next(names, 'of a module that it holds')}")
 
 
 class _Copies:

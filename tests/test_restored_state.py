@@ -9,10 +9,12 @@ import itertools
 import multiprocessing
 import queue
 import random
+import re
 import threading
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +22,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attn_monitor import AttentionMapCallback
 from attn_monitor.capture import model_state
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
+from tests.helpers import Distillation, loader, trainer
 from tests.styles import MemEffAttention, PlainViT
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
@@ -270,3 +274,27 @@ def test_a_scripted_part_is_run_and_left_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     record_attention(model, IMAGES)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class LogsInForward(Distillation):
+    """Is a model itself, and logs in its forward; its backbone keeps an iterator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student_backbone.draws = iter(range(10**6))
+        self.student_backbone.register_forward_pre_hook(lambda m, args: next(m.draws) and None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.log("mean", images.mean())
+        return self.student_backbone(images)
+
+
+def test_the_probe_logs_nothing_of_the_models_own(tmp_path: Path) -> None:
+    """Neither at the end of training, where Lightning forbids it; and what cannot be restored is told once, by us."""
+    running = trainer(tmp_path, AttentionMapCallback(targets={"model": ""}, every_n_train_steps=1), max_steps=3)
+    with pytest.warns(UserWarning, match="AttentionMapCallback") as caught:
+        running.fit(LogsInForward(), loader())
+    ours = [str(w.message) for w in caught if "AttentionMapCallback" in str(w.message)]
+    assert len(ours) == 1
+    assert re.search(r"AttentionMapCallback: .*\.draws when it runs, which cannot be restored", ours[0])
+    assert "mean" not in running.logged_metrics

@@ -108,7 +108,7 @@ def test_a_page_of_an_error_is_one_line() -> None:
             raise RuntimeError("\n".join(["", "the first line", *["more"] * 200]))
 
     text = refusal(Verbose())
-    assert "RuntimeError: the first line. Pass images of a size" in text
+    assert "RuntimeError: the first line … more. Pass images of a size" in text
     assert "\n" not in text
     assert len(text) < 400
 

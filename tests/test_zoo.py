@@ -108,3 +108,12 @@ def test_documentation_lists_every_model() -> None:
     rows = [line.split(" | ")[:2] for line in written.splitlines() if line.startswith("| ")]
     listed = {(library.removeprefix("| "), name) for library, name in rows}
     assert {(c.library, c.name) for c in CASES} <= listed
+
+
+def test_heads_that_are_mixed_for_one_image() -> None:
+    """A mix of heads has the shape of scores then, with one query, and is not taken for them."""
+    (case,) = (c for c in CASES if c.id == "vit-pytorch-CaiT")
+    model, images = case.model(), case.images()
+    (of_two,) = record_attention(model, images, query=case.query)
+    (of_one,) = record_attention(model, images[:1], query=case.query)
+    assert torch.allclose(of_one.rows, of_two.rows[:1], atol=1e-5)

@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -39,6 +39,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_values_restored(_buffers(modules)))
         else:
             stack.enter_context(_state_restored(model, modules))
+        stack.enter_context(_nothing_logged(modules))
         stack.enter_context(random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
@@ -93,12 +94,44 @@ def _state_restored(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[
         news = [path for path in lost if path not in _REPORTED.setdefault(model, set())]
         if news:
             _REPORTED[model].update(news)
-            warnings.warn(
+            _report.get()(
                 f"{type(model).__name__} changes {', '.join(news[:5])}{' and more' * (len(news) > 5)} when it runs, "
                 "which cannot be restored after the probe, so training may differ by it. Keep it in a buffer or a "
-                "plain attribute, or pass a forward= that does not change it",
-                stacklevel=2,
+                "plain attribute, or pass a forward= that does not change it"
             )
+
+
+_report: ContextVar[Callable[[str], None]] = ContextVar("report", default=warnings.warn)
+
+
+@contextmanager
+def reporting(report: Callable[[str], None]) -> Iterator[None]:
+    """Give ``report`` the sentence on what cannot be restored, in place of Python's warnings."""
+    token = _report.set(report)
+    try:
+        yield
+    finally:
+        _report.reset(token)
+
+
+@contextmanager
+def _nothing_logged(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Calls of ``self.log`` in the forward of a LightningModule are training's, and a probe is no batch."""
+    loggers = [vars(m) for m in modules if hasattr(type(m), "log_dict") and hasattr(type(m), "configure_optimizers")]
+    before = [{name: held[name] for name in ("log", "log_dict") if name in held} for held in loggers]
+    for held in loggers:
+        held.update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        for held, own in zip(loggers, before, strict=True):
+            for name in ("log", "log_dict"):
+                held.pop(name, None)
+            held.update(own)
+
+
+def _ignore(*_: object, **__: object) -> None:
+    pass
 
 
 _REPORTED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.isolation import reporting
 from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
@@ -282,7 +283,8 @@ class Session:
     def attempt(self, part: str, action: Callable[[], object]) -> bool:
         """Do it; whether it was done. What the user can mend ends, before the first step, the run or its watching."""
         try:
-            return self.run.failures.attempt(part, action, raising=() if self.run.training else USER_ERRORS)
+            with reporting(self.run.failures.note):
+                return self.run.failures.attempt(part, action, raising=() if self.run.training else USER_ERRORS)
         except USER_ERRORS as error:
             if self.strict:
                 raise

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,14 +119,15 @@ def reporting(report: Callable[[str], None]) -> Iterator[None]:
 def _nothing_logged(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Calls of ``self.log`` in the forward of a LightningModule are training's, and a probe is no batch."""
     loggers = [vars(m) for m in modules if hasattr(type(m), "log_dict") and hasattr(type(m), "configure_optimizers")]
-    before = [{name: held[name] for name in ("log", "log_dict") if name in held} for held in loggers]
+    names = ("log", "log_dict")
+    before: list[dict[str, Any]] = [{name: held[name] for name in names if name in held} for held in loggers]
     for held in loggers:
-        held.update(log=_ignore, log_dict=_ignore)
+        held["log"] = held["log_dict"] = _ignore
     try:
         yield
     finally:
         for held, own in zip(loggers, before, strict=True):
-            for name in ("log", "log_dict"):
+            for name in names:
                 held.pop(name, None)
             held.update(own)
 

@@ -68,7 +68,7 @@ class _Saved(NamedTuple):
 
     path: _Path
     changed: Callable[[], bool]
-    restore: Callable[[], None] | None
+    restore: Callable[[], object] | None
 
 
 class HeldState:

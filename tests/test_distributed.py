@@ -153,7 +153,7 @@ def test_memory_that_one_process_lacks_makes_all_take_smaller_steps(agreement: t
 @pytest.mark.parametrize(
     ("case", "error", "text"),
     [
-        ("no images", "ProbeError", "holds no floating-point tensor of images"),
+        ("no images", "NoImagesError", "holds no floating-point tensor of images"),
         ("no folder", "ProbeError", "does not exist"),
         ("no layer", "LayerError", "7"),
     ],

@@ -217,7 +217,9 @@ def in_three(folder: Path) -> Seen:
     dist.barrier()
     seen["other layers"] = error_of(AttentionMonitor(probe, layers=RANK % 2, distributed=True), models)
     broken = tiny_vit()
-    broken.register_forward_pre_hook(partial(fail_in, {1: torch.OutOfMemoryError("full"), 2: KeyError("deliberate")}))
+    broken.blocks[0].register_forward_pre_hook(
+        partial(fail_in, {1: torch.OutOfMemoryError("full"), 2: KeyError("deliberate")})
+    )
     seen["two fail"] = error_of(AttentionMonitor(probe, distributed=True), {"backbone": broken})
     full = tiny_vit()
     full.register_forward_pre_hook(partial(fail_in, {1: torch.OutOfMemoryError("full")}))

@@ -153,7 +153,6 @@ def test_memory_that_one_process_lacks_makes_all_take_smaller_steps(agreement: t
 @pytest.mark.parametrize(
     ("case", "error", "text"),
     [
-        ("no images", "NoImagesError", "holds no floating-point tensor of images"),
         ("no folder", "ProbeError", "does not exist"),
         ("no layer", "LayerError", "7"),
     ],
@@ -163,6 +162,12 @@ def test_what_cannot_be_watched_ends_all(agreement: tuple[Path, list[Seen]], cas
         assert rank[case]["error"] == error
         assert text in rank[case]["text"]
         assert rank[case]["steps"] == 0
+
+
+def test_images_that_enter_the_model_are_watched_where_a_batch_holds_none(agreement: tuple[Path, list[Seen]]) -> None:
+    seen = [rank["no images"] for rank in agreement[1]]
+    assert [s["error"] for s in seen] == [None, None]
+    assert_same_attention(seen)
 
 
 def test_only_the_images_of_process_0_count(agreement: tuple[Path, list[Seen]]) -> None:

@@ -106,10 +106,11 @@ def test_nothing_is_raised_into_the_loop(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:  # the logger's failure is told at whichever step it is known
         warnings.simplefilter("always")
         watch.step(0)
-        good = models["student"].backbone.forward
-        models["student"].backbone.forward = lambda x: 1 / 0
+        block = models["student"].backbone.blocks[0]
+        good = block.forward
+        block.forward = lambda x: 1 / 0
         assert watch.step(1).roles == ("teacher",)
-        models["student"].backbone.forward = good
+        block.forward = good
         assert watch.step(2) is not None
         watch.close()
     told = " ".join(str(w.message) for w in caught)

@@ -36,7 +36,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
-        if _may_be_sharded() and is_sharded(model):  # FSDP keeps an account of its own in attributes and parameters
+        if may_be_sharded() and is_sharded(model):  # FSDP keeps an account of its own in attributes and parameters
             stack.enter_context(_values_restored(_buffers(modules)))
         else:
             stack.enter_context(_state_restored(model, modules))
@@ -227,7 +227,8 @@ def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def _may_be_sharded() -> bool:
+def may_be_sharded() -> bool:
+    """Whether processes train together, so that FSDP may hold a part of each parameter here."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from attn_monitor.capture.isolation import may_be_sharded
+
 _LARGEST, _MOST = 65536, 8
 _BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")
 _LOOKUP = ("embedding", "index.Tensor", "index_select")
@@ -48,7 +50,8 @@ class ParameterUses:
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.batch = batch
-        self._small = list(_small(model))
+        self._sharded = may_be_sharded()  # also by a unit around the model
+        self._small = list(_small(model, self._sharded))
         self._at: dict[int, TokenParameter] = {}
         self._used: dict[str, TokenParameter] = {}
         self._excluded: set[str] = set()
@@ -80,7 +83,7 @@ class ParameterUses:
 
     def _find(self, operand: Tensor) -> TokenParameter | None:
         pointer = _pointer(operand)
-        if pointer not in self._at and isinstance(operand, nn.Parameter):
+        if pointer not in self._at and (self._sharded or isinstance(operand, nn.Parameter)):
             self._locate()  # FSDP has gathered it since
         found = None if pointer is None else self._at.get(pointer)
         now = None if found is None else found.tensor
@@ -99,11 +102,14 @@ class ParameterUses:
         return all(other.numel() <= operand.numel() for other in operands)
 
 
-def _small(model: nn.Module) -> Iterator[TokenParameter]:
+def _small(model: nn.Module, sharded: bool) -> Iterator[TokenParameter]:
+    """Under FSDP1 a parameter has any size before the forward, 0 too, and is looked at when it is used."""
     for path, module in model.named_modules():
         for found in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for name, tensor in found:
-                if tensor is not None and tensor.is_floating_point() and 1 < tensor.numel() <= _LARGEST:
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if sharded or 1 < tensor.numel() <= _LARGEST:
                     yield TokenParameter(module, name, f"{path}.{name}" if path else name)
 
 

@@ -164,7 +164,7 @@ def test_a_model_that_asserts_a_mask_gets_an_empty_one(flat: bool) -> None:
 
 
 def test_what_no_way_to_call_a_model_mends_is_told_of_its_own_forward() -> None:
-    with pytest.raises(ForwardError, match=r"failed on images .*: AssertionError\. If it is the size"):
+    with pytest.raises(ForwardError, match=r"failed on images .*: AssertionError\. Pass images"):
         record_attention(AsksForAMask(False), torch.randn(1, 3, 30, 30))
 
 

@@ -96,7 +96,7 @@ def test_the_cosine_of_tokens_is_measured_outside_autocast() -> None:
         recorder(torch.randn(2, 3, 32, 32))
         model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
         cosine = recorder(torch.randn(2, 3, 32, 32))[0].cosine
-    expected = torch.nn.functional.cosine_similarity(seen[0][:, :1], seen[0][:, 1:], dim=-1).mean(-1)
+    expected = torch.nn.functional.cosine_similarity(seen[-1][:, :1], seen[-1][:, 1:], dim=-1).mean(-1)
     assert cosine is not None
     torch.testing.assert_close(cosine, expected, rtol=1e-6, atol=1e-6)
 

@@ -51,11 +51,12 @@ class OnlyAttention(nn.Module):
 
 
 class _WithoutKernel(TorchDispatchMode):
-    """Gives V as the result of fused attention, at no cost."""
+    """Gives a copy of V as the result of fused attention: what remains of its cost is the writing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "_scaled_dot_product_" in str(func):
-            return args[2], args[2][..., 0]
+            v = args[2].clone(memory_format=torch.contiguous_format)  # a result owns its memory, as a kernel's does
+            return v, v[..., 0]
         return func(*args, **(kwargs or {}))
 
 

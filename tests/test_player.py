@@ -639,7 +639,7 @@ def test_it_plays_over_steps_at_which_other_layers_were_recorded(watched: Watche
     page.get_by_role("button", name="play").click()
     page.wait_for_function("() => document.querySelector('output.step').textContent === 'step 10'")
     page.get_by_role("button", name="play").wait_for()
-    assert page.get_by_text("only layer 5 was recorded").is_visible()
+    page.get_by_text("only layer 5 was recorded").wait_for()
     page = watched.open(written(tmp_path, {20: {("student", 3): rows_of(3), ("teacher", 5): rows_of(5)}}))
     assert page.get_by_text("5 of teacher").is_visible()
 

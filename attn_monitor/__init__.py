@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from attn_monitor.capture.recorder import AttentionRecorder, record_attention
     from attn_monitor.capture.rollout import attention_rollout
     from attn_monitor.capture.sharded_models import forward_within
+    from attn_monitor.commands.report import snapshot_player
     from attn_monitor.draw.options import DrawingOptions
     from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
     from attn_monitor.measure.health import HealthFlag, HealthLimits
     from attn_monitor.monitor import AttentionMonitor
-    from attn_monitor.offline.report import snapshot_player
     from attn_monitor.probe.probe_batch import ProbeBatch
     from attn_monitor.publish.publisher import Publisher
     from attn_monitor.record.archive import load_snapshots
@@ -68,7 +68,7 @@ _MODULES = {
     "forward_within": "capture.sharded_models",
     "load_snapshots": "record.archive",
     "record_attention": "capture.recorder",
-    "snapshot_player": "offline.report",
+    "snapshot_player": "commands.report",
 }
 
 

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point of `attn-monitor`: Ctrl-C is one line, also while PyTorch is imported."""
     try:
-        from attn_monitor.offline.cli import main as run_command
+        from attn_monitor.commands.cli import main as run_command
 
         run_command()
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from attn_monitor import ArchiveError, AttentionSnapshot, ProbeBatch, load_snapshots
 from attn_monitor.attention import OPTIONAL_TENSORS
-from attn_monitor.offline import cli
+from attn_monitor.commands import cli
 
 FIRST = Path(__file__).parent / "archives" / "first"
 ARCHIVES = sorted(path.name for path in FIRST.iterdir())

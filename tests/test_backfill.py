@@ -25,11 +25,11 @@ from attn_monitor import (
     ProbeBatch,
     load_snapshots,
 )
+from attn_monitor.commands import cli
+from attn_monitor.commands.backfill import Backfilled, backfill_run
 from attn_monitor.errors import CheckpointError, LayerError
-from attn_monitor.offline import cli
-from attn_monitor.offline.backfill import Backfilled, backfill_run
-from attn_monitor.offline.checkpoint_folder import step_in_name
 from attn_monitor.record.folder_claim import claim_free
+from attn_monitor.weights.checkpoint_folder import step_in_name
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.processes import launch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from attn_monitor.offline import cli
+from attn_monitor.commands import cli
 from tests.helpers import Distillation
 from tests.zoo import enliven, timm_model
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, record_attention
 from attn_monitor.capture.rollout import attention_rollout
+from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.errors import VerificationError
-from attn_monitor.offline.matrices import save_matrices
 from tests.helpers import tiny_vit
 from tests.oracle import plain_attention
 from tests.styles import HEADS, Packed, PlainViT

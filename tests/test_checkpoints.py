@@ -28,7 +28,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from attn_monitor.errors import CheckpointError, ModelNameError
-from attn_monitor.offline.models import load_model
+from attn_monitor.weights.models import load_model
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
 MODEL = "tests.helpers:tiny_vit"
@@ -377,7 +377,7 @@ def test_what_was_loaded_and_left_over_is_said(tmp_path: Path, capsys: pytest.Ca
 
 CHOICE = """
 import sys
-from attn_monitor.offline.models import load_model
+from attn_monitor.weights.models import load_model
 print(load_model(sys.argv[1], checkpoint=sys.argv[2]).state_dict()["pos_embed"].sum().item())
 """
 

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor.commands import cli
 from attn_monitor.draw import canvas as drawing
-from attn_monitor.offline import cli
-from attn_monitor.offline.models import load_model
+from attn_monitor.weights.models import load_model
 from tests.helpers import Distillation, loader, trainer
 from tests.test_archives import FIRST
 

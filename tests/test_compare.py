@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from attn_monitor import ArchiveError, ProbeBatch
+from attn_monitor.commands import cli
+from attn_monitor.commands.compare import compare_runs, match_steps
 from attn_monitor.draw.charts import told_apart
 from attn_monitor.draw.differences import COLOURS, comparison, difference_level, difference_overlay
 from attn_monitor.draw.maps import map_captions, map_statistics
-from attn_monitor.offline import cli
-from attn_monitor.offline.compare import compare_runs, match_steps
 from tests.runs import noise_probe, write_run
 
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
-from attn_monitor.offline import cli
+from attn_monitor.commands import cli
 from tests.helpers import tiny_vit
 from tests.test_archives import FIRST
 

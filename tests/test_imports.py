@@ -30,6 +30,11 @@ MAY_IMPORT = {
     "player": {"draw", "probe", "record", "measure"},
     "publish": {"player", "draw", "probe", "record", "measure"},
     "train": {"publish", "draw", "probe", "record", "measure", "capture", "distributed", "monitor"},
+    "weights": {"capture"},
+    "commands": {
+        *("weights", "train", "player", "publish", "draw", "probe", "record", "measure", "capture"),
+        *("distributed", "monitor"),
+    },
 }
 SHOWS_ITSELF = ("record/snapshot.py", "draw")  # in notebooks: two methods that import what draws it when called
 
@@ -57,8 +62,13 @@ def test_folders_import_in_one_direction(folder: str) -> None:
 
 
 def test_every_folder_is_in_the_picture() -> None:
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders == {*MAY_IMPORT, "offline"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == MAY_IMPORT.keys()
+
+
+def test_nothing_imports_the_facade() -> None:
+    """`attn_monitor.offline` is for users; it leads to the commands and to nothing else."""
+    assert set(imports_of(PACKAGE / "offline.py")) == {"commands", "weights"}
+    assert not [path for path in PACKAGE.rglob("*.py") if "offline" in set(imports_of(path))]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -69,9 +79,10 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_capture_needs_no_lightning_and_no_optional_package() -> None:
-    code = (
-        "import attn_monitor.offline.cli\nfrom attn_monitor import record_attention, AttentionMonitor, Publisher, Watch"
-    )
+    code = """
+import attn_monitor.commands.cli
+from attn_monitor import record_attention, AttentionMonitor, Publisher, Watch
+"""
     heavy = {"lightning", "pytorch_lightning", "torchvision", "tensorboard", "wandb", "matplotlib", "timm"}
     assert not loaded_by(code) & (heavy | {"transformers", "mlflow", "scipy", "av"})
 

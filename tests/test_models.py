@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from attn_monitor.errors import CheckpointError, ModelNameError
-from attn_monitor.offline.models import load_model
+from attn_monitor.weights.models import load_model
 from tests.helpers import tiny_vit
 
 HUBCONF = """

@@ -108,7 +108,7 @@ def test_a_run_needs_no_optional_package(tmp_path: Path) -> None:
     [("torchvision:vit_b_16", "torchvision"), ("timm:vit_tiny_patch16_224", "timm"), ("hf:org/name", "transformers")],
 )
 def test_a_missing_library_of_models_is_told_with_what_to_install(model: str, package: str) -> None:
-    code = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\nfrom attn_monitor.offline.cli import main\n"
+    code = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\nfrom attn_monitor.commands.cli import main\n"
     done = run_without((package,), f"{code}sys.argv[1:] = ['check', {model!r}]\nmain()")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, record_attention
 from attn_monitor import functional as AF
 from attn_monitor.attention import LayerAttention
+from attn_monitor.commands.compare import compare_runs
+from attn_monitor.commands.report import report
 from attn_monitor.draw.canvas import MASK
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.options import DrawingOptions
@@ -25,8 +27,6 @@ from attn_monitor.draw.single import PixelPictures
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.errors import ArchiveError
 from attn_monitor.grid_geometry import GridGeometry
-from attn_monitor.offline.compare import compare_runs
-from attn_monitor.offline.report import report
 from tests.browser import CHROMIUM, browsing, pixels_of
 from tests.oracle import attention_matrices
 from tests.styles import DIM, PATCH, Block, MemEffAttention

@@ -15,8 +15,8 @@ from PIL import Image, ImageSequence
 
 from attn_monitor import ArchiveError, AttentionSnapshot, ProbeBatch
 from attn_monitor.attention import LayerAttention
+from attn_monitor.commands.replay import replay
 from attn_monitor.draw.animation_files import FORMATS, GifAnimation, WebPAnimation, animation_file
-from attn_monitor.offline.replay import replay
 from attn_monitor.record.archive import snapshot_path
 
 

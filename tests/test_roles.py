@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Watch, load_snapshots, record_attention
+from attn_monitor.commands.report import report
 from attn_monitor.errors import ForwardError
-from attn_monitor.offline.report import report
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 
 ARCHIVE = Path("run", "version_0", "attn_monitor")

@@ -19,14 +19,14 @@ from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.recorder import record_attention
+from attn_monitor.commands import cli
+from attn_monitor.commands.support.devices import DeviceError, choose_device, fitting_size, move_to, with_memory_for
+from attn_monitor.commands.support.matrices import save_matrices
+from attn_monitor.commands.support.outliers import find_outliers
 from attn_monitor.draw.canvas import BACKGROUND, MASK, TEXT
 from attn_monitor.draw.hatching import hatch
 from attn_monitor.errors import HeadError, NonFiniteAttentionError
 from attn_monitor.measure.artifacts import outliers_by_attention, outliers_by_norm, without_patches
-from attn_monitor.offline import cli
-from attn_monitor.offline.devices import DeviceError, choose_device, fitting_size, move_to, with_memory_for
-from attn_monitor.offline.matrices import save_matrices
-from attn_monitor.offline.outliers import find_outliers
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from tests.helpers import tiny_vit

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from attn_monitor import Watch, attention_rollout, record_attention
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.stacks import Ran, second_stacks
+from attn_monitor.commands.check import check
 from attn_monitor.errors import LayerError
-from attn_monitor.offline.check import check
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices
 from tests.test_masking import hugging_face_mae

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from attn_monitor import ArchiveError, HealthLimits
-from attn_monitor.offline import cli
-from attn_monitor.offline.summary import BEST, sparkline, summarise_run
+from attn_monitor.commands import cli
+from attn_monitor.commands.summary import BEST, sparkline, summarise_run
 from tests.runs import write_run
 
 

@@ -19,13 +19,13 @@ from torch import nn
 from attn_monitor import functional as F
 from attn_monitor import record_attention
 from attn_monitor.attention import LayerAttention
+from attn_monitor.commands.support.devices import DeviceError, patch_size
+from attn_monitor.commands.support.frames import read_frames
+from attn_monitor.commands.video import attention_video, model_size, recorded_batches, video
 from attn_monitor.draw.animation_files import animation_file
 from attn_monitor.draw.canvas import MISSING
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
-from attn_monitor.offline.devices import DeviceError, patch_size
-from attn_monitor.offline.frames import read_frames
-from attn_monitor.offline.video import attention_video, model_size, recorded_batches, video
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import tiny_vit
 from tests.test_cli import MODEL, mistake
@@ -263,7 +263,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(b"")
-    main = "from attn_monitor.offline.cli import main\nmain()"
+    main = "from attn_monitor.commands.cli import main\nmain()"
     for arguments in ([str(tmp_path / "x.mp4"), "--out", "x.gif"], [str(tmp_path), "--out", "x.mp4"]):
         done = run_without(("av",), f"sys.argv[1:] = ['video', {MODEL!r}, *{arguments}]\n{main}")
         assert done.returncode == 1

@@ -16,7 +16,7 @@ from torch.optim import optimizer as optimizers
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
-from attn_monitor.offline.summary import summary
+from attn_monitor.commands.summary import summary
 from attn_monitor.train.weight_samples import WeightSamples
 from attn_monitor.train.wiring_watch import MOMENTS
 from tests.events import Events

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from attn_monitor.errors import AttnMonitorError, ModelNameError
-from attn_monitor.offline.checkpoints import load_checkpoint, refuse_random
-from attn_monitor.offline.downloads import hub_or_cache, socket_timeout
-from attn_monitor.offline.weight_files import first_line
+from attn_monitor.weights.checkpoints import load_checkpoint, refuse_random
+from attn_monitor.weights.downloads import hub_or_cache, socket_timeout
+from attn_monitor.weights.weight_files import first_line
 
 EXPECTED = (
     "timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or "

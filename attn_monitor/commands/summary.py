@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.commands.support.results import print_table
+from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.offline.results import print_table
-from attn_monitor.offline.runs import Run
 from attn_monitor.record.history import thin
 
 BEST = {

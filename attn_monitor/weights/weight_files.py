@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.safe_unpickling import refuse_packed_records, unpickle_data
-from attn_monitor.offline.sharded_weights import METADATA, read_sharded
-from attn_monitor.offline.weights import Weights
+from attn_monitor.weights.safe_unpickling import refuse_packed_records, unpickle_data
+from attn_monitor.weights.sharded_weights import METADATA, read_sharded
+from attn_monitor.weights.weights import Weights
 
 
 def read_weights(path: Path, *, trust: bool = False) -> Weights:

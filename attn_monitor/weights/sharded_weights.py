@@ -16,8 +16,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.safe_unpickling import refuse_packed_records, unpickle_data
-from attn_monitor.offline.weights import Weights, not_larger_than_stored
+from attn_monitor.weights.safe_unpickling import refuse_packed_records, unpickle_data
+from attn_monitor.weights.weights import Weights, not_larger_than_stored
 
 METADATA = ".metadata"
 

@@ -6,10 +6,10 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
+from attn_monitor.commands.compare import compare_runs
+from attn_monitor.commands.support.results import doing, print_path, writing_to
+from attn_monitor.commands.support.runs import find_archive
 from attn_monitor.errors import ArchiveError
-from attn_monitor.offline.compare import compare_runs
-from attn_monitor.offline.results import doing, print_path, writing_to
-from attn_monitor.offline.runs import find_archive
 from attn_monitor.player.contents import Contents
 from attn_monitor.player.page import page_of_runs
 from attn_monitor.player.report import EMBED_BYTES, FILE_BYTES, contents_within, names_of, write_whole

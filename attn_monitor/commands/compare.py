@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attn_monitor.commands.support.results import print_table, progress, results_in, tell
+from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.charts import Line, chart_sheet
 from attn_monitor.draw.differences import COLOURS, comparison
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.metrics import Metrics
-from attn_monitor.offline.results import print_table, progress, results_in, tell
-from attn_monitor.offline.runs import Run
 from attn_monitor.record.file_names import file_name
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot

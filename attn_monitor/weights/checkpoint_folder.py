@@ -14,9 +14,9 @@ from torch import nn
 
 from attn_monitor.capture.backbones import name_roles, role_of
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.checkpoints import load_checkpoint
-from attn_monitor.offline.sharded_weights import METADATA
-from attn_monitor.offline.weight_files import read_pickled, read_weights
+from attn_monitor.weights.checkpoints import load_checkpoint
+from attn_monitor.weights.sharded_weights import METADATA
+from attn_monitor.weights.weight_files import read_pickled, read_weights
 
 ENDINGS = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
 HUGGING_FACE = "pytorch_model.bin"  # what its Trainer wrote into folders such as checkpoint-500 before safetensors

@@ -14,7 +14,7 @@ from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite
-from attn_monitor.offline.results import progress
+from attn_monitor.commands.support.results import progress
 from attn_monitor.record.npz import WRITING
 
 

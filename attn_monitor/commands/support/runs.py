@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from attn_monitor.commands.support.results import progress
 from attn_monitor.errors import ArchiveError
-from attn_monitor.offline.results import progress
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.file_names import tag_safe_names

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.commands.support.results import tell
 from attn_monitor.distributed import is_out_of_memory
-from attn_monitor.offline.results import tell
 from attn_monitor.probe.image_folder import check_size
 
 Result = TypeVar("Result")

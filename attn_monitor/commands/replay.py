@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from attn_monitor.commands.support.results import print_metrics, results_in
+from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
 from attn_monitor.draw.animations import holding_last
 from attn_monitor.draw.canvas import Pixels, blank_picture, paste
@@ -19,8 +21,6 @@ from attn_monitor.draw.panels import PANEL_PIXELS, panel
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.health import HealthFlag
-from attn_monitor.offline.results import print_metrics, results_in
-from attn_monitor.offline.runs import Run
 from attn_monitor.record.archive import step_of
 from attn_monitor.record.history import thin
 from attn_monitor.record.snapshot import AttentionSnapshot

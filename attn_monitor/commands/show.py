@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
+from attn_monitor.commands.support.matrices import save_matrices
+from attn_monitor.commands.support.outliers import find_outliers, without_outliers
+from attn_monitor.commands.support.results import doing, print_metrics, progress, results_in, tell
+from attn_monitor.commands.support.runs import SHOWN
+from attn_monitor.commands.support.separate import separate_pictures
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import panel
 from attn_monitor.measure.artifacts import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.offline.devices import choose_device, fitting_size, move_to, with_memory_for
-from attn_monitor.offline.matrices import save_matrices
-from attn_monitor.offline.models import load_model
-from attn_monitor.offline.outliers import find_outliers, without_outliers
-from attn_monitor.offline.results import doing, print_metrics, progress, results_in, tell
-from attn_monitor.offline.runs import SHOWN
-from attn_monitor.offline.separate import separate_pictures
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train.arguments import check_heads
+from attn_monitor.weights.models import load_model
 
 ROLE = "backbone"
 

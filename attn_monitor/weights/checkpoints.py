@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import name_roles, role_of
 from attn_monitor.errors import CheckpointError
-from attn_monitor.offline.position_embeddings import Grids, find_grids, interpolate
-from attn_monitor.offline.weight_conversions import convert, shortened
-from attn_monitor.offline.weight_files import read_weights
-from attn_monitor.offline.weights import Weights
+from attn_monitor.weights.position_embeddings import Grids, find_grids, interpolate
+from attn_monitor.weights.weight_conversions import convert, shortened
+from attn_monitor.weights.weight_files import read_weights
+from attn_monitor.weights.weights import Weights
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 CHUNK = re.compile(r"(?<![^.])blocks\.\d+\.(?=\d+\.)")  # DINOv2 trains with blocks.CHUNK.BLOCK

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from attn_monitor.commands.backfill import backfill
+from attn_monitor.commands.check import check
+from attn_monitor.commands.compare import compare
+from attn_monitor.commands.replay import replay
+from attn_monitor.commands.report import report
+from attn_monitor.commands.show import show
+from attn_monitor.commands.summary import summary
+from attn_monitor.commands.video import video
 from attn_monitor.errors import AttentionError
-from attn_monitor.offline.backfill import backfill
-from attn_monitor.offline.check import check
-from attn_monitor.offline.compare import compare
-from attn_monitor.offline.models import did_you_mean
-from attn_monitor.offline.replay import replay
-from attn_monitor.offline.report import report
-from attn_monitor.offline.show import show
-from attn_monitor.offline.summary import summary
-from attn_monitor.offline.video import video
+from attn_monitor.weights.models import did_you_mean
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

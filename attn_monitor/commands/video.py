@@ -15,19 +15,19 @@ from torch import nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
+from attn_monitor.commands.show import drawn_heads
+from attn_monitor.commands.support.devices import choose_device, move_to, patch_size, with_memory_for
+from attn_monitor.commands.support.frames import read_frames
+from attn_monitor.commands.support.results import progress, tell, writing_to
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.measure.metrics import check_threshold
-from attn_monitor.offline.devices import choose_device, move_to, patch_size, with_memory_for
-from attn_monitor.offline.frames import read_frames
-from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import progress, tell, writing_to
-from attn_monitor.offline.show import drawn_heads
 from attn_monitor.probe.image_folder import check_size
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
+from attn_monitor.weights.models import load_model
 
 Size = int | tuple[int, int] | None
 USUAL_PATCH = 16, 16  # where the model's own is not known

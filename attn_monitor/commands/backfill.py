@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 from torch import nn
 
+from attn_monitor.commands.support.archive_to_fill import Tell, archive_to_fill, remember
+from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
+from attn_monitor.commands.support.results import progress, tell
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.offline.archive_to_fill import Tell, archive_to_fill, remember
-from attn_monitor.offline.checkpoint_folder import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
-from attn_monitor.offline.devices import choose_device, fitting_size, move_to
-from attn_monitor.offline.models import load_model
-from attn_monitor.offline.results import progress, tell
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.weights.checkpoint_folder import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
+from attn_monitor.weights.models import load_model
 
 LoggerName = Literal["tensorboard", "wandb", "none"]
 

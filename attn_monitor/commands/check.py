@@ -15,9 +15,9 @@ from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.layer_selection import stack_notes
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
+from attn_monitor.commands.support.devices import fitting_size
 from attn_monitor.errors import AttentionError, NoAttentionError
-from attn_monitor.offline.devices import fitting_size
-from attn_monitor.offline.models import load_model
+from attn_monitor.weights.models import load_model
 
 
 def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:

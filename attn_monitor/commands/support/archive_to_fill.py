@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from attn_monitor.commands.support.results import writing_to
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.offline.results import writing_to
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.folder_claim import Claim, claim_to_fill

@@ -1,0 +1,1 @@
+"""What the commands are made of: archives and videos to read, devices, and results to write."""

@@ -1,0 +1,55 @@
+"""The commands as functions, for notebooks and scripts: no training has to run.
+
+    >>> from attn_monitor.offline import attention_video, load_model, summarise_run
+
+Each name is imported when it is first used, as PyTorch takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attn_monitor.commands.backfill import backfill_run
+    from attn_monitor.commands.compare import compare_runs
+    from attn_monitor.commands.report import snapshot_player
+    from attn_monitor.commands.summary import summarise_run
+    from attn_monitor.commands.support.matrices import save_matrices
+    from attn_monitor.commands.video import attention_video
+    from attn_monitor.weights.checkpoints import load_checkpoint
+    from attn_monitor.weights.models import load_model
+
+__all__ = [
+    "attention_video",
+    "backfill_run",
+    "compare_runs",
+    "load_checkpoint",
+    "load_model",
+    "save_matrices",
+    "snapshot_player",
+    "summarise_run",
+]
+
+_MODULES = {
+    "attention_video": "commands.video",
+    "backfill_run": "commands.backfill",
+    "compare_runs": "commands.compare",
+    "load_checkpoint": "weights.checkpoints",
+    "load_model": "weights.models",
+    "save_matrices": "commands.support.matrices",
+    "snapshot_player": "commands.report",
+    "summarise_run": "commands.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the function of this name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"attn_monitor.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public functions, for completion."""
+    return __all__

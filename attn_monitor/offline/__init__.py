@@ -1,1 +1,0 @@
-"""The `attn-monitor` commands: the same values from checkpoints and archives, when no training runs."""

@@ -1,0 +1,1 @@
+"""Models by name, and their weights: from libraries, from files and folders of checkpoints."""

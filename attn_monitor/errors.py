@@ -75,3 +75,10 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception as another:  # of an exception class with a mistake of its own
         return f"(its text is {another!r})"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without a full stop; of an `OSError` without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attn_monitor.commands.summary import summarise_run
     from attn_monitor.commands.support.matrices import save_matrices
     from attn_monitor.commands.video import attention_video
-    from attn_monitor.weights.checkpoints import load_checkpoint
+    from attn_monitor.weights.loading import load_checkpoint
     from attn_monitor.weights.models import load_model
 
 __all__ = [
@@ -35,7 +35,7 @@ _MODULES = {
     "attention_video": "commands.video",
     "backfill_run": "commands.backfill",
     "compare_runs": "commands.compare",
-    "load_checkpoint": "weights.checkpoints",
+    "load_checkpoint": "weights.loading",
     "load_model": "weights.models",
     "save_matrices": "commands.support.matrices",
     "snapshot_player": "commands.report",

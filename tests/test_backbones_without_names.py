@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
 from attn_monitor.capture.backbones import check_targets, find_backbones, name_roles, teacher_is_missed
 from attn_monitor.errors import NoAttentionError
-from attn_monitor.weights.checkpoint_folder import read_checkpoint, roles_in
-from attn_monitor.weights.checkpoints import load_checkpoint
+from attn_monitor.weights.loading import load_checkpoint
+from attn_monitor.weights.run_checkpoints import read_checkpoint, roles_in
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.oracle import attention_matrices
 from tests.test_backbone import module

@@ -29,7 +29,7 @@ from attn_monitor.commands import cli
 from attn_monitor.commands.backfill import Backfilled, backfill_run
 from attn_monitor.errors import CheckpointError, LayerError
 from attn_monitor.record.folder_claim import claim_free
-from attn_monitor.weights.checkpoint_folder import step_in_name
+from attn_monitor.weights.run_checkpoints import step_in_name
 from tests.events import Events
 from tests.helpers import Distillation, loader, tiny_vit, trainer
 from tests.processes import launch
@@ -322,7 +322,7 @@ def test_the_archive_of_others_is_left_alone(run: Path, tmp_path: Path) -> None:
 def test_steps_in_names(name: str, step: int) -> None:
     assert step_in_name(Path(name)) == step
     assert step_in_name(Path("checkpoint-500") / "pytorch_model.bin") == 500
-    with pytest.raises(CheckpointError, match=r"best\.ckpt: at which step"):
+    with pytest.raises(CheckpointError, match=r"best\.ckpt: the step at which it was saved is not known"):
         step_in_name(Path("best.ckpt"))
 
 

@@ -341,7 +341,7 @@ def test_a_backbone_at_random_is_an_error_unless_asked_for(
     with pytest.raises(CheckpointError, match=rf"1 of 30 entries are missing .*'{lost}'.*--allow_missing"):
         load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
     load_model(MODEL, checkpoint=str(tmp_path / "x.pt"), allow_missing=True)
-    assert f"LEFT AT RANDOM, as asked for: {lost}" in capsys.readouterr().err
+    assert f"LEFT AT RANDOM, as --allow_missing permits: {lost}" in capsys.readouterr().err
 
 
 def test_checkpoints_of_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,7 +444,7 @@ def test_code_is_not_run(tmp_path: Path, how: str, form: str) -> None:
             (path / ".metadata").write_bytes(pickle.dumps(found))
         else:
             evil = io.BytesIO()
-            torch.save({"code": code}, evil)
+            torch.save({"code": code, "more": torch.zeros(100_000)}, evil)  # not less than what it stands for
             (path / "__0_0.distcp").write_bytes(evil.getvalue())
             found = pickle.loads((path / ".metadata").read_bytes())
             for place in found.storage_data.values():
@@ -611,12 +611,40 @@ def cut_a_file(found: Any, folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def in_the_place_of(name: str, found: Any, folder: Path, content: bytes) -> None:
+    """Put other bytes where a tensor is stored."""
+    (folder / "__0_1.distcp").write_bytes(content)
+    for index, place in found.storage_data.items():
+        if index.fqn == name:
+            place.relative_path, place.offset, place.length = "__0_1.distcp", 0, len(content)
+
+
+def repeat_a_few_bytes(found: Any, folder: Path) -> None:
+    """Four bytes claim to be 2 GB of position embeddings."""
+    entry, shape = found.state_dict_metadata["model.pos_embed"], torch.Size((1, 17_640_001, 32))
+    entry.size = entry.chunks[0].sizes = shape
+    few = io.BytesIO()
+    torch.save(torch.zeros(1).expand(shape), few)
+    in_the_place_of("model.pos_embed", found, folder, few.getvalue())
+
+
+def pack_a_piece(found: Any, folder: Path) -> None:
+    stored, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.zeros(1, 1, 32), stored)
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    in_the_place_of("model.cls_token", found, folder, packed.getvalue())
+
+
 SHARDED = {
     lead_out: "leads out of the folder, to ../x/__0_0.distcp",
     claim_more: "the pieces of model.cls_token do not add up to its shape (1, 1, 32)",
     lose_a_file: "__0_0.distcp is missing in it",
     wait_for_a_pipe: "__0_0.distcp is missing in it",
-    cut_a_file: "no readable file of weights, or damaged",
+    cut_a_file: "bytes of tensors, more than the 3,000 in its files; copy them again",
+    repeat_a_few_bytes: "bytes of tensors, more than the",
+    pack_a_piece: "is packed (",
 }
 
 

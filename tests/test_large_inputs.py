@@ -12,8 +12,8 @@ from attn_monitor.errors import CheckpointError
 from attn_monitor.player import contents
 from attn_monitor.player.contents import gather
 from attn_monitor.record.archive import snapshot_path
-from attn_monitor.weights.checkpoint_folder import Checkpoint, roles_in
-from attn_monitor.weights.checkpoints import load_checkpoint
+from attn_monitor.weights.loading import load_checkpoint
+from attn_monitor.weights.run_checkpoints import Checkpoint, roles_in
 from tests.helpers import tiny_vit
 from tests.runs import write_run
 

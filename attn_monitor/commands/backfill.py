@@ -22,8 +22,8 @@ from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.record.snapshot import AttentionSnapshot
-from attn_monitor.weights.checkpoint_folder import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
 from attn_monitor.weights.models import load_model
+from attn_monitor.weights.run_checkpoints import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
 
 LoggerName = Literal["tensorboard", "wandb", "none"]
 

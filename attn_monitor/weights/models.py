@@ -1,4 +1,4 @@
-"""Load a model by name for the offline commands, with weights of its library or from a checkpoint."""
+"""Models by name, from timm, transformers, torchvision, torch.hub or a factory, with weights or a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from attn_monitor.errors import AttnMonitorError, ModelNameError
-from attn_monitor.weights.checkpoints import load_checkpoint, refuse_random
+from attn_monitor.errors import AttnMonitorError, ModelNameError, first_line
 from attn_monitor.weights.downloads import hub_or_cache, socket_timeout
-from attn_monitor.weights.weight_files import first_line
+from attn_monitor.weights.loading import load_checkpoint, refuse_random
 
 EXPECTED = (
     "timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or "
@@ -39,7 +37,7 @@ def load_model(
     allow_missing: bool = False,
     trust: bool = False,
 ) -> nn.Module:
-    """The named model on the CPU in eval mode; what was loaded is said on stderr.
+    """Load a model by name, on the CPU and in eval mode; a report of a checkpoint's loading goes to stderr.
 
     Args:
         name: ``timm:NAME``, ``hf:NAME_OR_DIR``, ``torchvision:NAME``, ``hub:REPO:NAME`` of torch.hub or of a directory
@@ -50,25 +48,30 @@ def load_model(
         allow_missing: accept a checkpoint that leaves a part of the backbone at random.
         trust: unpickle what the checkpoint holds beside tensors, which may run any code.
 
-    Raises `ModelNameError` and `CheckpointError`.
+    Raises:
+        ModelNameError: there is no such model, or it cannot be made.
+        CheckpointError: weights cannot be read, or do not fit.
     """
     prefix, _, rest = name.partition(":")
-    library = _LIBRARIES.get(prefix)
     if not rest or not prefix:
         raise ModelNameError(f"model {name!r}: expected {EXPECTED}")
+    load, remedy = _LIBRARIES.get(prefix, (None, ""))
     try:
-        with redirect_stdout(sys.stderr):  # of what models and downloads print; results are the command's
-            model = _from_module(prefix, rest) if library is None else library.load(rest, weights)
+        with redirect_stdout(sys.stderr):  # models and downloads print, and stdout is for results
+            model = _from_module(prefix, rest) if load is None else load(rest, weights)
     except AttnMonitorError as error:
         raise type(error)(f"model {name!r}: {error}") from error
     except ModuleNotFoundError as error:
-        package = None if library is None else library.package
-        remedy = "Install that package, or check the name" if package is None else f"Run: pip install {package}"
-        raise ModelNameError(f"model {name!r}: {error}. {remedy}") from error
+        package = {"timm": "timm", "hf": "transformers", "torchvision": "torchvision"}.get(prefix)
+        advice = "Install that package, or check the name" if package is None else f"Run: pip install {package}"
+        raise ModelNameError(f"model {name!r}: {error}. {advice}") from error
     except Exception as error:  # libraries raise what they like for downloads, damaged files and unknown names
-        if library is None:
+        if load is None:
             raise
-        raise ModelNameError(f"model {name!r}: {first_line(error)}. {_remedy(prefix, weights)}") from error
+        if not remedy:
+            remedy = "Pass --checkpoint FILE for weights that you have, or --weights false to go without"
+            remedy = remedy if weights else "Check the name"
+        raise ModelNameError(f"model {name!r}: {first_line(error)}. {remedy}") from error
     if not isinstance(model, nn.Module):
         raise ModelNameError(f"model {name!r} gave a {type(model).__name__}, expected a torch.nn.Module")
     if checkpoint is not None:
@@ -78,52 +81,47 @@ def load_model(
     return model.eval()
 
 
-def _timm(name: str, weights: bool) -> nn.Module:
+def _timm(name: str, weights: bool) -> Any:
     import timm
 
-    if ":" not in name:  # those are repositories on a hub
+    if ":" not in name:  # such as hf-hub:ORGANISATION/NAME
         if not timm.is_model(name):
             raise ModelNameError(f"timm knows no {name!r}{did_you_mean(name, timm.list_models())}")
         if weights and not timm.get_pretrained_cfg(name).has_weights:
             raise RuntimeError("timm has no weights for it")
-    model: nn.Module
     with hub_or_cache(weights or ":" in name):
         try:  # vision transformers then take images of any size
-            model = timm.create_model(name, pretrained=weights, dynamic_img_size=True)
+            return timm.create_model(name, pretrained=weights, dynamic_img_size=True)
         except TypeError:
-            model = timm.create_model(name, pretrained=weights)
-    return model
+            return timm.create_model(name, pretrained=weights)
 
 
-def _hugging_face(name: str, weights: bool) -> nn.Module:
-    model: nn.Module
+def _hugging_face(name: str, weights: bool) -> Any:
     if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():  # no ORGANISATION/NAME
         raise ModelNameError(f"{name} is no folder")
     with hub_or_cache(not Path(name).is_dir()):
         from transformers import AutoConfig, AutoModel
 
-        if weights or Path(name).is_dir():
-            model, told = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
-            refuse_random("its weights", sorted(told["missing_keys"]))
-        else:
+        if not weights and not Path(name).is_dir():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            model = AutoModel.from_config(config, trust_remote_code=False)
-    return model
+            return AutoModel.from_config(config, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+        refuse_random("its weights", sorted(info["missing_keys"]))
+        return model
 
 
-def _torchvision(name: str, weights: bool) -> nn.Module:
+def _torchvision(name: str, weights: bool) -> Any:
     from torchvision.models import get_model, list_models
 
     known = list_models()
     if name.lower() not in known:
         raise ModelNameError(f"torchvision knows no {name!r}{did_you_mean(name, known)}")
     with socket_timeout():
-        model: nn.Module = get_model(name, weights="DEFAULT" if weights else None)
-    return model
+        return get_model(name, weights="DEFAULT" if weights else None)
 
 
 def _torch_hub(name: str, weights: bool) -> Any:
-    """Naming a repository is the word to run its code, as torch.hub asks for: there may be nobody to answer."""
+    """Run a repository's code: naming it is the consent that torch.hub would ask for, and there may be no terminal."""
     found = re.fullmatch(r"(.+):(\w+(?:\(.*\))?)", name, re.DOTALL)
     if found is None:
         raise ModelNameError("expected hub:REPO:NAME, such as hub:facebookresearch/dino:main:dino_vits16")
@@ -133,7 +131,7 @@ def _torch_hub(name: str, weights: bool) -> Any:
         torch.hub.load, repository, call.name, *call.arguments, source=source, trust_repo=True, skip_validation=True,
         verbose=False, **call.keywords,
     )  # fmt: skip
-    with socket_timeout(), _told_as_name_error(RuntimeError):  # which torch.hub raises of names and dependencies
+    with socket_timeout(), _errors_say_where(RuntimeError):  # which torch.hub raises for names and dependencies
         if "pretrained" in call.keywords:
             return load()
         try:
@@ -144,44 +142,27 @@ def _torch_hub(name: str, weights: bool) -> Any:
             return load()
 
 
-@dataclass(frozen=True)
-class _Library:
-    """One that makes models by name, given whether with pretrained weights; ``package`` is what pip installs for it."""
-
-    load: Callable[[str, bool], Any]
-    package: str | None = None
-
-
-_LIBRARIES = {
-    "timm": _Library(_timm, "timm"),
-    "hf": _Library(_hugging_face, "transformers"),
-    "torchvision": _Library(_torchvision, "torchvision"),
-    "hub": _Library(_torch_hub),
+_LIBRARIES: dict[str, tuple[Callable[[str, bool], Any], str]] = {
+    "timm": (_timm, ""),
+    "hf": (_hugging_face, "Check the name and the connection, or give a folder that holds the model: hf:FOLDER"),
+    "torchvision": (_torchvision, ""),
+    "hub": (_torch_hub, "Check the name and the connection, or give a folder that holds hubconf.py: hub:FOLDER:NAME"),
 }
+"""By prefix: what makes a model by name, with pretrained weights or not, and what to do where it fails."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The known names that are near to one, as the end of a message; empty where none is."""
+    """Return the end of a message that lists the known names near to one; empty where there are none."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _remedy(library: str, weights: bool) -> str:
-    if library == "hf":
-        return "Check the name and the connection, or give a folder that holds the model: hf:FOLDER"
-    if library == "hub":
-        return "Check the name and the connection, or give a folder that holds hubconf.py: hub:FOLDER:NAME"
-    if weights:
-        return "Pass --checkpoint FILE for weights that you have, or --weights false to go without"
-    return "Check the name"
-
-
 def _from_module(module: str, call: str) -> Any:
-    """A factory's model, or a module that is there; the working directory is looked in as `python -m` does."""
+    """Call a factory, or take a module that exists; the working directory is searched, as by `python -m`."""
     parsed = _parse_call(call)
-    if os.getcwd() not in sys.path and "" not in sys.path:  # as for a command in a folder of scripts
+    if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
-    with _told_as_name_error():
+    with _errors_say_where():
         imported = importlib.import_module(module)
     try:
         found: Any = reduce(getattr, parsed.name.split("."), imported)
@@ -189,19 +170,18 @@ def _from_module(module: str, call: str) -> Any:
         raise ModelNameError(
             f"module {module!r} has no {parsed.name!r}{did_you_mean(parsed.name, dir(imported))}"
         ) from None
-    with _told_as_name_error():
+    with _errors_say_where():
         return found if isinstance(found, nn.Module) else found(*parsed.arguments, **parsed.keywords)
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     name: str
     arguments: list[Any]
     keywords: dict[str, Any]
 
 
 def _parse_call(text: str) -> _Call:
-    """``factory`` or ``factory(12, name="value")``: Python's literals only, nothing is evaluated."""
+    """Parse ``factory`` or ``factory(12, name="value")``; arguments are Python's literals, nothing is evaluated."""
     expected = f"{text!r}: expected NAME or NAME(arguments) with numbers, strings, lists and the like as arguments"
     try:
         node = ast.parse(text, mode="eval").body
@@ -217,8 +197,8 @@ def _parse_call(text: str) -> _Call:
 
 
 @contextmanager
-def _told_as_name_error(*known: type[Exception]) -> Iterator[None]:
-    """Whatever a model's own code raises is a line that says where; what `load_model` tells itself passes."""
+def _errors_say_where(*known: type[Exception]) -> Iterator[None]:
+    """Turn what a model's own code raises into one line with its place; errors that `load_model` words itself pass."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,10 @@
-"""Fill a model from a file of weights, whatever it is a part of there, and say what matched and what did not."""
+"""Weights into a model, whatever it is a part of in their file, with a report of what matched and what did not."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import name_roles, role_of
 from attn_monitor.errors import CheckpointError
-from attn_monitor.weights.position_embeddings import Grids, find_grids, interpolate
-from attn_monitor.weights.weight_conversions import convert, shortened
-from attn_monitor.weights.weight_files import read_weights
-from attn_monitor.weights.weights import Weights
+from attn_monitor.weights.converting import Resize, convert, find_resize, shortened
+from attn_monitor.weights.files import Weights, read_weights
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 CHUNK = re.compile(r"(?<![^.])blocks\.\d+\.(?=\d+\.)")  # DINOv2 trains with blocks.CHUNK.BLOCK
@@ -30,16 +28,22 @@ Shapes = Mapping[str, torch.Size]
 
 @dataclass(frozen=True)
 class Fit:
-    """Which of a model's entries are found below a prefix of names in a file."""
+    """The entries of a model that are found below a prefix of names in a file.
+
+    Attributes:
+        prefix: what their names begin with in the file.
+        weights: the file.
+        names: name in the model to name in the file.
+        resizes: position embeddings of another size, by name in the model.
+        missing: names in the model that the file lacks, or has in another shape.
+        notes: on how the weights were renamed.
+    """
 
     prefix: str
     weights: Weights
     names: Mapping[str, str]
-    """Name in the model to name in the weights."""
-    grids: Mapping[str, Grids]
-    """Those that need interpolation."""
+    resizes: Mapping[str, Resize]
     missing: Sequence[str]
-    """Names in the model that the file lacks, or has in another shape."""
     notes: Sequence[str] = ()
 
     @property
@@ -52,27 +56,44 @@ class Fit:
         """Missing entries of the backbone."""
         return [name for name in self.missing if not HEAD.match(name)]
 
+    @property
+    def rank(self) -> tuple[int, int, int, str]:
+        """Sorts fits: fewest missing entries first, then a teacher, as DINO evaluates, before a student."""
+        preference = {"teacher": 0, "student": 2}.get(role_of(self.prefix) or "", 1)
+        return len(self.lacking), len(self.missing), preference, self.prefix
+
 
 def load_checkpoint(
     model: nn.Module, path: str, *, key: str | None = None, allow_missing: bool = False, trust: bool = False
 ) -> str:
-    """Fill the model from a file or folder of weights; what was loaded and what was not, in a few lines.
+    """Fill a model from a file or folder of weights.
 
-    ``key`` is a role, such as "student", or a prefix of names in the file ("" for names without one). Without a key,
-    the prefix below which most entries fit is taken (``teacher.backbone.``, …); of equals a teacher, as DINO evaluates,
-    before a student, then the first in alphabetical order. Position embeddings of another size are interpolated.
-    Entries of classifiers may be missing; others only when ``allow_missing`` says so, and keep their values. ``trust``
-    runs code that is pickled in the file.
+    Without a key, the prefix of names below which most entries fit is taken (``teacher.backbone.``, …); among equals a
+    teacher before a student, then the first in alphabetical order. Names and shapes are converted by the rules of the
+    model's library where needed, and position embeddings of another size are interpolated. Entries of classifiers may
+    be missing.
 
-    Raises `CheckpointError`.
+    Args:
+        model: any module; its state is changed in place.
+        path: the file or folder, see `read_weights`.
+        key: a role, such as "student", or a prefix of names in the file ("" for names without one).
+        allow_missing: keep the model's values of backbone entries that the file lacks.
+        trust: run code that is pickled in the file.
+
+    Returns:
+        A report of a few lines: what was loaded, and what was not.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        CheckpointError: the file cannot be read, holds code, or does not fit the model.
     """
     stored = _with_plain_names(read_weights(Path(path), trust=trust), model)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     fits = _fits(model, stored, wanted)
     among = fits if key is None else _chosen(fits, key)
-    best = min(among, key=_rank, default=Fit("", stored, {}, {}, list(wanted)))
+    best = min(among, key=lambda fit: fit.rank, default=Fit("", stored, {}, {}, list(wanted)))
     if best.lacking and (among or key is None):
-        best = min(best, _renamed_by_its_library(model, best, wanted), key=_rank)
+        best = min(best, _converted(model, best, wanted), key=lambda fit: fit.rank)
     if not among and not best.names:
         of = "" if key is None else f"nothing of it lies below key={key!r}; "
         raise CheckpointError(
@@ -83,60 +104,70 @@ def load_checkpoint(
     if best.lacking and not (allow_missing and best.names):
         raise CheckpointError(f"checkpoint {path}: {_what_lacks(best, wanted)}")
     _fill(model, path, best)
-    as_good = [fit.prefix for fit in among if fit.prefix != best.prefix and _rank(fit)[:2] == _rank(best)[:2]]
+    as_good = [fit.prefix for fit in among if fit.prefix != best.prefix and fit.rank[:2] == best.rank[:2]]
     return f"{path}: " + "\n  ".join(_report(best, stored, as_good))
 
 
 def refuse_random(what: str, missing: Sequence[str]) -> None:
-    """Raise `CheckpointError` when more than a classifier's entries are missing."""
+    """Raise `CheckpointError` where more than a classifier's entries are missing."""
     if lacking := [name for name in missing if not HEAD.match(name)]:
         raise CheckpointError(f"{what}: {len(lacking)} entries of the model are not in it, such as {lacking[0]!r}")
 
 
 def _with_plain_names(stored: Weights, model: nn.Module) -> Weights:
-    """Without what torch.compile, FSDP and DINOv2's chunks of blocks put into names."""
+    """Remove what torch.compile, FSDP and DINOv2's chunks of blocks put into names."""
     chunked = any(CHUNK.search(name) for name in model.state_dict())
 
     def plain(name: str) -> str:
         name = WRAPPERS.sub("", name)
         return name if chunked else CHUNK.sub("blocks.", name)
 
-    names = {plain(name): name for name in stored.shapes}
-    shapes = {new: stored.shapes[old] for new, old in names.items()}
-    return Weights(shapes, lambda name: stored.read(names[name]), stored.skipped)
+    old = {plain(name): name for name in stored.shapes}
+
+    def load(names: Iterable[str]) -> dict[str, Tensor]:
+        new = {old[name]: name for name in names}
+        return {new[name]: tensor for name, tensor in stored.load(new).items()}
+
+    return replace(stored, shapes={new: stored.shapes[name] for new, name in old.items()}, load=load)
 
 
 def _fits(model: nn.Module, stored: Weights, wanted: Shapes) -> list[Fit]:
-    """For each prefix below which about as many of the model's names lie as below any."""
-    count: Counter[str] = Counter()
-    deepest = max((name.count(".") for name in wanted), default=0) + 1
-    for name in stored.shapes:
-        parts = name.split(".")
-        for start in range(max(0, len(parts) - deepest), len(parts)):
-            if ".".join(parts[start:]) in wanted:
-                count["".join(f"{part}." for part in parts[:start])] += 1
+    """Return a fit for each prefix below which at least half as many of the model's names lie as below any."""
+    count = count_prefixes(stored.shapes, wanted)
     most = max(count.values(), default=0)
     return [_fit(model, stored, wanted, prefix) for prefix in sorted(count) if 2 * count[prefix] >= most]
 
 
+def count_prefixes(names: Iterable[str], wanted: Collection[str]) -> Counter[str]:
+    """Count below which prefixes ("" or one that ends in a dot) the wanted names are found among ``names``."""
+    count: Counter[str] = Counter()
+    deepest = max((name.count(".") for name in wanted), default=0) + 1
+    for name in names:
+        parts = name.split(".")
+        for start in range(max(0, len(parts) - deepest), len(parts)):
+            if ".".join(parts[start:]) in wanted:
+                count["".join(f"{part}." for part in parts[:start])] += 1
+    return count
+
+
 def _fit(model: nn.Module, stored: Weights, wanted: Shapes, prefix: str) -> Fit:
     names: dict[str, str] = {}
-    grids: dict[str, Grids] = {}
+    resizes: dict[str, Resize] = {}
     missing: list[str] = []
     for name, shape in wanted.items():
         found = stored.shapes.get(prefix + name)
-        if found is not None and found != shape and (both := find_grids(model, name, found, shape)) is not None:
-            grids[name] = both
+        if found is not None and found != shape and (resize := find_resize(model, name, found, shape)) is not None:
+            resizes[name] = resize
         elif found != shape:
             missing.append(name)
             continue
         names[name] = prefix + name
-    return Fit(prefix, stored, names, grids, missing)
+    return Fit(prefix, stored, names, resizes, missing)
 
 
-def _renamed_by_its_library(model: nn.Module, fit: Fit, wanted: Shapes) -> Fit:
-    below = [name for name in fit.weights.shapes if name.startswith(fit.prefix)]
-    converted = convert(model, {name.removeprefix(fit.prefix): fit.weights.read(name) for name in below})
+def _converted(model: nn.Module, fit: Fit, wanted: Shapes) -> Fit:
+    below = fit.weights.load(name for name in fit.weights.shapes if name.startswith(fit.prefix))
+    converted = convert(model, {name.removeprefix(fit.prefix): tensor for name, tensor in below.items()})
     if converted is None:
         return fit
     found = _fit(model, Weights.of(converted.tensors), wanted, "")
@@ -144,7 +175,7 @@ def _renamed_by_its_library(model: nn.Module, fit: Fit, wanted: Shapes) -> Fit:
 
 
 def _chosen(fits: Sequence[Fit], key: str) -> list[Fit]:
-    """The one of exactly this prefix, else those of which it is a part or the role."""
+    """Return the fit of exactly this prefix, else those that have the key in their prefix or as their role."""
     key = key.rstrip(".")
     exactly = [fit for fit in fits if fit.prefix.rstrip(".") == key]
     of_role = name_roles([fit.prefix.rstrip(".") for fit in fits]).get(key)
@@ -155,15 +186,10 @@ def _chosen(fits: Sequence[Fit], key: str) -> list[Fit]:
     ]
 
 
-def _rank(fit: Fit) -> tuple[int, int, int, str]:
-    """What lacks in it, and then which is preferred of equals."""
-    preference = {"teacher": 0, "student": 2}.get(role_of(fit.prefix) or "", 1)
-    return len(fit.lacking), len(fit.missing), preference, fit.prefix
-
-
 def _fill(model: nn.Module, path: str, fit: Fit) -> None:
-    state = {name: fit.weights.read(there) for name, there in fit.names.items()}
-    state.update({name: interpolate(state[name], grids) for name, grids in fit.grids.items()})
+    tensors = fit.weights.load(fit.names.values())
+    state = {name: tensors[there] for name, there in fit.names.items()}
+    state.update({name: resize(state[name]) for name, resize in fit.resizes.items()})
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of tensors that cannot be copied, such as sparse ones
@@ -186,12 +212,12 @@ def _report(fit: Fit, stored: Weights, as_good: Sequence[str]) -> list[str]:
         f"loaded {'all' if not fit.missing else f'{len(fit.names)} of'} {total} entries of the model"
         + (f" from below {fit.prefix!r}" if fit.prefix else ""),
         *fit.notes,
-        *(f"interpolated: {name} {grids}" for name, grids in fit.grids.items()),
+        *(f"interpolated: {name} {resize}" for name, resize in fit.resizes.items()),
     ]
     if fit.heads:
         lines.append(f"left at random, as the file has no such classifier: {shortened(fit.heads)}")
     if fit.lacking:
-        lines.append(f"LEFT AT RANDOM, as asked for: {shortened(fit.lacking)}")
+        lines.append(f"LEFT AT RANDOM, as --allow_missing permits: {shortened(fit.lacking)}")
     used = set(fit.names.values())
     unused = [name for name in stored.shapes if name.startswith(fit.prefix) and name not in used]
     elsewhere = [name for name in stored.shapes if not name.startswith(fit.prefix)]
@@ -208,5 +234,5 @@ def _report(fit: Fit, stored: Weights, as_good: Sequence[str]) -> list[str]:
 
 
 def _parents(names: Sequence[str]) -> str:
-    """The first two parts of names, each once."""
+    """Join the first two parts of names, each once."""
     return shortened(list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names)))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attn_monitor.attention import LayerAttention
+    from attn_monitor.attention_snapshot import AttentionSnapshot, load_snapshots
     from attn_monitor.callback import AttentionMapCallback
     from attn_monitor.capture.backbones import find_backbones
     from attn_monitor.capture.recorder import AttentionRecorder, record_attention
@@ -13,12 +14,11 @@ if TYPE_CHECKING:
     from attn_monitor.commands.report import snapshot_player
     from attn_monitor.draw.options import DrawingOptions
     from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
-    from attn_monitor.measure.health import HealthFlag, HealthLimits
+    from attn_monitor.measure.health import HealthLimits
+    from attn_monitor.measurements import HealthFlag
     from attn_monitor.monitor import AttentionMonitor
     from attn_monitor.probe.probe_batch import ProbeBatch
     from attn_monitor.publish.publisher import Publisher
-    from attn_monitor.record.archive import load_snapshots
-    from attn_monitor.record.snapshot import AttentionSnapshot
     from attn_monitor.watch import Watch
 
 __all__ = [
@@ -52,7 +52,7 @@ _MODULES = {
     "AttentionMapCallback": "callback",
     "AttentionMonitor": "monitor",
     "AttentionRecorder": "capture.recorder",
-    "AttentionSnapshot": "record.snapshot",
+    "AttentionSnapshot": "attention_snapshot",
     "AttnMonitorError": "errors",
     "DrawingOptions": "draw.options",
     "HealthFlag": "measure.health",
@@ -66,7 +66,7 @@ _MODULES = {
     "attention_rollout": "capture.rollout",
     "find_backbones": "capture.backbones",
     "forward_within": "capture.sharded_models",
-    "load_snapshots": "record.archive",
+    "load_snapshots": "attention_snapshot",
     "record_attention": "capture.recorder",
     "snapshot_player": "commands.report",
 }

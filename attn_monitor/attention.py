@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attn_monitor.grid_geometry import GridGeometry, placed
+from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.patch_colors import PatchColors
 
 RowKind = Literal["distribution", "weights", "signed"]
@@ -35,7 +36,6 @@ class LayerAttention:
     `capture.token_places`. ``model`` is the name of the model's class, ``query`` the query that was read.
     ``prefix_names`` has a name for each prefix token: "CLS", "register 1" and so on where it was found to be that, else
     "token 27" by its index in the model (padding, text, …); it is empty in archives from before names were kept.
-    ``geometry`` is where the patches lie in the image's pixels, None where they tile the whole image.
 
     On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
     those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
@@ -55,7 +55,7 @@ class LayerAttention:
     name: str
     rows: Tensor
     num_prefix: int
-    grid: tuple[int, int]
+    grid: Grid
     mixed: bool
     verified_error: float
     kind: RowKind = "distribution"
@@ -74,23 +74,19 @@ class LayerAttention:
     features: Tensor | None = None
     features_error: tuple[float, float] | None = None
     patch_colors: PatchColors | None = None
-    geometry: GridGeometry | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", Grid(self.grid))  # a tuple is a grid whose cells tile the image
+
+    @property
+    def geometry(self) -> GridGeometry | None:
+        """Where the patches lie in the image's pixels; None where they tile the whole image."""
+        return self.grid.geometry
 
     @property
     def maps(self) -> Tensor:
         """The patch part as images, (B, H, gh, gw), not renormalised: DINO's numbers."""
-        maps: Tensor = self.rows[..., self.num_prefix :].unflatten(-1, self.grid)
-        return maps
-
-    def over_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
-        """Values of patches (..., gh, gw) at each pixel of an image, (..., H, W); 0 where no patch is."""
-        geometry = placed(self.geometry, self.grid, size)
-        rows, cols = (torch.from_numpy(i).to(cells.device) for i in geometry.cells_of_pixels(self.grid, size))
-        return cells[..., rows[:, None], cols].where((rows >= 0)[:, None] & (cols >= 0), 0)
-
-    def seen_share(self, size: tuple[int, int]) -> float:
-        """Share of an image of this size that patches see, 0…1."""
-        return placed(self.geometry, self.grid, size).seen_share(self.grid, size)
+        return self.grid.unflatten(self.rows[..., self.num_prefix :])
 
     @property
     def colors(self) -> Tensor | None:
@@ -132,6 +128,8 @@ class LayerAttention:
         names = [name for name in parts[0].tensors if all(name in part.tensors for part in parts)]
         together = {name: torch.cat([part.tensors[name] for part in parts]) for name in names}
         kind = max((part.kind for part in parts), key=KINDS.index)
-        error = max(part.verified_error for part in parts)
-        joined = replace(parts[0], kind=kind, mixed=any(p.mixed for p in parts), verified_error=error)
+        # NaN, not checked, is greater than any error.
+        error = max((part.verified_error for part in parts), key=lambda error: (math.isnan(error), error))
+        mixed = any(part.mixed for part in parts)
+        joined = replace(parts[0], kind=kind, mixed=mixed, verified_error=error, patch_colors=None)
         return joined.with_tensors(together)

@@ -24,7 +24,7 @@ from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.publish.disk_space import check_reserve
 from attn_monitor.publish.tags import check_name, renamed
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.train import lightning_run, reports
 from attn_monitor.train.arguments import (
     MonitorSettings,
@@ -373,7 +373,7 @@ def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 
 
-def _means(snapshot: AttentionSnapshot, name: str) -> dict[str, Tensor]:
+def _means(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
     """Metrics that are means over heads, by their tags."""
     return {renamed(tag, name): torch.tensor(value) for tag, value in snapshot.scalars(heads=False).items()}
 

@@ -200,16 +200,16 @@ def _known_to_all(mine: Captured, device: torch.device) -> Captured:
 
 
 def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], dict[str, Any]]:
-    """The largest error that any process found at each layer (NaN: not checked), and the least regular rows."""
+    """The largest error that any process found at each layer (NaN: one did not check), and the least regular rows."""
     found = [
-        [-1.0 if math.isnan(a.verified_error) else a.verified_error, float(a.mixed), float(KINDS.index(a.kind))]
+        [math.inf if math.isnan(a.verified_error) else a.verified_error, float(a.mixed), float(KINDS.index(a.kind))]
         for a in mine.values()
     ]
     worst = torch.tensor(found, dtype=torch.float32, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return {
         key: {
-            "verified_error": math.nan if error < 0 else error,
+            "verified_error": math.nan if error == math.inf else error,
             "mixed": mixed == 1,
             "kind": KINDS[int(kind)],
         }

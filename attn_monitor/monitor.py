@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attn_monitor import distributed
 from attn_monitor.attention import LayerAttention
+from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.choose_forward import ForwardOption
 from attn_monitor.capture.every_query import EveryQueryOf
 from attn_monitor.capture.forward import Forward
@@ -19,13 +20,15 @@ from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verif
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.capture.site_cache import Doubt
 from attn_monitor.errors import AttnMonitorError, HeadError
-from attn_monitor.measure.health import Health, HealthFlag, HealthLimits
+from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
 from attn_monitor.measure.patch_features import check_features, with_colors, with_features
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.snapshot import Snapshot
 
 Result = TypeVar("Result")
 
@@ -73,8 +76,8 @@ class AttentionMonitor:
         self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name, of every layer
         self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
         self.features, self.gram_step = check_features(features, gram_step)
-        self.reference: AttentionSnapshot | None = None  # that Gram drift is measured against
-        self.previous: AttentionSnapshot | None = None
+        self.reference: Snapshot | None = None  # that Gram drift is measured against
+        self.previous: Snapshot | None = None
         self.history, self.curves = History(), Curves()
         self._chunk = len(probe)
         self.failed: dict[str, Exception] = {}  # by role, at the latest look
@@ -187,7 +190,7 @@ class AttentionMonitor:
         """Whether each captured layer is worth drawing, as in a list of layers; else the last one is."""
         return isinstance(self.layers, (list, tuple))
 
-    def drawn_layers(self, snapshot: AttentionSnapshot) -> tuple[int, ...]:
+    def drawn_layers(self, snapshot: Snapshot) -> tuple[int, ...]:
         """Layers that are drawn of a snapshot."""
         return snapshot.drawn_layers(self.draws_every_layer)
 
@@ -198,9 +201,9 @@ class AttentionMonitor:
         """
         return {
             "probe": self.probe.state_dict(),
-            "previous": None if self.previous is None else self.previous.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "history": [s.state_dict() for s in self.history],
+            "previous": _state(self.previous),
+            "reference": _state(self.reference),
+            "history": [snapshot_state(s) for s in self.history],
             "health": self.health.state_dict(),
             "curves": self.curves.state_dict(),
         }
@@ -209,12 +212,10 @@ class AttentionMonitor:
         """Go on from `state_dict`: the same images, and the same past."""
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
-        self.previous = None if state["previous"] is None else AttentionSnapshot.from_state_dict(state["previous"])
-        reference = state.get("reference")  # older states have none
-        self.reference = None if reference is None else AttentionSnapshot.from_state_dict(reference)
-        self.history = History([AttentionSnapshot.from_state_dict(s) for s in state["history"]])
+        self.previous, self.reference = _snapshot(state["previous"]), _snapshot(state["reference"])
+        self.history = History([snapshot_of_state(s) for s in state["history"]])
         self.health.load_state_dict(state["health"])
-        self.curves = Curves.from_state_dict(state.get("curves", []))  # older checkpoints have none
+        self.curves = Curves.from_state_dict(state["curves"])
 
     def _capture(self, models: Mapping[str, nn.Module], step: int, last: bool) -> dict[tuple[str, int], LayerAttention]:
         """The whole probe, on the models' device."""
@@ -319,7 +320,7 @@ class AttentionMonitor:
             self._recorders.pop(role, None)  # so that all look for the layers anew: sharded models do so together
             raise
 
-    def remember(self, snapshot: AttentionSnapshot) -> None:
+    def remember(self, snapshot: Snapshot) -> None:
         """Make it the latest snapshot, which the next one is compared with."""
         self.previous = snapshot
         if self.reference is not None and snapshot.step <= self.reference.step:
@@ -370,3 +371,11 @@ def _reordered(role: str, since: int, step: int) -> HealthFlag:
         "(attn-monitor backfill)"
     )
     return HealthFlag("order", role, None, (), step, None, text)
+
+
+def _state(snapshot: Snapshot | None) -> dict[str, Any] | None:
+    return None if snapshot is None else snapshot_state(snapshot)
+
+
+def _snapshot(state: dict[str, Any] | None) -> Snapshot | None:
+    return None if state is None else snapshot_of_state(state)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attn_monitor import distributed
+from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
 from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
@@ -22,7 +23,6 @@ from attn_monitor.errors import NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.snapshot import AttentionSnapshot
 from attn_monitor.train import reports
 from attn_monitor.train.arguments import (
     MonitorSettings,

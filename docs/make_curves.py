@@ -21,7 +21,7 @@ from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
 from attn_monitor.draw.canvas import GAP, HEADER, blank_picture, draw_text, paste, resize
 from attn_monitor.draw.cells import color_cell
 from attn_monitor.draw.strips import filmstrip
-from attn_monitor.measure.metrics import MetricKey
+from attn_monitor.measurements import MetricKey
 from attn_monitor.record.history import thin
 
 ROOT = Path(__file__).resolve().parent.parent

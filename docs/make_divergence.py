@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attn_monitor import AttentionMonitor, AttentionSnapshot, HealthFlag, ProbeBatch
 from attn_monitor.draw.layer_heat_map import HEAT_SCALES, layer_heat_map
-from attn_monitor.measure.metrics import MetricKey
+from attn_monitor.measurements import MetricKey
 from attn_monitor.publish.attention_sinks import markdown, sink_rows
 from attn_monitor.record.curves import Curves, Points
 

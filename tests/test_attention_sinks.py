@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
-from attn_monitor.measure.metrics import MetricKey, Metrics
 from attn_monitor.measure.sinks import Sink, find_sinks
+from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.publish.attention_sinks import COLUMNS, markdown, sink_rows
 from attn_monitor.record.curves import Curves
 from tests.events import Events

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
 from attn_monitor.commands import cli
+from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
 from tests.helpers import tiny_vit
-from tests.test_archives import FIRST
 
 Arrays = dict[str, np.ndarray]
 ZEROS = bytes(1 << 20)
@@ -219,7 +219,7 @@ def first_layer(**fields: Any) -> Callable[[Any, Arrays], None]:
         ("snapshot", lambda h, a: h.update(names=["a", "a", "b"]), "expected texts, each different"),
         ("snapshot", lambda h, a: h["flags"][0].update(heads=[99]), "flag 0 is about layer .* which are not here"),
         ("snapshot", lambda h, a: h["flags"][0].pop("text"), "flag 0 has no 'text'"),
-        ("snapshot", lambda h, a: h.update(model_flags=[{"role": "teacher"}]), "model flag 0 has no 'heads'"),
+        ("snapshot", lambda h, a: h.update(flags=[{"role": "teacher"}]), "flag 0 has no 'heads'"),
         ("snapshot", lambda h, a: h["layers"][0]["metrics"].update(x={"mean": "a"}), "mean='a'.*a number"),
         ("snapshot", lambda h, a: h["layers"][0]["metrics"]["peak"]["heads"].pop(), "peak.*3 values for 4 heads"),
         ("snapshot", lambda h, a: a.pop("rows/teacher/1"), "rows of layer 1 of 'teacher' are missing"),
@@ -252,15 +252,14 @@ def test_states_get_the_same_checks(files: dict[str, Path], kind: str) -> None:
     """A checkpoint's state may be damaged too."""
     good = load(files[kind])
     broken: list[Any] = [None, {}, [], {"header": "["}, {"header": "{}"}, {"header": 3, "arrays": {}}]
-    state = good.state_dict()
-    needed = [key for key in state if key not in ("caption", "source")]  # the first stage had none
+    state = snapshot_state(good) if kind == "snapshot" else good.state_dict()
     tensors = "arrays" if kind == "snapshot" else "tensors"
     broken += [{**state, tensors: wrong} for wrong in (None, {}, dict.fromkeys(state[tensors], 3))]
     broken += [{**state, tensors: {k: v[:1] for k, v in state[tensors].items()}}]
-    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in needed]
+    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in state]
     for wrong in broken:
         with pytest.raises(ArchiveError):
-            type(good).from_state_dict(wrong)
+            snapshot_of_state(wrong) if kind == "snapshot" else ProbeBatch.from_state_dict(wrong)
 
 
 def add_zeros(path: Path, name: str, shape: tuple[int, ...], mebibytes: int) -> None:
@@ -299,8 +298,8 @@ def test_bombs_are_not_unpacked(
     """Half a gigabyte of zeros in a small file, in members that are ours and in one that is not."""
     header, arrays = parts(files["snapshot"])
     arrays.pop(name, None)
-    if name == "rows/teacher/0":  # as in the first stage, when the header did not tell the number of heads
-        del header["layers"][2]["heads"]
+    if name == "rows/teacher/0":  # and in a header that agrees with it
+        header["layers"][2]["heads"] = shape[1]
         header["layers"][2]["metrics"] = {}
     path = tmp_path / "snapshot.npz"
     if name == "header":
@@ -347,25 +346,28 @@ def test_ways_of_packing_that_are_not_ours(files: dict[str, Path], tmp_path: Pat
 @pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_replay_draws_or_refuses(tmp_path: Path, data: st.DataObject) -> None:
+def test_replay_draws_or_refuses(files: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
     """Also where each file by itself is right, but not with the others."""
     archive = tmp_path / "archive"
-    shutil.copytree(FIRST / "distillation", archive, dirs_exist_ok=True)
+    archive.mkdir(exist_ok=True)
+    shutil.copy(files["snapshot"], archive / "step-000000007.npz")
+    shutil.copy(files["pixels"], archive / "probe.npz")
     path = data.draw(st.sampled_from(sorted(archive.glob("*.npz"))))
     how = data.draw(st.sampled_from(["another's layers", "another's", "one head", "fewer layers", "header"]))
     header, arrays = parts(path)
     if how == "another's":
-        shutil.copy(FIRST / data.draw(st.sampled_from(["mixed", "nan"])) / "probe.npz", archive / "probe.npz")
+        shutil.copy(files["images"], archive / "probe.npz")
     elif how == "header":
         place = data.draw(st.sampled_from([p for p in places(header) if "metrics" not in p]))
         put_together(path, change(header, place, data.draw(values), data.draw(st.booleans())), arrays)
     elif "layers" in header:
         if how == "another's layers":
-            other = parts(FIRST / "mixed" / "step-000000005.npz")
-            for entry in other[0]["layers"]:
-                entry["role"] = "student"
-            arrays = {k.replace("backbone", "student"): np.concatenate([v, v]) for k, v in other[1].items()}
-            header.update(layers=other[0]["layers"], flags=[], metrics={})
+            other = AttentionMonitor(ProbeBatch(torch.randn(3, 3, 64, 32))).snapshot(
+                {"student": tiny_vit(img_size=(64, 32))}, step=0
+            )
+            other.save(tmp_path / "other.npz")
+            other_header, arrays = parts(tmp_path / "other.npz")
+            header.update(layers=other_header["layers"], flags=[])
         elif how == "one head":
             arrays = {k: v[:, :1] if k.split("/")[0] in ("rows", "distance") else v for k, v in arrays.items()}
             header.update(flags=[])

@@ -19,7 +19,8 @@ from attn_monitor.capture.forward import default_forward
 from attn_monitor.draw.charts import MARK
 from attn_monitor.measure.health import Health
 from attn_monitor.measure.logit_growth import LogitGrowth
-from attn_monitor.measure.metrics import LARGEST, MetricKey, Metrics
+from attn_monitor.measure.metrics import LARGEST
+from attn_monitor.measurements import MetricKey, Metrics
 from tests.helpers import tiny_vit
 from tests.oracle import logit_matrices
 from tests.zoo import CASES, Case

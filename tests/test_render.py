@@ -15,6 +15,7 @@ from PIL import Image
 from attn_monitor import DrawingOptions
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.draw.animations import gif
 from attn_monitor.draw.canvas import GAP, HEADER, MASK, MISSING, TRUTH, draw_outline, jpeg
 from attn_monitor.draw.cells import CellPainter, overlay
@@ -27,7 +28,6 @@ from attn_monitor.draw.scales import SCALES
 from attn_monitor.draw.strips import filmstrip, short_step
 from attn_monitor.measure.metrics import measure
 from attn_monitor.record.history import thin
-from attn_monitor.record.snapshot import AttentionSnapshot
 
 
 def snapshot(

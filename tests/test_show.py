@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.recorder import record_attention
 from attn_monitor.commands import cli
@@ -28,7 +29,6 @@ from attn_monitor.draw.hatching import hatch
 from attn_monitor.errors import HeadError, NonFiniteAttentionError
 from attn_monitor.measure.artifacts import outliers_by_attention, outliers_by_norm, without_patches
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.snapshot import AttentionSnapshot
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices
 from tests.test_capture import Watch, vit

@@ -13,9 +13,13 @@ import pytest
 import torch
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots
-from attn_monitor.measure.metrics import MetricKey, Metrics
+from attn_monitor.attention import LayerAttention
+from attn_monitor.grid import Grid
+from attn_monitor.measurements import MetricKey, Metrics
+from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record import npz
 from attn_monitor.record.archive import snapshot_path
+from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
 from tests.helpers import tiny_vit
 
 
@@ -65,8 +69,8 @@ def test_names_what_it_holds(snapshot: AttentionSnapshot) -> None:
 
 
 def test_state_dict_round_trip(tmp_path: Path, snapshot: AttentionSnapshot) -> None:
-    torch.save(snapshot.state_dict(), tmp_path / "x.pt")
-    loaded = AttentionSnapshot.from_state_dict(torch.load(tmp_path / "x.pt", weights_only=True))
+    torch.save(snapshot_state(snapshot), tmp_path / "x.pt")
+    loaded = snapshot_of_state(torch.load(tmp_path / "x.pt", weights_only=True))
     torch.testing.assert_close(loaded.rows("teacher"), snapshot.rows("teacher"), atol=1e-4, rtol=1e-3)
 
 
@@ -122,3 +126,30 @@ def test_rows_that_are_no_distributions_are_stored_as_such(tmp_path: Path, snaps
     loaded = AttentionSnapshot.load(tmp_path / "x.npz")
     assert loaded.layer("student").kind == "weights"
     torch.testing.assert_close(loaded.rows("student"), rows, atol=1e-3, rtol=1e-3)
+
+
+def test_metrics_are_found_by_key_and_by_tag() -> None:
+    metrics = Metrics({MetricKey("a/b", 3, "peak"): 0.5, MetricKey("a/b", 3, "peak", 2): 0.25})
+    for key, value in metrics.items():
+        assert metrics[key] == metrics[tuple(key)] == metrics[key.tag] == metrics.get(key.tag) == value
+        assert key.tag in metrics
+        assert tuple(key) in metrics
+        assert MetricKey.from_tag(key.tag) == key
+    for missing in ("attn/a/b/layer3/entropy", "attn/health_flags", "attn_heads/a/layer3/peak", "x", ("a", 1)):
+        assert missing not in metrics
+        assert metrics.get(missing, 7) == 7
+        with pytest.raises(KeyError):
+            metrics[missing]
+
+
+@pytest.mark.parametrize("errors", [(math.nan, 0.1, 0.2), (0.1, math.nan, 0.2), (0.2, 0.1, math.nan), (0.1, 0.2, 0.15)])
+def test_parts_that_were_not_checked_leave_the_whole_unchecked(errors: tuple[float, ...]) -> None:
+    parts = [LayerAttention(0, "x", torch.ones(1, 1, 4), 0, Grid((2, 2)), False, error) for error in errors]
+    expected = math.nan if any(map(math.isnan, errors)) else 0.2
+    assert LayerAttention.cat(parts).verified_error == pytest.approx(expected, nan_ok=True)
+
+
+def test_parts_put_together_have_no_colours_of_one_of_them() -> None:
+    colors = PatchColors.of(torch.ones(1, 4, 3), 1.0)
+    part = LayerAttention(0, "x", torch.ones(1, 1, 4), 0, Grid((2, 2)), False, 0.0, patch_colors=colors)
+    assert LayerAttention.cat([part, part]).colors is None

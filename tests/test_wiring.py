@@ -14,9 +14,10 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, HealthLimits, Watch, load_snapshots
+from attn_monitor import AttentionMapCallback, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.commands.summary import summary
+from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
 from attn_monitor.train.weight_samples import WeightSamples
 from attn_monitor.train.wiring_watch import MOMENTS
 from tests.events import Events
@@ -112,7 +113,7 @@ def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"  average_before_step: {flag}" in said
     summary(str(run), json=True)
     assert '"layer": null' in capsys.readouterr().out
-    assert AttentionSnapshot.from_state_dict(snapshots[1].state_dict()).flags == (flag,)
+    assert snapshot_of_state(snapshot_state(snapshots[1])).flags == (flag,)
 
 
 @told

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_monitor.measure.health import HealthFlag
 from attn_monitor.measure.wiring import Moment, OptimizerStep, Sampled, WatchedStep, Wiring, momentum_of
+from attn_monitor.measurements import HealthFlag
 
 N = 96
 DTYPES = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

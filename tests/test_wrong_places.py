@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attn_monitor import record_attention
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 from tests.oracle import attention_matrices
 from tests.styles import DIM, PATCH, Block, MemEffAttention
 from tests.test_patches_in_pixels import CutOut
@@ -108,7 +108,7 @@ def test_images_that_are_mirrored_or_turned(name: str, linear: bool) -> None:
     model, images = changed(pixels, linear=linear), noise(*size)
     (found,) = record_attention(model, images)
     assert_map(found, model, images, turn)
-    lies = found.geometry or GridGeometry.whole(found.grid, size)
+    lies = found.grid.placed(size)
     assert (*lies.origin, *lies.cell) == pytest.approx((*geometry.origin, *geometry.cell), abs=1.01 if linear else 0.51)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_monitor import functional as F
 from attn_monitor.capture.attention_rows import Chunk
 from attn_monitor.capture.sites import ReadableSite
-from attn_monitor.grid_geometry import placed
+from attn_monitor.grid import Grid
 
 
 def has_query_of_each_patch(site: ReadableSite) -> bool:
@@ -23,7 +23,7 @@ class MeanDistance:
 
     def __init__(self, site: ReadableSite, image_size: tuple[int, int], device: torch.device) -> None:
         grid = site.layout.grid
-        middles = placed(site.layout.geometry, grid, image_size).centres(grid, image_size)  # of what patches see
+        middles = Grid(grid, site.layout.geometry).centres(image_size)  # of what patches see
         axes = (torch.tensor(axis, dtype=torch.float32, device=device) for axis in middles)
         self._centres = torch.cartesian_prod(*axes)  # (N, 2) pixels
         self._patches = torch.tensor(site.layout.patches, device=device)

@@ -20,7 +20,7 @@ from attn_monitor.capture.attention_rows import CallingConvention, ExplicitCall,
 from attn_monitor.capture.error_origin import errors_from, is_monitor_error
 from attn_monitor.capture.observation import Observation, RefusedObservation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 
 
 class StopForward(BaseException):

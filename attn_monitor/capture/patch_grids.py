@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import Grid, GridGeometry
 
 _MERGES = (2, 4, 8, 16)  # patches on a side that a coarser token of a pyramid is made of
 
@@ -29,13 +29,18 @@ class PatchConv:
     seen: tuple[int, int] | None = None
     mirrored: tuple[bool, bool] = (False, False)
 
+    @property
+    def placed_grid(self) -> Grid:
+        """The grid with its geometry."""
+        return Grid(self.grid, self.geometry)
+
     def has_remainder(self, size: tuple[int, int]) -> bool:
         """Whether there are pixels of an image of this size that no cell sees."""
-        return any(bool((cells < 0).any()) for cells in self.geometry.cells_of_pixels(self.grid, size))
+        return any(bool((cells < 0).any()) for cells in self.placed_grid.cells_of_pixels(size))
 
     def cell_of_pixels(self, size: tuple[int, int]) -> Tensor:
         """The cell that each pixel is in, (H, W), or -1 for those that no cell sees."""
-        rows, cols = map(torch.from_numpy, self.geometry.cells_of_pixels(self.grid, size))
+        rows, cols = map(torch.from_numpy, self.placed_grid.cells_of_pixels(size))
         inside = (rows >= 0)[:, None] & (cols >= 0)
         return torch.where(inside, rows[:, None] * self.grid[1] + cols, -1)
 
@@ -61,7 +66,7 @@ def candidate_grids(
     rows = [r for r in range(1, moving + 1) if moving % r == 0]
     gh = min(rows, key=lambda r: abs(math.log((r * r / moving) * (width / height))))
     for grid in dict.fromkeys([*overlapping, (gh, moving // gh)]):
-        yield PatchConv(grid, GridGeometry.whole(grid, image_size), disjoint=False)
+        yield PatchConv(grid, Grid(grid).placed(image_size), disjoint=False)
 
 
 def _merged(convs: Sequence[PatchConv], size: tuple[int, int]) -> Iterator[PatchConv]:

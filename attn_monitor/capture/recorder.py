@@ -43,6 +43,7 @@ from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
 from attn_monitor.capture.token_places.recheck import places_hold
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
 from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
+from attn_monitor.grid import Grid
 
 Verify = bool | Literal["first", "always"]
 OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
@@ -362,7 +363,7 @@ class AttentionRecorder:
             name=site.name,
             rows=rows,
             num_prefix=len(site.layout.prefix),
-            grid=site.layout.grid,
+            grid=Grid(site.layout.grid, site.layout.geometry),
             mixed=check.mixed,
             verified_error=check.error,
             kind=check.kind,
@@ -371,7 +372,6 @@ class AttentionRecorder:
             cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
             model=type(self.model).__name__,
             query=str(query),
-            geometry=site.layout.geometry,
             prefix_names=prefix_names(site),
             patches=None if tokens is None else tokens.patches,
             **measured,

@@ -21,7 +21,7 @@ from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import load_step, snapshot_path
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.weights.models import load_model
 from attn_monitor.weights.run_checkpoints import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
 
@@ -74,7 +74,7 @@ def backfill_run(
         missing = sorted(found.keys() - there.keys())
         needed = sorted({step for step in there if missing and step < missing[-1]}.union(missing))
         models = RoleModels(model, tell, key, allow_missing=allow_missing, trust=trust)
-        publish: Callable[[AttentionSnapshot], None] | None = None
+        publish: Callable[[Snapshot], None] | None = None
         for step in progress(needed, "backfilling"):
             if step in there:
                 remember(monitor, load_step(there[step]))
@@ -239,7 +239,7 @@ def _wandb_run(folder: Path, run: str) -> Any:
 @contextmanager
 def _publishing(
     loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, scale: str, tell: Tell
-) -> Iterator[Callable[[AttentionSnapshot], None]]:
+) -> Iterator[Callable[[Snapshot], None]]:
     """A function that publishes a snapshot while the next one is taken; pictures are waited for, not left out."""
     failures = Failures()
     publisher = Publisher(
@@ -254,7 +254,7 @@ def _publishing(
         patience=Patience(PATIENCE),
     )
 
-    def publish(snapshot: AttentionSnapshot) -> None:
+    def publish(snapshot: Snapshot) -> None:
         publisher.drain(PATIENCE)
         publisher.publish(snapshot)
         failures.report(tell)

@@ -14,12 +14,12 @@ from attn_monitor.draw.charts import Line, chart_sheet
 from attn_monitor.draw.differences import COLOURS, comparison
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.metrics import Metrics
+from attn_monitor.measurements import Metrics
 from attn_monitor.record.file_names import file_name
 from attn_monitor.record.history import thin
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
-Pair = tuple[AttentionSnapshot, AttentionSnapshot]
+Pair = tuple[Snapshot, Snapshot]
 MetricRow = tuple[str, int, str, float, float]
 """Role, layer, metric and its value in A and in B: means over heads and images."""
 
@@ -183,8 +183,8 @@ def _common_layers(a: Side, b: Side, pair: Pair) -> tuple[list[tuple[str, int]],
         for what, values in {
             "grid": (x.grid, y.grid),
             "number of heads": (x.rows.shape[1], y.rows.shape[1]),
-            "query": (x.query or y.query, y.query or x.query),  # not in older files
-            "place of patches": (x.geometry or y.geometry, y.geometry or x.geometry),
+            "query": (x.query, y.query),
+            "place of patches": (x.geometry or "the whole image", y.geometry or "the whole image"),
         }.items():
             if values[0] != values[1]:
                 raise ArchiveError(

@@ -20,10 +20,10 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import PANEL_PIXELS, panel
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.record.archive import step_of
 from attn_monitor.record.history import thin
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 ANIMATED_PIXELS = PANEL_PIXELS // 2  # of a panel's cells together: half of those that stand still
 
@@ -78,7 +78,7 @@ class _Panels:
         self.run, self.probe, self.options = run, run.probe, options
         self.photos = self.probe.pixels
 
-    def draw(self, snapshot: AttentionSnapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
+    def draw(self, snapshot: Snapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
         """The panel of one image; ``pixels`` are those of all cells together."""
         self.run.check_belongs(snapshot)
         truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
@@ -86,12 +86,12 @@ class _Panels:
         return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
 
 
-def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[AttentionSnapshot], list[HealthFlag]]:
+def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[Snapshot], list[HealthFlag]]:
     """Write an animation of each image; the snapshots that a film strip shows, the last one included, and all flags."""
     of_run = panels.run.paths
     steps = [step_of(path) for path in of_run] if len(of_run) > 1 else []  # one alone may have another name
     in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
-    kept: list[AttentionSnapshot] = []
+    kept: list[Snapshot] = []
     flags: list[HealthFlag] = []
     with ExitStack() as stack:
         animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]

@@ -19,7 +19,7 @@ from attn_monitor.draw.panels import panel
 from attn_monitor.measure.artifacts import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.train.arguments import check_heads
 from attn_monitor.weights.models import load_model
 
@@ -61,7 +61,7 @@ def show(
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
         images: an image file or a folder.
-        out: folder for the pictures, attention.npz (an AttentionSnapshot) and probe.npz, which `compare` takes.
+        out: folder for the pictures, attention.npz (an `AttentionSnapshot`) and probe.npz, which `compare` takes.
         checkpoint: file or folder of weights to load instead of the library's own: of Lightning, DINO, DINOv2 or
             DINOv3, of torch.save, safetensors or torch.distributed.checkpoint.
         key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as
@@ -155,7 +155,7 @@ def _print_outliers(outliers: Mapping[int, Outliers], names: Sequence[str]) -> N
 
 
 def _pictures(
-    snapshot: AttentionSnapshot,
+    snapshot: Snapshot,
     probe: ProbeBatch,
     outliers: Mapping[int, Outliers],
     options: DrawingOptions,

@@ -13,7 +13,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.commands.support.results import print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.record.history import thin
 
 BEST = {
@@ -80,7 +80,7 @@ class LayerSummary:
     model: str
     query: str
     heads: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     places: str
     kind: str
     curves: tuple[Curve, ...]
@@ -89,7 +89,9 @@ class LayerSummary:
     def of(cls, role: str, a: LayerAttention, curves: Sequence[Curve]) -> LayerSummary:
         """From a layer's attention at the last step."""
         heads = a.rows.shape[1]
-        return cls(role, a.layer, a.name, a.model, a.query, heads, a.grid, a.places, a.kind, tuple(curves))
+        return cls(
+            role, a.layer, a.name, a.model, a.query, heads, (a.grid[0], a.grid[1]), a.places, a.kind, tuple(curves)
+        )
 
     @property
     def title(self) -> str:

@@ -17,7 +17,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.maps import past_map
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.strips import short_step
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 TIMELAPSE_CELL = 128
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 def timelapse(
-    history: Sequence[AttentionSnapshot],
+    history: Sequence[Snapshot],
     photos: Sequence[Pixels],
     *,
     layer: int = -1,
@@ -37,8 +37,7 @@ def timelapse(
     role = last.roles[-1]
     attention = last.layer(role, layer)
     missing = torch.full(attention.grid, math.nan)
-    grid, where = attention.grid, attention.geometry
-    painters = [CellPainter(photo, grid, options, TIMELAPSE_CELL, geometry=where) for photo in photos]
+    painters = [CellPainter(photo, attention.grid, options, TIMELAPSE_CELL) for photo in photos]
     height, width = painters[0].size
     columns = math.ceil(math.sqrt(len(painters)))
     pitch_x, pitch_y = width + GAP, height + GAP

@@ -11,7 +11,7 @@ from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.hatching import hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import Grid
 
 DOUBLE_OUTLINE = 160  # side of a cell in pixels from which on ground truth is outlined with two
 
@@ -20,21 +20,20 @@ class CellPainter:
     """Paints maps of one image: holds its photograph at the size of a cell, in colour and in grey.
 
     ``photo`` is uint8 (H, W, 3), ``grid`` the patches of a map, ``side`` the wanted side of a cell in pixels and
-    ``truth`` ground-truth objects, bool (objects, H, W), which are outlined on every cell. ``geometry`` is where the
-    patches are in the photograph, None where they tile it; what no patch sees is dark and hatched.
+    ``truth`` ground-truth objects, bool (objects, H, W), which are outlined on every cell. What no patch sees is dark
+    and hatched.
     """
 
     def __init__(
         self,
         photo: Pixels,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         options: DrawingOptions,
         side: int,
         truth: Array | None = None,
-        geometry: GridGeometry | None = None,
     ) -> None:
-        self.grid, self.options = grid, options
-        self.frame = Frame.of(grid, side, geometry, (photo.shape[0], photo.shape[1]))
+        self.grid, self.options = Grid(grid), options
+        self.frame = Frame.of(self.grid, side, (photo.shape[0], photo.shape[1]))
         self.size = self.frame.size
         self.photo = resize(photo, self.size, Image.Resampling.LANCZOS).copy()
         # A little soft: the photograph is there to place the attention, and sharp texture fills the event file.

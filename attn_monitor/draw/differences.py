@@ -30,7 +30,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 COLOURS: tuple[Colour, Colour] = (255, 160, 40), (70, 170, 255)
 """Of the two runs, in charts and where one has more attention than the other: told apart by the colour-blind too."""
@@ -65,7 +65,7 @@ class Section(NamedTuple):
 
 
 def comparison(
-    pair: tuple[AttentionSnapshot, AttentionSnapshot],
+    pair: tuple[Snapshot, Snapshot],
     names: tuple[str, str],
     image: int,
     photo: Pixels,
@@ -96,7 +96,7 @@ def comparison(
 
 
 def _section(
-    pair: tuple[AttentionSnapshot, AttentionSnapshot],
+    pair: tuple[Snapshot, Snapshot],
     key: tuple[str, int],
     image: int,
     photo: Pixels,
@@ -107,8 +107,7 @@ def _section(
     both = [mean_and_heads(snapshot.maps(*key)[image], options.heads) for snapshot in pair]
     labels = both[0][1]
     side = min(CELL, SHEET_WIDTH // (len(labels) + 1))
-    geometry = attention.geometry or pair[1].layer(*key).geometry  # not in older files
-    painter = CellPainter(photo, attention.grid, options, side, truth, geometry)
+    painter = CellPainter(photo, attention.grid, options, side, truth)
     rows: list[Row] = []
     for letter, (maps, _) in zip("AB", both, strict=True):
         said = map_statistics(maps, options.threshold)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attn_monitor.draw.canvas import Array
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Frame:
     the model pads before the image.
     """
 
-    grid: tuple[int, int]
+    grid: Grid
     patch: int
     size: tuple[int, int]
     at: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(
-        cls, grid: tuple[int, int], side: int, geometry: GridGeometry | None = None, image: tuple[int, int] = (0, 0)
-    ) -> Frame:
-        """With a longer side near ``side`` and patches of 2ⁿ pixels; ``image`` is the size of what geometry is of."""
+    def of(cls, grid: tuple[int, ...], side: int, image: tuple[int, int] = (0, 0)) -> Frame:
+        """With a longer side near ``side`` and patches of 2ⁿ pixels; ``image`` is the size of the model's image."""
+        grid = Grid(grid)
+        geometry = grid.geometry
         if geometry is None:
             patch = _patch(side, grid)
             return cls(grid, patch, (grid[0] * patch, grid[1] * patch))

@@ -22,8 +22,9 @@ from attn_monitor.draw.canvas import (
     draw_text_within,
 )
 from attn_monitor.draw.colormap import colour_table
-from attn_monitor.measure.metrics import LARGEST, MetricKey
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.measure.metrics import LARGEST
+from attn_monitor.measurements import MetricKey
+from attn_monitor.snapshot import Snapshot
 
 CELL, LEFT, BAR = 24, 8 * GAP, 12  # a cell in pixels, room for the names of layers, height of the colour bar
 LEAST_WIDTH = 40 * GAP  # of a role, for the text
@@ -51,7 +52,7 @@ HEAT_SCALES = {
 }
 
 
-def head_values(snapshot: AttentionSnapshot, role: str, metrics: Sequence[str]) -> Array:
+def head_values(snapshot: Snapshot, role: str, metrics: Sequence[str]) -> Array:
     """(layers, heads) of the first of these metrics that a layer has, NaN where there is none."""
     layers = snapshot.layers_of(role)
     heads = max(snapshot.layers[role, layer].rows.shape[1] for layer in layers)
@@ -63,7 +64,7 @@ def head_values(snapshot: AttentionSnapshot, role: str, metrics: Sequence[str]) 
     return values
 
 
-def layer_heat_map(snapshot: AttentionSnapshot, scale: HeatScale) -> Pixels | None:
+def layer_heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels | None:
     """A grid for each role side by side, the last layer on top, (height, width, 3); None where nothing was measured."""
     grids = {role: head_values(snapshot, role, scale.metrics) for role in snapshot.roles}
     if all(np.isnan(values).all() for values in grids.values()):
@@ -82,7 +83,7 @@ def layer_heat_map(snapshot: AttentionSnapshot, scale: HeatScale) -> Pixels | No
     return np.asarray(sheet)
 
 
-def _star(snapshot: AttentionSnapshot, role: str, layer: int, scale: HeatScale) -> str:
+def _star(snapshot: Snapshot, role: str, layer: int, scale: HeatScale) -> str:
     """Where not every query was read for what is shown."""
     whole = scale.metrics[0] in snapshot.metrics.of_layer(role, layer)
     return "" if whole or len(scale.metrics) == 1 else "*"

@@ -11,7 +11,7 @@ from attn_monitor.draw.canvas import GAP, HEADER, Colour, Pixels, blank_picture,
 from attn_monitor.draw.charts import Line, draw_chart
 from attn_monitor.draw.colormap import colour_table
 from attn_monitor.measure.logit_growth import LARGEST_FLOAT16
-from attn_monitor.measure.metrics import MetricKey
+from attn_monitor.measurements import MetricKey
 from attn_monitor.record.curves import Points
 
 WIDTH, HEIGHT, LEGEND = 640, 320, 15 * GAP  # of a role's chart, and the names of its layers beside it

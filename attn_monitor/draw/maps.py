@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor import functional as F
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 PRACTICALLY_UNIFORM = 0.995
 """Entropy above which attention is written as 1.00 and gets no outline: which patches are largest is noise."""
@@ -58,26 +58,24 @@ def mean_and_heads(maps: Tensor, heads: tuple[int, ...] | None) -> tuple[Tensor,
     return torch.cat([maps.mean(0, keepdim=True), maps[shown]]), ["mean", *(f"head {h}" for h in shown)]
 
 
-def has_layer(snapshot: AttentionSnapshot, role: str, layer: int) -> bool:
+def has_layer(snapshot: Snapshot, role: str, layer: int) -> bool:
     """Whether a role's layer was captured; negative ones count from the last."""
     captured = snapshot.layers_of(role)
     return layer in captured or (layer < 0 and -layer <= len(captured))
 
 
-def past_colors(snapshot: AttentionSnapshot, role: str, layer: int, image: int, missing: Tensor) -> Tensor:
+def past_colors(snapshot: Snapshot, role: str, layer: int, image: int, missing: Tensor) -> Tensor:
     """An image's patches as colours (gh, gw, 3); ``missing`` where there are none of its shape."""
     if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
         return missing
     attention = snapshot.layer(role, layer)
-    if attention.colors is None or attention.grid != missing.shape[:2]:
+    if attention.colors is None or attention.grid != tuple(missing.shape[:2]):
         return missing
     colors: Tensor = attention.colors[image].unflatten(0, attention.grid)
     return colors
 
 
-def past_map(
-    snapshot: AttentionSnapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor
-) -> Tensor:
+def past_map(snapshot: Snapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor) -> Tensor:
     """A head's map of one image, or the mean of all heads (None); ``missing`` where there is none of its shape."""
     if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
         return missing

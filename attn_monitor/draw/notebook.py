@@ -14,7 +14,7 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import HIGH, LOW, SCALES
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHEET_IMAGES, SHEET_WIDTH, CELL = 4, 1200, 128  # images of a sheet, and pixels: of all columns about, of a cell at most
 
 
-def snapshot_sheet(snapshot: AttentionSnapshot, options: DrawingOptions = DrawingOptions()) -> Pixels:
+def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions()) -> Pixels:
     """Head mean and heads of the last role's last layer on the first four images, (height, width, 3).
 
     Without the photographs, which a snapshot does not hold: `panel` draws on them.
@@ -51,14 +51,14 @@ def snapshot_sheet(snapshot: AttentionSnapshot, options: DrawingOptions = Drawin
     return np.asarray(sheet)
 
 
-def snapshot_png(snapshot: AttentionSnapshot) -> bytes:
+def snapshot_png(snapshot: Snapshot) -> bytes:
     """`snapshot_sheet` as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(snapshot_sheet(snapshot)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def snapshot_figure(snapshot: AttentionSnapshot, image: int = 0, role: str | None = None, layer: int = -1) -> Figure:
+def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None, layer: int = -1) -> Figure:
     """A matplotlib figure: head mean and heads of one image in units of uniform attention, as panels colour them.
 
     It is closed for pyplot, so that a notebook shows it once. Raises ModuleNotFoundError where matplotlib is missing.

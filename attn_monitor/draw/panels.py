@@ -30,7 +30,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one
 
@@ -39,7 +39,7 @@ Cell = tuple[str, Pixels]
 
 
 def panel(
-    snapshot: AttentionSnapshot,
+    snapshot: Snapshot,
     image: int,
     photo: Pixels,
     *,
@@ -72,7 +72,7 @@ def panel(
         side = min(side, LARGEST_CELL)
         key = attention.grid, attention.geometry, side
         if key not in painters:
-            painters[key] = CellPainter(photo, attention.grid, options, side, truth, attention.geometry)
+            painters[key] = CellPainter(photo, attention.grid, options, side, truth)
         said = map_statistics(maps, options.threshold)
         captions = map_captions(labels, maps, said)
         pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
@@ -81,7 +81,7 @@ def panel(
             colors = attention.colors[image].unflatten(0, attention.grid).numpy()
             cells.insert(1, (f"PCA of layer {attention.layer}'s input", painters[key].colors(colors)))
         left_out = 0 if hatched is None else int(hatched.sum())
-        unseen = 1 - attention.seen_share((photo.shape[0], photo.shape[1]))
+        unseen = 1 - attention.grid.seen_share((photo.shape[0], photo.shape[1]))
         rows.append((layer_title(attention, role, left_out, unseen), cells))
     header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, options, truth is not None and bool(truth.any()))

@@ -11,27 +11,26 @@ from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.hatching import DIMMED, hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
-from attn_monitor.grid_geometry import GridGeometry, placed
+from attn_monitor.grid import Grid
 
 
 class PixelPictures:
     """Pictures of the maps (gh, gw) of one image, of the photograph's size (height, width, 3).
 
-    ``geometry`` is where the patches are in it, None where they tile it; what no patch sees is dark and hatched.
+    What no patch sees is dark and hatched.
     ``hatched`` are patches, bool (gh, gw), of which nothing is shown.
     """
 
     def __init__(
         self,
         photo: Pixels,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         options: DrawingOptions,
-        geometry: GridGeometry | None = None,
         hatched: Array | None = None,
     ) -> None:
-        self.photo, self.grid, self.options, self.hatched = photo, grid, options, hatched
+        self.photo, self.grid, self.options, self.hatched = photo, Grid(grid), options, hatched
         size = photo.shape[0], photo.shape[1]
-        self._rows, self._cols = placed(geometry, grid, size).cells_of_pixels(grid, size)
+        self._rows, self._cols = self.grid.cells_of_pixels(size)
         self._unseen = (self._rows < 0)[:, None] | (self._cols < 0)
 
     def heat_map(self, weights: Array) -> Pixels:

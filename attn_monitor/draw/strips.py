@@ -17,13 +17,13 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import past_colors, past_map
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.history import thin
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
 
 
 def filmstrip(
-    history: Sequence[AttentionSnapshot],
+    history: Sequence[Snapshot],
     image: int,
     photo: Pixels,
     *,
@@ -44,7 +44,7 @@ def filmstrip(
     labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
     maps = torch.stack([torch.stack([past_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
-    painter = CellPainter(photo, attention.grid, options, STRIP_CELL, geometry=attention.geometry)
+    painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
     pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     features = _features(chosen, layer, image, painter)
     labels = [*((role, "features") for role in features), *labels]
@@ -53,9 +53,7 @@ def filmstrip(
     return _compose(title, [s.step for s in chosen], labels, pictures, painter)
 
 
-def _features(
-    snapshots: Sequence[AttentionSnapshot], layer: int, image: int, painter: CellPainter
-) -> dict[str, Pixels]:
+def _features(snapshots: Sequence[Snapshot], layer: int, image: int, painter: CellPainter) -> dict[str, Pixels]:
     """Of each role whose last snapshot has them, patches as colours, (1, steps, h, w, 3); black where one has none."""
     blank, last = torch.full((*painter.grid, 3), math.nan), snapshots[-1]
     found = {}

@@ -17,6 +17,7 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import columns_for, layer_title
+from attn_monitor.grid import Grid
 
 FRAME_PIXELS, LARGEST_CELL = 800_000, 640  # of all cells together, and the side of one
 ASPECT = 16 / 9
@@ -45,9 +46,7 @@ class FrameDrawing:
         for attention, places in zip(layers, layout.places, strict=True):
             key = attention.grid, attention.geometry
             if key not in painters:
-                painters[key] = CellPainter(
-                    photo, attention.grid, self.options, layout.side, geometry=attention.geometry
-                )
+                painters[key] = CellPainter(photo, attention.grid, self.options, layout.side)
             painter = painters[key]
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
@@ -79,13 +78,13 @@ class _Layout:
 def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions, image: tuple[int, int]) -> _Layout:
     labels = [["original", *mean_and_heads(a.maps[0], options.heads)[1]] for a in layers]
     side = options.cell or _side(sum(map(len, labels)), layers[0].grid)
-    sizes = [Frame.of(attention.grid, side, attention.geometry, image).size for attention in layers]
+    sizes = [Frame.of(attention.grid, side, image).size for attention in layers]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     columns = columns_for(max(map(len, labels)), len(layers), height, width, ASPECT)
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + LINE + GAP
     titles, captions, places, top = [], [], [], GAP
     for attention, shown in zip(layers, labels, strict=True):
-        titles.append(((GAP, top), layer_title(attention, unseen=1 - attention.seen_share(image))))
+        titles.append(((GAP, top), layer_title(attention, unseen=1 - attention.grid.seen_share(image))))
         top += LINE + GAP
         cells = [(GAP + i % columns * pitch_x, top + i // columns * pitch_y) for i in range(len(shown))]
         captions += [((x, y + height + 1), label) for (x, y), label in zip(cells, shown, strict=True)]
@@ -100,7 +99,7 @@ def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions, image: t
     return _Layout(np.asarray(canvas), side, places)
 
 
-def _side(cells: int, grid: tuple[int, int]) -> int:
+def _side(cells: int, grid: Grid) -> int:
     """The longer side of a cell, so that all of them together have about `FRAME_PIXELS`."""
     patch = math.sqrt(FRAME_PIXELS / cells / math.prod(grid))
     return min(round(patch * max(grid)), LARGEST_CELL)

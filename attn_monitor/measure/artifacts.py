@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.grid import Grid
 
 CUTOFF = 6.0
 """Robust standard deviations above the median from which on a patch is an outlier."""
@@ -57,7 +58,7 @@ def outliers_by_attention(received: LayerAttention) -> Outliers:
     return _outliers(weights, F.outliers(weights.log(), CUTOFF), received.grid, "attention received")
 
 
-def _outliers(values: Tensor, far: Tensor, grid: tuple[int, int], quantity: str) -> Outliers:
+def _outliers(values: Tensor, far: Tensor, grid: Grid, quantity: str) -> Outliers:
     ratios = values / values.quantile(0.5, -1, keepdim=True)
     patches = far & (ratios >= LEAST_RATIO)
     return Outliers(patches.unflatten(-1, grid), ratios.unflatten(-1, grid), quantity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.logit_growth import LogitGrowth
 from attn_monitor.measure.metrics import LARGEST, Measured
+from attn_monitor.measurements import HealthFlag
 
-HEALTH_TAG = "attn/health_flags"  # how many a run has raised so far
 LEFT = 0.01  # change of a head's entropy that counts as having left its start
 
 
@@ -65,41 +65,6 @@ class HealthLimits:
             raise ValueError(f"health: still_steps={self.still_steps}; expected at least 1")
 
 
-@dataclass(frozen=True)
-class HealthFlag:
-    """One finding: ``kind`` with the role, layer and heads that it is about, and the value that raised it.
-
-    ``layer`` is None where it is about the whole model.
-    """
-
-    kind: str
-    role: str
-    layer: int | None
-    heads: tuple[int, ...]
-    step: int
-    value: float | None  # of the worst head; None when it is not a number
-    text: str
-
-    def __str__(self) -> str:
-        which = "head" if len(self.heads) == 1 else "heads"
-        heads = f", {which} {', '.join(map(str, self.heads))}" if self.heads else ""
-        return f"{self.where}{heads}: {self.text} (step {self.step:,})"
-
-    @property
-    def where(self) -> str:
-        """The role, and the layer if it is about one."""
-        return self.role if self.layer is None else f"{self.role}, layer {self.layer}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and checkpoints."""
-        return {**asdict(self), "heads": list(self.heads)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> HealthFlag:
-        """The flag that `state_dict` came from."""
-        return cls(**{**{f.name: state[f.name] for f in fields(cls)}, "heads": tuple(state["heads"])})
-
-
 @dataclass
 class _Layer:
     """What is remembered of one role's layer from snapshot to snapshot."""
@@ -114,8 +79,8 @@ class _Layer:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> _Layer:
-        """What `asdict` made; that of an older version has no logit."""
-        return cls(**{**state, "logit": LogitGrowth(**state.get("logit", {}))})
+        """The layer that `asdict` stored."""
+        return cls(**{**state, "logit": LogitGrowth(**state["logit"])})
 
 
 class Health:
@@ -185,7 +150,6 @@ class Health:
         if len(layer.start) != len(now):
             layer.start, layer.left = now, [False] * len(now)
             layer.low, layer.high, layer.since = [0] * len(now), [0] * len(now), [step] * len(now)
-        layer.since = layer.since or [step] * len(now)  # state of an older version has none
         for head, value in enumerate(now):
             layer.left[head] |= abs(value - layer.start[head]) > LEFT
             layer.low[head] = layer.low[head] + 1 if layer.left[head] and value < limits.low_entropy else 0

@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,43 +17,11 @@ from torch import Tensor
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.sinks import names_of_prefix, received, sink_share
+from attn_monitor.measurements import MetricKey, Metrics
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 Measured = dict[tuple[str, int], dict[str, Tensor]]
 """Values by (role, layer) and name, on the host: (n, H) for each head, (n,) or () where heads make no sense."""
-
-
-class MetricKey(NamedTuple):
-    """What a value is of: a head's mean over images, or with ``head`` None the mean over heads and images.
-
-    Of metrics in `LARGEST` it is the largest value instead of the mean.
-    """
-
-    role: str
-    layer: int
-    metric: str
-    head: int | None = None
-
-    @property
-    def tag(self) -> str:
-        """Its name in loggers."""
-        if self.head is None:
-            return f"attn/{self.role}/layer{self.layer}/{self.metric}"
-        return f"attn_heads/{self.role}/layer{self.layer}/{self.metric}/head{self.head}"
-
-
-class Metrics(dict[MetricKey, float]):
-    """Values by `MetricKey`, or a tuple like it: ``metrics["teacher", 11, "entropy", None]``. A tag finds them too."""
-
-    def __missing__(self, tag: object) -> float:
-        for key, value in self.items():
-            if key.tag == tag:
-                return value
-        raise KeyError(tag)
-
-    def of_layer(self, role: str, layer: int) -> dict[str, float]:
-        """Means over heads and images, by the metric's name."""
-        return {key.metric: value for key, value in self.items() if key[:2] == (role, layer) and key.head is None}
 
 
 @dataclass(frozen=True)
@@ -157,7 +124,7 @@ def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
         return {}
     truth = inputs.truth.to(inputs.p.device)
     maps = inputs.mask.unflatten(-1, inputs.attention.grid).float()
-    shown = inputs.attention.over_pixels(maps, (truth.shape[-2], truth.shape[-1])).bool().flatten(-2)
+    shown = inputs.attention.grid.over_pixels(maps, (truth.shape[-2], truth.shape[-1])).bool().flatten(-2)
     overlap = F.jaccard(shown[:, :, None], truth.flatten(-2)[:, None])  # (B, H, objects)
     per_object = overlap.transpose(1, 2)[truth.flatten(-2).any(-1)]  # (objects there, H)
     # A head without a mask (NaN in its row) overlaps with nothing.

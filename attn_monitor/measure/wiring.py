@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 
 CONFIRMED = 3  # watched steps in a row that must agree
 ENOUGH = 8  # sampled values that must tell

@@ -16,15 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.health import HealthFlag
 from attn_monitor.measure.sinks import has_cls
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.measurements import HealthFlag
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 Layout = list[dict[str, Any]]
 
 
-def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
+def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
     """What the snapshot's layers are, in the order in which their numbers stand in blocks; ``features`` as in `block`.
 
     ``prefix`` tokens stand before the patches of a row, the first of them CLS where ``cls``; ``geometry`` is where
@@ -53,7 +53,7 @@ def layout_of(snapshot: AttentionSnapshot, *, features: bool = True) -> Layout:
     ]
 
 
-def block(snapshot: AttentionSnapshot, layer: int, *, features: bool = True) -> bytes:
+def block(snapshot: Snapshot, layer: int, *, features: bool = True) -> bytes:
     """Rows (B, H, T) of every role's layer, then ``features`` (B, N, K), then colours (B, N, 3) of 0…255; deflated."""
     safe_point()
     parts = [a for (_, index), a in snapshot.layers.items() if index == layer]
@@ -65,18 +65,18 @@ def block(snapshot: AttentionSnapshot, layer: int, *, features: bool = True) -> 
     return zlib.compress(np.ascontiguousarray(halves.T).tobytes() + b"".join(bytes_of_colours), 6)
 
 
-def blocks(snapshot: AttentionSnapshot, *, features: bool = True) -> dict[int, bytes]:
+def blocks(snapshot: Snapshot, *, features: bool = True) -> dict[int, bytes]:
     """`block` of each layer."""
     layers = dict.fromkeys(layer for _, layer in snapshot.layers)
     return {layer: block(snapshot, layer, features=features) for layer in layers}
 
 
-def has_features(snapshot: AttentionSnapshot) -> bool:
+def has_features(snapshot: Snapshot) -> bool:
     """Whether a layer has features of its patches."""
     return any(_width(a) > 0 for a in snapshot.layers.values())
 
 
-def measured(snapshot: AttentionSnapshot) -> dict[str, Any]:
+def measured(snapshot: Snapshot) -> dict[str, Any]:
     """Metrics by "role/layer/metric": the mean, and where heads have their own, theirs after it; NaN is None."""
     values: dict[str, list[float | None]] = {}
     for key, value in snapshot.metrics.items():

@@ -21,7 +21,7 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.history import thin
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 PHOTO, FEW = 512, 16  # pixels of a photograph's longer side at most, half of it where there are more than so many
@@ -77,7 +77,7 @@ class Contents:
         return {"name": self.name, **self.images, "note": self.note, "layouts": layouts, "steps": steps}
 
 
-def step_facts(snapshot: AttentionSnapshot) -> dict[str, Any]:
+def step_facts(snapshot: Snapshot) -> dict[str, Any]:
     """Step, epoch, metrics and flags of a snapshot."""
     flags = [blocks.flag_of(flag) for flag in snapshot.flags]
     return {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}

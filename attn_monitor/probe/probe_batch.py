@@ -203,7 +203,7 @@ class ProbeBatch:
                 raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
             images = _normalise(pixels, mean, std)
         masks = take("masks", ("bool",), (len(names), None, *images.shape[2:]))
-        caption, source = header.text("caption", default="original"), header.text("source", default="")
+        caption, source = header.text("caption"), header.text("source")
         return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.metrics import SINK_SHARES, MetricKey
+from attn_monitor.measure.metrics import SINK_SHARES
 from attn_monitor.measure.sinks import LEAST_SHARE, find_sinks, on_registers
+from attn_monitor.measurements import MetricKey
 from attn_monitor.record.curves import Curves
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 COLUMNS = (
@@ -42,7 +43,7 @@ class AttentionSinkRow:
     verdict: str = "no sink"
 
 
-def sink_rows(snapshot: AttentionSnapshot, curves: Curves) -> list[AttentionSinkRow]:
+def sink_rows(snapshot: Snapshot, curves: Curves) -> list[AttentionSinkRow]:
     """Of every layer of a snapshot of which it is known."""
     measured = {key[:2] for key in snapshot.metrics if key.metric in SINK_SHARES}
     return [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 
-def layers_within(snapshot: AttentionSnapshot, budget: int) -> tuple[int, ...]:
+def layers_within(snapshot: Snapshot, budget: int) -> tuple[int, ...]:
     """From the last layer back, those whose heads' curves together are at most ``budget`` metrics; one at least."""
     costs = head_keys(snapshot)
     kept: list[int] = []
@@ -19,7 +19,7 @@ def layers_within(snapshot: AttentionSnapshot, budget: int) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def head_keys(snapshot: AttentionSnapshot) -> Counter[int]:
+def head_keys(snapshot: Snapshot) -> Counter[int]:
     """How many metrics of single heads each layer has in a run, with drift, which the first snapshot lacks."""
     costs = Counter(key.layer for key in snapshot.metrics if key.head is not None and key.metric != "drift")
     for (_, layer), attention in snapshot.layers.items():
@@ -27,7 +27,7 @@ def head_keys(snapshot: AttentionSnapshot) -> Counter[int]:
     return costs
 
 
-def budget_text(label: str, kept: Sequence[int], snapshot: AttentionSnapshot) -> str:
+def budget_text(label: str, kept: Sequence[int], snapshot: Snapshot) -> str:
     """What is left out, why, and where it is."""
     costs = head_keys(snapshot)
     return (

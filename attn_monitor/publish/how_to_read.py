@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.measure.health import HEALTH_TAG
+from attn_monitor.measurements import HEALTH_TAG
 from attn_monitor.publish.tags import renamed, titled
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.publish.sink import Picture, Sink, is_lightning
 from attn_monitor.publish.tags import renamed
 

@@ -16,7 +16,7 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture
 from attn_monitor.publish.tags import renamed
 from attn_monitor.record.curves import Curves
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 OVERLAID_IMAGES = 2
@@ -30,7 +30,7 @@ class Pictures:
         self.probe, self.style, self.name = probe, style, name
 
     def of_image(
-        self, index: int, snapshot: AttentionSnapshot, history: Sequence[AttentionSnapshot], layers: Sequence[int]
+        self, index: int, snapshot: Snapshot, history: Sequence[Snapshot], layers: Sequence[int]
     ) -> Iterator[Picture]:
         """A panel and a film strip of each layer."""
         name, photo, masks = snapshot.names[index], self.probe.pixels[index], self.probe.masks
@@ -46,7 +46,7 @@ class Pictures:
             yield Picture(renamed(f"attn_maps/{name}{suffix}", self.name), panel, caption)
             yield Picture(renamed(f"attn_filmstrip/{name}{suffix}", self.name), strip, caption)
 
-    def of_run(self, snapshot: AttentionSnapshot, curves: Curves) -> Iterator[Picture]:
+    def of_run(self, snapshot: Snapshot, curves: Curves) -> Iterator[Picture]:
         """Charts of the whole run up to a snapshot, and where it has several layers, all of their heads at a glance."""
         if logits := curves.of(LARGEST):
             caption = f"largest logits, step {snapshot.step}"
@@ -59,24 +59,24 @@ class Pictures:
                 tag = renamed(f"attn_overview/heads_{name}", self.name)
                 yield Picture(tag, heat_map, f"{name} of all heads, step {snapshot.step}")
 
-    def overlays(self, snapshot: AttentionSnapshot, layer: int) -> list[Overlay]:
+    def overlays(self, snapshot: Snapshot, layer: int) -> list[Overlay]:
         """Mass masks of every head of the last role, for the first few images."""
         attention = snapshot.layer(snapshot.roles[-1], layer)
         masks = map_statistics(attention.maps, self.style.threshold).mask
         overlays = []
         for image, photo in enumerate(self.probe.pixels[:OVERLAID_IMAGES]):
             safe_point()
-            enlarged = attention.over_pixels(masks[image].float(), (photo.shape[0], photo.shape[1])).numpy()
+            enlarged = attention.grid.over_pixels(masks[image].float(), (photo.shape[0], photo.shape[1])).numpy()
             layers = {f"head {head}": mask for head, mask in enumerate(enlarged)}
             tag = renamed(f"attn_overlay/{snapshot.names[image]}", self.name)
             overlays.append(Overlay(tag, photo, layers))
         return overlays
 
-    def timelapse(self, history: Sequence[AttentionSnapshot]) -> bytes:
+    def timelapse(self, history: Sequence[Snapshot]) -> bytes:
         """An animated GIF of all images, one frame a step."""
         return animations.gif(animations.timelapse(history, list(self.probe.pixels), options=self.style))
 
-    def head_rows(self, snapshot: AttentionSnapshot) -> list[HeadRow]:
+    def head_rows(self, snapshot: Snapshot) -> list[HeadRow]:
         """Every head on every image, in the last captured layer of each role."""
         rows = []
         for role in snapshot.roles:
@@ -84,14 +84,14 @@ class Pictures:
             said = map_statistics(attention.maps, self.style.threshold)  # (B, H)
             for image, photo in enumerate(self.probe.pixels):
                 safe_point()
-                painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL, geometry=attention.geometry)
+                painter = CellPainter(photo, attention.grid, self.style, THUMBNAIL)
                 for head, cell in enumerate(painter.paint(attention.maps[image].numpy())):
                     numbers = float(said.entropy[image, head]), float(said.mask_area[image, head])
                     rows.append(HeadRow(snapshot.names[image], role, attention.layer, head, *numbers, cell))
         return rows
 
 
-def entropy_curves(history: Sequence[AttentionSnapshot]) -> list[HeadCurves]:
+def entropy_curves(history: Sequence[Snapshot]) -> list[HeadCurves]:
     """Of each role and layer, the mean entropy over images of every head at every step."""
     curves: dict[tuple[str, int], dict[int, list[float]]] = {}
     for snapshot in history:

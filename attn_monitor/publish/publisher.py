@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.attention_sinks import AttentionSinkRow, sink_rows
@@ -43,7 +43,8 @@ from attn_monitor.publish.tags import renamed
 from attn_monitor.record.archive import snapshot_path
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.record.snapshot_file import write_snapshot
+from attn_monitor.snapshot import Snapshot
 
 Value = TypeVar("Value")
 
@@ -89,7 +90,7 @@ class Publisher:
         folder: Path | None = None,
         style: DrawingOptions = DrawingOptions(),
         every_layer: bool = False,
-        history: Iterable[AttentionSnapshot] = (),
+        history: Iterable[Snapshot] = (),
         curves: Curves | None = None,
         settings: str = "",
         name: str = "",
@@ -104,7 +105,7 @@ class Publisher:
         self._probe, self._style, self._name, self._every_layer = probe, style, name, every_layer
         self._pictures, self._history = Pictures(probe, style, name), History(list(history))
         self._curves = Curves() if curves is None else curves.copy()
-        self._last: AttentionSnapshot | None = None
+        self._last: Snapshot | None = None
         self._told: set[HealthFlag] = set()
         self._patience, self._space = patience or Patience(), Space(self.failures, disk_reserve)
         self._archive = Outbox("archive", self.failures, self._patience, patient=True)
@@ -126,7 +127,7 @@ class Publisher:
         """Step of the last snapshot that was written to the archive; None when there is none."""
         return self._archive.last_step
 
-    def publish(self, snapshot: AttentionSnapshot) -> None:
+    def publish(self, snapshot: Snapshot) -> None:
         """Queue a snapshot for the archive and every logger."""
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
         self._history.add(snapshot, layers)
@@ -192,7 +193,7 @@ class Publisher:
                 log = partial(channel.sink.log_report, renamed("attn_report", self._name), pages[0], step)
                 channel.outbox.put(Job(f"logging the report to {channel.label}", None, log, keep=False))
 
-    def _write(self, folder: Path, snapshot: AttentionSnapshot) -> None:
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
         """A snapshot to the archive, after its probe."""
         path = folder / "probe.npz"
         missing = not path.exists()
@@ -201,7 +202,7 @@ class Publisher:
             self._before_writing()
         if missing:
             self._probe.save(path)
-        snapshot.save(snapshot_path(folder, snapshot.step))
+        write_snapshot(snapshot, snapshot_path(folder, snapshot.step))
 
     def _write_report(self, folder: Path, pages: list[str]) -> None:
         if self._archive.last_step is None or self.failures.fails(ARCHIVE):
@@ -228,10 +229,10 @@ class Publisher:
         if self._reports:
             self.failures.report(_warn)
 
-    def _scalars(self, snapshot: AttentionSnapshot, heads: bool | tuple[int, ...]) -> dict[str, float]:
+    def _scalars(self, snapshot: Snapshot, heads: bool | tuple[int, ...]) -> dict[str, float]:
         return {renamed(tag, self._name): value for tag, value in snapshot.scalars(heads=heads).items()}
 
-    def _layers_of_heads(self, channel: _Channel, snapshot: AttentionSnapshot) -> tuple[int, ...] | None:
+    def _layers_of_heads(self, channel: _Channel, snapshot: Snapshot) -> tuple[int, ...] | None:
         """The layers whose heads a logger with a budget gets, said once; None where it gets all."""
         budget = channel.sink.head_keys
         if budget is None or head_keys(snapshot).total() <= budget:
@@ -258,7 +259,7 @@ class Publisher:
         self,
         channel: _Channel,
         sink: TakesPictures,
-        snapshot: AttentionSnapshot,
+        snapshot: Snapshot,
         drawn: _Once[list[Picture]],
         layer: int,
     ) -> None:
@@ -292,8 +293,8 @@ class Publisher:
         channel: _Channel,
         gif: _Once[bytes],
         rows: _Once[list[AttentionSinkRow]],
-        history: list[AttentionSnapshot],
-        last: AttentionSnapshot,
+        history: list[Snapshot],
+        last: Snapshot,
     ) -> None:
         sink = channel.sink
         self._space.require(sink.media_folder, 2 * len(gif()))
@@ -305,7 +306,7 @@ class Publisher:
             sink.log_tables(self._pictures.head_rows(last), entropy_curves(history), last.step)
 
     def _draw(
-        self, snapshot: AttentionSnapshot, history: list[AttentionSnapshot], curves: Curves, layers: Sequence[int]
+        self, snapshot: Snapshot, history: list[Snapshot], curves: Curves, layers: Sequence[int]
     ) -> list[Picture]:
         """Panels and film strips of every image that can be drawn, and charts of the run."""
         pictures: list[Picture] = []
@@ -354,6 +355,6 @@ def _warn(text: str) -> None:
     warnings.warn(f"attn_monitor: {text}", stacklevel=5)
 
 
-def _size(snapshot: AttentionSnapshot) -> int:
+def _size(snapshot: Snapshot) -> int:
     """Bytes of its tensors."""
     return sum(attention.nbytes for attention in snapshot.layers.values())

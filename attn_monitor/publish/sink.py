@@ -17,9 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from attn_monitor.draw import canvas as drawing
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.publish.attention_sinks import AttentionSinkRow
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class TakesPictures(Protocol):
 class DescribesRun(Protocol):
     """Has a place for words and for the layout of charts, written once for each run."""
 
-    def describe_run(self, text: str, snapshot: AttentionSnapshot) -> None:
+    def describe_run(self, text: str, snapshot: Snapshot) -> None:
         """Markdown, and charts for the metrics of a snapshot."""
 
 
@@ -153,7 +153,7 @@ class DescribesRun(Protocol):
 class TakesHistograms(Protocol):
     """Shows how a value is spread."""
 
-    def log_histograms(self, snapshot: AttentionSnapshot) -> None:
+    def log_histograms(self, snapshot: Snapshot) -> None:
         """Entropy over heads and images, for each role and layer."""
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor import functional as F
-from attn_monitor.measure.health import HealthFlag
-from attn_monitor.measure.metrics import METRICS, MetricKey
+from attn_monitor.measure.metrics import METRICS
+from attn_monitor.measurements import HealthFlag, MetricKey
 from attn_monitor.publish.attention_sinks import AttentionSinkRow, markdown
 from attn_monitor.publish.sink import Picture, Sink, is_a, is_lightning, prefix_of
 from attn_monitor.publish.tags import renamed, titled
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 # Of each writer. Only the last layout in a run is shown, so it has to hold the charts of all callbacks.
@@ -66,7 +66,7 @@ class TensorBoardSink(Sink):
         text = "\n".join(f"- {flag}" for flag in flags)
         self.writer.add_text(renamed("attn_monitor/health", self.name), text, step)
 
-    def log_histograms(self, snapshot: AttentionSnapshot) -> None:
+    def log_histograms(self, snapshot: Snapshot) -> None:
         """Entropy over heads and images, where no row holds NaN."""
         for (role, layer), attention in snapshot.layers.items():
             safe_point()
@@ -84,7 +84,7 @@ class TensorBoardSink(Sink):
         """As text."""
         self.writer.add_text(renamed("attn_monitor/sinks", self.name), markdown(rows), step)
 
-    def describe_run(self, text: str, snapshot: AttentionSnapshot) -> None:
+    def describe_run(self, text: str, snapshot: Snapshot) -> None:
         """How to read the maps, and for each metric a chart of all heads of each layer."""
         self.writer.add_text(renamed("attn_monitor/how_to_read", self.name), text, 0)
         charts: dict[str, dict[str, Any]] = {}

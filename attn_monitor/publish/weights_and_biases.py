@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.publish.attention_sinks import COLUMNS, AttentionSinkRow
 from attn_monitor.publish.sink import HeadCurves, HeadRow, Overlay, Picture, Sink, is_a, is_lightning, prefix_of
 from attn_monitor.publish.tags import renamed, titled

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attn_monitor.errors import ArchiveError
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.record.snapshot_file import read_snapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 
@@ -28,17 +28,9 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def load_snapshots(folder: str | os.PathLike[str]) -> list[AttentionSnapshot]:
-    """All snapshots of an archive folder, in order of steps."""
-    paths = snapshot_paths(Path(folder))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run")
-    return [load_step(path) for path in paths]
-
-
-def load_step(path: Path) -> AttentionSnapshot:
+def load_step(path: Path) -> Snapshot:
     """A snapshot of an archive folder, which has the step that its file is named after."""
-    snapshot = AttentionSnapshot.load(path)
+    snapshot = read_snapshot(path)
     if snapshot.step != step_of(path):
         raise ArchiveError(f"{path}: holds step {snapshot.step}, expected the step that the file is named after")
     return snapshot
@@ -46,7 +38,7 @@ def load_step(path: Path) -> AttentionSnapshot:
 
 def written_between(
     archive: Path, after: int, until: int, names: Sequence[str], warn: Callable[[str], None]
-) -> list[AttentionSnapshot]:
+) -> list[Snapshot]:
     """Snapshots of these images at steps above ``after`` and up to ``until``; files that cannot be read are told."""
     read = []
     for path in snapshot_paths(archive):

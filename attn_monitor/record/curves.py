@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from attn_monitor.measure.metrics import LARGEST, SINK_SHARES, MetricKey, Metrics
+from attn_monitor.measure.metrics import LARGEST, SINK_SHARES
+from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.record.history import thin
 
 LENGTH = 96  # points of a curve that are kept

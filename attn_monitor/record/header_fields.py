@@ -10,11 +10,10 @@ from typing import Any
 from attn_monitor.errors import ArchiveError
 
 LARGEST = 2**63 - 1
-_REQUIRED: Any = object()
 
 
 class Fields:
-    """The fields of one object of a header; ``where`` names it in errors. A field with a default may be missing."""
+    """The fields of one object of a header; ``where`` names it in errors."""
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
@@ -52,16 +51,20 @@ class Fields:
             raise self._wrong(name, "finite numbers")
         return tuple(map(float, values))
 
-    def truth(self, name: str, *, default: bool = _REQUIRED) -> bool:
+    def is_none(self, name: str) -> bool:
+        """Whether nothing is stored under this name."""
+        return self._get(name) is None
+
+    def truth(self, name: str) -> bool:
         """True or false."""
-        value = self._get(name, default)
+        value = self._get(name)
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value
 
-    def text(self, name: str, *, default: str = _REQUIRED) -> str:
+    def text(self, name: str) -> str:
         """A text."""
-        value = self._get(name, default)
+        value = self._get(name)
         if not isinstance(value, str):
             raise self._wrong(name, "a text")
         return value
@@ -73,9 +76,9 @@ class Fields:
             raise self._wrong(name, "texts, each different")
         return tuple(values)
 
-    def items(self, name: str, *, default: list[Any] = _REQUIRED) -> list[Any]:
+    def items(self, name: str) -> list[Any]:
         """A list of anything."""
-        value = self._get(name, default)
+        value = self._get(name)
         if not isinstance(value, list):
             raise self._wrong(name, "a list")
         return value
@@ -91,11 +94,10 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
-    def _get(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self._values.get(name, default)
-        if value is _REQUIRED:
+    def _get(self, name: str) -> Any:
+        if name not in self._values:
             raise ArchiveError(f"the {self.where} has no {name!r}")
-        return value
+        return self._values[name]
 
     def _wrong(self, name: str, expected: str) -> ArchiveError:
         return ArchiveError(f"{name}={reprlib.repr(self._values[name])} in the {self.where}, expected {expected}")

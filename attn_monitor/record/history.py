@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 LENGTH = 24  # snapshots that are kept
 
@@ -14,19 +14,19 @@ LENGTH = 24  # snapshots that are kept
 class History:
     """Earlier snapshots of the layers that are drawn, in order of steps, thinned evenly to at most 24."""
 
-    def __init__(self, snapshots: Sequence[AttentionSnapshot] = ()) -> None:
+    def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
         self._snapshots = list(snapshots)
 
-    def __iter__(self) -> Iterator[AttentionSnapshot]:
+    def __iter__(self) -> Iterator[Snapshot]:
         return iter(self._snapshots)
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def __getitem__(self, index: int) -> AttentionSnapshot:
+    def __getitem__(self, index: int) -> Snapshot:
         return self._snapshots[index]
 
-    def add(self, snapshot: AttentionSnapshot, layers: Sequence[int]) -> None:
+    def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
         """Append these layers of a snapshot; those of its step and later ones, from before a run was resumed, go."""
         kept = [s for s in self._snapshots if s.step < snapshot.step]
         self._snapshots = [*kept, snapshot.only(layers)]

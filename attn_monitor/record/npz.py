@@ -27,7 +27,7 @@ from torch import Tensor
 from attn_monitor.errors import ArchiveError
 from attn_monitor.record.header_fields import Fields
 
-FORMAT = 2  # what is added later is optional, so that this number stays; of 1 see `first_format`
+FORMAT = 2  # additions are optional, so that this number stays
 HEADER_BYTES = 64 << 20  # of JSON as UTF-32; a thousand layers' metrics of every head take a tenth
 PACKED_BYTES = 256 << 20  # files that would unpack to more are stored as they are, see `write_npz`
 WRITING = ".writing-"  # how the names of files begin that are not complete

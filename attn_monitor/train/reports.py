@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
-from attn_monitor.measure.health import HealthFlag
 from attn_monitor.measure.metrics import select_metrics
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.generic_loggers import CSVSink
 from attn_monitor.publish.sink import TakesPictures

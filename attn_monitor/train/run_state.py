@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from attn_monitor.distributed import RankZero
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.publish.background import Patience
 from attn_monitor.publish.failures import Failures
 from attn_monitor.publish.publisher import Publisher

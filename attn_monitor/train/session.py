@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import reporting
@@ -18,14 +19,14 @@ from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, NoImagesError, ProbeError, TargetError
-from attn_monitor.measure.health import HealthFlag
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
 from attn_monitor.publish.background import DISK_PATIENCE, within
 from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import written_between
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
@@ -366,7 +367,7 @@ class Session:
                 self.warn(told)
         return claim.folder
 
-    def _written_since(self, until: int) -> list[AttentionSnapshot]:
+    def _written_since(self, until: int) -> list[Snapshot]:
         """Snapshots of this run that were archived after the latest one that is known."""
         last, folder = self.schedule.last_step, self.run.folder
         if folder is None or self.monitor is None or last is None:
@@ -456,7 +457,7 @@ class Session:
             self._find(lambda: self._watch_wiring(models, step), step)
         return snapshot
 
-    def _publish(self, snapshot: AttentionSnapshot, paths: Mapping[str, str], seconds: float, note: str) -> None:
+    def _publish(self, snapshot: Snapshot, paths: Mapping[str, str], seconds: float, note: str) -> None:
         run, monitor = self.run, self.monitor
         assert monitor is not None
         if run.publisher is None and run.rank_zero.is_here:

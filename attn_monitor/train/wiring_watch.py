@@ -18,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.capture.isolation import all_modules, is_isolated
-from attn_monitor.measure.health import HealthFlag, HealthLimits
+from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.wiring import At, Moment, OptimizerStep, WatchedStep, Wiring
+from attn_monitor.measurements import HealthFlag
 from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
 
 FIRST, AGAIN, LATER = 8, 3, 1  # optimizer steps to watch: after the first snapshot, once later, after some snapshots

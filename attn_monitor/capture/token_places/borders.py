@@ -21,7 +21,7 @@ from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import SiteTokens
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 
 _SEED = 3
 

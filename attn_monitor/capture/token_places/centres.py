@@ -16,11 +16,11 @@ from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
-from attn_monitor.grid_geometry import GridGeometry, placed
+from attn_monitor.grid import Grid, GridGeometry
 
 _ROUNDS = 5  # of two base images each: the user's and noise
 
-Grid = tuple[int, int]
+Cells = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
     the mosaics both change as much with the one cell as with the other. Where most tokens change so, fields overlap by
     too much to tell.
     """
-    grids: dict[tuple[Grid, GridGeometry | None], list[SiteKey]] = {}
+    grids: dict[tuple[Cells, GridGeometry | None], list[SiteKey]] = {}
     for key in ranked.keys:
         layout = search.sites[key].layout
         if layout is not None and layout.evidence == "centres" and min(layout.grid) > 2:
             grids.setdefault((layout.grid, layout.geometry), []).append(key)
     for (grid, geometry), alike in grids.items():
-        conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
+        conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)
         after = search.silent_model(middles_changed(ranked.base, conv)[None], 4).sites
         for key in alike:
             layout, before = search.sites[key].layout, ranked.seen.sites[key].v
@@ -80,7 +80,7 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
                 search.sites[key].refuse("two of its keys hold the same part of the image")
 
 
-def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Grid) -> bool:
+def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Cells) -> bool:
     """From (T,) changes with the middles of every second cell, and (M, M, T) between mosaics, of tokens by cell."""
     rows, cols = torch.arange(grid[0] * grid[1]) // grid[1], torch.arange(grid[0] * grid[1]) % grid[1]
     changed = (rows + cols) % 2 == 0
@@ -149,7 +149,7 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
     return not hopeful
 
 
-def _agreement(halves: Sequence[Tensor], grid: Grid) -> float:
+def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:
     """Share of tokens that two halves of the base images rank alike: with more of them, a few others may follow."""
     one, other = (cells_by_rank(half[:, ~half.isnan().any(0)], grid) for half in halves)
     return float((one == other).double().mean()) if len(one) == len(other) else 0.0
@@ -172,7 +172,7 @@ def _exchanges_tokens(mosaic: Mosaic, key: SiteKey, places: Places, limit: float
     return float(own[~still].median()) > 0.8 * float(other.median())
 
 
-def _agreed_places(halves: Sequence[Tensor], grid: Grid, rounds: int, others: Sequence[TokenLayout]) -> Places | None:
+def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: Sequence[TokenLayout]) -> Places | None:
     """Places that the (2, T) centres of two halves of the base images give alike.
 
     After a few rounds it is enough that both together give them, or another layer does, and each half nearly so.
@@ -188,7 +188,7 @@ def _agreed_places(halves: Sequence[Tensor], grid: Grid, rounds: int, others: Se
 
 
 def _queries_by_centre(
-    halves: Sequence[Sequence[SiteTokens]], keys: TokenLayout, conv: PatchConv, size: Grid, limit: float
+    halves: Sequence[Sequence[SiteTokens]], keys: TokenLayout, conv: PatchConv, size: Cells, limit: float
 ) -> dict[int, int]:
     """Where two halves of the base images rank the queries alike; as the keys where each half does so for most.
 
@@ -206,7 +206,7 @@ def _queries_by_centre(
     return {p: t for t, p in enumerate(places or ()) if p >= 0}
 
 
-def _share_ranked_as(centre: Tensor, places: Places, grid: Grid) -> float:
+def _share_ranked_as(centre: Tensor, places: Places, grid: Cells) -> float:
     """Share of the tokens with a place that (2, T) centres rank into it; 0 where they leave some of them out."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
     if bool(centre[:, tokens].isnan().any()):
@@ -215,13 +215,13 @@ def _share_ranked_as(centre: Tensor, places: Places, grid: Grid) -> float:
     return float((ranked == torch.tensor([places[t] for t in tokens], device=ranked.device)).double().mean())
 
 
-def _centre(sketches: Sequence[Tensor | None], conv: PatchConv, size: Grid, limit: float) -> Tensor:
+def _centre(sketches: Sequence[Tensor | None], conv: PatchConv, size: Cells, limit: float) -> Tensor:
     """(2, …, T) centres on average over several base images."""
     return torch.stack([centres(s, conv, size, limit) for s in sketches if s is not None]).nanmean(0)
 
 
 def _distance_of_heads(
-    heads: Sequence[Tensor | None], conv: PatchConv, size: Grid, places: Places, limit: float
+    heads: Sequence[Tensor | None], conv: PatchConv, size: Cells, places: Places, limit: float
 ) -> float:
     """By how many cells the heads' own centres differ, on average over the tokens."""
     if any(h is None for h in heads):

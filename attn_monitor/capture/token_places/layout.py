@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 
 STATIC, SEVERAL = -1, -2  # in place of a cell: holds nothing of the image; holds more than one cell
 

@@ -19,7 +19,7 @@ from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 
 _WEAKER = (0.75, 0.5)  # changes of the lower half, and of the right half
 _CHANGED = 0.25  # of the largest change: interpolation spreads little of it to pixels around
@@ -131,7 +131,7 @@ def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) ->
 
 def _without_padding(conv: PatchConv, size: tuple[int, int]) -> PatchConv:
     """The same without the rows and columns of cells that see nothing of the image."""
-    axes = [cells[cells >= 0] for cells in conv.geometry.cells_of_pixels(conv.grid, size)]
+    axes = [cells[cells >= 0] for cells in conv.placed_grid.cells_of_pixels(size)]
     if not all(len(cells) for cells in axes):
         return conv
     (top, bottom), (left, right) = ((int(cells[0]), int(cells[-1])) for cells in axes)

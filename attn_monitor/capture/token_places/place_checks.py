@@ -24,7 +24,7 @@ from attn_monitor.capture.token_places.synthetic_images import (
     thirds_changed,
 )
 from attn_monitor.capture.token_places.tokens import SiteTokens
-from attn_monitor.grid_geometry import GridGeometry, placed
+from attn_monitor.grid import Grid, GridGeometry
 
 _OWN_LINE = 0.15  # the least change with a patch's own third of the rows or columns, of that with any third
 
@@ -70,7 +70,7 @@ def refuse_partial_views(search: PlaceSearch) -> None:
         if layout.evidence == "centres" or math.prod(layout.grid) < finest:
             doubtful.setdefault((layout.grid, layout.geometry), []).append((key, layout))
     for (grid, geometry), keys in doubtful.items():
-        conv = PatchConv(grid, placed(geometry, grid, search.size), disjoint=False)
+        conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)
         quarters, cells = quarters_of_cells(conv, search.size), conv.cell_of_pixels(search.size)
         there = torch.stack([cells[quarters == q].bincount(minlength=math.prod(grid)) > 0 for q in range(4)])
         ranked = any(layout.evidence == "centres" for _, layout in keys)

@@ -13,7 +13,7 @@ from attn_monitor.capture.patch_grids import PatchConv
 from attn_monitor.capture.token_places.layout import Places, TokenLayout
 from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.tokens import Call, Tokens
-from attn_monitor.grid_geometry import GridGeometry
+from attn_monitor.grid import GridGeometry
 
 
 @dataclass(frozen=True)

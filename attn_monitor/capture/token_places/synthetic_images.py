@@ -118,9 +118,7 @@ def small_strength(dtype: torch.dtype) -> float:
 def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
     """The quarter, 0…3, of what the image has of its cell that each pixel is in, (H, W); -1 outside of cells."""
     halves = []
-    for middles, cells in zip(
-        conv.geometry.centres(conv.grid, size), conv.geometry.cells_of_pixels(conv.grid, size), strict=True
-    ):
+    for middles, cells in zip(conv.placed_grid.centres(size), conv.placed_grid.cells_of_pixels(size), strict=True):
         halves.append(torch.arange(len(cells)) + 0.5 > torch.tensor(middles)[cells])
     lower, right = halves
     return torch.where(conv.cell_of_pixels(size) >= 0, 2 * lower[:, None].long() + right, -1)
@@ -145,7 +143,7 @@ def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
 def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """The (C, H, W) image with other noise in the middles of every second cell, as on a chessboard."""
     size = (image.shape[-2], image.shape[-1])
-    cells = [torch.from_numpy(c) for c in conv.geometry.cells_of_pixels(conv.grid, size)]
+    cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
     middle = []
     for pixels, start, cell in zip(size, conv.geometry.origin, conv.geometry.cell, strict=True):
         middle.append(((torch.arange(pixels) + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
@@ -157,7 +155,7 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
 def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """(6, C, H, W): the (C, H, W) image with other noise in every third row of cells, from 0, 1, 2 on; and columns."""
     size, other = (image.shape[-2], image.shape[-1]), noise_images(image[None], 1, seed)[0]
-    rows, cols = (torch.from_numpy(c).to(image.device) for c in conv.geometry.cells_of_pixels(conv.grid, size))
+    rows, cols = (torch.from_numpy(c).to(image.device) for c in conv.placed_grid.cells_of_pixels(size))
     lines = (rows[:, None].expand(size), cols[None].expand(size))
     return torch.stack([torch.where((n >= 0) & (n % 3 == third), other, image) for n in lines for third in range(3)])
 
@@ -166,9 +164,7 @@ def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     """The (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
     edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()
     other = noise_images(image[None], 1, seed)[0]
-    seen = [
-        torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.geometry.cells_of_pixels(conv.grid, image.shape[-2:])
-    ]
+    seen = [torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.placed_grid.cells_of_pixels(image.shape[-2:])]
     (top, bottom), (left, right) = ((int(pixels[0]), int(pixels[-1]) + 1) for pixels in seen)
     changed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
     inner = slice(top + edge, max(bottom - edge, 0)), slice(left + edge, max(right - edge, 0))

@@ -18,7 +18,7 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.folder_claim import Claim, claim_to_fill
 from attn_monitor.record.npz import remove_unfinished
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 SETTINGS = "backfill.json"  # of the first backfill into an archive
 RESTORED = ("entropy", "student_teacher_divergence", *LARGEST)  # what health flags follow over several snapshots
@@ -33,7 +33,7 @@ class ArchiveToFill:
         self.folder, self.run = claim.folder, claim.run
         self.snapshots: dict[int, Path] = {}
         self._settings = json.loads(json.dumps(settings))  # a tuple is a list there
-        self._first: AttentionSnapshot | None = None
+        self._first: Snapshot | None = None
         for path in snapshot_paths(self.folder):
             try:
                 snapshot = load_step(path)
@@ -44,7 +44,7 @@ class ArchiveToFill:
                 self._first = self._first or snapshot
         self._check_settings(tell)
 
-    def check(self, snapshot: AttentionSnapshot) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """Raise `ArchiveError` where a new snapshot is of other roles, layers, heads, grids or queries."""
         self._first = self._first or snapshot
         facts = [_facts(self._first), _facts(snapshot)]
@@ -109,7 +109,7 @@ def archive_to_fill(
                 path.rmdir()
 
 
-def remember(monitor: AttentionMonitor, snapshot: AttentionSnapshot) -> None:
+def remember(monitor: AttentionMonitor, snapshot: Snapshot) -> None:
     """Make a snapshot of the archive the monitor's past, what its health flags follow included."""
     measured: Measured = {key: {} for key in snapshot.layers}
     for (role, layer), values in measured.items():
@@ -121,7 +121,7 @@ def remember(monitor: AttentionMonitor, snapshot: AttentionSnapshot) -> None:
     monitor.remember(snapshot)
 
 
-def _facts(snapshot: AttentionSnapshot) -> dict[str, str]:
+def _facts(snapshot: Snapshot) -> dict[str, str]:
     return {
         f"{role}, layer {layer}": f"{a.rows.shape[1]} heads, grid {a.grid[0]} × {a.grid[1]}, query {a.query}"
         for (role, layer), a in snapshot.layers.items()

@@ -11,7 +11,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.layer_selection import QuerySpec
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.measure.artifacts import Outliers, outliers_by_attention, outliers_by_norm, without_patches
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 
 def find_outliers(model: nn.Module, images: Tensor, layers: Sequence[int], query: QuerySpec) -> dict[int, Outliers]:
@@ -40,7 +40,7 @@ def _record(recorder: AttentionRecorder, images: Tensor) -> list[LayerAttention]
     return [LayerAttention.cat(parts).to("cpu") for parts in zip(*recorded, strict=True)]
 
 
-def without_outliers(snapshot: AttentionSnapshot, outliers: Mapping[int, Outliers]) -> AttentionSnapshot:
+def without_outliers(snapshot: Snapshot, outliers: Mapping[int, Outliers]) -> Snapshot:
     """The snapshot with attention as if outliers were not there; its metrics stay those of the model."""
     layers = {
         (role, layer): without_patches(attention, outliers[layer].patches) if layer in outliers else attention

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from attn_monitor.draw.canvas import Pixels
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 PNG_LEVEL = 4  # takes half the time of Pillow's own 6, for files that are a twentieth larger
 
@@ -98,7 +98,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_metrics(snapshot: AttentionSnapshot, title: str | None = None) -> None:
+def print_metrics(snapshot: Snapshot, title: str | None = None) -> None:
     """Means over heads and images, one line for each role and layer, below a title that names the step by default."""
     print(f"{title or f'metrics at step {snapshot.step:,}'}:")
     for role, layer in snapshot.layers:

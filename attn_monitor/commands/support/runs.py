@@ -11,7 +11,8 @@ from attn_monitor.errors import ArchiveError
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.file_names import tag_safe_names
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.record.snapshot_file import read_snapshot
+from attn_monitor.snapshot import Snapshot
 
 SHOWN = "attention.npz"  # the one snapshot in a folder of results of `show`
 
@@ -27,12 +28,12 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         single = next((file for file in (Path(path), Path(path) / SHOWN) if file.is_file()), None)
         self.paths = snapshot_paths(find_archive(path)) if single is None else [single]
-        self._load = load_step if single is None else AttentionSnapshot.load
+        self._load = load_step if single is None else read_snapshot
         self._read: dict[int, Path] = {}
         self.name, self.folder = str(path), self.paths[0].parent
         self.broken: list[str] = []
 
-    def __iter__(self) -> Iterator[AttentionSnapshot]:
+    def __iter__(self) -> Iterator[Snapshot]:
         """In order of steps; `ArchiveError` at the end where none could be read."""
         for path in progress(self.paths, f"reading {self.folder}"):
             try:
@@ -45,7 +46,7 @@ class Run:
         if len(self.broken) == len(self.paths):
             raise ArchiveError(f"no snapshot can be read: {'; '.join(self.broken)}")
 
-    def load(self, step: int) -> AttentionSnapshot:
+    def load(self, step: int) -> Snapshot:
         """Again the snapshot of a step that has been read; `ArchiveError` where it is not of the probe."""
         snapshot = self._load(self._read[step])
         self.check_belongs(snapshot)
@@ -61,7 +62,7 @@ class Run:
             )
         return ProbeBatch.load(path)
 
-    def check_belongs(self, snapshot: AttentionSnapshot) -> None:
+    def check_belongs(self, snapshot: Snapshot) -> None:
         """Raise `ArchiveError` unless the probe's images are those that a snapshot was taken of, by their names."""
         if tag_safe_names(snapshot.names) != self.probe.names:
             raise ArchiveError(

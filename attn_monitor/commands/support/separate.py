@@ -12,11 +12,11 @@ from attn_monitor.draw.maps import mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.single import PixelPictures
 from attn_monitor.record.file_names import tag_safe_names
-from attn_monitor.record.snapshot import AttentionSnapshot
+from attn_monitor.snapshot import Snapshot
 
 
 def separate_pictures(
-    snapshot: AttentionSnapshot,
+    snapshot: Snapshot,
     photos: Array,
     *,
     role: str,
@@ -37,7 +37,7 @@ def separate_pictures(
             of_layer = f"{of_image}layer{layer}/" if len(layers) > 1 else of_image
             patches = None if hatched is None or layer not in hatched else hatched[layer][image].numpy()
             attention = snapshot.layer(role, layer)
-            drawing = PixelPictures(photo, attention.grid, options, attention.geometry, patches)
+            drawing = PixelPictures(photo, attention.grid, options, patches)
             for stem, picture in _pictures(attention.maps[image], drawing):
                 yield f"{of_layer}{stem}.png", picture
 

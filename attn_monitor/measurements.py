@@ -1,0 +1,112 @@
+"""What a snapshot holds beside attention: metrics by `MetricKey`, and health flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+HEALTH_TAG = "attn/health_flags"  # number of flags that a run has raised so far
+
+_TAG = re.compile(
+    r"attn(?P<heads>_heads)?/(?P<role>.+)/layer(?P<layer>[0-9]+)/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
+)
+
+
+class MetricKey(NamedTuple):
+    """Role, layer and metric of a value, and its head: None for the mean over heads and images.
+
+    The metrics in `measure.metrics.LARGEST` are the largest value instead of the mean.
+
+    Example:
+        >>> MetricKey("teacher", 11, "entropy").tag
+        'attn/teacher/layer11/entropy'
+        >>> MetricKey.from_tag("attn_heads/teacher/layer11/entropy/head2")
+        MetricKey(role='teacher', layer=11, metric='entropy', head=2)
+    """
+
+    role: str
+    layer: int
+    metric: str
+    head: int | None = None
+
+    @property
+    def tag(self) -> str:
+        """Its name in loggers."""
+        if self.head is None:
+            return f"attn/{self.role}/layer{self.layer}/{self.metric}"
+        return f"attn_heads/{self.role}/layer{self.layer}/{self.metric}/head{self.head}"
+
+    @classmethod
+    def from_tag(cls, tag: str) -> MetricKey | None:
+        """The key of a logger's tag; None where it is not the tag of a metric."""
+        found = _TAG.fullmatch(tag)
+        if found is None:
+            return None
+        role, layer, metric, head = found.group("role", "layer", "metric", "head")
+        return cls(role, int(layer), metric, None if head is None else int(head))
+
+
+class Metrics(dict[MetricKey, float]):
+    """Values by `MetricKey`, by a tuple like it, ``metrics["teacher", 11, "entropy", None]``, or by a logger's tag."""
+
+    def __getitem__(self, key: MetricKey | str) -> float:
+        return super().__getitem__(_as_key(key))
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_as_key(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value of a key or tag, ``default`` where there is none."""
+        return super().get(_as_key(key), default)
+
+    def by_layer(self) -> dict[tuple[str, int], Metrics]:
+        """The metrics of each (role, layer)."""
+        found: dict[tuple[str, int], Metrics] = {}
+        for key, value in self.items():
+            found.setdefault((key.role, key.layer), Metrics())[key] = value
+        return found
+
+    def of_layer(self, role: str, layer: int) -> dict[str, float]:
+        """Means over heads and images, by the metric's name."""
+        return {key.metric: value for key, value in self.items() if key[:2] == (role, layer) and key.head is None}
+
+
+def _as_key(key: Any) -> Any:
+    return MetricKey.from_tag(key) if isinstance(key, str) else key
+
+
+@dataclass(frozen=True)
+class HealthFlag:
+    """A finding: its ``kind``, the role, layer and heads that it is about, and the value that raised it.
+
+    ``layer`` is None where it is about the whole model.
+    """
+
+    kind: str
+    role: str
+    layer: int | None
+    heads: tuple[int, ...]
+    step: int
+    value: float | None  # of the worst head; None when it is not a number
+    text: str
+
+    def __str__(self) -> str:
+        which = "head" if len(self.heads) == 1 else "heads"
+        heads = f", {which} {', '.join(map(str, self.heads))}" if self.heads else ""
+        return f"{self.where}{heads}: {self.text} (step {self.step:,})"
+
+    @property
+    def where(self) -> str:
+        """The role, and the layer if it is about one."""
+        return self.role if self.layer is None else f"{self.role}, layer {self.layer}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return {**asdict(self), "heads": list(self.heads)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> HealthFlag:
+        """The flag that `state_dict` came from."""
+        return cls(**{**{f.name: state[f.name] for f in fields(cls)}, "heads": tuple(state["heads"])})

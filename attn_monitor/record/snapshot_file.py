@@ -1,0 +1,271 @@
+"""The file format of a snapshot, and the same as a state for checkpoints.
+
+A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array; `colors` are
+uint8, `features` float16 and all other optional tensors float32, so that `numpy.load(path, allow_pickle=False)` reads
+it anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
+from attn_monitor.errors import ArchiveError
+from attn_monitor.grid import Grid, GridGeometry
+from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
+from attn_monitor.patch_colors import PatchColors
+from attn_monitor.record.header_fields import Fields
+from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+from attn_monitor.snapshot import Snapshot
+
+PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
+
+
+def write_snapshot(snapshot: Snapshot, path: Path) -> None:
+    """Write to a temporary name and rename, so that a reader never meets half a file."""
+    header, arrays = _stored(snapshot)
+    write_npz(path, header, {name: array.numpy() for name, array in arrays.items()})
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Read a snapshot.
+
+    Raises:
+        ArchiveError: The file is not a snapshot, or its parts contradict each other.
+    """
+    with open_npz(path) as file:
+        return _from_stored(file.header, file.tensor)
+
+
+def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot for checkpoints: float16 tensors and a JSON text, loadable with ``weights_only=True``."""
+    header, arrays = _stored(snapshot)
+    return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
+
+
+def snapshot_of_state(state: dict[str, Any]) -> Snapshot:
+    """The snapshot that `snapshot_state` stored, in float16 precision.
+
+    Raises:
+        ArchiveError: It is not such a state.
+    """
+    stored = Fields(state, "state of a snapshot")
+    header = Fields(parse_json(stored.text("header")), "header")
+    check_format(header)
+    return _from_stored(header, tensors_in(stored.mapping("arrays")))
+
+
+def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in snapshot.layers.items()}
+    metrics = snapshot.metrics.by_layer()
+    header = {
+        "step": snapshot.step,
+        "epoch": snapshot.epoch,
+        "names": list(snapshot.names),
+        "flags": [flag.state_dict() for flag in snapshot.flags],
+        "flags_raised": snapshot.flags_raised,
+        "layers": [
+            {
+                "role": role,
+                "layer": layer,
+                "name": a.name,
+                "num_prefix": a.num_prefix,
+                "grid": list(a.grid),
+                "mixed": a.mixed,
+                "kind": a.kind,
+                "places": a.places,
+                "model": a.model,
+                "query": a.query,
+                "prefix_names": list(a.prefix_names),
+                "verified_error": _finite(a.verified_error),
+                "heads": a.rows.shape[1],
+                "metrics": _stored_metrics(metrics.get((role, layer), Metrics())),
+                **_row_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
+                **_patch_facts(a),
+                **_geometry_facts(a.geometry),
+            }
+            for (role, layer), a in snapshot.layers.items()
+        ],
+    }
+    for name in OPTIONAL_TENSORS:
+        optional = {f"{name}/{role}/{layer}": getattr(a, name) for (role, layer), a in snapshot.layers.items()}
+        arrays.update({key: value.float() for key, value in optional.items() if value is not None})
+    for (role, layer), a in snapshot.layers.items():
+        if a.colors is not None:
+            arrays[f"colors/{role}/{layer}"] = (a.colors * 255).round().byte()
+        if a.features is not None:
+            arrays[f"features/{role}/{layer}"] = a.features.half()
+    return header, arrays
+
+
+def _from_stored(header: Fields, take: Take) -> Snapshot:
+    names, metrics = header.names("names"), Metrics()
+    layers: dict[tuple[str, int], LayerAttention] = {}
+    for number, item in enumerate(header.items("layers")):
+        entry = Fields(item, f"header's entry {number} of layers")
+        key = entry.text("role"), entry.whole("layer")
+        if key in layers:
+            raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
+        of_layer = _metrics(entry, *key)
+        layers[key] = _layer(entry, len(names), of_layer, take)
+        metrics.update(of_layer)
+    if not layers:
+        raise ArchiveError("the header has no layers: expected at least one")
+    flags = tuple(
+        _flag(Fields(item, f"header's flag {number}"), layers) for number, item in enumerate(header.items("flags"))
+    )
+    return Snapshot(
+        header.whole("step"), header.whole("epoch"), names, layers, metrics, flags, header.whole("flags_raised")
+    )
+
+
+def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAttention:
+    """One layer, checked against itself and against its metrics."""
+    role, index, prefix = entry.text("role"), entry.whole("layer"), entry.whole("num_prefix")
+    grid = Grid(entry.wholes("grid", count=2, least=1), _geometry(entry))
+    heads = entry.whole("heads", least=1)
+    shapes: dict[str, Shape] = {
+        "rows": (images, heads, prefix + grid.cells),
+        "distance": (images, heads),
+        "norms": (images, prefix + grid.cells),
+        "cosine": (images,),
+        "max_logit": (images, heads),
+        "max_logit_cls": (images, heads),
+        "received": (images, prefix + grid.cells),
+        "value_norms": (images, prefix + grid.cells),
+    }
+    rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
+    if rows is None:
+        raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
+    rows = rows.float()
+    optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
+    name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
+    kind = next((k for k in KINDS if k == entry.text("kind")), None)
+    if kind is None:
+        expected = ", ".join(KINDS)
+        raise ArchiveError(f"kind of layer {index} of {role!r} is {entry.text('kind')!r}, expected one of {expected}")
+    optional.update({key: entry.text(key) for key in ("places", "model", "query")})
+    optional["prefix_names"] = entry.names("prefix_names") if entry.items("prefix_names") else ()
+    optional.update(_patches(entry, (images, grid.cells), take))
+    attention = LayerAttention(index, name, rows, prefix, grid, mixed, error, kind, **optional)
+    _check_rows(entry, attention, metrics)
+    if len(attention.prefix_names) not in (0, prefix):
+        raise ArchiveError(f"prefix_names of layer {index} of {role!r} are not {prefix}")
+    return attention
+
+
+def _patches(entry: Fields, shape: tuple[int, int], take: Take) -> dict[str, Any]:
+    """What is stored of the patch tokens of one layer, (images, patches) each."""
+    role, index, found = entry.text("role"), entry.whole("layer"), dict[str, Any]()
+    colors = take(f"colors/{role}/{index}", ("uint8",), (*shape, 3)) if "color_scale" in entry else None
+    if colors is not None:
+        scale = entry.number("color_scale")
+        if not scale > 0:
+            raise ArchiveError(f"color_scale of layer {index} of {role!r} is {scale}, expected a number above 0")
+        found["patch_colors"] = PatchColors.of(colors.float() / 255, scale)
+    features = take(f"features/{role}/{index}", ("float16",), (*shape, None)) if "features_error" in entry else None
+    if features is not None:
+        error = entry.numbers("features_error", missing=True)
+        if len(error) != 2:
+            raise ArchiveError(f"features_error of layer {index} of {role!r} is {error}, expected two numbers")
+        found.update(features=features.float(), features_error=error)
+    return found
+
+
+def _patch_facts(attention: LayerAttention) -> dict[str, Any]:
+    """What a file says of the patch tokens' colours and features."""
+    facts: dict[str, Any] = {}
+    if attention.patch_colors is not None:
+        facts["color_scale"] = attention.patch_colors.scale
+    if attention.features is not None and attention.features_error is not None:
+        facts["features_error"] = list(map(_finite, attention.features_error))
+    return facts
+
+
+def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> None:
+    """Refuse rows that are not what the header and the metrics made from them say."""
+    where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
+    facts = _row_facts(attention.rows, attention.kind)
+    of_layer = metrics.of_layer(entry.text("role"), attention.layer)
+    if entry.truth("finite") and not facts["finite"]:
+        raise ArchiveError(f"{where} hold NaN or infinity, and the header does not say so")
+    if entry.truth("distribution") and not facts["distribution"]:
+        raise ArchiveError(f"{where} are not distributions: expected shares of at least 0 that sum to 1")
+    found, measured = attention.rows[..., : attention.num_prefix].sum(-1).mean(), of_layer.get("prefix_mass", math.nan)
+    if attention.kind == "distribution" and abs(measured - found) > PRECISION:
+        raise ArchiveError(f"{where}: num_prefix={attention.num_prefix} does not fit prefix_mass={measured:.3g}")
+
+
+def _row_facts(rows: Tensor, kind: str) -> dict[str, bool]:
+    """What a file says of its rows in the header, so that nothing else is taken for it."""
+    finite = rows.isfinite().all(-1)
+    shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
+    return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
+
+
+def _geometry_facts(geometry: GridGeometry | None) -> dict[str, Any]:
+    """Fields of a layer's entry: none where its patches tile the image."""
+    return {} if geometry is None else {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell)}}
+
+
+def _geometry(entry: Fields) -> GridGeometry | None:
+    """The geometry that `_geometry_facts` stored."""
+    if "geometry" not in entry:
+        return None
+    stored = entry.within("geometry")
+    origin, cell = stored.numbers("origin"), stored.numbers("cell")
+    if not len(origin) == len(cell) == 2 or min(cell) <= 0:
+        raise ArchiveError(
+            f"origin={origin}, cell={cell} in the {stored.where}, expected two numbers each, and cells above 0"
+        )
+    return GridGeometry(origin, cell)
+
+
+def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """One layer's metrics by name: the mean, and where heads have values of their own, these from head 0 on."""
+    stored: dict[str, dict[str, Any]] = {}
+    for key, value in metrics.items():
+        if key.head is None:
+            stored.setdefault(key.metric, {})["mean"] = _finite(value)
+        else:
+            stored.setdefault(key.metric, {}).setdefault("heads", []).append(_finite(value))
+    return stored
+
+
+def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
+    """What `_stored_metrics` stored."""
+    metrics, stored = Metrics(), entry.within("metrics")
+    for name in stored:
+        values = stored.within(name)
+        metrics[MetricKey(role, layer, name)] = values.number("mean")
+        if "heads" in values:
+            heads = values.numbers("heads", missing=True)
+            if len(heads) != entry.whole("heads"):
+                raise ArchiveError(
+                    f"{name} in the {stored.where} has {len(heads)} values for {entry.whole('heads')} heads"
+                )
+            metrics.update({MetricKey(role, layer, name, head): value for head, value in enumerate(heads)})
+    return metrics
+
+
+def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
+    """A flag about one of these layers, or about a whole model where its layer is missing."""
+    role, heads = stored.text("role"), stored.wholes("heads")
+    layer = None if stored.is_none("layer") else stored.whole("layer")
+    there = layers[role, layer].rows.shape[1] if layer is not None and (role, layer) in layers else 0
+    if layer is not None and (there == 0 or any(head >= there for head in heads)):
+        raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
+    value = stored.number("value")
+    known = None if math.isnan(value) else value
+    return HealthFlag(stored.text("kind"), role, layer, heads, stored.whole("step"), known, stored.text("text"))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import shlex
-import shutil
 import socketserver
 import subprocess
 import sys
@@ -21,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch
 from attn_monitor.commands import cli
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.weights.models import load_model
 from tests.helpers import Distillation, loader, trainer
-from tests.test_archives import FIRST
+from tests.runs import write_run
 
 MODEL = "tests.helpers:tiny_vit"
 
@@ -133,11 +132,19 @@ def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> 
     assert "out=/sys/attention: cannot be written to (" in mistake(*show, "/sys/attention")
 
 
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Two snapshots of a student and a teacher."""
+    probe = ProbeBatch(torch.randn(2, 3, 32, 32), names=["cat", "größe 1"])
+    write_run(tmp_path / "archive", (0, 3), sharpness=(0, 6), probe=probe)
+    return tmp_path / "archive"
+
+
 @pytest.mark.parametrize("name", ["show", "replay"])
-def test_no_room_for_pictures(tmp_path: Path, photographs: Path, name: str) -> None:
+def test_no_room_for_pictures(tmp_path: Path, photographs: Path, archive: Path, name: str) -> None:
     """A file may not grow beyond some kilobytes, as on a full disk; no half picture stays."""
     subject = (MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false")
-    arguments = subject if name == "show" else (str(FIRST / "distillation"),)
+    arguments = subject if name == "show" else (str(archive),)
     out = tmp_path / "out"
 
     def small_files() -> None:
@@ -206,9 +213,7 @@ def test_without_network_the_answer_comes_at_once(
 
 
 @pytest.mark.parametrize("wrong", ["snapshot", "probe", "names", "missing"])
-def test_replay_of_damaged_archives(tmp_path: Path, wrong: str) -> None:
-    archive = tmp_path / "archive"
-    shutil.copytree(FIRST / "distillation", archive)
+def test_replay_of_damaged_archives(archive: Path, tmp_path: Path, wrong: str) -> None:
     expected = {
         "snapshot": "step-000000003.npz: the file is not readable",
         "probe": "probe.npz: the file is not readable",
@@ -216,7 +221,7 @@ def test_replay_of_damaged_archives(tmp_path: Path, wrong: str) -> None:
         "missing": "probe.npz: does not exist; it holds the images that the snapshots were taken of",
     }
     if wrong == "names":
-        shutil.copy(FIRST / "mixed" / "probe.npz", archive / "probe.npz")
+        ProbeBatch(torch.randn(1, 3, 32, 32), names=["grey"]).save(archive / "probe.npz")
     elif wrong == "missing":
         (archive / "probe.npz").unlink()
     else:
@@ -290,8 +295,8 @@ def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attn-monitor: interrupted\n")
 
 
-def test_a_reader_that_has_had_enough_is_no_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attn_monitor", "summary", str(FIRST / "distillation")]
+def test_a_reader_that_has_had_enough_is_no_mistake(archive: Path) -> None:
+    command = [sys.executable, "-m", "attn_monitor", "summary", str(archive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()  # before anything is written, as `head` does after its lines
@@ -300,7 +305,7 @@ def test_a_reader_that_has_had_enough_is_no_mistake(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
-def test_replay_refuses_an_impossible_threshold(tmp_path: Path) -> None:
+def test_replay_refuses_an_impossible_threshold(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"threshold=2: expected a share of attention mass above 0 and up to 1"):
-        cli.replay(str(FIRST / "distillation"), out=str(tmp_path / "o"), threshold=2)
+        cli.replay(str(archive), out=str(tmp_path / "o"), threshold=2)
     assert not (tmp_path / "o").exists()

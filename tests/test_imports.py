@@ -31,7 +31,17 @@ MAY_IMPORT = {
     "draw": {"record", "measure"},
     "player": {"draw", "probe", "record", "measure"},
     "publish": {"player", "draw", "probe", "record", "measure"},
-    "train": {"publish", "draw", "probe", "record", "measure", "capture", "distributed", "monitor"},
+    "train": {
+        "publish",
+        "draw",
+        "probe",
+        "record",
+        "measure",
+        "capture",
+        "distributed",
+        "monitor",
+        "attention_snapshot",
+    },
     "weights": {"capture"},
     "commands": {
         *("weights", "train", "player", "publish", "draw", "probe", "record", "measure", "capture"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from attn_monitor.commands.support.results import print_metrics, results_in
+from attn_monitor.commands.support.results import print_metrics, results_in, tell
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
 from attn_monitor.draw.animations import holding_last
@@ -26,6 +26,7 @@ from attn_monitor.record.history import thin
 from attn_monitor.snapshot import Snapshot
 
 ANIMATED_PIXELS = PANEL_PIXELS // 2  # of a panel's cells together: half of those that stand still
+HELD = 100  # pictures of a WebP or GIF, which are in memory until all are drawn
 
 
 def replay(
@@ -46,7 +47,8 @@ def replay(
     Args:
         run: the archive of a run, or the log directory that holds it.
         out: folder for the pictures; by default `pictures` inside the archive.
-        format: of the animations; mp4 needs PyAV (pip install attn_monitor[video]), gif makes large files.
+        format: of the animations; mp4 needs PyAV (pip install attn_monitor[video]) and shows every snapshot, webp and
+            gif up to 100, evenly spaced.
         scale: "uniform" (comparable) or "minmax" (each map for itself).
         threshold: share of attention mass inside the outline.
         colormap: "inferno" or "viridis".
@@ -56,7 +58,7 @@ def replay(
     with results_in(found.folder / "pictures" if out is None else Path(out)) as results:
         folder = results.folder
         animated = [check_ending(folder / f"{name}.{format}") for name in panels.probe.names]
-        history, flags = _animate(panels, animated)
+        history, flags = _animate(panels, animated, len(found.paths) if format == "mp4" else HELD)
         for index, (animation, name) in enumerate(zip(animated, panels.probe.names, strict=True)):
             still = panels.draw(history[-1], index)
             strip = filmstrip(history, index, panels.photos[index], options=panels.options)
@@ -86,18 +88,24 @@ class _Panels:
         return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
 
 
-def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[Snapshot], list[HealthFlag]]:
-    """Write an animation of each image; the snapshots that a film strip shows, the last one included, and all flags."""
+def _animate(panels: _Panels, paths: Sequence[Path], most: int) -> tuple[list[Snapshot], list[HealthFlag]]:
+    """Write an animation of each image, of at most so many steps.
+
+    Returns the snapshots that a film strip shows, the last one included, and the flags of all snapshots.
+    """
     of_run = panels.run.paths
     steps = [step_of(path) for path in of_run] if len(of_run) > 1 else []  # one alone may have another name
     in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
+    drawn = in_strips.union(steps[i] for i in thin(steps, most))
+    if len(drawn) < len(steps):
+        tell(f"animations show {len(drawn)} of {len(steps):,} snapshots, evenly spaced; --format mp4 shows all of them")
     kept: list[Snapshot] = []
     flags: list[HealthFlag] = []
     with ExitStack() as stack:
         animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]
         threads = stack.enter_context(ThreadPoolExecutor())  # encoders run beside the drawing of the next step
         encoding: list[Future[None]] = []
-        for snapshot, seconds in holding_last(panels.run):
+        for snapshot, seconds in holding_last(_chosen(panels.run, drawn, flags)):
             pictures = [panels.draw(snapshot, index, ANIMATED_PIXELS) for index in range(len(paths))]
             for future in encoding:
                 future.result()
@@ -105,10 +113,21 @@ def _animate(panels: _Panels, paths: Sequence[Path]) -> tuple[list[Snapshot], li
                 threads.submit(a.add, picture, seconds) for a, picture in zip(animations, pictures, strict=True)
             ]
             kept = [*(s for s in kept if s.step in in_strips), snapshot]
-            flags += snapshot.flags
         for future in encoding:
             future.result()
     return kept, flags
+
+
+def _chosen(run: Run, steps: Collection[int], flags: list[HealthFlag]) -> Iterator[Snapshot]:
+    """Yield the snapshots of these steps (of all, where there are none) and the last one; collect the flags of all."""
+    last: Snapshot | None = None
+    for snapshot in run:
+        flags += snapshot.flags
+        last = snapshot if steps and snapshot.step not in steps else None
+        if last is None:
+            yield snapshot
+    if last is not None:  # as the one after it cannot be read
+        yield last
 
 
 class _SameSize:

@@ -147,6 +147,24 @@ def test_artefact_token() -> None:
     assert monitor.previous.metrics["attn/teacher/layer1/outlier_fraction"] >= 1 / 16
 
 
+@pytest.mark.parametrize("side", [8, 16, 24])
+def test_uniform_attention_on_few_patches_is_no_finding(side: int) -> None:
+    """The last stage of a Swin on small images has four patches, or one: a quarter, or everything, is uniform there."""
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(4, 3, side, side)))
+    model = tiny_vit()
+    flags = [f for step in range(0, 40, 10) for f in monitor.snapshot({"backbone": model}, step=step).flags]
+    assert flags == []
+
+
+def test_a_patch_that_takes_most_of_few_is_a_finding() -> None:
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(4, 3, 24, 24)))
+    model = sharp_vit()
+    collapse(model)
+    (flag,) = [f for f in monitor.snapshot({"backbone": model}, step=0).flags if f.kind == "peak"]
+    assert 2 in flag.heads
+    assert "more than 44%" in flag.text
+
+
 def test_not_a_number() -> None:
     monitor, flags = snapshots(spoil)
     flag = only(flags, "nan")

@@ -16,6 +16,7 @@ from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.measurements import HealthFlag
 
 LEFT = 0.01  # change of a head's entropy that counts as having left its start
+FEW = 4.0  # times uniform: less is no peak, as on four patches a quarter is uniform
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class HealthLimits:
     its first value, and above the high one for at least ``steps`` optimizer steps, as snapshots may follow one another
     quickly. That a near-uniform head is dead is a rule of thumb of this package; low entropy goes with instability,
     see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention on patches,
-    on most images. ``divergence_growth``: student-teacher divergence so many times that of the snapshot
-    before, where that was ``divergence_floor`` already: student and teacher start as equals, and part quickly while
-    the learning rate warms up. ``logit``: a layer's largest attention logit that has doubled since its first value,
-    and is beyond this or will soon be, see `LogitGrowth`; infinity for never. NaN or infinity always raises a flag.
+    and more than four times the uniform one, on most images. ``divergence_growth``: student-teacher divergence so many
+    times that of the snapshot before, where that was ``divergence_floor`` already: student and teacher start as equals,
+    and part quickly while the learning rate warms up. ``logit``: a layer's largest attention logit that has doubled
+    since its first value, and is beyond this or will soon be, see `LogitGrowth`; infinity for never. NaN or infinity
+    always raises a flag.
 
     ``wiring``: whether to look at how student and teacher are wired, see `measure.wiring`; ``still_steps``: after how
     many optimizer steps from the first snapshot it is told that one of them has never moved.
@@ -169,10 +171,11 @@ class Health:
 
     def _peak(self, peak: Tensor, patches: int) -> Iterator[tuple[str, Sequence[int], float, str]]:
         share = peak / patches  # (B, H)
-        beyond = (share > self.limits.peak).float().mean(0) > 0.5
+        limit = max(self.limits.peak, FEW / patches)
+        beyond = (share > limit).float().mean(0) > 0.5
         if beyond.any():
             worst = float(share[:, beyond].mean(0).max())
-            text = f"one patch takes {worst:.0%} of the attention on most images, more than {self.limits.peak:.0%}"
+            text = f"one patch takes {worst:.0%} of the attention on most images, more than {limit:.0%}"
             yield "peak", _heads(beyond), worst, text
 
     def _logit(

@@ -1,6 +1,7 @@
-"""Pure functions on attention tensors. `p` is attention over patches, (..., N), and is renormalised to sum 1.
+"""Pure functions on attention tensors: entropy, mass mask, divergences, overlap, outliers, drift and distance.
 
-Everything is computed in float32 (float64 for float64 input), in natural logarithms, and NaN in gives NaN out.
+``p`` is attention over patches, (..., N), and is renormalised to sum 1. All functions compute in float32 (float64 for
+float64 input), with natural logarithms; NaN in the input gives NaN in the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Without autocast and with float32 as the default type, whatever a training loop has set."""
+    """Disable autocast and set the default dtype to float32 within this context, whatever a training loop has set."""
     default, cast = torch.get_default_dtype(), [d for d in _DEVICES if torch.is_autocast_enabled(d)]
     torch.set_default_dtype(torch.float32)
     for device in cast:
@@ -35,9 +36,17 @@ def _float(x: Tensor) -> Tensor:
 
 
 def normalise(p: Tensor) -> Tensor:
-    """Scale to sum 1 over the last dimension; all zeros become uniform, the limit of "no preference".
+    """Scale weights to sum 1 over the last dimension.
 
-    Weights of which some are negative are no distribution: all NaN.
+    Args:
+        p: Weights, (..., N).
+
+    Returns:
+        Shares, (..., N). Weights that are all 0 become uniform; where a weight is negative, all shares are NaN.
+
+    Example:
+        >>> normalise(torch.tensor([1.0, 3.0]))
+        tensor([0.2500, 0.7500])
     """
     p = _float(p)
     total = p.sum(-1, keepdim=True)
@@ -46,9 +55,19 @@ def normalise(p: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy over patches divided by ln N, (..., N) to (...): 0 one patch, 1 uniform; 0 when N = 1.
+    """Entropy of attention over patches, divided by ln N. It falls from 1 as attention forms.
 
-    Falls from 1 as attention forms. Source: attention entropy of Zhai et al. 2023, arXiv 2303.06296.
+    Source: attention entropy of Zhai et al. 2023, arXiv 2303.06296.
+
+    Args:
+        p: Attention, (..., N).
+
+    Returns:
+        Entropy, (...), from 0 (one patch has it all) to 1 (uniform); 0 for N = 1.
+
+    Example:
+        >>> entropy(torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]))
+        tensor([1., 0.])
     """
     if p.shape[-1] == 1:
         return 0 * _float(p)[..., 0]
@@ -58,11 +77,21 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
-    """The smallest set of top patches whose mass reaches the threshold, bool (..., N).
+    """Smallest set of patches, the largest first, whose attention reaches a threshold.
 
-    The patch that crosses the threshold is kept: [.5, .3, .1, .1] at 0.6 keeps two; of equal ones the last are. All
-    False where p has NaN.
+    The patch that crosses the threshold is kept; among equal patches the last ones are.
     Source: DINO's `visualize_attention.py` (sort ascending, cumulate, keep where the sum exceeds 1 - threshold).
+
+    Args:
+        p: Attention, (..., N).
+        threshold: Share of the attention to keep, above 0 and up to 1.
+
+    Returns:
+        Mask, bool (..., N); all False where ``p`` has NaN.
+
+    Example:
+        >>> mass_mask(torch.tensor([0.5, 0.3, 0.1, 0.1]), 0.6)
+        tensor([ True,  True, False, False])
     """
     p = normalise(p)
     p = p if p.device.type == "mps" else p.double()  # Apple's GPUs have no float64
@@ -74,26 +103,72 @@ def mass_mask(p: Tensor, threshold: float = 0.6) -> Tensor:
 
 
 def mask_area(p: Tensor, threshold: float = 0.6) -> Tensor:
-    """Share of patches that `mass_mask` keeps, (..., N) to (...): 0…1, NaN where p has NaN."""
+    """Share of patches that `mass_mask` keeps.
+
+    Args:
+        p: Attention, (..., N).
+        threshold: Share of the attention to keep, above 0 and up to 1.
+
+    Returns:
+        Area, (...), 0…1; NaN where ``p`` has NaN.
+
+    Example:
+        >>> mask_area(torch.tensor([0.5, 0.3, 0.1, 0.1]), 0.6)
+        tensor(0.5000)
+    """
     return area_of(mass_mask(p, threshold), p)
 
 
 def area_of(mask: Tensor, p: Tensor) -> Tensor:
-    """`mask_area` of a mask that is there already."""
+    """Compute `mask_area` of a mask that is known already.
+
+    Args:
+        mask: The mass mask of ``p``, bool (..., N).
+        p: Attention, (..., N).
+
+    Returns:
+        Area, (...), 0…1; NaN where ``p`` has NaN or a negative weight.
+
+    Example:
+        >>> area_of(torch.tensor([True, False]), torch.tensor([0.9, 0.1]))
+        tensor(0.5000)
+    """
     return torch.where((p.isfinite() & (p >= 0)).all(-1), _float(mask).mean(-1), torch.nan)
 
 
 def peak(p: Tensor) -> Tensor:
-    """Largest weight in units of uniform attention, (..., N) to (...): 1 uniform … N one patch.
+    """Largest weight in units of uniform attention.
 
     Source: the artefact tokens of Darcet et al. 2023, arXiv 2309.16588.
+
+    Args:
+        p: Attention, (..., N).
+
+    Returns:
+        Peak, (...), from 1 (uniform) to N (one patch has it all).
+
+    Example:
+        >>> peak(torch.tensor([0.5, 0.25, 0.25, 0.0]))
+        tensor(2.)
     """
     highest: Tensor = normalise(p).amax(-1) * p.shape[-1]
     return highest
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence divided by ln 2, over the last dimension: 0 equal … 1 disjoint."""
+    """Jensen-Shannon divergence divided by ln 2.
+
+    Args:
+        p: Attention, (..., N).
+        q: Attention, (..., N).
+
+    Returns:
+        Divergence, (...), from 0 (equal) to 1 (disjoint).
+
+    Example:
+        >>> js_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        tensor(1.)
+    """
     p, q = normalise(p), normalise(q)
     mean = (p + q) / 2
     kl: Tensor = 2 * torch.special.entr(mean) - torch.special.entr(p) - torch.special.entr(q)
@@ -101,7 +176,18 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def head_divergence(p: Tensor) -> Tensor:
-    """Mean pairwise `js_divergence` between heads, (..., H, N) to (...): 0 all the same … 1; 0 for one head."""
+    """Mean `js_divergence` over all pairs of heads.
+
+    Args:
+        p: Attention of each head, (..., H, N).
+
+    Returns:
+        Divergence, (...), from 0 (all heads alike, or one head) to 1.
+
+    Example:
+        >>> head_divergence(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor(1.)
+    """
     heads = p.shape[-2]
     first, second = torch.triu_indices(heads, heads, offset=1, device=p.device)
     if len(first) == 0:
@@ -110,16 +196,39 @@ def head_divergence(p: Tensor) -> Tensor:
 
 
 def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of bool masks over the last dimension: 0…1, NaN where both are empty."""
+    """Intersection over union.
+
+    Args:
+        mask: Bool (..., N).
+        truth: Bool (..., N).
+
+    Returns:
+        Overlap, (...), 0…1; NaN where both are empty.
+
+    Example:
+        >>> jaccard(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+        tensor(0.5000)
+    """
     both, either = (mask & truth).sum(-1), (mask | truth).sum(-1)
     return torch.where(either > 0, _float(both) / either, torch.nan)
 
 
 def outliers(norms: Tensor, cutoff: float = 6.0) -> Tensor:
-    """Which tokens have a norm far above their image's others, bool, over the last dimension of (..., N) norms.
+    """Tokens whose norm is far above that of the image's others.
 
-    Far is above the median + cutoff · 1.4826 · MAD (median absolute deviation), so `cutoff` counts robust standard
-    deviations. The artefact tokens of Darcet et al. 2023, arXiv 2309.16588, whose own cut-off of 150 is for one model.
+    Far is above the median + cutoff · 1.4826 · MAD (median absolute deviation). Source: the artefact tokens of Darcet
+    et al. 2023, arXiv 2309.16588, whose own cut-off of 150 holds for one model.
+
+    Args:
+        norms: Token norms, (..., N).
+        cutoff: Distance from the median in robust standard deviations.
+
+    Returns:
+        Outliers, bool (..., N).
+
+    Example:
+        >>> outliers(torch.tensor([1.0, 1.1, 0.9, 9.0]))
+        tensor([False, False, False,  True])
     """
     norms = _float(norms)
     median = norms.quantile(0.5, -1, keepdim=True)
@@ -128,15 +237,38 @@ def outliers(norms: Tensor, cutoff: float = 6.0) -> Tensor:
 
 
 def outlier_fraction(norms: Tensor, cutoff: float = 6.0) -> Tensor:
-    """Share of `outliers` among (..., N) patch norms: 0…1, NaN where a norm is not finite."""
+    """Share of `outliers` among patches.
+
+    Args:
+        norms: Patch norms, (..., N).
+        cutoff: Distance from the median in robust standard deviations.
+
+    Returns:
+        Share, (...), 0…1; NaN where a norm is not finite.
+
+    Example:
+        >>> outlier_fraction(torch.tensor([1.0, 1.1, 0.9, 9.0]))
+        tensor(0.2500)
+    """
     return area_of(outliers(norms, cutoff), norms)
 
 
 def gram_drift(features: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square change of the cosines between all pairs of an image's patches, (..., N, K) to (...): 0…2.
+    """Root mean square change of the cosines between all pairs of an image's patches.
 
-    Both are patch features at unit length. 0 where patches still mean to each other what they did, whatever has become
-    of the axes. The norm in DINOv3's Gram loss, Siméoni et al. 2025, arXiv 2508.10104, over N · (N - 1) pairs.
+    It does not depend on the axes of the features. Source: the norm in DINOv3's Gram loss, Siméoni et al. 2025,
+    arXiv 2508.10104, over N · (N - 1) pairs.
+
+    Args:
+        features: Patch features at unit length, (..., N, K).
+        reference: Features of the same patches at another step, (..., N, K).
+
+    Returns:
+        Drift, (...), 0…2.
+
+    Example:
+        >>> gram_drift(torch.eye(2), torch.eye(2).flip(0))
+        tensor(0.)
     """
     now, then = features.double(), reference.double()
     # ‖F Fᵀ - G Gᵀ‖² without any (N, N) matrix: as ‖Fᵀ F‖² + ‖Gᵀ G‖² - 2 ‖Fᵀ G‖².
@@ -146,10 +278,21 @@ def gram_drift(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def attention_distance(p: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Mean distance from each query patch to what it attends to, (..., Q, N) to (..., Q), in the positions' unit.
+    """Mean distance from each query patch to the patches that it attends to.
 
-    ``queries`` (Q, 2) and ``keys`` (N, 2) are patch centres. 0 each patch itself; high for heads that look globally.
     Source: Dosovitskiy et al. 2020, arXiv 2010.11929, App. D.7; Raghu et al. 2021, arXiv 2108.08810.
+
+    Args:
+        p: Attention of each query patch, (..., Q, N).
+        queries: Centres of the query patches, (Q, 2).
+        keys: Centres of the key patches, (N, 2).
+
+    Returns:
+        Distance, (..., Q), in the unit of the centres: 0 where each patch attends to itself alone.
+
+    Example:
+        >>> attention_distance(torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [0.0, 4.0]]))
+        tensor([2.])
     """
     p = normalise(p)
     apart = torch.linalg.vector_norm(queries[:, None].to(p.dtype) - keys[None].to(p.dtype), dim=-1)  # (Q, N)

@@ -22,6 +22,7 @@ check: $(VENV)/.setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --doctest-modules attn_monitor
 	$(BIN)/python -m tests.wheel
 
 # The charts come from two training runs of five minutes, kept in runs/curves.

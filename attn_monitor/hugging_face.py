@@ -21,7 +21,9 @@ STATE = "attn_monitor.pt"  # in each checkpoint
 
 
 class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
-    """Logs what the CLS token attends to while a Hugging Face `Trainer` trains::
+    """Log what the CLS token attends to while a Hugging Face `Trainer` trains.
+
+    Example::
 
         Trainer(..., callbacks=[AttentionMapTrainerCallback()]).train()
 

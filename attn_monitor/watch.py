@@ -44,7 +44,9 @@ from attn_monitor.train.session import Session
 
 
 class Watch:
-    """Looks at models while they train, and writes what it sees to loggers and to an archive::
+    """Record the attention of models while they train, and write it to loggers and to an archive.
+
+    Example::
 
         watch = Watch({"student": student, "teacher": teacher}, loader, loggers=[writer], folder="runs/1")
         for step, batch in enumerate(loader):

@@ -53,7 +53,7 @@ def layer_colours(layers: Sequence[int]) -> dict[int, Colour]:
 
 
 def _draw_names(sheet: Image.Image, top: int, metrics: Mapping[int, str], colours: Mapping[int, Colour]) -> None:
-    """Names of layers from the last one down, as many as there is room for; of large models every second, third, …"""
+    """Draw names of layers from the last one down: of large models every second, third and so on."""
     room, size = HEIGHT - 4 * GAP, 16
     every = -(-len(metrics) * size // room)
     for place, layer in enumerate(sorted(metrics, reverse=True)[::every]):

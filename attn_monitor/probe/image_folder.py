@@ -128,7 +128,7 @@ def _resize_and_crop(image: Image.Image, size: tuple[int, int], resample: Image.
 
 
 def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tensor:
-    """bool (B, objects, H, W), each mask resized and cropped exactly as its image."""
+    """Read the masks of images, bool (B, objects, H, W), each resized and cropped exactly as its image."""
     if not folder.is_dir():
         raise ProbeError(f"masks folder {folder} does not exist")
     missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
@@ -151,7 +151,7 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
 
 
 def _read_objects(file: Path, size: tuple[int, int]) -> Tensor:
-    """bool (objects, H, W): one for each value of a mask but 0."""
+    """Read the objects of a mask, bool (objects, H, W): one for each value but 0."""
     with Image.open(file) as opened:
         mode = opened.mode
         indexed = opened if mode in ("P", "L", "1") else opened.convert("L")

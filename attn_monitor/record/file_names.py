@@ -20,8 +20,9 @@ def file_name(stem: str, ending: str) -> str:
 
 
 def tag_safe_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that can stand in a logger's tag and in a file name: no slashes, no dot at the start, at most 80 bytes,
-    each one different.
+    """Make names fit for a logger's tag and for a file name.
+
+    Without slashes or a dot at the start, of at most 80 bytes, each one different.
 
     Names that this gave stay as they are, so that a stored probe has those of its snapshots.
     """

@@ -210,6 +210,7 @@ class Hook:
         self._read = read
 
     def __call__(self, *args: Any) -> None:
+        """Read the arguments of a hook."""
         if self._read is not None and not torch.compiler.is_compiling():
             self._read(*args)
 

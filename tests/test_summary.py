@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from attn_monitor import ArchiveError, HealthLimits
 from attn_monitor.commands import cli
 from attn_monitor.commands.summary import BEST, sparkline, summarise_run
+from attn_monitor.measurements import HealthFlag, Metrics
+from attn_monitor.record.archive import snapshot_path
 from tests.runs import write_run
 
 
@@ -130,9 +133,13 @@ def test_a_broken_snapshot_is_left_out_and_named(
         summarise_run(tmp_path)
 
 
-def test_older_archives_and_those_without_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("distillation", "mixed", "nan"):
-        cli.summary(str(Path(__file__).parent / "archives" / "first" / name))
+def test_layers_without_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (snapshot,) = write_run(tmp_path, (0,), sharpness=(0,))
+    metrics = Metrics({k: math.nan if k.role == "teacher" else v for k, v in snapshot.metrics.items()})
+    spoilt = {k: replace(a, rows=a.rows * math.nan) if k[0] == "teacher" else a for k, a in snapshot.layers.items()}
+    flags = (HealthFlag("nan", "teacher", 1, (0,), 0, None, "attention holds NaN"),)
+    replace(snapshot, layers=spoilt, metrics=metrics, flags=flags, flags_raised=1).save(snapshot_path(tmp_path, 0))
+    cli.summary(str(tmp_path))
     assert "nan: teacher, layer 1" in capsys.readouterr().out
 
 

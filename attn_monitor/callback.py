@@ -233,7 +233,7 @@ class AttentionMapCallback(Base):
             run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
             self._images.forget()
         run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
-        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.wiring), None) is self  # one tells
+        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.check_ema), None) is self  # one tells
         number = 1 if self.name is not None else int(run.name or 1)  # the same number as in its tags
         session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
-from attn_monitor.measure.sinks import Sink, find_sinks
+from attn_monitor.measure.sinks import AttentionSink, find_sinks
 from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.publish.attention_sinks import COLUMNS, markdown, sink_rows
 from attn_monitor.record.curves import Curves
@@ -57,7 +57,7 @@ def looked_at(model: nn.Module, **settings: Any) -> AttentionSnapshot:
     return AttentionMonitor(probe, **settings).snapshot({"teacher": model.eval()}, step=0)
 
 
-def sinks_of(snapshot: AttentionSnapshot) -> tuple[str, list[Sink]]:
+def sinks_of(snapshot: AttentionSnapshot) -> tuple[str, list[AttentionSink]]:
     """Of the teacher's last layer, where they are known."""
     queries, sinks = find_sinks(snapshot.layer("teacher"))
     assert sinks is not None
@@ -112,7 +112,8 @@ def test_no_sink() -> None:
     snapshot.layer("teacher").received[0, 3] = math.nan
     (row,) = sink_rows(snapshot, Curves())
     assert row.verdict.startswith("not known")
-    assert Sink("CLS", 1.0, 0.5, 20.0, math.nan).verdict == "a sink"  # V held NaN: what it carries is not known
+    not_finite = AttentionSink("CLS", 1.0, 0.5, 20.0, value=math.nan)
+    assert not_finite.verdict == "a sink"  # what it carries is not known
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from attn_monitor import ArchiveError, ProbeBatch
 from attn_monitor.commands import cli
 from attn_monitor.commands.compare import compare_runs, match_steps
-from attn_monitor.draw.charts import told_apart
+from attn_monitor.draw.charts import distinct_labels
 from attn_monitor.draw.differences import COLOURS, comparison, difference_level, difference_overlay
 from attn_monitor.draw.maps import map_captions, map_statistics
 from tests.runs import noise_probe, write_run
@@ -132,9 +132,9 @@ def test_captions_are_those_of_panels() -> None:
 
 
 def test_the_ends_of_axes_are_told_apart() -> None:
-    assert told_apart(0.25, 0.5) == ("0.25", "0.5")
-    assert told_apart(0.99981, 0.99998) == ("0.9998", "1")
-    assert told_apart(0.5, 0.5) == ("0.5", "0.5")
+    assert distinct_labels(0.25, 0.5) == ("0.25", "0.5")
+    assert distinct_labels(0.99981, 0.99998) == ("0.9998", "1")
+    assert distinct_labels(0.5, 0.5) == ("0.5", "0.5")
 
 
 def test_many_heads_fit(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from attn_monitor.commands.support.outliers import find_outliers
 from attn_monitor.draw.canvas import BACKGROUND, MASK, TEXT
 from attn_monitor.draw.hatching import hatch
 from attn_monitor.errors import HeadError, NonFiniteAttentionError
-from attn_monitor.measure.artifacts import outliers_by_attention, outliers_by_norm, without_patches
+from attn_monitor.measure.outliers import outliers_by_attention, outliers_by_norm, without_patches
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices

@@ -128,10 +128,10 @@ def test_wandb_is_alerted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    watch = AttentionMapCallback(PROBE, dirpath=False, health=HealthLimits(wiring=False))
+    watch = AttentionMapCallback(PROBE, dirpath=False, health=HealthLimits(check_ema=False))
     assert fit(tmp_path, BeforeStep(), watch) == []
-    with pytest.raises(ValueError, match=r"still_steps=0; expected at least 1"):
-        HealthLimits(still_steps=0)
+    with pytest.raises(ValueError, match=r"stall_steps=0; expected at least 1"):
+        HealthLimits(stall_steps=0)
 
 
 @told

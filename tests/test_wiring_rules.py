@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_monitor.measure.wiring import Moment, OptimizerStep, Sampled, WatchedStep, Wiring, momentum_of
+from attn_monitor.measure.ema_checks import EmaChecker, Moment, OptimizerStep, Sampled, WatchedStep, momentum_of
 from attn_monitor.measurements import HealthFlag
 
 N = 96
@@ -80,7 +80,7 @@ def run(
 ) -> list[HealthFlag]:
     """A made-up training in which the student moves by noise and its average is updated somewhere."""
     sampled = Sampled(torch.full((N,), 2.0**-23, dtype=torch.float64), (slice(32, 48), slice(48, 64)))
-    wiring, found = Wiring(sampled, still_steps=6), list[HealthFlag]()
+    wiring, found = EmaChecker(sampled, stall_steps=6), list[HealthFlag]()
     student = torch.cat([values(0)[:32], torch.ones(32), torch.zeros(32)])
     teacher = student.clone()
     for step in range(steps):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attn_monitor import AttentionMapCallback, HealthFlag, HealthLimits
 from tests.helpers import Distillation, NoiseImages, loader, tiny_vit, trainer
 
-LIMITS = HealthLimits(low_entropy=0.0, high_entropy=1.0, peak=1.0, divergence_growth=1e9, still_steps=6)
+LIMITS = HealthLimits(low_entropy=0.0, high_entropy=1.0, peak=1.0, divergence_growth=1e9, stall_steps=6)
 
 
 class Averaged(Distillation):

@@ -14,7 +14,7 @@ from PIL import Image
 from attn_monitor.commands.support.results import print_metrics, results_in, tell
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
-from attn_monitor.draw.animations import holding_last
+from attn_monitor.draw.animations import with_durations
 from attn_monitor.draw.canvas import Pixels, blank_picture, paste
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import PANEL_PIXELS, panel
@@ -105,7 +105,7 @@ def _animate(panels: _Panels, paths: Sequence[Path], most: int) -> tuple[list[Sn
         animations = [_SameSize(stack.enter_context(animation_file(path))) for path in paths]
         threads = stack.enter_context(ThreadPoolExecutor())  # encoders run beside the drawing of the next step
         encoding: list[Future[None]] = []
-        for snapshot, seconds in holding_last(_chosen(panels.run, drawn, flags)):
+        for snapshot, seconds in with_durations(_chosen(panels.run, drawn, flags)):
             pictures = [panels.draw(snapshot, index, ANIMATED_PIXELS) for index in range(len(paths))]
             for future in encoding:
                 future.result()

@@ -16,7 +16,7 @@ from attn_monitor.commands.support.separate import separate_pictures
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import panel
-from attn_monitor.measure.artifacts import CUTOFF, LEAST_RATIO, Outliers
+from attn_monitor.measure.outliers import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot

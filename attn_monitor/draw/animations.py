@@ -14,7 +14,7 @@ from PIL import Image
 from attn_monitor.draw.animation_files import GifAnimation
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste
 from attn_monitor.draw.cells import CellPainter
-from attn_monitor.draw.maps import past_map
+from attn_monitor.draw.maps import map_or_missing
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.strips import short_step
 from attn_monitor.snapshot import Snapshot
@@ -47,7 +47,7 @@ def timelapse(
         pictures = blank_picture(*size)
         for index, painter in enumerate(painters):
             safe_point()
-            shown = painter.paint(past_map(snapshot, role, layer, index, None, missing).numpy())
+            shown = painter.paint(map_or_missing(snapshot, role, layer, index, None, missing).numpy())
             paste(pictures, GAP + index % columns * pitch_x, HEADER + index // columns * pitch_y, shown)
         canvas = Image.fromarray(pictures)
         draw_text(canvas, (GAP, 7), f"{role} · layer {attention.layer} · step {short_step(snapshot.step)}", 17)
@@ -59,13 +59,13 @@ def gif(frames: Iterable[Pixels]) -> bytes:
     """An endless animation of pictures of one size, holding its last frame longer."""
     buffer = io.BytesIO()
     animation = GifAnimation(buffer)
-    for frame, seconds in holding_last(frames):
+    for frame, seconds in with_durations(frames):
         animation.add(frame, seconds)
     animation.close()
     return buffer.getvalue()
 
 
-def holding_last(items: Iterable[Item], seconds: float = 0.4) -> Iterator[tuple[Item, float]]:
+def with_durations(items: Iterable[Item], seconds: float = 0.4) -> Iterator[tuple[Item, float]]:
     """Each with the seconds that it is shown, the last one four times as long as the others."""
     shown: list[Item] = []
     for item in items:

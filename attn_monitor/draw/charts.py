@@ -70,7 +70,7 @@ class _Axis:
         """From the smallest to the largest value, with a margin."""
         low, high = min(values), max(values)
         margin = 0.05 * (high - low) or max(1e-3, 0.05 * abs(high))
-        lowest, highest = told_apart(low, high)
+        lowest, highest = distinct_labels(low, high)
         return cls(low - margin, high + margin, {highest: high, lowest: low})
 
     @classmethod
@@ -134,7 +134,7 @@ def draw_chart(
     draw_text(sheet, (x + width, y + height + 3), short_step(last), 12, DIM_TEXT, "r")
 
 
-def told_apart(low: float, high: float) -> tuple[str, str]:
+def distinct_labels(low: float, high: float) -> tuple[str, str]:
     """Two numbers in three digits, or in as many as it takes to see that they differ."""
     texts = [(f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(3, 7)]
     return next((both for both in texts if both[0] != both[1]), texts[0])

@@ -110,9 +110,9 @@ def _section(
     painter = CellPainter(photo, attention.grid, options, side, truth)
     rows: list[Row] = []
     for letter, (maps, _) in zip("AB", both, strict=True):
-        said = map_statistics(maps, options.threshold)
-        pictures = painter.paint(maps.numpy(), said.mask.numpy())
-        captions = map_captions(labels if letter == "A" else [""] * len(labels), maps, said)
+        statistics = map_statistics(maps, options.threshold)
+        pictures = painter.paint(maps.numpy(), statistics.mask.numpy())
+        captions = map_captions(labels if letter == "A" else [""] * len(labels), maps, statistics)
         rows.append((letter, captions, pictures))
     change = both[1][0] - both[0][0]
     moved = (change.abs().sum((-2, -1)) / 2).tolist()

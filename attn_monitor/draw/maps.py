@@ -64,7 +64,7 @@ def has_layer(snapshot: Snapshot, role: str, layer: int) -> bool:
     return layer in captured or (layer < 0 and -layer <= len(captured))
 
 
-def past_colors(snapshot: Snapshot, role: str, layer: int, image: int, missing: Tensor) -> Tensor:
+def colors_or_missing(snapshot: Snapshot, role: str, layer: int, image: int, missing: Tensor) -> Tensor:
     """An image's patches as colours (gh, gw, 3); ``missing`` where there are none of its shape."""
     if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
         return missing
@@ -75,7 +75,7 @@ def past_colors(snapshot: Snapshot, role: str, layer: int, image: int, missing: 
     return colors
 
 
-def past_map(snapshot: Snapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor) -> Tensor:
+def map_or_missing(snapshot: Snapshot, role: str, layer: int, image: int, head: int | None, missing: Tensor) -> Tensor:
     """A head's map of one image, or the mean of all heads (None); ``missing`` where there is none of its shape."""
     if not has_layer(snapshot, role, layer) or image >= len(snapshot.names):
         return missing

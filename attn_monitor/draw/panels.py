@@ -73,9 +73,9 @@ def panel(
         key = attention.grid, attention.geometry, side
         if key not in painters:
             painters[key] = CellPainter(photo, attention.grid, options, side, truth)
-        said = map_statistics(maps, options.threshold)
-        captions = map_captions(labels, maps, said)
-        pictures = painters[key].paint(maps.numpy(), said.mask.numpy(), hatched)
+        statistics = map_statistics(maps, options.threshold)
+        captions = map_captions(labels, maps, statistics)
+        pictures = painters[key].paint(maps.numpy(), statistics.mask.numpy(), hatched)
         cells = [(caption, painters[key].photo), *zip(captions, pictures, strict=True)]
         if attention.colors is not None:
             colors = attention.colors[image].unflatten(0, attention.grid).numpy()

@@ -14,7 +14,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste, up_to_block
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
-from attn_monitor.draw.maps import past_colors, past_map
+from attn_monitor.draw.maps import colors_or_missing, map_or_missing
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.history import thin
 from attn_monitor.snapshot import Snapshot
@@ -43,7 +43,7 @@ def filmstrip(
     rows: list[tuple[str, int | None]] = [(role, None) for role in last.roles] + [(main, head) for head in heads]
     labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
-    maps = torch.stack([torch.stack([past_map(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
+    maps = torch.stack([torch.stack([map_or_missing(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
     painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
     pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     features = _features(chosen, layer, image, painter)
@@ -58,7 +58,7 @@ def _features(snapshots: Sequence[Snapshot], layer: int, image: int, painter: Ce
     blank, last = torch.full((*painter.grid, 3), math.nan), snapshots[-1]
     found = {}
     for role in last.roles:
-        colors = [past_colors(s, role, layer, image, blank) for s in snapshots]
+        colors = [colors_or_missing(s, role, layer, image, blank) for s in snapshots]
         if not colors[-1].isnan().any():
             found[role] = np.array([[painter.colors(one.nan_to_num().numpy()) for one in colors]])
     return found

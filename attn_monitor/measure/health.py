@@ -1,4 +1,4 @@
-"""Health flags: states of attention that a trainer wants to be told of, each once, with thresholds to set."""
+"""Health flags: warnings about states of attention that often precede a failed training, each raised once."""
 
 from __future__ import annotations
 
@@ -15,26 +15,41 @@ from attn_monitor.measure.logit_growth import LogitGrowth
 from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.measurements import HealthFlag
 
-LEFT = 0.01  # change of a head's entropy that counts as having left its start
-FEW = 4.0  # times uniform: less is no peak, as on four patches a quarter is uniform
+LEFT = 0.01  # change of a head's entropy from which on it has left its initial value
+LEAST_PEAK = 4.0  # times the uniform share: on four patches a quarter is uniform
 
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """When a flag is raised.
+    """Thresholds of the health flags. NaN or infinity in attention raises a flag whatever they are.
 
-    ``low_entropy`` and ``high_entropy``: a head beyond these in ``snapshots`` snapshots in a row, after it had left
-    its first value, and above the high one for at least ``steps`` optimizer steps, as snapshots may follow one another
-    quickly. That a near-uniform head is dead is a rule of thumb of this package; low entropy goes with instability,
-    see Zhai et al. 2023, arXiv 2303.06296. ``peak``: a patch with more than this share of the attention on patches,
-    and more than four times the uniform one, on most images. ``divergence_growth``: student-teacher divergence so many
-    times that of the snapshot before, where that was ``divergence_floor`` already: student and teacher start as equals,
-    and part quickly while the learning rate warms up. ``logit``: a layer's largest attention logit that has doubled
-    since its first value, and is beyond this or will soon be, see `LogitGrowth`; infinity for never. NaN or infinity
-    always raises a flag.
+    Args:
+        low_entropy: Flag a head whose normalised entropy, 0 to 1, is below this in ``snapshots`` consecutive snapshots,
+            after it had left its initial value. Low entropy goes with instability: Zhai et al. 2023, arXiv 2303.06296.
+        high_entropy: Flag a head whose entropy is above this likewise, and for at least ``steps`` optimizer steps. That
+            such a head is dead is a rule of thumb of this package.
+        snapshots: Number of consecutive snapshots, at least 1.
+        steps: Number of optimizer steps, at least 0: snapshots may follow one another quickly.
+        peak: Flag a head that puts more than this share of its patch attention, 0 to 1, on one patch of most images, if
+            that is more than four times the uniform share.
+        divergence_growth: Flag a student-teacher divergence of at least this many times that of the previous snapshot,
+            if that was at least ``divergence_floor``: student and teacher start as equals, and diverge quickly while
+            the learning rate warms up.
+        divergence_floor: Smallest previous divergence, 0 to 1, to compare with.
+        logit: Flag a layer whose largest attention logit has doubled since its first value and is above this or soon
+            will be, see `LogitGrowth`; infinity disables the check.
+        check_ema: Check how the teacher follows the student, see `measure.ema_checks`.
+        stall_steps: Flag a student or a teacher that has never changed after this many optimizer steps.
 
-    ``wiring``: whether to look at how student and teacher are wired, see `measure.wiring`; ``still_steps``: after how
-    many optimizer steps from the first snapshot it is told that one of them has never moved.
+    Raises:
+        ValueError: A threshold is out of its range.
+
+    Example:
+        >>> HealthLimits(peak=0.5).peak
+        0.5
+        >>> HealthLimits(snapshots=0)
+        Traceback (most recent call last):
+        ValueError: health: snapshots=0; expected at least 1
     """
 
     low_entropy: float = 0.05
@@ -45,8 +60,8 @@ class HealthLimits:
     divergence_growth: float = 10.0
     divergence_floor: float = 0.02
     logit: float = 100.0
-    wiring: bool = True
-    still_steps: int = 20
+    check_ema: bool = True
+    stall_steps: int = 20
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
@@ -56,82 +71,86 @@ class HealthLimits:
             )
         if not self.logit > 0:
             raise ValueError(f"health: logit={self.logit}; expected a logit above 0, such as 100, or infinity")
-        if self.steps < 0:
-            raise ValueError(f"health: steps={self.steps}; expected at least 0")
-        if self.snapshots < 1 or not 0 < self.peak <= 1 or self.divergence_growth <= 1:
-            raise ValueError(
-                f"health: snapshots={self.snapshots}, peak={self.peak}, divergence_growth={self.divergence_growth}; "
-                "expected at least 1, a share above 0 and up to 1, and a factor above 1"
-            )
-        if self.still_steps < 1:
-            raise ValueError(f"health: still_steps={self.still_steps}; expected at least 1")
+        if not 0 < self.peak <= 1:
+            raise ValueError(f"health: peak={self.peak}; expected a share above 0 and up to 1")
+        if not self.divergence_growth > 1:
+            raise ValueError(f"health: divergence_growth={self.divergence_growth}; expected a factor above 1")
+        for name, least in (("steps", 0), ("snapshots", 1), ("stall_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"health: {name}={getattr(self, name)}; expected at least {least}")
 
 
 @dataclass
-class _Layer:
-    """What is remembered of one role's layer from snapshot to snapshot."""
+class _LayerState:
+    """State of one role's layer between snapshots; lists have an item for each head."""
 
-    start: list[float] = field(default_factory=list)  # entropy of each head at the first snapshot
+    start: list[float] = field(default_factory=list)  # entropy at the first snapshot
     left: list[bool] = field(default_factory=list)
-    low: list[int] = field(default_factory=list)  # snapshots in a row
-    high: list[int] = field(default_factory=list)
+    low: list[int] = field(default_factory=list)  # consecutive snapshots below the limit
+    high: list[int] = field(default_factory=list)  # and above it
     since: list[int] = field(default_factory=list)  # step of the last snapshot that was not high
     divergence: float = 0.0
     logit: LogitGrowth = field(default_factory=LogitGrowth)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> _Layer:
-        """The layer that `asdict` stored."""
+    def from_state_dict(cls, state: Mapping[str, Any]) -> _LayerState:
+        """Restore what `asdict` stored."""
         return cls(**{**state, "logit": LogitGrowth(**state["logit"])})
 
 
 class Health:
-    """Looks at each snapshot in turn; ``flags`` are all that were raised so far, one for a kind, role and layer."""
+    """Raise flags snapshot by snapshot; ``flags`` are all raised so far, at most one per kind, role and layer."""
 
     def __init__(self, limits: HealthLimits) -> None:
         self.limits = limits
         self.flags: list[HealthFlag] = []
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, _LayerState] = {}
 
     def examine(
         self, step: int, layers: Mapping[tuple[str, int], LayerAttention], measured: Measured
     ) -> tuple[HealthFlag, ...]:
-        """Flags that this snapshot raises for the first time. Metrics that were not measured raise none."""
+        """Return the flags that this snapshot is the first to raise.
+
+        Args:
+            step: Optimizer step of the snapshot.
+            layers: Attention by (role, layer).
+            measured: Metric values by (role, layer) and name; a metric that was not measured raises no flag.
+        """
         found = []
         for (role, index), attention in layers.items():
-            layer = self._layers.setdefault(f"{role}/{index}", _Layer())
+            layer = self._layers.setdefault(f"{role}/{index}", _LayerState())
             for kind, heads, value, text in self._findings(layer, step, attention, measured[role, index]):
                 known = value if math.isfinite(value) else None
                 found.append(HealthFlag(kind, role, index, tuple(heads), step, known, text))
         return self.add(found)
 
     def add(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
-        """Remember flags; returns those of a kind, role and layer that had none yet."""
-        news = self.unknown(flags)
-        self.flags += news
-        return news
+        """Store the flags whose kind, role and layer had none yet, and return these."""
+        new = self.unknown(flags)
+        self.flags += new
+        return new
 
     def unknown(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
-        """Flags of a kind, role and layer that had none yet."""
+        """Return the flags whose kind, role and layer had none yet."""
         raised = {(f.kind, f.role, f.layer) for f in self.flags}
         return tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only."""
+        """Return the state as plain values, for a checkpoint."""
         return {
             "flags": [f.state_dict() for f in self.flags],
             "layers": {key: asdict(layer) for key, layer in self._layers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`: flags raised before are not raised again."""
+        """Restore the state of `state_dict`: its flags are not raised again."""
         self.flags = [HealthFlag.from_state_dict(f) for f in state["flags"]]
-        self._layers = {key: _Layer.from_state_dict(layer) for key, layer in state["layers"].items()}
+        self._layers = {key: _LayerState.from_state_dict(layer) for key, layer in state["layers"].items()}
 
     def _findings(
-        self, layer: _Layer, step: int, attention: LayerAttention, values: Mapping[str, Tensor]
+        self, layer: _LayerState, step: int, attention: LayerAttention, values: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Sequence[int], float, str]]:
-        """(kind, heads, worst value, text) of everything that is beyond a limit now."""
+        """Yield (kind, heads, worst value, text) for each limit that is exceeded now."""
         broken = (~attention.rows.isfinite()).any(-1).any(0)  # (H,)
         if broken.any():
             yield "nan", _heads(broken), math.nan, "attention holds NaN or infinity; its maps are shown as missing"
@@ -147,7 +166,9 @@ class Health:
                 yield from self._logit(layer, step, values[metric].amax(0), of)
                 break
 
-    def _entropy(self, layer: _Layer, step: int, entropy: Tensor) -> Iterator[tuple[str, Sequence[int], float, str]]:
+    def _entropy(
+        self, layer: _LayerState, step: int, entropy: Tensor
+    ) -> Iterator[tuple[str, Sequence[int], float, str]]:
         limits, now = self.limits, entropy.tolist()
         if len(layer.start) != len(now):
             layer.start, layer.left = now, [False] * len(now)
@@ -171,7 +192,7 @@ class Health:
 
     def _peak(self, peak: Tensor, patches: int) -> Iterator[tuple[str, Sequence[int], float, str]]:
         share = peak / patches  # (B, H)
-        limit = max(self.limits.peak, FEW / patches)
+        limit = max(self.limits.peak, LEAST_PEAK / patches)
         beyond = (share > limit).float().mean(0) > 0.5
         if beyond.any():
             worst = float(share[:, beyond].mean(0).max())
@@ -179,7 +200,7 @@ class Health:
             yield "peak", _heads(beyond), worst, text
 
     def _logit(
-        self, layer: _Layer, step: int, logits: Tensor, of: str
+        self, layer: _LayerState, step: int, logits: Tensor, of: str
     ) -> Iterator[tuple[str, Sequence[int], float, str]]:
         worst = int(logits.argmax())  # NaN counts as the largest
         layer.logit.add(step, float(logits[worst]))
@@ -187,10 +208,10 @@ class Health:
         if text is not None:
             yield "max_logit", [worst], float(logits[worst]), text
 
-    def _divergence(self, layer: _Layer, now: float) -> Iterator[tuple[str, Sequence[int], float, str]]:
+    def _divergence(self, layer: _LayerState, now: float) -> Iterator[tuple[str, Sequence[int], float, str]]:
         before, layer.divergence = layer.divergence, now
         if before >= self.limits.divergence_floor and now >= self.limits.divergence_growth * before:
-            text = f"student-teacher divergence grew {now / before:.0f} times since the snapshot before, to {now:.3f}"
+            text = f"student-teacher divergence grew {now / before:.0f} times since the previous snapshot, to {now:.3f}"
             yield "student_teacher_divergence", (), now, text
 
 

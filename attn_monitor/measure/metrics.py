@@ -1,7 +1,6 @@
-"""The list of metrics: what each is computed from, which are on by default, and their values for a snapshot.
+"""`METRICS`, the metrics by name, and their computation for a snapshot.
 
-Values are computed once, on the device where the rows are. Everything that reports them (loggers, callbacks, archive,
-health flags) uses these.
+Values are computed once, on the device of the rows; loggers, callbacks, the archive and health flags use the same ones.
 """
 
 from __future__ import annotations
@@ -16,28 +15,37 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.sinks import names_of_prefix, received, sink_share
+from attn_monitor.measure.sinks import received_shares, sink_share
 from attn_monitor.measurements import MetricKey, Metrics
 
 Captured = Mapping[tuple[str, int], LayerAttention]
 Measured = dict[tuple[str, int], dict[str, Tensor]]
-"""Values by (role, layer) and name, on the host: (n, H) for each head, (n,) or () where heads make no sense."""
+"""Values by (role, layer) and name, on the host: (n, H) with a value per head, otherwise (n,) or ()."""
 
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """One layer of one role, and what it is compared with: each None where there is none of its shape."""
+    """One layer of one role and what it is compared with, None where nothing of its shape exists.
+
+    Args:
+        attention: Attention of the layer.
+        threshold: Share of attention in the mass mask, 0 to 1.
+        before: The same layer in the previous snapshot.
+        teacher: The teacher's inputs, for a student.
+        truth: Ground-truth objects, bool (B, objects, h, w).
+        reference: The same layer at the step that Gram drift is measured against.
+    """
 
     attention: LayerAttention
     threshold: float
     before: LayerAttention | None = None
-    teacher: MetricInputs | None = None  # of a student
-    truth: Tensor | None = None  # objects, bool (B, objects, h, w)
-    reference: LayerAttention | None = None  # at the step that Gram drift is measured against
+    teacher: MetricInputs | None = None
+    truth: Tensor | None = None
+    reference: LayerAttention | None = None
 
     @cached_property
     def p(self) -> Tensor:
-        """Attention over patches, (B, H, N)."""
+        """Attention on patches, (B, H, N)."""
         return self.attention.maps.flatten(-2)
 
     @cached_property
@@ -48,21 +56,21 @@ class MetricInputs:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is computed; where its inputs are missing it gives no values."""
+    """A metric: ``compute`` returns its values by name, none if inputs are missing; ``default`` selects it."""
 
     compute: Callable[[MetricInputs], Mapping[str, Tensor]]
     default: bool = True
 
 
 def _prefix_mass(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Attention on all prefix tokens together and, where there are several, on CLS and each register."""
+    """Sum the attention on all prefix tokens and, if there are several, on the CLS token and each register."""
     prefix = inputs.attention.rows[..., : inputs.attention.num_prefix]
     if inputs.attention.num_prefix == 0:
         return {}
     masses = {"prefix_mass": prefix.sum(-1)}
     if inputs.attention.num_prefix > 1:
-        for index, name in enumerate(names_of_prefix(inputs.attention)):
-            if "token" not in name:  # found to be CLS or a register
+        for index, name in enumerate(inputs.attention.prefix_names):
+            if "token" not in name:  # known to be CLS or a register
                 masses[f"prefix_mass_{name.lower().replace(' ', '')}"] = prefix[..., index]
     return masses
 
@@ -104,22 +112,22 @@ def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
 
 
 def _max_logit(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Of all queries where every query was read, and of the CLS query."""
+    """Return the largest logit over every query if every query was read, and of the CLS query."""
     known = {name: getattr(inputs.attention, name) for name in LARGEST}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _sinks(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Of every query where every query was read, else of the CLS query."""
+    """Return the share on sinks for every query if every query was read, otherwise for the CLS query."""
     for name, cls in (("sink_share", False), ("sink_share_cls", True)):
-        shares = received(inputs.attention, cls=cls)
+        shares = received_shares(inputs.attention, cls=cls)
         if shares is not None:
             return {name: sink_share(shares, inputs.attention.num_prefix)}
     return {}
 
 
 def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Overlap with each object: of each head, of the best head for each object (DINO), of the one best head."""
+    """Compute the overlap with objects: of each head, of each object's best head (DINO) and of the best fixed head."""
     if inputs.truth is None or not inputs.truth.any():
         return {}
     truth = inputs.truth.to(inputs.p.device)
@@ -150,27 +158,30 @@ METRICS = {
     "sinks": Metric(_sinks),
 }
 LARGEST = ("max_logit", "max_logit_cls")
-"""Values of which the largest counts over heads and images, and not the mean."""
+"""Values that are summarised by their maximum over heads and images instead of the mean."""
 SINK_SHARES = ("sink_share", "sink_share_cls")
-"""What "sinks" gives, by which queries were read."""
+"""Values of "sinks": over every query, or of the CLS query alone."""
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
-METRICS_OF_ANY_WEIGHTS = {
-    "prefix_mass",
-    "gram_drift",
-    *TOKEN_METRICS,
-    "max_logit",
-}  # the others are of distributions, which signed weights are not
+METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logit"}
+"""Metrics that are defined for signed weights too; all others need a distribution."""
 
 
 def check_threshold(threshold: float) -> float:
-    """The mask's threshold, if it is one."""
+    """Return ``threshold``; ValueError if it is not a share above 0 and up to 1."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6")
     return threshold
 
 
 def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Names of metrics: None for those on by default, "all", or the names given; an unknown one is an error."""
+    """Return the names of the selected metrics in the order of `METRICS`.
+
+    Args:
+        metrics: None for the default metrics, "all", a name, or a sequence of names.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
     if metrics is None:
         return tuple(name for name, metric in METRICS.items() if metric.default)
     if metrics == "all":
@@ -195,12 +206,18 @@ def measure(
     truth: Tensor | None = None,
     reference: Captured | None = None,
 ) -> Measured:
-    """Every selected metric of what was captured; ``before`` is the snapshot before, ``truth`` (B, objects, h, w).
+    """Compute the selected metrics.
 
-    ``reference`` is the snapshot that Gram drift is measured against.
+    Args:
+        layers: Attention by (role, layer).
+        before: Attention of the previous snapshot.
+        metrics: Names of metrics, see `select_metrics`.
+        threshold: Share of attention in the mass mask, above 0 and up to 1.
+        truth: Ground-truth objects, bool (B, objects, h, w).
+        reference: Attention of the snapshot that Gram drift is measured against.
     """
     inputs: dict[tuple[str, int], MetricInputs] = {}
-    for role, layer in sorted(layers, key=lambda key: key[0] == "student"):  # teachers first: students refer to them
+    for role, layer in sorted(layers, key=lambda key: key[0] == "student"):  # teachers first, as students refer to them
         attention = layers[role, layer]
         teacher = inputs.get(("teacher", layer)) if role == "student" else None
         inputs[role, layer] = MetricInputs(
@@ -213,8 +230,8 @@ def measure(
         )
     measured: Measured = {}
     for key in layers:
-        told = [m for m in metrics if layers[key].kind != "signed" or m in METRICS_OF_ANY_WEIGHTS]
-        measured[key] = {k: v.detach() for m in told for k, v in METRICS[m].compute(inputs[key]).items()}
+        defined = [m for m in metrics if layers[key].kind != "signed" or m in METRICS_OF_ANY_WEIGHTS]
+        measured[key] = {k: v.detach() for m in defined for k, v in METRICS[m].compute(inputs[key]).items()}
     return _to_host(measured)
 
 
@@ -223,14 +240,14 @@ def _alike(other: LayerAttention | None, attention: LayerAttention) -> LayerAtte
 
 
 def _to_host(measured: Measured) -> Measured:
-    """All values in one transfer."""
+    """Copy all values to the host in one transfer."""
     flat = [v.float().flatten() for values in measured.values() for v in values.values()]
     numbers = iter(torch.cat(flat).cpu().split([len(v) for v in flat]) if flat else ())
     return {key: {k: next(numbers).view(v.shape) for k, v in values.items()} for key, values in measured.items()}
 
 
 def summarise(measured: Measured) -> Metrics:
-    """What loggers get: means over heads and images, and each head's own mean over images; the largest of `LARGEST`."""
+    """Average the values over heads and images, and those of each head over images; take the maximum of `LARGEST`."""
     metrics = Metrics()
     for (role, layer), values in measured.items():
         for name, value in values.items():

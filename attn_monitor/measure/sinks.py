@@ -1,4 +1,4 @@
-"""Attention sinks of a layer: tokens where attention collects, what their values carry, and a verdict in words.
+"""Attention sinks of a layer: tokens on which attention collects, and what their values carry.
 
 Attention that has nowhere to go collects on a few tokens. Where their values are small it is thrown away, a sink that
 carries nothing; where they are not, every query receives the same, a sink that broadcasts. Sources: Darcet et al. 2023,
@@ -17,33 +17,38 @@ from torch import Tensor
 from attn_monitor.attention import LayerAttention
 
 TIMES_UNIFORM = 5.0
-"""A token is a sink from so many times the uniform share on, 1 / T for T tokens."""
+"""A token is a sink if it receives at least this many times the uniform share, which is 1 / T for T tokens."""
 LEAST_SHARE = 0.01
-"""Of all attention, beyond uniform shares: where less collects it is no sink."""
+"""Smallest share of all attention, beyond uniform shares, that makes a place a sink."""
 CARRIES = 0.5
-"""Values of this norm and above, next to the median token's, carry something."""
+"""Smallest norm of V, relative to the median token's, with which a sink carries something."""
 
 
 @dataclass(frozen=True)
-class Sink:
-    """One place where attention collects, as means over images and heads."""
+class AttentionSink:
+    """One place on which attention collects, as means over images and heads."""
 
-    token: str  # "CLS", "register 1", "patches"; "token 27" where it is not known what it is
-    tokens: float  # how many of an image
-    share: float  # of all attention, on all of them
-    times_uniform: float  # of one of them
-    value: float | None  # norm of its V next to the median token's; None where V was not read
+    token: str  # "CLS", "register 1", "patches", or "token 27" if its kind is unknown
+    tokens: float  # number of such tokens in an image
+    share: float  # of all attention, on all of them together
+    times_uniform: float  # attention on one of them, relative to the uniform share
+    value: float | None  # norm of its V relative to the median token's; None if V was not read
 
     @property
     def verdict(self) -> str:
-        """What kind of sink it is."""
+        """Name the kind of sink."""
         if self.value is None or not math.isfinite(self.value):
             return "a sink"
         return "a sink that broadcasts" if self.value >= CARRIES else "a sink that carries nothing"
 
 
-def received(attention: LayerAttention, *, cls: bool = False) -> Tensor | None:
-    """The share of attention on each token, (B, T): from every query, or from the CLS query alone; None if unknown."""
+def received_shares(attention: LayerAttention, *, cls: bool = False) -> Tensor | None:
+    """Return the share of attention on each token, (B, T), or None if it is unknown.
+
+    Args:
+        attention: A layer's attention.
+        cls: Count the CLS query's attention alone, instead of the mean over every query.
+    """
     if attention.kind == "signed" or (cls and attention.query != "cls"):
         return None
     if cls or attention.query == "mean":
@@ -52,39 +57,43 @@ def received(attention: LayerAttention, *, cls: bool = False) -> Tensor | None:
 
 
 def _shares(weights: Tensor) -> Tensor:
-    """Of the whole, as some models' rows do not sum to 1."""
+    """Scale weights (B, T) to sum to 1, which the rows of some models do not."""
     return weights / weights.sum(-1, keepdim=True)
 
 
 def sink_tokens(shares: Tensor, num_prefix: int) -> Tensor:
-    """Which tokens are sinks, bool (B, T): prefix tokens by their mean over images, patches in each image."""
+    """Mark tokens that are sinks, bool (B, T): prefix tokens by their mean over images, patches image by image."""
     held = shares.clone()
     held[:, :num_prefix] = shares[:, :num_prefix].mean(0)
     return held * shares.shape[-1] >= TIMES_UNIFORM
 
 
 def sink_share(shares: Tensor, num_prefix: int) -> Tensor:
-    """Attention that sinks hold beyond uniform shares, (B, T) to (B,): 0…1, NaN where a share is not finite."""
-    beyond = (shares - 1 / shares.shape[-1]).clamp_min(0)  # NaN stays
+    """Sum the attention on sinks beyond uniform shares, (B, T) to (B,): 0 to 1, NaN where a share is not finite."""
+    beyond = (shares - 1 / shares.shape[-1]).clamp_min(0)  # keeps NaN
     sinks = sink_tokens(shares, num_prefix) | ~shares.isfinite()
     return torch.where(sinks, beyond, 0).sum(-1)
 
 
-def find_sinks(attention: LayerAttention) -> tuple[str, list[Sink] | None]:
-    """Of which queries is told ("every query" or "the CLS query"), and the sinks found; None where nothing is known."""
-    queries, shares = "every query", received(attention)
+def find_sinks(attention: LayerAttention) -> tuple[str, list[AttentionSink] | None]:
+    """Find the sinks of a layer.
+
+    Returns:
+        The queries that were counted, "every query" or "the CLS query", and the sinks; None instead of these if the
+        attention is unknown or not finite.
+    """
+    queries, shares = "every query", received_shares(attention)
     if shares is None:
-        queries, shares = "the CLS query", received(attention, cls=True)
+        queries, shares = "the CLS query", received_shares(attention, cls=True)
     if shares is None or not shares.isfinite().all():
         return queries, None
     return queries, list(_sinks(attention, shares))
 
 
-def _sinks(attention: LayerAttention, shares: Tensor) -> Iterator[Sink]:
+def _sinks(attention: LayerAttention, shares: Tensor) -> Iterator[AttentionSink]:
     prefix = attention.num_prefix
     found = sink_tokens(shares, prefix)  # (B, T)
-    names = names_of_prefix(attention)
-    parts = {name: slice(i, i + 1) for i, name in enumerate(names)} | {"patches": slice(prefix, None)}
+    parts = {name: slice(i, i + 1) for i, name in enumerate(attention.prefix_names)} | {"patches": slice(prefix, None)}
     for name, part in parts.items():
         sinks, of_part = found[:, part], shares[:, part]
         if not sinks.any():
@@ -93,29 +102,21 @@ def _sinks(attention: LayerAttention, shares: Tensor) -> Iterator[Sink]:
         value = None if attention.value_norms is None else _weighted(attention.value_norms[:, part][sinks], held)
         share, count = float(of_part.where(sinks, 0).sum(-1).mean()), float(sinks.sum(-1).float().mean())
         if share - count / shares.shape[-1] >= LEAST_SHARE:
-            yield Sink(name, count, share, float(held.mean()) * shares.shape[-1], value)
+            yield AttentionSink(name, count, share, float(held.mean()) * shares.shape[-1], value)
 
 
 def has_cls(attention: LayerAttention) -> bool:
-    """Whether the first prefix token is known to be CLS."""
-    return names_of_prefix(attention)[:1] == ["CLS"]
-
-
-def names_of_prefix(attention: LayerAttention) -> list[str]:
-    """What each prefix token was found to be, see `LayerAttention`; of archives without names, what they tell."""
-    if attention.prefix_names:
-        return list(attention.prefix_names)
-    cls = attention.query == "cls" or attention.cosine is not None
-    return [("CLS", f"register {i}")[i > 0] if cls else f"prefix token {i}" for i in range(attention.num_prefix)]
+    """Return True if the first prefix token is known to be the CLS token."""
+    return attention.prefix_names[:1] == ("CLS",)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> float:
     return float((values * weights).sum() / weights.sum())
 
 
-def on_registers(sinks: Sequence[Sink], attention: LayerAttention) -> str:
-    """Whether registers do their work, in words; empty where no token is known to be CLS, or there is no need."""
-    registers = sum(name.startswith("register") for name in names_of_prefix(attention))
+def register_verdict(sinks: Sequence[AttentionSink], attention: LayerAttention) -> str:
+    """Describe whether registers take attention off the patches; empty if no CLS token or no sink is known."""
+    registers = sum(name.startswith("register") for name in attention.prefix_names)
     if not sinks or not has_cls(attention):
         return ""
     tokens = {sink.token.split(" ")[0] for sink in sinks}

@@ -16,7 +16,7 @@ from attn_monitor.probe.image_folder import Photographs, Size, check_count, read
 from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
-from attn_monitor.record.npz import Take, open_npz, tensors_in, write_npz
+from attn_monitor.record.npz import TensorReader, open_npz, tensors_in, write_npz
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -192,17 +192,17 @@ class ProbeBatch:
         return stored if self.masks is None else {**stored, "masks": self.masks}
 
     @classmethod
-    def _from_stored(cls, header: Fields, take: Take) -> ProbeBatch:
+    def _from_stored(cls, header: Fields, read: TensorReader) -> ProbeBatch:
         names, mean, std = header.names("names"), header.numbers("mean"), header.numbers("std")
-        images = take("images", ("float32", "float16", "float64", "bfloat16"), (len(names), len(mean), None, None))
+        images = read("images", ("float32", "float16", "float64", "bfloat16"), (len(names), len(mean), None, None))
         if not 0 < len(mean) == len(std) or 0 in std:
             raise ArchiveError(f"mean={mean}, std={std} in the {header.where}, expected as many, and no std of 0")
         if images is None:
-            pixels = take("pixels", ("uint8",), (len(names), 3, None, None))
+            pixels = read("pixels", ("uint8",), (len(names), 3, None, None))
             if pixels is None or len(mean) != 3:
                 raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
             images = _normalise(pixels, mean, std)
-        masks = take("masks", ("bool",), (len(names), None, *images.shape[2:]))
+        masks = read("masks", ("bool",), (len(names), None, *images.shape[2:]))
         caption, source = header.text("caption"), header.text("source")
         return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
 

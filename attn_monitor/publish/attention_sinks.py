@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.metrics import SINK_SHARES
-from attn_monitor.measure.sinks import LEAST_SHARE, find_sinks, on_registers
+from attn_monitor.measure.sinks import LEAST_SHARE, find_sinks, register_verdict
 from attn_monitor.measurements import MetricKey
 from attn_monitor.record.curves import Curves
 from attn_monitor.snapshot import Snapshot
@@ -76,7 +76,7 @@ def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[
         )
     if not sinks:
         yield AttentionSinkRow(role, attention.layer, queries)
-    if said := on_registers(sinks, attention):
+    if said := register_verdict(sinks, attention):
         yield AttentionSinkRow(role, attention.layer, queries, "registers", verdict=said)
 
 

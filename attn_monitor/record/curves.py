@@ -10,7 +10,7 @@ from attn_monitor.measure.metrics import LARGEST, SINK_SHARES
 from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.record.history import thin
 
-LENGTH = 96  # points of a curve that are kept
+MAX_POINTS = 96  # points of a curve that are kept
 CHARTED = (*LARGEST, *SINK_SHARES)
 
 Points = list[tuple[int, float]]
@@ -29,7 +29,7 @@ class Curves:
         for key, value in metrics.items():
             if key.head is None and key.metric in CHARTED and math.isfinite(value):
                 line = [*self._points.get(key, []), (step, value)]
-                chosen = thin([s for s, _ in line], LENGTH * 3 // 4) if len(line) > LENGTH else range(len(line))
+                chosen = thin([s for s, _ in line], MAX_POINTS * 3 // 4) if len(line) > MAX_POINTS else range(len(line))
                 self._points[key] = [line[i] for i in chosen]
 
     def of(self, metrics: Collection[str]) -> dict[MetricKey, Points]:

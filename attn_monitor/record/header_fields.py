@@ -9,7 +9,7 @@ from typing import Any
 
 from attn_monitor.errors import ArchiveError
 
-LARGEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 
 
 class Fields:
@@ -20,17 +20,17 @@ class Fields:
             raise ArchiveError(f"{where} is {reprlib.repr(values)}, expected an object with fields")
         self._values, self.where = values, where
 
-    def whole(self, name: str, *, least: int = 0) -> int:
+    def integer(self, name: str, *, least: int = 0) -> int:
         """A whole number of at least ``least``."""
         value = self._get(name)
-        if not _is_whole(value) or not least <= value <= LARGEST:
+        if not _is_integer(value) or not least <= value <= MAX_INTEGER:
             raise self._wrong(name, f"a whole number of at least {least}")
         return int(value)
 
-    def wholes(self, name: str, *, count: int | None = None, least: int = 0) -> tuple[int, ...]:
+    def integers(self, name: str, *, count: int | None = None, least: int = 0) -> tuple[int, ...]:
         """A list of ``count`` whole numbers (None: any number of them)."""
         values = self.items(name)
-        fits = all(_is_whole(value) and least <= value <= LARGEST for value in values)
+        fits = all(_is_integer(value) and least <= value <= MAX_INTEGER for value in values)
         if not fits or count not in (None, len(values)):
             raise self._wrong(name, f"{'' if count is None else f'{count} '}whole numbers of at least {least}")
         return tuple(values)
@@ -55,7 +55,7 @@ class Fields:
         """Whether nothing is stored under this name."""
         return self._get(name) is None
 
-    def truth(self, name: str) -> bool:
+    def boolean(self, name: str) -> bool:
         """True or false."""
         value = self._get(name)
         if not isinstance(value, bool):
@@ -85,9 +85,9 @@ class Fields:
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """An object, as it is."""
-        return self.within(name)._values
+        return self.child(name)._values
 
-    def within(self, name: str) -> Fields:
+    def child(self, name: str) -> Fields:
         """An object within this one."""
         return Fields(self._get(name), f"{name} of the {self.where}")
 
@@ -103,11 +103,11 @@ class Fields:
         return ArchiveError(f"{name}={reprlib.repr(self._values[name])} in the {self.where}, expected {expected}")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return _is_whole(value) and abs(value) <= LARGEST
+    return _is_integer(value) and abs(value) <= MAX_INTEGER

@@ -8,7 +8,7 @@ import numpy as np
 
 from attn_monitor.snapshot import Snapshot
 
-LENGTH = 24  # snapshots that are kept
+MAX_SNAPSHOTS = 24  # snapshots that are kept
 
 
 class History:
@@ -30,8 +30,8 @@ class History:
         """Append these layers of a snapshot; those of its step and later ones, from before a run was resumed, go."""
         kept = [s for s in self._snapshots if s.step < snapshot.step]
         self._snapshots = [*kept, snapshot.only(layers)]
-        if len(self._snapshots) > LENGTH:
-            chosen = thin([s.step for s in self._snapshots], LENGTH * 3 // 4)
+        if len(self._snapshots) > MAX_SNAPSHOTS:
+            chosen = thin([s.step for s in self._snapshots], MAX_SNAPSHOTS * 3 // 4)
             self._snapshots = [self._snapshots[i] for i in chosen]
 
     def clear(self) -> None:

@@ -34,7 +34,7 @@ WRITING = ".writing-"  # how the names of files begin that are not complete
 
 Shape = tuple["int | None", ...]
 """Sizes that an array must have; None for one that the header does not tell."""
-Take = Callable[[str, Sequence[str], Shape], "Tensor | None"]
+TensorReader = Callable[[str, Sequence[str], Shape], "Tensor | None"]
 """Gives a stored tensor by name, if it has one of these types and this shape, see `NpzFile.tensor`."""
 
 
@@ -132,10 +132,10 @@ def _damage_as_archive_error(what: str) -> Iterator[None]:
         raise ArchiveError(f"{what} is not readable: damaged, or not of attn_monitor ({reason})") from error
 
 
-def tensors_in(stored: Mapping[str, Any]) -> Take:
+def tensors_in(stored: Mapping[str, Any]) -> TensorReader:
     """The tensors of a checkpoint's state, with the checks that a file's get."""
 
-    def take(name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:
+    def read(name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:
         value = stored.get(name)
         if value is not None and not isinstance(value, Tensor):
             raise ArchiveError(f"{name} is a {type(value).__name__}, expected a tensor")
@@ -143,7 +143,7 @@ def tensors_in(stored: Mapping[str, Any]) -> Take:
             check_array(name, value.shape, str(value.dtype).removeprefix("torch."), dtypes, shape)
         return value
 
-    return take
+    return read
 
 
 def parse_json(text: str) -> Any:
@@ -156,7 +156,7 @@ def parse_json(text: str) -> Any:
 
 def check_format(header: Fields) -> None:
     """Refuse what a newer version wrote in a format that this one does not know."""
-    found = header.whole("format", least=1)
+    found = header.integer("format", least=1)
     if found > FORMAT:
         raise ArchiveError(
             f"written by a newer version of attn_monitor, in format {found}; this version reads up to format {FORMAT}. "

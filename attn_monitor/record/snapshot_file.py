@@ -21,7 +21,16 @@ from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
 from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record.header_fields import Fields
-from attn_monitor.record.npz import FORMAT, Shape, Take, check_format, open_npz, parse_json, tensors_in, write_npz
+from attn_monitor.record.npz import (
+    FORMAT,
+    Shape,
+    TensorReader,
+    check_format,
+    open_npz,
+    parse_json,
+    tensors_in,
+    write_npz,
+)
 from attn_monitor.snapshot import Snapshot
 
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
@@ -104,16 +113,16 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, arrays
 
 
-def _from_stored(header: Fields, take: Take) -> Snapshot:
+def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
     names, metrics = header.names("names"), Metrics()
     layers: dict[tuple[str, int], LayerAttention] = {}
     for number, item in enumerate(header.items("layers")):
         entry = Fields(item, f"header's entry {number} of layers")
-        key = entry.text("role"), entry.whole("layer")
+        key = entry.text("role"), entry.integer("layer")
         if key in layers:
             raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
         of_layer = _metrics(entry, *key)
-        layers[key] = _layer(entry, len(names), of_layer, take)
+        layers[key] = _layer(entry, len(names), of_layer, read)
         metrics.update(of_layer)
     if not layers:
         raise ArchiveError("the header has no layers: expected at least one")
@@ -121,15 +130,15 @@ def _from_stored(header: Fields, take: Take) -> Snapshot:
         _flag(Fields(item, f"header's flag {number}"), layers) for number, item in enumerate(header.items("flags"))
     )
     return Snapshot(
-        header.whole("step"), header.whole("epoch"), names, layers, metrics, flags, header.whole("flags_raised")
+        header.integer("step"), header.integer("epoch"), names, layers, metrics, flags, header.integer("flags_raised")
     )
 
 
-def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAttention:
+def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> LayerAttention:
     """One layer, checked against itself and against its metrics."""
-    role, index, prefix = entry.text("role"), entry.whole("layer"), entry.whole("num_prefix")
-    grid = Grid(entry.wholes("grid", count=2, least=1), _geometry(entry))
-    heads = entry.whole("heads", least=1)
+    role, index, prefix = entry.text("role"), entry.integer("layer"), entry.integer("num_prefix")
+    grid = Grid(entry.integers("grid", count=2, least=1), _geometry(entry))
+    heads = entry.integer("heads", least=1)
     shapes: dict[str, Shape] = {
         "rows": (images, heads, prefix + grid.cells),
         "distance": (images, heads),
@@ -140,19 +149,19 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
         "received": (images, prefix + grid.cells),
         "value_norms": (images, prefix + grid.cells),
     }
-    rows = take(f"rows/{role}/{index}", ("float16",), shapes["rows"])
+    rows = read(f"rows/{role}/{index}", ("float16",), shapes["rows"])
     if rows is None:
         raise ArchiveError(f"rows of layer {index} of {role!r} are missing")
     rows = rows.float()
-    optional: dict[str, Any] = {n: take(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
-    name, mixed, error = entry.text("name"), entry.truth("mixed"), entry.number("verified_error")
+    optional: dict[str, Any] = {n: read(f"{n}/{role}/{index}", ("float32",), shapes[n]) for n in OPTIONAL_TENSORS}
+    name, mixed, error = entry.text("name"), entry.boolean("mixed"), entry.number("verified_error")
     kind = next((k for k in KINDS if k == entry.text("kind")), None)
     if kind is None:
         expected = ", ".join(KINDS)
         raise ArchiveError(f"kind of layer {index} of {role!r} is {entry.text('kind')!r}, expected one of {expected}")
     optional.update({key: entry.text(key) for key in ("places", "model", "query")})
     optional["prefix_names"] = entry.names("prefix_names") if entry.items("prefix_names") else ()
-    optional.update(_patches(entry, (images, grid.cells), take))
+    optional.update(_patches(entry, (images, grid.cells), read))
     attention = LayerAttention(index, name, rows, prefix, grid, mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
     if len(attention.prefix_names) not in (0, prefix):
@@ -160,16 +169,16 @@ def _layer(entry: Fields, images: int, metrics: Metrics, take: Take) -> LayerAtt
     return attention
 
 
-def _patches(entry: Fields, shape: tuple[int, int], take: Take) -> dict[str, Any]:
+def _patches(entry: Fields, shape: tuple[int, int], read: TensorReader) -> dict[str, Any]:
     """What is stored of the patch tokens of one layer, (images, patches) each."""
-    role, index, found = entry.text("role"), entry.whole("layer"), dict[str, Any]()
-    colors = take(f"colors/{role}/{index}", ("uint8",), (*shape, 3)) if "color_scale" in entry else None
+    role, index, found = entry.text("role"), entry.integer("layer"), dict[str, Any]()
+    colors = read(f"colors/{role}/{index}", ("uint8",), (*shape, 3)) if "color_scale" in entry else None
     if colors is not None:
         scale = entry.number("color_scale")
         if not scale > 0:
             raise ArchiveError(f"color_scale of layer {index} of {role!r} is {scale}, expected a number above 0")
         found["patch_colors"] = PatchColors.of(colors.float() / 255, scale)
-    features = take(f"features/{role}/{index}", ("float16",), (*shape, None)) if "features_error" in entry else None
+    features = read(f"features/{role}/{index}", ("float16",), (*shape, None)) if "features_error" in entry else None
     if features is not None:
         error = entry.numbers("features_error", missing=True)
         if len(error) != 2:
@@ -193,9 +202,9 @@ def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> N
     where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
     facts = _row_facts(attention.rows, attention.kind)
     of_layer = metrics.of_layer(entry.text("role"), attention.layer)
-    if entry.truth("finite") and not facts["finite"]:
+    if entry.boolean("finite") and not facts["finite"]:
         raise ArchiveError(f"{where} hold NaN or infinity, and the header does not say so")
-    if entry.truth("distribution") and not facts["distribution"]:
+    if entry.boolean("distribution") and not facts["distribution"]:
         raise ArchiveError(f"{where} are not distributions: expected shares of at least 0 that sum to 1")
     found, measured = attention.rows[..., : attention.num_prefix].sum(-1).mean(), of_layer.get("prefix_mass", math.nan)
     if attention.kind == "distribution" and abs(measured - found) > PRECISION:
@@ -218,7 +227,7 @@ def _geometry(entry: Fields) -> GridGeometry | None:
     """The geometry that `_geometry_facts` stored."""
     if "geometry" not in entry:
         return None
-    stored = entry.within("geometry")
+    stored = entry.child("geometry")
     origin, cell = stored.numbers("origin"), stored.numbers("cell")
     if not len(origin) == len(cell) == 2 or min(cell) <= 0:
         raise ArchiveError(
@@ -240,15 +249,15 @@ def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
 
 def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
     """What `_stored_metrics` stored."""
-    metrics, stored = Metrics(), entry.within("metrics")
+    metrics, stored = Metrics(), entry.child("metrics")
     for name in stored:
-        values = stored.within(name)
+        values = stored.child(name)
         metrics[MetricKey(role, layer, name)] = values.number("mean")
         if "heads" in values:
             heads = values.numbers("heads", missing=True)
-            if len(heads) != entry.whole("heads"):
+            if len(heads) != entry.integer("heads"):
                 raise ArchiveError(
-                    f"{name} in the {stored.where} has {len(heads)} values for {entry.whole('heads')} heads"
+                    f"{name} in the {stored.where} has {len(heads)} values for {entry.integer('heads')} heads"
                 )
             metrics.update({MetricKey(role, layer, name, head): value for head, value in enumerate(heads)})
     return metrics
@@ -256,14 +265,14 @@ def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
 
 def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
     """A flag about one of these layers, or about a whole model where its layer is missing."""
-    role, heads = stored.text("role"), stored.wholes("heads")
-    layer = None if stored.is_none("layer") else stored.whole("layer")
+    role, heads = stored.text("role"), stored.integers("heads")
+    layer = None if stored.is_none("layer") else stored.integer("layer")
     there = layers[role, layer].rows.shape[1] if layer is not None and (role, layer) in layers else 0
     if layer is not None and (there == 0 or any(head >= there for head in heads)):
         raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
     value = stored.number("value")
     known = None if math.isnan(value) else value
-    return HealthFlag(stored.text("kind"), role, layer, heads, stored.whole("step"), known, stored.text("text"))
+    return HealthFlag(stored.text("kind"), role, layer, heads, stored.integer("step"), known, stored.text("text"))
 
 
 def _finite(value: float) -> float | None:

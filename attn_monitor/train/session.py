@@ -89,7 +89,7 @@ class Session:
         """
         self.end()
         self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
-        self.run.looks_at_wiring = self.settings.health.wiring
+        self.run.looks_at_wiring = self.settings.health.check_ema
         if self.monitor is not None:
             self.monitor.distributed = distributed
         elif (probe := rank_zero.run(self.probe_settings.load)) is not None:

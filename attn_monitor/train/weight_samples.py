@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import role_of
-from attn_monitor.measure.wiring import Sampled
+from attn_monitor.measure.ema_checks import Sampled
 
 LENGTH = 32  # values of each sampled parameter
 SCALES, VECTORS, MATRICES, BUFFERS = 3, 4, 5, 3  # how many of each kind

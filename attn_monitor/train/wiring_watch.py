@@ -1,4 +1,4 @@
-"""Looks at student and teacher around a few training steps after snapshots, for `measure.wiring` to judge.
+"""Looks at student and teacher around a few training steps after snapshots, for `measure.ema_checks` to judge.
 
 For those steps a hook on the teacher's first layer and one on optimizers copy a few hundred values, on their device;
 they are fetched once, when the step is over. Nothing stays behind. About eleven of the first steps are looked at, and
@@ -18,8 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.capture.isolation import all_modules, is_isolated
+from attn_monitor.measure.ema_checks import At, EmaChecker, Moment, OptimizerStep, WatchedStep
 from attn_monitor.measure.health import HealthLimits
-from attn_monitor.measure.wiring import At, Moment, OptimizerStep, WatchedStep, Wiring
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
 
@@ -41,7 +41,7 @@ class WiringWatch:
         self._samples = None if pair is None or pair[0] is pair[1] else WeightSamples.of(*pair)
         self._shared = _shared(models, root, pair, self._samples)
         self._layer, self._random = _first_layer(self._samples, root), dict[str, nn.Module]()
-        self._wiring: Wiring | None = None
+        self._wiring: EmaChecker | None = None
         self._batch: _Batch | None = None
         self._left = self._tries = self._snapshots = 0
         self._again_at = math.inf  # step
@@ -53,9 +53,9 @@ class WiringWatch:
             return [HealthFlag("shared_weights", "teacher", None, (), step, None, self._shared)]
         if self._samples is not None:
             if self._wiring is None:
-                self._wiring = Wiring(self._samples.described(self._samples.parameters()), self._limits.still_steps)
+                self._wiring = EmaChecker(self._samples.described(self._samples.parameters()), self._limits.stall_steps)
                 self._random = random_modules(self._samples.teacher)
-                self._again_at, self._left = step + self._limits.still_steps, FIRST
+                self._again_at, self._left = step + self._limits.stall_steps, FIRST
                 self._compiled = _compiled_so_far()
             self._snapshots += 1
             if self._snapshots & (self._snapshots - 1) == 0:  # a power of two

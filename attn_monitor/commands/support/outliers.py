@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.layer_selection import QuerySpec
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.measure.artifacts import Outliers, outliers_by_attention, outliers_by_norm, without_patches
+from attn_monitor.measure.outliers import Outliers, outliers_by_attention, outliers_by_norm, without_patches
 from attn_monitor.snapshot import Snapshot
 
 

@@ -1,7 +1,7 @@
-"""Outlier patches of a layer: tokens that hold no part of the image worth seeing, and attention without them.
+"""Outlier patches of a layer, and its attention without them.
 
-Vision transformers make tokens of dull patches into scratch space; they draw attention that says nothing of the image.
-Source: Darcet et al. 2023, arXiv 2309.16588.
+Vision transformers use the tokens of uniform patches as scratch space; the attention on these says nothing about the
+image. Source: Darcet et al. 2023, arXiv 2309.16588.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.grid import Grid
 
 CUTOFF = 6.0
-"""Robust standard deviations above the median from which on a patch is an outlier."""
+"""Distance above the median, in robust standard deviations, from which on a patch is an outlier."""
 LEAST_RATIO = 2.0
-"""To the median: where patches are all alike, ordinary ones are many deviations away."""
+"""Smallest ratio of an outlier to the median: where patches are alike, ordinary ones are many deviations away."""
 
 
 @dataclass(frozen=True)
 class Outliers:
     """Outlier patches of one layer.
 
-    ``patches`` is bool (B, gh, gw). ``ratios`` (B, gh, gw) are to the median of an image's patches, of the ``quantity``
-    "token norm" or "attention received".
+    Args:
+        patches: The outliers, bool (B, gh, gw).
+        ratios: Each patch's quantity divided by the median of its image, (B, gh, gw).
+        quantity: "token norm" or "attention received".
     """
 
     patches: Tensor
@@ -35,14 +37,14 @@ class Outliers:
     quantity: str
 
     def reasons(self, image: int) -> Iterator[str]:
-        """A line for each outlier of an image: where it is, and why it is one."""
+        """Yield a line for each outlier of an image, with its place and its ratio to the median."""
         for row, col in self.patches[image].nonzero().tolist():
             ratio = float(self.ratios[image, row, col])
             yield f"patch ({row}, {col}): {self.quantity} {ratio:.1f} times the median"
 
 
 def outliers_by_norm(attention: LayerAttention) -> Outliers | None:
-    """By the norms of the tokens that enter the layer's block; None where they are not known."""
+    """Find outliers by the norms of the tokens that enter the layer's block; None if these are unknown."""
     if attention.norms is None:
         return None
     norms = attention.norms[:, attention.num_prefix :]  # (B, N)
@@ -50,9 +52,10 @@ def outliers_by_norm(attention: LayerAttention) -> Outliers | None:
 
 
 def outliers_by_attention(received: LayerAttention) -> Outliers:
-    """By the attention that patches receive from all tokens: ``received`` was recorded with query="mean".
+    """Find outliers by the logarithm of the attention that patches receive from all tokens.
 
-    Its logarithm is looked at, as weights differ by factors. Where some are negative, nothing is an outlier.
+    Args:
+        received: Attention recorded with query="mean". Where some of it is negative, nothing is an outlier.
     """
     weights = received.maps.mean(1).flatten(1)  # (B, N)
     return _outliers(weights, F.outliers(weights.log(), CUTOFF), received.grid, "attention received")
@@ -65,9 +68,9 @@ def _outliers(values: Tensor, far: Tensor, grid: Grid, quantity: str) -> Outlier
 
 
 def without_patches(attention: LayerAttention, patches: Tensor) -> LayerAttention:
-    """The attention as if the softmax had never seen some patches, bool (B, gh, gw): 0 there, and the rest scaled up.
+    """Set the attention on ``patches``, bool (B, gh, gw), to 0 and scale the rest up to the row's sum.
 
-    Rows keep their sums. Weights of which some are negative are not scaled.
+    This is what the softmax would give without these patches. Signed weights are not scaled.
     """
     left_out = torch.zeros_like(attention.rows, dtype=torch.bool)
     left_out[..., attention.num_prefix :] = patches.flatten(1)[:, None].to(left_out.device)

@@ -1,8 +1,8 @@
-"""Is it wired right? What a few sampled weights do around training steps becomes findings in words.
+"""Checks of how a teacher follows its student, from a few weights that are sampled around training steps.
 
-Student and teacher are known by some of their values at some moments of a step, and by facts about their modules and
-optimizers. An average is recognised by what it does: ``after = m · before + (1 - m) · student`` holds for all sampled
-values with one momentum m. What the evidence does not settle is not told.
+The input is sampled values of both at several moments of a step, and facts about their modules and optimizers. An EMA
+update is recognised by ``after = m · before + (1 - m) · student``, which holds for all sampled values with one momentum
+m. Findings that the evidence does not settle are not reported.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from attn_monitor.measurements import HealthFlag
 
-CONFIRMED = 3  # watched steps in a row that must agree
-ENOUGH = 8  # sampled values that must tell
-SMALLEST_UPDATE = 1e-5  # 1 - m: of an average that is slower than that, nothing might be seen to move
+CONFIRMED = 3  # consecutive watched steps that must agree
+ENOUGH = 8  # sampled values that must have moved
+SMALLEST_UPDATE = 1e-5  # 1 - m: slower averages may not move visibly
 
 At = Literal["start", "forward", "other step", "step", "batch end", "end"]
-"""Before a batch; as the teacher last runs before the step; right after the step of an optimizer that does not hold the
-student, or does; where Lightning ends a batch; before the next batch."""
+"""Moments in order: before a batch; the teacher's last forward before the optimizer step; right after the step of an
+optimizer without, and with, the student's parameters; Lightning's end of the batch; before the next batch."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Sampled values of student and teacher, (N,) float64 each, from the same places of the same parameters."""
+    """Sampled values of student and teacher at one moment, (N,) float64 each, from the same parameters."""
 
     at: At
     student: Tensor
@@ -38,9 +38,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """``lr`` is the largest learning rate that concerns the student; NaN where it cannot be known without waiting.
+    """One step of one optimizer.
 
-    ``has_gradient``: whether a gradient other than 0 had reached the student's sampled parameters.
+    Args:
+        holds_student: The optimizer holds parameters of the student.
+        holds_teacher: The optimizer holds parameters of the teacher.
+        lr: Largest learning rate of the student's parameters; NaN if reading it would synchronise the device.
+        has_gradient: A nonzero gradient had reached the student's sampled parameters.
     """
 
     holds_student: bool
@@ -51,10 +55,18 @@ class OptimizerStep:
 
 @dataclass(frozen=True)
 class WatchedStep:
-    """What was seen from before a batch, with ``begun`` optimizer steps done, to before the next, with ``ended``.
+    """Observations from before one batch to before the next.
 
-    ``teacher_ran`` is None where that cannot be seen. ``noisy`` are modules of the teacher that were random then, as
-    they are in training mode. ``buffers`` are sampled values of the student's and the teacher's.
+    Args:
+        begun: Number of optimizer steps before the batch.
+        ended: Number of optimizer steps after it.
+        moments: Sampled values in order of time.
+        optimizers: Optimizer steps in order of time.
+        teacher_ran: The teacher ran a forward; None if that cannot be observed.
+        noisy: Modules of the teacher that are random because they are in training mode.
+        teacher_requires_grad: A parameter of the teacher requires gradients.
+        student_requires_grad: A parameter of the student requires gradients.
+        buffers: Sampled values of the student's and the teacher's buffer.
     """
 
     begun: int
@@ -70,10 +82,12 @@ class WatchedStep:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is sampled: ``precision`` (N,) of the teacher's arithmetic, the distance from 1 to the next larger number.
+    """Description of the sampled values.
 
-    ``scales`` are the parts of the values that belong to one scale of a normalisation layer each, ``buffer`` the name
-    of a buffer, if any is sampled.
+    Args:
+        precision: Machine epsilon of the teacher's arithmetic for each value, (N,).
+        scales: Slices of the values that are weights of one normalisation layer each.
+        buffer: Name of the sampled buffer, empty if there is none.
     """
 
     precision: Tensor
@@ -85,18 +99,25 @@ class Sampled:
 class Update:
     """A move of the teacher towards the student."""
 
-    when: str  # in the step, for people
+    when: str  # the place in the step, for messages
     momentum: float
-    copies: bool  # it has become the student
+    copies: bool  # the teacher equals the student now
 
 
 EARLY = "before the optimizer's step"
 
 
 def momentum_of(before: Tensor, after: Tensor, student: Tensor, precision: Tensor) -> float | None:
-    """The m, from 0 to below 1, with which ``after`` averages the other two, all (N,).
+    """Return the m in 0 <= m < 1 with ``after = m · before + (1 - m) · student``.
 
-    None where no m does, or where rounding, in arithmetic of this ``precision``, hides which.
+    Args:
+        before: The teacher's values before, (N,).
+        after: The teacher's values after, (N,).
+        student: The student's values, (N,).
+        precision: Machine epsilon of the teacher's arithmetic, (N,).
+
+    Returns:
+        The momentum; None if no m fits all values, or if rounding hides it.
     """
     way, moved = student - before, after - before
     rounding = 2 * precision * (before.abs() + student.abs()) + torch.finfo(torch.float32).tiny
@@ -108,22 +129,24 @@ def momentum_of(before: Tensor, after: Tensor, student: Tensor, precision: Tenso
     return max(0.0, 1 - share) if fits and 0 < share <= 1 + 1e-6 else None
 
 
-class Wiring:
-    """Follows a student, and a teacher that may be its average, over watched steps. Each kind of fault is told once.
+class EmaChecker:
+    """Check a student, and a teacher that may be its EMA, over watched steps; report each kind of fault once.
 
-    ``still_steps``: after how many optimizer steps it is told that one of the two has never moved.
+    Args:
+        sampled: Description of the sampled values.
+        stall_steps: Number of optimizer steps after which a student or teacher that never changed is reported.
     """
 
-    def __init__(self, sampled: Sampled, still_steps: int) -> None:
-        self.sampled, self.still_steps = sampled, still_steps
+    def __init__(self, sampled: Sampled, stall_steps: int) -> None:
+        self.sampled, self.stall_steps = sampled, stall_steps
         self.student_moved = self.teacher_moved = self.averaged = False
         self._first: WatchedStep | None = None
-        self._equal = self._fresh = False  # at the first look
-        self._agree: dict[str, int] = {}  # watched steps in a row
-        self._told: set[str] = set()
+        self._equal = self._fresh = False  # at the first watched step
+        self._agree: dict[str, int] = {}  # consecutive watched steps
+        self._reported: set[str] = set()
 
     def look(self, watched: WatchedStep) -> list[HealthFlag]:
-        """What this step tells, without what was told before."""
+        """Return the flags of this step that were not reported before."""
         first = self._first = self._first or self._begin(watched)
         updates = self._updates(watched)
         self.student_moved |= any(not torch.equal(m.student, first.moments[0].student) for m in watched.moments)
@@ -138,21 +161,21 @@ class Wiring:
             self._teacher_stands_still(watched, first),
             self._buffers(watched, first),
         )
-        news = {kind: text for kind, text in found if kind not in self._told}
-        self._told.update(news)
+        new = {kind: text for kind, text in found if kind not in self._reported}
+        self._reported.update(new)
         roles = {"student_stands_still": "student"}
         return [
             HealthFlag(kind, roles.get(kind, "teacher"), None, (), watched.ended, None, text)
-            for kind, text in news.items()
+            for kind, text in new.items()
         ]
 
     @property
     def begun(self) -> bool:
-        """Whether there was a first look."""
+        """Return True once a step has been watched."""
         return self._first is not None
 
     def _begin(self, watched: WatchedStep) -> WatchedStep:
-        """Were they equal, and new? Scales of normalisation layers are all 1, or one number, until they are trained."""
+        """Store whether both are equal, and new: weights of a normalisation layer are constant until trained."""
         start = watched.moments[0]
         self._equal = self._is_copy(start.teacher, start.student)
         scales = [start.student[part] for part in self.sampled.scales]
@@ -163,7 +186,7 @@ class Wiring:
         return bool(((teacher - student).abs() <= self.sampled.precision * student.abs()).all())
 
     def _updates(self, watched: WatchedStep) -> list[Update]:
-        """In order. The student's own move is the last thing before the moment of its optimizer."""
+        """List the teacher's updates in order. The student itself moves right before its optimizer's moment."""
         found, passed = list[Update](), set[str]()
         for a, b in pairwise(watched.moments):
             passed.add(a.at)
@@ -175,18 +198,18 @@ class Wiring:
         return found
 
     def _confirmed(self, what: str, holds: bool | None) -> bool:
-        """Whether it has held in enough watched steps in a row, of which this is one. None: this one tells nothing."""
+        """Return True once ``holds`` was True in `CONFIRMED` consecutive steps; None leaves the count unchanged."""
         if holds is not None:
             self._agree[what] = self._agree.get(what, 0) + 1 if holds else 0
         return bool(holds) and self._agree[what] >= CONFIRMED
 
     @property
     def _meant_as_average(self) -> bool:
-        """It began as a copy of the student, or has followed it. Any other teacher may be trained as it likes."""
+        """True if it began as a copy of the student or has followed it; another teacher may be trained by itself."""
         return self._equal or self.averaged
 
     def _requires_grad(self, watched: WatchedStep) -> Iterator[tuple[str, str]]:
-        """An average that does not run while training is for evaluation, and harmless."""
+        """Check that an average requires no gradients; one that never runs in training is for evaluation."""
         holds = watched.teacher_requires_grad and self._meant_as_average if watched.teacher_ran else None
         if not self._confirmed("requires grad", holds):
             return
@@ -196,24 +219,25 @@ class Wiring:
                 "an optimizer holds it and it requires gradients, although it is an average: gradients that reach it "
                 "train it. Call requires_grad_(False) on it, and give the optimizer the student's parameters alone",
             )
-        elif "teacher_in_optimizer" not in self._told:
+        elif "teacher_in_optimizer" not in self._reported:
             yield (
                 "teacher_requires_grad",
                 "it requires gradients, although it is an average. Call requires_grad_(False) on it",
             )
 
     def _training_mode(self, watched: WatchedStep) -> Iterator[tuple[str, str]]:
+        """Check that an average that runs has no random modules."""
         noisy = bool(watched.noisy) and self._meant_as_average if watched.teacher_ran else None
         if self._confirmed("training mode", noisy):
             more = f" and {len(watched.noisy) - 1} more make" if len(watched.noisy) > 1 else " makes"
             yield (
                 "teacher_in_training_mode",
                 f"it runs in training mode, where {watched.noisy[0]}{more} its targets random. Call eval() on it: "
-                "modules begin in training mode, and train() of one around it puts it back",
+                "new modules are in training mode, and train() of a parent module restores it",
             )
 
     def _order(self, watched: WatchedStep, updates: list[Update]) -> Iterator[tuple[str, str]]:
-        """Of steps in which the student is updated once: with several optimizers each may have its own average."""
+        """Check when and how often the average is updated, if the student is updated once in the step."""
         known = bool(updates) and [o.holds_student for o in watched.optimizers].count(True) == 1
         if self._confirmed("twice", len(updates) > 1 if known else None):
             momenta = " and ".join(f"{update.momentum:.4g}" for update in updates)
@@ -233,7 +257,7 @@ class Wiring:
             )
 
     def _momentum_zero(self, watched: WatchedStep, updates: list[Update]) -> Iterator[tuple[str, str]]:
-        """An average that does not run while training is for evaluation, and may copy until it begins."""
+        """Check that an average that runs does not equal the student; one for evaluation may copy until it starts."""
         moves = not torch.equal(watched.moments[0].student, watched.moments[-1].student)
         copies = bool(updates) and all(update.copies for update in updates)
         if self._confirmed("copies", copies if moves and watched.teacher_ran else None):
@@ -243,19 +267,19 @@ class Wiring:
             )
 
     def _student_stands_still(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
-        """Of a new one beside a teacher that runs: others may be frozen by design."""
+        """Check that a new student beside a teacher that runs changes; others may be frozen by design."""
         steps, why = watched.ended - first.begun, _why_still(watched)
         still = not self.student_moved and self._fresh and bool(watched.teacher_ran)
-        if self._confirmed("student", None if why is None else still) and steps >= self.still_steps:
+        if self._confirmed("student", None if why is None else still) and steps >= self.stall_steps:
             yield "student_stands_still", f"it has not moved in {steps:,} steps: {why}"
 
     def _teacher_stands_still(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
-        """Of the copy of a new student: that of a trained one, or a model of its own, may be a teacher by design."""
+        """Check that the copy of a new student changes; a trained one, or another model, may be frozen by design."""
         start, now, steps = first.moments[0], watched.moments[-1], watched.ended - first.begun
         way = SMALLEST_UPDATE * (now.student - start.teacher).abs()
         seen = int((way > 2 * self.sampled.precision * start.teacher.abs()).sum()) >= min(ENOUGH, len(way))
         still = not self.teacher_moved and self._fresh and self._equal and watched.teacher_ran is not False
-        if self._confirmed("teacher", still and seen) and steps >= self.still_steps:
+        if self._confirmed("teacher", still and seen) and steps >= self.stall_steps:
             yield (
                 "teacher_stands_still",
                 f"it has not moved in {steps:,} steps, and the student has: its average is never updated, or with a "
@@ -263,20 +287,20 @@ class Wiring:
             )
 
     def _buffers(self, watched: WatchedStep, first: WatchedStep) -> Iterator[tuple[str, str]]:
-        """Those of an average for evaluation may be made when training is over, as by PyTorch's `update_bn`."""
+        """Check that buffers follow too, if the average runs: `update_bn` may compute them after training."""
         steps = watched.ended - first.begun
         student, teacher = (not torch.equal(a, b) for a, b in zip(watched.buffers, first.buffers, strict=True))
         forgotten = student and not teacher and self.averaged if watched.teacher_ran else None
-        if self._confirmed("buffers", forgotten) and steps >= self.still_steps:
+        if self._confirmed("buffers", forgotten) and steps >= self.stall_steps:
             yield (
                 "average_forgets_buffers",
-                f"its parameters are averaged and its buffers are not: those such as {self.sampled.buffer} have stayed "
-                f"as they were for {steps:,} steps, while the student's have changed. Copy or average buffers() too",
+                f"its parameters are averaged and its buffers are not: {self.sampled.buffer} has not changed in "
+                f"{steps:,} steps, while the student's has. Copy or average buffers() too",
             )
 
 
 def _why_still(watched: WatchedStep) -> str | None:
-    """Why a student that stands still does; None where this step cannot tell, as at a learning rate of 0."""
+    """Return why the student does not change; None if the step does not show it, as at a learning rate of 0."""
     stepped = [o for o in watched.optimizers if o.lr > 0]
     if not stepped:
         return None
@@ -287,4 +311,4 @@ def _why_still(watched: WatchedStep) -> str | None:
     holding = [o for o in stepped if o.holds_student]
     if not holding or any(o.has_gradient for o in holding):
         return None
-    return "no gradient reaches it, as after a detach(), under no_grad(), or where the loss is of another model"
+    return "no gradient reaches it: look for detach(), no_grad() or a loss of another model"

@@ -4,48 +4,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attn_monitor.attention import LayerAttention
-    from attn_monitor.attention_snapshot import AttentionSnapshot, load_snapshots
-    from attn_monitor.callback import AttentionMapCallback
-    from attn_monitor.capture.backbones import find_backbones
-    from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-    from attn_monitor.capture.rollout import attention_rollout
-    from attn_monitor.capture.sharded_models import forward_within
-    from attn_monitor.commands.report import snapshot_player
-    from attn_monitor.draw.options import DrawingOptions
-    from attn_monitor.errors import ArchiveError, AttentionError, AttnMonitorError, ProbeError, TargetError
-    from attn_monitor.measure.health import HealthLimits
-    from attn_monitor.measurements import HealthFlag
-    from attn_monitor.monitor import AttentionMonitor
-    from attn_monitor.probe.probe_batch import ProbeBatch
-    from attn_monitor.publish.publisher import Publisher
-    from attn_monitor.watch import Watch
+    from attn_monitor import functional as functional
+    from attn_monitor.attention import LayerAttention as LayerAttention
+    from attn_monitor.attention_snapshot import AttentionSnapshot as AttentionSnapshot
+    from attn_monitor.attention_snapshot import load_snapshots as load_snapshots
+    from attn_monitor.callback import AttentionMapCallback as AttentionMapCallback
+    from attn_monitor.capture.backbones import find_backbones as find_backbones
+    from attn_monitor.capture.recorder import AttentionRecorder as AttentionRecorder
+    from attn_monitor.capture.recorder import record_attention as record_attention
+    from attn_monitor.capture.rollout import attention_rollout as attention_rollout
+    from attn_monitor.capture.sharded_models import forward_within as forward_within
+    from attn_monitor.commands.report import snapshot_player as snapshot_player
+    from attn_monitor.draw.options import DrawingOptions as DrawingOptions
+    from attn_monitor.errors import ArchiveError as ArchiveError
+    from attn_monitor.errors import AttentionError as AttentionError
+    from attn_monitor.errors import AttnMonitorError as AttnMonitorError
+    from attn_monitor.errors import ProbeError as ProbeError
+    from attn_monitor.errors import TargetError as TargetError
+    from attn_monitor.grid import Grid as Grid
+    from attn_monitor.measure.health import HealthLimits as HealthLimits
+    from attn_monitor.measurements import HealthFlag as HealthFlag
+    from attn_monitor.measurements import MetricKey as MetricKey
+    from attn_monitor.monitor import AttentionMonitor as AttentionMonitor
+    from attn_monitor.probe.probe_batch import ProbeBatch as ProbeBatch
+    from attn_monitor.publish.publisher import Publisher as Publisher
+    from attn_monitor.watch import Watch as Watch
 
-__all__ = [
-    "ArchiveError",
-    "AttentionError",
-    "AttentionMapCallback",
-    "AttentionMonitor",
-    "AttentionRecorder",
-    "AttentionSnapshot",
-    "AttnMonitorError",
-    "DrawingOptions",
-    "HealthFlag",
-    "HealthLimits",
-    "LayerAttention",
-    "ProbeBatch",
-    "ProbeError",
-    "Publisher",
-    "TargetError",
-    "Watch",
-    "attention_rollout",
-    "find_backbones",
-    "forward_within",
-    "load_snapshots",
-    "record_attention",
-    "snapshot_player",
-]
-
+# Each is imported when it is asked for: the callback imports Lightning, others PyTorch, which takes seconds.
 _MODULES = {
     "ArchiveError": "errors",
     "AttentionError": "errors",
@@ -55,9 +40,11 @@ _MODULES = {
     "AttentionSnapshot": "attention_snapshot",
     "AttnMonitorError": "errors",
     "DrawingOptions": "draw.options",
-    "HealthFlag": "measure.health",
+    "Grid": "grid",
+    "HealthFlag": "measurements",
     "HealthLimits": "measure.health",
     "LayerAttention": "attention",
+    "MetricKey": "measurements",
     "ProbeBatch": "probe.probe_batch",
     "ProbeError": "errors",
     "Publisher": "publish.publisher",
@@ -71,11 +58,16 @@ _MODULES = {
     "snapshot_player": "commands.report",
 }
 
+__all__ = ["functional", *_MODULES]
+
 
 def __getattr__(name: str) -> Any:
-    """Public names when they are asked for: the callback imports Lightning, others PyTorch, which takes seconds."""
     if name == "functional":
         return importlib.import_module("attn_monitor.functional")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"attn_monitor.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -102,3 +102,10 @@ def test_the_callback_needs_no_optional_package() -> None:
     before = loaded_by("import lightning.pytorch")
     after = loaded_by("import lightning.pytorch\nfrom attn_monitor import AttentionMapCallback")
     assert not (after - before) & {"wandb", "matplotlib", "timm", "transformers", "mlflow", "scipy", "av"}
+
+
+def test_public_names_are_listed_and_documented() -> None:
+    assert set(attn_monitor.__all__) <= set(dir(attn_monitor))
+    for name in attn_monitor.__all__:
+        assert getattr(attn_monitor, name).__doc__, name
+    assert loaded_by("import attn_monitor; dir(attn_monitor)").isdisjoint({"torch", "lightning", "numpy"})

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +84,45 @@ def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("words", "command", "named"),
     [
-        ("", ": no command; expected one of check, show, video"),
-        ("shwo m", ": no command 'shwo'; did you mean show?; expected one of check, "),
-        ("show m", " show: the following arguments are required: images"),
-        ("backfill x --out o", " backfill: the following arguments are required: --model"),
-        ("show m i --sizes 3", " show: unrecognized arguments: --sizes 3; did you mean --size?"),
-        ("show m i --size", " show: argument --size: expected one argument"),
-        ("show m i --size abc", " show: size=abc: expected a whole number or a list of two"),
-        ("show m i --size [1,2,3]", " show: size=[1, 2, 3]: expected a whole number or a list of two"),
-        ("show m i --num-images 1.5", " show: num_images=1.5: expected a whole number"),
-        pytest.param(
-            *("replay r --format avi", " replay: format=avi: expected 'webp', 'mp4', 'gif'"),
-            marks=pytest.mark.skipif(version("jsonargparse") < "4.5", reason="it tells nothing of choices"),
-        ),
-        ("show m i --config nowhere.yaml", " show: --config: "),
-        ("show m i --out=", " show: out is empty"),
+        ("", "", ["check,show,video"]),
+        ("shwo m", "", ["'shwo'", "'check', 'show'"]),
+        ("show m", "show", ["required", "images"]),
+        ("backfill x --out o", "backfill", ["required", "model", "probe"]),
+        ("show m i --sizes 3", "show", ["unrecognized", "--sizes 3"]),
+        ("show m i --size", "show", ["--size", "expected one argument"]),
+        ("show m i --size abc", "show", ["size", "int", "tuple", "abc"]),
+        ("show m i --size [1,2,3]", "show", ["size", "int", "tuple", "[1, 2, 3]"]),
+        ("show m i --num-images 1.5", "show", ["num_images", "int", "1.5"]),
+        ("replay r --format avi", "replay", ["format", "webp", "mp4", "gif", "avi"]),
+        ("show m i --config nowhere.yaml", "show", ["config", "nowhere.yaml"]),
+        ("show m i --out=", "show", ["out is empty"]),
     ],
 )
-def test_wrong_usage_is_one_line_with_the_remedy(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_one_line_that_names_the_option_and_the_help(
+    words: str, command: str, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words.split())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"attn-monitor{text}")
-    assert line.endswith(f"(see attn-monitor{' ' if text[0] == ' ' else ''}{text.partition(':')[0].strip()} --help)")
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    name = f"attn-monitor {command}".rstrip()
+    assert line.startswith(f"{name}: ")
+    assert line.endswith(f" (see {name} --help)")
+    assert [text for text in named if text not in line] == []
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_command_is_a_module_whose_docstring_is_its_help(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules[command.__module__]
+    assert module.__name__ == f"attn_monitor.commands.{command.__name__}"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command.__name__, "--help"])
+    assert str(module.__doc__).strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [command.__name__ for command in cli.COMMANDS])

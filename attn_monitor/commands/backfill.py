@@ -1,4 +1,11 @@
-"""`attn-monitor backfill`: the timeline of a run from the checkpoints that it has left."""
+"""Make the timeline of a run from its checkpoints: snapshots, metrics, health flags and panels, as if it was watched.
+
+Steps that the archive already has are skipped, so that it can be repeated while a run goes on, with the same model,
+probe and settings; others are refused. A teacher that the module itself updates at the end of a batch is one update
+older in checkpoints than in live snapshots, as Lightning saves before that.
+
+Example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
+"""
 
 from __future__ import annotations
 
@@ -120,13 +127,7 @@ def backfill(
     gram_step: int | None = None,
     device: str = "cpu",
 ) -> None:
-    """Make the timeline of a run from its checkpoints: snapshots, metrics, health flags, panels, as if it was watched.
-
-    Steps that are in the archive already are skipped, so that it can be repeated while a run goes on, with the same
-    model, probe and settings: with others it is refused. A teacher that the module itself updates at the end of a
-    batch is one update older in checkpoints than in live snapshots, as Lightning saves before that.
-
-    Example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --probe photos --out runs/again
+    """Run `attn-monitor backfill`, which this module describes.
 
     Args:
         checkpoints: a folder of checkpoints, in order of Lightning's global_step, else of the numbers in their names.

@@ -1,4 +1,7 @@
-"""`attn-monitor check`: which attention a model has, and what can be read from it."""
+"""List the attention layers of a model, what can be read from them, and at what cost.
+
+Example: attn-monitor check timm:vit_small_patch16_dinov3 --size 256
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,7 @@ from attn_monitor.weights.models import load_model
 
 
 def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
-    """Say which attention a model has and what can be read from it.
-
-    Example: attn-monitor check timm:vit_small_patch16_dinov3 --size 256
+    """Run `attn-monitor check`, which this module describes.
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or

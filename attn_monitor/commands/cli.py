@@ -1,4 +1,4 @@
-"""The `attn-monitor` command: each of its commands is a function in a module of that name."""
+"""The `attn-monitor` program: each command is a function in a module of its name, whose docstring is the help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -20,37 +20,39 @@ from attn_monitor.commands.show import show
 from attn_monitor.commands.summary import summary
 from attn_monitor.commands.video import video
 from attn_monitor.errors import AttentionError
-from attn_monitor.weights.models import did_you_mean
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary]
-MAY_BE_EMPTY = {"key"}  # of names in a checkpoint that have no prefix
-TYPES = {
-    **{"int": "a whole number", "float": "a number", "list": "a list", "NoneType": "null"},
-    **dict.fromkeys(["tuple", "tuple with 2 elements"], "a list of two, such as [224, 336]"),
-}
-"""What jsonargparse calls a type, for people."""
+MAY_BE_EMPTY = {"key"}  # the prefix of names in a checkpoint that have none
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command of these words, by default the program's: mistakes are told in one line, without a traceback."""
+    """Run a command.
+
+    Args:
+        arguments: the words of the command line; by default those of the program.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr where the words are wrong, with status 1 and one line where
+            the command fails. Errors in this program have a traceback.
+    """
     run, values = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
         run(**values)
         sys.stdout.flush()  # a full disk is met here, and not while Python ends
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         _forget_output()
         sys.exit(1)
     except OSError as error:
         sys.exit(f"attn-monitor: {_in_words(error)}")
-    except (AttentionError, ValueError) as error:  # what models, contents of files and arguments can be wrong with
+    except (AttentionError, ValueError) as error:  # wrong arguments, contents of files and models
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
 
 
 def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
-    """The command and its arguments; mistakes end the program with status 2."""
+    """Return the command and its arguments; mistakes end the program with status 2 and jsonargparse's own words."""
     command = _command(words)
     try:
         parsed = _parser().parse_args(spelled_out(words))
@@ -59,14 +61,14 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
             raise ArgumentError(None, f"{empty[0]} is empty")
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         name = "attn-monitor" if command is None else f"attn-monitor {command.__name__}"
-        print(f"{name}: {_reworded(str(error), words, command)} (see {name} --help)", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())} (see {name} --help)", file=sys.stderr)
         sys.exit(2)
     del values["config"]
     return next(c for c in COMMANDS if c.__name__ == parsed.subcommand), values
 
 
 def _in_words(error: OSError) -> str:
-    """Our own text, or what the system says of which file."""
+    """Return a text of our own as it is; of the system's errors the file, the reason and what to do."""
     if error.errno is None:
         return " ".join(str(error).split())
     if error.filename is None:
@@ -78,45 +80,22 @@ def _in_words(error: OSError) -> str:
 
 
 def _forget_output() -> None:
-    """What is still to be printed would fail again while Python ends."""
+    """Send the rest of stdout nowhere: it would fail again while Python ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """Options as jsonargparse takes them: underscores, the full name where one begins so, true for a switch alone."""
-    switches = {f"--{p.name}": isinstance(p.default, bool) for p in _parameters(_command(words))}
+    """Write options as jsonargparse takes them: with underscores, and switches without a value with ``=true``."""
+    switches = {f"--{p.name}" for p in _parameters(_command(words)) if isinstance(p.default, bool)}
     spelled = []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
-            begin_so = [known for known in switches if known.startswith(option)]
-            option = begin_so[0] if len(begin_so) == 1 else option
-            if switches.get(option) and not equals and following.lower() not in ("true", "false"):
+            if option in switches and not equals and following.lower() not in ("true", "false"):
                 equals, value = "=", "true"
         spelled.append(option + equals + value)
     return spelled
-
-
-def _reworded(mistake: str, words: Sequence[str], command: Callable[..., None] | None) -> str:
-    """What jsonargparse says in several lines and by its names of types, in one line."""
-    names = [c.__name__ for c in COMMANDS]
-    if command is None and not (words and words[0].startswith("-")):
-        received = f"no command {words[0]!r}{did_you_mean(words[0], names)}" if words else "no command"
-        return f"{received}; expected one of {', '.join(names)}"
-    of_type = re.match(r'(?s)Parser key "([^"]+)":.*Expected.*value: (.*)', mistake)
-    if of_type is not None:
-        found = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got.*)?$", mistake, re.MULTILINE)
-        plain = [re.sub(r"^<class '(\w+)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", text) for text in found]
-        expected = dict.fromkeys(TYPES.get(text, text) for text in plain)
-        return f"{of_type[1]}={of_type[2]}: expected {' or '.join(expected)}"
-    options = {p.name: f"--{p.name}" for p in _parameters(command) if p.kind is p.KEYWORD_ONLY}
-    said = re.sub(r'^Parser key "(\w+)":', r"--\1:", " ".join(mistake.split()))
-    said = re.sub(r'^Validation failed: Key "(\S+)" is required.*', r"the following arguments are required: \1", said)
-    spelled = re.sub(rf"\b(?:{'|'.join(names)})\.(\w+)", lambda at: options.get(at[1], at[1]), said)
-    spelled = spelled[:1].lower() + spelled[1:]
-    unknown = re.match(r"unrecognized arguments: (--\w+)", spelled)
-    return spelled if unknown is None else f"{spelled}{did_you_mean(unknown[1], list(options.values()))}"
 
 
 def _command(words: Sequence[str]) -> Callable[..., None] | None:
@@ -132,26 +111,26 @@ def _parser() -> ArgumentParser:
     parser = _plain_parser(prog="attn-monitor", description=about)
     commands = parser.add_subcommands(required=True)
     for command in COMMANDS:
-        commands.add_subcommand(command.__name__, _parser_of(command), help=_description(command).partition("\n\n")[0])
+        commands.add_subcommand(command.__name__, _parser_of(command), help=_help(command).partition("\n\n")[0])
     return parser
 
 
 def _parser_of(command: Callable[..., None]) -> ArgumentParser:
-    """A function's keyword-only parameters are options on the command line too."""
+    """Return the parser of a command; keyword-only parameters of its function are options, others are positional."""
     parameters = _parameters(command)
     needed = [p for p in parameters if p.default is p.empty]
     words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
     words += [f"[{p.name}]" for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is None]
     usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
-    parser = _plain_parser(description=_description(command), usage=usage)
+    parser = _plain_parser(description=_help(command), usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     optional: set[str | int] = {p.name for p in parameters if p.name in positional and p.default is None}
     parser.add_function_arguments(command, skip=options | optional, as_positional=True, as_group=False)
     for name in sorted(map(str, optional)):  # jsonargparse would make an option of it
-        told = re.search(rf"^ *{name}: (.+)$", inspect.getdoc(command) or "", re.MULTILINE)
-        parser.add_argument(name, nargs="?", help="" if told is None else told[1])
+        about = re.search(rf"^ *{name}: (.+)$", inspect.getdoc(command) or "", re.MULTILINE)
+        parser.add_argument(name, nargs="?", help="" if about is None else about[1])
     parser.add_function_arguments(command, skip=positional, as_group=False)
     return parser
 
@@ -159,16 +138,11 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
 def _plain_parser(**settings: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    class Formatter(DefaultHelpFormatter):
-        """Leaves examples in one line, to be copied."""
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            fill = super()._fill_text
-            paragraphs = text.split("\n\n")
-            return "\n\n".join(p if p.startswith("Example: ") else fill(p, width, indent) for p in paragraphs)
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Leaves docstrings as they are, with examples to be copied."""
 
     return ArgumentParser(formatter_class=Formatter, exit_on_error=False, **settings)
 
 
-def _description(command: Callable[..., None]) -> str:
-    return (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+def _help(command: Callable[..., None]) -> str:
+    return (sys.modules[command.__module__].__doc__ or "").strip()

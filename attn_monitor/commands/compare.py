@@ -1,4 +1,9 @@
-"""`attn-monitor compare`: two runs, or two snapshots, on one probe."""
+"""Compare two runs on one probe: maps side by side with their difference, and metrics as a table and charts.
+
+Each step of one run is matched with the nearest step of the other, where that is mutual.
+
+Example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
+"""
 
 from __future__ import annotations
 
@@ -109,11 +114,7 @@ def compare_runs(a: str | Path, b: str | Path) -> Comparison:
 
 
 def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = False, threshold: float = 0.6) -> None:
-    """Compare two runs on one probe: maps side by side with their difference, and metrics as a table and charts.
-
-    Each step of one is matched with the nearest step of the other, where that is mutual.
-
-    Example: attn-monitor compare runs/version_0 runs/version_1 --out comparison
+    """Run `attn-monitor compare`, which this module describes.
 
     Args:
         a: the archive of a run, the log directory that holds it, a folder that `show` has written to, or a single

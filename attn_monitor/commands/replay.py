@@ -1,4 +1,9 @@
-"""`attn-monitor replay`: the pictures of a run, drawn from its archive."""
+"""Redraw a run from its archive: for each probe image a film strip, an animation and the last panel.
+
+Snapshots that cannot be read are left out, and named at the end.
+
+Example: attn-monitor replay runs/version_0 --out pictures --format mp4
+"""
 
 from __future__ import annotations
 
@@ -38,11 +43,7 @@ def replay(
     threshold: float = 0.6,
     colormap: str = "inferno",
 ) -> None:
-    """Redraw a run from its archive: for each probe image a film strip, an animation and the last panel.
-
-    Snapshots that cannot be read are left out and named at the end.
-
-    Example: attn-monitor replay runs/version_0 --out pictures --format mp4
+    """Run `attn-monitor replay`, which this module describes.
 
     Args:
         run: the archive of a run, or the log directory that holds it.

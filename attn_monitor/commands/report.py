@@ -1,4 +1,11 @@
-"""`attn-monitor report`, and `snapshot_player` in notebooks: a run, or two of one probe, as a page that one can ask."""
+"""Write a run as one interactive HTML page: every step, image, layer and head.
+
+With two runs of the same images, their maps are swiped between and subtracted. The file opens by double click, needs no
+network and makes no request. Steps are thinned evenly, with a note, where it would be larger than 8 MB. Snapshots that
+cannot be read are left out, and named in the page and at the end.
+
+Example: attn-monitor report runs/version_0 --out report.html
+"""
 
 from __future__ import annotations
 
@@ -16,13 +23,7 @@ from attn_monitor.player.report import EMBED_BYTES, FILE_BYTES, contents_within,
 
 
 def report(run: str, other: str | None = None, *, out: str = "report.html", embed: bool = False) -> None:
-    """Write a run as one HTML file that opens by double click: every step, image, layer and head, to play and to ask.
-
-    With two runs of the same images, they are swiped between and subtracted. The file needs no network and makes no
-    request. Steps are thinned evenly, with a note, where it would be larger than 8 MB. Snapshots that cannot be read
-    are left out, and named in the page and at the end.
-
-    Example: attn-monitor report runs/version_0 --out report.html
+    """Run `attn-monitor report`, which this module describes.
 
     Args:
         run: the archive of a run, or the log directory that holds it.

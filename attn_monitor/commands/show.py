@@ -1,4 +1,9 @@
-"""`attn-monitor show`: a model's attention on images."""
+"""Draw a model's attention on an image or a folder of images, one PNG each, with the raw numbers beside them.
+
+Prints the path of every file, and the metrics of each layer, means over heads and images.
+
+Example: attn-monitor show timm:vit_small_patch16_224.dino photos/ --size 480 --separate --scale minmax
+"""
 
 from __future__ import annotations
 
@@ -51,17 +56,13 @@ def show(
     drop_artifacts: bool = False,
     device: str | None = None,
 ) -> None:
-    """Draw a model's attention on an image or a folder of images, one PNG each, with the raw numbers beside them.
-
-    Example: attn-monitor show timm:vit_small_patch16_224.dino photos/ --size 480 --separate --scale minmax
-
-    Prints the path of every file, and the metrics of each layer, means over heads and images.
+    """Run `attn-monitor show`, which this module describes.
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
         images: an image file or a folder.
-        out: folder for the pictures, attention.npz (an `AttentionSnapshot`) and probe.npz, which `compare` takes.
+        out: folder for the pictures, attention.npz (a `Snapshot`) and probe.npz, which `compare` takes.
         checkpoint: file or folder of weights to load instead of the library's own: of Lightning, DINO, DINOv2 or
             DINOv3, of torch.save, safetensors or torch.distributed.checkpoint.
         key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as

@@ -1,4 +1,10 @@
-"""`attn-monitor summary`: what has become of a run's attention, on one screen."""
+"""Print on one screen what has become of a run's attention: a verdict, health flags, and each metric's course.
+
+Metrics for which more, or less, is better whatever the model have a best step: overlap with ground truth (jaccard) and
+the share of outlier tokens. All others have their lowest and highest value, with their steps.
+
+Example: attn-monitor summary runs/version_0
+"""
 
 from __future__ import annotations
 
@@ -161,12 +167,7 @@ def summarise_run(run: str | Path) -> RunSummary:
 
 
 def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
-    """Tell on one screen what has become of a run's attention: a verdict, health flags, and each metric's course.
-
-    A metric's best step is told where more, or less, is better whatever the model: overlap with ground truth (jaccard)
-    and the share of outlier tokens. Of all others, the lowest and the highest value with their steps.
-
-    Example: attn-monitor summary runs/version_0
+    """Run `attn-monitor summary`, which this module describes.
 
     Args:
         run: the archive of a run, or the log directory that holds it. Broken snapshots are left out and named.

@@ -1,4 +1,9 @@
-"""`attn-monitor video`: a model's attention in every frame of a video."""
+"""Draw a model's attention over every frame of a video: the mean over heads and each head, in a new video.
+
+Times of frames stay as they are; sound is left out.
+
+Example: attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
+"""
 
 from __future__ import annotations
 
@@ -55,11 +60,7 @@ def video(
     batch: int = 8,
     device: str | None = None,
 ) -> None:
-    """Draw a model's attention over every frame of a video: the mean over heads and each head, in a new video.
-
-    Times of frames stay as they are; sound is left out.
-
-    Example: attn-monitor video timm:vit_small_patch16_224.dino clip.mp4 --out attention.mp4 --outside photo
+    """Run `attn-monitor video`, which this module describes.
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or

@@ -29,7 +29,7 @@ def save_matrices(
 ) -> list[Path]:
     """Write `{name}-layer{L}.npy` for each of the images (B, C, H, W) and each layer: (heads, queries, keys) float32.
 
-    Keys stand as in an `AttentionSnapshot`: the prefix (CLS, registers) first, then the patches row by row; queries
+    Keys stand as in a `Snapshot`: the prefix (CLS, registers) first, then the patches row by row; queries
     likewise where they are the same tokens, else in the model's own order. Every row is checked against
     the model's own output; a file appears only after that. Images run one at a time, and memory is linear in
     the tokens unless the model itself makes the matrix.

@@ -202,7 +202,7 @@ def test_outlines_are_the_mass_mask(
 ) -> None:
     """Of the large maps and of every head, pixel by pixel at the patches' borders, after the slider was moved."""
     page = watched.open(file, f"step={step}&layer={layer}&image={image}&head={head}&truth=false&opacity=0.5")
-    page.get_by_label("Mask holds").fill(str(threshold))
+    page.get_by_label("Mask mass").fill(str(threshold))
     watched.settle()
     snapshot = next(s for s in snapshots if s.step == step)
     grid = snapshot.layer("student", layer).grid
@@ -228,7 +228,7 @@ def test_overlap_with_ground_truth_is_live(
     page = watched.open(file, "image=0&head=1")
     assert probe.masks is not None
     for threshold in (0.6, 0.9):
-        page.get_by_label("Mask holds").fill(str(threshold))
+        page.get_by_label("Mask mass").fill(str(threshold))
         watched.settle()
         for role in ("student", "teacher"):
             attention = snapshots[-1].layer(role)
@@ -239,7 +239,7 @@ def test_overlap_with_ground_truth_is_live(
             assert f"IoU {float(expected):.2f}" in caption
     page.get_by_label("Ground truth").uncheck()
     watched.settle()
-    assert page.locator(".key-truth").count() == 0
+    assert page.locator(".key-truth").is_hidden()
 
 
 @in_a_browser
@@ -360,7 +360,7 @@ def test_a_link_restores_the_view_and_a_picture_keeps_it(watched: Watched, file:
     page = watched.open(file)
     page.get_by_label("step", exact=True).fill("30")
     page.get_by_label("Head", exact=True).select_option("3")
-    page.get_by_label("Mask holds").fill("0.42")
+    page.get_by_label("Mask mass").fill("0.42")
     page.get_by_role("button", name="Per map").click()
     page.wait_for_function("() => location.hash.includes('scale')")
     pixels, link = pixels_of(canvas_of(page, "student")), page.url
@@ -376,7 +376,7 @@ def test_a_link_restores_the_view_and_a_picture_keeps_it(watched: Watched, file:
     wild = "step=x&image=99&head=77&threshold=9&show=<b>&metric=<i>&layer=&compare=swipe&constructor=1&pin=100000"
     page = watched.open(file, wild)
     assert page.locator("output.step").inner_text() == "step 100"
-    assert page.get_by_label("Mask holds").input_value() == "1"
+    assert page.get_by_label("Mask mass").input_value() == "1"
 
 
 @in_a_browser
@@ -403,7 +403,7 @@ def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
         "Focus",
         "By entropy",
         "Overlay",
-        "Mask holds",
+        "Mask mass",
         "Ground truth",
         "play",
         "step",

@@ -10,7 +10,7 @@ from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.hatching import hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.draw.scales import SCALES
+from attn_monitor.draw.scales import GREY, OPACITY, SCALES
 from attn_monitor.grid import Grid
 
 DOUBLE_OUTLINE = 160  # side of a cell in pixels from which on ground truth is outlined with two
@@ -90,13 +90,13 @@ def overlay(maps: Array, grey: Array, *, scale: str = "uniform", colormap: str =
 
 def blend(level: Array, grey: Array, colormap: str) -> Pixels:
     """Positions 0…1 on a colour scale (..., gh, gw) over a grey photograph (h, w): (..., h, w, 3)."""
-    # All that is the same down a patch is computed once for it, and the rest along whole rows of pixels, 3 · w values.
+    # Colours are constant within a patch: one row of pixels, 3 · w values, is computed for each row of patches.
     (gh, gw), (height, width), level = level.shape[-2:], grey.shape, level.astype(np.float32)
-    opacity = 0.45 + 0.5 * level
+    opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * level
     table = colour_table(colormap)
     colour = opacity[..., None] * table[(level * 255).astype(np.uint8)] + np.float32(0.5)  # to be rounded down
     colour = colour.repeat(width // gw, -2).reshape(*level.shape[:-1], 1, 3 * width)
-    through = ((1 - opacity) * np.float32(0.62)).repeat(3 * (width // gw), -1)[..., None, :]
+    through = ((1 - opacity) * np.float32(GREY)).repeat(3 * (width // gw), -1)[..., None, :]
     below = grey.astype(np.float32).repeat(3, -1).reshape(gh, height // gh, 3 * width)
     pictures: Pixels = (through * below + colour).astype(np.uint8).reshape(*level.shape[:-2], height, width, 3)
     return pictures

@@ -30,6 +30,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.scales import GREY
 from attn_monitor.snapshot import Snapshot
 
 COLOURS: tuple[Colour, Colour] = (255, 160, 40), (70, 170, 255)
@@ -37,6 +38,8 @@ COLOURS: tuple[Colour, Colour] = (255, 160, 40), (70, 170, 255)
 
 RANGE = 4.0  # log2(1 + |difference|) at the ends of the colour scale: 15 times uniform attention
 TICKS = "15", "7", "3", "1", "0", "1", "3", "7", "15"
+OPACITY = 1.3, 0.95  # of a colour over the photograph: for each unit of its position on the scale, and at most
+BRIGHTNESS = 0.45  # of a colour where the difference is zero, 1 at the ends
 MARGIN, SHEET_WIDTH, CELL = 6 * GAP, 1800, 160  # pixels: for the rows' letters, of all columns about, of a cell at most
 
 
@@ -131,7 +134,7 @@ def difference_overlay(change: Tensor, grey: Array) -> Pixels:
     finite = torch.isfinite(change).all(-1).all(-1).numpy()
     patch = grey.shape[0] // change.shape[-2], grey.shape[1] // change.shape[-1]
     enlarged = level.nan_to_num().numpy().repeat(patch[0], -2).repeat(patch[1], -1)
-    pictures = _colours(enlarged, grey.astype(np.float32)[..., None] * 0.62)
+    pictures = _colours(enlarged, grey.astype(np.float32)[..., None] * GREY)
     pictures[~finite] = MISSING
     return pictures
 
@@ -146,8 +149,8 @@ def _colours(level: Array, below: Array) -> Pixels:
     """Levels -1…1 (..., h, w) over a background (h, w, 1), in the colour of the run that has more; 0 shows nothing."""
     strength = np.abs(level)[..., None]
     colour = np.where(level[..., None] < 0, *np.array(COLOURS, np.float32))
-    opacity = np.minimum(0.95, 1.3 * strength)
-    pictures: Pixels = (below * (1 - opacity) + colour * opacity * (0.45 + 0.55 * strength)).astype(np.uint8)
+    opacity = np.minimum(OPACITY[1], OPACITY[0] * strength)
+    pictures: Pixels = (below * (1 - opacity) + colour * opacity * (BRIGHTNESS + (1 - BRIGHTNESS) * strength)).astype(np.uint8)
     return pictures
 
 
@@ -174,7 +177,7 @@ def _draw_difference_legend(canvas: Image.Image, top: int) -> None:
         anchor = "l" if index == 0 else "r" if index == len(TICKS) - 1 else "m"
         draw_text(canvas, (GAP + index * (bar - 1) / (len(TICKS) - 1), top + 12), tick, 12, DIM_TEXT, anchor)
     x = bar + 3 * GAP
-    draw_text(canvas, (x, top - 4), "B - A: x uniform attention more in", 13, DIM_TEXT)
+    draw_text(canvas, (x, top - 4), "B - A: × uniform attention more in", 13, DIM_TEXT)
     draw_text(canvas, (x, top + 13), "A", 13, COLOURS[0])
     draw_text(canvas, (x + 20, top + 13), "B", 13, COLOURS[1])
     draw_text(canvas, (x + 44, top + 13), "% elsewhere: half the sum of differences", 13, DIM_TEXT)

@@ -11,6 +11,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 LOW, HIGH = -1.0, 5.0  # log2 of the uniform scale's ends: half of uniform to 32 times uniform
+OPACITY = 0.45, 0.95  # of a colour over the photograph, at positions 0 and 1
+GREY = 0.62  # brightness of the photograph below, in grey
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def _between_extremes(maps: Array) -> Array:
 
 SCALES = {
     "uniform": Scale(
-        _in_units_of_uniform, ("0.5", "1", "2", "4", "8", "16", "32"), "x uniform attention", "fixed, comparable"
+        _in_units_of_uniform, ("0.5", "1", "2", "4", "8", "16", "32"), "× uniform attention", "fixed, comparable"
     ),
-    "minmax": Scale(_between_extremes, ("min", "max"), "each map for itself", "DINO's look"),
+    "minmax": Scale(_between_extremes, ("min", "max"), "each map from its minimum to its maximum", "DINO's look"),
 }

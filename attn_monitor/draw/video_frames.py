@@ -17,6 +17,7 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import columns_for, layer_title
+from attn_monitor.draw.scales import GREY
 from attn_monitor.grid import Grid
 
 FRAME_PIXELS, LARGEST_CELL = 800_000, 640  # of all cells together, and the side of one
@@ -61,7 +62,7 @@ class FrameDrawing:
         """Cover the other patches than those shown, in place."""
         if self.outside == "attention":
             return
-        below = np.zeros(painter.size) if self.outside == "black" else 0.62 * painter.grey
+        below = np.zeros(painter.size) if self.outside == "black" else GREY * painter.grey
         hidden = painter.frame.enlarge(~shown[..., None])
         np.copyto(pictures, below.astype(np.uint8)[..., None], where=hidden)
 

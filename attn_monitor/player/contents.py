@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attn_monitor.draw.colormap import COLORMAPS, colour_table
 from attn_monitor.errors import ArchiveError
 from attn_monitor.player import blocks
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -94,11 +93,6 @@ def images_of(probe: ProbeBatch) -> dict[str, Any]:
     height, width = probe.images.shape[-2:]
     same = hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest()[:16]
     return {"images": images, "size": [height, width], "caption": probe.caption, "probe": same}
-
-
-def colour_tables() -> dict[str, str]:
-    """256 colours by name, as base64 of their bytes."""
-    return {name: base64.b64encode(colour_table(name).astype(np.uint8).tobytes()).decode() for name in COLORMAPS}
 
 
 def gather(folder: Path, name: str, room: float) -> Contents:

@@ -1,7 +1,7 @@
-"""One HTML page of the player's modules and style, with its data inside or with the address of a server.
+"""The HTML page: the modules of `web` as one script, its style, and data, inside the file or from a server.
 
-The modules are plain JavaScript and import each other by name. A page has them all in one script, whose hash its
-content-security policy names: no other script runs in it, whatever names of images and runs hold.
+The page's content-security policy names the hashes of script and style: no other script runs in it, whatever the names
+of images and runs contain.
 """
 
 from __future__ import annotations
@@ -10,30 +10,15 @@ import base64
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attn_monitor.player.contents import Contents, colour_tables
+from attn_monitor.player.bundle import bundle
+from attn_monitor.player.constants import drawing_constants
+from attn_monitor.player.contents import Contents
 
 WEB = Path(__file__).parent / "web"
-MODULES = (
-    "places",
-    "numbers",
-    "colours",
-    "source",
-    "view",
-    "painting",
-    "tiles",
-    "stage",
-    "charts",
-    "timeline",
-    "inspector",
-    "controls",
-    "picture",
-    "main",
-)  # fmt: skip - each imports those before it alone
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -56,7 +41,7 @@ _PAGE = """<!doctype html>
 
 
 def page_of_runs(runs: Sequence[Contents]) -> str:
-    """A file that needs nothing else: data and all are inside, and its policy forbids every request."""
+    """A file that contains all its data; its policy forbids every request."""
     encoded: list[str] = []
     offset = 0
     manifests = []
@@ -70,16 +55,16 @@ def page_of_runs(runs: Sequence[Contents]) -> str:
                 encoded.append(text)
                 offset += len(text)
         manifests.append(manifest)
-    return _page({"runs": manifests, "tables": colour_tables()}, "".join(encoded))
+    return _page({"runs": manifests}, "".join(encoded))
 
 
 def page_of_server() -> str:
-    """The page that asks the server that it came from, and nobody else, for runs."""
-    return _page({"server": True, "tables": colour_tables()}, "")
+    """A page without data, which requests runs from the server that it came from and from no other."""
+    return _page({"server": True, "runs": []}, "")
 
 
 def policy_of(*, server: bool) -> str:
-    """The content-security policy: this script and this style alone, pictures of the page itself."""
+    """The content-security policy: this script and this style only, and images that the page itself contains."""
     script, style, _ = _sources()
     return "; ".join(
         [
@@ -95,15 +80,16 @@ def policy_of(*, server: bool) -> str:
 
 
 def code_size() -> int:
-    """Bytes of the page without data."""
+    """Size of the page without data, in bytes."""
     return sum(len(source.encode()) for source in _sources())
 
 
 def _page(manifest: dict[str, Any], blocks: str) -> str:
     script, style, body = _sources()
-    # In a script element only "<" could end it, or begin a comment.
+    manifest = {**manifest, "drawing": drawing_constants()}
+    # Within a script element only "<" could end it, or begin a comment.
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    text = text.encode(errors="replace").decode()  # names of files may hold bytes that are no text
+    text = text.encode(errors="replace").decode()  # names of files may contain bytes that are not UTF-8
     policy = policy_of(server=bool(manifest.get("server")))
     return _PAGE.format(policy=policy, style=style, body=body, manifest=text, blocks=blocks, script=script)
 
@@ -111,15 +97,8 @@ def _page(manifest: dict[str, Any], blocks: str) -> str:
 @functools.cache
 def _sources() -> tuple[str, str, str]:
     """Script, style and body."""
-    script = "\n".join(_inlined((WEB / f"{name}.js").read_text(encoding="utf-8")) for name in MODULES)
-    style = (WEB / "player.css").read_text(encoding="utf-8")
-    return script, style, (WEB / "body.html").read_text(encoding="utf-8").strip()
-
-
-def _inlined(module: str) -> str:
-    """A module without its imports, which stand before it, and without the word export."""
-    without = re.sub(r"^import [^;]*;\n", "", module, flags=re.MULTILINE)
-    return re.sub(r"^export ", "", without, flags=re.MULTILINE)
+    style, body = ((WEB / name).read_text(encoding="utf-8") for name in ("player.css", "body.html"))
+    return bundle(WEB / "main.js"), style, body.strip()
 
 
 def _hash(source: str) -> str:

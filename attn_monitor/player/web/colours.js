@@ -1,78 +1,118 @@
-// Where on a colour table a weight stands: the scales of attn_monitor.draw.scales and draw.differences.
+// Colours of maps and of colour bars, as attn_monitor.draw paints them.
+import { contextOf } from "./elements.js";
+import { drawing } from "./manifest.js";
+import { clamp } from "./patch_grid.js";
 
-const LOWEST = -1, HIGHEST = 5; // log2 of the uniform scale's ends
-const DIFFERENCE_RANGE = 4; // log2(1 + |difference|) at the ends: 15 times uniform attention
-export const RUN_COLOURS = [[255, 160, 40], [70, 170, 255]];
-export const MISSING = "rgb(90, 30, 30)", MASK_COLOUR = "rgb(64, 224, 255)", TRUTH_COLOUR = "rgb(120, 255, 80)";
+const COSINE_OPACITY = 0.85; // Python draws no map of cosines
 
+/** @param {number[]} colour */
+export const css = (colour) => `rgb(${colour.join(", ")})`;
+
+/** @import {Drawing} from "./types" */
+
+/**
+ * The scales of Python's pictures, and those of this page; ticks are at even distances.
+ * @type {Drawing["scales"]}
+ */
 export const SCALES = {
-  uniform: {label: "× uniform attention", ticks: ["0.5", "1", "2", "4", "8", "16", "32"]},
-  minmax: {label: "each map from its own least to its own most", ticks: ["min", "max"]},
-  cosine: {label: "cosine to the chosen patch", ticks: ["-1", "-0.5", "0", "0.5", "1"]},
-  difference: {label: "× uniform attention more in A, in B", ticks: ["15", "7", "3", "1", "0", "1", "3", "7", "15"]},
+  ...drawing.scales,
+  cosine: { unit: "cosine similarity to the pinned patch", ticks: ["-1", "-0.5", "0", "0.5", "1"] },
+  difference: {
+    unit: "× uniform attention more in A, in B",
+    ticks: drawing.difference.ticks,
+  },
 };
 
-const tables = {};
+const TABLES = Object.fromEntries(
+  Object.entries(drawing.tables).map(([name, text]) => [
+    name,
+    Uint8Array.from(atob(text), (character) => character.charCodeAt(0)),
+  ]),
+);
 
-export function learnTables(encoded) {
-  for (const [name, text] of Object.entries(encoded)) {
-    tables[name] = Uint8Array.from(atob(text), character => character.charCodeAt(0));
-  }
-}
-
-// Levels 0…1 of a map's weights.
+/**
+ * Positions 0…1 of a map's weights on a scale.
+ * @param {Float32Array} values
+ * @param {string} scale
+ */
 function levelsOf(values, scale) {
-  const count = values.length, levels = new Float32Array(count);
+  if (scale === "cosine") return values.map((value) => (value + 1) / 2);
   if (scale === "minmax") {
-    const low = Math.min(...values), span = Math.max(Math.max(...values) - low, 1e-12);
-    for (let i = 0; i < count; i++) levels[i] = (values[i] - low) / span;
-  } else if (scale === "cosine") {
-    for (let i = 0; i < count; i++) levels[i] = (values[i] + 1) / 2;
-  } else {
-    for (let i = 0; i < count; i++) {
-      const level = (Math.log2(Math.max(values[i] * count, 1e-12)) - LOWEST) / (HIGHEST - LOWEST);
-      levels[i] = Math.min(1, Math.max(0, level));
-    }
+    const low = Math.min(...values);
+    const span = Math.max(Math.max(...values) - low, 1e-12);
+    return values.map((value) => (value - low) / span);
   }
-  return levels;
+  const [low, high] = drawing.uniform_range;
+  const units = values.map((value) => Math.max(value * values.length, 1e-12));
+  return units.map((unit) => clamp((Math.log2(unit) - low) / (high - low), 0, 1));
 }
 
-// Writes a map as red, green, blue and opacity: what attention is strong covers the photograph more.
+/**
+ * Write a map as red, green, blue and alpha: the stronger the attention, the more it covers the photograph.
+ * @param {Uint8ClampedArray} pixels
+ * @param {Float32Array} values
+ * @param {string} scale
+ * @param {string} table
+ * @param {number} opacity 1 for what Python's pictures have
+ */
 export function colourMap(pixels, values, scale, table, opacity) {
-  const levels = levelsOf(values, scale), colours = tables[table];
-  for (let i = 0; i < levels.length; i++) {
-    const entry = 3 * Math.floor(levels[i] * 255);
-    pixels[4 * i] = colours[entry];
-    pixels[4 * i + 1] = colours[entry + 1];
-    pixels[4 * i + 2] = colours[entry + 2];
-    pixels[4 * i + 3] = 255 * opacity * (scale === "cosine" ? 1 : 0.55 + 0.45 * levels[i]);
-  }
+  const colours = TABLES[table];
+  const [low, high] = drawing.opacity;
+  levelsOf(values, scale).forEach((level, i) => {
+    const entry = 3 * Math.floor(level * 255);
+    pixels.set(colours.subarray(entry, entry + 3), 4 * i);
+    pixels[4 * i + 3] = 255 * opacity * (scale === "cosine" ? COSINE_OPACITY : low + (high - low) * level);
+  });
 }
 
-// The same for b - a: in the colour of the run that has more; no difference shows nothing.
+/**
+ * Write b - a in the colour of the run that has more; no difference is transparent.
+ * @param {Uint8ClampedArray} pixels
+ * @param {Float32Array} a
+ * @param {Float32Array} b
+ * @param {number} opacity
+ */
 export function colourDifference(pixels, a, b, opacity) {
-  for (let i = 0; i < a.length; i++) {
-    const units = (b[i] - a[i]) * a.length;
-    colourLevel(pixels, i, Math.sign(units) * Math.min(1, Math.log2(1 + Math.abs(units)) / DIFFERENCE_RANGE), opacity);
-  }
+  a.forEach((value, i) => {
+    const units = (b[i] - value) * a.length;
+    const strength = Math.min(1, Math.log2(1 + Math.abs(units)) / drawing.difference.range);
+    writeDifference(pixels, i, Math.sign(units) * strength, opacity);
+  });
 }
 
-function colourLevel(pixels, i, level, opacity) {
-  const strength = Math.abs(level), colour = RUN_COLOURS[level < 0 ? 0 : 1];
-  for (let c = 0; c < 3; c++) pixels[4 * i + c] = colour[c] * (0.45 + 0.55 * strength);
-  pixels[4 * i + 3] = 255 * opacity * Math.min(0.95, 1.3 * strength);
+/**
+ * @param {Uint8ClampedArray} pixels
+ * @param {number} i
+ * @param {number} level -1…1
+ * @param {number} opacity
+ */
+function writeDifference(pixels, i, level, opacity) {
+  const {
+    colours,
+    brightness,
+    opacity: [slope, highest],
+  } = drawing.difference;
+  const strength = Math.abs(level);
+  const share = brightness + (1 - brightness) * strength;
+  pixels.set(
+    colours[level < 0 ? 0 : 1].map((value) => value * share),
+    4 * i,
+  );
+  pixels[4 * i + 3] = 255 * opacity * Math.min(highest, slope * strength);
 }
 
-// The colour bar: one row of pixels on a canvas that the style stretches.
-export function drawBar(canvas, scale, table) {
-  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width = 256, canvas.height = 1);
+/**
+ * Draw a colour bar as one row of pixels, which CSS stretches.
+ * @param {HTMLCanvasElement} canvas
+ * @param {string} scale
+ * @param {string} table
+ */
+export function drawColourBar(canvas, scale, table) {
+  Object.assign(canvas, { width: 256, height: 1 });
+  const image = contextOf(canvas).createImageData(256, 1);
   for (let i = 0; i < 256; i++) {
-    if (scale === "difference") {
-      colourLevel(image.data, i, i / 127.5 - 1, 1);
-    } else {
-      image.data.set(tables[table].subarray(3 * i, 3 * i + 3), 4 * i);
-      image.data[4 * i + 3] = 255;
-    }
+    if (scale === "difference") writeDifference(image.data, i, i / 127.5 - 1, 1);
+    else image.data.set([...TABLES[table].subarray(3 * i, 3 * i + 3), 255], 4 * i);
   }
-  context.putImageData(image, 0, 0);
+  contextOf(canvas).putImageData(image, 0, 0);
 }

@@ -1,118 +1,186 @@
-// What can be chosen: images, layer, head, arrangement, colours, mask, and how two runs are compared.
-import {el, hasColours, hasFeatures, headName} from "./tiles.js";
-import {percent} from "./numbers.js";
-import {atOf, change, layersOf, rolesOf, runA, runB, shownLayer, view} from "./view.js";
+// What can be selected: image, layer, head, arrangement, colours, mask, and how two runs are compared.
+import { changeDetector, el } from "./elements.js";
+import { percent, range } from "./numbers.js";
+import { hasColours, hasFeatures } from "./tile.js";
+import { change, headName, layersOf, rolesOf, runA, runB, shownLayer, state, view } from "./view.js";
+
+/** @typedef {{element: HTMLElement, draw: () => void}} Control */
+
+const always = () => true;
 
 export function makeThumbnails() {
-  const list = el("div", {class: "thumbnails", role: "group", "aria-label": "images"});
-  let built = "";
-  function draw() {
-    const run = runA();
-    if (built !== run.probe + run.name) {
-      built = run.probe + run.name;
-      const all = el("button", {type: "button", class: "thumbnail every", onclick: () => change({all: !view.all})}, el("span", {}, "All"));
-      list.replaceChildren(all, ...run.images.map((image, i) => el("button", {
-        type: "button", class: "thumbnail", title: image.name, "aria-label": image.name, onclick: () => change({image: i, all: false}),
-      }, el("img", {src: image.photo, alt: "", draggable: "false"}))));
-      list.hidden = run.images.length === 1;
-    }
-    [...list.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i ? !view.all && view.image === i - 1 : view.all)));
+  const element = el("div", { class: "thumbnails", role: "group", "aria-label": "images" });
+  const runChanged = changeDetector();
+
+  /** @param {number} image */
+  function thumbnail(image) {
+    const { name, photo } = runA().images[image];
+    const onclick = () => change({ image, all: false });
+    const attributes = { type: "button", class: "thumbnail", title: name, "aria-label": name, onclick };
+    return el("button", attributes, el("img", { src: photo, alt: "", draggable: "false" }));
   }
-  return {element: list, draw};
+
+  function draw() {
+    const { images } = runA();
+    if (runChanged(images)) {
+      const onclick = () => change({ all: !view.all });
+      const all = el("button", { type: "button", class: "thumbnail every", onclick }, "All");
+      element.replaceChildren(all, ...range(images.length).map(thumbnail));
+      element.hidden = images.length === 1;
+    }
+    [...element.children].forEach((button, i) => {
+      button.ariaPressed = String(i ? !view.all && view.image === i - 1 : view.all);
+    });
+  }
+  return { element, draw };
 }
 
 export function makeControls() {
-  const parts = [
-    choice("Compare", "compare", [["side", "A and B"], ["swipe", "Swipe"], ["difference", "B − A"]], () => Boolean(runB())),
-    slider("Swipe", "swipe", {min: 0, max: 1, step: 0.01}, percent, () => Boolean(runB()) && view.compare === "swipe"),
-    layers(), heads(),
-    choice("Show", "show", [["attention", "Attention"], ["colors", "PCA"], ["cosine", "Cosine"]], () => hasColours() || hasFeatures(),
-      value => value === "colors" ? hasColours() : value === "cosine" ? hasFeatures() : true),
-    choice("Arrange", "arrange", [["focus", "Focus"], ["grid", "Heads"], ["single", "One large"]]),
-    choice("Order", "sort", [["index", "By number"], ["entropy", "By entropy"]]),
-    choice("Colours", "scale", [["uniform", "× uniform"], ["minmax", "Per map"]]),
-    choice("Palette", "table", [["inferno", "Inferno"], ["viridis", "Viridis"]]),
-    slider("Overlay", "opacity", {min: 0, max: 1, step: 0.01}, percent),
-    slider("Mask holds", "threshold", {min: 0.05, max: 1, step: 0.01}, percent),
-    el("div", {class: "switches"}, toggle("Mask outline", "mask"), toggle("Ground truth", "truth", () => runA().truths.some(t => t.length))),
+  const twoRuns = () => Boolean(runB());
+  const share = { min: 0, max: 1, step: 0.01 };
+  const switches = el("div", { class: "switches" });
+  const toggles = [
+    toggle("Mask outline", "mask"),
+    toggle("Ground truth", "truth", () => runA().truths.some((truths) => truths.length)),
   ];
-  const elements = parts.map(part => part.element ?? part);
-  const element = el("section", {class: "card controls", "aria-label": "view"}, ...elements);
-  return {element, draw: () => drawers.forEach(draw => draw())};
+  switches.append(...toggles.map((part) => part.element));
+  const parts = [
+    choice("Compare", "compare", { side: "A and B", swipe: "Swipe", difference: "B − A" }, twoRuns),
+    slider("Swipe", "swipe", share, () => twoRuns() && view.compare === "swipe"),
+    layerSlider(),
+    headMenu(),
+    choice(
+      "Show",
+      "show",
+      { attention: "Attention", colors: "PCA", cosine: "Cosine" },
+      () => hasColours() || hasFeatures(),
+      { colors: hasColours, cosine: hasFeatures },
+    ),
+    choice("Arrange", "arrange", { focus: "Focus", grid: "Heads", single: "One large" }),
+    choice("Sort heads", "sort", { index: "By number", entropy: "By entropy" }),
+    choice("Scale", "scale", { uniform: "× uniform", minmax: "Per map" }),
+    choice("Colours", "table", { inferno: "Inferno", viridis: "Viridis" }),
+    slider("Overlay", "opacity", share),
+    slider("Mask mass", "threshold", { ...share, min: 0.05 }),
+    { element: switches, draw: () => toggles.forEach((part) => part.draw()) },
+  ];
+  const elements = parts.map((part) => part.element);
+  const element = el("section", { class: "card controls", "aria-label": "view" }, ...elements);
+  return { element, draw: () => parts.forEach((part) => part.draw()) };
 }
 
-const drawers = [];
-
-// One of a few: a group of buttons.
-function choice(label, key, options, there = () => true, possible = () => true) {
-  const buttons = options.map(([value, text]) => el("button", {type: "button", "data-value": value, onclick: () => change({[key]: value})}, text));
-  const element = el("div", {class: "control choice", role: "group", "aria-label": label}, el("span", {class: "name"}, label), el("span", {class: "segments"}, ...buttons));
-  drawers.push(() => {
-    element.hidden = !there();
-    buttons.forEach((button, i) => {
-      button.setAttribute("aria-pressed", String(view[key] === options[i][0]));
-      button.hidden = !possible(options[i][0]);
-    });
-  });
-  return element;
+/**
+ * A group of buttons, one for each value.
+ * @param {string} label
+ * @param {"compare" | "show" | "arrange" | "sort" | "scale" | "table"} key of the view
+ * @param {Record<string, string>} options labels by value
+ * @param {() => boolean} available whether there is a choice
+ * @param {Record<string, () => boolean>} conditions of values
+ * @returns {Control}
+ */
+function choice(label, key, options, available = always, conditions = {}) {
+  const buttons = Object.entries(options).map(([value, text]) =>
+    el("button", { type: "button", "data-value": value, onclick: () => change({ [key]: value }) }, text),
+  );
+  const segments = el("span", { class: "segments" }, ...buttons);
+  const name = el("span", { class: "name" }, label);
+  const element = el("div", { class: "control choice", role: "group", "aria-label": label }, name, segments);
+  function draw() {
+    element.hidden = !available();
+    for (const button of buttons) {
+      const value = String(button.dataset.value);
+      button.ariaPressed = String(view[key] === value);
+      button.hidden = !(conditions[value] ?? always)();
+    }
+  }
+  return { element, draw };
 }
 
-let names = 0;
-
-function slider(label, key, range, written, there = () => true) {
-  const id = `slider${names++}`, told = el("output", {for: id});
-  const input = el("input", {id, type: "range", ...range, oninput: () => change({[key]: Number(input.value)})});
-  const element = el("div", {class: "control"}, el("label", {class: "name", for: id}, label), input, told);
-  drawers.push(() => {
-    element.hidden = !there();
-    input.value = view[key];
-    told.textContent = written(view[key]);
+/**
+ * @param {string} label
+ * @param {"swipe" | "opacity" | "threshold"} key of the view
+ * @param {{min: number, max: number, step: number}} range
+ * @param {() => boolean} available
+ * @returns {Control}
+ */
+function slider(label, key, range, available = always) {
+  const output = el("output", { for: key });
+  const input = el("input", { id: key, type: "range", ...range });
+  input.addEventListener("input", () => change({ [key]: Number(input.value) }));
+  const element = el("div", { class: "control" }, el("label", { class: "name", for: key }, label), input, output);
+  function draw() {
+    element.hidden = !available();
+    input.value = String(view[key]);
+    output.textContent = percent(view[key]);
     fillTrack(input);
-  });
-  return element;
+  }
+  return { element, draw };
 }
 
-const fillTrack = input => input.style.setProperty("--filled", `${100 * (input.value - input.min) / (input.max - input.min || 1)}%`);
+/** @param {HTMLInputElement} input */
+function fillTrack({ style, min, max, value }) {
+  style.setProperty("--filled", `${(100 * (Number(value) - Number(min))) / (Number(max) - Number(min) || 1)}%`);
+}
 
-function toggle(label, key, there = () => true) {
-  const input = el("input", {type: "checkbox", onchange: () => change({[key]: input.checked})});
-  const element = el("label", {class: "switch"}, input, label);
-  drawers.push(() => {
-    element.hidden = !there();
+/**
+ * @param {string} label
+ * @param {"mask" | "truth"} key of the view
+ * @param {() => boolean} available
+ * @returns {Control}
+ */
+function toggle(label, key, available = always) {
+  const input = el("input", { type: "checkbox", onchange: () => change({ [key]: input.checked }) });
+  const element = el("label", { class: "switch" }, input, label);
+  function draw() {
+    element.hidden = !available();
     input.checked = view[key];
-  });
-  return element;
+  }
+  return { element, draw };
 }
 
-// A slider over the layers that were recorded, not over all that the model has.
-function layers() {
-  const told = el("output", {for: "layer"});
-  const input = el("input", {id: "layer", type: "range", min: 0, step: 1, oninput: () => change({layer: layersOf(runA())[Number(input.value)]})});
-  const element = el("div", {class: "control"}, el("label", {class: "name", for: "layer"}, "Layer"), input, told);
-  drawers.push(() => {
-    const run = runA(), found = layersOf(run), roles = rolesOf(run).filter(role => run.entry(atOf(run), role, shownLayer()));
-    const whose = roles.length < rolesOf(run).length ? ` of ${roles.join(" and ")}` : "";
-    input.max = found.length - 1;
-    input.value = found.indexOf(shownLayer());
-    input.hidden = found.length === 1;
-    input.setAttribute("aria-valuetext", `layer ${shownLayer()}${whose}`);
-    told.textContent = found.length === 1 ? `only layer ${shownLayer()} was recorded` : shownLayer() + whose;
-    element.classList.toggle("alone", found.length === 1);
+/**
+ * A slider over the layers that were recorded, which need not be all layers of the model.
+ * @returns {Control}
+ */
+function layerSlider() {
+  const output = el("output", { for: "layer" });
+  const input = el("input", { id: "layer", type: "range", min: 0, step: 1 });
+  input.addEventListener("input", () => change({ layer: layersOf(runA())[Number(input.value)] }));
+  const element = el("div", { class: "control" }, el("label", { class: "name", for: "layer" }, "Layer"), input, output);
+  function draw() {
+    const run = runA();
+    const layers = layersOf(run);
+    const layer = shownLayer();
+    const roles = rolesOf(run);
+    const having = roles.filter((role) => run.layer(state.index, role, layer));
+    const text = having.length < roles.length ? `${layer} of ${having.join(" and ")}` : String(layer);
+    const alone = layers.length === 1;
+    input.max = String(layers.length - 1);
+    input.value = String(layers.indexOf(layer));
+    input.hidden = alone;
+    input.ariaValueText = `layer ${text}`;
+    output.textContent = alone ? `only layer ${layer} was recorded` : text;
+    element.classList.toggle("alone", alone);
     fillTrack(input);
-  });
-  return element;
+  }
+  return { element, draw };
 }
 
-function heads() {
-  const select = el("select", {id: "head", onchange: () => change({head: Number(select.value)})});
-  const element = el("div", {class: "control"}, el("label", {class: "name", for: "head"}, "Head"), select);
-  drawers.push(() => {
-    const run = runA(), count = Math.max(0, ...rolesOf(run).map(role => run.entry(atOf(run), role, shownLayer())?.heads ?? 0));
-    if (view.head >= count) view.head = -1;
-    if (select.options.length !== count + 1) {
-      select.replaceChildren(...Array.from({length: count + 1}, (_, i) => el("option", {value: i - 1}, headName(i - 1))));
+/** @returns {Control} */
+function headMenu() {
+  const select = el("select", { id: "head", onchange: () => change({ head: Number(select.value) }) });
+  const element = el("div", { class: "control" }, el("label", { class: "name", for: "head" }, "Head"), select);
+  function draw() {
+    const layers = runA()
+      .layout(state.index)
+      .filter(({ layer }) => layer === shownLayer());
+    const heads = Math.max(0, ...layers.map((layer) => layer.heads));
+    if (view.head >= heads) view.head = -1;
+    if (select.options.length !== heads + 1) {
+      const options = range(heads + 1).map((i) => el("option", { value: i - 1 }, headName(i - 1)));
+      select.replaceChildren(...options);
     }
     select.value = String(view.head);
-  });
-  return element;
+  }
+  return { element, draw };
 }

@@ -1,145 +1,264 @@
-// What the chosen patch and the chosen head hold: weights in every head, history over steps, prefix tokens, facts.
-import {makeChart} from "./charts.js";
-import {cosines, grouped, percent, written} from "./numbers.js";
-import {patchIn} from "./places.js";
-import {atOf, chosenPatch, classOf, now, pinned, runA, shownLayer, view} from "./view.js";
-import {columnsShown} from "./stage.js";
-import {el, headName} from "./tiles.js";
+// The selected patch in every head and over steps, the prefix tokens, and facts of the layer.
+import { changeDetector, el } from "./elements.js";
+import { LineChart } from "./line_chart.js";
+import { cosines, formatted, grouped, percent, range } from "./numbers.js";
+import { clamp, matchingPatch } from "./patch_grid.js";
+import { shownColumns } from "./stage.js";
+import { headName, pinnedPatch, roleClass, runA, selectedPatch, shownIndex, shownLayer, state, view } from "./view.js";
 
-const HISTORY = 60; // snapshots whose blocks are fetched for it, evenly spaced
+/** @import {Column, Curve, Layer, PatchGrid, PatchRef} from "./types" */
+/** @import {Run} from "./run.js" */
+
+const HISTORY = 60; // snapshots that are fetched for it, evenly spaced
+
+/**
+ * @typedef {object} Part what is shown of one role in one run
+ * @property {Run} run
+ * @property {Layer} layer
+ * @property {string} title
+ * @property {string} className of its colour
+ */
 
 export function makeInspector() {
-  const where = el("h3", {}), hint = el("p", {class: "hint reading"}), bars = el("div", {class: "bars"});
-  const cosine = el("p", {class: "hint", hidden: true});
-  const history = makeChart("history", "weight of the patch over steps"), over = el("p", {class: "hint"});
-  const tokens = el("div", {class: "tokens"}), tokensTitle = el("h3", {});
-  const facts = el("dl", {class: "facts"});
-  const patch = el("section", {class: "card patch", "aria-label": "patch"}, where, hint, bars, cosine, history.element, over);
-  const prefix = el("section", {class: "card", "aria-label": "prefix tokens"}, tokensTitle, tokens);
-  const about = el("details", {class: "card about"}, el("summary", {}, "About this layer"), facts);
-  const element = el("div", {class: "inspector"}, patch, prefix, about);
-  let curves = [], known = ""; // of the history, and what they were made for
-
+  const parts = [makePatchCard(), makePrefixCard(), makeFacts()];
+  const element = el("div", { class: "inspector" }, ...parts.map((part) => part.element));
   function draw() {
-    const chosen = chosenPatch(), columns = columnsShown().flatMap(partsOfColumn);
-    drawPatch(chosen, columns);
-    drawTokens(columns);
-    drawFacts(facts, columns);
+    const shown = shownColumns().flatMap(partsOf);
+    const patch = selectedPatch();
+    for (const part of parts) part.draw(shown, patch);
   }
+  return { element, draw };
+}
 
-  function drawPatch(chosen, columns) {
-    const grid = columns[0]?.entry.grid, patchOf = ({entry}) => patchIn(entry.place, chosen);
-    const first = chosen && grid ? patchOf(columns[0]) : -1, there = first >= 0;
-    patch.classList.toggle("empty", !there);
-    where.textContent = there ? `Patch ${Math.floor(first / grid[1])}, ${first % grid[1]}` : "Patch";
-    hint.replaceChildren(...there ? ["× uniform", ...columns.map(({role, side, title}) => el("span", {class: `value ${classOf(role)}${side ? " other" : ""}`}, title))]
-      : ["Point at a picture to read one patch; click to keep it."]);
-    bars.hidden = history.element.hidden = over.hidden = !there;
-    cosine.hidden = true;
-    if (!there) return;
-    const weights = columns.map(column => Array.from({length: column.entry.heads + 1}, (_, i) =>
-      column.run.weight(column.at, column.role, column.layer, chosen.image, i - 1, patchOf(column))));
-    drawBars(bars, columns, weights);
-    drawCosine(chosen, columns);
-    drawHistory(chosen, columns);
+/**
+ * @param {Column} column
+ * @returns {Part[]} without those whose numbers are not loaded
+ */
+function partsOf({ runs, role, title, side }) {
+  return runs.flatMap((run, i) => {
+    const index = shownIndex(run);
+    const layer = run.layer(index, role, shownLayer(run));
+    if (!layer || !run.cached(index, layer.layer)) return [];
+    const className = roleClass(role) + ((side ?? i) ? " other" : "");
+    return [{ run, layer, title: runs.length > 1 ? `${role} ${"AB"[i]}` : title, className }];
+  });
+}
+
+/** @param {Part} part */
+const blockOf = ({ run, layer }) => run.cached(shownIndex(run), layer.layer)?.[layer.role];
+
+function makePatchCard() {
+  const title = el("h3", {});
+  const hint = el("p", { class: "hint" }, "Hover over a map to read a patch; click to pin it.");
+  const key = el("p", { class: "hint reading" });
+  const bars = new Bars("bars");
+  const cosine = el("p", { class: "hint" });
+  const history = makeHistory();
+  const values = el("div", { class: "values" }, key, bars.element, cosine, history.element);
+  const element = el("section", { class: "card patch", "aria-label": "patch" }, title, hint, values);
+
+  /** @type {(parts: Part[], patch: PatchRef | null) => void} */
+  function draw(parts, patch) {
+    const found = patch && parts.length ? matchingPatch(parts[0].layer.patchGrid, patch) : -1;
+    hint.hidden = found >= 0;
+    values.hidden = found < 0;
+    title.textContent = "Patch";
+    if (!patch || found < 0) return;
+    const columns = parts[0].layer.grid[1];
+    title.textContent = `Patch ${Math.floor(found / columns)}, ${found % columns}`;
+    key.replaceChildren(
+      "× uniform",
+      ...parts.map((part) => el("span", { class: `value ${part.className}` }, part.title)),
+    );
+    bars.draw(weightRows(parts, patch));
+    cosine.textContent = cosineText(parts, patch);
+    cosine.hidden = !cosine.textContent;
+    history.draw(parts, patch);
   }
+  return { element, draw };
+}
 
-  function drawCosine(chosen, columns) {
-    const {part} = columns[0] ?? {};
-    if (!part?.width || view.pin < 0 || chosen.image !== view.image) return;
-    cosine.hidden = false;
-    cosine.textContent = "cosine to the chosen patch: " + columns.filter(({part}) => part.width).map(({title, part, entry}) =>
-      `${title} ${written(cosines(part.features(chosen.image), part.width, patchIn(entry.place, pinned()))[patchIn(entry.place, chosen)])}`).join(", ");
-  }
+/**
+ * A row for each head and part, on one scale.
+ * @param {Part[]} parts
+ * @param {PatchRef} patch
+ * @returns {Row[]}
+ */
+function weightRows(parts, patch) {
+  const rows = range(parts[0].layer.heads + 1).flatMap((i) =>
+    parts.map(({ run, layer, title, className }, p) => {
+      const found = matchingPatch(layer.patchGrid, patch);
+      const weight = run.weight(shownIndex(run), layer.role, layer.layer, patch.image, i - 1, found);
+      const chosen = i - 1 === view.head ? " chosen" : "";
+      return {
+        label: p ? "" : i ? headName(i - 1) : "mean",
+        title: `${title}, ${headName(i - 1)}`,
+        share: weight,
+        text: Number.isFinite(weight) ? `${formatted(weight)}×` : "–",
+        className: className + chosen + (p ? "" : " first"),
+      };
+    }),
+  );
+  const highest = Math.max(4, ...rows.map(({ share }) => share).filter(Number.isFinite));
+  return rows.map((row) => ({ ...row, share: row.share / highest }));
+}
 
-  function drawHistory(chosen, columns) {
-    const wanted = JSON.stringify([chosen, view.head, columns.map(c => [c.title, c.layer, c.run.name, c.run.kept.size, c.run.steps.length])]);
-    if (wanted !== known) {
-      known = wanted;
-      const patchAt = entry => entry ? patchIn(entry.place, chosen) : -1;
-      curves = columns.map(({run, layer, role, side}) => ({
-        className: `${classOf(role)} mean${side ? " other" : ""}`, dotted: true, id: wanted,
-        points: run.steps.map((step, at) => [step.step, run.weight(at, role, layer, chosen.image, view.head, patchAt(run.entry(at, role, layer)))])
-          .filter(point => Number.isFinite(point[1])),
-      }));
+/**
+ * Cosine of a patch to the pinned one, where features are stored.
+ * @param {Part[]} parts
+ * @param {PatchRef} patch
+ */
+function cosineText(parts, patch) {
+  if (view.pin < 0 || patch.image !== view.image) return "";
+  const texts = parts.flatMap((part) => {
+    const block = blockOf(part);
+    const { patchGrid } = part.layer;
+    if (!block?.width) return [];
+    const all = cosines(block.features(patch.image), block.width, matchingPatch(patchGrid, pinnedPatch()));
+    return [`${part.title} ${formatted(all[matchingPatch(patchGrid, patch)])}`];
+  });
+  return texts.length ? `cosine to the pinned patch: ${texts.join(", ")}` : "";
+}
+
+function makeHistory() {
+  const chart = new LineChart("history", "weight of the patch over steps");
+  const caption = el("p", { class: "hint" });
+  const element = el("div", {}, chart.element, caption);
+  const patchChanged = changeDetector();
+  /** @type {Curve[]} */
+  let curves = [];
+
+  /** @type {(parts: Part[], patch: PatchRef) => void} */
+  function draw(parts, patch) {
+    const sources = parts.flatMap(({ run, title, layer }) => [run, run.steps, run.cache.size, title, layer.layer]);
+    if (patchChanged(patch.image, patch.patch, patch.patchGrid, view.head, ...sources)) {
+      curves = parts.map((part) => historyOf(part, patch));
     }
-    const steps = runA().steps;
-    history.draw(curves, [steps[0].step, steps.at(-1).step], steps[now.at].step, value => `${written(value)}×`);
-    over.textContent = `${headName(view.head)} over steps ${grouped(steps[0].step)} to ${grouped(steps.at(-1).step)}`;
+    const { steps } = runA();
+    const [first, last] = [steps[0].step, steps[steps.length - 1].step];
+    chart.draw(curves, [first, last], steps[state.index].step, (value) => `${formatted(value)}×`);
+    caption.textContent = `${headName(view.head)} over steps ${grouped(first)} to ${grouped(last)}`;
   }
-
-  function drawTokens(columns) {
-    const shown = columns.filter(({part}) => part.prefix > 0);
-    prefix.hidden = shown.length === 0;
-    if (prefix.hidden) return;
-    tokensTitle.textContent = `Prefix tokens, ${headName(view.head)}`;
-    const rows = shown.flatMap(({run, at, layer, role, title, side, entry}) =>
-      run.prefixes(at, role, layer, view.image, view.head).map((share, token) => ({
-        name: `${title} ${entry.cls ? token ? `register ${token}` : "CLS" : `token ${token}`}`, share, className: `${classOf(role)}${side ? " other" : ""}`,
-      })));
-    replaceRows(tokens, rows.map(row => row.name), (parts, i) => fill(parts, rows[i].name, rows[i].share, percent(rows[i].share), rows[i].className));
-  }
-  return {element, draw};
+  return { element, draw };
 }
 
-function partsOfColumn(column) {
-  return column.runs.flatMap((run, index) => {
-    const at = atOf(run), layer = shownLayer(run), entry = run.entry(at, column.role, layer);
-    const part = run.peek(at, layer)?.[column.role];
-    const title = column.runs.length > 1 ? `${column.role} ${"AB"[index]}` : column.title;
-    return entry && part ? [{run, at, layer, entry, part, role: column.role, title, side: column.side ?? index}] : [];
+/**
+ * @param {Part} part
+ * @param {PatchRef} patch
+ * @returns {Curve}
+ */
+function historyOf({ run, layer: { role, layer }, className }, patch) {
+  /** @type {[number, number][]} */
+  const points = run.steps.map(({ step }, index) => {
+    const found = run.layer(index, role, layer);
+    const match = found ? matchingPatch(found.patchGrid, patch) : -1;
+    return [step, run.weight(index, role, layer, patch.image, view.head, match)];
   });
+  return { className: `${className} mean`, dotted: true, points: points.filter((point) => Number.isFinite(point[1])) };
 }
 
-// A row for each head, a bar for each role; all on one scale, whose end is told by the numbers.
-function drawBars(bars, columns, weights) {
-  const most = Math.max(4, ...weights.flat().filter(Number.isFinite));
-  const rows = weights[0]?.flatMap((_, i) => columns.map((column, c) => ({i, c, column}))) ?? [];
-  replaceRows(bars, rows.map(({i, column}) => `${column.title} ${i}`), (parts, r) => {
-    const {i, c, column} = rows[r], value = weights[c][i];
-    const label = c ? "" : i ? `head ${i - 1}` : "mean";
-    fill(parts, label, value / most, Number.isFinite(value) ? `${written(value)}×` : "–", `${classOf(column.role)}${column.side ? " other" : ""}`);
-    parts.row.classList.toggle("first", c === 0);
-    parts.row.classList.toggle("chosen", i - 1 === view.head);
-    parts.row.title = `${column.title}, ${headName(i - 1)}`;
-  });
+/**
+ * The snapshots that a history needs.
+ * @param {Run} run
+ */
+export function historyIndices(run) {
+  const count = run.steps.length;
+  const every = Math.ceil(count / HISTORY);
+  return range(count).filter((index) => index % every === 0 || index === count - 1);
 }
 
-// Rows of a label, a bar and a number, made anew only where they are others.
-function replaceRows(element, keys, draw) {
-  const wanted = keys.join("|");
-  if (element.dataset.rows !== wanted) {
-    element.dataset.rows = wanted;
-    element.replaceChildren(...keys.map(() => el("div", {class: "row"}, el("span", {class: "label"}), el("span", {class: "bar"}, el("i")), el("span", {class: "number"}))));
+function makePrefixCard() {
+  const title = el("h3", {});
+  const bars = new Bars("tokens");
+  const element = el("section", { class: "card", "aria-label": "prefix tokens" }, title, bars.element);
+
+  /** @type {(parts: Part[]) => void} */
+  function draw(parts) {
+    const shown = parts.filter(({ layer }) => layer.prefix > 0);
+    element.hidden = shown.length === 0;
+    title.textContent = `Prefix tokens, ${headName(view.head)}`;
+    const rows = shown.flatMap(({ run, layer, title, className }) => {
+      const weights = run.prefixWeights(shownIndex(run), layer.role, layer.layer, view.image, view.head);
+      return weights.map((share, token) => {
+        const label = `${title} ${tokenName(layer, token)}`;
+        return { label, title: label, share, text: percent(share), className };
+      });
+    });
+    bars.draw(rows);
   }
-  [...element.children].forEach((row, i) => draw({row, label: row.children[0], bar: row.children[1].firstChild, number: row.children[2]}, i));
+  return { element, draw };
 }
 
-function fill({row, label, bar, number}, name, share, text, className) {
-  row.className = `row ${className}`;
-  label.textContent = name;
-  bar.style.width = `${100 * Math.max(0, Math.min(1, Number.isFinite(share) ? share : 0))}%`;
-  number.textContent = text;
+/**
+ * @param {Layer} layer
+ * @param {number} token
+ */
+function tokenName({ cls }, token) {
+  if (!cls) return `token ${token}`;
+  return token ? `register ${token}` : "CLS";
 }
 
-function drawFacts(facts, columns) {
-  const told = columns.flatMap(({title, entry, run}) => [
-    [title, `${entry.model || "model"}, ${entry.name}`],
-    ["rows are", `${entry.kind === "distribution" ? "distributions" : entry.kind}${entry.mixed ? ", mixed" : ""}`],
-    ["query", entry.query || "not told"], ["places known", entry.places || "not told"],
-    ["patches", `${entry.grid[0]} × ${entry.grid[1]}${entry.geometry ? placeInWords(entry.place) : ""}`],
-  ]);
-  const text = JSON.stringify(told);
-  if (facts.dataset.text === text) return;
-  facts.dataset.text = text;
-  facts.replaceChildren(...told.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+/** @typedef {{label: string, title: string, share: number, text: string, className: string}} Row share in 0…1 */
+
+/** Rows of a label, a bar and a number. */
+class Bars {
+  /** @param {string} className */
+  constructor(className) {
+    this.element = el("div", { class: className });
+  }
+
+  /** @param {Row[]} rows */
+  draw(rows) {
+    const { element } = this;
+    if (element.children.length !== rows.length) element.replaceChildren(...rows.map(makeRow));
+    rows.forEach(({ label, title, share, text, className }, i) => {
+      const row = /** @type {HTMLElement} */ (element.children[i]);
+      const [name, bar, number] = /** @type {HTMLElement[]} */ ([...row.children]);
+      row.className = `row ${className}`;
+      row.title = title;
+      name.textContent = label;
+      bar.style.setProperty("--share", `${100 * clamp(share || 0, 0, 1)}%`);
+      number.textContent = text;
+    });
+  }
 }
 
-const placeInWords = ({origin, cell}) =>
-  ` of ${cell.map(side => written(side)).join(" × ")} pixels, the first at ${origin.map(pixels => written(pixels)).join(", ")}`;
+function makeRow() {
+  const parts = ["label", "bar", "number"].map((name) => el("span", { class: name }));
+  return el("div", { class: "row" }, ...parts);
+}
 
-// Steps whose blocks the history needs, evenly spaced, the shown one first.
-export function stepsOfHistory(run) {
-  const count = run.steps.length, every = Math.max(1, Math.ceil(count / HISTORY));
-  return [...Array(count).keys()].filter(at => at % every === 0 || at === count - 1);
+function makeFacts() {
+  const list = el("dl", { class: "facts" });
+  const element = el("details", { class: "card about" }, el("summary", {}, "About this layer"), list);
+  const partsChanged = changeDetector();
+
+  /** @type {(parts: Part[]) => void} */
+  function draw(parts) {
+    if (!partsChanged(...parts.flatMap(({ title, layer }) => [title, layer]))) return;
+    const facts = parts.flatMap(({ title, layer }) => factsOf(title, layer));
+    list.replaceChildren(...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  }
+  return { element, draw };
+}
+
+/**
+ * @param {string} title
+ * @param {Layer} layer
+ * @returns {[string, string][]}
+ */
+function factsOf(title, layer) {
+  const values = layer.kind === "distribution" ? "distributions" : layer.kind;
+  return [
+    [title, `${layer.model || "model"}, ${layer.name}`],
+    ["rows", values + (layer.mixed ? ", mixed" : "")],
+    ["query", layer.query || "unknown"],
+    ["patch positions", layer.places || "unknown"],
+    ["patches", layer.grid.join(" × ") + (layer.geometry ? geometryText(layer.patchGrid) : "")],
+  ];
+}
+
+/** @param {PatchGrid} patchGrid */
+function geometryText({ origin, cell }) {
+  return ` of ${cell.map(formatted).join(" × ")} pixels, the first at ${origin.map(formatted).join(", ")}`;
 }

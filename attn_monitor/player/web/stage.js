@@ -1,142 +1,189 @@
-// The pictures: a column for each role (and run), with one large map and the heads below, or all images at once.
-import {drawBar, SCALES} from "./colours.js";
-import {entropyOf, grouped, percent} from "./numbers.js";
-import {atOf, change, classOf, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
-import {drawTile, el, makeTile, runDot} from "./tiles.js";
+// The maps: a column for each role (and run) with one large map and its heads, or a gallery of all images.
+import { drawColourBar, SCALES } from "./colours.js";
+import { changeDetector, el } from "./elements.js";
+import { entropyOf, grouped, percent, range } from "./numbers.js";
+import { LargeTile, runDot, Tile } from "./tile.js";
+import { change, roleClass, rolesOf, runA, runB, shownIndex, shownLayer, state, view } from "./view.js";
 
-// What stands side by side: roles, of both runs where there are two; together where they are swiped or subtracted.
-export function columnsShown() {
-  const a = runA(), b = runB();
-  return rolesOf(a).filter(role => a.entry(now.at, role, shownLayer())).flatMap(role => {
-    if (!b) return [{key: role, title: role, role, runs: [a]}];
-    if (view.compare !== "side") return [{key: role, title: role, role, runs: [a, b]}];
-    return [a, b].map((run, index) => ({key: `${role} ${index}`, title: `${role} · ${"AB"[index]}`, role, runs: [run], side: index}));
+/** @import {Column} from "./types" */
+/** @typedef {{draw: (columns: Column[], order: number[]) => void, tiles: Tile[]}} Part of the stage */
+
+/**
+ * Roles side by side; of two runs each, or both on one canvas where they are swiped or subtracted.
+ * @returns {Column[]}
+ */
+export function shownColumns() {
+  const [a, b] = [runA(), runB()];
+  const roles = rolesOf(a).filter((role) => a.layer(state.index, role, shownLayer()));
+  return roles.flatMap((role) => {
+    if (!b) return { title: role, role, runs: [a] };
+    if (view.compare !== "side") return { title: role, role, runs: [a, b] };
+    return [a, b].map((run, side) => ({ title: `${role} · ${"AB"[side]}`, role, runs: [run], side }));
   });
 }
 
-export function makeStage() {
-  const pictures = el("div", {class: "pictures"}), bar = el("canvas", {class: "bar", "aria-hidden": "true"});
-  const ticks = el("div", {class: "ticks"}), unit = el("span", {class: "unit"}), keys = el("span", {class: "keys"});
-  const legend = el("div", {class: "legend", role: "group", "aria-label": "legend"}, el("div", {class: "scale"}, bar, ticks), unit, keys);
-  const element = el("section", {class: "stage", "aria-label": "attention maps"}, legend, pictures);
-  let built = "", draws = [], tiles = [];
-
-  function draw() {
-    const columns = columnsShown(), heads = headsOf(columns);
-    const wanted = JSON.stringify([columns.map(c => c.key), heads, view.all, view.arrange, runA().images.length, now.runs.map(run => run.name)]);
-    if (wanted !== built) {
-      built = wanted;
-      pictures.className = `pictures ${view.all ? "gallery" : view.arrange} columns${columns.length}`;
-      [draws, tiles] = view.all ? buildGallery(pictures, columns) : buildColumns(pictures, columns, heads);
-    }
-    for (const tile of tiles) tile.width = tile.canvas.clientWidth; // before anything changes: the page is laid out once
-    const order = view.sort === "entropy" && !view.all ? byEntropy(columns, heads) : [...Array(heads).keys()];
-    for (const drawPart of draws) drawPart(columns, order);
-    drawLegend(bar, ticks, unit, keys);
-  }
-  return {element, pictures, legend, draw};
-}
-
-const headsOf = columns => Math.max(0, ...columns.flatMap(c => c.runs.map(r => r.entry(atOf(r), c.role, shownLayer(r))?.heads ?? 0)));
-
-// Heads by their mean entropy over the columns, the sharpest first: the same order in all, as heads correspond.
-function byEntropy(columns, heads) {
-  const total = head => columns.reduce((sum, {runs: [run], role}) => {
-    const values = run.map(atOf(run), role, shownLayer(run), view.image, head);
-    return sum + (values ? entropyOf(values) : 0);
-  }, 0);
-  const totals = Array.from({length: heads}, (_, head) => total(head));
-  const rank = value => Number.isNaN(value) ? Infinity : value;
-  return [...totals.keys()].sort((a, b) => rank(totals[a]) - rank(totals[b]) || a - b);
-}
-
-// How each part is drawn, and the tiles among them.
-function buildColumns(pictures, columns, heads) {
-  const draws = [], tiles = [];
-  pictures.replaceChildren(...columns.map((column, index) => {
-    const title = el("h2", {}, column.title), detail = el("span", {class: `detail ${runB() ? "of-two" : ""}`});
-    const section = el("section", {class: "column", "aria-label": column.title}, el("header", {}, marker(column), title, detail));
-    draws.push(columns => detail.textContent = detailOf(columns[index]));
-    if (view.arrange !== "grid") {
-      const tile = makeTile({large: true});
-      section.append(tile.element);
-      tiles.push(tile);
-      draws.push(columns => drawTile(tile, columns[index], view.image, view.head, {large: true}));
-    }
-    if (view.arrange !== "single" && heads) section.append(headTiles(index, heads, draws, tiles));
-    return section;
-  }));
-  return [draws, tiles];
-}
-
-function marker(column) {
-  return column.side === undefined ? el("span", {class: `dot ${classOf(column.role)}`, "aria-hidden": "true"}) : runDot(column.side);
-}
-
-const modelOf = (run, role) => run.entry(atOf(run), role, shownLayer(run))?.model ?? "";
-
-function detailOf({runs, role, side}) {
-  const differ = new Set(now.runs.map(run => shownLayer(run))).size > 1;
-  const told = runs.map(run => `step ${grouped(run.steps[atOf(run)].step)}${differ ? `, layer ${shownLayer(run)}` : ""}`);
-  if (runs.length > 1) return `A ${told[0]} · B ${told[1]}`;
-  return side === undefined ? modelOf(runs[0], role) : told[0];
-}
-
-function headTiles(index, heads, draws, all) {
-  const tiles = Array.from({length: heads}, (_, head) => makeTile({onpick: () => change({head: view.head === head ? -1 : head, arrange: view.arrange})}));
-  const list = el("div", {class: "heads", role: "group", "aria-label": "heads"}, ...tiles.map(tile => tile.element));
-  const grid = view.arrange === "grid";
-  const across = grid ? Math.max(2, Math.ceil(Math.sqrt(heads))) : heads <= 4 ? 4 : heads % 6 && heads <= 16 && heads % 4 === 0 ? heads / 2 : 6;
-  list.style.setProperty("--across", Math.min(across, 8));
-  all.push(...tiles);
-  let shown = "";
-  draws.push((columns, order) => {
-    if (shown !== String(order)) {
-      shown = String(order);
-      list.append(...order.map(head => tiles[head].element));
-    }
-    tiles.forEach((tile, head) => {
-      tile.element.setAttribute("aria-pressed", String(view.head === head));
-      drawTile(tile, columns[index], view.image, head);
-    });
-  });
-  return list;
-}
-
-function buildGallery(pictures, columns) {
-  const draws = [], tiles = [];
-  pictures.replaceChildren(...runA().images.map((image, number) => {
-    const row = el("div", {class: "pair"}, ...columns.map((column, index) => {
-      const tile = makeTile({onpick: () => change({all: false, image: number})});
-      tiles.push(tile);
-      draws.push(columns => drawTile(tile, columns[index], number, view.head));
-      return el("div", {}, el("span", {class: "small"}, column.title), tile.element);
-    }));
-    return el("section", {class: "item", "aria-label": image.name}, el("h2", {}, image.name), row);
-  }));
-  return [draws, tiles];
-}
-
-// The scale that the large maps have now.
-export function scaleShown() {
+/** The scale of the large maps. */
+export function shownScale() {
   if (runB() && view.compare === "difference") return "difference";
   return view.show === "cosine" && view.pin >= 0 && !view.all ? "cosine" : view.scale;
 }
 
-function drawLegend(bar, ticks, unit, keys) {
-  const scale = scaleShown(), {label, ticks: labels} = SCALES[scale], wanted = `${scale} ${view.table} ${view.show} ${view.all}`;
-  if (bar.dataset.drawn !== wanted) {
-    bar.dataset.drawn = wanted;
-    drawBar(bar, scale, view.table);
-    ticks.replaceChildren(...labels.map(text => el("span", {}, text)));
-    unit.textContent = view.show === "colors" && !view.all ? `${label} (heads)` : label;
+export function makeStage() {
+  const legend = makeLegend();
+  const pictures = el("div", { class: "pictures" });
+  const element = el("section", { class: "stage", "aria-label": "attention maps" }, legend.element, pictures);
+  /** @type {Part[]} */
+  let parts = [];
+  const layoutChanged = changeDetector();
+
+  /**
+   * @param {Column[]} columns
+   * @param {number} heads
+   */
+  function build(columns, heads) {
+    const sections = view.all ? galleryItems(columns) : columns.map((column, i) => columnOf(column, i, heads));
+    pictures.className = `pictures ${view.all ? "gallery" : view.arrange} columns${columns.length}`;
+    pictures.replaceChildren(...sections.map((section) => section.element));
+    parts = sections.flatMap((section) => section.parts);
   }
-  const truths = view.truth && runA().truths[view.image].length > 0;
-  const told = [view.mask && scale !== "difference" ? ["key-mask", `top ${percent(view.threshold)} of attention`] : null,
-    truths ? ["key-truth", "ground truth"] : null].filter(Boolean);
-  const text = told.map(([, words]) => words).join();
-  if (keys.dataset.text !== text) {
-    keys.dataset.text = text;
-    keys.replaceChildren(...told.map(([name, words]) => el("span", {class: "key"}, el("i", {class: name, "aria-hidden": "true"}), words)));
+
+  function draw() {
+    const columns = shownColumns();
+    const heads = Math.max(0, ...columns.map(headsOf));
+    const titles = columns.map(({ title }) => title).join("\n");
+    if (layoutChanged(titles, heads, view.all, view.arrange, runA().images, runB())) build(columns, heads);
+    for (const { tiles } of parts) for (const tile of tiles) tile.measure();
+    const order = view.sort === "entropy" && !view.all ? byEntropy(columns, heads) : range(heads);
+    for (const part of parts) part.draw(columns, order);
+    legend.draw();
   }
+  return { element, pictures, draw };
+}
+
+/** @param {Column} column */
+function headsOf({ runs, role }) {
+  return Math.max(...runs.map((run) => run.layer(shownIndex(run), role, shownLayer(run))?.heads ?? 0));
+}
+
+/**
+ * Heads from the lowest to the highest entropy, summed over the columns: one order for all, as heads correspond.
+ * @param {Column[]} columns
+ * @param {number} heads
+ */
+function byEntropy(columns, heads) {
+  const totals = range(heads).map((head) => {
+    const maps = columns.map(({ runs: [run], role }) =>
+      run.map(shownIndex(run), role, shownLayer(run), view.image, head),
+    );
+    const total = maps.reduce((sum, map) => sum + (map ? entropyOf(map) : 0), 0);
+    return Number.isNaN(total) ? Infinity : total;
+  });
+  return range(heads).sort((a, b) => (totals[a] === totals[b] ? a - b : totals[a] - totals[b]));
+}
+
+/**
+ * @param {Column} column
+ * @param {number} index
+ * @param {number} heads
+ */
+function columnOf(column, index, heads) {
+  const dot = column.side === undefined ? el("span", { class: `dot ${roleClass(column.role)}` }) : runDot(column.side);
+  const detail = el("span", { class: `detail ${runB() ? "of-two" : ""}` });
+  const header = el("header", {}, dot, el("h2", {}, column.title), detail);
+  const element = el("section", { class: "column", "aria-label": column.title }, header);
+  /** @type {Part[]} */
+  const parts = [{ tiles: [], draw: (columns) => (detail.textContent = detailOf(columns[index])) }];
+  if (view.arrange !== "grid") {
+    const tile = new LargeTile();
+    element.append(tile.element);
+    parts.push({ tiles: [tile], draw: (columns) => tile.draw(columns[index], view.image, view.head) });
+  }
+  if (view.arrange !== "single" && heads) {
+    const list = headList(index, heads);
+    element.append(list.element);
+    parts.push(list);
+  }
+  return { element, parts };
+}
+
+/** @param {Column} column */
+function detailOf({ runs, role, side }) {
+  const differ = new Set(state.runs.map((run) => shownLayer(run))).size > 1;
+  const details = runs.map((run) => {
+    const step = `step ${grouped(run.steps[shownIndex(run)].step)}`;
+    return differ ? `${step}, layer ${shownLayer(run)}` : step;
+  });
+  if (runs.length > 1) return `A ${details[0]} · B ${details[1]}`;
+  if (side !== undefined) return details[0];
+  return runs[0].layer(state.index, role, shownLayer())?.model ?? "";
+}
+
+/** @param {number} heads */
+function headsPerRow(heads) {
+  if (view.arrange === "grid") return Math.max(2, Math.min(8, Math.ceil(Math.sqrt(heads))));
+  if (heads <= 4) return 4;
+  return heads % 6 && heads % 4 === 0 && heads <= 16 ? heads / 2 : 6;
+}
+
+/**
+ * @param {number} index of the column
+ * @param {number} heads
+ */
+function headList(index, heads) {
+  const tiles = range(heads).map((head) => Tile.button(() => change({ head: view.head === head ? -1 : head })));
+  const elements = tiles.map((tile) => tile.element);
+  const element = el("div", { class: "heads", role: "group", "aria-label": "heads" }, ...elements);
+  element.style.setProperty("--across", String(headsPerRow(heads)));
+  const orderChanged = changeDetector();
+  /** @type {Part["draw"]} */
+  const draw = (columns, order) => {
+    if (orderChanged(...order)) element.append(...order.map((head) => elements[head]));
+    tiles.forEach((tile, head) => {
+      tile.element.ariaPressed = String(view.head === head);
+      tile.draw(columns[index], view.image, head);
+    });
+  };
+  return { element, tiles, draw };
+}
+
+/** @param {Column[]} columns */
+function galleryItems(columns) {
+  return runA().images.map(({ name }, image) => {
+    const tiles = columns.map(() => Tile.button(() => change({ all: false, image })));
+    const cells = columns.map(({ title }, i) => el("div", {}, el("span", { class: "small" }, title), tiles[i].element));
+    const pair = el("div", { class: "pair" }, ...cells);
+    const element = el("section", { class: "item", "aria-label": name }, el("h2", {}, name), pair);
+    /** @type {Part["draw"]} */
+    const draw = (columns) => tiles.forEach((tile, i) => tile.draw(columns[i], image, view.head));
+    return { element, parts: [{ tiles, draw }] };
+  });
+}
+
+function makeLegend() {
+  const bar = el("canvas", { class: "bar", "aria-hidden": "true" });
+  const ticks = el("div", { class: "ticks" });
+  const unit = el("span", { class: "unit" });
+  const mask = el("span", {});
+  const maskKey = el("span", { class: "key" }, el("i", { class: "key-mask" }), mask);
+  const truthKey = el("span", { class: "key" }, el("i", { class: "key-truth" }), "ground truth");
+  const element = el(
+    "div",
+    { class: "legend", role: "group", "aria-label": "legend" },
+    el("div", { class: "scale" }, bar, ticks),
+    unit,
+    el("span", { class: "keys" }, maskKey, truthKey),
+  );
+  const scaleChanged = changeDetector();
+  function draw() {
+    const scale = shownScale();
+    if (scaleChanged(scale, view.table)) {
+      drawColourBar(bar, scale, view.table);
+      ticks.replaceChildren(...SCALES[scale].ticks.map((tick) => el("span", {}, tick)));
+    }
+    unit.textContent = SCALES[scale].unit + (view.show === "colors" && !view.all ? " (heads)" : "");
+    mask.textContent = `top ${percent(view.threshold)} of attention`;
+    maskKey.hidden = !view.mask || scale === "difference";
+    truthKey.hidden = !view.truth || !runA().truths[view.image].length;
+  }
+  return { element, draw };
 }

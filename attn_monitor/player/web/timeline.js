@@ -1,153 +1,216 @@
-// One slider of steps for everything: play, speed, arrow keys, curves with a moving cursor, and health flags as marks.
-import {makeChart} from "./charts.js";
-import {grouped, written} from "./numbers.js";
-import {change, classOf, goTo, goToStep, now, rolesOf, runA, runB, shownLayer, view} from "./view.js";
-import {el} from "./tiles.js";
+// One slider of steps for everything: playback, curves with a line at the shown step, health flags as marks.
+import { changeDetector, el } from "./elements.js";
+import { LineChart } from "./line_chart.js";
+import { formatted, grouped } from "./numbers.js";
+import { togglePlay } from "./playback.js";
+import { change, roleClass, rolesOf, runA, runB, shownLayer, showSnapshot, showStep, state, view } from "./view.js";
 
-const INSET = 9; // pixels: half of the slider's thumb, so that curves and slider share their steps
+/** @import {Curve, Flag, Pair} from "./types" */
+/** @import {Run} from "./run.js" */
+
+const INSET = 9; // pixels: half of the slider's thumb, so that curves are aligned with the slider
+const SPEEDS = [2, 4, 8, 15, 30]; // snapshots a second
+
+/** @type {Record<string, (() => number) | undefined>} */
+const SLIDER_KEYS = {
+  ArrowLeft: () => state.index - 1,
+  ArrowDown: () => state.index - 1,
+  ArrowRight: () => state.index + 1,
+  ArrowUp: () => state.index + 1,
+  Home: () => 0,
+  End: () => Infinity,
+  PageUp: () => state.index + 5,
+  PageDown: () => state.index - 5,
+};
 
 export function makeTimeline() {
-  const play = el("button", {type: "button", class: "play", onclick: togglePlay});
-  const back = el("button", {type: "button", class: "icon", title: "one step back (←)", "aria-label": "one step back", onclick: () => goTo(now.at - 1)}, "‹");
-  const on = el("button", {type: "button", class: "icon", title: "one step on (→)", "aria-label": "one step on", onclick: () => goTo(now.at + 1)}, "›");
-  const slider = el("input", {type: "range", class: "steps", "aria-label": "step", step: 1, oninput: () => goToStep(Number(slider.value))});
-  const told = el("output", {class: "step"}), epoch = el("span", {class: "epoch"});
-  const speed = el("select", {"aria-label": "speed", title: "snapshots a second", onchange: () => change({speed: Number(speed.value)})},
-    ...[2, 4, 8, 15, 30].map(rate => el("option", {value: rate}, `${rate}/s`)));
-  const metric = el("select", {"aria-label": "curve", onchange: () => change({metric: metric.value})});
-  const marks = el("div", {class: "marks", role: "group", "aria-label": "health flags"});
-  const chart = makeChart("curves", "curve over steps", {inset: INSET});
-  const reading = el("div", {class: "reading"});
-  const element = el("section", {class: "timeline", "aria-label": "timeline"},
-    el("div", {class: "transport"}, back, play, on, el("div", {class: "when"}, told, epoch), speed),
-    el("div", {class: "track"}, slider, marks),
-    el("div", {class: "curve"}, el("div", {class: "which"}, metric, reading), chart.element));
-  let flags = "";
+  const parts = [makeTransport(), makeSlider(), makeFlags(), makeCurves()];
+  const [transport, slider, flags, curves] = parts.map((part) => part.element);
+  const track = el("div", { class: "track" }, slider, flags);
+  const attributes = { class: "timeline", "aria-label": "timeline" };
+  return {
+    element: el("section", attributes, transport, track, curves),
+    draw: () => parts.forEach((part) => part.draw()),
+  };
+}
 
-  slider.addEventListener("keydown", event => {
-    const to = {ArrowLeft: now.at - 1, ArrowDown: now.at - 1, ArrowRight: now.at + 1, ArrowUp: now.at + 1,
-      Home: 0, End: runA().steps.length - 1, PageUp: now.at + 5, PageDown: now.at - 5}[event.key];
-    if (to === undefined) return;
+/**
+ * The first and the last step of a run.
+ * @param {Run} run
+ * @returns {Pair}
+ */
+const domainOf = ({ steps }) => [steps[0].step, steps[steps.length - 1].step];
+
+/**
+ * Where a step lies between the first and the last one, 0…1.
+ * @param {number} step
+ * @param {Pair} domain
+ * @param {number} otherwise where there is one step
+ */
+const position = (step, [first, last], otherwise) => (last > first ? (step - first) / (last - first) : otherwise);
+
+function makeTransport() {
+  const play = el("button", { type: "button", class: "play", onclick: togglePlay });
+  /** @type {(text: string, name: string, key: string, by: number) => HTMLButtonElement} */
+  const stepButton = (text, name, key, by) => {
+    const onclick = () => showSnapshot(state.index + by);
+    return el(
+      "button",
+      { type: "button", class: "icon", title: `${name} (${key})`, "aria-label": name, onclick },
+      text,
+    );
+  };
+  const step = el("output", { class: "step" });
+  const epoch = el("span", { class: "epoch" });
+  const speed = el(
+    "select",
+    { "aria-label": "speed", title: "snapshots a second", onchange: () => change({ speed: Number(speed.value) }) },
+    ...SPEEDS.map((rate) => el("option", { value: rate }, `${rate}/s`)),
+  );
+  const element = el(
+    "div",
+    { class: "transport" },
+    stepButton("‹", "one step back", "←", -1),
+    play,
+    stepButton("›", "one step forward", "→", 1),
+    el("div", { class: "when" }, step, epoch),
+    speed,
+  );
+  function draw() {
+    const { steps, facts } = runA();
+    const shown = steps[state.index];
+    const pending = facts.pending ? `, loading ${facts.pending} more` : "";
+    step.textContent = `step ${grouped(shown.step)}`;
+    epoch.textContent = `${state.index + 1} of ${steps.length}, epoch ${shown.epoch}${pending}`;
+    play.textContent = state.playing ? "❚❚" : "▶";
+    play.ariaLabel = state.playing ? "pause" : "play";
+    speed.value = String(view.speed);
+  }
+  return { element, draw };
+}
+
+function makeSlider() {
+  const oninput = () => showStep(Number(element.value));
+  const element = el("input", { type: "range", class: "steps", "aria-label": "step", step: 1, oninput });
+  element.addEventListener("keydown", (event) => {
+    const index = SLIDER_KEYS[event.key]?.();
+    if (index === undefined) return;
     event.preventDefault();
     event.stopPropagation();
-    goTo(to);
+    showSnapshot(index);
   });
+  function draw() {
+    const run = runA();
+    const domain = domainOf(run);
+    const { step } = run.steps[state.index];
+    [element.min, element.max, element.value] = [...domain, step].map(String);
+    element.style.setProperty("--filled", `${100 * position(step, domain, 1)}%`);
+    element.ariaValueText = `step ${step}, snapshot ${state.index + 1} of ${run.steps.length}`;
+  }
+  return { element, draw };
+}
+
+function makeFlags() {
+  const element = el("div", { class: "marks", role: "group", "aria-label": "health flags" });
+  const flagsChanged = changeDetector();
+  function draw() {
+    const run = runA();
+    if (!flagsChanged(run, run.steps)) return;
+    const domain = domainOf(run);
+    /** @type {Map<number, number>} */
+    const counts = new Map(); // flags of one step are side by side
+    const flags = run.steps.flatMap((step) => step.flags);
+    const marks = flags.map((flag) => {
+      const count = counts.get(flag.step) ?? 0;
+      counts.set(flag.step, count + 1);
+      const label = `health flag: ${flag.words}`;
+      const attributes = { type: "button", class: "flag", title: flag.words, "aria-label": label };
+      const mark = el("button", { ...attributes, onclick: () => showFlag(flag) }, "⚑");
+      const at = position(flag.step, domain, 0.5);
+      mark.style.setProperty("--at", String(at));
+      mark.style.setProperty("--beside", String(at > 0.5 ? -count : count));
+      return mark;
+    });
+    element.replaceChildren(...marks);
+  }
+  return { element, draw };
+}
+
+/** @param {Flag} flag of a layer, or of the whole model, which may have been found between two snapshots */
+function showFlag(flag) {
+  if (flag.layer !== null) change({ layer: flag.layer, head: flag.heads[0] ?? -1, all: false });
+  showStep(flag.step);
+}
+
+function makeCurves() {
+  const select = el("select", { "aria-label": "curve", onchange: () => change({ metric: select.value }) });
+  const reading = el("div", { class: "reading" });
+  const chart = new LineChart("curves", "curve over steps", INSET);
+  const element = el("div", { class: "curve" }, el("div", { class: "which" }, select, reading), chart.element);
+  /** @type {(Curve & {role: string, side: number})[]} */
+  let curves = [];
+  /** @type {string[]} */
+  let names = [];
+  const stepsChanged = changeDetector();
+  const curvesChanged = changeDetector();
 
   function draw() {
-    const run = runA(), steps = run.steps, step = steps[now.at], domain = [steps[0].step, steps.at(-1).step];
-    slider.min = domain[0];
-    slider.max = domain[1];
-    slider.value = step.step;
-    const filled = domain[1] > domain[0] ? (step.step - domain[0]) / (domain[1] - domain[0]) : 1;
-    slider.style.setProperty("--filled", `${100 * filled}%`);
-    slider.setAttribute("aria-valuetext", `step ${step.step}, snapshot ${now.at + 1} of ${steps.length}`);
-    told.textContent = `step ${grouped(step.step)}`;
-    epoch.textContent = `${now.at + 1} of ${steps.length}, epoch ${step.epoch}${run.pending ? `, ${run.pending} to come` : ""}`;
-    play.textContent = now.playing ? "❚❚" : "▶";
-    play.setAttribute("aria-label", now.playing ? "pause" : "play");
-    speed.value = String(view.speed);
-    drawFlags(run, domain);
-    drawMetrics(run);
-    drawCurves(domain, step.step);
-  }
-
-  function drawFlags(run, [first, last]) {
-    const found = run.flags, key = JSON.stringify([run.name, found, first, last]);
-    if (key === flags) return;
-    flags = key;
-    const seen = {}; // flags of one step stand beside each other
-    marks.replaceChildren(...found.map(flag => {
-      const mark = el("button", {type: "button", class: "flag", title: flag.words, "aria-label": `health flag: ${flag.words}`, onclick: () => goToFlag(flag)}, "⚑");
-      const at = last > first ? (flag.step - first) / (last - first) : 0.5;
-      mark.style.setProperty("--at", String(at));
-      mark.style.setProperty("--beside", String((seen[flag.step] = (seen[flag.step] ?? -1) + 1) * (at > 0.5 ? -1 : 1)));
-      return mark;
-    }));
-  }
-
-  function drawMetrics(run) {
-    const names = metricsOf(run), shown = [...metric.options].map(option => option.value);
-    if (String(names) !== String(shown)) {
-      metric.replaceChildren(...names.map(name => el("option", {value: name}, name.replaceAll("_", " "))));
+    const [a, b] = [runA(), runB()];
+    const layer = shownLayer();
+    if (stepsChanged(a, a.steps, layer)) {
+      names = metricsOf(a, layer);
+      select.replaceChildren(...names.map((name) => el("option", { value: name }, name.replaceAll("_", " "))));
     }
-    metric.value = metricShown();
-    chart.element.parentElement.hidden = names.length === 0;
-  }
-
-  function drawCurves(domain, step) {
-    const name = metricShown(), curves = [];
-    [runA(), runB()].forEach((run, index) => run && rolesOf(run).forEach(role => {
-      const values = at => run.steps[at].metrics[`${role}/${shownLayer(run)}/${name}`];
-      const points = pick => run.steps.map((s, at) => [s.step, pick(values(at) ?? []) ?? null]);
-      const id = `${run.name} ${role} ${name} ${shownLayer(run)} ${view.head}`, dashed = index ? " other" : "";
-      const ofHead = view.head >= 0 ? points(found => found[view.head + 1]) : [];
-      if (ofHead.some(point => point[1] !== null)) curves.push({className: `${classOf(role)} head${dashed}`, points: ofHead, id});
-      curves.push({className: `${classOf(role)} mean${dashed}`, points: points(found => found[0]), dotted: true, id, role, index});
-    }));
-    chart.draw(curves, domain, step, written);
-    chart.element.setAttribute("aria-label", `${name.replaceAll("_", " ")} over steps ${domain[0]} to ${domain[1]}`);
-    reading.replaceChildren(...curves.filter(curve => curve.role).map(curve => {
-      const at = curve.points.findLast(point => point[0] <= step && point[1] !== null);
-      return el("span", {class: `value ${classOf(curve.role)}${curve.index ? " other" : ""}`}, `${curve.role}${runB() ? ` ${"AB"[curve.index]}` : ""} `, el("b", {}, written(at?.[1])));
-    }));
-  }
-  return {element, draw};
-}
-
-const metricNames = new WeakMap();
-
-// Names of the metrics that the shown layer has at any step.
-function metricsOf(run) {
-  const layer = shownLayer(run), key = `${layer} ${run.generation} ${run.steps.length}`;
-  if (metricNames.get(run)?.key !== key) {
-    const names = new Set(), wanted = [...new Set(run.layouts.flat().map(entry => `${entry.role}/${layer}/`))];
-    for (const step of run.steps) for (const of of Object.keys(step.metrics)) {
-      for (const start of wanted) if (of.startsWith(start)) names.add(of.slice(start.length));
+    const name = names.includes(view.metric) ? view.metric : (names[0] ?? "");
+    const domain = domainOf(a);
+    element.hidden = names.length === 0;
+    select.value = name;
+    const sources = state.runs.flatMap((run) => [run, run.steps, shownLayer(run), rolesOf(run).join()]);
+    if (curvesChanged(name, view.head, ...sources)) {
+      curves = state.runs.flatMap((run, side) => rolesOf(run).flatMap((role) => curvesOf(run, side, role, name)));
+      chart.element.ariaLabel = `${name.replaceAll("_", " ")} over steps ${domain[0]} to ${domain[1]}`;
     }
-    metricNames.set(run, {key, names: [...names]});
+    const { step } = a.steps[state.index];
+    chart.draw(curves, domain, step, formatted);
+    const values = curves
+      .filter(({ dotted }) => dotted)
+      .map(({ role, side, className, points }) => {
+        const last = points.findLast((point) => point[0] <= step && point[1] !== null);
+        const label = b ? `${role} ${"AB"[side]} ` : `${role} `;
+        return el("span", { class: `value ${className}` }, label, el("b", {}, formatted(last?.[1])));
+      });
+    reading.replaceChildren(...values);
   }
-  return metricNames.get(run).names;
+  return { element, draw };
 }
 
-function metricShown() {
-  const names = metricsOf(runA());
-  return names.includes(view.metric) ? view.metric : names[0] ?? "";
+/**
+ * The curve of a metric's mean, and that of the selected head where it has one.
+ * @param {Run} run
+ * @param {number} side 0 for A, 1 for B
+ * @param {string} role
+ * @param {string} name
+ */
+function curvesOf(run, side, role, name) {
+  const key = `${role}/${shownLayer(run)}/${name}`;
+  const className = roleClass(role) + (side ? " other" : "");
+  /** @type {(index: number) => Curve["points"]} */
+  const points = (index) => run.steps.map(({ step, metrics }) => [step, metrics[key]?.[index] ?? null]);
+  const mean = { className: `${className} mean`, points: points(0), dotted: true, role, side };
+  const head = { className: `${className} head`, points: points(view.head + 1), dotted: false, role, side };
+  return view.head >= 0 && head.points.some((point) => point[1] !== null) ? [head, mean] : [mean];
 }
 
-function goToFlag(flag) {
-  // Some are about a whole model, and are found between two snapshots.
-  if (flag.layer !== null) change({layer: flag.layer, head: flag.heads.length ? flag.heads[0] : -1, all: false});
-  goToStep(flag.step);
-}
-
-let due = 0;
-
-// Play from here, or from the beginning where this is the end.
-export function togglePlay() {
-  now.playing = !now.playing;
-  if (now.playing && now.at === runA().steps.length - 1) goTo(0);
-  due = performance.now();
-  change();
-  if (now.playing) requestAnimationFrame(playOn);
-}
-
-function playOn(time) {
-  if (!now.playing) return;
-  const run = runA(), next = now.at + 1, at = Math.min(next, run.steps.length - 1), layer = shownLayer(run, at);
-  const here = run.peek(at, layer);
-  if (time >= due && here) {
-    due = Math.max(due + 1000 / view.speed, time - 1000 / view.speed);
-    if (next >= run.steps.length) {
-      now.playing = false;
-      change();
-      return;
-    }
-    goTo(next);
-  } else if (!here) {
-    run.load(at, layer).catch(() => {
-      now.playing = false;
-      change();
-    });
-  }
-  requestAnimationFrame(playOn);
+/**
+ * Metrics that a layer has at any step.
+ * @param {Run} run
+ * @param {number} layer
+ */
+function metricsOf(run, layer) {
+  const keys = new Set(run.steps.flatMap(({ metrics }) => Object.keys(metrics)));
+  const names = [...keys].flatMap((key) => {
+    const [name, number] = key.split("/").reverse();
+    return number === String(layer) ? [name] : [];
+  });
+  return [...new Set(names)];
 }

@@ -1,140 +1,214 @@
-// What is shown, in one object; whoever changes it asks for a new picture, and a link can restore it.
+// What is shown. Changing it requests a new drawing of the page, and a link restores it.
+import { drawing } from "./manifest.js";
+import { clamp } from "./patch_grid.js";
 
+/** @import {PatchRef, View} from "./types" */
+/** @import {Run} from "./run.js" */
+
+/** @type {View} */
 const DEFAULTS = {
-  step: null, image: 0, all: false, layer: null, head: -1, arrange: "focus", sort: "index", show: "attention",
-  opacity: 0.85, scale: "uniform", table: "inferno", mask: true, truth: true, threshold: 0.6, compare: "side",
-  swipe: 0.5, metric: "entropy", speed: 8, pin: -1, theme: "auto", run: null, other: null,
+  step: null,
+  image: 0,
+  all: false,
+  layer: null,
+  head: -1,
+  arrange: "focus",
+  sort: "index",
+  show: "attention",
+  opacity: 1,
+  scale: drawing.scale,
+  table: drawing.table,
+  mask: true,
+  truth: true,
+  threshold: drawing.threshold,
+  compare: "side",
+  swipe: 0.5,
+  metric: "entropy",
+  speed: 8,
+  pin: -1,
+  theme: "auto",
+  run: null,
+  other: null,
 };
 
-export const view = {...DEFAULTS};
-
-// What is of the moment only: the patch of a grid below the pointer, {image, patch, place}, whether it plays, and the runs.
-export const now = {hover: null, playing: false, runs: [], at: 0, drawn: new Set()};
-
-let asked = false;
-
-// Change the view and draw it in the next frame.
-export function change(changes = {}) {
-  Object.assign(view, changes);
-  ask();
-}
-
-export function hover(place) {
-  if (JSON.stringify(place) === JSON.stringify(now.hover)) return;
-  now.hover = place;
-  ask();
-}
-
-function ask() {
-  if (asked) return;
-  asked = true;
-  requestAnimationFrame(() => {
-    asked = false;
-    for (const draw of now.drawn) draw();
-  });
-}
-
-// `draw` is called whenever something has changed.
-export function whenChanged(draw) {
-  now.drawn.add(draw);
-}
-
-// The patch that numbers are told of: the one below the pointer, else the one that was chosen.
-export function chosenPatch() {
-  if (now.hover) return now.hover;
-  return view.pin >= 0 ? pinned() : null;
-}
-
-// A link names a patch of the grid of the role that stands first.
-export const pinned = () => ({image: view.image, patch: view.pin, place: firstPlace()});
-
-export const firstPlace = () => runA().layout(now.at).find(entry => entry.layer === shownLayer()).place;
-
-export const runA = () => now.runs[0];
-export const runB = () => now.runs[1];
-
-// The snapshot of a run at or nearest to the step that is shown; of two that are as near the earlier.
-export function atOf(run) {
-  if (run === runA()) return now.at;
-  const step = runA().steps[now.at].step;
-  let best = 0;
-  run.steps.forEach((other, i) => {
-    if (Math.abs(other.step - step) < Math.abs(run.steps[best].step - step)) best = i;
-  });
-  return best;
-}
-
-export function goTo(at) {
-  const last = runA().steps.length - 1;
-  now.at = Math.max(0, Math.min(last, at));
-  view.step = now.at === last ? null : runA().steps[now.at].step;
-  view.image = Math.min(view.image, runA().images.length - 1);
-  change();
-}
-
-export function goToStep(step) {
-  const steps = runA().steps;
-  let best = steps.length - 1;
-  if (step !== null) steps.forEach((s, i) => {
-    if (Math.abs(s.step - step) < Math.abs(steps[best].step - step)) best = i;
-  });
-  goTo(best);
-}
-
-export function layersOf(run, at = atOf(run)) {
-  return [...new Set(run.layout(at).map(entry => entry.layer))].sort((a, b) => a - b);
-}
-
-// The layer that is shown of a snapshot: the chosen one, of a second run that of the first, or the last one there is.
-export function shownLayer(run = runA(), at = atOf(run)) {
-  const layers = layersOf(run, at), wanted = run === runA() ? view.layer : shownLayer();
-  return layers.includes(wanted) ? wanted : layers[layers.length - 1];
-}
-
-export const rolesOf = run => [...new Set(run.layout(atOf(run)).map(entry => entry.role))];
-
-// The class of a role's colour: those of student and teacher, and three more in turn.
-export function classOf(role) {
-  const known = ["student", "teacher"];
-  if (known.includes(role)) return `role-${role}`;
-  const roles = new Set(runA().layouts.flat().map(entry => entry.role));
-  return `role-${[...roles].filter(other => !known.includes(other)).indexOf(role) % 3}`;
-}
-
-// As the part of a link after "#": what is not as it is at first.
-export function asHash() {
-  const told = Object.entries(view).filter(([key, value]) => value !== DEFAULTS[key] && value !== null);
-  return new URLSearchParams(told.map(([key, value]) => [key, String(value)])).toString();
-}
-
-// Values of a link are believed only where they are of the right kind.
-export function fromHash(hash) {
-  const restored = {...DEFAULTS};
-  for (const [key, text] of new URLSearchParams(hash.replace(/^#/, ""))) {
-    if (!Object.hasOwn(DEFAULTS, key)) continue;
-    const known = DEFAULTS[key];
-    if (typeof known === "boolean") restored[key] = text === "true";
-    else if (typeof known === "number" || key === "step" || key === "layer") {
-      if (text !== "" && Number.isFinite(Number(text))) restored[key] = Number(text);
-    } else if (key === "run" || key === "other" || key === "metric" || CHOICES[key]?.includes(text)) restored[key] = text;
-  }
-  return Object.assign(view, limited(restored));
-}
-
+/** @type {Record<string, string[]>} */
 const CHOICES = {
-  arrange: ["focus", "grid", "single"], sort: ["index", "entropy"], show: ["attention", "colors", "cosine"],
-  scale: ["uniform", "minmax"], table: ["inferno", "viridis"], compare: ["side", "swipe", "difference"],
+  arrange: ["focus", "grid", "single"],
+  sort: ["index", "entropy"],
+  show: ["attention", "colors", "cosine"],
+  scale: Object.keys(drawing.scales),
+  table: Object.keys(drawing.tables),
+  compare: ["side", "swipe", "difference"],
   theme: ["auto", "light", "dark"],
 };
 
-function limited(values) {
-  const within = (key, low, high) => values[key] = Math.max(low, Math.min(high, values[key]));
-  within("opacity", 0, 1);
-  within("threshold", 0.05, 1);
-  within("swipe", 0, 1);
-  within("speed", 1, 30);
-  for (const key of ["head", "image", "pin"]) values[key] = Math.trunc(values[key]);
-  within("head", -1, Infinity);
-  within("image", 0, runA() ? runA().images.length - 1 : Infinity);
-  return values;
+/** What a link restores. */
+export const view = { ...DEFAULTS };
+
+/** What a link does not restore; `index` is that of the snapshot which is shown of the first run. */
+export const state = {
+  /** @type {PatchRef | null} */
+  hover: null,
+  playing: false,
+  /** @type {Run[]} */
+  runs: [],
+  index: 0,
+};
+
+/** @type {(() => void)[]} */
+const drawFunctions = [];
+let requested = false;
+
+/** @param {(() => void)[]} draws called, in this order, in the next frame after a change */
+export function onDraw(...draws) {
+  drawFunctions.push(...draws);
+}
+
+export function requestDraw() {
+  if (requested) return;
+  requested = true;
+  requestAnimationFrame(() => {
+    requested = false;
+    for (const draw of drawFunctions) draw();
+  });
+}
+
+/** @param {Partial<View>} changes */
+export function change(changes) {
+  Object.assign(view, changes);
+  requestDraw();
+}
+
+/** @param {PatchRef | null} patch */
+export function hover(patch) {
+  const { hover: last } = state;
+  const same = patch?.image === last?.image && patch?.patch === last?.patch && patch?.patchGrid === last?.patchGrid;
+  if (same) return;
+  state.hover = patch;
+  requestDraw();
+}
+
+export function unpin() {
+  hover(null);
+  change({ pin: -1, show: view.show === "cosine" ? "attention" : view.show });
+}
+
+export const runA = () => state.runs[0];
+
+/** @returns {Run | undefined} */
+export const runB = () => state.runs[1];
+
+/** The patch below the pointer, or else the pinned one. */
+export const selectedPatch = () => state.hover ?? (view.pin >= 0 ? pinnedPatch() : null);
+
+/** @returns {PatchRef} the index of a pinned patch is that in the grid of the first role */
+export const pinnedPatch = () => ({ image: view.image, patch: view.pin, patchGrid: firstLayer().patchGrid });
+
+/** The shown layer of the first role. */
+export function firstLayer() {
+  const layer = shownLayer();
+  return /** @type {import("./types").Layer} */ (
+    runA()
+      .layout(state.index)
+      .find((found) => found.layer === layer)
+  );
+}
+
+/**
+ * The index of the snapshot nearest to a step, the earlier of two.
+ * @param {Run} run
+ * @param {number} step
+ */
+function nearest(run, step) {
+  const distances = run.steps.map((other) => Math.abs(other.step - step));
+  return distances.indexOf(Math.min(...distances));
+}
+
+/**
+ * The index of a run's snapshot that is shown.
+ * @param {Run} run
+ */
+export const shownIndex = (run) => (run === runA() ? state.index : nearest(run, runA().steps[state.index].step));
+
+/** @param {number} index */
+export function showSnapshot(index) {
+  const run = runA();
+  const last = run.steps.length - 1;
+  state.index = clamp(index, 0, last);
+  change({
+    step: state.index === last ? null : run.steps[state.index].step,
+    image: Math.min(view.image, run.images.length - 1),
+  });
+}
+
+/** @param {number | null} step null for the last one */
+export const showStep = (step) => showSnapshot(step === null ? Infinity : nearest(runA(), step));
+
+/**
+ * @param {Run} run
+ * @param {number} index
+ */
+export function layersOf(run, index = shownIndex(run)) {
+  return [...new Set(run.layout(index).map(({ layer }) => layer))].sort((a, b) => a - b);
+}
+
+/**
+ * The selected layer (of a second run, the first run's), or the last one where it was not recorded.
+ * @param {Run} run
+ * @param {number} index
+ * @returns {number}
+ */
+export function shownLayer(run = runA(), index = shownIndex(run)) {
+  const layers = layersOf(run, index);
+  const wanted = run === runA() ? view.layer : shownLayer();
+  return wanted !== null && layers.includes(wanted) ? wanted : layers[layers.length - 1];
+}
+
+/** @param {Run} run */
+export const rolesOf = (run) => [...new Set(run.layout(shownIndex(run)).map(({ role }) => role))];
+
+/**
+ * The class that colours a role: student and teacher have their own, other roles take turns.
+ * @param {string} role
+ */
+export function roleClass(role) {
+  const named = ["student", "teacher"];
+  if (named.includes(role)) return `role-${role}`;
+  const roles = new Set(runA().facts.layouts.flatMap((layout) => layout.map((layer) => layer.role)));
+  return `role-${[...roles].filter((other) => !named.includes(other)).indexOf(role) % 3}`;
+}
+
+/** @param {number} head */
+export const headName = (head) => (head < 0 ? "mean of heads" : `head ${head}`);
+
+/** The part of a link after "#": what differs from the defaults. */
+export function toHash() {
+  const entries = Object.entries(view).filter(([key, value]) => value !== /** @type {any} */ (DEFAULTS)[key]);
+  return new URLSearchParams(entries.map(([key, value]) => [key, String(value)])).toString();
+}
+
+/**
+ * Restore the view of a link, without values that are not valid.
+ * @param {string} hash
+ */
+export function fromHash(hash) {
+  /** @type {any} */
+  const restored = { ...DEFAULTS };
+  for (const [key, text] of new URLSearchParams(hash.replace(/^#/, ""))) {
+    if (!Object.hasOwn(DEFAULTS, key)) continue;
+    const type = key === "step" || key === "layer" ? "number" : typeof restored[key];
+    if (type === "boolean") restored[key] = text === "true";
+    else if (type === "number") restored[key] = text !== "" && isFinite(+text) ? +text : restored[key];
+    else if (!CHOICES[key] || CHOICES[key].includes(text)) restored[key] = text;
+  }
+  const lastImage = runA() ? runA().images.length - 1 : Infinity;
+  Object.assign(view, restored, {
+    opacity: clamp(restored.opacity, 0, 1),
+    threshold: clamp(restored.threshold, 0.05, 1),
+    swipe: clamp(restored.swipe, 0, 1),
+    speed: clamp(restored.speed, 1, 30),
+    head: Math.max(-1, Math.trunc(restored.head)),
+    image: clamp(Math.trunc(restored.image), 0, lastImage),
+    pin: Math.trunc(restored.pin),
+  });
 }

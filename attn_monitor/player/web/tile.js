@@ -1,0 +1,301 @@
+// A tile: one map on a canvas with a caption. The pointer and arrow keys select a patch of it.
+import { css } from "./colours.js";
+import { contextOf, el } from "./elements.js";
+import { drawing } from "./manifest.js";
+import { cosines } from "./numbers.js";
+import { fitCanvas, lineWidth, outlinedMask, paintMap } from "./painting.js";
+import { clamp, matchingPatch, patchAt } from "./patch_grid.js";
+import { comparisonOf, statisticsOf } from "./statistics.js";
+import {
+  change,
+  firstLayer,
+  headName,
+  hover,
+  pinnedPatch,
+  runA,
+  runB,
+  selectedPatch,
+  shownIndex,
+  shownLayer,
+  state,
+  unpin,
+  view,
+} from "./view.js";
+
+/** @import {Column, Layer, PatchGrid, PatchRef} from "./types" */
+/** @import {Run} from "./run.js" */
+/** @import {Content} from "./painting.js" */
+/** @import {Statistic} from "./statistics.js" */
+/** @typedef {NonNullable<ReturnType<Run["cached"]>>[string]} LayerBlock */
+
+const CLICK_DISTANCE = 5; // pixels between pressing and releasing; more is a swipe
+
+/** @type {Record<string, [number, number] | undefined>} */
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+/** Whether the shown layer has features, or colours, of its patches. */
+export const hasFeatures = () => shownLayers().some((layer) => layer.features > 0);
+export const hasColours = () => shownLayers().some((layer) => layer.colors);
+const shownLayers = () =>
+  runA()
+    .layout(state.index)
+    .filter(({ layer }) => layer === shownLayer());
+
+/**
+ * The coloured dot of run A or B.
+ * @param {number} index
+ */
+export function runDot(index) {
+  const dot = el("span", { class: "dot", "aria-hidden": "true" });
+  dot.style.background = css(drawing.difference.colours[index]);
+  return dot;
+}
+
+/** A button with a map, that selects a head or an image. */
+export class Tile {
+  /** @param {HTMLElement} element that holds canvas and caption, and has the label */
+  constructor(element) {
+    this.large = false;
+    this.element = element;
+    this.labelled = element;
+    this.canvas = el("canvas", { "aria-hidden": "true" });
+    this.caption = el("span", { class: "caption" });
+    this.image = 0;
+    /** @type {PatchGrid | null} */
+    this.patchGrid = null;
+    this.width = 0;
+    this.canvas.addEventListener("pointermove", (event) => this.pointerMoved(event));
+    this.canvas.addEventListener("pointerleave", () => hover(null));
+    element.append(this.canvas, this.caption);
+  }
+
+  /** @param {() => void} onclick */
+  static button(onclick) {
+    return new Tile(el("button", { class: "tile", type: "button", onclick }));
+  }
+
+  /** The layout of the page is computed once, before any tile changes. */
+  measure() {
+    this.width = this.canvas.clientWidth;
+  }
+
+  /** @param {PointerEvent} event */
+  pointerMoved(event) {
+    hover(this.patchBelow(event));
+  }
+
+  /**
+   * @param {MouseEvent} event
+   * @returns {PatchRef | null}
+   */
+  patchBelow(event) {
+    const { patchGrid, image } = this;
+    if (!patchGrid) return null;
+    const box = this.canvas.getBoundingClientRect();
+    const [height, width] = patchGrid.size;
+    const y = clamp(((event.clientY - box.top) / box.height) * height, 0, height - 1e-3);
+    const x = clamp(((event.clientX - box.left) / box.width) * width, 0, width - 1e-3);
+    const patch = patchAt(patchGrid, [y, x]);
+    return patch < 0 ? null : { image, patch, patchGrid };
+  }
+
+  /**
+   * Draw a column's map of an image and a head, -1 for their mean.
+   * @param {Column} column
+   * @param {number} image
+   * @param {number} head
+   */
+  draw(column, image, head) {
+    const parts = column.runs.map((run) => {
+      const [index, layer] = [shownIndex(run), shownLayer(run)];
+      return { run, layer: run.layer(index, column.role, layer), block: run.cached(index, layer)?.[column.role] };
+    });
+    const missing = parts.find(({ layer }) => !layer || head >= layer.heads);
+    const loading = !missing && parts.some(({ block }) => !block); // the canvas shows another step
+    this.image = image;
+    this.patchGrid = parts[0].layer?.patchGrid ?? null;
+    this.element.classList.toggle("absent", Boolean(missing?.layer));
+    this.element.classList.toggle("stale", loading);
+    if (missing) this.drawMissing(column, missing.layer, head);
+    else if (!loading) this.drawParts(column, /** @type {Part[]} */ (parts), head);
+  }
+
+  /**
+   * @param {Column} column
+   * @param {Layer | undefined} layer
+   * @param {number} head
+   */
+  drawMissing(column, layer, head) {
+    const reason = layer ? `there is no ${headName(head)}` : "not recorded at this step";
+    this.caption.textContent = this.large || !layer ? reason : "";
+    this.labelled.setAttribute("aria-label", `${column.title}, ${headName(head)}: ${reason}`);
+    contextOf(this.canvas).clearRect(0, 0, this.canvas.width, this.canvas.height);
+  }
+
+  /**
+   * @param {Column} column
+   * @param {Part[]} parts
+   * @param {number} head
+   */
+  drawParts(column, parts, head) {
+    const { image, large } = this;
+    const [first, second] = parts;
+    const { patchGrid } = first.layer;
+    const maps = parts.map(({ block }) => block.map(image, head));
+    const comparable = maps[0].length === maps.at(-1)?.length && samePlace(first.layer, parts[parts.length - 1].layer);
+    const painting = {
+      photo: first.run.photos[image],
+      patchGrid,
+      opacity: view.opacity,
+      table: view.table,
+      truths: view.truth ? first.run.truths[image] : [],
+      hovered: state.hover?.image === image ? matchingPatch(patchGrid, state.hover) : -1,
+      pinned: large && view.image === image ? matchingPatch(patchGrid, pinnedPatch()) : -1,
+    };
+    fitCanvas(this.canvas, patchGrid, this.width || 64);
+    if (second && view.compare === "difference") {
+      paintMap(this.canvas, { ...painting, content: comparable ? { pair: [maps[0], maps[1]] } : null });
+    } else {
+      parts.forEach((part, i) => {
+        const outlined = view.mask && !(large && view.show !== "attention");
+        const mask = outlined ? outlinedMask(maps[i], view.threshold) : null;
+        const content = this.contentOf(part, maps[i]);
+        const from = i ? view.swipe : 0;
+        paintMap(this.canvas, { ...painting, content, mask, patchGrid: part.layer.patchGrid, from });
+      });
+      if (second) drawDivider(this.canvas);
+    }
+    const statistics = second
+      ? comparisonOf(maps, comparable, large)
+      : statisticsOf(maps[0], patchGrid, first.run.truths[image], large);
+    this.drawCaption(head < 0 ? "mean" : large ? `head ${head}` : String(head), statistics);
+    const text = statistics.map(({ before, value, after = "" }) => before + value + after).join(", ");
+    const selected = large ? selectedPatch() : null;
+    const label = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${text}`;
+    this.labelled.setAttribute("aria-label", selected ? `${label}, patch ${selected.patch}` : label);
+  }
+
+  /**
+   * @param {Part} part
+   * @param {Float32Array} values
+   * @returns {Content}
+   */
+  contentOf({ block, layer }, values) {
+    const colours = this.large && view.show === "colors" ? block.colours(this.image) : null;
+    if (colours) return { colours };
+    const pinned = matchingPatch(layer.patchGrid, pinnedPatch());
+    if (this.large && view.show === "cosine" && block.width && pinned >= 0) {
+      return { values: cosines(block.features(this.image), block.width, pinned), scale: "cosine" };
+    }
+    return { values, scale: view.scale };
+  }
+
+  /**
+   * Elements are replaced only where their number has changed, since this runs at every step.
+   * @param {string} name
+   * @param {Statistic[]} statistics
+   */
+  drawCaption(name, statistics) {
+    const { caption } = this;
+    if (caption.children.length !== statistics.length + 1) {
+      caption.replaceChildren(el("b"), ...statistics.map(() => el("span", { class: "stat" }, "", el("i"), "")));
+    }
+    const [title, ...spans] = /** @type {HTMLElement[]} */ ([...caption.children]);
+    title.textContent = name;
+    statistics.forEach(({ before, value, after = "", title = "" }, i) => {
+      const [first, number, last] = spans[i].childNodes;
+      spans[i].title = title;
+      first.textContent = before;
+      number.textContent = value;
+      last.textContent = after;
+    });
+  }
+}
+
+/** @typedef {{run: Run, layer: Layer, block: LayerBlock}} Part of a column: one run */
+
+/** A figure: a click or Enter pins a patch, arrow keys move from patch to patch. */
+export class LargeTile extends Tile {
+  constructor() {
+    super(el("figure", { class: "tile large" }));
+    const caption = el("figcaption", { class: "caption" });
+    this.caption.replaceWith(caption);
+    this.caption = caption;
+    this.large = true;
+    this.labelled = this.canvas;
+    this.canvas.removeAttribute("aria-hidden");
+    this.canvas.tabIndex = 0;
+    this.canvas.role = "img";
+    let pressedAt = 0;
+    this.canvas.addEventListener("pointerdown", (event) => (pressedAt = event.clientX));
+    this.canvas.addEventListener("click", (event) => {
+      if (Math.abs(event.clientX - pressedAt) < CLICK_DISTANCE) pin(this.patchBelow(event));
+    });
+    this.canvas.addEventListener("keydown", (event) => this.keyPressed(event));
+    this.canvas.addEventListener("blur", () => hover(null));
+  }
+
+  /** @param {PointerEvent} event */
+  pointerMoved(event) {
+    if (view.compare === "swipe" && event.buttons && runB()) {
+      const box = this.canvas.getBoundingClientRect();
+      change({ swipe: clamp((event.clientX - box.left) / box.width, 0, 1) });
+    }
+    super.pointerMoved(event);
+  }
+
+  /** @param {KeyboardEvent} event */
+  keyPressed(event) {
+    const { patchGrid, image } = this;
+    if (!patchGrid || event.ctrlKey || event.metaKey || event.altKey) return;
+    const arrow = ARROWS[event.key];
+    if (arrow) {
+      const [rows, columns] = patchGrid.shape;
+      const selected = selectedPatch();
+      const central = columns * (rows >> 1) + (columns >> 1);
+      const from = selected?.image === image ? matchingPatch(patchGrid, selected) : central;
+      const row = clamp(Math.floor(from / columns) + arrow[0], 0, rows - 1);
+      const column = clamp((from % columns) + arrow[1], 0, columns - 1);
+      hover({ image, patch: row * columns + column, patchGrid });
+    } else if (event.key === "Enter" || event.key === " ") {
+      pin(state.hover);
+    } else if (event.key === "Escape") {
+      unpin();
+    } else {
+      return;
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  }
+}
+
+/**
+ * Pin a patch, or unpin it where it is pinned. Where there are features, its cosine to the others is shown.
+ * @param {PatchRef | null} patch
+ */
+function pin(patch) {
+  if (!patch) return;
+  const index = matchingPatch(firstLayer().patchGrid, patch);
+  if (view.pin === index && view.image === patch.image) unpin();
+  else change({ pin: index, image: patch.image, show: hasFeatures() ? "cosine" : view.show });
+}
+
+/**
+ * Whether patches lie at the same places; older archives do not know where theirs lie.
+ * @param {Layer} a
+ * @param {Layer} b
+ */
+function samePlace(a, b) {
+  return !a.geometry || !b.geometry || JSON.stringify(a.patchGrid) === JSON.stringify(b.patchGrid);
+}
+
+/** @param {HTMLCanvasElement} canvas */
+function drawDivider(canvas) {
+  const context = contextOf(canvas);
+  const x = Math.round(view.swipe * canvas.width);
+  const line = lineWidth(canvas.width);
+  context.fillStyle = "#000";
+  context.fillRect(x - 2 * line, 0, 4 * line, canvas.height);
+  context.fillStyle = "#fff";
+  context.fillRect(x - line, 0, 2 * line, canvas.height);
+}

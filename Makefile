@@ -23,6 +23,7 @@ check: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --doctest-modules attn_monitor
+	$(BIN)/python -m tests.javascript
 	$(BIN)/python -m tests.wheel
 
 # The charts come from two training runs of five minutes, kept in runs/curves.
@@ -36,7 +37,7 @@ bench: $(VENV)/.setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest node_modules build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

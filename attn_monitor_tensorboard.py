@@ -39,7 +39,7 @@ export function render() {
 
 
 class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no types
-    """A thin host of the player; see `attn_monitor.player.server` for what it answers."""
+    """Serves the player and the data of `attn_monitor.player.server`."""
 
     plugin_name = "attention"
 
@@ -51,11 +51,11 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no 
         return bool(self._archives.found())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """The tab. The player looks for news itself."""
+        """The tab. The player updates itself."""
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Attention", disable_reload=True)
 
     def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
-        """Addresses of the host, the page, and what the page asks for."""
+        """The tab's module, the page, and the data that the page requests."""
         return {
             "/index.js": _answering(lambda query: (HOST, "text/javascript")),
             "/page": _answering(_page),
@@ -109,7 +109,7 @@ class Archives:
 
 
 def _answering(answer: Callable[[Mapping[str, str]], tuple[Any, str]]) -> Callable[..., Any]:
-    """A WSGI application. What was asked for is never repeated, in an answer or in a header."""
+    """A WSGI application. Its responses never repeat what was requested, in the body or in a header."""
 
     @wrappers.Request.application
     def app(request: wrappers.Request) -> wrappers.Response:

@@ -32,7 +32,7 @@ def test_a_report_reads_no_more_snapshots_than_it_shows(tmp_path: Path, monkeypa
     (snapshot,) = write_run(tmp_path, [0], sharpness=[0])
     for step in range(1, 40):
         type(snapshot)(step, 0, snapshot.names, snapshot.layers, snapshot.metrics).save(snapshot_path(tmp_path, step))
-    monkeypatch.setattr(contents, "MOST_STEPS", 10)
+    monkeypatch.setattr(contents, "MAX_STEPS", 10)
     read: list[Path] = []
     real = contents.load_step
     monkeypatch.setattr(contents, "load_step", lambda path: read.append(path) or real(path))  # type: ignore[func-returns-value]

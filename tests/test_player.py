@@ -1,4 +1,4 @@
-"""The player in a real browser: what it draws and says is what the snapshots hold, and controls do what they say."""
+"""The player in a real browser: it shows what the snapshots hold, and its controls work."""
 
 from __future__ import annotations
 

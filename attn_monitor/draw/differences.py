@@ -150,7 +150,8 @@ def _colours(level: Array, below: Array) -> Pixels:
     strength = np.abs(level)[..., None]
     colour = np.where(level[..., None] < 0, *np.array(COLOURS, np.float32))
     opacity = np.minimum(OPACITY[1], OPACITY[0] * strength)
-    pictures: Pixels = (below * (1 - opacity) + colour * opacity * (BRIGHTNESS + (1 - BRIGHTNESS) * strength)).astype(np.uint8)
+    colour = colour * (BRIGHTNESS + (1 - BRIGHTNESS) * strength)
+    pictures: Pixels = (below * (1 - opacity) + colour * opacity).astype(np.uint8)
     return pictures
 
 

@@ -1,5 +1,6 @@
-"""A run as a page that one can ask: an archive in, one self-contained HTML file out, or the page live in TensorBoard.
+"""The interactive HTML report of a run: archives in, one self-contained file out, or the same page live in TensorBoard.
 
-`blocks` makes numbers of snapshots, `contents` gathers what a page shows of a run, `page` puts page and data together,
-`report` writes the file; `web` holds the page itself, in JavaScript and CSS.
+`blocks` packs the numbers of snapshots, `contents` collects what a page shows of a run, `constants` what it draws with;
+`page` and `bundle` build the page from the JavaScript and CSS in `web`; `report` writes the file; `server` answers the
+live page.
 """

@@ -1,7 +1,7 @@
-"""Snapshots as the page reads them: facts in plain values, and for each layer a block of 16-bit numbers.
+"""Snapshots as the page reads them: facts in plain values, and for each layer a block of numbers.
 
-A block holds what all roles have of one layer at one step. Its float16 numbers stand as two planes, all low bytes
-before all high bytes, which deflates to a quarter less; colours follow as single bytes.
+A block holds one layer of all roles at one step: float16 numbers, all low bytes before all high bytes, which deflates
+to a quarter less, then colours as single bytes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Layout = list[dict[str, Any]]
 
 
 def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
-    """What the snapshot's layers are, in the order in which their numbers stand in blocks; ``features`` as in `block`.
+    """The snapshot's layers, in the order of their numbers in blocks; ``features`` as in `block`.
 
-    ``prefix`` tokens stand before the patches of a row, the first of them CLS where ``cls``; ``geometry`` is where
-    patches lie in the image's pixels, None where they tile it; ``colors`` says whether there are some, ``features`` how
-    many a patch has.
+    A row has ``prefix`` tokens before the patches, the first one is the CLS token where ``cls`` is true. ``geometry``
+    gives the position of patches in pixels of the image, None where they tile it. ``features`` is the number of
+    features of a patch.
     """
     return [
         {
@@ -54,7 +54,7 @@ def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
 
 
 def block(snapshot: Snapshot, layer: int, *, features: bool = True) -> bytes:
-    """Rows (B, H, T) of every role's layer, then ``features`` (B, N, K), then colours (B, N, 3) of 0…255; deflated."""
+    """Deflated rows (B, H, T) of the layer in every role, then features (B, N, K), then colours (B, N, 3) of 0…255."""
     safe_point()
     parts = [a for (_, index), a in snapshot.layers.items() if index == layer]
     numbers = [a.rows for a in parts]
@@ -66,34 +66,28 @@ def block(snapshot: Snapshot, layer: int, *, features: bool = True) -> bytes:
 
 
 def blocks(snapshot: Snapshot, *, features: bool = True) -> dict[int, bytes]:
-    """`block` of each layer."""
+    """The `block` of each layer."""
     layers = dict.fromkeys(layer for _, layer in snapshot.layers)
     return {layer: block(snapshot, layer, features=features) for layer in layers}
 
 
 def has_features(snapshot: Snapshot) -> bool:
-    """Whether a layer has features of its patches."""
+    """Whether any layer has features of its patches."""
     return any(_width(a) > 0 for a in snapshot.layers.values())
 
 
 def measured(snapshot: Snapshot) -> dict[str, Any]:
-    """Metrics by "role/layer/metric": the mean, and where heads have their own, theirs after it; NaN is None."""
+    """Metrics by "role/layer/metric": the mean, then the values of heads where there are any; None for NaN."""
     values: dict[str, list[float | None]] = {}
     for key, value in snapshot.metrics.items():
-        if key.head is None:
-            values.setdefault(f"{key.role}/{key.layer}/{key.metric}", []).insert(0, _short(value))
-        else:
-            values.setdefault(f"{key.role}/{key.layer}/{key.metric}", []).append(_short(value))
+        found = values.setdefault(f"{key.role}/{key.layer}/{key.metric}", [])
+        found.insert(0 if key.head is None else len(found), float(f"{value:.5g}") if math.isfinite(value) else None)
     return values
 
 
 def flag_of(flag: HealthFlag) -> Mapping[str, Any]:
-    """A flag in plain values; ``words`` is what people are told."""
+    """A flag in plain values; ``words`` is its message."""
     return {**flag.state_dict(), "words": str(flag)}
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _optional(attention: LayerAttention, name: str) -> Tensor | None:

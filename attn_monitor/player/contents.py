@@ -1,4 +1,4 @@
-"""What a page shows of a run: its images, its steps with their metrics and flags, and how many of them fit."""
+"""What a page shows of a run: images, and as many steps, with metrics and flags, as fit into the file."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ from attn_monitor.record.history import thin
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
-PHOTO, FEW = 512, 16  # pixels of a photograph's longer side at most, half of it where there are more than so many
-FEATURE_STEPS = 8  # that keep their features where those of all steps would be too many
+MAX_PHOTO = 512  # pixels of a photograph's longer side, half as many for more than MANY_PHOTOS images
+MANY_PHOTOS = 16
+FEATURE_STEPS = 8  # steps that keep their features where the file would be too large with all of them
 BASE64 = 4 / 3  # characters for a byte
-MOST_STEPS = 500  # of a page: small ones take longer to read than they take room
-MOST_VALUES = 200_000  # of metrics; beyond, those of single heads are left out
+MAX_STEPS = 500  # of a page: reading small snapshots takes time even where they fit
+MAX_VALUES = 200_000  # of metrics; with more of them those of heads are left out
 
 
 @dataclass
 class Step:
-    """One snapshot as the page knows it: ``facts`` for JSON, ``blocks`` by layer, and its layout."""
+    """One snapshot: ``facts`` for JSON, ``blocks`` by layer, and their layout."""
 
     facts: dict[str, Any]
     layout: blocks.Layout
     blocks: dict[int, bytes]
-    bare: dict[int, bytes] | None = None  # the same without features, where it has some
+    bare: dict[int, bytes] | None = None  # blocks without features, where there are features
 
     @property
     def size(self) -> int:
-        """Bytes of its blocks."""
+        """Size of the blocks in bytes."""
         return sum(map(len, self.blocks.values()))
 
-    def without_features(self) -> None:
-        """Drop them."""
+    def drop_features(self) -> None:
+        """Remove features from the blocks."""
         if self.bare is not None:
             self.blocks, self.bare = self.bare, None
             self.layout = [{**entry, "features": 0} for entry in self.layout]
@@ -53,7 +54,7 @@ class Step:
 
 @dataclass
 class Contents:
-    """A run's images and steps; ``note`` says what was left out, ``broken`` what of it could not be read, and why."""
+    """A run's images and steps; ``note`` says what was left out, ``broken`` which snapshots are unreadable and why."""
 
     name: str
     images: dict[str, Any]
@@ -62,10 +63,10 @@ class Contents:
     broken: list[str] = field(default_factory=list)
 
     def manifest(self) -> dict[str, Any]:
-        """All but the blocks, in plain values. Layouts are told once each, and steps say which is theirs."""
+        """All but the blocks, in plain values. Each layout occurs once, and steps refer to it by its index."""
         layouts: list[blocks.Layout] = []
         steps = []
-        every_head = sum(map(_values, self.steps)) <= MOST_VALUES
+        every_head = sum(map(_values, self.steps)) <= MAX_VALUES
         for step in self.steps:
             if step.layout not in layouts:
                 layouts.append(step.layout)
@@ -77,15 +78,15 @@ class Contents:
 
 
 def step_facts(snapshot: Snapshot) -> dict[str, Any]:
-    """Step, epoch, metrics and flags of a snapshot."""
+    """Step, epoch, metrics and flags of a snapshot in plain values."""
     flags = [blocks.flag_of(flag) for flag in snapshot.flags]
     return {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}
 
 
 def images_of(probe: ProbeBatch) -> dict[str, Any]:
-    """Photographs as data URLs, ground truth as runs of pixels, and a hash that runs of the same images share."""
+    """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images."""
     truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.masks.numpy())
-    longest = PHOTO if len(probe) <= FEW else PHOTO // 2
+    longest = MAX_PHOTO if len(probe) <= MANY_PHOTOS else MAX_PHOTO // 2
     images = [
         {"name": name, "photo": _data_url(photo, longest), "truth": [_runs(mask) for mask in truth if mask.any()]}
         for name, photo, truth in zip(probe.names, probe.pixels, truths, strict=True)
@@ -96,9 +97,9 @@ def images_of(probe: ProbeBatch) -> dict[str, Any]:
 
 
 def gather(folder: Path, name: str, room: float) -> Contents:
-    """What fits in ``room`` bytes of an archive, in base64. Steps are thinned evenly where there are too many.
+    """The steps of an archive that fit into ``room`` bytes of base64, evenly spaced.
 
-    Raises FileNotFoundError where there is nothing, and `ArchiveError` where nothing can be read or shown.
+    Raises FileNotFoundError where the folder has no archive, and `ArchiveError` where no snapshot can be shown.
     """
     paths = snapshot_paths(folder)
     if not paths or not (folder / "probe.npz").exists():
@@ -106,8 +107,8 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     probe = ProbeBatch.load(folder / "probe.npz")
     contents = Contents(name, images_of(probe), [])
     room -= sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in contents.images["images"])
-    size = _largest_step(paths)
-    few = min(MOST_STEPS, max(2, int(room / size)) if size else len(paths))
+    size = _step_size(paths)
+    few = min(MAX_STEPS, max(2, int(room / size)) if size else len(paths))
     chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
     broken = contents.broken
     contents.steps = list(_readable(chosen, probe, broken))
@@ -120,8 +121,8 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     return contents
 
 
-def _largest_step(paths: Sequence[Path]) -> float:
-    """Characters that a step takes at least: of a first, a middle and a last one that can be read."""
+def _step_size(paths: Sequence[Path]) -> float:
+    """Size of a step in base64: the smallest of the first, the middle and the last one, as far as they are readable."""
     sizes = []
     for path in {paths[0], paths[len(paths) // 2], paths[-1]}:
         try:
@@ -133,7 +134,7 @@ def _largest_step(paths: Sequence[Path]) -> float:
 
 
 def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> Iterator[Step]:
-    """Each as a `Step`; what cannot be read, or is not of the probe, is told in ``broken``."""
+    """Each as a `Step`; reasons why others cannot be shown are added to ``broken``."""
     for path in paths:
         safe_point()
         try:
@@ -141,7 +142,7 @@ def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> It
             if tag_safe_names(snapshot.names) != probe.names:
                 raise ArchiveError(f"{path.name} shows {', '.join(snapshot.names)}, which are not the probe's images")
         except (ArchiveError, OSError) as error:
-            broken.append(str(error).replace(f"{path.parent}{os.sep}", ""))  # a page is handed on; its folder is not
+            broken.append(str(error).replace(f"{path.parent}{os.sep}", ""))  # pages are passed on
             continue
         bare = blocks.blocks(snapshot, features=False)
         full = blocks.blocks(snapshot) if blocks.has_features(snapshot) else None
@@ -149,7 +150,7 @@ def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> It
 
 
 def _fit(contents: Contents, room: float) -> list[str]:
-    """Leave out features, then steps, until the rest takes no more than ``room`` characters; what was left out."""
+    """Drop features, then steps, until the rest fits into ``room`` characters; return notes on what was dropped."""
     notes = []
 
     def characters() -> float:
@@ -161,7 +162,7 @@ def _fit(contents: Contents, room: float) -> list[str]:
             kept = set(thin(numbers, count)) if count else set()
             for number, step in enumerate(contents.steps):
                 if number not in kept:
-                    step.without_features()
+                    step.drop_features()
             notes = [f"Features of patches at {count} steps only" if count else "Features of patches are left out"]
     while characters() > room and len(contents.steps) > 2:
         fewer = min(len(contents.steps) - 1, int(len(contents.steps) * room / characters()))

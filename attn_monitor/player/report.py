@@ -1,4 +1,4 @@
-"""One or two archives as an HTML file that opens by double click: its text, how it is written, what runs are called."""
+"""One or two archives as an HTML file that opens by double click."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from attn_monitor.player.contents import Contents, gather
 from attn_monitor.player.page import code_size, page_of_runs
 
-FILE_BYTES, EMBED_BYTES = 8_000_000, 4_000_000  # of a file, and of one that others show inside of theirs
-REST = 50_000  # of them for layouts and the like
+FILE_BYTES, EMBED_BYTES = 8_000_000, 4_000_000  # of a file, and of a page within another page
+RESERVED_BYTES = 50_000  # for layouts and other parts that are not counted
 
 
 def report_page(archives: Sequence[tuple[str, Path]], *, limit: int = FILE_BYTES) -> str:
-    """The page of one or two archives, given by name and folder, in about ``limit`` bytes; steps are thinned to fit."""
+    """The page of one or two archives, given by name and folder, in about ``limit`` bytes: as many steps as fit."""
     return page_of_runs(contents_within(archives, limit))
 
 
 def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Contents]:
-    """What such a page shows of each."""
-    room = (limit - code_size() - REST) / len(archives)
+    """What a page of about ``limit`` bytes shows of each archive."""
+    room = (limit - code_size() - RESERVED_BYTES) / len(archives)
     return [gather(folder, name, room) for name, folder in archives]
 
 
 def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda size: None) -> None:
-    """Write under another name and rename, so that nobody opens half a page; ``before`` is asked with its size."""
+    """Write under another name and rename, so that nobody opens half a page; call ``before`` with its size first."""
     content = page.encode()
     before(len(content))
     temporary = path.with_name(f".writing-{secrets.token_hex(4)}.html")
@@ -38,9 +38,9 @@ def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda 
 
 
 def names_of(archives: Sequence[Path]) -> list[str]:
-    """What to call archives: the last folders of their paths in which they differ, without those that all runs have."""
-    told = [[part for part in folder.resolve().parts[1:] if part != "attn_monitor"] for folder in archives]
-    parts = [names or [str(folder)] for names, folder in zip(told, archives, strict=True)]
+    """Names of archives: the last folders of their paths, as many as make them differ, without "attn_monitor"."""
+    paths = [[part for part in folder.resolve().parts[1:] if part != "attn_monitor"] for folder in archives]
+    parts = [names or [str(folder)] for names, folder in zip(paths, archives, strict=True)]
     length = 2
     while len({tuple(p[-length:]) for p in parts}) < len(parts) and length < max(map(len, parts)):
         length += 1

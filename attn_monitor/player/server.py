@@ -1,7 +1,7 @@
-"""What a server answers the player: which runs there are, what is new of one, and one layer's numbers at one step.
+"""The server side of the live page: names of runs, new steps of a run, and one layer's numbers at one step.
 
-Names are looked up among the archives that were found, and are never made into paths. Nothing is kept of a run but its
-metrics; numbers are read again when they are asked for.
+Requested names are looked up among the archives that were found, and never become paths. Only metrics are kept in
+memory; numbers are read from the archive for each request.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from attn_monitor.errors import ArchiveError
 from attn_monitor.player import blocks
-from attn_monitor.player.contents import MOST_VALUES, images_of, step_facts
+from attn_monitor.player.contents import MAX_VALUES, images_of, step_facts
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
 
-READING = 0.7  # seconds of reading snapshots for one answer; the page asks again for the rest
+READING_SECONDS = 0.7  # spent on new snapshots in one request; the page requests the rest later
 
 
 class Library:
-    """The archives that ``find`` finds, by name. `KeyError` and `ArchiveError` say what is not there."""
+    """The archives that ``find`` returns, by name. Raises KeyError where there is none, `ArchiveError` where broken."""
 
     def __init__(self, find: Callable[[], Mapping[str, Path]]) -> None:
         self._find = find
@@ -35,11 +35,11 @@ class Library:
         return {"runs": sorted(self._find())}
 
     def run(self, name: str, after: int, generation: str) -> dict[str, Any]:
-        """A run's steps later than ``after``; all of it where ``generation`` is not the one that was told before."""
+        """A run's steps later than ``after``; all of the run where it has another ``generation`` by now."""
         return self._archive(name).facts(after, generation)
 
     def block(self, name: str, step: int, layer: int) -> bytes:
-        """Numbers of all roles' layer at a step, see `blocks`."""
+        """Numbers of a layer at a step, see `blocks`."""
         return self._archive(name).block(step, layer)
 
     def _archive(self, name: str) -> _Archive:
@@ -51,7 +51,7 @@ class Library:
 
 
 class _Archive:
-    """One archive, which may grow, go back where its run is resumed from an earlier step, or be filled in between."""
+    """One archive. It may grow; it starts a new generation where files change or come in between, as after a resume."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -67,8 +67,8 @@ class _Archive:
                 raise ArchiveError("no snapshot of this run can be shown")
             new = generation != self._generation
             steps = [step for path, step in sorted(known.items()) if new or step_of(path) > after]
-            told = {"generation": self._generation, "pending": pending, "layouts": self._layouts, "steps": steps}
-            return {**told, "name": self.name, "note": self._note(), **(self._images if new else {})}
+            state = {"generation": self._generation, "pending": pending, "layouts": self._layouts, "steps": steps}
+            return {**state, "name": self.name, "note": self._note(), **(self._images if new else {})}
 
     def block(self, step: int, layer: int) -> bytes:
         path = next((p for p in _own_files(self.folder) if step_of(p) == step), None)
@@ -92,7 +92,7 @@ class _Archive:
         self._number += 1
 
     def _read(self) -> int:
-        """Read new snapshots for a while; how many are left to read."""
+        """Read new snapshots for a while; return how many are left to read."""
         paths = _own_files(self.folder)
         stamps = {path: _stamp(path) for path in paths}
         between = [path for path in paths if path not in self._steps and path < max(self._steps, default=path)]
@@ -100,7 +100,7 @@ class _Archive:
             self._forget()
         if not self._images:
             self._read_images()
-        until = time.monotonic() + READING
+        until = time.monotonic() + READING_SECONDS
         left = [path for path in paths if path not in self._steps]
         for count, path in enumerate(left):
             if count and time.monotonic() > until:
@@ -126,7 +126,7 @@ class _Archive:
         layout, facts = blocks.layout_of(snapshot), step_facts(snapshot)
         if layout not in self._layouts:
             self._layouts.append(layout)
-        if count * sum(map(len, facts["metrics"].values())) > MOST_VALUES:
+        if count * sum(map(len, facts["metrics"].values())) > MAX_VALUES:
             facts["metrics"] = {key: values[:1] for key, values in facts["metrics"].items()}
         return {**facts, "layout": self._layouts.index(layout)}
 
@@ -136,7 +136,7 @@ class _Archive:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """Snapshots that lie in the folder itself: a link may lead anywhere."""
+    """Snapshots in the folder, without symbolic links, which may lead anywhere."""
     return [path for path in snapshot_paths(folder) if not path.is_symlink()]
 
 

@@ -686,7 +686,7 @@ def test_what_is_unknown_is_not_said(watched: Watched, tmp_path: Path) -> None:
     """Prefix tokens of a model without CLS have no names; signed weights have neither entropy nor mask."""
     signed = rows_of(2, prefix=2, kind="signed", query="mean")
     signed.rows.sub_(0.1)
-    layers = {("one", 2): signed, ("another", 2): rows_of(2, prefix=2, query="cls")}
+    layers = {("one", 2): signed, ("another", 2): rows_of(2, prefix=2, prefix_names=("CLS", "register 1"))}
     page = watched.open(written(tmp_path, {0: layers}))
     assert page.locator("figcaption").first.inner_text().split() == ["mean", "H", "–", "mask", "–", "peak", "–"]
     labels = page.locator(".tokens .label").all_inner_texts()

@@ -16,7 +16,6 @@ import numpy as np
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measure.sinks import has_cls
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
@@ -27,9 +26,8 @@ Layout = list[dict[str, Any]]
 def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
     """The snapshot's layers, in the order of their numbers in blocks; ``features`` as in `block`.
 
-    A row has ``prefix`` tokens before the patches, the first one is the CLS token where ``cls`` is true. ``geometry``
-    gives the position of patches in pixels of the image, None where they tile it. ``features`` is the number of
-    features of a patch.
+    ``prefix`` has the names of the tokens before the patches. ``geometry`` gives the position of patches in pixels of
+    the image, None where they tile it. ``features`` is the number of features of a patch.
     """
     return [
         {
@@ -41,8 +39,7 @@ def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
             "places": a.places,
             "kind": a.kind,
             "mixed": a.mixed,
-            "prefix": a.num_prefix,
-            "cls": has_cls(a),
+            "prefix": list(a.prefix_names or (f"token {i}" for i in range(a.num_prefix))),
             "grid": list(a.grid),
             "geometry": None if a.geometry is None else asdict(a.geometry),
             "heads": a.rows.shape[1],

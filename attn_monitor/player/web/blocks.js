@@ -19,7 +19,7 @@ class LayerBlock {
    */
   constructor(layer, rows, features, colours) {
     this.heads = layer.heads;
-    this.prefix = layer.prefix;
+    this.prefix = layer.prefix.length;
     this.patches = patchesOf(layer);
     this.width = layer.features;
     this.rowBits = rows;
@@ -90,7 +90,7 @@ class LayerBlock {
  * @returns {Record<string, LayerBlock>} by role
  */
 export function unpackBlock(bytes, layers, images) {
-  const rows = layers.map((layer) => images * layer.heads * (layer.prefix + patchesOf(layer)));
+  const rows = layers.map((layer) => images * layer.heads * (layer.prefix.length + patchesOf(layer)));
   const features = layers.map((layer) => images * patchesOf(layer) * layer.features);
   const colours = layers.map((layer) => (layer.colors ? 3 * images * patchesOf(layer) : 0));
   const count = sumOf(rows) + sumOf(features);

@@ -174,28 +174,19 @@ function makePrefixCard() {
 
   /** @type {(parts: Part[]) => void} */
   function draw(parts) {
-    const shown = parts.filter(({ layer }) => layer.prefix > 0);
+    const shown = parts.filter(({ layer }) => layer.prefix.length > 0);
     element.hidden = shown.length === 0;
     title.textContent = `Prefix tokens, ${headName(view.head)}`;
     const rows = shown.flatMap(({ run, layer, title, className }) => {
       const weights = run.prefixWeights(shownIndex(run), layer.role, layer.layer, view.image, view.head);
       return weights.map((share, token) => {
-        const label = `${title} ${tokenName(layer, token)}`;
+        const label = `${title} ${layer.prefix[token]}`;
         return { label, title: label, share, text: percent(share), className };
       });
     });
     bars.draw(rows);
   }
   return { element, draw };
-}
-
-/**
- * @param {Layer} layer
- * @param {number} token
- */
-function tokenName({ cls }, token) {
-  if (!cls) return `token ${token}`;
-  return token ? `register ${token}` : "CLS";
 }
 
 /** @typedef {{label: string, title: string, share: number, text: string, className: string}} Row share in 0…1 */

@@ -14,8 +14,8 @@ export interface Layer {
   places: string;
   kind: string;
   mixed: boolean;
-  prefix: number;
-  cls: boolean;
+  /** Names of the tokens before the patches. */
+  prefix: string[];
   grid: Pair;
   geometry: { origin: Pair; cell: Pair } | null;
   heads: number;

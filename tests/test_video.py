@@ -185,7 +185,7 @@ def test_wrong_arguments(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> Non
         ({"batch": 0}, "batch=0: expected at least 1 frame"),
         ({"fps": 0}, r"fps=0: expected frames per second"),
         ({"threshold": 60}, "threshold=60: expected a share"),
-        ({"size": -64}, r"size=-64: expected pixels, one number of at least 1 or \[height, width\]"),
+        ({"size": -64}, r"size=-64: expected pixels of at least 1, one number or \[height, width\]"),
         ({"size": 4}, r"size=4: frames of 64 × 99 become 4 × 6 pixels, expected at least one patch of 8 × 8"),
     ]
     for arguments, text in wrong:
@@ -267,9 +267,7 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path) -> None:
     for arguments in ([str(tmp_path / "x.mp4"), "--out", "x.gif"], [str(tmp_path), "--out", "x.mp4"]):
         done = run_without(("av",), f"sys.argv[1:] = ['video', {MODEL!r}, *{arguments}]\n{main}")
         assert done.returncode == 1
-        assert done.stderr == (
-            "attn-monitor: videos are read and written by PyAV. Run: pip install attn_monitor[video]\n"
-        )
+        assert done.stderr.endswith("Run: pip install attn_monitor[video]\n")
 
 
 def test_frames_are_held_a_batch_at_a_time(pan: list[np.ndarray[Any, Any]]) -> None:

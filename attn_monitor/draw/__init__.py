@@ -1,4 +1,4 @@
-"""Snapshots become pixels, uint8 (height, width, 3), and JPEG or GIF bytes; nothing here knows where they go.
+"""Draw snapshots as pixels, uint8 (height, width, 3), and encode them as JPEG, GIF, WebP or MP4.
 
-A colour table goes into `colormap.py`, a colour scale into `scales.py`, a kind of picture beside `panels.py`.
+A new colour table goes into `colormap.py`, a colour scale into `scales.py`, a kind of picture beside `panels.py`.
 """

@@ -1,4 +1,4 @@
-"""Animations as files: MP4 by PyAV, picture by picture; WebP and GIF by Pillow, once all pictures are there."""
+"""Write animations to files: MP4 by PyAV, picture by picture; WebP and GIF by Pillow, all pictures at once."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from attn_monitor.draw.canvas import Pixels
 Seconds = float | Fraction
 
 MOST_BYTES = 4 * 2**30
-"""Of pictures that a WebP or GIF may hold in memory."""
+"""Largest size in memory of all pictures of a WebP or GIF."""
 
 
 class Animation(Protocol):
-    """A file that takes pictures, uint8 (height, width, 3) and all of one size."""
+    """An encoder of pictures, uint8 (height, width, 3) and all of one size."""
 
     def add(self, picture: Pixels, seconds: Seconds) -> None:
-        """Append a picture that is shown for so long."""
+        """Append a picture with its duration."""
 
     def close(self) -> None:
-        """Write what is left; the file itself stays open."""
+        """Write the pending pictures; the file itself stays open."""
 
 
 class _PillowAnimation:
-    """Holds all pictures until it is closed, as Pillow does; ValueError where they are more than `MOST_BYTES`."""
+    """Keep all pictures until `close`, as Pillow needs them; ValueError if they exceed `MOST_BYTES`."""
 
-    TICKS, SHORTEST = 1000, 0  # ticks a second, and for how many a picture is shown at least
+    TICKS, SHORTEST = 1000, 0  # ticks a second, and the shortest duration of a picture in ticks
     OPTIONS: Mapping[str, Any] = {}
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -45,7 +45,7 @@ class _PillowAnimation:
         self._bytes = 0
 
     def add(self, picture: Pixels, seconds: Seconds) -> None:
-        """Append a picture that is shown for so long; left out where the one before is not yet shown long enough."""
+        """Append a picture with its duration; drop it if the previous one has not been shown for `SHORTEST` yet."""
         duration = self._clock.add(seconds)
         if self._durations and self._durations[-1] < self.SHORTEST:
             self._durations[-1] += duration
@@ -53,14 +53,14 @@ class _PillowAnimation:
         self._bytes += picture.nbytes
         if self._bytes > MOST_BYTES:
             raise ValueError(
-                f"a WebP or GIF is held in memory until its end, and this one has more than {MOST_BYTES >> 30} GB of "
-                "pictures; write an .mp4, which needs no more memory the longer it is"
+                f"the pictures of this WebP or GIF take more than {MOST_BYTES >> 30} GB of memory. Write an .mp4 "
+                "instead, which is encoded picture by picture"
             )
         self._pictures.append(self._prepared(Image.fromarray(picture)))
         self._durations.append(duration)
 
     def close(self) -> None:
-        """Write the file, which is played again and again."""
+        """Write the file, which plays in an endless loop."""
         milliseconds = [max(duration, self.SHORTEST) * 1000 // self.TICKS for duration in self._durations]
         first, *others = self._pictures
         first.save(self._file, save_all=True, append_images=others, duration=milliseconds, loop=0, **self.OPTIONS)
@@ -70,21 +70,13 @@ class _PillowAnimation:
 
 
 class WebPAnimation(_PillowAnimation):
-    """Lossy, with durations in whole milliseconds; a picture that hardly differs prolongs the one before.
+    """Encode lossy WebP with durations in whole milliseconds; a nearly equal picture prolongs the previous one."""
 
-    ``kmax`` -1: no picture is stored whole again.
-    """
-
-    OPTIONS: Mapping[str, Any] = {
-        "format": "WEBP",
-        "quality": 60,
-        "method": 2,
-        "kmax": -1,
-    }
+    OPTIONS: Mapping[str, Any] = {"format": "WEBP", "quality": 60, "method": 2, "kmax": -1}  # -1: no further key frames
 
 
 class GifAnimation(_PillowAnimation):
-    """Each picture has 128 colours of its own. At most 50 a second, which is what viewers play: others are left out."""
+    """Encode GIF with 128 colours per picture and, as viewers play no more, at most 50 pictures a second."""
 
     TICKS, SHORTEST = 100, 2
     OPTIONS: Mapping[str, Any] = {"format": "GIF"}
@@ -94,7 +86,7 @@ class GifAnimation(_PillowAnimation):
 
 
 class Mp4Animation:
-    """H.264 as every browser plays it, encoded by PyAV. An odd row or column at the end is repeated to make it even."""
+    """Encode H.264 that every browser plays. An odd number of rows or columns is made even by repeating the last."""
 
     CLOCK = 90_000  # ticks a second
 
@@ -104,10 +96,10 @@ class Mp4Animation:
         self._container: Any = None
         self._stream: Any = None
         self._start = 0
-        self._durations: dict[int, int] = {}  # by start, of what is being encoded: the encoder does not keep them
+        self._durations: dict[int, int] = {}  # of pictures in the encoder by start, as it does not keep them
 
     def add(self, picture: Pixels, seconds: Seconds) -> None:
-        """Append a picture that is shown for so long."""
+        """Append a picture with its duration."""
         height, width = picture.shape[:2]
         if self._container is None:
             self._open(height + height % 2, width + width % 2, seconds)
@@ -120,7 +112,7 @@ class Mp4Animation:
         self._encode(frame)
 
     def close(self) -> None:
-        """Write the pictures that the encoder still has, and the index."""
+        """Flush the encoder and write the index."""
         if self._container is not None:
             self._encode(None)
             self._container.close()
@@ -133,7 +125,7 @@ class Mp4Animation:
     def _open(self, height: int, width: int, seconds: Seconds) -> None:
         self._container = self._av.open(self._file, "w", format="mp4")
         rate = (1 / Fraction(seconds)).limit_denominator(1001)
-        # Without B-frames, as the file's index knows durations only from one frame to the next of those encoded.
+        # No B-frames: the index stores durations between frames in the order of encoding.
         options = {"crf": str(self._crf), "preset": "veryfast", "bf": "0"}
         self._stream = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
@@ -147,11 +139,11 @@ FORMATS: dict[str, Callable[[IO[bytes]], Animation]] = {
     ".mp4": Mp4Animation,
     ".gif": GifAnimation,
 }
-"""By the ending of a file's name."""
+"""Encoders by the suffix of the file name."""
 
 
 def check_ending(path: Path) -> Path:
-    """Return the path; ValueError where animations of its ending cannot be written."""
+    """Return the path; ValueError if animations with its suffix cannot be written."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"out={path}: expected a name that ends in {', '.join(FORMATS)}")
     if path.suffix.lower() == ".mp4":
@@ -161,7 +153,7 @@ def check_ending(path: Path) -> Path:
 
 @contextmanager
 def animation_file(path: Path) -> Iterator[Animation]:
-    """Open a new animation in the format of the path's ending; it is complete under this name, or absent."""
+    """Open a new animation in the format of the path's suffix; the file appears when it is complete, or never."""
     make = FORMATS[check_ending(path).suffix.lower()]
     temporary = path.with_name(f".writing-{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -176,15 +168,15 @@ def animation_file(path: Path) -> Iterator[Animation]:
 
 
 def import_av() -> Any:
-    """Import PyAV, which only videos need; ValueError where it is not installed."""
+    """Import PyAV, which only videos need; ValueError if it is not installed."""
     try:
         return importlib.import_module("av")
     except ModuleNotFoundError as error:
-        raise ValueError("videos are read and written by PyAV. Run: pip install attn_monitor[video]") from error
+        raise ValueError("videos need PyAV, which is not installed. Run: pip install attn_monitor[video]") from error
 
 
 class _Clock:
-    """Rounds durations to whole ticks so that their sum is never more than half a tick off."""
+    """Round durations to whole ticks with an error of at most half a tick in their sum."""
 
     def __init__(self, ticks: int) -> None:
         self._ticks, self._exact, self._shown = ticks, Fraction(0), 0

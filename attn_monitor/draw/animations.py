@@ -1,4 +1,4 @@
-"""Animations: the time-lapse of all probe images, and the GIF of any sequence of pictures."""
+"""The time-lapse of all probe images, and GIFs of any sequence of pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,17 @@ def timelapse(
     layer: int = -1,
     options: DrawingOptions = DrawingOptions(),
 ) -> list[Pixels]:
-    """One frame a step: the last role's head mean on every probe image, side by side."""
+    """Draw the last role's head mean on every probe image side by side, one frame per snapshot.
+
+    Args:
+        history: Snapshots in order of steps.
+        photos: The probe images, uint8 (H, W, 3) each.
+        layer: Layer to draw; a negative one counts from the last.
+        options: Colours of the maps.
+
+    Returns:
+        Frames, uint8 (height, width, 3), all of one size.
+    """
     last = history[-1]
     role = last.roles[-1]
     attention = last.layer(role, layer)
@@ -56,7 +66,7 @@ def timelapse(
 
 
 def gif(frames: Iterable[Pixels]) -> bytes:
-    """An endless animation of pictures of one size, holding its last frame longer."""
+    """Encode pictures of one size as an endless GIF that shows its last frame longer."""
     buffer = io.BytesIO()
     animation = GifAnimation(buffer)
     for frame, seconds in with_durations(frames):
@@ -66,7 +76,7 @@ def gif(frames: Iterable[Pixels]) -> bytes:
 
 
 def with_durations(items: Iterable[Item], seconds: float = 0.4) -> Iterator[tuple[Item, float]]:
-    """Each with the seconds that it is shown, the last one four times as long as the others."""
+    """Pair each item with its duration in seconds; the last one is shown four times as long as the others."""
     shown: list[Item] = []
     for item in items:
         yield from ((before, seconds) for before in shown)

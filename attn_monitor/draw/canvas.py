@@ -1,4 +1,4 @@
-"""What pictures are made of, whatever they show: text, outlines, resizing, pasting, encoding.
+"""Drawing primitives: text, outlines, resizing, pasting, encoding.
 
 Sizes are multiples of 8 wherever possible, the block size of JPEG: a patch that fills whole blocks costs a few bytes,
 one that straddles them costs many.
@@ -22,28 +22,28 @@ BACKGROUND = (18, 18, 22)
 TEXT, DIM_TEXT = (236, 236, 240), (150, 150, 160)
 MASK, TRUTH, MISSING = (64, 224, 255), (120, 255, 80), (90, 30, 30)
 BLOCK = 8
-GAP, LINE = BLOCK, 2 * BLOCK  # between cells, and for a line of text
+GAP, LINE = BLOCK, 2 * BLOCK  # space between cells, and height of a line of text
 HEADER = 4 * BLOCK
 
 
 def up_to_block(length: int) -> int:
-    """The next multiple of 8."""
+    """Round up to a multiple of 8."""
     return -(-length // BLOCK) * BLOCK
 
 
 def blank_picture(width: int, height: int) -> Pixels:
-    """A picture of nothing but background."""
+    """Return a picture of the background colour."""
     return np.array(Image.new("RGB", (width, height), BACKGROUND))
 
 
 def paste(canvas: Pixels, x: int, y: int, picture: Pixels) -> None:
-    """Put a picture onto another, at the pixel of its upper left corner, in place."""
+    """Copy a picture onto the canvas, its upper left corner at pixel (x, y), in place."""
     height, width = picture.shape[:2]
     canvas[y : y + height, x : x + width] = picture
 
 
 def resize(photo: Pixels, size: tuple[int, int], resample: Image.Resampling) -> Pixels:
-    """A picture (h, w) or (h, w, 3) in another size."""
+    """Resize a picture, (h, w) or (h, w, 3), to ``size``, (height, width)."""
     return np.asarray(Image.fromarray(photo).resize((size[1], size[0]), resample))
 
 
@@ -59,13 +59,13 @@ def draw_outline(picture: Pixels, mask: Array, colour: Colour, width: int = 1) -
 
 @functools.lru_cache(maxsize=8)
 def _font(size: int) -> Any:
-    """Pillow's own scalable font."""
+    """Return Pillow's own scalable font."""
     return ImageFont.load_default(size)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rendered_word(word: str, size: int) -> tuple[Image.Image, float]:
-    """A word's coverage in 0…255, from the top of its line, and how far it advances."""
+    """Render a word: its coverage, 0 to 255, from the top of the line, and its advance width in pixels."""
     font = _font(size)
     _, _, right, bottom = font.getbbox(word)
     coverage = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))))
@@ -74,7 +74,7 @@ def _rendered_word(word: str, size: int) -> tuple[Image.Image, float]:
 
 
 def text_width(text: str, size: int) -> float:
-    """Width in pixels of a line of text."""
+    """Return the width of a line of text in pixels."""
     words = text.split(" ")
     return sum(_rendered_word(word, size)[1] for word in words) + (len(words) - 1) * _rendered_word(" ", size)[1]
 
@@ -82,10 +82,9 @@ def text_width(text: str, size: int) -> float:
 def draw_text(
     canvas: Image.Image, at: tuple[float, float], text: str, size: int, colour: Colour = TEXT, anchor: str = "l"
 ) -> None:
-    """A line of text whose left end ("l"), middle ("m") or right end ("r") is at this place.
+    """Draw a line of text with its left end ("l"), middle ("m") or right end ("r") at (x, y).
 
-    Word by word from those that have been drawn before: captions are made of the same few words and numbers again
-    and again, and letters take longer to draw than maps.
+    Rendered words are cached: captions repeat the same few words and numbers, and text takes longer to draw than maps.
     """
     x = at[0] - {"l": 0.0, "m": 0.5, "r": 1.0}[anchor] * text_width(text, size)
     for word in text.split(" "):
@@ -97,13 +96,13 @@ def draw_text(
 def draw_text_within(
     canvas: Image.Image, at: tuple[float, float], text: str, width: float, largest: int, colour: Colour = TEXT
 ) -> None:
-    """A line of text from this place on, in the largest size up to ``largest`` that fits the width."""
+    """Draw a line of text from (x, y) on, in the largest size up to ``largest`` that fits the width."""
     size = next((s for s in range(largest, 8, -1) if text_width(text, s) <= width), 8)
     draw_text(canvas, at, text, size, colour)
 
 
 def jpeg(picture: Pixels, quality: int = 65) -> bytes:
-    """JPEG without chroma subsampling, which would blur outlines and text."""
+    """Encode as JPEG without chroma subsampling, which would blur outlines and text."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
     return buffer.getvalue()

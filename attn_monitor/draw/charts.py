@@ -1,4 +1,4 @@
-"""Line charts of metrics over steps, many on a sheet, without a plotting library."""
+"""Sheets of line charts of metrics over steps, without a plotting library."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from attn_monitor.draw.strips import short_step
 
 Points = Sequence[tuple[int, float]]
 Line = tuple[Colour, Points]
-"""A curve: (step, value) in order of steps, and its colour."""
+"""The colour of a curve and its (step, value) points in order of steps."""
 
-WIDTH, HEIGHT, COLUMNS = 320, 184, 5  # of a chart in pixels, and charts in a row
-LEFT, TOP, BOTTOM = 7 * GAP, 3 * GAP, 3 * GAP  # of a chart, for text
+WIDTH, HEIGHT, COLUMNS = 320, 184, 5  # size of a chart in pixels, and charts in a row
+LEFT, TOP, BOTTOM = 7 * GAP, 3 * GAP, 3 * GAP  # margins of a chart for text
 GRID, MARK = (48, 48, 56), (232, 120, 90)
-FINER = 3  # lines are drawn so many times larger, and scaled down
+FINER = 3  # oversampling of lines
 
 
 def chart_sheet(title: Sequence[tuple[str, Colour]], sections: Mapping[str, Mapping[str, Sequence[Line]]]) -> Pixels:
-    """Charts by section and name, each with an axis of its own over all its lines, (height, width, 3).
+    """Draw charts by section and name, each with its own axis, as one picture (height, width, 3).
 
-    ``title`` are lines of text with their colours, which say what the colours of curves mean.
+    Args:
+        title: Lines of text with their colours, which explain the colours of the curves.
+        sections: Curves by the section's and the chart's name.
     """
     rows = {name: math.ceil(len(charts) / COLUMNS) for name, charts in sections.items()}
     columns = max(2, min(COLUMNS, max(map(len, sections.values()))))
@@ -58,7 +60,7 @@ def chart_sheet(title: Sequence[tuple[str, Colour]], sections: Mapping[str, Mapp
 
 @dataclass(frozen=True)
 class _Axis:
-    """A vertical axis from ``low`` to ``high``, of logarithms to base 10 where ``log``; ``ticks`` by their text."""
+    """A vertical axis from ``low`` to ``high``, in decimal logarithms if ``log``; ``ticks`` are values by label."""
 
     low: float
     high: float
@@ -67,7 +69,7 @@ class _Axis:
 
     @classmethod
     def linear(cls, values: Sequence[float]) -> _Axis:
-        """From the smallest to the largest value, with a margin."""
+        """Span the values with a margin."""
         low, high = min(values), max(values)
         margin = 0.05 * (high - low) or max(1e-3, 0.05 * abs(high))
         lowest, highest = distinct_labels(low, high)
@@ -75,13 +77,13 @@ class _Axis:
 
     @classmethod
     def decades(cls, values: Sequence[float]) -> _Axis:
-        """From the power of ten below the smallest value, 0.1 at the least, to the one above the largest."""
+        """Span the values by whole powers of ten from 0.1 on."""
         low = math.floor(math.log10(max(min(values), 0.1)))
         high = max(low + 1, math.ceil(math.log10(max(*values, 0.1))))
         return cls(low, high, {f"{10.0**n:,.6g}": 10.0**n for n in range(low, high + 1)}, log=True)
 
     def down(self, value: float) -> float:
-        """How far below the top a value stands: 0 the top, 1 the bottom and all below it."""
+        """Return the relative distance of a value from the top: 0 at the top, 1 at the bottom and below."""
         position = (math.log10(value) if value > 0 else self.low) if self.log else value
         return min(1.0, (self.high - position) / (self.high - self.low))
 
@@ -96,7 +98,17 @@ def draw_chart(
     marks: Mapping[str, float] | None = None,
     log: bool = False,
 ) -> None:
-    """One chart with its upper left corner at this place; ``marks`` are horizontal lines with their names."""
+    """Draw one chart onto a sheet.
+
+    Args:
+        sheet: Picture to draw on, in place.
+        at: Pixel (x, y) of the upper left corner.
+        title: Text above the chart.
+        lines: Curves with their colours, at least one point in all.
+        size: Width and height in pixels.
+        marks: Horizontal lines by name.
+        log: Use a logarithmic axis.
+    """
     marks = marks or {}
     points = [point for _, line in lines for point in line]
     steps, values = [step for step, _ in points], [value for _, value in points]
@@ -135,6 +147,6 @@ def draw_chart(
 
 
 def distinct_labels(low: float, high: float) -> tuple[str, str]:
-    """Two numbers in three digits, or in as many as it takes to see that they differ."""
+    """Format two numbers in three digits, or in as many as make different numbers look different."""
     texts = [(f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(3, 7)]
     return next((both for both in texts if both[0] != both[1]), texts[0])

@@ -1,8 +1,8 @@
-"""Colour tables, by name. A new one is one more entry of `COLORMAPS`.
+"""Colour tables by name. To add one, add an entry to `COLORMAPS`.
 
 The tables are those of matplotlib, in 8 bits: `(matplotlib.colormaps[name](range(256))[:, :3] * 255).astype("uint8")`.
 Source: matplotlib's `_cm_listed.py`, by Nathaniel J. Smith and Stefan van der Walt, under CC0
-(https://github.com/BIDS/colormap). Carrying them spares users a plotting library of which nothing else is needed.
+(https://github.com/BIDS/colormap). They are included so that matplotlib is no dependency.
 """
 
 from __future__ import annotations
@@ -42,5 +42,5 @@ COLORMAPS = {"inferno": _INFERNO, "viridis": _VIRIDIS}
 
 @functools.cache
 def colour_table(name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The colours of a table, uint8 (256, 3), read-only."""
+    """Return a table's colours, uint8 (256, 3), read-only."""
     return np.frombuffer(base64.b64decode(COLORMAPS[name]), np.uint8).reshape(256, 3)

@@ -1,4 +1,4 @@
-"""Two runs on one probe image: their maps one above the other, and how they differ in units of uniform attention."""
+"""Compare two runs on one probe image: their maps, and the difference in units of uniform attention."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from attn_monitor.draw.scales import GREY
 from attn_monitor.snapshot import Snapshot
 
 COLOURS: tuple[Colour, Colour] = (255, 160, 40), (70, 170, 255)
-"""Of the two runs, in charts and where one has more attention than the other: told apart by the colour-blind too."""
+"""Colours of the two runs, in charts and where one has more attention; safe for colour-blind readers."""
 
 RANGE = 4.0  # log2(1 + |difference|) at the ends of the colour scale: 15 times uniform attention
 TICKS = "15", "7", "3", "1", "0", "1", "3", "7", "15"
 OPACITY = 1.3, 0.95  # of a colour over the photograph: for each unit of its position on the scale, and at most
 BRIGHTNESS = 0.45  # of a colour where the difference is zero, 1 at the ends
-MARGIN, SHEET_WIDTH, CELL = 6 * GAP, 1800, 160  # pixels: for the rows' letters, of all columns about, of a cell at most
+MARGIN, SHEET_WIDTH, CELL = 6 * GAP, 1800, 160  # pixels: letters of rows, all columns about, a cell at most
 
 
 Row = tuple[str, list[str], Pixels]
-"""What it shows, and captions and pictures (columns, h, w, 3) of the head mean and the heads."""
+"""A row's label, and captions and pictures (columns, h, w, 3) of the head mean and the heads."""
 
 
 class Section(NamedTuple):
-    """A layer in both runs: a title, the image, and three rows."""
+    """One layer in both runs: a title, the image and three rows."""
 
     title: str
     photo: Pixels
@@ -56,13 +56,13 @@ class Section(NamedTuple):
 
     @property
     def pitch(self) -> tuple[int, int]:
-        """From one cell to the next, down and across."""
+        """Distance between cells in pixels, (down, across)."""
         height, width = self.photo.shape[:2]
         return up_to_block(height) + LINE + GAP, up_to_block(width) + GAP
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width in pixels."""
         down, across = self.pitch
         return 2 * LINE + len(self.rows) * down, MARGIN + (1 + len(self.rows[0][1])) * across + GAP
 
@@ -77,10 +77,22 @@ def comparison(
     truth: Array | None = None,
     options: DrawingOptions = DrawingOptions(),
 ) -> Pixels:
-    """One probe image in two runs A and B, (height, width, 3): for each (role, layer) three rows, A, B and B - A.
+    """Compare two runs, A and B, on one probe image: three rows per layer, A, B and B - A.
 
-    Columns are the head mean and the heads. Below A and B stand entropy and mask area as in panels, below the
-    difference how much of the attention is elsewhere: half the sum of absolute differences.
+    Columns are the head mean and the heads. Captions of A and B give entropy and mask area as in panels; those of the
+    difference give the share of attention that is elsewhere, half the sum of absolute differences.
+
+    Args:
+        pair: Snapshots of A and B.
+        names: Names of A and B.
+        image: Index of the probe image.
+        photo: The image, uint8 (H, W, 3).
+        layers: (role, layer) to compare.
+        truth: Ground-truth objects to outline, bool (objects, H, W).
+        options: Colours of the maps.
+
+    Returns:
+        A picture, uint8 (height, width, 3).
     """
     sections = [_section(pair, key, image, photo, truth, options) for key in layers]
     width = max(80 * GAP, *(section.size[1] for section in sections))
@@ -125,10 +137,10 @@ def _section(
 
 
 def difference_overlay(change: Tensor, grey: Array) -> Pixels:
-    """Colour differences of weights (..., gh, gw) over a grey photograph (h, w), which is seen where there is none.
+    """Colour differences of weights (..., gh, gw) over a grey photograph (h, w). Returns (..., h, w, 3).
 
-    Returns (..., h, w, 3). The scale is fixed: log2(1 + |difference · number of patches|), up to 15 times uniform.
-    Where a difference is not finite, the cell is dull red.
+    The opacity grows with log2(1 + |difference · number of patches|), up to 15 times uniform attention. A difference
+    that is not finite is painted dull red as a whole.
     """
     level = difference_level(change)
     finite = torch.isfinite(change).all(-1).all(-1).numpy()
@@ -140,13 +152,13 @@ def difference_overlay(change: Tensor, grey: Array) -> Pixels:
 
 
 def difference_level(change: Tensor) -> Tensor:
-    """Differences of weights (..., gh, gw) on the scale: -1 where A has 15 times uniform attention more, 1 where B."""
+    """Scale differences of weights (..., gh, gw) to -1 (A has 15 times uniform attention more) to 1 (B has)."""
     units = change * (change.shape[-1] * change.shape[-2])
     return (units.sign() * torch.log2(1 + units.abs()) / RANGE).clamp(-1, 1)
 
 
 def _colours(level: Array, below: Array) -> Pixels:
-    """Levels -1…1 (..., h, w) over a background (h, w, 1), in the colour of the run that has more; 0 shows nothing."""
+    """Blend levels -1 to 1, (..., h, w), in the colour of the run that has more with a background (h, w, 1)."""
     strength = np.abs(level)[..., None]
     colour = np.where(level[..., None] < 0, *np.array(COLOURS, np.float32))
     opacity = np.minimum(OPACITY[1], OPACITY[0] * strength)

@@ -1,4 +1,4 @@
-"""`Frame`: where the patches of a grid are in a picture of the image, whose parts that no patch sees are hatched."""
+"""`Frame`: the places of a grid's patches in a picture of the image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from attn_monitor.grid import Grid
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of an image in which each patch of a grid is a square of ``patch`` pixels.
+    """Layout of a picture of an image in which each patch of a grid is a square.
 
-    ``size`` is the picture's height and width, ``at`` the row and column of the first patch's corner: negative where
-    the model pads before the image.
+    Args:
+        grid: The patches.
+        patch: Side of a patch in pixels of the picture.
+        size: Height and width of the picture.
+        at: Row and column of the first patch's corner; negative where the model pads before the image.
     """
 
     grid: Grid
@@ -26,13 +29,19 @@ class Frame:
 
     @classmethod
     def of(cls, grid: tuple[int, ...], side: int, image: tuple[int, int] = (0, 0)) -> Frame:
-        """With a longer side near ``side`` and patches of 2ⁿ pixels; ``image`` is the size of the model's image."""
+        """Choose patches of 2ⁿ pixels so that the longer side is about ``side``.
+
+        Args:
+            grid: The patches.
+            side: Wanted longer side in pixels.
+            image: Height and width of the model's image, needed if patches do not tile it.
+        """
         grid = Grid(grid)
         geometry = grid.geometry
         if geometry is None:
             patch = _patch(side, grid)
             return cls(grid, patch, (grid[0] * patch, grid[1] * patch))
-        cells = [n / c for n, c in zip(image, geometry.cell, strict=True)]  # of the picture, as it is whole cells
+        cells = [n / c for n, c in zip(image, geometry.cell, strict=True)]  # size of the picture in cells
         patch = _patch(side, cells)
         height, width = (max(1, round(n * patch)) for n in cells)
         row, col = (round(o / c * patch) for o, c in zip(geometry.origin, geometry.cell, strict=True))
@@ -40,22 +49,22 @@ class Frame:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the patches tile the picture."""
+        """True if the patches tile the picture."""
         return (self.at, self.size) == ((0, 0), self._extent)
 
     @property
     def unseen(self) -> Array:
-        """The pixels of the picture in which no patch is, bool (h, w)."""
+        """Pixels of the picture that no patch covers, bool (h, w)."""
         unseen = np.ones(self.size, dtype=bool)
         unseen[self._inside] = False
         return unseen
 
     def enlarge(self, cells: Array) -> Array:
-        """Repeat each patch of (..., gh, gw, channels) over its place, (..., h, w, channels); 0 where no patch is."""
+        """Enlarge patches (..., gh, gw, channels) to the picture, (..., h, w, channels); 0 where no patch is."""
         return self.put(cells.repeat(self.patch, -3).repeat(self.patch, -2), np.zeros((), cells.dtype))
 
     def put(self, patches: Array, below: Array) -> Array:
-        """Patches that are enlarged, (..., gh · patch, gw · patch, channels), in their place on a picture (h, w, …)."""
+        """Place enlarged patches, (..., gh · patch, gw · patch, channels), on a picture (h, w, ...)."""
         if self.is_whole:
             return patches
         picture = np.empty((*patches.shape[:-3], *self.size, patches.shape[-1]), patches.dtype)
@@ -65,7 +74,7 @@ class Frame:
         return picture
 
     def cut(self, picture: Array) -> Array:
-        """What of a picture (h, w) lies below the patches, (gh · patch, gw · patch); 0 where they lie outside of it."""
+        """Cut out the part of a picture (h, w) below the patches, (gh · patch, gw · patch); 0 outside the picture."""
         if self.is_whole:
             return picture
         below = np.zeros(self._extent, picture.dtype)
@@ -79,14 +88,14 @@ class Frame:
 
     @property
     def _inside(self) -> tuple[slice, slice]:
-        """Where patches are in the picture."""
+        """Rows and columns of the picture that patches cover."""
         bounds = zip(self.at, self._extent, self.size, strict=True)
         rows, cols = (slice(max(at, 0), min(at + extent, size)) for at, extent, size in bounds)
         return rows, cols
 
     @property
     def _edges(self) -> tuple[int, int, int, int]:
-        """What of the enlarged patches is in the picture."""
+        """Top, bottom, left and right of the enlarged patches' part within the picture."""
         (rows, cols), (row, col) = self._inside, self.at
         return rows.start - row, rows.stop - row, cols.start - col, cols.stop - col
 

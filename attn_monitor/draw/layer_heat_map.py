@@ -1,4 +1,4 @@
-"""All layers at a glance: one number for each head of each layer as a colour, in place of hundreds of curves."""
+"""A heat map of all layers: one number per head and layer as a colour, in place of hundreds of curves."""
 
 from __future__ import annotations
 
@@ -26,21 +26,28 @@ from attn_monitor.measure.metrics import LARGEST
 from attn_monitor.measurements import MetricKey
 from attn_monitor.snapshot import Snapshot
 
-CELL, LEFT, BAR = 24, 8 * GAP, 12  # a cell in pixels, room for the names of layers, height of the colour bar
-LEAST_WIDTH = 40 * GAP  # of a role, for the text
+CELL, LEFT, BAR = 24, 8 * GAP, 12  # pixels: side of a cell, names of layers, height of the colour bar
+LEAST_WIDTH = 40 * GAP  # of a role, so that its text fits
 
 
 @dataclass(frozen=True)
 class HeatScale:
-    """Which metric of a head is shown, the first that there is of ``metrics``, and on which scale."""
+    """The metric that a heat map shows, and its colour scale.
+
+    Args:
+        title: Text above the map.
+        metrics: Names of metrics, of which the first that a layer has is shown.
+        ticks: Values at even distances from the lowest colour to the highest.
+        log: Use a logarithmic scale.
+    """
 
     title: str
     metrics: tuple[str, ...]
-    ticks: tuple[float, ...]  # at even distances from the lowest colour to the highest
+    ticks: tuple[float, ...]
     log: bool = False
 
     def position(self, values: Array) -> Array:
-        """0…1 on the colour table; NaN stays."""
+        """Map values to 0 to 1 on the colour table; keep NaN."""
         ends = [math.log10(t) if self.log else t for t in (self.ticks[0], self.ticks[-1])]
         shown = np.log10(np.maximum(values, self.ticks[0])) if self.log else values
         return np.asarray(np.clip((shown - ends[0]) / (ends[1] - ends[0]), 0, 1))
@@ -53,7 +60,7 @@ HEAT_SCALES = {
 
 
 def head_values(snapshot: Snapshot, role: str, metrics: Sequence[str]) -> Array:
-    """(layers, heads) of the first of these metrics that a layer has, NaN where there is none."""
+    """Return each head's value, (layers, heads), of the first of these metrics that it has; NaN if it has none."""
     layers = snapshot.layers_of(role)
     heads = max(snapshot.layers[role, layer].rows.shape[1] for layer in layers)
     values = np.full((len(layers), heads), np.nan)
@@ -65,7 +72,7 @@ def head_values(snapshot: Snapshot, role: str, metrics: Sequence[str]) -> Array:
 
 
 def layer_heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels | None:
-    """A grid for each role side by side, the last layer on top, (height, width, 3); None where nothing was measured."""
+    """Draw a grid per role, the last layer on top, (height, width, 3); None if nothing was measured."""
     grids = {role: head_values(snapshot, role, scale.metrics) for role in snapshot.roles}
     if all(np.isnan(values).all() for values in grids.values()):
         return None
@@ -84,9 +91,9 @@ def layer_heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels | None:
 
 
 def _star(snapshot: Snapshot, role: str, layer: int, scale: HeatScale) -> str:
-    """Where not every query was read for what is shown."""
-    whole = scale.metrics[0] in snapshot.metrics.of_layer(role, layer)
-    return "" if whole or len(scale.metrics) == 1 else "*"
+    """Return a star if the value is that of the CLS query alone."""
+    every_query = scale.metrics[0] in snapshot.metrics.of_layer(role, layer)
+    return "" if every_query or len(scale.metrics) == 1 else "*"
 
 
 def _draw_grid(sheet: Image.Image, at: tuple[int, int], role: str, names: Sequence[str], positions: Array) -> None:

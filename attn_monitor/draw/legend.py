@@ -1,4 +1,4 @@
-"""The legend below a picture: the colour bar with its unit, and what the outlines are."""
+"""The legend below a picture: the colour bar with its unit, and the meaning of outlines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
 
-LEGEND = 6 * BLOCK  # its height
+LEGEND = 6 * BLOCK  # height of the legend
 
 
 def draw_legend(
@@ -23,9 +23,16 @@ def draw_legend(
     truth: bool = False,
     larger_text: int = 0,
 ) -> None:
-    """Draw it from row ``top`` on; ``larger_text`` adds to the size of its text.
+    """Draw the legend.
 
-    ``areas``: the captions above tell the masks' areas.
+    Args:
+        canvas: Picture to draw on, in place.
+        top: First row of the legend.
+        options: Colours of the maps, and the threshold of the masks.
+        masks: Explain the outlines of masks.
+        areas: Mention that captions give the areas of masks.
+        truth: Explain the outlines of ground truth.
+        larger_text: Added to the size of the text.
     """
     scale, size = SCALES[options.scale], 13 + larger_text
     bar = min(240, canvas.width // 3)

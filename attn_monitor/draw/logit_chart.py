@@ -1,4 +1,4 @@
-"""The largest attention logit of every layer over a run, on a logarithmic axis with the lines to stay below."""
+"""A chart of the largest attention logit of every layer over a run, with the limits to stay below."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from attn_monitor.measure.logit_growth import LARGEST_FLOAT16
 from attn_monitor.measurements import MetricKey
 from attn_monitor.record.curves import Points
 
-WIDTH, HEIGHT, LEGEND = 640, 320, 15 * GAP  # of a role's chart, and the names of its layers beside it
+WIDTH, HEIGHT, LEGEND = 640, 320, 15 * GAP  # size of a role's chart, width of the names of layers beside it
 MARKS = {"100: where Kimi K2 clips": 100.0, f"{LARGEST_FLOAT16:,.0f}: the largest float16": LARGEST_FLOAT16}
 
 
 def logit_chart(curves: Mapping[MetricKey, Points]) -> Pixels:
-    """A chart for each role below one another, (height, width, 3).
+    """Draw a chart per role, one below the other, (height, width, 3).
 
-    ``curves`` are of "max_logit", or where a layer has none of "max_logit_cls".
+    Args:
+        curves: Points of "max_logit" and "max_logit_cls"; the latter are drawn for layers without the former.
     """
     roles = tuple(dict.fromkeys(key.role for key in curves))
     sheet = Image.fromarray(blank_picture(WIDTH + LEGEND + GAP, HEADER + len(roles) * (HEIGHT + GAP)))
@@ -37,7 +38,7 @@ def logit_chart(curves: Mapping[MetricKey, Points]) -> Pixels:
 
 
 def _by_layer(curves: Mapping[MetricKey, Points], role: str) -> dict[int, tuple[str, Points]]:
-    """Of each layer the first of the metrics that it has, and its points."""
+    """Return the metric and the points to draw for each layer of a role."""
     found: dict[int, tuple[str, Points]] = {}
     for key, points in sorted(curves.items()):  # "max_logit" comes before "max_logit_cls"
         if key.role == role:
@@ -46,7 +47,7 @@ def _by_layer(curves: Mapping[MetricKey, Points], role: str) -> dict[int, tuple[
 
 
 def layer_colours(layers: Sequence[int]) -> dict[int, Colour]:
-    """From dark for the first layer to bright for the last."""
+    """Assign colours from dark for the first layer to bright for the last."""
     table = colour_table("viridis")
     spread = np.linspace(70, 250, len(layers)) if len(layers) > 1 else [190]
     return {layer: tuple(map(int, table[round(at)])) for layer, at in zip(layers, spread, strict=True)}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A snapshot as notebooks show it: a sheet of its maps, and a matplotlib figure to go on with."""
+"""Pictures of a snapshot for notebooks: a sheet of its maps, and a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from attn_monitor.snapshot import Snapshot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHEET_IMAGES, SHEET_WIDTH, CELL = 4, 1200, 128  # images of a sheet, and pixels: of all columns about, of a cell at most
+SHEET_IMAGES, SHEET_WIDTH, CELL = 4, 1200, 128  # images; pixels: all columns about, a cell at most
 
 
 def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions()) -> Pixels:
-    """Head mean and heads of the last role's last layer on the first four images, (height, width, 3).
+    """Draw head mean and heads of the last role's last layer on the first four images, (height, width, 3).
 
-    Without the photographs, which a snapshot does not hold: `panel` draws on them.
+    The maps are not over photographs, which a snapshot does not hold; `panel` draws these.
     """
     role = snapshot.roles[-1]
     attention = snapshot.layer(role)
@@ -52,23 +52,33 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
 
 
 def snapshot_png(snapshot: Snapshot) -> bytes:
-    """`snapshot_sheet` as PNG."""
+    """Encode `snapshot_sheet` as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(snapshot_sheet(snapshot)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None, layer: int = -1) -> Figure:
-    """A matplotlib figure: head mean and heads of one image in units of uniform attention, as panels colour them.
+    """Plot head mean and heads of one image in units of uniform attention, in the colours of panels.
 
-    It is closed for pyplot, so that a notebook shows it once. Raises ModuleNotFoundError where matplotlib is missing.
+    Args:
+        snapshot: The snapshot.
+        image: Index of the probe image.
+        role: Role of the model; None for the last.
+        layer: Layer; a negative one counts from the last.
+
+    Returns:
+        A matplotlib figure, closed in pyplot so that a notebook shows it once.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
     """
     try:
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "plot() draws with matplotlib, which is not installed. Run: pip install matplotlib"
+            "plot() needs matplotlib, which is not installed. Run: pip install matplotlib"
         ) from error
     attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer)
     maps, labels = mean_and_heads(attention.maps[image], None)

@@ -1,4 +1,4 @@
-"""`DrawingOptions`: how pictures are drawn."""
+"""`DrawingOptions`: colours, heads and sizes in pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from attn_monitor.measure.metrics import check_threshold
 
 @dataclass(frozen=True)
 class DrawingOptions:
-    """How pictures are drawn.
+    """Options of all pictures.
 
-    ``threshold`` is the share of attention, 0…1, that an outlined mask holds. ``scale`` says which weights get which
-    colours: "uniform" (fixed, so that steps can be compared) or "minmax" (each map for itself); ``colormap`` is the
-    table of these colours, "inferno" or "viridis". ``heads`` are drawn beside their mean, None for all. ``cell`` is the
-    side of a map in pixels, about; None makes few maps large and many small.
+    Args:
+        threshold: Share of attention that an outlined mask holds, above 0 and up to 1.
+        scale: Colour scale: "uniform" is fixed, so that steps can be compared; "minmax" stretches each map.
+        heads: Heads that are drawn beside their mean; None for all.
+        cell: Approximate side of a map in pixels; None makes few maps large and many small.
+        colormap: Colour table, "inferno" or "viridis".
+
+    Raises:
+        ValueError: A value is unknown or out of its range.
+
+    Example:
+        >>> DrawingOptions(heads=(0, 3), scale="minmax").threshold
+        0.6
+        >>> DrawingOptions(threshold=60)
+        Traceback (most recent call last):
+        ValueError: threshold=60: expected a share of attention mass above 0 and up to 1, such as 0.6
     """
 
     threshold: float = 0.6

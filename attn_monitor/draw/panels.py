@@ -1,4 +1,4 @@
-"""The panel: one probe image at one step, every head of every role.
+"""The panel: one probe image at one step, with every head of every role.
 
 The default colour scale is fixed in units of uniform attention (weight × number of patches), so that two steps can be
 compared: near-uniform attention looks flat instead of being stretched into a pattern. The photograph lies beneath in
@@ -32,7 +32,7 @@ from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.snapshot import Snapshot
 
-PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # of all cells together, and the side of one
+PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # pixels of all cells together, largest side of one
 
 Cell = tuple[str, Pixels]
 """A caption and the picture above it."""
@@ -51,17 +51,28 @@ def panel(
     options: DrawingOptions = DrawingOptions(),
     pixels: int = PANEL_PIXELS,
 ) -> Pixels:
-    """One probe image at one step, (height, width, 3): for each role the original, patch features, head mean and heads.
+    """Draw one probe image at one step: for each role the original, patch features, head mean and heads.
 
-    Features are those that enter the layer's block, as colours, where they are known.
+    Features are those that enter the layer's block, as colours, if they are known. A map's caption gives the head, its
+    entropy (H, 1 is uniform) and the share of patches in its mass mask, or "uniform".
 
-    ``truth`` are ground-truth objects, bool (objects, H, W); ``caption`` is that of the image itself. The others give
-    the head, its entropy (H, 1 is uniform) and the share of patches in its mass mask, "uniform" where there is none.
-    ``header`` is the first line, the image's name and the step unless it is given. ``hatched`` are patches, bool
-    (gh, gw), that were left out of the snapshot's maps. ``pixels`` are those of all cells together, about.
+    Args:
+        snapshot: The snapshot.
+        image: Index of the probe image.
+        photo: The image, uint8 (H, W, 3).
+        layer: Layer; a negative one counts from the last.
+        truth: Ground-truth objects to outline, bool (objects, H, W).
+        caption: Caption of the original.
+        header: First line; by default the image's name and the step.
+        hatched: Patches that were left out of the snapshot's maps, bool (gh, gw).
+        options: Colours, heads and size of the maps.
+        pixels: Approximate number of pixels of all cells together.
+
+    Returns:
+        A picture, uint8 (height, width, 3).
     """
     rows: list[tuple[str, list[Cell]]] = []
-    painters: dict[tuple[object, ...], CellPainter] = {}  # roles mostly share one: a photo is resized once
+    painters: dict[tuple[object, ...], CellPainter] = {}  # shared by roles, as resizing a photo takes time
     for role in snapshot.roles:
         if not has_layer(snapshot, role, layer):
             continue
@@ -88,9 +99,13 @@ def panel(
 
 
 def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0, unseen: float = 0.0) -> str:
-    """The title of a layer's maps: role, model and layer, and whatever is not CLS's plain softmax over all patches.
+    """Write the title of a layer's maps: role, model, layer, and each deviation from the CLS query's plain softmax.
 
-    ``left_out`` patches are hatched; no patch sees the share ``unseen`` of the image.
+    Args:
+        attention: The layer.
+        role: Role of the model.
+        left_out: Number of hatched patches.
+        unseen: Share of the image that no patch covers, 0 to 1.
     """
     who = " ".join(filter(None, (role, attention.model)))
     parts = [*filter(None, [who]), f"layer {attention.layer} ({attention.name})"]
@@ -108,9 +123,14 @@ def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0, un
 
 
 def columns_for(cells: int, roles: int, height: int, width: int, wanted: float = 0.9) -> int:
-    """Cells per line, so that width / height comes near what is wanted, with few empty places.
+    """Choose the number of cells per line for an aspect ratio near ``wanted`` with few empty places.
 
-    Panels are near square, to be read on a card.
+    Args:
+        cells: Largest number of cells of a role.
+        roles: Number of roles.
+        height: Height of a cell in pixels.
+        width: Width of a cell in pixels.
+        wanted: Width / height of the picture; panels are nearly square, to be readable on a dashboard's card.
     """
 
     def cost(columns: int) -> float:
@@ -126,7 +146,7 @@ def _compose(header: str, rows: list[tuple[str, list[Cell]]], options: DrawingOp
     most = max(len(cells) for _, cells in rows)
     columns = columns_for(most, len(rows), height, width)
     lines = [math.ceil(len(cells) / columns) for _, cells in rows]
-    # Wide panels are shrunk more by a dashboard's card, so their text starts larger.
+    # A dashboard shrinks wide panels more, so their text is larger.
     line, larger = (3 * GAP, 5) if width >= 20 * GAP else (LINE, 0)
     pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + line + GAP
     title_height, header_height = line + GAP, up_to_block(HEADER + larger)

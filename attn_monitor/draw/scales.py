@@ -1,4 +1,4 @@
-"""Colour scales, by name: where on a colour table a weight stands. A new one is one more entry of `SCALES`."""
+"""Colour scales by name, which map weights to positions on a colour table. To add one, add an entry to `SCALES`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-LOW, HIGH = -1.0, 5.0  # log2 of the uniform scale's ends: half of uniform to 32 times uniform
+LOW, HIGH = -1.0, 5.0  # ends of the uniform scale in log2: half of uniform to 32 times uniform
 OPACITY = 0.45, 0.95  # of a colour over the photograph, at positions 0 and 1
 GREY = 0.62  # brightness of the photograph below, in grey
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How weights become positions on a colour table, and how the legend says it.
+    """A colour scale and its legend.
 
-    ``position`` takes maps (..., gh, gw) of weights to 0…1. ``ticks`` stand at even distances below the colour bar,
-    ``unit`` beside it; ``description`` is for error messages.
+    Args:
+        position: Maps weights (..., gh, gw) to 0 to 1.
+        ticks: Labels at even distances below the colour bar.
+        unit: Text beside the colour bar.
+        description: Text for error messages.
     """
 
     position: Callable[[Array], Array]

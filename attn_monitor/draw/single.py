@@ -1,4 +1,4 @@
-"""One map in a picture of its own, without text, pixel on pixel with the model's input: for papers and other tools."""
+"""Pictures of single maps without text, of the size of the model's input, for papers and other tools."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from attn_monitor.grid import Grid
 
 
 class PixelPictures:
-    """Pictures of the maps (gh, gw) of one image, of the photograph's size (height, width, 3).
+    """Draw maps (gh, gw) of one image as pictures of the photograph's size; parts without a patch are dark and hatched.
 
-    What no patch sees is dark and hatched.
-    ``hatched`` are patches, bool (gh, gw), of which nothing is shown.
+    Args:
+        photo: The image, uint8 (height, width, 3).
+        grid: Patches of a map.
+        options: Colours of the maps.
+        hatched: Patches to hatch instead, bool (gh, gw).
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class PixelPictures:
         self._unseen = (self._rows < 0)[:, None] | (self._cols < 0)
 
     def heat_map(self, weights: Array) -> Pixels:
-        """The colours of a map alone: each patch a rectangle of one colour."""
+        """Draw a map's colours alone, each patch as a rectangle."""
         if np.isfinite(weights).all():
             level = SCALES[self.options.scale].position(weights)
             cells = colour_table(self.options.colormap)[(level * 255).astype(np.uint8)]
@@ -45,7 +48,7 @@ class PixelPictures:
         )
 
     def heat_map_over(self, weights: Array) -> Pixels:
-        """A map over the photograph in grey."""
+        """Draw a map over the photograph in grey."""
         grey = np.asarray(Image.fromarray(self.photo).convert("L"), dtype=np.float32)
         if np.isfinite(weights).all():
             level = self._over_pixels(SCALES[self.options.scale].position(weights))
@@ -55,7 +58,7 @@ class PixelPictures:
         return self._finished(picture, grey)
 
     def masked(self, mask: Array) -> Pixels:
-        """The photograph, dark outside the mask and outlined at its border."""
+        """Draw the photograph, dark outside a mask, bool (gh, gw), and with its outline."""
         inside = self._over_pixels(mask) & ~self._unseen
         picture: Pixels = np.where(inside[..., None], self.photo, self.photo * DIMMED).astype(np.uint8)
         draw_outline(picture, inside, MASK, 1)

@@ -1,4 +1,4 @@
-"""The film strip: one probe image at all steps so far."""
+"""The film strip: one probe image over the run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,20 @@ def filmstrip(
     layer: int = -1,
     options: DrawingOptions = DrawingOptions(),
 ) -> Pixels:
-    """One image's attention over time: a column for each step, thinned to ten, (height, width, 3).
+    """Draw one image's attention over time, with a column for each of up to ten steps.
 
-    Rows are each role's patch features as colours, where they are known, and head mean, then heads of the last role
-    (the teacher): all up to four, else the four whose attention on this image is most concentrated at the end.
+    Rows are each role's patch features as colours, if they are known, and head mean, then up to four heads of the last
+    role: of more heads, those with the lowest entropy on this image at the end.
+
+    Args:
+        history: Snapshots in order of steps.
+        image: Index of the probe image.
+        photo: The image, uint8 (H, W, 3).
+        layer: Layer; a negative one counts from the last.
+        options: Colours and heads.
+
+    Returns:
+        A picture, uint8 (height, width, 3).
     """
     last = history[-1]
     chosen = [history[i] for i in thin([s.step for s in history], STRIP_COLUMNS)]
@@ -54,7 +64,7 @@ def filmstrip(
 
 
 def _features(snapshots: Sequence[Snapshot], layer: int, image: int, painter: CellPainter) -> dict[str, Pixels]:
-    """Of each role whose last snapshot has them, patches as colours, (1, steps, h, w, 3); black where one has none."""
+    """Draw the patch colours of each role that has some at the end, (1, steps, h, w, 3); black at steps without."""
     blank, last = torch.full((*painter.grid, 3), math.nan), snapshots[-1]
     found = {}
     for role in last.roles:
@@ -65,7 +75,7 @@ def _features(snapshots: Sequence[Snapshot], layer: int, image: int, painter: Ce
 
 
 def _most_concentrated(attention: LayerAttention, image: int, heads: tuple[int, ...] | None) -> list[int]:
-    """Up to four heads, in their own order: where there are more, those of the lowest entropy."""
+    """Choose up to four heads, those with the lowest entropy, in ascending order."""
     shown = list(heads or range(attention.rows.shape[1]))
     if len(shown) <= STRIP_HEADS:
         return shown
@@ -99,7 +109,7 @@ def _compose(
 
 
 def short_step(step: int) -> str:
-    """A step in at most five characters or so: 950, 12,500, 1.25M."""
+    """Format a step in about five characters: 950, 12,500, 1.25M."""
     if step < 100_000:
         return f"{step:,}"
     return f"{step / 1000:.0f}k" if step < 1_000_000 else f"{step / 1_000_000:.3g}M"

@@ -1,4 +1,4 @@
-"""Frames of a video: a photograph, and over it the mean and every head of what a model attends to in it."""
+"""Frames of a video: a photograph, and over it the head mean and every head of a model's attention."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from attn_monitor.draw.panels import columns_for, layer_title
 from attn_monitor.draw.scales import GREY
 from attn_monitor.grid import Grid
 
-FRAME_PIXELS, LARGEST_CELL = 800_000, 640  # of all cells together, and the side of one
+FRAME_PIXELS, LARGEST_CELL = 800_000, 640  # pixels of all cells together, largest side of one
 ASPECT = 16 / 9
 OUTSIDE = ("attention", "photo", "black")
-"""What is shown outside the mass mask."""
+"""Choices of what is shown outside the mass mask."""
 
 
 class FrameDrawing:
-    """Draws the frames of one video, which are all laid out alike.
+    """Draw the frames of one video, all in one layout.
 
-    ``outside`` says what is shown outside the mass mask: "attention" as inside it, "photo" the photograph in grey, or
-    "black". The mask is outlined in each case; a map that has none, as it is uniform or missing, is shown whole.
+    Args:
+        options: Colours, heads and size of the maps.
+        outside: What is shown outside the mass mask: "attention" as inside it, "photo" (the photograph in grey), or
+            "black". The mask is outlined in each case; maps without one (uniform or missing) are shown as a whole.
     """
 
     def __init__(self, options: DrawingOptions = DrawingOptions(), outside: str = "attention") -> None:
@@ -40,10 +42,16 @@ class FrameDrawing:
         self._layout: _Layout | None = None
 
     def draw(self, photo: Pixels, layers: Sequence[LayerAttention], image: int) -> Pixels:
-        """A frame, uint8 (height, width, 3), of the attention of each layer on one image of a batch, and its photo."""
+        """Draw a frame, uint8 (height, width, 3).
+
+        Args:
+            photo: The image, uint8 (H, W, 3).
+            layers: Attention of each layer on a batch.
+            image: Index of the image in the batch.
+        """
         layout = self._layout = self._layout or _lay_out(layers, self.options, (photo.shape[0], photo.shape[1]))
         frame: Pixels = layout.background.copy()
-        painters: dict[tuple[object, ...], CellPainter] = {}  # layers mostly share one
+        painters: dict[tuple[object, ...], CellPainter] = {}  # mostly shared by layers
         for attention, places in zip(layers, layout.places, strict=True):
             key = attention.grid, attention.geometry
             if key not in painters:
@@ -52,14 +60,14 @@ class FrameDrawing:
             maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
-            unmasked = ~masks.any((-2, -1), keepdims=True)  # uniform, or missing, which stays seen to be so
+            unmasked = ~masks.any((-2, -1), keepdims=True)  # uniform or missing
             self._hide(pictures, masks | unmasked, painter)
             for (x, y), picture in zip(places, [painter.photo, *pictures], strict=True):
                 paste(frame, x, y, picture)
         return frame
 
     def _hide(self, pictures: Pixels, shown: Array, painter: CellPainter) -> None:
-        """Cover the other patches than those shown, in place."""
+        """Cover all patches but those shown, bool (..., gh, gw), in place."""
         if self.outside == "attention":
             return
         below = np.zeros(painter.size) if self.outside == "black" else GREY * painter.grey
@@ -69,7 +77,7 @@ class FrameDrawing:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What is the same in every frame: titles, captions and legend, a cell's side, and where each layer's cells are."""
+    """Parts common to all frames: the background with titles, captions and legend, and each layer's places of cells."""
 
     background: Pixels
     side: int
@@ -101,6 +109,6 @@ def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions, image: t
 
 
 def _side(cells: int, grid: Grid) -> int:
-    """The longer side of a cell, so that all of them together have about `FRAME_PIXELS`."""
+    """Choose the longer side of a cell so that all cells together have about `FRAME_PIXELS`."""
     patch = math.sqrt(FRAME_PIXELS / cells / math.prod(grid))
     return min(round(patch * max(grid)), LARGEST_CELL)

@@ -206,17 +206,17 @@ def first_layer(**fields: Any) -> Callable[[Any, Arrays], None]:
 @pytest.mark.parametrize(
     ("kind", "wrong", "text"),
     [
-        ("snapshot", first_layer(grid=[-4, -4]), r"grid=\[-4, -4\].*expected 2 whole numbers of at least 1"),
+        ("snapshot", first_layer(grid=[-4, -4]), r"grid=\[-4, -4\].*expected 2 integers of at least 1"),
         ("snapshot", first_layer(grid=[4, 5]), r"student/0 is float16 \(3, 4, 19\), expected float16 \(3, 4, 23\)"),
         ("snapshot", first_layer(grid=[2, 7], num_prefix=5), r"num_prefix=5 does not fit prefix_mass="),
         ("snapshot", first_layer(heads=3), "has 4 values for 3 heads"),
-        ("snapshot", first_layer(layer=1), "layer 1 of 'student' is there twice"),
+        ("snapshot", first_layer(layer=1), "layer 1 of 'student' is stored twice"),
         ("snapshot", first_layer(mixed=1), "mixed=1.*expected true or false"),
         ("snapshot", lambda h, a: h.update(step=-1), "step=-1.*at least 0"),
-        ("snapshot", lambda h, a: h.update(step=10**30), "step=1000.*expected a whole number"),
+        ("snapshot", lambda h, a: h.update(step=10**30), "step=1000.*expected an integer"),
         ("snapshot", lambda h, a: h.update(epoch=True), "epoch=True"),
         ("snapshot", lambda h, a: h.update(names=["a"]), r"is float16 \(3, 4, 19\), expected float16 \(1, 4, 19\)"),
-        ("snapshot", lambda h, a: h.update(names=["a", "a", "b"]), "expected texts, each different"),
+        ("snapshot", lambda h, a: h.update(names=["a", "a", "b"]), "names=.*all different"),
         ("snapshot", lambda h, a: h["flags"][0].update(heads=[99]), "flag 0 is about layer .* which are not here"),
         ("snapshot", lambda h, a: h["flags"][0].pop("text"), "flag 0 has no 'text'"),
         ("snapshot", lambda h, a: h.update(flags=[{"role": "teacher"}]), "flag 0 has no 'heads'"),
@@ -287,7 +287,7 @@ def peak_while(action: Callable[[], object]) -> int:
     [
         ("other", (500 << 19,), None),
         ("rows/student/0", (3, 500 << 19), r"expected float16 \(3, 4, 19\)"),
-        ("rows/student/0", (3, 4, 19), "has not the 456 bytes of its shape"),
+        ("rows/student/0", (3, 4, 19), "456 bytes of its shape"),
         ("rows/teacher/0", (3, (500 << 19) // 57, 19), "would unpack to .* more than a file of this size can hold"),
         ("header", (), "header has .* bytes, expected at most"),
     ],
@@ -321,11 +321,11 @@ def test_bombs_are_not_unpacked(
 
 def test_other_things_than_files(files: dict[str, Path], tmp_path: Path) -> None:
     """A folder, a pipe that nobody writes to, and pickles."""
-    with pytest.raises(ArchiveError, match="not a file"):
+    with pytest.raises(ArchiveError, match="not a regular file"):
         AttentionSnapshot.load(tmp_path)
     os.mkfifo(tmp_path / "pipe.npz")
     assert stat.S_ISFIFO((tmp_path / "pipe.npz").stat().st_mode)
-    with pytest.raises(ArchiveError, match=r"pipe\.npz: not a file"):
+    with pytest.raises(ArchiveError, match=r"pipe\.npz: not a regular file"):
         ProbeBatch.load(tmp_path / "pipe.npz")
     header, arrays = parts(files["snapshot"])
     arrays["rows/student/0"] = np.array([{"pickled": 1}], dtype=object)
@@ -339,7 +339,7 @@ def test_ways_of_packing_that_are_not_ours(files: dict[str, Path], tmp_path: Pat
     with zipfile.ZipFile(files["snapshot"]) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    with pytest.raises(ArchiveError, match="compressed by method 12"):
+    with pytest.raises(ArchiveError, match="compression method 12"):
         load(path)
 
 

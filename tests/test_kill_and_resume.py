@@ -66,7 +66,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     (archive / ".writing-here-1-00.npz").write_bytes(b"half a file")
     again = AttentionMapCallback(every_n_train_steps=2)
     running = trainer(tmp_path, again, max_steps=8)
-    with pytest.warns(UserWarning, match=r"resumed from step 4, and had gone on to step \d.*superseded-1.*twice"):
+    with pytest.warns(UserWarning, match=r"resumed from step 4, and had reached step \d.*superseded-1.*twice"):
         running.fit(Distillation(), loader(), ckpt_path=tmp_path / "ckpt" / "step=4.ckpt")
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 6, 8]
     assert [s.step for s in load_snapshots(archive / "superseded-1")] == [n for n in before if n > 4]
@@ -93,7 +93,7 @@ def test_a_damaged_snapshot_does_not_end_a_resumed_run(tmp_path: Path, damage: b
     else:
         path.write_bytes(damage)
     again = AttentionMapCallback(every_n_train_steps=1)
-    with pytest.warns(UserWarning, match=r"left out of film strips.*step-000000004\.npz"):
+    with pytest.warns(UserWarning, match=r"film strips leave out.*step-000000004\.npz"):
         trainer(tmp_path, again, max_steps=6).fit(Distillation(), loader(), ckpt_path=checkpoint)
     assert again.monitor is not None
     assert [s.step for s in again.monitor.history] == [0, 1, 2, 3, 4, 5, 6]

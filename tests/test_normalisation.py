@@ -73,7 +73,7 @@ def test_the_normalize_of_the_transforms(pixels: Tensor) -> None:
     shown = probe_from_images(batch, declared=declared_statistics(data))
     assert shown.mean == OWN[0]
     assert "Normalize" in shown.source
-    assert "contrast by percentiles" in probe_from_images(batch).source
+    assert "unknown normalisation" in probe_from_images(batch).source
 
 
 def test_statistics_hidden_in_a_collate_function(pixels: Tensor) -> None:

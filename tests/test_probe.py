@@ -27,7 +27,7 @@ def test_photographs_come_back_for_display(photographs: Path) -> None:
 
 
 def test_a_folder_with_statistics_of_other_channels(photographs: Path) -> None:
-    with pytest.raises(ProbeError, match="std: received 2 values for images of 3 channels"):
+    with pytest.raises(ProbeError, match="std: received 2 values, expected one for each of 3 channels"):
         ProbeBatch.from_folder(photographs, mean=(0, 0, 0), std=(1, 1))
 
 
@@ -170,8 +170,8 @@ def test_bfloat16_is_stored(tmp_path: Path) -> None:
     [
         ({"images": torch.zeros(3, 8, 8)}, "images: received"),
         ({"images": torch.zeros(1, 3, 8, 8).byte()}, "uint8"),
-        ({"images": torch.zeros(1, 4, 8, 8)}, "mean: received 3 values for images of 4 channels"),
-        ({"images": torch.zeros(2, 3, 8, 8), "names": ["a"]}, "names: received 1 for 2"),
+        ({"images": torch.zeros(1, 4, 8, 8)}, "mean: received 3 values, expected one for each of 4 channels"),
+        ({"images": torch.zeros(2, 3, 8, 8), "names": ["a"]}, "names: received 1, expected one for each of 2"),
         ({"images": torch.zeros(1, 3, 8, 8), "masks": torch.zeros(1, 8, 8)}, "masks: received"),
         ({"images": torch.zeros(1, 3, 8, 8), "masks": torch.zeros(1, 1, 8, 9)}, "masks: received"),
     ],

@@ -30,7 +30,7 @@ def test_what_was_found_is_one_line_and_in_the_dashboard(tmp_path: Path, caplog:
     for text in (
         "student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 of 0 to 1, 4 heads, "
         "grid 4 × 4; ",
-        "8 validation images of 32 × 32, normalised by contrast by percentiles",
+        "8 validation images of 32 × 32, normalised by an unknown normalisation",
         "a snapshot every step, about ",
         f"archive in {tmp_path / ARCHIVE}",
     ):

@@ -27,7 +27,7 @@ def test_snapshots_between_a_checkpoint_and_now(tmp_path: Path) -> None:
     snapshot_path(tmp_path, 4).write_bytes(b"broken")
     assert [s.step for s in written_between(tmp_path, 2, 6, ["a"], told.append)] == [6]
     assert len(told) == 1
-    assert "left out of film strips" in told[0]
+    assert "film strips leave out" in told[0]
     assert "step-000000004.npz" in told[0]
 
 
@@ -36,7 +36,7 @@ def test_later_steps_are_set_aside_each_time(tmp_path: Path) -> None:
         snapshot_path(tmp_path, step).write_text(f"first {step}")
     assert set_aside(tmp_path, 4) == ""
     assert re.search(
-        r"resumed from step 1.*gone on to step 4.*steps 2, 4 are moved to .*superseded-1", set_aside(tmp_path, 1)
+        r"resumed from step 1.*reached step 4.*steps 2, 4 were moved to .*superseded-1", set_aside(tmp_path, 1)
     )
     snapshot_path(tmp_path, 2).write_text("second 2")
     assert "superseded-2" in set_aside(tmp_path, 1)

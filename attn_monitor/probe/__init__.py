@@ -1,1 +1,1 @@
-"""The images that attention is watched on: a value, read from folders, shown in the colours of its normalisation."""
+"""The probe: the fixed images on which attention is recorded, their masks and their normalisation."""

@@ -1,4 +1,4 @@
-"""Photographs from files and folders, with masks of the objects in them, all resized to one size."""
+"""Read photographs and masks of their objects from files and folders, resized to one size."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from attn_monitor.errors import ProbeError
 
 Item = TypeVar("Item")
 Size = int | tuple[int, int]
-"""Of a square's side, or (height, width), in pixels."""
+"""Side of a square, or (height, width), in pixels."""
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
-IGNORED_LABEL = 255  # the VOC palette's border
+IGNORED_LABEL = 255  # border in the VOC palette
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """``pixels`` are uint8 (B, 3, H, W), ``masks`` bool (B, objects, H, W) if there are any, ``names`` the files'."""
+    """Images of one size.
+
+    Args:
+        pixels: RGB, uint8 (B, 3, H, W).
+        masks: Ground-truth objects, bool (B, objects, H, W), or None.
+        names: Names of the files without suffix.
+    """
 
     pixels: Tensor
     masks: Tensor | None
@@ -35,35 +41,42 @@ class Photographs:
 def read_folder(
     folder: str | os.PathLike[str], *, size: Size, num_images: int, masks: str | os.PathLike[str] | None = None
 ) -> Photographs:
-    """Images of a folder at even distances; of a folder of class folders, one of each class as far as they go.
+    """Read evenly spaced images of a folder, or of a folder of class folders one of each class in turn.
 
-    ``masks`` is a folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
+    Args:
+        folder: Folder of images, or of folders of images.
+        size: Size of the images; each is resized to cover it and cropped at the centre.
+        num_images: Largest number of images, at least 1.
+        masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
+
+    Raises:
+        ProbeError: A folder, image or mask is missing or unreadable.
     """
     return _read(_choose_files(Path(folder), num_images), f"probe folder {folder}", size, masks)
 
 
 def read_file(file: str | os.PathLike[str], *, size: Size, masks: str | os.PathLike[str] | None = None) -> Photographs:
-    """One image file; ``masks`` as in `read_folder`."""
+    """Read one image file; arguments and errors are those of `read_folder`."""
     return _read([Path(file)], "image", size, masks)
 
 
 def check_size(size: Size) -> tuple[int, int]:
-    """(height, width); `ProbeError` where no image has such a size."""
+    """Return (height, width); `ProbeError` if one is below 1."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise ProbeError(f"size={size}: expected pixels, one number of at least 1 or [height, width]")
+        raise ProbeError(f"size={size}: expected pixels of at least 1, one number or [height, width]")
     return height, width
 
 
 def check_count(num_images: int) -> int:
-    """The number of images to take, if it is one."""
+    """Return ``num_images``; `ProbeError` if it is below 1."""
     if num_images < 1:
         raise ProbeError(f"num_images={num_images}: expected at least 1")
     return num_images
 
 
 def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
-    """Resized to cover the size and cropped at the centre. Every unreadable file is named in the error."""
+    """Read the files, resized and cropped at the centre; the error names every unreadable file."""
     height, width = check_size(size)
     pixels, unreadable = [], []
     for file in files:
@@ -109,7 +122,7 @@ def _evenly_spaced(items: list[Item], count: int) -> list[Item]:
 
 
 def open_rgb(file: Path) -> Image.Image:
-    """Upright RGB of the first frame; transparency over white, 16 bits reduced to 8."""
+    """Read the first frame as upright 8-bit RGB, with transparency over white."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as opened:
@@ -128,9 +141,9 @@ def _resize_and_crop(image: Image.Image, size: tuple[int, int], resample: Image.
 
 
 def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tensor:
-    """Read the masks of images, bool (B, objects, H, W), each resized and cropped exactly as its image."""
+    """Read masks, bool (B, objects, H, W), resized and cropped like their images."""
     if not folder.is_dir():
-        raise ProbeError(f"masks folder {folder} does not exist")
+        raise ProbeError(f"masks folder {folder} does not exist; expected a folder of PNGs")
     missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
     if missing:
         raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
@@ -139,7 +152,7 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
         path = folder / f"{file.stem}.png"
         try:
             objects.append(_read_objects(path, size))
-        except Exception as error:  # as of images
+        except Exception as error:  # as for images
             unreadable.append(f"{path.name} ({type(error).__name__}: {error})")
     if unreadable:
         raise ProbeError(

@@ -1,4 +1,4 @@
-"""By which mean and std images were normalised, told from the images themselves or from the data set's transforms."""
+"""Infer the mean and std that normalised images, from the images or from the data set's transforms."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-EIGHT_BIT_TOLERANCE = 0.05  # grey levels: mean distance from whole values up to which images are taken to be 8-bit
-MAX_OBJECTS = 2000  # that are looked at below a data set in search of transforms
+EIGHT_BIT_TOLERANCE = 0.05  # mean distance from whole grey levels up to which images count as 8-bit
+MAX_OBJECTS = 2000  # objects to search below a data set for transforms
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """One mean and std per channel, with pixels = images · std + mean in 0…1, and where they are from."""
+    """A normalisation, with pixels = images · std + mean in 0 to 1.
+
+    Args:
+        mean: One number per channel.
+        std: One number per channel.
+        source: Name for messages.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -45,10 +51,14 @@ COMMON_STATISTICS = (
 
 
 def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Statistics:
-    """What normalised these (B, C, H, W) images.
+    """Infer the normalisation of images.
 
-    The candidate that gives whole 8-bit values when it is undone; else what the data set's transforms declare, where
-    the values allow it; else nothing for values in 0…1; else the contrast is stretched to the images' percentiles.
+    It is the candidate that gives whole 8-bit values when undone; otherwise the first declared one that gives values in
+    0 to 1; otherwise none if the images are in 0 to 1; otherwise one that stretches their contrast to percentiles.
+
+    Args:
+        images: Normalised images, (B, C, H, W).
+        declared: Candidates found in the data set's transforms.
     """
     channels, images = images.shape[1], images.float()
     plain = Statistics((0.0,) * channels, (1.0,) * channels, "no normalisation")
@@ -66,7 +76,8 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
     values = images.flatten()[:: max(1, images.numel() // 100_000)]
     low, high = torch.quantile(values.nan_to_num(), torch.tensor([0.005, 0.995])).tolist()
     span = max(high - low, 1e-8)
-    return Statistics((-low / span,) * channels, (1 / span,) * channels, "contrast by percentiles, as nothing tells")
+    source = "an unknown normalisation, stretched to the 0.5-99.5 percentiles"
+    return Statistics((-low / span,) * channels, (1 / span,) * channels, source)
 
 
 def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
@@ -75,7 +86,7 @@ def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
 
 
 def _distance_from_eight_bit(images: Tensor, statistics: Statistics) -> float:
-    """Mean distance of denormalised values from whole grey levels, infinite where they are outside 0…255."""
+    """Return the mean distance of denormalised values from whole grey levels, or infinity if some are outside 0-255."""
     levels = _denormalise(images, statistics) * 255
     if not (levels.min() > -0.5 and levels.max() < 255.5):  # NaN too
         return float("inf")
@@ -83,7 +94,7 @@ def _distance_from_eight_bit(images: Tensor, statistics: Statistics) -> float:
 
 
 def declared_statistics(data: Any) -> list[Statistics]:
-    """Every mean and std that a data set, its transforms or an image processor below it hold, the nearest first."""
+    """Collect every mean and std in a data set, its transforms or an image processor below it, the nearest first."""
     found: list[Statistics] = []
     for owner in _walk(data):
         space = owner if isinstance(owner, dict) else _attributes(owner)
@@ -95,7 +106,7 @@ def declared_statistics(data: Any) -> list[Statistics]:
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
-    """One number per channel, none where it is something else."""
+    """Return numbers per channel; empty if the value is something else."""
     try:
         numbers = np.asarray(value, dtype=float).ravel()
     except (TypeError, ValueError):
@@ -104,7 +115,7 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def _walk(data: Any) -> Iterator[Any]:
-    """The object and what it holds, breadth first: attributes, and items of short lists, tuples and dicts."""
+    """Yield the object and what it holds, breadth first: attributes, and items of short lists, tuples and dicts."""
     waiting, seen = deque([data]), {id(data)}
     while waiting and len(seen) < MAX_OBJECTS:
         owner = waiting.popleft()
@@ -118,15 +129,15 @@ def _walk(data: Any) -> Iterator[Any]:
 def _parts(owner: Any) -> list[Any]:
     if isinstance(owner, (list, tuple, dict)):
         items = list(owner.values()) if isinstance(owner, dict) else list(owner)
-        return items if len(items) <= 64 else []  # not the samples themselves
-    bound = getattr(owner, "__self__", None) if inspect.isroutine(owner) else None  # such as a collate function's
+        return items if len(items) <= 64 else []  # longer ones are samples
+    bound = getattr(owner, "__self__", None) if inspect.isroutine(owner) else None  # of a collate function
     closure = inspect.getclosurevars(owner).nonlocals.values() if inspect.isfunction(owner) else ()
     partial = (owner.func, *owner.args, *owner.keywords.values()) if isinstance(owner, functools.partial) else ()
     return [part for part in (*_attributes(owner).values(), bound, *closure, *partial) if part is not None]
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
-    """What is stored in an object, children and buffers of modules included; no property of foreign code is run."""
+    """Return an object's attributes, with children and buffers of modules, without running foreign properties."""
     if isinstance(owner, (type, ModuleType)):
         return {}
     own: dict[str, Any] = dict(getattr(owner, "__dict__", {}))

@@ -1,4 +1,4 @@
-"""`ProbeBatch`: the fixed images that attention is watched on, and how to show them."""
+"""`ProbeBatch`: the fixed images on which attention is recorded, and how to show them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,24 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ProbeBatch:
-    """Images as the model takes them, (B, C, H, W) floats, with what it takes to show them again.
+    """Images as the model takes them, and how to show them.
 
-    ``mean`` and ``std`` (one number per channel) undo the normalisation: pixels = images · std + mean, in 0…1.
-    ``caption`` says in panels what is shown of them, ``source`` where mean and std are from.
-    ``masks`` are ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects; without
-    any object at all they are None.
+    Args:
+        images: Normalised images, floats (B, C, H, W).
+        mean: One number per channel; ``pixels = images · std + mean`` is in 0 to 1.
+        std: One number per channel.
+        masks: Ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects.
+        names: A name for each image; by default "image0", "image1" and so on.
+        caption: Caption of the images in panels.
+        source: Origin of mean and std, for messages.
+
+    Raises:
+        ProbeError: A shape or type does not fit.
+
+    Example:
+        >>> probe = ProbeBatch(torch.zeros(2, 3, 32, 32), names=["cat", "dog"])
+        >>> len(probe), probe.names, probe.pixels.shape
+        (2, ('cat', 'dog'), (2, 32, 32, 3))
     """
 
     def __init__(
@@ -48,7 +60,7 @@ class ProbeBatch:
             )
         _check_statistics(mean, std, images.shape[1])
         if names is not None and len(names) != len(images):
-            raise ProbeError(f"names: received {len(names)} for {len(images)} images")
+            raise ProbeError(f"names: received {len(names)}, expected one for each of {len(images)} images")
         if masks is not None and (
             masks.ndim != 4 or (len(masks), *masks.shape[2:]) != (len(images), *images.shape[2:])
         ):
@@ -66,7 +78,7 @@ class ProbeBatch:
 
     @property
     def pixels(self) -> np.ndarray[Any, Any]:
-        """For display, uint8 (B, H, W, 3); one channel becomes grey, of more than three the first three are kept."""
+        """Denormalised images, uint8 (B, H, W, 3): one channel as grey, of more than three channels the first three."""
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         shown = (self.images.float() * std + mean).clamp(0, 1).nan_to_num()
         shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
@@ -74,7 +86,7 @@ class ProbeBatch:
         return pixels
 
     def has_same_images_as(self, other: ProbeBatch) -> bool:
-        """Whether the images are equal to the bit."""
+        """Return True if the images are bit-identical."""
         return self.images.shape == other.images.shape and torch.equal(self.images, other.images)
 
     @classmethod
@@ -88,17 +100,25 @@ class ProbeBatch:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> ProbeBatch:
-        """From a folder of images (with its masks), a tensor of normalised images, or a probe, which stays as it is.
+        """Make a probe from a folder of images or a tensor of normalised images; return a probe unchanged.
 
-        Without ``mean`` and ``std``, those of a tensor are told from its values, and a folder is normalised by
-        ImageNet's.
+        Args:
+            probe: Folder, tensor (B, C, H, W) or probe.
+            size: Size of a folder's images, a square's side or (height, width).
+            num_images: Largest number of a folder's images.
+            masks: Folder of a folder's masks, see `from_folder`.
+            mean: One number per channel; inferred from a tensor, and ImageNet's for a folder.
+            std: One number per channel; likewise.
+
+        Raises:
+            ProbeError: The images cannot be used.
         """
         if isinstance(probe, ProbeBatch):
             return probe
         if isinstance(probe, Tensor):
             if mean is None or std is None:
                 if probe.ndim != 4 or not probe.is_floating_point() or not probe.numel():
-                    return cls(probe)  # raises what is wrong with it
+                    return cls(probe)  # raises the error
                 found = infer_statistics(probe.detach().cpu())
                 return cls(probe, mean=found.mean, std=found.std, source=str(found))
             return cls(probe, mean=mean, std=std)
@@ -106,7 +126,7 @@ class ProbeBatch:
         return cls.from_folder(probe, size=size, num_images=num_images, masks=masks, mean=mean, std=std)
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
-        """The same images, to be shown by another mean and std."""
+        """Return the same images with another mean and std."""
         images, masks, names = self.images, self.masks, self.names
         return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption)
 
@@ -121,11 +141,19 @@ class ProbeBatch:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> ProbeBatch:
-        """Images of a folder, resized to cover ``size`` (square, or (height, width)) and cropped at the centre.
+        """Read images of a folder, resized to cover ``size`` and cropped at the centre.
 
-        When there are more than ``num_images``, they are taken at even distances from the sorted list; a folder of
-        class folders works too. ``masks`` is a folder of PNG masks with the images' names: binary, or one value per
-        object (255 is ignored), all 0 for an image without truth. Every unreadable file is named in the error.
+        Args:
+            path: Folder of images, or of class folders.
+            size: A square's side or (height, width), in pixels.
+            num_images: Largest number of images; more are thinned evenly in the order of their names.
+            masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored), all 0 for an
+                image without ground truth.
+            mean: One number per channel, to normalise with.
+            std: One number per channel, to normalise with.
+
+        Raises:
+            ProbeError: A folder, image or mask is missing or unreadable; the message names every unreadable file.
         """
         read = read_folder(path, size=size, num_images=num_images, masks=masks)
         return cls._from_photographs(read, mean, std)
@@ -139,7 +167,7 @@ class ProbeBatch:
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
     ) -> ProbeBatch:
-        """One image file, or a folder as `from_folder` takes it."""
+        """Read one image file, or a folder with `from_folder`."""
         check_count(num_images)
         if not Path(path).exists():
             raise ProbeError(f"images {path}: does not exist; expected an image file or a folder of images")
@@ -154,7 +182,7 @@ class ProbeBatch:
         return cls(images, mean=mean, std=std, masks=read.masks, names=read.names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Store for offline drawing and for resuming; 8-bit when that loses nothing."""
+        """Write the probe to an `.npz` file, in 8 bits if that is lossless."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
         header.update(caption=self.caption, source=self.source)
         arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
@@ -162,12 +190,12 @@ class ProbeBatch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeBatch:
-        """Read what `save` wrote; `ArchiveError` when the file is no probe, or its parts contradict each other."""
+        """Read a file that `save` wrote; `ArchiveError` if it is no valid probe."""
         with open_npz(Path(path)) as file:
             return cls._from_stored(file.header, file.tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: tensors and plain values only, loadable with ``weights_only=True``."""
+        """Return the probe as tensors and plain values, loadable with ``weights_only=True``."""
         return {
             "tensors": self._stored(),
             "names": list(self.names),
@@ -179,7 +207,7 @@ class ProbeBatch:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
-        """The probe that `state_dict` came from, to the bit; `ArchiveError` when it is none."""
+        """Restore a probe from `state_dict`, bit by bit; `ArchiveError` if it is no valid probe."""
         stored = Fields(state, "state of a probe")
         return cls._from_stored(stored, tensors_in(stored.mapping("tensors")))
 
@@ -196,11 +224,13 @@ class ProbeBatch:
         names, mean, std = header.names("names"), header.numbers("mean"), header.numbers("std")
         images = read("images", ("float32", "float16", "float64", "bfloat16"), (len(names), len(mean), None, None))
         if not 0 < len(mean) == len(std) or 0 in std:
-            raise ArchiveError(f"mean={mean}, std={std} in the {header.where}, expected as many, and no std of 0")
+            raise ArchiveError(
+                f"mean={mean}, std={std} in the {header.where}; expected one each per channel, no std of 0"
+            )
         if images is None:
             pixels = read("pixels", ("uint8",), (len(names), 3, None, None))
             if pixels is None or len(mean) != 3:
-                raise ArchiveError("neither 'images' nor 'pixels' is there, with a mean and std for each channel")
+                raise ArchiveError("has neither 'images' nor 'pixels' with a mean and std for each channel")
             images = _normalise(pixels, mean, std)
         masks = read("masks", ("bool",), (len(names), None, *images.shape[2:]))
         caption, source = header.text("caption"), header.text("source")
@@ -210,10 +240,10 @@ class ProbeBatch:
 def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise ProbeError(f"{name}: received {len(values)} values for images of {channels} channels")
+            raise ProbeError(f"{name}: received {len(values)} values, expected one for each of {channels} channels")
 
 
 def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, C, H, W) as the model takes them: (pixels / 255 - mean) / std."""
+    """Normalise uint8 pixels (B, C, H, W): (pixels / 255 - mean) / std."""
     m, s = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
     return (pixels.float() / 255 - m) / s

@@ -1,4 +1,4 @@
-"""An archive folder: one file a step, read in the order of steps, and what a resumed run finds in it."""
+"""An archive folder: one snapshot file per step."""
 
 from __future__ import annotations
 
@@ -14,32 +14,40 @@ from attn_monitor.workers import safe_point
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """File of a step; names sort in the order of steps."""
+    """Return the file of a step; names sort in the order of steps."""
     return folder / f"step-{step:09d}.npz"
 
 
 def snapshot_paths(folder: Path) -> list[Path]:
-    """Files of an archive folder in order of steps; none where there is no such folder."""
+    """List the snapshot files of a folder in order of steps; empty if the folder does not exist."""
     return sorted(path for path in folder.glob("step-*.npz") if re.fullmatch(r"step-[0-9]{9,18}", path.stem))
 
 
 def step_of(path: Path) -> int:
-    """The step that `snapshot_path` was made from."""
+    """Return the step of a file that `snapshot_path` named."""
     return int(path.stem.removeprefix("step-"))
 
 
 def load_step(path: Path) -> Snapshot:
-    """A snapshot of an archive folder, which has the step that its file is named after."""
+    """Read a snapshot; `ArchiveError` if its step is not the one in the file's name."""
     snapshot = read_snapshot(path)
     if snapshot.step != step_of(path):
-        raise ArchiveError(f"{path}: holds step {snapshot.step}, expected the step that the file is named after")
+        raise ArchiveError(f"{path}: holds step {snapshot.step}, expected the step in the file's name")
     return snapshot
 
 
 def written_between(
     archive: Path, after: int, until: int, names: Sequence[str], warn: Callable[[str], None]
 ) -> list[Snapshot]:
-    """Snapshots of these images at steps above ``after`` and up to ``until``; files that cannot be read are told."""
+    """Read the snapshots of a range of steps.
+
+    Args:
+        archive: Folder of snapshots.
+        after: Last step before the range.
+        until: Last step of the range.
+        names: Names of the images; snapshots of others are left out.
+        warn: Gets a message for each file that cannot be read.
+    """
     read = []
     for path in snapshot_paths(archive):
         if after < step_of(path) <= until:
@@ -47,14 +55,19 @@ def written_between(
             try:
                 read.append(load_step(path))
             except (ArchiveError, OSError) as error:
-                warn(f"a snapshot of this run is left out of film strips. {error}")
+                warn(f"film strips leave out a snapshot that cannot be read. {error}")
     return [s for s in read if s.names == tuple(names)]
 
 
 def set_aside(archive: Path, after: int) -> str:
-    """Move snapshots of later steps out of the way: the checkpoint that a run is resumed from has not seen them.
+    """Move snapshots of later steps into a folder `superseded-N`: the checkpoint of a resumed run is older than they.
 
-    Returns what to say of it, nothing where there are none.
+    Args:
+        archive: Folder of snapshots.
+        after: Step of the checkpoint.
+
+    Returns:
+        A message for the user, empty if there are no later snapshots.
     """
     later = [path for path in snapshot_paths(archive) if step_of(path) > after]
     if not later:
@@ -65,6 +78,6 @@ def set_aside(archive: Path, after: int) -> str:
         path.rename(folder / path.name)
     steps = ", ".join(str(step_of(path)) for path in later[:20]) + (", …" if len(later) > 20 else "")
     return (
-        f"this run is resumed from step {after}, and had gone on to step {step_of(later[-1])} before. Snapshots of "
-        f"steps {steps} are moved to {folder}; in loggers these steps may be there twice"
+        f"this run resumes from step {after}, and had reached step {step_of(later[-1])} before. Snapshots of steps "
+        f"{steps} were moved to {folder}; loggers may hold these steps twice"
     )

@@ -1,4 +1,4 @@
-"""`Curves`: a few metrics of every layer over the whole run, for charts that need its past."""
+"""`Curves`: a few metrics of every layer over the whole run, for charts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from attn_monitor.measure.metrics import LARGEST, SINK_SHARES
 from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.record.history import thin
 
-MAX_POINTS = 96  # points of a curve that are kept
+MAX_POINTS = 96  # of a curve
 CHARTED = (*LARGEST, *SINK_SHARES)
 
 Points = list[tuple[int, float]]
 
 
 class Curves:
-    """Points (step, value) of the metrics in ``CHARTED`` over heads and images, thinned evenly where there are many."""
+    """Points (step, value) of the metrics in `CHARTED`, over heads and images, thinned evenly to `MAX_POINTS`."""
 
     def __init__(self, points: Mapping[MetricKey, Points] | None = None) -> None:
         self._points = {key: list(line) for key, line in (points or {}).items()}
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Append a snapshot's values; those of its step and later ones, from before a run was resumed, go."""
+        """Append a snapshot's values; drop points of its step and later ones, from before a run was resumed."""
         for key, line in self._points.items():
             self._points[key] = [point for point in line if point[0] < step]
         for key, value in metrics.items():
@@ -33,18 +33,18 @@ class Curves:
                 self._points[key] = [line[i] for i in chosen]
 
     def of(self, metrics: Collection[str]) -> dict[MetricKey, Points]:
-        """The curves of these metrics that have points, by role, layer and metric."""
+        """Return the curves of these metrics, without empty ones."""
         return {key: line for key, line in sorted(self._points.items()) if key.metric in metrics and line}
 
     def copy(self) -> Curves:
-        """The same, which later points are not added to."""
+        """Return an independent copy."""
         return Curves(self._points)
 
     def state_dict(self) -> list[Any]:
-        """Plain values only."""
+        """Return the curves as plain values, for a checkpoint."""
         return [[*key[:3], [list(point) for point in line]] for key, line in self._points.items()]
 
     @classmethod
     def from_state_dict(cls, state: list[Any]) -> Curves:
-        """The curves that `state_dict` came from."""
+        """Restore curves from `state_dict`."""
         return cls({MetricKey(*key): [(int(s), float(v)) for s, v in line] for *key, line in state})

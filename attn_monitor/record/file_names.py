@@ -1,30 +1,32 @@
-"""Names that file systems and loggers' tags take."""
+"""Make names valid for file systems and for loggers' tags."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-MAX_NAME_BYTES = 80  # of a name, so that what loggers put around it fits in the 255 of a file's
+MAX_NAME_BYTES = 80  # leaves room for what loggers add within the 255 bytes of a file name
 MAX_FILE_NAME_BYTES = 255
 
 
 def truncate_utf8(text: str, limit: int) -> str:
-    """As much of a text as fits in a number of bytes of UTF-8, in whole characters."""
+    """Truncate a text to at most ``limit`` bytes of UTF-8, at a character."""
     return text.encode()[:limit].decode(errors="ignore")
 
 
 def file_name(stem: str, ending: str) -> str:
-    """A name that file systems take: 255 bytes at most, the ending such as ".jpg" included."""
+    """Truncate ``stem`` so that the name with its ``ending``, such as ".jpg", has at most 255 bytes."""
     return truncate_utf8(stem, MAX_FILE_NAME_BYTES - len(ending.encode())) + ending
 
 
 def tag_safe_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Make names fit for a logger's tag and for a file name.
+    """Make names valid in tags and file names: unique, without slash and leading dot, at most 80 bytes each.
 
-    Without slashes or a dot at the start, of at most 80 bytes, each one different.
+    The function is idempotent, so that a stored probe keeps the names of its snapshots.
 
-    Names that this gave stay as they are, so that a stored probe has those of its snapshots.
+    Example:
+        >>> tag_safe_names(["cats/1", "cats/1", ".hidden"])
+        ('cats_1', 'cats_1~2', '_.hidden')
     """
     safe: list[str] = []
     for name in names:

@@ -1,4 +1,4 @@
-"""Reading a JSON object field by field: each has the type and range it must have, or the error says which has not."""
+"""Read a JSON object field by field, with a check of each field's type and range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ MAX_INTEGER = 2**63 - 1
 
 
 class Fields:
-    """The fields of one object of a header; ``where`` names it in errors."""
+    """The fields of a JSON object; every method raises `ArchiveError` for a missing field or a wrong value.
+
+    Args:
+        values: The parsed object.
+        where: Name of the object in errors.
+
+    Example:
+        >>> Fields({"step": 3, "grid": [14, 14]}, "header").integers("grid", count=2)
+        (14, 14)
+    """
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
@@ -21,74 +30,74 @@ class Fields:
         self._values, self.where = values, where
 
     def integer(self, name: str, *, least: int = 0) -> int:
-        """A whole number of at least ``least``."""
+        """Return an integer of at least ``least``."""
         value = self._get(name)
         if not _is_integer(value) or not least <= value <= MAX_INTEGER:
-            raise self._wrong(name, f"a whole number of at least {least}")
+            raise self._wrong(name, f"an integer of at least {least}")
         return int(value)
 
     def integers(self, name: str, *, count: int | None = None, least: int = 0) -> tuple[int, ...]:
-        """A list of ``count`` whole numbers (None: any number of them)."""
+        """Return a list of integers of at least ``least``, ``count`` of them unless it is None."""
         values = self.items(name)
         fits = all(_is_integer(value) and least <= value <= MAX_INTEGER for value in values)
         if not fits or count not in (None, len(values)):
-            raise self._wrong(name, f"{'' if count is None else f'{count} '}whole numbers of at least {least}")
+            raise self._wrong(name, f"{'' if count is None else f'{count} '}integers of at least {least}")
         return tuple(values)
 
     def number(self, name: str) -> float:
-        """A number, NaN where none is stored: JSON has no NaN."""
+        """Return a number; NaN for null, as JSON has no NaN."""
         value = self._get(name)
         if value is None:
             return math.nan
         if not _is_number(value):
-            raise self._wrong(name, "a number or nothing")
+            raise self._wrong(name, "a number or null")
         return float(value)
 
     def numbers(self, name: str, *, missing: bool = False) -> tuple[float, ...]:
-        """A list of finite numbers; with ``missing``, NaN where none is stored."""
+        """Return a list of finite numbers; with ``missing``, NaN for null."""
         values = [math.nan if value is None and missing else value for value in self.items(name)]
         if not all(_is_number(value) or (missing and value is math.nan) for value in values):
             raise self._wrong(name, "finite numbers")
         return tuple(map(float, values))
 
     def is_none(self, name: str) -> bool:
-        """Whether nothing is stored under this name."""
+        """Return True if the field is null."""
         return self._get(name) is None
 
     def boolean(self, name: str) -> bool:
-        """True or false."""
+        """Return a boolean."""
         value = self._get(name)
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value
 
     def text(self, name: str) -> str:
-        """A text."""
+        """Return a string."""
         value = self._get(name)
         if not isinstance(value, str):
-            raise self._wrong(name, "a text")
+            raise self._wrong(name, "a string")
         return value
 
     def names(self, name: str) -> tuple[str, ...]:
-        """At least one text, each different."""
+        """Return a list of at least one string, all different."""
         values = self.items(name)
         if not values or not all(isinstance(v, str) for v in values) or len(set(values)) < len(values):
-            raise self._wrong(name, "texts, each different")
+            raise self._wrong(name, "at least one string, all different")
         return tuple(values)
 
     def items(self, name: str) -> list[Any]:
-        """A list of anything."""
+        """Return a list of any items."""
         value = self._get(name)
         if not isinstance(value, list):
             raise self._wrong(name, "a list")
         return value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """An object, as it is."""
+        """Return a nested object unchecked."""
         return self.child(name)._values
 
     def child(self, name: str) -> Fields:
-        """An object within this one."""
+        """Return the fields of a nested object."""
         return Fields(self._get(name), f"{name} of the {self.where}")
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`History`: the past of a run as film strips show it."""
+"""`History`: earlier snapshots of a run, for film strips."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from attn_monitor.snapshot import Snapshot
 
-MAX_SNAPSHOTS = 24  # snapshots that are kept
+MAX_SNAPSHOTS = 24
 
 
 class History:
-    """Earlier snapshots of the layers that are drawn, in order of steps, thinned evenly to at most 24."""
+    """Earlier snapshots of the drawn layers in order of steps, thinned evenly to `MAX_SNAPSHOTS`."""
 
     def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
         self._snapshots = list(snapshots)
@@ -27,7 +27,7 @@ class History:
         return self._snapshots[index]
 
     def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
-        """Append these layers of a snapshot; those of its step and later ones, from before a run was resumed, go."""
+        """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed."""
         kept = [s for s in self._snapshots if s.step < snapshot.step]
         self._snapshots = [*kept, snapshot.only(layers)]
         if len(self._snapshots) > MAX_SNAPSHOTS:
@@ -35,12 +35,17 @@ class History:
             self._snapshots = [self._snapshots[i] for i in chosen]
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all snapshots."""
         self._snapshots = []
 
 
 def thin(steps: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` indices into ascending ``steps``, spread evenly over them, first and last included."""
+    """Choose at most ``count`` indices of ascending ``steps``, spread evenly, with the first and the last.
+
+    Example:
+        >>> thin([0, 1, 2, 50, 100], 3)
+        [0, 3, 4]
+    """
     if len(steps) <= count:
         return list(range(len(steps)))
     goals = np.linspace(steps[0], steps[-1], count)

@@ -1,7 +1,7 @@
-"""The archive's files: an `.npz` with a JSON header, written whole or not at all, and read no further than expected.
+"""The archive's `.npz` files with a JSON header: atomic writing, and reading of untrusted files.
 
-`numpy.load(path, allow_pickle=False)` reads them too. Here members are read by name, each only once its shape and type
-are known to be those that the header promises: members that nobody asks for cost nothing, whatever they hold.
+`numpy.load(path, allow_pickle=False)` reads them too. Here a member is read by name, after a check that its shape and
+type are those of the header; other members are never unpacked, so that crafted ones do no harm.
 """
 
 from __future__ import annotations
@@ -27,19 +27,25 @@ from torch import Tensor
 from attn_monitor.errors import ArchiveError
 from attn_monitor.record.header_fields import Fields
 
-FORMAT = 2  # additions are optional, so that this number stays
-HEADER_BYTES = 64 << 20  # of JSON as UTF-32; a thousand layers' metrics of every head take a tenth
-PACKED_BYTES = 256 << 20  # files that would unpack to more are stored as they are, see `write_npz`
-WRITING = ".writing-"  # how the names of files begin that are not complete
+FORMAT = 2  # unchanged by optional additions
+HEADER_BYTES = 64 << 20  # limit of JSON in UTF-32; metrics of every head of a thousand layers take a tenth
+PACKED_BYTES = 256 << 20  # larger files are written without compression
+WRITING = ".writing-"  # prefix of incomplete files
 
 Shape = tuple["int | None", ...]
-"""Sizes that an array must have; None for one that the header does not tell."""
+"""Expected sizes of an array; None for one that the header does not give."""
 TensorReader = Callable[[str, Sequence[str], Shape], "Tensor | None"]
-"""Gives a stored tensor by name, if it has one of these types and this shape, see `NpzFile.tensor`."""
+"""Reads a stored tensor by name, of one of these types and this shape, see `NpzFile.tensor`."""
 
 
 def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write under a temporary name, to disk, and rename: complete or not there at all. The umask decides who reads."""
+    """Write a file atomically: under a temporary name, synced to disk and renamed.
+
+    Args:
+        path: The file; its folder is created.
+        header: Values for JSON.
+        arrays: Arrays by name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = re.sub(r"[^\w-]", "_", socket.gethostname())[:60]
     temporary = path.parent / f"{WRITING}{owner}-{os.getpid()}-{secrets.token_hex(4)}.npz"
@@ -58,7 +64,7 @@ def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.nda
 
 
 class NpzFile:
-    """An open file: its header, and arrays by name as they are asked for."""
+    """An open file: its header, and tensors that are read by name."""
 
     def __init__(self, file: zipfile.ZipFile, size: int) -> None:
         self._file = file
@@ -67,7 +73,16 @@ class NpzFile:
         check_format(self.header)
 
     def tensor(self, name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:
-        """An array of this shape and one of these types, None where the file has none of this name."""
+        """Read a tensor, or return None if the file has none of this name.
+
+        Args:
+            name: Name of the member.
+            dtypes: Names of the allowed types.
+            shape: Expected shape.
+
+        Raises:
+            ArchiveError: The shape or type is another, or the member is damaged.
+        """
         try:
             member = self._file.getinfo(f"{name}.npy")
         except KeyError:
@@ -86,7 +101,7 @@ class NpzFile:
         self, member: zipfile.ZipInfo, name: str, dtypes: Sequence[str] | None, shape: Shape
     ) -> np.ndarray[Any, Any]:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ArchiveError(f"{name} is compressed by method {member.compress_type}, which is not read here")
+            raise ArchiveError(f"{name} has compression method {member.compress_type}, expected stored or deflated")
         with self._file.open(member) as stream:
             version = npy.read_magic(stream)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -100,18 +115,18 @@ class NpzFile:
                 raise ArchiveError(f"{name} would unpack to {size:,} bytes, more than a file of this size can hold")
             content = stream.read(size)
             if len(content) != size or stream.read(1):  # reading to the end compares the checksum
-                raise ArchiveError(f"{name} has not the {size:,} bytes of its shape {found}")
-        array: np.ndarray[Any, Any] = np.frombuffer(bytearray(content), dtype)  # torch wants what can be written to
+                raise ArchiveError(f"{name} does not have the {size:,} bytes of its shape {found}")
+        array: np.ndarray[Any, Any] = np.frombuffer(bytearray(content), dtype)  # torch needs a writable array
         return array.reshape(found, order="F" if fortran_order else "C")
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[NpzFile]:
-    """Read what `write_npz` wrote; every `ArchiveError` raised meanwhile names the file."""
+    """Open a file of `write_npz`; every `ArchiveError` raised within the context names the file."""
     try:
         with _damage_as_archive_error("the file"):
-            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-                raise ArchiveError("not a file")
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+                raise ArchiveError("not a regular file")
             file = zipfile.ZipFile(path)
         with file:
             yield NpzFile(file, path.stat().st_size)
@@ -133,7 +148,7 @@ def _damage_as_archive_error(what: str) -> Iterator[None]:
 
 
 def tensors_in(stored: Mapping[str, Any]) -> TensorReader:
-    """The tensors of a checkpoint's state, with the checks that a file's get."""
+    """Return a reader of a checkpoint's tensors that checks them like those of a file."""
 
     def read(name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:
         value = stored.get(name)
@@ -147,7 +162,7 @@ def tensors_in(stored: Mapping[str, Any]) -> TensorReader:
 
 
 def parse_json(text: str) -> Any:
-    """What a header says."""
+    """Parse JSON; `ArchiveError` if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -155,7 +170,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_format(header: Fields) -> None:
-    """Refuse what a newer version wrote in a format that this one does not know."""
+    """Raise `ArchiveError` for a format that only newer versions read."""
     found = header.integer("format", least=1)
     if found > FORMAT:
         raise ArchiveError(
@@ -165,7 +180,7 @@ def check_format(header: Fields) -> None:
 
 
 def check_array(name: str, found: Sequence[int], dtype: str, dtypes: Sequence[str], shape: Shape) -> None:
-    """Refuse an array of another shape or type than the header promises."""
+    """Raise `ArchiveError` for an array of another shape or type than the header gives."""
     fits = len(found) == len(shape) and all(
         (size >= 1 if wanted is None else size == wanted) for size, wanted in zip(found, shape, strict=True)
     )
@@ -175,7 +190,7 @@ def check_array(name: str, found: Sequence[int], dtype: str, dtypes: Sequence[st
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove what a killed process of this folder's run was writing; the names of the files that went."""
+    """Remove incomplete files that a killed process left in a folder, and return their paths."""
     unfinished = sorted(folder.glob(f"{WRITING}*"))
     for path in unfinished:
         path.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """The file format of a snapshot, and the same as a state for checkpoints.
 
 A file is a plain `.npz`: `header` holds JSON, and each `rows/{role}/{layer}` a (B, H, T) float16 array; `colors` are
-uint8, `features` float16 and all other optional tensors float32, so that `numpy.load(path, allow_pickle=False)` reads
-it anywhere.
+uint8, `features` float16 and all other optional tensors float32. `numpy.load(path, allow_pickle=False)` reads it.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from attn_monitor.record.npz import (
 )
 from attn_monitor.snapshot import Snapshot
 
-PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may come from a softmax in bfloat16
+PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may be a softmax in bfloat16
 
 
 def write_snapshot(snapshot: Snapshot, path: Path) -> None:
-    """Write to a temporary name and rename, so that a reader never meets half a file."""
+    """Write a snapshot to an `.npz` file, atomically."""
     header, arrays = _stored(snapshot)
     write_npz(path, header, {name: array.numpy() for name, array in arrays.items()})
 
@@ -46,23 +45,23 @@ def read_snapshot(path: Path) -> Snapshot:
     """Read a snapshot.
 
     Raises:
-        ArchiveError: The file is not a snapshot, or its parts contradict each other.
+        ArchiveError: The file is not a snapshot, or is inconsistent.
     """
     with open_npz(path) as file:
         return _from_stored(file.header, file.tensor)
 
 
 def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
-    """A snapshot for checkpoints: float16 tensors and a JSON text, loadable with ``weights_only=True``."""
+    """Return a snapshot as float16 tensors and JSON, loadable with ``weights_only=True``."""
     header, arrays = _stored(snapshot)
     return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
 
 
 def snapshot_of_state(state: dict[str, Any]) -> Snapshot:
-    """The snapshot that `snapshot_state` stored, in float16 precision.
+    """Restore a snapshot from `snapshot_state`, in float16 precision.
 
     Raises:
-        ArchiveError: It is not such a state.
+        ArchiveError: The state is not that of a snapshot, or is inconsistent.
     """
     stored = Fields(state, "state of a snapshot")
     header = Fields(parse_json(stored.text("header")), "header")
@@ -120,7 +119,7 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
         entry = Fields(item, f"header's entry {number} of layers")
         key = entry.text("role"), entry.integer("layer")
         if key in layers:
-            raise ArchiveError(f"layer {key[1]} of {key[0]!r} is there twice")
+            raise ArchiveError(f"layer {key[1]} of {key[0]!r} is stored twice")
         of_layer = _metrics(entry, *key)
         layers[key] = _layer(entry, len(names), of_layer, read)
         metrics.update(of_layer)
@@ -135,7 +134,7 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
 
 
 def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> LayerAttention:
-    """One layer, checked against itself and against its metrics."""
+    """Read one layer, checked for consistency with its metrics."""
     role, index, prefix = entry.text("role"), entry.integer("layer"), entry.integer("num_prefix")
     grid = Grid(entry.integers("grid", count=2, least=1), _geometry(entry))
     heads = entry.integer("heads", least=1)
@@ -165,12 +164,12 @@ def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> 
     attention = LayerAttention(index, name, rows, prefix, grid, mixed, error, kind, **optional)
     _check_rows(entry, attention, metrics)
     if len(attention.prefix_names) not in (0, prefix):
-        raise ArchiveError(f"prefix_names of layer {index} of {role!r} are not {prefix}")
+        raise ArchiveError(f"prefix_names of layer {index} of {role!r}: expected {prefix} of them or none")
     return attention
 
 
 def _patches(entry: Fields, shape: tuple[int, int], read: TensorReader) -> dict[str, Any]:
-    """What is stored of the patch tokens of one layer, (images, patches) each."""
+    """Read the colours and features of one layer's patch tokens; ``shape`` is (images, patches)."""
     role, index, found = entry.text("role"), entry.integer("layer"), dict[str, Any]()
     colors = read(f"colors/{role}/{index}", ("uint8",), (*shape, 3)) if "color_scale" in entry else None
     if colors is not None:
@@ -188,7 +187,7 @@ def _patches(entry: Fields, shape: tuple[int, int], read: TensorReader) -> dict[
 
 
 def _patch_facts(attention: LayerAttention) -> dict[str, Any]:
-    """What a file says of the patch tokens' colours and features."""
+    """Return the header's fields for colours and features of patch tokens."""
     facts: dict[str, Any] = {}
     if attention.patch_colors is not None:
         facts["color_scale"] = attention.patch_colors.scale
@@ -198,7 +197,7 @@ def _patch_facts(attention: LayerAttention) -> dict[str, Any]:
 
 
 def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> None:
-    """Refuse rows that are not what the header and the metrics made from them say."""
+    """Raise `ArchiveError` for rows that contradict the header or the metrics."""
     where = f"rows of layer {attention.layer} of {entry.text('role')!r}"
     facts = _row_facts(attention.rows, attention.kind)
     of_layer = metrics.of_layer(entry.text("role"), attention.layer)
@@ -212,19 +211,19 @@ def _check_rows(entry: Fields, attention: LayerAttention, metrics: Metrics) -> N
 
 
 def _row_facts(rows: Tensor, kind: str) -> dict[str, bool]:
-    """What a file says of its rows in the header, so that nothing else is taken for it."""
+    """Return the header's fields that describe the rows, to detect rows of another file."""
     finite = rows.isfinite().all(-1)
     shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
     return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
 
 
 def _geometry_facts(geometry: GridGeometry | None) -> dict[str, Any]:
-    """Fields of a layer's entry: none where its patches tile the image."""
+    """Return the header's field for the geometry, none if patches tile the image."""
     return {} if geometry is None else {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell)}}
 
 
 def _geometry(entry: Fields) -> GridGeometry | None:
-    """The geometry that `_geometry_facts` stored."""
+    """Read the geometry of `_geometry_facts`."""
     if "geometry" not in entry:
         return None
     stored = entry.child("geometry")
@@ -237,7 +236,7 @@ def _geometry(entry: Fields) -> GridGeometry | None:
 
 
 def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """One layer's metrics by name: the mean, and where heads have values of their own, these from head 0 on."""
+    """Return one layer's metrics by name: the mean and, if heads have values, these from head 0 on."""
     stored: dict[str, dict[str, Any]] = {}
     for key, value in metrics.items():
         if key.head is None:
@@ -248,7 +247,7 @@ def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
 
 
 def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
-    """What `_stored_metrics` stored."""
+    """Read the metrics of `_stored_metrics`."""
     metrics, stored = Metrics(), entry.child("metrics")
     for name in stored:
         values = stored.child(name)
@@ -264,7 +263,7 @@ def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
 
 
 def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
-    """A flag about one of these layers, or about a whole model where its layer is missing."""
+    """Read a flag about one of these layers, or about a whole model if its layer is null."""
     role, heads = stored.text("role"), stored.integers("heads")
     layer = None if stored.is_none("layer") else stored.integer("layer")
     there = layers[role, layer].rows.shape[1] if layer is not None and (role, layer) in layers else 0
@@ -276,5 +275,5 @@ def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> H
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return value if math.isfinite(value) else None

@@ -72,7 +72,7 @@ def test_two_snapshots(tmp_path: Path) -> None:
         ({"probe": noise_probe(0, 64)}, "of other sizes, 32 × 32 and 64 × 64 pixels"),
         ({"probe": ProbeBatch(torch.zeros(1, 3, 32, 32))}, r"compared: 2 \(image0, image1\) and 1 \(image0\)"),
         ({"model": {"num_heads": 2}}, "layer 1 of student cannot be compared: its number of heads is 4 in .* and 2 in"),
-        ({"model": {"patch_size": 16}}, r"its grid is \(4, 4\) in .* and \(2, 2\) in"),
+        ({"model": {"patch_size": 16}}, r"its grid is 4 × 4 in .* and 2 × 2 in"),
         ({"query": (1, 1)}, "its query is cls in .* and "),
         ({"layers": 0}, "no layer is in both: .* holds layer 1 of student, layer 1 of teacher, and .* layer 0 of stud"),
     ],

@@ -40,6 +40,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     probes["images"] = ProbeBatch(torch.randn(3, 1, 8, 8), mean=[0.5], std=[0.25])
     monitor = AttentionMonitor(probes["pixels"], layers="all", metrics="all", health=HealthLimits(peak=0.01))
     models = {"student": tiny_vit(reg_tokens=2), "teacher": tiny_vit(reg_tokens=2)}
+    with torch.no_grad():
+        models["teacher"].blocks[1].attn.qkv.weight.mul_(30)  # sharp attention, which raises a flag
     snapshot = monitor.snapshot(models, step=7, epoch=1)
     assert snapshot.flags
     snapshot.save(folder / "snapshot.npz")

@@ -78,6 +78,6 @@ def set_aside(archive: Path, after: int) -> str:
         path.rename(folder / path.name)
     steps = ", ".join(str(step_of(path)) for path in later[:20]) + (", …" if len(later) > 20 else "")
     return (
-        f"this run resumes from step {after}, and had reached step {step_of(later[-1])} before. Snapshots of steps "
+        f"this run resumed from step {after}, and had reached step {step_of(later[-1])} before. Snapshots of steps "
         f"{steps} were moved to {folder}; loggers may hold these steps twice"
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
-from attn_monitor.train.wiring_watch import Hook
+from attn_monitor.train.wiring_watch import can_read, compiles
 
 FORWARDS = 8  # that are looked at in a batch
 NO_SPREAD = 1e-12
@@ -24,38 +25,44 @@ ALIKE = 5.0  # times: how far apart the spreads of the same channel in two sets 
 class BackboneInputs:
     """The first images of a batch, and those that enter some models until `stop`, up to ``count`` of each.
 
-    Hooks on the models themselves, for one batch. Where anything is compiled there are none: what has a hook would be
-    compiled again.
+    PyTorch's hooks on all modules, for one batch: no copy of a model that is made in it holds them. Where anything is
+    compiled there are none, as it would be compiled again.
     """
 
     def __init__(self, models: Iterable[nn.Module], batch: Any, count: int, root: nn.Module | None = None) -> None:
         models = list(dict.fromkeys(models))
         around = [*models] if root is None else [root, *models]
-        hooked = [] if _compiles(m for model in around for m in all_modules(model)) else models
-        self.given = [_first(t, count) for t in pytree.tree_leaves(batch) if _may_be_images(t)] if hooked else []
+        self.can_see = bool(models) and not compiles(m for model in around for m in all_modules(model))
+        self.given = [_first(t, count) for t in pytree.tree_leaves(batch) if self.can_see and _may_be_images(t)]
         self.entered: list[Tensor] = []
         self.error: Exception | None = None  # of a hook, which must not end the step
         self._count = count
-        self._handles = [m.register_forward_pre_hook(Hook(self._enters), with_kwargs=True) for m in hooked]
-
-    @property
-    def can_see(self) -> bool:
-        """Whether anything could be seen."""
-        return bool(self._handles)
+        self._models = {id(m._forward_pre_hooks) for m in models}  # which a model's replicas on other devices share
+        self._handles: list[RemovableHandle] = []
+        if self.can_see:
+            self._handles.append(register_module_forward_pre_hook(self._enters))
+            self._handles.append(register_module_forward_hook(self._has_entered, with_kwargs=True))
 
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _enters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if is_isolated() or len(self.entered) >= FORWARDS:
+    def _enters(self, module: nn.Module, args: Any) -> None:
+        self._see(module, lambda: find_images(args))
+
+    def _has_entered(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Images given by name, which hooks before a module do not see."""
+        if kwargs:
+            self._see(module, lambda: find_images([kwargs]) if find_images(args) is None else None)
+
+    def _see(self, module: nn.Module, find: Callable[[], Tensor | None]) -> None:
+        if id(vars(module).get("_forward_pre_hooks")) not in self._models or is_isolated():
             return
         try:
-            if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-                images = find_images([*args, kwargs])
-                if images is not None:
-                    self.entered.append(_first(images, self._count))
+            images = find() if len(self.entered) < FORWARDS and can_read() else None
+            if images is not None:
+                self.entered.append(_first(images, self._count))
         except Exception as error:
             self.error = error
 
@@ -159,16 +166,6 @@ def _may_be_images(tensor: Any) -> bool:
 def _first(images: Tensor, count: int) -> Tensor:
     """A copy on the CPU: steps change batches in place."""
     return images.detach()[:count].as_subclass(Tensor).to("cpu", copy=True)
-
-
-def _compiles(modules: Iterable[nn.Module]) -> bool:
-    if any(
-        m._compiled_call_impl is not None or "_orig_mod" in m._modules or isinstance(m, torch.jit.ScriptModule)
-        for m in modules
-    ):
-        return True
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # where a function of the loop is compiled
-    return dynamo is not None and any(map(callable, dynamo.cached_backends.values()))
 
 
 def prepared_probe(probe: ProbeBatch, inputs: BackboneInputs) -> ProbeBatch | None:

@@ -1,19 +1,20 @@
 """Looks at student and teacher around a few training steps after snapshots, for `measure.ema_checks` to judge.
 
-For those steps a hook on the teacher's first layer and one on optimizers copy a few hundred values, on their device;
-they are fetched once, when the step is over. Nothing stays behind. About eleven of the first steps are looked at, and
-one after the second, fourth, eighth, … snapshot.
+For those steps a hook on modules and one on optimizers copy a few hundred values, on their device; they are fetched
+once, when the step is over. Both hooks are global, so that no copy of a model holds them. About eleven of the first
+steps are looked at, and one after the second, fourth, eighth, … snapshot.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from attn_monitor.capture.backbones import paths_of_both_roles
@@ -45,7 +46,6 @@ class WiringWatch:
         self._batch: _Batch | None = None
         self._left = self._tries = self._snapshots = 0
         self._again_at = math.inf  # step
-        self._compiled = 0
 
     def watch(self, step: int) -> list[HealthFlag]:
         """Watch some of the steps that follow; what is known without."""
@@ -56,7 +56,6 @@ class WiringWatch:
                 self._wiring = EmaChecker(self._samples.described(self._samples.parameters()), self._limits.stall_steps)
                 self._random = random_modules(self._samples.teacher)
                 self._again_at, self._left = step + self._limits.stall_steps, FIRST
-                self._compiled = _compiled_so_far()
             self._snapshots += 1
             if self._snapshots & (self._snapshots - 1) == 0:  # a power of two
                 self._left = max(self._left, LATER)
@@ -105,7 +104,7 @@ class WiringWatch:
             self._samples = None  # of what these models are now, nothing is known
         if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
             # Not in the first batch, which shows whether training compiles: what it compiles would be so anew.
-            layer = self._layer if self._wiring.begun and self._compiled == _compiled_so_far() else None
+            layer = self._layer if self._wiring.begun and not compiles(()) else None
             self._batch = _Batch(self._samples, layer, self._random, self._wiring.student_moved, step)
 
 
@@ -128,7 +127,7 @@ class _Batch:
         self._noisy: tuple[str, ...] = ()
         self._error: Exception | None = None
         self.moment("start")
-        self._handles = [] if layer is None else [layer.register_forward_pre_hook(self._hook(self._before_forward))]
+        self._handles = [] if layer is None else [register_module_forward_pre_hook(self._hook(self._before_forward))]
         self._handles.append(register_optimizer_step_post_hook(self._hook(self._after_step)))
 
     def moment(self, at: At) -> None:
@@ -166,17 +165,17 @@ class _Batch:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, read: Callable[..., None]) -> Hook:
+    def _hook(self, read: Callable[..., None]) -> Callable[..., None]:
         """What fails in it waits for `seen`: it must not end the step."""
 
         def call(*args: Any) -> None:
             try:
-                if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+                if can_read():
                     read(*args)
             except Exception as error:
                 self._error = error
 
-        return Hook(call)
+        return call
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         """The teacher begins to run: the last time before the step counts."""
@@ -203,19 +202,21 @@ class _Batch:
         return Pair(gradients, []).sample()[0] if gradients else None
 
 
-class Hook:
-    """Reads while a step is watched. Copies of a model that has it, pickles too, have one that does nothing."""
+def can_read() -> bool:
+    """Whether a hook may read tensors: not while a function is compiled, or a CUDA graph captured."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or capturing)
 
-    def __init__(self, read: Callable[..., None] | None = None) -> None:
-        self._read = read
 
-    def __call__(self, *args: Any) -> None:
-        """Read the arguments of a hook."""
-        if self._read is not None and not torch.compiler.is_compiling():
-            self._read(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, ()
+def compiles(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules, or any function so far, is compiled: with a hook it would be compiled again."""
+    if any(
+        m._compiled_call_impl is not None or "_orig_mod" in m._modules or isinstance(m, torch.jit.ScriptModule)
+        for m in modules
+    ):
+        return True
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    return dynamo is not None and any(map(callable, dynamo.cached_backends.values()))
 
 
 def _with_gradient(step: OptimizerStep, gradient: Tensor | None) -> OptimizerStep:
@@ -261,21 +262,14 @@ def _is_trained(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
-def _compiled_so_far() -> int:
-    """How many frames torch.compile has had to do with."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds
-    return 0 if dynamo is None else int(dynamo.counters["frames"]["total"])
-
-
 def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Module | None:
-    """Of the teacher's own: runs whenever it does, by whichever of its methods; None where it cannot have a hook."""
+    """Of the teacher's own: runs whenever it does, by whichever of its methods; None where a hook would be seen."""
     if samples is None:
         return None
     around = [] if root is None else all_modules(root)
     modules = [*around, *all_modules(samples.student), *all_modules(samples.teacher)]
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
+    if compiles(modules):
         return None
     shared = set(samples.student.modules())
     layers = (m for m in samples.teacher.modules() if not m._modules and any(True for _ in m.parameters()))
-    layer = next((m for m in layers if m not in shared), None)
-    return None if isinstance(layer, torch.jit.ScriptModule) else layer
+    return next((m for m in layers if m not in shared), None)

@@ -20,8 +20,7 @@ def callbacks() -> list[Any]:
 
         return [callback_from(os.environ)]
     except Exception as error:
-        import warnings
+        from attn_monitor.messages import warn
 
-        text = f"attn_monitor: ATTN_MONITOR is set, and attention is not watched in this run. {error}"
-        warnings.warn_explicit(text, UserWarning, "attn_monitor", 0, module="attn_monitor")
+        warn(f"attn_monitor: ATTN_MONITOR is set, and attention is not watched in this run. {error}")
         return []

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
+from attn_monitor import messages
 from attn_monitor.capture.backbones import check_targets, find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.recorder import Verify
@@ -380,7 +381,7 @@ def _means(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
 
 @rank_zero_only
 def _warn(text: str) -> None:
-    reports.warn(f"AttentionMapCallback: {text}")
+    messages.warn(f"AttentionMapCallback: {text}")
 
 
 def _inform(text: str) -> None:

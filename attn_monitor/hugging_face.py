@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from attn_monitor.messages import warn
 from attn_monitor.train.arguments import is_data
-from attn_monitor.train.reports import warn
 from attn_monitor.watch import Watch
 
 STATE = "attn_monitor.pt"  # in each checkpoint

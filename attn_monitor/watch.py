@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from attn_monitor import distributed
+from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
 from attn_monitor.capture.forward import Forward, is_sharded
@@ -23,7 +23,6 @@ from attn_monitor.errors import NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.train import reports
 from attn_monitor.train.arguments import (
     MonitorSettings,
     OnError,
@@ -235,8 +234,8 @@ def _only_backbone(model: nn.Module, images: Tensor | None) -> str:
 
 
 def _warn(text: str) -> None:
-    reports.warn(f"attn_monitor: {text}")
+    messages.warn(f"attn_monitor: {text}")
 
 
 def _inform(text: str) -> None:
-    reports.inform(f"attn_monitor: {text}")
+    messages.inform(f"attn_monitor: {text}")

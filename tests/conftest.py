@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from attn_monitor import messages
 from attn_monitor.publish import background
 from tests import processes
 
@@ -33,6 +34,16 @@ def _seeded_without_known_warnings() -> Iterator[None]:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - the state that libraries draw from
         yield
+
+
+@pytest.fixture(autouse=True)
+def _our_warnings_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end no run, not even where warnings are exceptions; here they do."""
+
+    def fail(warning: UserWarning) -> None:
+        raise warning
+
+    monkeypatch.setattr(messages, "print_in_place_of", fail)
 
 
 @pytest.fixture(autouse=True)

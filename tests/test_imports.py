@@ -21,6 +21,7 @@ VALUES = {
     "workers",
     "grid",
     "measurements",
+    "messages",
     "snapshot",
 }  # modules at the top that any folder may import
 MAY_IMPORT = {

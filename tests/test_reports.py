@@ -73,6 +73,6 @@ def test_how_often_is_told_in_words() -> None:
 
 
 def test_warnings_show_no_source_line(tmp_path: Path) -> None:
-    code = "from attn_monitor.train.reports import warn; warn('AttentionMapCallback: something')"
+    code = "from attn_monitor.messages import warn; warn('AttentionMapCallback: something')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr == "attn_monitor:0: UserWarning: AttentionMapCallback: something\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.measurements import HealthFlag
+from attn_monitor.messages import warn
 from attn_monitor.player.report import EMBED_BYTES, names_of, report_page, write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish.attention_sinks import AttentionSinkRow, sink_rows
@@ -352,7 +352,7 @@ def _different(labels: Sequence[str]) -> list[str]:
 
 def _warn(text: str) -> None:
     # Four calls up is the line that called the publisher.
-    warnings.warn(f"attn_monitor: {text}", stacklevel=5)
+    warn(f"attn_monitor: {text}", stacklevel=5)
 
 
 def _size(snapshot: Snapshot) -> int:

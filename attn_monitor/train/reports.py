@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +22,6 @@ from attn_monitor.train.schedule import Schedule
 SHARE = 0.05  # of the loop's time, which snapshots that nobody asked for may take
 
 
-def warn(text: str) -> None:
-    """A warning without a place: no line of this package explains it, and none of the user's caused it."""
-    warnings.warn_explicit(text, UserWarning, "attn_monitor", 0, module="attn_monitor")
-
-
-def inform(text: str) -> None:
-    """Tell how things go, where no framework's logging does: standard output is the loop's own."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def found_text(
     found: Mapping[str, ModelSummary],
     paths: Mapping[str, str],
@@ -48,7 +36,7 @@ def found_text(
     groups: dict[str, list[str]] = {}
     for role, one in found.items():
         groups.setdefault(str(one), []).append(role)
-    models = [f"{' and '.join(_named(role, paths) for role in roles)}: {text}" for text, roles in groups.items()]
+    models = [f"{' and '.join(named(role, paths) for role in roles)}: {text}" for text, roles in groups.items()]
     count = schedule.count()
     cost = f"about {_seconds(seconds)} each" + (f", {_seconds(seconds * count)} in all" if count is not None else "")
     notes = list(dict.fromkeys(note for one in found.values() for note in one.notes))
@@ -73,7 +61,7 @@ def images_text(probe: ProbeBatch) -> str:
     return f"{len(probe)} {kind}{many} of {probe.images.shape[-2]} × {probe.images.shape[-1]}, normalised by {source}"
 
 
-def _named(role: str, paths: Mapping[str, str]) -> str:
+def named(role: str, paths: Mapping[str, str]) -> str:
     return role if paths.get(role, role) in ("", role) else f"{role} ({paths[role]})"
 
 

@@ -48,12 +48,15 @@ class RunState:
     patience: Patience = field(default_factory=Patience)
     cost: Cost = field(default_factory=Cost)
     active: bool = True  # False: attention is not watched in this run
+    not_found: bool = False  # no model was, in the latest look
+    looks_again: bool = True  # after the first batch, which may build models
     training: bool = False  # the first step has begun, so that errors end the run no more
     opened: bool = False
     loggers: list[Any] = field(default_factory=list)
     folder: Path | None = None  # of the archive
     claim: Claim | None = None  # on it, by rank zero
     publisher: Publisher | None = None  # of rank zero, from the first snapshot on
+    roles: set[str] = field(default_factory=set)  # that were watched so far
     failing: set[str] = field(default_factory=set)  # roles that were left out of the latest look
     root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
     looks_at_wiring: bool = True

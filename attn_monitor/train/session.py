@@ -18,7 +18,7 @@ from attn_monitor.capture.isolation import reporting
 from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import AttentionError, NoImagesError, ProbeError, TargetError
+from attn_monitor.errors import AttentionError, NoAttentionError, NoImagesError, ProbeError, TargetError
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -114,7 +114,8 @@ class Session:
                     if not self._look_at_inputs(found.models, batch):
                         raise
 
-        if not self.attempt("taking images of a batch", find_or_look):
+        self.run.not_found = False
+        if not self.attempt("taking images of a batch", find_or_look) and not self._is_first_miss():
             self.schedule.taken(step)
         self.report()
         return self.monitor is not None
@@ -198,9 +199,12 @@ class Session:
                     tuple(filter(self._pauses, run.failing)),
                 )
             )
+            run.not_found = False
             if now:
                 take = partial(self._take, targets, step, epoch, batch, flags, paused, last)
                 self.attempt(SNAPSHOT, lambda: taken.append(take()))
+            if self._is_first_miss():
+                return None
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
             self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
@@ -282,17 +286,30 @@ class Session:
         self.run = RunState()
 
     def attempt(self, part: str, action: Callable[[], object]) -> bool:
-        """Do it; whether it was done. What the user can mend ends, before the first step, the run or its watching."""
+        """Do it; whether it was done. What the user can mend ends, before the first step, the run or its watching.
+
+        Models that are not found may be built in the first step: they are looked for once more after it.
+        """
+        run = self.run
+        later = () if self.strict or run.cost.snapshots else (NoAttentionError,)
         try:
-            with reporting(self.run.failures.note):
-                return self.run.failures.attempt(part, action, raising=() if self.run.training else USER_ERRORS)
+            with reporting(run.failures.note):
+                return run.failures.attempt(part, action, raising=later if run.training else USER_ERRORS)
         except USER_ERRORS as error:
             if self.strict:
                 raise
-            if self.run.active:
+            run.not_found = run.looks_again and isinstance(error, NoAttentionError)
+            if run.not_found:
+                return False
+            if run.active:
                 self.warn(f"attention is not watched in this run. {str(error).rstrip('.')}")
-            self.run.active = False
+            run.active = False
             return False
+
+    def _is_first_miss(self) -> bool:
+        """Whether no model was found for the first time: nothing counts as taken, and the next batch looks again."""
+        self.run.looks_again = self.run.looks_again and not self.run.not_found
+        return self.run.not_found
 
     def report(self, *, reraise: bool = True) -> None:
         """Warn of failures since the last report; with ``on_error="raise"`` raise the first."""
@@ -447,6 +464,9 @@ class Session:
         run.failing -= set(snapshot.roles)
         for text in monitor.left_out():
             run.failures.note(text)
+        if new := sorted(set(snapshot.roles) - run.roles) if run.roles else []:
+            self.inform(f"watched from step {step} on: {', '.join(reports.named(role, paths) for role in new)}")
+        run.roles |= set(snapshot.roles)
         first, seconds = not run.cost.snapshots, time.perf_counter() - started
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
         run.held = partial(self._publish, snapshot, paths, seconds, note)

@@ -62,6 +62,7 @@ def images_text(probe: ProbeBatch) -> str:
 
 
 def named(role: str, paths: Mapping[str, str]) -> str:
+    """A role, with its path where that says more."""
     return role if paths.get(role, role) in ("", role) else f"{role} ({paths[role]})"
 
 

@@ -307,7 +307,7 @@ def test_plain_weights_with_a_number(run: Path, tmp_path: Path) -> None:
 
 def test_the_archive_of_others_is_left_alone(run: Path, tmp_path: Path) -> None:
     claim = claim_free(tmp_path, "attn_monitor")
-    with pytest.raises(ArchiveError, match="another process writes here"):
+    with pytest.raises(ArchiveError, match=r"attn_monitor: this process writes here\. Wait for its end"):
         backfilled(run, tmp_path)
     claim.release()
     ProbeBatch(torch.randn(2, 3, 32, 32)).save(tmp_path / "attn_monitor" / "probe.npz")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,11 +44,12 @@ def test_the_first_name_that_is_empty_and_nobodys(tmp_path: Path) -> None:
     first, second = claim_free(tmp_path, "x"), claim_free(tmp_path, "x")
     assert (first.folder.name, first.note) == ("x", "")
     assert second.folder.name == "x-2"
-    assert "x is another run's, so this one writes to x-2" in second.note
+    assert second.note == f"{tmp_path / 'x'} is taken by this process, so this one writes to x-2"
     (tmp_path / "x-3").mkdir()
-    (tmp_path / "x-3" / "step-000000000.npz").touch()  # of the first stage, without a claim
+    (tmp_path / "x-3" / "step-000000000.npz").touch()  # without a claim
     (tmp_path / "x-4").write_text("a file")
-    assert claim_free(tmp_path, "x", 3).folder.name == "x-5"
+    third = claim_free(tmp_path, "x", 3)
+    assert third.note == f"{tmp_path / 'x-3'} is not empty, so this one writes to x-5"
     signed = [json.loads(line) for line in (tmp_path / "x" / CLAIM).read_text().splitlines()]
     assert [(s["run"], s["pid"]) for s in signed] == [(first.run, os.getpid())]
 
@@ -66,7 +70,6 @@ def test_a_run_finds_its_own_again_when_nobody_else_writes_there(tmp_path: Path)
     (mine.folder / "probe.npz").touch()
     assert claim_again(mine.folder, "another") is None
     assert claim_again(mine.folder, mine.run) is None, "this process has it already"
-    assert claim_again(mine.folder, None) is None, "a run of the first stage left no claim"
     assert claim_again(tmp_path / "elsewhere", mine.run) is None
     assert folder_in_another_process(tmp_path, "x", mine.run) == "x-2", "this process still writes there"
     mine.release()
@@ -77,13 +80,71 @@ def test_a_run_finds_its_own_again_when_nobody_else_writes_there(tmp_path: Path)
     assert len((mine.folder / CLAIM).read_text().splitlines()) == 3
 
 
-def test_a_run_of_the_first_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "step-000000000.npz").touch()
-    mine = claim_again(tmp_path / "x", None)
-    assert mine is not None
+def test_the_owner_is_named(tmp_path: Path) -> None:
+    """The process that writes now, or the last one that did."""
+    mine = claim_free(tmp_path, "x")
+    (mine.folder / "probe.npz").touch()
+    theirs, done = processes.Pipe()
+
+    def ask() -> None:
+        done.send((claim.owner(mine.folder), claim_free(tmp_path, "x").note, claim.claim_to_fill(mine.folder) is None))
+        os._exit(0)
+
+    process = processes.Process(target=ask)
+    process.start()
+    who, note, refused = theirs.recv()
+    process.join()
+    assert re.fullmatch(rf"process {os.getpid()} on \S+ \(since 20\S+\)", who)
+    assert note == f"{mine.folder} is taken by {who}, so this one writes to x-2"
+    assert refused
+    assert folder_in_another_process(tmp_path, "x", mine.run) == "x-3", "asking for the owner unlocked nothing"
     mine.release()
-    assert claim_again(tmp_path / "x", mine.run) is not None
+    assert claim.owner(mine.folder) == who
+    assert claim.owner(tmp_path / "elsewhere") == ""
+
+
+def test_asking_for_the_owner_does_not_unlock_what_this_process_holds(tmp_path: Path) -> None:
+    """As closing any handle of a file drops a process's locks on it."""
+    mine = claim_free(tmp_path, "x")
+    assert claim.owner(mine.folder) == "this process"
+    assert claim_free(tmp_path, "x").folder.name == "x-2"
+    assert claim.claim_to_fill(mine.folder) is None
+    assert folder_in_another_process(tmp_path, "x", mine.run) == "x-3"
+
+
+def test_a_killed_owner_is_succeeded_while_its_workers_live(tmp_path: Path) -> None:
+    """A forked worker, such as a data loader's, does not inherit the lock."""
+    theirs, mine = processes.Pipe()
+
+    def run() -> None:
+        held = claim_free(tmp_path, "x")
+        (held.folder / "probe.npz").touch()
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        mine.send((held.run, worker))
+        time.sleep(60)
+
+    process = processes.Process(target=run)
+    process.start()
+    run_id, worker = theirs.recv()
+    assert claim_again(tmp_path / "x", run_id) is None
+    process.kill()
+    process.join()
+    try:
+        os.kill(worker, 0)
+        again = claim_again(tmp_path / "x", run_id)
+        assert again is not None
+        assert again.run == run_id
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_said_to_be_in_use(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="Not a directory"):
+        claim.claim_to_fill(tmp_path / "file" / "x")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]\n", b'{"run": 3}\n', b"\xff\n", b"[" * 60_000])

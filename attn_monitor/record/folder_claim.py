@@ -1,4 +1,9 @@
-"""Whose an archive folder is: a file in it names the run, and is locked while a process of that run writes there."""
+"""The lock on a run's archive folder: a file that names the run, locked while one of its processes writes there.
+
+It is a lock of our own and not filelock's, whose releases before 4 leave it to the forked workers of a killed process,
+and which empties the file that it locks, so that run and lock would need a file each. POSIX record locks end with the
+process, however it ends, are not inherited by forks, and hold on NFS. Nothing here waits for a lock.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +13,33 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 CLAIM = "run.jsonl"  # one line for each process that has written here, the first one with the run's id
-LONGEST = 1 << 16  # bytes of it that are looked at
+LONGEST = 1 << 16  # bytes of it that are read
 
 # (process, folder). Closing any handle of a claim drops the lock on it: one that is held here is not opened again.
 _held: set[tuple[int, Path]] = set()
 
 
 class Claim:
-    """A folder that this process alone writes to, until it is released or the process ends, however it ends.
+    """A folder that this process alone writes to, until the claim is released or the process ends.
 
-    ``run`` is the id to keep in checkpoints, by which a resumed run finds its folder again. ``note`` says why the
-    folder is not the one that was to be expected; empty where it is.
+    Attributes:
+        folder: the archive.
+        run: the id to keep in checkpoints, by which a resumed run finds its folder again.
+        note: why the folder is not the expected one; empty where it is.
     """
 
     def __init__(self, folder: Path, run: str, handle: int | None, note: str = "") -> None:
+        """Sign and hold a claim that is open and locked; ``handle`` None: it is made by `renew`."""
         self.folder, self.run, self.note = folder, run, note
-        self._handle, self._key = handle, (os.getpid(), folder)
+        self._handle: int | None = None
+        self._key = os.getpid(), folder
         if handle is not None:
-            self._hold()
+            self._hold(handle)
 
     def renew(self) -> None:
         """Claim the folder again where it was deleted, or could not be made before; `OSError` where another run has."""
@@ -41,18 +49,12 @@ class Claim:
         handle = _create(self.folder, empty=False)
         if handle is None:
             raise FileExistsError(f"{self.folder} was deleted in mid-run and is another run's now")
-        _sign(handle, self.run)
         if self._handle is not None:
             os.close(self._handle)
-        self._handle = handle
-        self._hold()
-
-    def _hold(self) -> None:
-        self._key = os.getpid(), self.folder.resolve()
-        _held.add(self._key)
+        self._hold(handle)
 
     def release(self) -> None:
-        """Let others have the folder; one in which nothing has been written is removed."""
+        """Unlock the folder; one in which nothing has been written is removed."""
         if self._handle is None:
             return
         with suppress(OSError):
@@ -63,67 +65,81 @@ class Claim:
         self._handle = None
         _held.discard(self._key)
 
+    def _hold(self, handle: int) -> None:
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = {"run": self.run, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
+        with suppress(OSError):  # a full disk: the folder is ours all the same, but a resumed run takes another
+            os.write(handle, (json.dumps(line) + "\n").encode())
+        self._handle, self._key = handle, (os.getpid(), self.folder.resolve())
+        _held.add(self._key)
+
 
 def claim_free(root: Path, base: str, first: int = 1) -> Claim:
-    """The first folder of ``base``, ``base-2``, ``base-3``, … from number ``first`` on that is empty and nobody's.
+    """Claim the first folder of ``base``, ``base-2``, ``base-3``, … that is empty and that no run has.
 
-    Where none can be made now, as on a full disk, it is `claim_later`'s.
+    Args:
+        root: the folder in which it is.
+        base: its name.
+        first: the number from which on folders are tried; 1 is ``base`` itself.
+
+    Returns:
+        The claim; where no folder can be made now, as on a full disk, that of `claim_later`.
     """
-    run = secrets.token_hex(8)
+    names = (base if number == 1 else f"{base}-{number}" for number in itertools.count(first))
+    note = ""
     try:
-        for name in _names(base, first):
+        for name in names:
             handle = _create(root / name)
             if handle is not None:
-                _sign(handle, run)
-                wanted = next(_names(base, first))
-                note = "" if name == wanted else f"{root / wanted} is another run's, so this one writes to {name}"
-                return Claim(root / name, run, handle, note)
+                note = note and f"{note}, so this one writes to {name}"
+                return Claim(root / name, secrets.token_hex(8), handle, note)
+            who = owner(root / name)
+            note = note or f"{root / name} is {f'taken by {who}' if who else 'not empty'}"
     except OSError as error:
         return claim_later(root, base, error)
     raise AssertionError("there is always another number")
 
 
 def claim_later(root: Path, base: str, error: Exception) -> Claim:
-    """A folder that nobody else can have, as its name has the run's id, to be made when it is written to."""
+    """Name a folder that no other run can have, as the run's id is in it, to be made when it is written to."""
     run = secrets.token_hex(8)
     folder = root / f"{base}-{run}"
     return Claim(folder, run, None, f"no archive folder could be made ({error}); {folder} is tried later")
 
 
-def claim_again(folder: Path, run: str | None) -> Claim | None:
-    """The folder that this run has written to before, None where it is another's or another process writes there.
-
-    ``run`` is None for a run of the first stage, which left no claim.
-    """
+def claim_again(folder: Path, run: str) -> Claim | None:
+    """Claim the folder that this run has written to; None where it is another's or another process writes there."""
+    if (os.getpid(), folder.resolve()) in _held:
+        return None
     try:
-        if run is None:
-            handle, run = _create(folder, empty=False), secrets.token_hex(8)
-        else:
-            handle = _open(folder, run)
-        if handle is None:
-            return None
-        _sign(handle, run)
+        handle = _open(folder, run)
     except OSError:
         return None
-    return Claim(folder, run, handle)
+    return None if handle is None else Claim(folder, run, handle)
 
 
 def claim_to_fill(folder: Path) -> Claim | None:
-    """An archive folder to add to, whoever began it; None where a process writes there now.
+    """Claim an archive to add to, whichever run began it; None where a process writes there now.
 
-    What is added has to belong there, which the caller knows.
+    Whether what is added belongs there is up to the caller. Raises `OSError` where the folder cannot be written to.
     """
     if (os.getpid(), folder.resolve()) in _held:
         return None
-    return claim_again(folder, _owner(folder))
+    run = next(iter(_lines(folder)), {}).get("run")
+    handle = _open(folder, run) if isinstance(run, str) else _create(folder, empty=False)
+    return None if handle is None else Claim(folder, str(run or secrets.token_hex(8)), handle)
 
 
-def _names(base: str, first: int) -> Iterator[str]:
-    return (base if number == 1 else f"{base}-{number}" for number in itertools.count(first))
+def owner(folder: Path) -> str:
+    """Describe the process that was the last to claim a folder; empty where there is no claim that can be read."""
+    if (os.getpid(), folder.resolve()) in _held:
+        return "this process"
+    lines = [line for line in _lines(folder) if {"pid", "host", "started"} <= line.keys()]
+    return "process {pid} on {host} (since {started})".format(**lines[-1]) if lines else ""
 
 
 def _create(folder: Path, *, empty: bool = True) -> int | None:
-    """A new claim; None where there is one already, or anything else in a folder that is to be empty."""
+    """Make a claim; None where there is one already, or anything else in a folder that has to be empty."""
     if folder.exists() and not folder.is_dir():
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,24 +154,20 @@ def _create(folder: Path, *, empty: bool = True) -> int | None:
 
 
 def _open(folder: Path, run: str) -> int | None:
-    """The claim that this run left, None where it is another's or in use."""
-    if (os.getpid(), folder.resolve()) in _held:
-        return None
+    """Open and lock the claim that this run left; None where it is another's or in use."""
     try:
         handle = os.open(folder / CLAIM, os.O_RDWR | os.O_APPEND)
-    except FileNotFoundError:  # nobody else has a name with this id in it
+    except FileNotFoundError:  # no other run has a name with this id in it
         return _create(folder, empty=False) if folder.name.endswith(f"-{run}") else None
-    if _lock(handle) and _signed_by(handle) == run and (folder / CLAIM).exists():
+    signed = next(iter(_read(handle)), {})
+    if _lock(handle) and signed.get("run") == run and (folder / CLAIM).exists():
         return handle
     os.close(handle)
     return None
 
 
 def _lock(handle: int) -> bool:
-    """False where another process holds it. Where files cannot be locked, what the claim says has to do.
-
-    The system drops the lock when the process ends, and a forked worker does not inherit it.
-    """
+    """Lock a claim; False where another process holds it. Where files cannot be locked, the run's id has to do."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -167,28 +179,25 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _sign(handle: int, run: str) -> None:
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    line = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
-    with suppress(OSError):  # a full disk: the folder is ours all the same, but a resumed run takes another
-        os.write(handle, (json.dumps(line) + "\n").encode())
-
-
-def _owner(folder: Path) -> str | None:
+def _lines(folder: Path) -> list[dict[str, object]]:
+    """Read the claim of a folder that this process does not hold; empty where there is none."""
     try:
         handle = os.open(folder / CLAIM, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     try:
-        return _signed_by(handle)
+        return _read(handle)
     finally:
         os.close(handle)
 
 
-def _signed_by(handle: int) -> str | None:
-    try:
-        first = json.loads(os.read(handle, LONGEST).partition(b"\n")[0])
-    except (ValueError, RecursionError):
-        return None
-    run = first.get("run") if isinstance(first, dict) else None
-    return run if isinstance(run, str) else None
+def _read(handle: int) -> list[dict[str, object]]:
+    """Return the lines of a claim, empty dictionaries for those that cannot be read."""
+    found: list[dict[str, object]] = []
+    for line in os.read(handle, LONGEST).splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = {}
+        found.append(value if isinstance(value, dict) else {})
+    return found

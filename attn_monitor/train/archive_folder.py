@@ -1,4 +1,4 @@
-"""Which folder a run's archive is: one that nobody else writes to, and the same one when the run is resumed."""
+"""The archive folder of a run: locked, the same one when the run is resumed, and never waited for without a limit."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from attn_monitor.record.npz import remove_unfinished
 
 @dataclass(frozen=True)
 class ArchiveId:
-    """What a checkpoint keeps: the folder's name and the id in the run's claim of it; None before there is one."""
+    """What a checkpoint keeps: the folder's name and the run's id in its claim; None before there is one."""
 
     name: str | None = None
     run: str | None = None
 
 
 def claim_archive(known: ArchiveId, wanted: Path, number: int, patience: Patience) -> tuple[Claim, bool]:
-    """Claim the folder that this run has written to before, else one that is nobody's; and which of both it is.
+    """Claim the folder that this run has written to before, else the first free one.
 
-    One that is nobody's is ``wanted``, or ``wanted-2``, ``wanted-3``, …, counted from ``number`` on. Where the disk
-    does not answer in time, it is one that is made when it does.
+    Args:
+        known: the folder that the run's checkpoint names.
+        wanted: the folder to take where that is not free; ``wanted-2``, ``wanted-3``, … where this is not either.
+        number: from which of these on folders are tried.
+        patience: what the run may still wait.
+
+    Returns:
+        The claim, and whether it is that of the run's own folder. Where the disk does not answer in time, the claim
+        is of a folder that is made when it does.
     """
 
     def claim() -> tuple[Claim, bool]:
-        again = None if known.name is None else claim_again(wanted.parent / known.name, known.run)
+        again = None
+        if known.name is not None and known.run is not None:
+            again = claim_again(wanted.parent / known.name, known.run)
         return again or claim_free(wanted.parent, wanted.name, number), again is not None
 
     try:
@@ -38,15 +47,16 @@ def claim_archive(known: ArchiveId, wanted: Path, number: int, patience: Patienc
 
 
 def release(claim: Claim) -> None:
-    """Let others have the folder; by itself later where the disk does not answer at once."""
+    """Unlock the folder, within seconds; it goes on in the background where the disk does not answer."""
     with suppress(TimeoutError):
         within(Patience(LAST_WORDS), LAST_WORDS, claim.release)
 
 
 def tidy(folder: Path, step: int) -> str:
-    """Clear up what a process of this run left when it was killed, for the run to go on from a step.
+    """Remove the unfinished files of a killed process, and set snapshots after ``step`` aside.
 
-    Unfinished files are removed, and later snapshots set aside. Returns what is to be said of it, or nothing.
+    Returns:
+        A sentence on what was set aside; empty where nothing was.
     """
     remove_unfinished(folder)
     return set_aside(folder, step)

@@ -16,7 +16,7 @@ from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
-from attn_monitor.record.folder_claim import Claim, claim_to_fill
+from attn_monitor.record.folder_claim import Claim, claim_to_fill, owner
 from attn_monitor.record.npz import remove_unfinished
 from attn_monitor.snapshot import Snapshot
 
@@ -93,7 +93,8 @@ def archive_to_fill(
     with writing_to(folder):
         claim = claim_to_fill(folder)
     if claim is None:
-        raise ArchiveError(f"{folder}: another process writes here. Wait for its end, or pass another folder")
+        who = owner(folder) or "another process"
+        raise ArchiveError(f"{folder}: {who} writes here. Wait for its end, or pass another folder as --out")
     try:
         remove_unfinished(folder)
         stored = folder / "probe.npz"

@@ -243,7 +243,7 @@ def test_what_is_added_to_a_live_archive_is_like_it(run: Path, tmp_path: Path) -
     told: list[str] = []
     probe = ProbeBatch.load(tmp_path / "attn_monitor" / "probe.npz")
     with pytest.raises(ArchiveError, match=r"holds student, layer 1: .* would add student, layer 0: 4 heads, grid"):
-        backfill_run(run / "checkpoints", tiny_vit(), AttentionMonitor(probe, layers=0), tmp_path, tell=told.append)
+        backfill_run(run / "checkpoints", tiny_vit(), AttentionMonitor(probe, layers=0), tmp_path, notify=told.append)
     assert "neither threshold nor metrics" in told[0]
     assert [path.name for path in tmp_path.iterdir()] == ["attn_monitor"], "no logger was opened"
     assert backfilled(run, tmp_path, loggers=()).added == (0,)

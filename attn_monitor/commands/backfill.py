@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from attn_monitor.commands.support.archive_to_fill import Tell, archive_to_fill, remember
+from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
-from attn_monitor.commands.support.results import progress, tell
+from attn_monitor.commands.support.results import notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.monitor import AttentionMonitor
@@ -39,7 +39,14 @@ PATIENCE = 600.0  # seconds that a logger may take for one step's pictures: no t
 
 @dataclass(frozen=True)
 class Backfilled:
-    """The archive, the steps that were added to it and those that were there, and why some checkpoints are left out."""
+    """The result of `backfill_run`.
+
+    Attributes:
+        archive: the folder with the snapshots.
+        added: steps that were added to it.
+        there: steps of checkpoints that it already had.
+        left_out: checkpoint to the reason why it was left out.
+    """
 
     archive: Path
     added: tuple[int, ...]
@@ -58,29 +65,45 @@ def backfill_run(
     trust: bool = False,
     loggers: LoggerName | Sequence[Any] = "tensorboard",
     scale: str = "uniform",
-    tell: Tell = tell,
+    notify: Notify = notify,
 ) -> Backfilled:
-    """Add what a callback would have recorded at the checkpoints' steps to the archive in ``out``, and log it.
+    """Add what a callback would have recorded at the checkpoints' steps to an archive, and log it.
 
-    ``model`` is a backbone, into which the weights of each checkpoint are loaded, as `load_checkpoint` does with
-    ``key``, ``allow_missing`` and ``trust``; ``monitor``, a new one, has the probe and says what is looked at.
-    ``loggers`` are made in ``out``, or those of the caller. Steps that are in the archive are skipped. A checkpoint
-    that cannot be read is told and left out. Raises `ArchiveError` where the archive is of other images, layers or
-    settings, or in use, and `AttentionError` where the model's attention cannot be read.
+    Steps that the archive has are skipped. A checkpoint that cannot be read is left out, with a note.
+
+    Args:
+        checkpoints: a folder of checkpoints, or one of them.
+        model: a backbone, into which the weights of each checkpoint are loaded by `load_checkpoint`.
+        monitor: a new one, with the probe, layers and metrics.
+        out: the run's log directory; the archive is its folder attn_monitor.
+        key: as in `load_checkpoint`.
+        allow_missing: as in `load_checkpoint`.
+        trust: as in `load_checkpoint`.
+        loggers: "tensorboard" or "wandb" to open one in ``out``, "none", or loggers of the caller.
+        scale: "uniform" or "minmax" for pictures.
+        notify: takes notes, one line each; by default they go to stderr.
+
+    Returns:
+        The archive, and which steps were added to it.
+
+    Raises:
+        FileNotFoundError: there are no checkpoints.
+        ArchiveError: the archive is of other images, layers or settings, or in use.
+        AttentionError: the model's attention cannot be read.
     """
     left_out: dict[Path, str] = {}
 
     def leave_out(path: Path, error: Exception) -> None:
         left_out[path] = str(error)
-        tell(f"left out: {error}")
+        notify(f"left out: {error}")
 
-    found = _by_step(Path(checkpoints), trust, leave_out, tell)
+    found = _by_step(Path(checkpoints), trust, leave_out, notify)
     settings = _settings(model, monitor, key)
-    with archive_to_fill(Path(out) / "attn_monitor", monitor.probe, settings, tell) as archive, ExitStack() as stack:
+    with archive_to_fill(Path(out) / "attn_monitor", monitor.probe, settings, notify) as archive, ExitStack() as stack:
         there = archive.snapshots
         missing = sorted(found.keys() - there.keys())
         needed = sorted({step for step in there if missing and step < missing[-1]}.union(missing))
-        models = RoleModels(model, tell, key, allow_missing=allow_missing, trust=trust)
+        models = RoleModels(model, notify, key, allow_missing=allow_missing, trust=trust)
         publish: Callable[[Snapshot], None] | None = None
         for step in progress(needed, "backfilling"):
             if step in there:
@@ -96,7 +119,7 @@ def backfill_run(
             if publish is None:  # loggers are opened where there is something to log
                 opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
                 archive.note_settings()
-                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, scale, tell))
+                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, scale, notify))
             publish(snapshot)
     added = [step for step in missing if snapshot_path(archive.folder, step).exists()]
     for step in missing:
@@ -185,7 +208,7 @@ def _probe(path: str, model: nn.Module, size: int | tuple[int, int], num_images:
 
 
 def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> dict[str, Any]:
-    """What a snapshot depends on beside its checkpoint and probe, in plain values."""
+    """Return what a snapshot depends on beside its checkpoint and probe, in plain values."""
     count = sum(parameter.numel() for parameter in model.parameters())
     return {
         "model": f"{type(model).__name__} of {count:,} parameters",
@@ -195,9 +218,9 @@ def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> d
 
 
 def _by_step(
-    folder: Path, trust: bool, leave_out: Callable[[Path, Exception], None], tell: Tell
+    folder: Path, trust: bool, leave_out: Callable[[Path, Exception], None], notify: Notify
 ) -> dict[int, Checkpoint]:
-    """Checkpoints by step, of two with one step the first by name."""
+    """Return checkpoints by step; where two have one step, the first by name."""
     found: dict[int, Checkpoint] = {}
     for path in progress(checkpoint_files(folder), "looking at checkpoints"):
         try:
@@ -207,13 +230,13 @@ def _by_step(
             continue
         first = found.setdefault(checkpoint.step, checkpoint)
         if first is not checkpoint:
-            tell(f"{path} is of step {checkpoint.step}, as is {first.path.name}, which is taken")
+            notify(f"{path} is of step {checkpoint.step}, as is {first.path.name}, which is taken")
     return found
 
 
 @contextmanager
 def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterator[Sequence[Any]]:
-    """Loggers that write to a folder, closed at the end, or those that are given."""
+    """Open loggers that write to a folder and close them at the end; the caller's own stay as they are."""
     if loggers == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -239,9 +262,9 @@ def _wandb_run(folder: Path, run: str) -> Any:
 
 @contextmanager
 def _publishing(
-    loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, scale: str, tell: Tell
+    loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, scale: str, notify: Notify
 ) -> Iterator[Callable[[Snapshot], None]]:
-    """A function that publishes a snapshot while the next one is taken; pictures are waited for, not left out."""
+    """Yield a function that publishes a snapshot while the next one is taken, and never leaves pictures out."""
     failures = Failures()
     publisher = Publisher(
         loggers,
@@ -258,7 +281,7 @@ def _publishing(
     def publish(snapshot: Snapshot) -> None:
         publisher.drain(PATIENCE)
         publisher.publish(snapshot)
-        failures.report(tell)
+        failures.report(notify)
 
     finished = False
     try:
@@ -267,4 +290,4 @@ def _publishing(
         finished = True
     finally:
         publisher.close(finish=finished)
-        failures.report(tell)
+        failures.report(notify)

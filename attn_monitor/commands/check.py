@@ -66,7 +66,7 @@ def _describe(site: Site) -> str:
 
 
 def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:
-    """Median ratio of a recording of the last readable layer to a plain forward, measured in pairs."""
+    """Measure the median ratio of a recording of the last readable layer to a plain forward, in pairs."""
     try:
         last = recorder(images)[-1]
     except AttentionError as error:

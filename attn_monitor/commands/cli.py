@@ -1,4 +1,4 @@
-"""The `attn-monitor` program: each command is a function in a module of its name, whose docstring is the help."""
+"""The `attn-monitor` program: a command is the function of a module of its name; the module's docstring is its help."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attn_monitor.commands.support.results import print_table, progress, results_in, tell
+from attn_monitor.commands.support.results import notify, print_table, progress, results_in
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.charts import Line, chart_sheet
@@ -30,7 +30,7 @@ MetricRow = tuple[str, int, str, float, float]
 
 
 class Side:
-    """One of the two: a run, and the metrics of every step of it that can be read."""
+    """One side of a comparison: a run, and the metrics of each of its steps that can be read."""
 
     def __init__(self, path: str | Path) -> None:
         self.run = Run(path)
@@ -38,7 +38,7 @@ class Side:
         self.metrics: dict[int, Metrics] = {snapshot.step: snapshot.metrics for snapshot in self.run}
 
     def curves(self, role: str, layer: int) -> dict[str, list[tuple[int, float]]]:
-        """A layer's metrics over the steps, where they are finite."""
+        """Return a layer's metrics as points (step, value), where they are finite."""
         curves: dict[str, list[tuple[int, float]]] = {}
         for step, metrics in self.metrics.items():
             for metric, value in metrics.of_layer(role, layer).items():
@@ -49,9 +49,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common: matched steps (of A, of B), and layers (role, index) of one shape.
+    """Two runs on one probe.
 
-    ``left_out`` are layers that only one has.
+    Attributes:
+        a: the first run.
+        b: the second run.
+        steps: matched steps, (of A, of B).
+        layers: layers (role, index) that both have, in one shape.
+        left_out: layers that only one has.
     """
 
     a: Side
@@ -61,7 +66,7 @@ class Comparison:
     left_out: tuple[tuple[str, int], ...]
 
     def pair(self, number: int) -> Pair:
-        """The two snapshots of a matched step; `ArchiveError` where they cannot be compared."""
+        """Load the two snapshots of a matched step; `ArchiveError` where they cannot be compared."""
         a, b = self.steps[number]
         pair = self.a.run.load(a), self.b.run.load(b)
         _common_layers(self.a, self.b, pair)
@@ -70,7 +75,7 @@ class Comparison:
     def pictures(
         self, number: int, *, every_layer: bool = False, options: DrawingOptions = DrawingOptions()
     ) -> Iterator[tuple[str, Pixels]]:
-        """The name of each image, and its maps at a matched step, (height, width, 3), of each role's last layer."""
+        """Yield each image's name, and its maps at a matched step as a picture, uint8 (height, width, 3)."""
         pair, names, probe = self.pair(number), (self.a.name, self.b.name), self.a.probe
         last = {role: (role, layer) for role, layer in self.layers}
         layers = self.layers if every_layer else tuple(last.values())
@@ -79,7 +84,7 @@ class Comparison:
             yield name, comparison(pair, names, index, photo, layers, truth=truth, options=options)
 
     def table(self) -> list[MetricRow]:
-        """Metrics that both have at the last matched step."""
+        """Return the metrics that both have at the last matched step."""
         a, b = self.a.metrics[self.steps[-1][0]], self.b.metrics[self.steps[-1][1]]
         return [
             (*key, metric, value, others[metric])
@@ -90,7 +95,7 @@ class Comparison:
         ]
 
     def charts(self) -> Pixels:
-        """Every metric over the steps of both, (height, width, 3)."""
+        """Draw every metric over the steps of both, uint8 (height, width, 3)."""
         sections: dict[str, dict[str, list[Line]]] = {}
         for role, layer in self.layers:
             charts = sections[f"{role} · layer {layer}"] = {}
@@ -102,9 +107,15 @@ class Comparison:
 
 
 def compare_runs(a: str | Path, b: str | Path) -> Comparison:
-    """Match two runs or snapshots, whose paths are those that `Run` takes; broken snapshots are left out.
+    """Match two runs or snapshots; broken snapshots are left out.
 
-    Raises `ArchiveError` with the reason where they cannot be compared: other images, queries, grids, heads or layers.
+    Args:
+        a: an archive, a log directory that holds one, a folder of results of `show`, or one snapshot's file.
+        b: another one, of the same images.
+
+    Raises:
+        FileNotFoundError: there are no snapshots.
+        ArchiveError: they cannot be compared: other images, queries, grids, heads or layers.
     """
     first, second = Side(a), Side(b)
     _check_probes(first, second)
@@ -129,7 +140,7 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
         raise ValueError(f"steps={steps}: expected at least 1")
     found = compare_runs(a, b)
     if found.left_out:
-        tell(f"not in both, and left out: {', '.join(f'layer {layer} of {role}' for role, layer in found.left_out)}")
+        notify(f"not in both, and left out: {', '.join(f'layer {layer} of {role}' for role, layer in found.left_out)}")
     chosen = thin([pair[0] for pair in found.steps], steps) if steps > 1 else [len(found.steps) - 1]
     with results_in(Path(out)) as results:
         for number in progress(chosen, "drawing"):
@@ -149,7 +160,7 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
 
 
 def match_steps(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of steps of which each is the nearest to the other, ascending; of two that are as near, the earlier."""
+    """Return the pairs of steps that are nearest to each other, ascending; the earlier of two that are as near."""
 
     def nearest(step: int, among: Sequence[int]) -> int:
         return min(among, key=lambda other: (abs(other - step), other))
@@ -174,11 +185,11 @@ def _check_probes(a: Side, b: Side) -> None:
 
 
 def _common_layers(a: Side, b: Side, pair: Pair) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Layers that both have, and those that one has; `ArchiveError` where none is in both, or one is another in b."""
+    """Return the layers that both have, and those that one has; `ArchiveError` where none is common, or one differs."""
     both = [key for key in pair[0].layers if key in pair[1].layers]
     if not both:
-        told = [", ".join(f"layer {layer} of {role}" for role, layer in snapshot.layers) for snapshot in pair]
-        raise ArchiveError(f"no layer is in both: {a.name} holds {told[0]}, and {b.name} {told[1]}")
+        layers = [", ".join(f"layer {layer} of {role}" for role, layer in snapshot.layers) for snapshot in pair]
+        raise ArchiveError(f"no layer is in both: {a.name} holds {layers[0]}, and {b.name} {layers[1]}")
     for role, layer in both:
         x, y = (snapshot.layer(role, layer) for snapshot in pair)
         for what, values in {

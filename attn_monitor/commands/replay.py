@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from attn_monitor.commands.support.results import print_metrics, results_in, tell
+from attn_monitor.commands.support.results import notify, print_metrics, results_in
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
 from attn_monitor.draw.animations import with_durations
@@ -82,7 +82,7 @@ class _Panels:
         self.photos = self.probe.pixels
 
     def draw(self, snapshot: Snapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
-        """The panel of one image; ``pixels`` are those of all cells together."""
+        """Draw the panel of one image; ``pixels`` are those of all cells together."""
         self.run.check_belongs(snapshot)
         truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
         photo, caption = self.photos[index], self.probe.caption
@@ -99,7 +99,7 @@ def _animate(panels: _Panels, paths: Sequence[Path], most: int) -> tuple[list[Sn
     in_strips = {steps[i] for i in thin(steps, STRIP_COLUMNS)}
     drawn = in_strips.union(steps[i] for i in thin(steps, most))
     if len(drawn) < len(steps):
-        tell(f"animations show {len(drawn)} of {len(steps):,} snapshots, evenly spaced; --format mp4 shows all of them")
+        notify(f"animations show {len(drawn)} of {len(steps):,} snapshots, evenly spaced; --format mp4 shows all")
     kept: list[Snapshot] = []
     flags: list[HealthFlag] = []
     with ExitStack() as stack:
@@ -132,14 +132,14 @@ def _chosen(run: Run, steps: Collection[int], flags: list[HealthFlag]) -> Iterat
 
 
 class _SameSize:
-    """An animation whose pictures are all made as large as its first one: layers and grids may change in a run."""
+    """Makes all pictures of an animation as large as the first one: layers and grids may change in a run."""
 
     def __init__(self, animation: Animation) -> None:
         self._animation = animation
         self._size: tuple[int, int] | None = None
 
     def add(self, picture: Pixels, seconds: float) -> None:
-        """Append a picture; what is larger is shrunk to fit, what is smaller stands in the corner."""
+        """Append a picture; a larger one is shrunk to fit, a smaller one stands in the corner."""
         height, width = self._size = self._size or (picture.shape[0], picture.shape[1])
         if picture.shape[:2] != self._size:
             smaller = Image.fromarray(picture)

@@ -45,7 +45,7 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
 
 @dataclass(frozen=True)
 class Player:
-    """The page in a frame of a notebook, ``height`` pixels high. It runs apart from the notebook, and asks nobody."""
+    """The page in a frame of a notebook, ``height`` pixels high, apart from the notebook and without requests."""
 
     page: str
     height: int = 900
@@ -56,10 +56,19 @@ class Player:
 
 
 def snapshot_player(run: str | Path, other: str | Path | None = None, *, height: int = 900) -> Player:
-    """A run in a notebook: every step, image, layer and head, to play and to ask, as `attn-monitor report` writes it.
+    """Show a run in a notebook, interactively, as `attn-monitor report` writes it.
 
-    ``run`` is an archive or the log directory that holds it; with ``other``, a run of the same images, they are
-    swiped between and subtracted. At most 4 MB stay in the notebook, with steps thinned evenly where there are more.
+    Args:
+        run: an archive, or the log directory that holds it.
+        other: a run of the same images; their maps are swiped between and subtracted.
+        height: of the frame, in pixels.
+
+    Returns:
+        An object for the end of a notebook's cell. At most 4 MB stay in the notebook; steps are thinned evenly for it.
+
+    Raises:
+        FileNotFoundError: there are no snapshots.
+        ArchiveError: they cannot be read, or the two runs cannot be compared.
     """
     return Player(page_of_runs(_contents(run, other, EMBED_BYTES)), height)
 
@@ -67,5 +76,5 @@ def snapshot_player(run: str | Path, other: str | Path | None = None, *, height:
 def _contents(run: str | Path, other: str | Path | None, limit: int) -> list[Contents]:
     folders = [find_archive(path) for path in (run, other) if path is not None]
     if other is not None:
-        compare_runs(*folders)  # tells why two cannot be compared
+        compare_runs(*folders)  # raises where they cannot be compared
     return contents_within(list(zip(names_of(folders), folders, strict=True)), limit)

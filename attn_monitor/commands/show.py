@@ -15,7 +15,7 @@ from typing import Any
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
-from attn_monitor.commands.support.results import doing, print_metrics, progress, results_in, tell
+from attn_monitor.commands.support.results import doing, notify, print_metrics, progress, results_in
 from attn_monitor.commands.support.runs import SHOWN
 from attn_monitor.commands.support.separate import separate_pictures
 from attn_monitor.draw.canvas import Pixels
@@ -85,7 +85,7 @@ def show(
             overlay.png (the mean over heads), attn-head{j}.png, mask_th{t}_mean.png and mask_th{t}_head{j}.png. Several
             images have a folder each, of the image's name, and several layers folders layer{L} in it.
         raw: also write the whole attention matrix of each image and layer, {name}-layer{L}.npy, (heads, queries, keys).
-        drop_artifacts: leave outlier patches out of the pictures: those whose token has a norm far above the others',
+        drop_artifacts: leave outlier patches out of the pictures: tokens with a norm far above the others',
             or where norms are not known, that receive far more attention. They are listed and hatched.
         device: where the model runs; by default a GPU if there is one. When memory runs out, images are taken a few at
             a time, then on the CPU.
@@ -101,8 +101,8 @@ def show(
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
         snapshot = with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded)
     monitor.check_heads(options.heads)
-    for text in _told_of(monitor):
-        tell(text)
+    for text in _notes(monitor):
+        notify(text)
     captured, outliers = snapshot.layers_of(ROLE), {}
     if drop_artifacts:
         find = partial(find_outliers, loaded, probe.images, captured, monitor.query)
@@ -125,7 +125,7 @@ def show(
 
 
 def drawn_heads(heads: Any) -> tuple[int, ...] | None:
-    """Heads to draw beside their mean: None for "all", none for "mean", or those of a list; one number is a list."""
+    """Return the heads to draw beside their mean: None for "all", () for "mean", or the given ones."""
     named = {"all": None, "mean": ()}
     if isinstance(heads, str) and heads in named:
         return named[heads]
@@ -134,11 +134,11 @@ def drawn_heads(heads: Any) -> tuple[int, ...] | None:
     return check_heads([heads] if isinstance(heads, int) else heads)
 
 
-def _told_of(monitor: AttentionMonitor) -> list[str]:
-    told = monitor.left_out()
+def _notes(monitor: AttentionMonitor) -> list[str]:
+    notes = monitor.left_out()
     if monitor.images_at_a_time < len(monitor.probe):
-        told.append(f"memory ran out with all {len(monitor.probe)} images: took {monitor.images_at_a_time} at a time")
-    return told
+        notes.append(f"memory ran out with all {len(monitor.probe)} images: took {monitor.images_at_a_time} at a time")
+    return notes
 
 
 def _print_outliers(outliers: Mapping[int, Outliers], names: Sequence[str]) -> None:
@@ -162,7 +162,7 @@ def _pictures(
     options: DrawingOptions,
     separate: bool,
 ) -> Iterator[tuple[str, Pixels]]:
-    """Names of files, and the panels of each image and layer, then single pictures where they are wanted."""
+    """Yield names of files and panels of each image and layer, then single pictures where they are wanted."""
     photos = probe.pixels
     for index, (name, photo) in enumerate(progress(list(zip(probe.names, photos, strict=True)), "pictures")):
         for layer in snapshot.layers_of(ROLE):

@@ -28,11 +28,11 @@ BEST = {
     "jaccard_fixed_head": "highest",
     "outlier_fraction": "lowest",
 }
-"""Metrics of which more, or less, is better whatever the model. Of all others the extremes are told, and no best."""
+"""Metrics for which more, or less, is better whatever the model; others have extremes and no best."""
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE = 24  # characters
-CHANGED = 0.01  # of entropy: less is told as no change
+CHANGED = 0.01  # of entropy: less is no change
 TITLES = "  metric", "first", "best", "lowest", "highest", "last", "from first to last, each scaled by itself"
 
 
@@ -52,22 +52,22 @@ class Curve:
 
     @property
     def first(self) -> Point:
-        """At the first step that has it."""
+        """The point at the first step."""
         return self.points[0]
 
     @property
     def last(self) -> Point:
-        """At the last step that has it."""
+        """The point at the last step."""
         return self.points[-1]
 
     @property
     def low(self) -> Point:
-        """The first of its smallest values."""
+        """The first point with the smallest value."""
         return min(self.points, key=lambda point: point.value)
 
     @property
     def high(self) -> Point:
-        """The first of its largest values."""
+        """The first point with the largest value."""
         return max(self.points, key=lambda point: point.value)
 
     @property
@@ -93,7 +93,7 @@ class LayerSummary:
 
     @classmethod
     def of(cls, role: str, a: LayerAttention, curves: Sequence[Curve]) -> LayerSummary:
-        """From a layer's attention at the last step."""
+        """Summarise a layer by its attention at the last step."""
         heads = a.rows.shape[1]
         return cls(
             role, a.layer, a.name, a.model, a.query, heads, (a.grid[0], a.grid[1]), a.places, a.kind, tuple(curves)
@@ -101,7 +101,7 @@ class LayerSummary:
 
     @property
     def title(self) -> str:
-        """In one line."""
+        """The layer in one line."""
         model = f" {self.model}" if self.model else ""
         query = f", query {self.query}" if self.query else ""
         gh, gw = self.grid
@@ -123,12 +123,12 @@ class RunSummary:
 
     @property
     def verdict(self) -> list[str]:
-        """A sentence on flags, and one for each role on how the entropy of its last layer went."""
+        """A sentence on flags, and one for each role on the course of entropy in its last layer."""
         last = {layer.role: layer for layer in self.layers}
         return [_of_flags(self.flags), *(_of_entropy(layer) for layer in last.values())]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "archive": str(self.archive),
             "verdict": self.verdict,
@@ -141,7 +141,18 @@ class RunSummary:
 
 
 def summarise_run(run: str | Path) -> RunSummary:
-    """What has become of a run, whose path is one that `Run` takes; broken snapshots are left out."""
+    """Summarise a run: its steps, flags, and each layer's metrics from first to last.
+
+    Args:
+        run: an archive, a log directory that holds one, a folder of results of `show`, or one snapshot's file.
+
+    Returns:
+        The summary; ``broken`` lists snapshots that could not be read.
+
+    Raises:
+        FileNotFoundError: there are no snapshots.
+        ArchiveError: none can be read, or several archives are below the path.
+    """
     found = Run(run)
     steps: list[int] = []
     images: tuple[str, ...] = ()
@@ -200,7 +211,7 @@ def _print(found: RunSummary, every_layer: bool) -> None:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A bar for each value, from the smallest to the largest; values that are all the same are a line at the bottom."""
+    """Draw a bar for each value, from the smallest to the largest; equal values are a line at the bottom."""
     low, span = min(values), max(values) - min(values)
     return "".join(BARS[round((v - low) / span * (len(BARS) - 1)) if span > 0 else 0] for v in values)
 
@@ -241,7 +252,7 @@ def _of_flags(flags: Sequence[HealthFlag]) -> str:
 
 
 def _of_entropy(layer: LayerSummary) -> str:
-    """When it turned: the extreme that lies between the ends and beyond both of them is told with its step."""
+    """Describe the course of entropy; an extreme beyond both ends is named with its step."""
     where = f"{layer.role}, layer {layer.layer}:"
     curve = next((c for c in layer.curves if c.metric == "entropy"), None)
     if curve is None:

@@ -23,7 +23,7 @@ from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.commands.show import drawn_heads
 from attn_monitor.commands.support.devices import choose_device, move_to, patch_size, with_memory_for
 from attn_monitor.commands.support.frames import read_frames
-from attn_monitor.commands.support.results import progress, tell, writing_to
+from attn_monitor.commands.support.results import notify, progress, writing_to
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
@@ -66,7 +66,7 @@ def video(
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
         video: a video file, which needs PyAV (pip install attn_monitor[video]), or a folder of frames.
-        out: file to write: .mp4 (by PyAV too), or .webp or .gif, whose pictures are held in memory until the end.
+        out: file to write: .mp4 (by PyAV too), or .webp or .gif, which hold their pictures in memory until the end.
         checkpoint: file or folder of weights to load instead of the library's own, as in `show`.
         key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as
             student.backbone; without it a teacher before a student.
@@ -124,10 +124,24 @@ def attention_video(
     batch: int = 8,
     drawing: FrameDrawing | None = None,
 ) -> Iterator[Pixels]:
-    """Each frame, uint8 (H, W, 3), as a picture of the model's attention on it, uint8 (height, width, 3).
+    """Draw a model's attention on the frames of a video, one after another.
 
-    ``size`` and the others are those of the `video` command. Holds ``batch`` frames at a time; normalises them by
-    ImageNet's mean and std, and runs where the model is.
+    Args:
+        model: runs on its device, on frames normalised by ImageNet's mean and std.
+        frames: uint8 (H, W, 3) each; ``batch`` of them are held at a time.
+        layers: index, module path, list of these, or "all".
+        query: "cls", "mean", a token index, or (row, col) of a patch.
+        size: the shorter side in pixels, (height, width) to be covered, or None for the frames' own size.
+        batch: frames that go through the model together; fewer where memory runs out.
+        drawing: how frames are drawn.
+
+    Yields:
+        A picture of each frame, uint8 (height, width, 3), all of one size.
+
+    Raises:
+        ValueError: an argument is out of range.
+        AttentionError: the model's attention cannot be read.
+        DeviceError: memory does not suffice for one frame, not even on the CPU.
     """
     drawing = FrameDrawing() if drawing is None else drawing
     for photos, recorded in recorded_batches(model, frames, layers=layers, query=query, size=size, batch=batch):
@@ -139,9 +153,9 @@ def attention_video(
 def recorded_batches(
     model: nn.Module, frames: Iterable[Pixels], *, layers: Any, query: Any, size: Size, batch: int
 ) -> Iterator[tuple[list[Pixels], list[LayerAttention]]]:
-    """Frames in the size that the model got them in, and its attention on them, a batch at a time.
+    """Yield frames in the size that the model gets, and its attention on them, a batch at a time.
 
-    Where memory runs out, batches become smaller, and with one frame the model goes on, on the CPU.
+    Where memory runs out, batches become smaller; where it does with one frame, the model moves to the CPU.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame")
@@ -158,7 +172,7 @@ def recorded_batches(
             if not is_out_of_memory(error) or len(photos) == 1:
                 raise
             batch = (len(photos) + 1) // 2
-            tell(f"memory ran out with {len(photos)} frames: going on with {batch} at a time")
+            notify(f"memory ran out with {len(photos)} frames: going on with {batch} at a time")
             continue
         waiting = waiting[batch:]
         yield photos, recorded
@@ -172,7 +186,7 @@ def _record(recorder: AttentionRecorder, photos: list[Pixels]) -> list[LayerAtte
 
 
 def model_size(frame: tuple[int, int], size: Size, patch: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """To what (height, width) a frame is resized, and to what it is cropped then."""
+    """Return the (height, width) to which a frame is resized, and that to which it is then cropped."""
     height, width = frame
     if size is not None:
         check_size(size)
@@ -191,7 +205,7 @@ def model_size(frame: tuple[int, int], size: Size, patch: tuple[int, int]) -> tu
 
 
 def _cover(frame: Pixels, resized: tuple[int, int], cropped: tuple[int, int]) -> Pixels:
-    """Resized, then cropped at the centre."""
+    """Resize a frame, then crop it at the centre."""
     if frame.shape[:2] != resized:
         frame = resize(frame, resized, Image.Resampling.BICUBIC)
     top, left = ((r - c) // 2 for r, c in zip(resized, cropped, strict=True))
@@ -199,7 +213,7 @@ def _cover(frame: Pixels, resized: tuple[int, int], cropped: tuple[int, int]) ->
 
 
 def _normalise(photos: list[Pixels]) -> torch.Tensor:
-    """(B, 3, H, W), by ImageNet's mean and std."""
+    """Normalise frames by ImageNet's mean and std: (B, 3, H, W)."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 

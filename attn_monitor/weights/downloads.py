@@ -1,4 +1,4 @@
-"""Downloads that give up in seconds: the libraries' own clients try again and again, for a minute and more."""
+"""Downloads that give up in seconds; the libraries' own clients retry for a minute and more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 4.0  # for a server to answer
 
 @contextmanager
 def hub_or_cache(needed: bool = True) -> Iterator[None]:
-    """Where the Hugging Face hub does not answer, only what is cached is looked at; `ConnectionError` if it is not."""
+    """Use only the cache where the Hugging Face hub does not answer; `ConnectionError` where it has no such model."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not needed or os.environ.get("HF_HUB_OFFLINE") or is_reachable(address):
         yield
@@ -37,7 +37,7 @@ def hub_or_cache(needed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def socket_timeout() -> Iterator[None]:
-    """A limit for clients that set none of their own, such as torch.hub."""
+    """Set a limit for clients that have none of their own, such as torch.hub."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)
     try:
@@ -47,7 +47,7 @@ def socket_timeout() -> Iterator[None]:
 
 
 def is_reachable(address: str, seconds: float = TIMEOUT_SECONDS) -> bool:
-    """Whether a server can be reached, through the proxies of the environment."""
+    """Return whether a server can be reached, through the proxies of the environment."""
     reached = threading.Event()
 
     def request() -> None:

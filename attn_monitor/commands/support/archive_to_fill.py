@@ -23,13 +23,13 @@ from attn_monitor.snapshot import Snapshot
 SETTINGS = "backfill.json"  # of the first backfill into an archive
 RESTORED = ("entropy", "student_teacher_divergence", *LARGEST)  # what health flags follow over several snapshots
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class ArchiveToFill:
-    """The snapshots that are there, by step, and what new ones must be like."""
+    """The snapshots of an archive by step, and the checks that new ones have to pass."""
 
-    def __init__(self, claim: Claim, settings: Mapping[str, Any], tell: Tell) -> None:
+    def __init__(self, claim: Claim, settings: Mapping[str, Any], notify: Notify) -> None:
         self.folder, self.run = claim.folder, claim.run
         self.snapshots: dict[int, Path] = {}
         self._settings = json.loads(json.dumps(settings))  # a tuple is a list there
@@ -38,11 +38,11 @@ class ArchiveToFill:
             try:
                 snapshot = load_step(path)
             except (ArchiveError, OSError) as error:
-                tell(f"not counted as there: {error}")
+                notify(f"made again, as it cannot be read: {error}")
             else:
                 self.snapshots[snapshot.step] = path
                 self._first = self._first or snapshot
-        self._check_settings(tell)
+        self._check_settings(notify)
 
     def check(self, snapshot: Snapshot) -> None:
         """Raise `ArchiveError` where a new snapshot is of other roles, layers, heads, grids or queries."""
@@ -53,15 +53,15 @@ class ArchiveToFill:
             raise ArchiveError(f"{self.folder}: holds {old}; this would add {new}. Pass another folder as --out")
 
     def note_settings(self) -> None:
-        """Keep the settings, by which whoever adds more can be told that theirs are others."""
+        """Write the settings, for a later backfill with others to be refused."""
         (self.folder / SETTINGS).write_text(json.dumps(self._settings, indent=1) + "\n")
 
-    def _check_settings(self, tell: Tell) -> None:
+    def _check_settings(self, notify: Notify) -> None:
         path = self.folder / SETTINGS
         if not self.snapshots:
             return
         if not path.exists():
-            tell(
+            notify(
                 f"{self.folder}: a live run began it, which stores neither threshold nor metrics; that they are the "
                 "same here is not checked"
             )
@@ -83,7 +83,7 @@ class ArchiveToFill:
 
 @contextmanager
 def archive_to_fill(
-    folder: Path, probe: ProbeBatch, settings: Mapping[str, Any], tell: Tell
+    folder: Path, probe: ProbeBatch, settings: Mapping[str, Any], notify: Notify
 ) -> Iterator[ArchiveToFill]:
     """The archive for this process alone, where it is empty or of the same images and settings, else `ArchiveError`.
 
@@ -102,7 +102,7 @@ def archive_to_fill(
             raise ArchiveError(
                 f"{folder}: is of other images or masks; pass --probe {stored}, or another folder as --out"
             )
-        yield ArchiveToFill(claim, settings, tell)
+        yield ArchiveToFill(claim, settings, notify)
     finally:
         claim.release()
         for path in made:
@@ -111,7 +111,7 @@ def archive_to_fill(
 
 
 def remember(monitor: AttentionMonitor, snapshot: Snapshot) -> None:
-    """Make a snapshot of the archive the monitor's past, what its health flags follow included."""
+    """Add a snapshot of the archive to the monitor's past, and to what its health flags follow."""
     measured: Measured = {key: {} for key in snapshot.layers}
     for (role, layer), values in measured.items():
         for metric in RESTORED:
@@ -130,7 +130,7 @@ def _facts(snapshot: Snapshot) -> dict[str, str]:
 
 
 def _same(a: ProbeBatch, b: ProbeBatch) -> bool:
-    """Images and masks: metrics depend on both."""
+    """Compare images and masks: metrics depend on both."""
     if a.masks is None or b.masks is None:
         return a.has_same_images_as(b) and a.masks is b.masks
     return a.has_same_images_as(b) and torch.equal(a.masks, b.masks)

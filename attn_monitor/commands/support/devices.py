@@ -1,4 +1,4 @@
-"""Where a model runs and on images of which size: on a GPU as long as its memory lasts, in whole patches."""
+"""Devices and image sizes for a model: a GPU as long as its memory lasts, whole patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attn_monitor.capture.isolation import model_device_dtype
-from attn_monitor.commands.support.results import tell
+from attn_monitor.commands.support.results import notify
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.probe.image_folder import check_size
 
@@ -21,21 +21,21 @@ class DeviceError(ValueError):
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, by default a GPU if there is one; `DeviceError` if it cannot be used here."""
+    """Return the named device, by default a GPU if there is one; `DeviceError` if it cannot be used here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch was built without it, or knows no such name
-        unknown = "Expected one of" in str(error)  # many that nobody has
+        unknown = "Expected one of" in str(error)
         reason = "PyTorch knows no such device" if unknown else str(error).strip().splitlines()[0].rstrip(".")
         raise DeviceError(f"device={name!r}: {reason}. Expected one such as cpu or cuda:0 that is there") from error
 
 
 def with_memory_for(work: Callable[[], Result], model: nn.Module) -> Result:
-    """What ``work`` gives, on the CPU where the memory of the model's device is too small even for one image.
+    """Run ``work``, again on the CPU where the memory of the model's device is too small even for one image.
 
-    ``work`` takes fewer images at a time by itself. The model then stays on the CPU; that is told on stderr.
+    ``work`` takes fewer images at a time by itself. The model then stays on the CPU, with a note on stderr.
     """
     device = model_device_dtype(model)[0]
     try:
@@ -45,25 +45,25 @@ def with_memory_for(work: Callable[[], Result], model: nn.Module) -> Result:
             raise
         if device.type == "cpu":
             raise DeviceError("memory ran out on the CPU, with one image at a time; pass a smaller --size") from error
-    tell(f"memory ran out on {device}, even with one image at a time: going on, on the CPU")
+    notify(f"memory ran out on {device}, even with one image at a time: going on, on the CPU")
     model.to("cpu")
     torch.cuda.empty_cache()
     return with_memory_for(work, model)
 
 
 def move_to(device: torch.device, model: nn.Module) -> None:
-    """Move the model to a device, if it has room there; told on stderr if it has not."""
+    """Move the model to a device, or with a note on stderr to the CPU where it has no room there."""
     try:
         model.to(device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        tell(f"the model has no room on {device}: going on, on the CPU")
+        notify(f"the model has no room on {device}: going on, on the CPU")
         model.to("cpu")
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of a model's patches, where images go into a convolution whose stride is its kernel."""
+    """Return (height, width) of a model's patches; None where images enter no convolution with stride = kernel."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
     if first is None or first.kernel_size != first.stride:
         return None
@@ -71,7 +71,7 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width), cropped to a multiple of the model's patches as DINO does; what is cropped is told on stderr.
+    """Return (height, width), cropped to a multiple of the model's patches as DINO does, with a note on stderr.
 
     Raises ValueError where not even one patch would be left.
     """
@@ -83,5 +83,5 @@ def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, in
     if 0 in (height, width):
         raise ValueError(f"size={size}: expected at least one patch, {of_patch} pixels")
     if (height, width) != wanted:
-        tell(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({of_patch})")
+        notify(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({of_patch})")
     return height, width

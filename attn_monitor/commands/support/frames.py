@@ -25,7 +25,7 @@ class Frame:
 
 
 class Frames(Protocol):
-    """Frames to go through once. ``count`` is how many there should be, None where that is not known.
+    """Frames to go through once; ``count`` is the expected number, None where it is not known.
 
     ``missing`` says afterwards what could not be read; empty where all could.
     """
@@ -37,7 +37,12 @@ class Frames(Protocol):
 
 
 def read_frames(path: Path, fps: float | None = None) -> Frames:
-    """The frames of a video file, or of a folder of images at ``fps`` frames a second (25 by default)."""
+    """Open a video file, or a folder of images as one of ``fps`` frames a second (25 by default).
+
+    Raises:
+        FileNotFoundError: there is nothing at the path, or no image in the folder.
+        ValueError: the file is no video, or ``fps`` is out of range or given for a file.
+    """
     if path.is_dir():
         if fps is not None and not 0 < fps <= 1000:
             raise ValueError(f"fps={fps}: expected frames per second, above 0 and up to 1000")
@@ -45,7 +50,7 @@ def read_frames(path: Path, fps: float | None = None) -> Frames:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist; expected a video file or a folder of frames")
     if fps is not None:
-        raise ValueError(f"fps={fps} is for folders of frames; {path} is a file, whose own times are kept")
+        raise ValueError(f"fps={fps} is for folders of frames; {path} is a file, which keeps its own times")
     return VideoFrames(path)
 
 
@@ -75,7 +80,7 @@ class ImageFrames:
 
 
 class VideoFrames:
-    """Frames of a video file's first video stream, upright, with the times that they have in it."""
+    """Frames of a file's first video stream, upright, each with its own duration."""
 
     def __init__(self, path: Path) -> None:
         self._av, self._path = import_av(), path
@@ -112,7 +117,7 @@ class VideoFrames:
         return container
 
     def _decode(self, container: Any) -> Iterator[Any]:
-        """All frames up to the first one that is damaged."""
+        """Yield all frames up to the first damaged one."""
         try:
             for frame in container.decode(video=0):
                 if frame.is_corrupt:
@@ -124,14 +129,14 @@ class VideoFrames:
 
 
 def _duration(stream: Any, container: Any) -> Fraction | None:
-    """Seconds that the file says it lasts."""
+    """Return the duration in the file's header, in seconds."""
     if stream.duration:
         return Fraction(stream.duration * stream.time_base)
     return Fraction(container.duration, 1_000_000) if container.duration else None
 
 
 def _timed(frames: Iterator[Any], usual: Fraction) -> Iterator[tuple[Any, Fraction]]:
-    """Each with the seconds until the next one; the usual ones where times are not known, or go back."""
+    """Yield each frame with the seconds until the next one; ``usual`` where times are not known, or go back."""
     before: Any = None
     for frame in frames:
         if before is not None:
@@ -143,13 +148,13 @@ def _timed(frames: Iterator[Any], usual: Fraction) -> Iterator[tuple[Any, Fracti
 
 
 def _upright(frame: Any) -> Pixels:
-    """The picture as players show it: telephones store how it is to be turned."""
+    """Turn a frame as players do: telephones store its rotation."""
     pixels: Pixels = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sorts numbers by their value."""
+    """Return a key that sorts numbers by value."""
     parts = re.split(r"([0-9]+)", path.name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in parts if part]
 

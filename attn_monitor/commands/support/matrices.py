@@ -27,12 +27,26 @@ def save_matrices(
     layers: Layers = -1,
     query: QuerySpec = "cls",
 ) -> list[Path]:
-    """Write `{name}-layer{L}.npy` for each of the images (B, C, H, W) and each layer: (heads, queries, keys) float32.
+    """Write whole attention matrices, `{name}-layer{L}.npy` for each image and layer: (heads, queries, keys) float32.
 
-    Keys stand as in a `Snapshot`: the prefix (CLS, registers) first, then the patches row by row; queries
-    likewise where they are the same tokens, else in the model's own order. Every row is checked against
-    the model's own output; a file appears only after that. Images run one at a time, and memory is linear in
-    the tokens unless the model itself makes the matrix.
+    Images run one at a time, and memory is linear in the tokens unless the model itself makes the matrix. Every row is
+    checked against the model's own output; a file appears only after that. Keys stand as in a `Snapshot`: the prefix
+    (CLS, registers) first, then the patches row by row; queries likewise where they are the same tokens, else in the
+    model's own order.
+
+    Args:
+        model: runs on its device.
+        images: (B, C, H, W), normalised.
+        folder: an existing folder.
+        names: of the images, for the files; by default image0, image1, ….
+        layers: index, module path, list of these, or "all".
+        query: chooses layers as in `AttentionRecorder`; all queries are written.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        AttentionError: the attention of a layer cannot be read.
     """
     folder = Path(folder)
     paths: list[Path] = []
@@ -59,7 +73,7 @@ def save_matrices(
 
 
 def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> Tensor | None:
-    """One image's matrix, row after row where it belongs; a plain file, as a full disk kills whoever maps one.
+    """Write one image's matrix, row after row; into a plain file, as a full disk kills a process that maps one.
 
     Returns the largest difference of its rows from the model's own output.
     """
@@ -78,6 +92,6 @@ def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> Tensor 
 
 
 def _query_order(site: ReadableSite) -> Sequence[int]:
-    """The keys' order where every patch is the query of the same index."""
+    """Return the keys' order where every patch is the query of the same index, else the model's own."""
     same = all(site.places.patch_queries.get(cell) == token for cell, token in enumerate(site.layout.patches))
     return site.layout.order if same and site.queries == site.keys else range(site.queries)

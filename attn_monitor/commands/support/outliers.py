@@ -15,7 +15,7 @@ from attn_monitor.snapshot import Snapshot
 
 
 def find_outliers(model: nn.Module, images: Tensor, layers: Sequence[int], query: QuerySpec) -> dict[int, Outliers]:
-    """Those of each layer on images (B, C, H, W), which run one at a time.
+    """Find the outlier patches of each layer on images (B, C, H, W), which run one at a time.
 
     By the norms of the tokens that enter a layer's block, or where these are not known by the attention that patches
     receive from all tokens.
@@ -41,7 +41,7 @@ def _record(recorder: AttentionRecorder, images: Tensor) -> list[LayerAttention]
 
 
 def without_outliers(snapshot: Snapshot, outliers: Mapping[int, Outliers]) -> Snapshot:
-    """The snapshot with attention as if outliers were not there; its metrics stay those of the model."""
+    """Return the snapshot with attention renormalised without outliers; its metrics stay those of the model."""
     layers = {
         (role, layer): without_patches(attention, outliers[layer].patches) if layer in outliers else attention
         for (role, layer), attention in snapshot.layers.items()

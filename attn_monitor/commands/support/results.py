@@ -1,4 +1,4 @@
-"""What commands have in common: a folder for results, a bar for what takes long, and a table of metrics."""
+"""Output of the commands: a folder for results, progress bars, notes, and tables of metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[Path]:
-    """A folder for results; that it cannot be written to is told with its name."""
+    """Make a folder for results; `OSError` with its name where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -34,25 +34,25 @@ def writing_to(folder: Path) -> Iterator[Path]:
 
 
 class Results:
-    """The files that a command writes into a folder: each is printed on stdout, above a bar that is there."""
+    """The files that a command writes into a folder; each path is printed on stdout, above a progress bar."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._written: set[Path] = set()
 
     def save(self, path: Path, picture: Pixels) -> None:
-        """A picture, uint8 (height, width, 3), as PNG."""
+        """Save a picture, uint8 (height, width, 3), as PNG."""
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(picture)).save(path, compress_level=PNG_LEVEL)
         self.add(path)
 
     def add(self, path: Path) -> None:
-        """A file that is complete."""
+        """Add a complete file."""
         self._written.add(path)
         print_path(path)
 
     def others(self) -> list[Path]:
-        """Files of the same kinds in the same folders that are of an earlier call, or of somebody else."""
+        """List files of the same kinds in the same folders that this call has not written."""
         folders, kinds = {path.parent for path in self._written}, {path.suffix for path in self._written}
         found = (path for folder in sorted(folders) for path in sorted(folder.iterdir()) if path.suffix in kinds)
         return [path for path in found if path not in self._written]
@@ -60,46 +60,46 @@ class Results:
 
 @contextmanager
 def results_in(folder: Path) -> Iterator[Results]:
-    """A folder for results, as `writing_to` gives; what else lies in it is told, so that none is taken for these."""
+    """Make a folder for results; at the end a note on stderr says which other files are in it."""
     with writing_to(folder):
         results = Results(folder)
         yield results
         if others := results.others():
-            tell(f"{folder} also holds {len(others)} files that are not of this call, such as {others[0].name}")
+            notify(f"{folder} also holds {len(others)} files that are not of this call, such as {others[0].name}")
 
 
 def progress(items: Iterable[Item], doing: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a bar on stderr that says what is being done; none where stderr is no terminal."""
+    """Yield the items below a progress bar on stderr; without one where stderr is no terminal."""
     bar: Iterable[Item] = tqdm(items, doing, total, leave=False, file=sys.stderr, disable=None)
     return bar
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Says on stderr what is being done as long as it is; nothing where stderr is no terminal."""
+    """Show on stderr what is being done; nothing where stderr is no terminal."""
     with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, file=sys.stderr, disable=None):
         yield
 
 
 def print_path(path: Path) -> None:
-    """A result on stdout, above a bar that is there."""
+    """Print a result on stdout, above a progress bar."""
     tqdm.write(str(path), file=sys.stdout)
 
 
-def tell(text: str) -> None:
-    """A line on stderr, where it disturbs no results; above a bar that is there."""
+def notify(text: str) -> None:
+    """Print a line on stderr, apart from results and above a progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, the first row being titles; numbers are strings already."""
+    """Print rows of texts in columns as wide as their widest cell; the first row holds titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_metrics(snapshot: Snapshot, title: str | None = None) -> None:
-    """Means over heads and images, one line for each role and layer, below a title that names the step by default."""
+    """Print means over heads and images, one line for each role and layer, below a title."""
     print(f"{title or f'metrics at step {snapshot.step:,}'}:")
     for role, layer in snapshot.layers:
         values = snapshot.metrics.of_layer(role, layer)

@@ -1,4 +1,4 @@
-"""Runs on disk: which archive a path means, and its snapshots one after another."""
+"""Runs on disk: the archive that a path leads to, and its snapshots one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = "attention.npz"  # the one snapshot in a folder of results of `show`
 
 
 class Run:
-    """The snapshots that a path means, read one at a time, and the probe that they were taken of.
+    """The snapshots at a path, read one at a time, and their probe.
 
     The path is an archive, a log directory that holds one, a folder that `show` has written to, or one snapshot's file.
     Snapshots that cannot be read are left out: ``broken`` says which and why, once the run has been gone through.
@@ -34,7 +34,7 @@ class Run:
         self.broken: list[str] = []
 
     def __iter__(self) -> Iterator[Snapshot]:
-        """In order of steps; `ArchiveError` at the end where none could be read."""
+        """Yield snapshots in order of steps; `ArchiveError` at the end where none could be read."""
         for path in progress(self.paths, f"reading {self.folder}"):
             try:
                 snapshot = self._load(path)
@@ -47,14 +47,14 @@ class Run:
             raise ArchiveError(f"no snapshot can be read: {'; '.join(self.broken)}")
 
     def load(self, step: int) -> Snapshot:
-        """Again the snapshot of a step that has been read; `ArchiveError` where it is not of the probe."""
+        """Load the snapshot of a step again that has been read; `ArchiveError` where it is not of the probe."""
         snapshot = self._load(self._read[step])
         self.check_belongs(snapshot)
         return snapshot
 
     @cached_property
     def probe(self) -> ProbeBatch:
-        """The images."""
+        """The images of the snapshots."""
         path = self.folder / "probe.npz"
         if not path.exists():
             raise FileNotFoundError(
@@ -72,7 +72,7 @@ class Run:
 
 
 def find_archive(run: str | Path) -> Path:
-    """The archive that a path means: the folder itself, or the one folder with snapshots up to two levels below it.
+    """Return the archive at a path: the folder itself, or the one folder with snapshots up to two levels below it.
 
     Raises FileNotFoundError where there is none, and `ArchiveError` naming them where there are several.
     """

@@ -23,7 +23,7 @@ def separate_pictures(
     hatched: Mapping[int, Tensor] | None = None,
     options: DrawingOptions = DrawingOptions(),
 ) -> Iterator[tuple[str, Pixels]]:
-    """Names of files, and pictures of every image and layer; all have the size of the photos (B, H, W, 3).
+    """Yield names of files and pictures of every image and layer, in the size of the photos (B, H, W, 3).
 
     img.png, and for each layer heatmap.png, overlay.png and mask_th{t}_mean.png (the mean over heads), attn-head{j}.png
     and mask_th{t}_head{j}.png. Several images have a folder each, and several layers folders in it. ``hatched`` are
@@ -43,7 +43,7 @@ def separate_pictures(
 
 
 def _pictures(maps: Tensor, drawing: PixelPictures) -> Iterator[tuple[str, Pixels]]:
-    """The stems of file names, and pictures of one image's maps (H, gh, gw)."""
+    """Yield the stems of file names, and pictures of one image's maps (H, gh, gw)."""
     shown, labels = mean_and_heads(maps, drawing.options.heads)
     masks = F.mass_mask(shown.flatten(1), drawing.options.threshold).view_as(shown).numpy()
     for label, weights, mask in zip(labels, shown.numpy(), masks, strict=True):

@@ -1,6 +1,7 @@
-"""Several processes watch one probe: each runs its share, all agree on how that went, and all get the whole.
+"""Record one probe in several processes: each runs a share of the images, and all get the merged result.
 
-Everything here except `is_on`, `is_rank_zero` and `share` is collective: all processes call it, in the same order.
+All functions except `is_distributed`, `is_rank_zero` and `share` are collective: every process calls them in the same
+order.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
 
 
-def is_on() -> bool:
-    """Whether there is a process group of more than one process."""
+def is_distributed() -> bool:
+    """Return True if there is a process group of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the first of its group, or the only one."""
-    return not is_on() or dist.get_rank() == 0
+    """Return True in the first process of the group, or in the only one."""
+    return not is_distributed() or dist.get_rank() == 0
 
 
 def _unchanged(value: Any) -> Any:
@@ -40,9 +41,15 @@ def _unchanged(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RankZero:
-    """The process that acts and decides for all; ``broadcast`` gives every process what rank zero has.
+    """Rank zero, the process that acts and decides for all; by default the only process.
 
-    By default there is one process, which is rank zero itself.
+    Args:
+        broadcast: Collective function that returns rank zero's value in every process.
+        rank: Rank of this process.
+
+    Example:
+        >>> RankZero().run(lambda: 3)
+        3
     """
 
     broadcast: Callable[[Any], Any] = _unchanged
@@ -50,11 +57,11 @@ class RankZero:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process is it."""
+        """True in rank zero."""
         return self.rank == 0
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """What the action returns or raises on rank zero, in every process."""
+        """Run the action in rank zero, and return its result or raise its error in every process."""
         outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_here:
             try:
@@ -70,10 +77,15 @@ class RankZero:
 
 @dataclass(frozen=True)
 class Share:
-    """Which images of a probe of ``count`` this process runs: equally many in each process.
+    """The images that this process runs, equally many in each process.
 
-    Sharded models take part in every forward of one another, so a process beyond the last image runs an image again
-    that belongs to another; ``own`` leaves those out.
+    All processes of a sharded model take part in every forward, so a process beyond the last image repeats one of
+    another process.
+
+    Args:
+        count: Number of images of the probe.
+        indices: Images to run.
+        own: Images to run, without repeated ones.
     """
 
     count: int
@@ -82,14 +94,14 @@ class Share:
 
 
 def share(count: int) -> Share:
-    """This process's part of ``count`` images."""
+    """Return this process's share of ``count`` images."""
     each = math.ceil(count / dist.get_world_size())
     places = range(dist.get_rank() * each, (dist.get_rank() + 1) * each)
     return Share(count, tuple(i % count for i in places), tuple(i for i in places if i < count))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """CUDA's own error, the CPU allocator's, or one that was caused by them."""
+    """Return True for CUDA's out-of-memory error, the CPU allocator's, or an error caused by one."""
     if error is None:
         return False
     cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in text_of(error)
@@ -97,9 +109,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def agree(action: Callable[[], Result]) -> Result:
-    """Do it in every process; where it fails in one, all raise, so that none waits for another in vain.
+    """Run the action in every process; if one fails, raise in all, so that none waits for another.
 
-    All raise the same type, naming the first process that failed: out of memory only if nothing worse happened.
+    All raise the same type, with the rank of the first process that failed. Out of memory has the lowest priority.
     """
     error: Exception | None = None
     try:
@@ -112,13 +124,13 @@ def agree(action: Callable[[], Result]) -> Result:
     failed = [(memory, rank, kind, text) for rank, (kind, text, memory) in _present(reports)]
     if failed:
         memory, rank, kind, text = min(failed)
-        cause = error if rank == dist.get_rank() else None  # another cause here must not change what is done next
+        cause = error if rank == dist.get_rank() else None  # another cause would be handled differently here
         raise _same_type(kind, f"{text} (process {rank} of {len(reports)})", memory) from cause
     return result
 
 
-def largest(value: int) -> int:
-    """The largest number that any process has."""
+def max_over_processes(value: int) -> int:
+    """Return the maximum of the processes' values."""
     values = [0] * dist.get_world_size()
     dist.all_gather_object(values, int(value))
     return max(values)
@@ -129,7 +141,7 @@ def _present(reports: list[tuple[str, str, bool] | None]) -> list[tuple[int, tup
 
 
 def _same_type(kind: str, text: str, memory: bool) -> Exception:
-    """An exception that every process can make: the refusal itself, out of memory, or what it was in words."""
+    """Make an exception of this package's type, of out of memory, or a RuntimeError that names another type."""
     if memory:
         return torch.OutOfMemoryError(text)
     refusal = getattr(errors, kind, None)
@@ -137,10 +149,19 @@ def _same_type(kind: str, text: str, memory: bool) -> Exception:
 
 
 def merge(mine: Captured, part: Share) -> Captured:
-    """Every process's images in their places, on the device they are on: sums with zeros, which are exact.
+    """Merge the processes' images, on their device, by summing tensors that are zero elsewhere, which is exact.
 
-    Four reductions, whose size does not depend on the number of processes. What one process does not know of a layer is
-    not known of the whole. Raises `UnsupportedAttentionError` in all processes when they do not hold the same layers.
+    It takes four reductions, the size of which does not depend on the number of processes.
+
+    Args:
+        mine: Attention of this process's images by (role, layer).
+        part: Share of this process.
+
+    Returns:
+        Attention of all images, without optional tensors that a process does not have.
+
+    Raises:
+        UnsupportedAttentionError: The processes do not hold the same layers; raised in all of them.
     """
     device = next(iter(mine.values())).rows.device
     _check_same_layers(mine, device)
@@ -159,16 +180,16 @@ def merge(mine: Captured, part: Share) -> Captured:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if other processes can be sent it, else its words."""
+    """Return the error if it can be pickled, otherwise a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # pickle raises whatever the error's own constructor does
+    except Exception:  # raised by the constructor of the error
         return RuntimeError(f"{type(error).__name__}: {text_of(error)}")
     return error
 
 
 def _spread(values: Tensor, part: Share) -> Tensor:
-    """(share, …) to (count, …): zero wherever another process has the image."""
+    """Spread values (share, ...) to (count, ...), zero at images of other processes."""
     whole = values.new_zeros(part.count, *values.shape[1:])
     whole[list(part.own)] = values[: len(part.own)]
     return whole
@@ -177,18 +198,18 @@ def _spread(values: Tensor, part: Share) -> Tensor:
 def _check_same_layers(mine: Captured, device: torch.device) -> None:
     layout = [(key, a.name, a.num_prefix, a.grid, len(a.rows), a.rows.shape[1:]) for key, a in mine.items()]
     digest = zlib.crc32(repr(layout).encode())
-    extremes = torch.tensor([digest, -digest], device=device)  # the largest and the smallest of all processes
+    extremes = torch.tensor([digest, -digest], device=device)  # maximum and minimum over processes
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     largest, smallest = extremes.tolist()
     if largest != -smallest:
         raise errors.UnsupportedAttentionError(
-            f"the {dist.get_world_size()} processes captured different layers, so that their rows cannot be put "
-            "together. Watch the same model in every process, or leave out distributed=True"
+            f"the {dist.get_world_size()} processes captured different layers, so that their rows cannot be merged. "
+            "Watch the same model in every process, or leave out distributed=True"
         )
 
 
 def _known_to_all(mine: Captured, device: torch.device) -> Captured:
-    """With those optional tensors alone that every process has, as one may have refused some of its numbers."""
+    """Drop the optional tensors that some process does not have, as it may have refused them."""
     names = (*OPTIONAL_TENSORS, *PATCH_TENSORS)
     known = torch.tensor([[float(name in a.tensors) for name in names] for a in mine.values()], device=device)
     dist.all_reduce(known, dist.ReduceOp.MIN)
@@ -200,7 +221,7 @@ def _known_to_all(mine: Captured, device: torch.device) -> Captured:
 
 
 def _verdicts(mine: Captured, device: torch.device) -> Mapping[tuple[str, int], dict[str, Any]]:
-    """The largest error that any process found at each layer (NaN: one did not check), and the least regular rows."""
+    """Merge checks: the largest error of each layer, NaN if a process did not check, and the least regular kind."""
     found = [
         [math.inf if math.isnan(a.verified_error) else a.verified_error, float(a.mixed), float(KINDS.index(a.kind))]
         for a in mine.values()

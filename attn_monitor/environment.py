@@ -1,7 +1,8 @@
-"""The callback for frameworks that hide Lightning's Trainer: ``ATTN_MONITOR=1 their-command …``, and no code.
+"""The callback from environment variables, for frameworks that hide Lightning's Trainer.
 
+``ATTN_MONITOR=1 command ...`` adds it to any run without code.
 Arguments of `AttentionMapCallback` come from variables, such as ``ATTN_MONITOR_EVERY_N_TRAIN_STEPS=100``, and from a
-YAML file that ``ATTN_MONITOR_CONFIG`` names; a variable goes before the file. Lightning finds it by an entry point.
+YAML file that ``ATTN_MONITOR_CONFIG`` names; variables take precedence. Lightning finds it by an entry point.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ PREFIX = "ATTN_MONITOR"
 
 
 class AttentionMapFromEnvironment(AttentionMapCallback):
-    """Leaves a run alone that has a callback of its own."""
+    """Callback that does nothing in a run with a callback of its own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look whether somebody watches already."""
+        """Set up; become inactive if the Trainer has another callback of this package."""
         super().setup(trainer, pl_module, stage)
         if any(type(other) is not type(self) for other in all_of(trainer)):
             self._session.run.active = False
 
 
 def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:
-    """The callback with the arguments that the variables and the file give; `ValueError` for others."""
+    """Build the callback from environment variables and the YAML file that they name.
+
+    Raises:
+        ValueError: A variable names no argument, or a value is invalid.
+    """
     parser = ArgumentParser(env_prefix=PREFIX, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     names = parser.add_class_arguments(AttentionMapFromEnvironment, None)

@@ -1,44 +1,72 @@
-"""What can go wrong, as types: every error that this package raises for its own reasons is an `AttnMonitorError`."""
+"""Exception types; every error that this package raises for its own reasons is an `AttnMonitorError`."""
 
 
 class AttnMonitorError(Exception):
-    """Base of all. The message says what was received, what was expected and what to do."""
+    """Base of all errors. The message names what was received, what was expected and what to do.
+
+    Example:
+        >>> try:
+        ...     raise TargetError("targets: 'teacher' is no submodule")
+        ... except AttnMonitorError as error:
+        ...     print(error)
+        targets: 'teacher' is no submodule
+    """
 
 
 class ProbeError(AttnMonitorError, ValueError):
-    """The probe images cannot be used: missing, empty, unreadable, or of the wrong shape."""
+    """The probe images are missing, empty, unreadable or of the wrong shape.
+
+    Example:
+        >>> issubclass(ProbeError, ValueError)
+        True
+    """
 
 
 class NoImagesError(ProbeError):
-    """A batch holds no images that could be watched."""
+    """A batch holds no images."""
 
 
 class InputTypeError(ProbeError, TypeError):
-    """What was given as a model is no module, or what was given as images no tensor of images."""
+    """The model is no module, or the images are no tensor of images."""
 
 
 class TargetError(AttnMonitorError, ValueError):
-    """``targets`` names something that is no submodule."""
+    """``targets`` names something that is no submodule.
+
+    Example:
+        >>> issubclass(TargetError, ValueError)
+        True
+    """
 
 
 class ArchiveError(AttnMonitorError, ValueError):
-    """A file or a checkpoint's state is no readable snapshot or probe: damaged, of a newer version, or no such file."""
+    """A file or a checkpoint's state is no valid snapshot or probe, or is of a newer version.
+
+    Example:
+        >>> issubclass(ArchiveError, ValueError)
+        True
+    """
 
 
 class ModelNameError(AttnMonitorError, ValueError):
-    """The name that a command was given does not lead to a model."""
+    """A command's argument names no model that can be loaded."""
 
 
 class CheckpointError(AttnMonitorError, ValueError):
-    """A file of weights is not readable, holds code, or does not fit the model."""
+    """A file of weights is unreadable, holds code, or does not fit the model."""
 
 
 class AttentionError(AttnMonitorError, RuntimeError):
-    """Base of every refusal: no map is shown, and the message says why and what to do."""
+    """Base of errors with which a model is refused, so that no map is shown.
+
+    Example:
+        >>> issubclass(QueryError, AttentionError) and issubclass(AttentionError, RuntimeError)
+        True
+    """
 
 
 class NoAttentionError(AttentionError):
-    """The model ran, but no token attention was observed in it."""
+    """The model ran, but no attention between tokens was observed."""
 
 
 class UnsupportedAttentionError(AttentionError):
@@ -46,15 +74,15 @@ class UnsupportedAttentionError(AttentionError):
 
 
 class QueryError(AttentionError):
-    """The query asked for does not exist in this model, or more than one token could be meant."""
+    """The requested query does not exist in this model, or is ambiguous."""
 
 
 class LayerError(AttentionError):
-    """The layer asked for does not exist in this model."""
+    """The requested layer does not exist in this model."""
 
 
 class VerificationError(AttentionError):
-    """The captured row times V is not what the model computed."""
+    """The captured row times V differs from the model's own output."""
 
 
 class NonFiniteAttentionError(AttentionError):
@@ -62,23 +90,23 @@ class NonFiniteAttentionError(AttentionError):
 
 
 class ForwardError(AttentionError):
-    """The model refused the images, or gives a different answer each time it is asked."""
+    """The model failed on the images, or its output differs between equal calls."""
 
 
 class HeadError(AttentionError):
-    """The head asked for does not exist in this model."""
+    """The requested head does not exist in this model."""
 
 
 def text_of(error: BaseException) -> str:
-    """What an exception says, also of a class that fails to say it."""
+    """Return an exception's text, even if its class fails to format it."""
     try:
         return str(error)
-    except Exception as another:  # of an exception class with a mistake of its own
+    except Exception as another:  # raised by a faulty exception class
         return f"(its text is {another!r})"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text without a full stop; of an `OSError` without its number."""
+    """Return the first line of an error's text without full stop; for an `OSError`, without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from attn_monitor.messages import warn
+from attn_monitor.record.atomic_file import atomic_file
 from attn_monitor.train.arguments import is_data
 from attn_monitor.watch import Watch
 
@@ -27,15 +26,15 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
         Trainer(..., callbacks=[AttentionMapTrainerCallback()]).train()
 
-    Pictures and metrics go to TensorBoard beside the Trainer's own curves and to the running W&B run, as
-    ``report_to`` has it, and the archive to ``{output_dir}/attn_monitor``. A checkpoint holds what a resumed run needs.
+    Pictures and metrics go to TensorBoard, beside the Trainer's own curves, and to the current W&B run, as selected by
+    ``report_to``; the archive goes to ``{output_dir}/attn_monitor``. Checkpoints hold the state of a resumed run.
 
     Args:
-        probe: as in `Watch`, such as the evaluation data set, whose samples the Trainer's own collator puts together.
-            None takes evenly spaced images of the training data.
-        loggers: what to log to instead.
-        every_n_train_steps: None: 50 snapshots over the run.
-        settings: other arguments of `Watch`.
+        probe: Probe as in `Watch`, or a data set, whose samples the Trainer's collator combines. None takes evenly
+            spaced images of the training data.
+        loggers: Loggers to use instead of those of ``report_to``.
+        every_n_train_steps: Steps between snapshots; None takes 50 snapshots over the run.
+        settings: Other arguments of `Watch`.
     """
 
     def __init__(
@@ -49,10 +48,10 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.probe, self.loggers = probe, loggers
         self.settings = {**settings, "every_n_train_steps": every_n_train_steps}
         self.watch: Watch | None = None
-        self._opened: list[Any] = []  # loggers of our own, closed at the end
+        self._opened: list[Any] = []  # loggers made here, closed at the end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is on its device now: the first snapshot."""
+        """Take the first snapshot; the model is on its device now."""
         if not state.is_world_process_zero:
             return
         loader = kwargs.get("train_dataloader")
@@ -68,24 +67,21 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._look(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Between two steps."""
+        """Take a snapshot if one is due."""
         self._look(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What a resumed run needs, into the checkpoint that was just written."""
+        """Write the state into the checkpoint that was just saved."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.watch is not None and folder.is_dir():
-            temporary = folder / f".writing-{secrets.token_hex(4)}.pt"
             try:
-                torch.save(self.watch.state_dict(), temporary)
-                os.replace(temporary, folder / STATE)
+                with atomic_file(folder / STATE) as file:
+                    torch.save(self.watch.state_dict(), file)
             except Exception as error:  # on a full disk PyTorch raises RuntimeError
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                warn(f"attn_monitor: {folder / STATE} cannot be written ({error}); a resumed run starts afresh")
+                warn(f"attn_monitor: {folder / STATE} cannot be written ({error}). A run resumed from it starts afresh")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last snapshot, and everything written."""
+        """Take the last snapshot and close the loggers."""
         if self.watch is not None:
             self.watch.close(state.global_step)
         for logger in self._opened:
@@ -104,15 +100,15 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 found = torch.load(path, map_location="cpu", weights_only=True)
                 if not isinstance(found, dict):
-                    raise TypeError(f"it holds a {type(found).__name__}, expected a dictionary")
-            except Exception as error:  # of a truncated file, whatever PyTorch, zipfile and pickle raise
+                    raise TypeError(f"holds a {type(found).__name__}, expected a dictionary")
+            except Exception as error:  # truncated files raise errors of PyTorch, zipfile or pickle
                 reason = f"{type(error).__name__}: {error}"
-                warn(f"attn_monitor: {path} cannot be read, and film strips start afresh. {reason}")
+                warn(f"attn_monitor: {path} cannot be read, so film strips start at this step. {reason}")
             else:
                 self.watch.load_state_dict(found)
 
     def _find_loggers(self, args: Any) -> list[Any]:
-        """The loggers of ``report_to`` that take pictures."""
+        """Return the loggers of ``report_to`` that accept pictures."""
         loggers: list[Any] = []
         if "wandb" in args.report_to:
             import wandb
@@ -128,7 +124,7 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _in_batches(probe: Any, loader: Any) -> Any:
-    """A data set with the collator of the Trainer's loader; anything else as it is."""
+    """Batch a data set with the collator of the Trainer's loader; return anything else unchanged."""
     is_samples = is_data(probe) and hasattr(probe, "__getitem__") and not hasattr(probe, "collate_fn")
     if not is_samples or not hasattr(loader, "collate_fn"):
         return probe

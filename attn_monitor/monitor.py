@@ -268,7 +268,7 @@ class AttentionMonitor:
 
         def worst(ask: Callable[[], int]) -> Doubt:
             answer = self._in_chunks(role, ask)
-            return Doubt(distributed.largest(answer) if self._is_shared() else answer)
+            return Doubt(distributed.max_over_processes(answer) if self._is_shared() else answer)
 
         first = doubt = worst(lambda: recorder.doubt(images(), last=last))
         if doubt == Doubt.DUE:
@@ -297,7 +297,7 @@ class AttentionMonitor:
         return layers
 
     def _is_shared(self) -> bool:
-        return self.distributed and distributed.is_on()
+        return self.distributed and distributed.is_distributed()
 
     def _in_chunks(self, role: str, action: Callable[[], Result], images: int | None = None) -> Result:
         """Look at a role, again with half the images at a time whenever memory runs out."""

@@ -207,7 +207,7 @@ class Watch:
         else:
             paths = {role: _only_backbone(model, images) for role, model in self.models.items()}
             targets = Targets({role: m.get_submodule(paths[role]) for role, m in self.models.items()}, paths)
-        if distributed.is_on() and any(map(is_sharded, targets.models.values())):
+        if distributed.is_distributed() and any(map(is_sharded, targets.models.values())):
             raise UnsupportedAttentionError(
                 "Watch looks in the first process alone, and this model's parameters are spread over several. Use "
                 "AttentionMonitor(distributed=True) with forward_within, in every process"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -15,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor.draw.canvas import Pixels
+from attn_monitor.record.atomic_file import atomic_file
 
 Seconds = float | Fraction
 
@@ -155,16 +154,10 @@ def check_ending(path: Path) -> Path:
 def animation_file(path: Path) -> Iterator[Animation]:
     """Open a new animation in the format of the path's suffix; the file appears when it is complete, or never."""
     make = FORMATS[check_ending(path).suffix.lower()]
-    temporary = path.with_name(f".writing-{secrets.token_hex(8)}{path.suffix}")
-    try:
-        with temporary.open("xb") as file:
-            animation = make(file)
-            yield animation
-            animation.close()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        animation = make(file)
+        yield animation
+        animation.close()
 
 
 def import_av() -> Any:

@@ -75,7 +75,7 @@ def _features(snapshots: Sequence[Snapshot], layer: int, image: int, painter: Ce
 
 
 def _most_concentrated(attention: LayerAttention, image: int, heads: tuple[int, ...] | None) -> list[int]:
-    """Choose up to four heads, those with the lowest entropy, in ascending order."""
+    """Choose up to four heads in order: of more, those with the lowest entropy."""
     shown = list(heads or range(attention.rows.shape[1]))
     if len(shown) <= STRIP_HEADS:
         return shown

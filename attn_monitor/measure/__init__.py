@@ -1,1 +1,1 @@
-"""`LayerAttention` becomes numbers, and health flags where these are alarming."""
+"""Compute metrics and health flags from `LayerAttention`."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attn_monitor.player.contents import Contents, gather
 from attn_monitor.player.page import code_size, page_of_runs
+from attn_monitor.record.atomic_file import atomic_file
 
 FILE_BYTES, EMBED_BYTES = 8_000_000, 4_000_000  # of a file, and of a page within another page
 RESERVED_BYTES = 50_000  # for layouts and other parts that are not counted
@@ -26,15 +25,11 @@ def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Co
 
 
 def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda size: None) -> None:
-    """Write under another name and rename, so that nobody opens half a page; call ``before`` with its size first."""
+    """Write a page atomically; call ``before`` with its size in bytes first."""
     content = page.encode()
     before(len(content))
-    temporary = path.with_name(f".writing-{secrets.token_hex(4)}.html")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def names_of(archives: Sequence[Path]) -> list[str]:

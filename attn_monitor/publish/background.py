@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from attn_monitor.publish.failures import Failures, Paused
-from attn_monitor.workers import GivenUp, Worker, is_given_up
+from attn_monitor.workers import Cancelled, Worker, is_cancelled
 
 PATIENCE = 60.0  # seconds that all waits of a run may hold it up together
 ROOM_PATIENCE = 5.0  # of these, for room in the queue of one destination that is slow
@@ -79,7 +79,7 @@ def within(
     with changed:
         ended = not patience.wait(changed, lambda: bool(results or errors), seconds)
     if ended:
-        worker.give_up()
+        worker.cancel()
         raise TimeoutError(f"not done after {seconds:.0f} s")
     if errors:
         raise errors[0]
@@ -160,7 +160,7 @@ class Outbox:
                 self._failures.lost(job.part, job.step, error or TimeoutError(f"no answer from {self.name}"))
             self._jobs.clear()
             if self._thread is not None:
-                self._thread.give_up()
+                self._thread.cancel()
 
     def _start(self) -> RuntimeError | None:
         """Start the thread if there is something to do and none yet; why the system gives none, if it does not."""
@@ -222,7 +222,7 @@ class Outbox:
         with self._changed:
             while True:
                 job = self._jobs[0] if self._jobs else None
-                if is_given_up() or (job is None and self._closing):
+                if is_cancelled() or (job is None and self._closing):
                     self._thread = None
                     self._changed.notify_all()
                     return None
@@ -237,7 +237,7 @@ class Outbox:
             return Paused()  # pictures of a logger that fails at present
         try:
             job.action()
-        except GivenUp as error:  # which was told when it was
+        except Cancelled as error:  # which was told when it was
             return error
         except BaseException as error:  # whatever it is, SystemExit too, must not end the thread
             self._failures.failed(job.part, error)

@@ -1,1 +1,1 @@
-"""What is kept: snapshots of attention, and the archive folder on disk."""
+"""Archive files: snapshots of attention, and the history and curves of a run."""

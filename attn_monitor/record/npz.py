@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import secrets
-import socket
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +21,12 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError
+from attn_monitor.record.atomic_file import atomic_file
 from attn_monitor.record.header_fields import Fields
 
 FORMAT = 2  # unchanged by optional additions
 HEADER_BYTES = 64 << 20  # limit of JSON in UTF-32; metrics of every head of a thousand layers take a tenth
 PACKED_BYTES = 256 << 20  # larger files are written without compression
-WRITING = ".writing-"  # prefix of incomplete files
 
 Shape = tuple["int | None", ...]
 """Expected sizes of an array; None for one that the header does not give."""
@@ -39,7 +35,7 @@ TensorReader = Callable[[str, Sequence[str], Shape], "Tensor | None"]
 
 
 def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write a file atomically: under a temporary name, synced to disk and renamed.
+    """Write a file atomically, synced to the disk.
 
     Args:
         path: The file; its folder is created.
@@ -47,20 +43,11 @@ def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.nda
         arrays: Arrays by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    owner = re.sub(r"[^\w-]", "_", socket.gethostname())[:60]
-    temporary = path.parent / f"{WRITING}{owner}-{os.getpid()}-{secrets.token_hex(4)}.npz"
     text = np.array(json.dumps({"format": FORMAT, **header}))
     packed = text.nbytes + sum(array.nbytes for array in arrays.values()) <= PACKED_BYTES
-    try:
-        with temporary.open("xb") as file:
-            save: Callable[..., None] = np.savez_compressed if packed else np.savez
-            save(file, header=text, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    save: Callable[..., None] = np.savez_compressed if packed else np.savez
+    with atomic_file(path, sync=True) as file:
+        save(file, header=text, **arrays)
 
 
 class NpzFile:
@@ -187,11 +174,3 @@ def check_array(name: str, found: Sequence[int], dtype: str, dtypes: Sequence[st
     if not fits or dtype not in dtypes:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ArchiveError(f"{name} is {dtype} {tuple(found)}, expected {' or '.join(dtypes)} ({expected})")
-
-
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove incomplete files that a killed process left in a folder, and return their paths."""
-    unfinished = sorted(folder.glob(f"{WRITING}*"))
-    for path in unfinished:
-        path.unlink(missing_ok=True)
-    return unfinished

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from attn_monitor.publish.background import DISK_PATIENCE, LAST_WORDS, Patience, within
 from attn_monitor.record.archive import set_aside
+from attn_monitor.record.atomic_file import remove_unfinished
 from attn_monitor.record.folder_claim import Claim, claim_again, claim_free, claim_later
-from attn_monitor.record.npz import remove_unfinished
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
+from attn_monitor.record.atomic_file import remove_unfinished
 from attn_monitor.record.folder_claim import Claim, claim_to_fill, owner
-from attn_monitor.record.npz import remove_unfinished
 from attn_monitor.snapshot import Snapshot
 
 SETTINGS = "backfill.json"  # of the first backfill into an archive

@@ -15,7 +15,7 @@ from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite
 from attn_monitor.commands.support.results import progress
-from attn_monitor.record.npz import WRITING
+from attn_monitor.record.atomic_file import WRITING
 
 
 def save_matrices(

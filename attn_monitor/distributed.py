@@ -108,7 +108,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_out_of_memory(error.__cause__)
 
 
-def agree(action: Callable[[], Result]) -> Result:
+def run_in_all(action: Callable[[], Result]) -> Result:
     """Run the action in every process; if one fails, raise in all, so that none waits for another.
 
     All raise the same type, with the rank of the first process that failed. Out of memory has the lowest priority.

@@ -27,7 +27,7 @@ from attn_monitor.measurements import HealthFlag
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
-from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from attn_monitor.snapshot import Snapshot
 
 Result = TypeVar("Result")
@@ -213,7 +213,7 @@ class AttentionMonitor:
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
         self.previous, self.reference = _snapshot(state["previous"]), _snapshot(state["reference"])
-        self.history = History([snapshot_of_state(s) for s in state["history"]])
+        self.history = History([snapshot_from_state(s) for s in state["history"]])
         self.health.load_state_dict(state["health"])
         self.curves = Curves.from_state_dict(state["curves"])
 
@@ -315,7 +315,7 @@ class AttentionMonitor:
         if not self._is_shared():
             return action()
         try:
-            return distributed.agree(action)
+            return distributed.run_in_all(action)
         except Exception:
             self._recorders.pop(role, None)  # so that all look for the layers anew: sharded models do so together
             raise
@@ -378,4 +378,4 @@ def _state(snapshot: Snapshot | None) -> dict[str, Any] | None:
 
 
 def _snapshot(state: dict[str, Any] | None) -> Snapshot | None:
-    return None if state is None else snapshot_of_state(state)
+    return None if state is None else snapshot_from_state(state)

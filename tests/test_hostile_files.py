@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
 from attn_monitor.commands import cli
-from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from tests.helpers import tiny_vit
 
 Arrays = dict[str, np.ndarray]
@@ -261,7 +261,7 @@ def test_states_get_the_same_checks(files: dict[str, Path], kind: str) -> None:
     broken += [{k: v for k, v in state.items() if k != left_out} for left_out in state]
     for wrong in broken:
         with pytest.raises(ArchiveError):
-            snapshot_of_state(wrong) if kind == "snapshot" else ProbeBatch.from_state_dict(wrong)
+            snapshot_from_state(wrong) if kind == "snapshot" else ProbeBatch.from_state_dict(wrong)
 
 
 def add_zeros(path: Path, name: str, shape: tuple[int, ...], mebibytes: int) -> None:

@@ -27,7 +27,7 @@ from attn_monitor.draw.single import PixelPictures
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.errors import ArchiveError
 from attn_monitor.grid import Grid, GridGeometry
-from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from tests.browser import CHROMIUM, browsing, pixels_of
 from tests.oracle import attention_matrices
 from tests.styles import DIM, PATCH, Block, MemEffAttention
@@ -294,7 +294,7 @@ CROPS = GridGeometry((8.0, 20.0), (16.0, 16.0))  # on 100 pixels
 def test_archives_keep_where_patches_are(geometry: GridGeometry | None, tmp_path: Path) -> None:
     snapshot = snapshot_of(attention_at(geometry))
     snapshot.save(tmp_path / "s.npz")
-    for read in (AttentionSnapshot.load(tmp_path / "s.npz"), snapshot_of_state(snapshot_state(snapshot))):
+    for read in (AttentionSnapshot.load(tmp_path / "s.npz"), snapshot_from_state(snapshot_state(snapshot))):
         assert read.layer("backbone").geometry == geometry
     assert ("geometry" in snapshot_state(snapshot)["header"]) == (geometry is not None), "as files had it before"
 
@@ -304,7 +304,7 @@ def test_a_geometry_that_is_none_is_refused(cell: str) -> None:
     state = snapshot_state(snapshot_of(attention_at(DROPS)))
     state["header"] = state["header"].replace('"cell": [16.0, 16.0]', f'"cell": {cell}')
     with pytest.raises(ArchiveError, match="cell="):
-        snapshot_of_state(state)
+        snapshot_from_state(state)
 
 
 @pytest.mark.parametrize(("geometry", "size"), [(DROPS, 79), (PADS, 56), (CROPS, 100)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from attn_monitor import AttentionMonitor, ProbeBatch
-from attn_monitor.record.archive import set_aside, snapshot_path, snapshot_paths, written_between
+from attn_monitor.record.archive import set_aside, snapshot_path, snapshot_paths, snapshots_between
 from tests.helpers import tiny_vit
 
 
@@ -20,12 +20,12 @@ def test_snapshots_between_a_checkpoint_and_now(tmp_path: Path) -> None:
         monitor.snapshot({"backbone": model}, step=step).save(snapshot_path(tmp_path, step))
     (tmp_path / "step-copy.npz").touch()
     told: list[str] = []
-    assert [s.step for s in written_between(tmp_path, 2, 6, ["a"], told.append)] == [4, 6]
-    assert written_between(tmp_path, 2, 6, ["b"], told.append) == []
-    assert written_between(tmp_path / "nowhere", 2, 6, ["a"], told.append) == []
+    assert [s.step for s in snapshots_between(tmp_path, 2, 6, ["a"], told.append)] == [4, 6]
+    assert snapshots_between(tmp_path, 2, 6, ["b"], told.append) == []
+    assert snapshots_between(tmp_path / "nowhere", 2, 6, ["a"], told.append) == []
     assert told == []
     snapshot_path(tmp_path, 4).write_bytes(b"broken")
-    assert [s.step for s in written_between(tmp_path, 2, 6, ["a"], told.append)] == [6]
+    assert [s.step for s in snapshots_between(tmp_path, 2, 6, ["a"], told.append)] == [6]
     assert len(told) == 1
     assert "film strips leave out" in told[0]
     assert "step-000000004.npz" in told[0]

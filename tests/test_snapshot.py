@@ -19,7 +19,7 @@ from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record import npz
 from attn_monitor.record.archive import snapshot_path
-from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from tests.helpers import tiny_vit
 
 
@@ -70,7 +70,7 @@ def test_names_what_it_holds(snapshot: AttentionSnapshot) -> None:
 
 def test_state_dict_round_trip(tmp_path: Path, snapshot: AttentionSnapshot) -> None:
     torch.save(snapshot_state(snapshot), tmp_path / "x.pt")
-    loaded = snapshot_of_state(torch.load(tmp_path / "x.pt", weights_only=True))
+    loaded = snapshot_from_state(torch.load(tmp_path / "x.pt", weights_only=True))
     torch.testing.assert_close(loaded.rows("teacher"), snapshot.rows("teacher"), atol=1e-4, rtol=1e-3)
 
 

@@ -17,7 +17,7 @@ from torch.optim import optimizer as optimizers
 from attn_monitor import AttentionMapCallback, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.commands.summary import summary
-from attn_monitor.record.snapshot_file import snapshot_of_state, snapshot_state
+from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from attn_monitor.train.weight_samples import WeightSamples
 from attn_monitor.train.wiring_watch import MOMENTS
 from tests.events import Events
@@ -113,7 +113,7 @@ def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"  average_before_step: {flag}" in said
     summary(str(run), json=True)
     assert '"layer": null' in capsys.readouterr().out
-    assert snapshot_of_state(snapshot_state(snapshots[1])).flags == (flag,)
+    assert snapshot_from_state(snapshot_state(snapshots[1])).flags == (flag,)
 
 
 @told

@@ -126,11 +126,11 @@ class Health:
 
     def add(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
         """Store the flags whose kind, role and layer had none yet, and return these."""
-        new = self.unknown(flags)
+        new = self.not_raised(flags)
         self.flags += new
         return new
 
-    def unknown(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
+    def not_raised(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
         """Return the flags whose kind, role and layer had none yet."""
         raised = {(f.kind, f.role, f.layer) for f in self.flags}
         return tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)

@@ -16,7 +16,7 @@ from attn_monitor.probe.image_folder import Photographs, Size, check_count, read
 from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
-from attn_monitor.record.npz import TensorReader, open_npz, tensors_in, write_npz
+from attn_monitor.record.npz import TensorReader, open_npz, tensor_reader, write_npz
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -209,7 +209,7 @@ class ProbeBatch:
     def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
         """Restore a probe from `state_dict`, bit by bit; `ArchiveError` if it is no valid probe."""
         stored = Fields(state, "state of a probe")
-        return cls._from_stored(stored, tensors_in(stored.mapping("tensors")))
+        return cls._from_stored(stored, tensor_reader(stored.mapping("tensors")))
 
     def _stored(self) -> dict[str, Tensor]:
         stored = {"images": self.images}

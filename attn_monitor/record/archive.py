@@ -36,7 +36,7 @@ def load_step(path: Path) -> Snapshot:
     return snapshot
 
 
-def written_between(
+def snapshots_between(
     archive: Path, after: int, until: int, names: Sequence[str], warn: Callable[[str], None]
 ) -> list[Snapshot]:
     """Read the snapshots of a range of steps.

@@ -134,7 +134,7 @@ def _damage_as_archive_error(what: str) -> Iterator[None]:
         raise ArchiveError(f"{what} is not readable: damaged, or not of attn_monitor ({reason})") from error
 
 
-def tensors_in(stored: Mapping[str, Any]) -> TensorReader:
+def tensor_reader(stored: Mapping[str, Any]) -> TensorReader:
     """Return a reader of a checkpoint's tensors that checks them like those of a file."""
 
     def read(name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:

@@ -27,7 +27,7 @@ from attn_monitor.record.npz import (
     check_format,
     open_npz,
     parse_json,
-    tensors_in,
+    tensor_reader,
     write_npz,
 )
 from attn_monitor.snapshot import Snapshot
@@ -57,7 +57,7 @@ def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
     return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
 
 
-def snapshot_of_state(state: dict[str, Any]) -> Snapshot:
+def snapshot_from_state(state: dict[str, Any]) -> Snapshot:
     """Restore a snapshot from `snapshot_state`, in float16 precision.
 
     Raises:
@@ -66,7 +66,7 @@ def snapshot_of_state(state: dict[str, Any]) -> Snapshot:
     stored = Fields(state, "state of a snapshot")
     header = Fields(parse_json(stored.text("header")), "header")
     check_format(header)
-    return _from_stored(header, tensors_in(stored.mapping("arrays")))
+    return _from_stored(header, tensor_reader(stored.mapping("arrays")))
 
 
 def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.publish import background
 from attn_monitor.publish.background import DISK_PATIENCE, within
 from attn_monitor.publish.publisher import Publisher
-from attn_monitor.record.archive import written_between
+from attn_monitor.record.archive import snapshots_between
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
@@ -390,7 +390,7 @@ class Session:
         if folder is None or self.monitor is None or last is None:
             return []
         names, note = self.monitor.probe.names, self.run.failures.note
-        read = partial(written_between, folder, last, until, names, note)
+        read = partial(snapshots_between, folder, last, until, names, note)
         found = self.run.failures.result_of("reading the archive", lambda: self._on_disk(read))
         return found or []
 
@@ -421,7 +421,7 @@ class Session:
             self._stop_wiring()  # until the next snapshot
             return
         if self.monitor is not None and (run.publisher is not None or run.held is not None):
-            news = [flag for flag in self.monitor.health.unknown(found) if flag not in run.findings]
+            news = [flag for flag in self.monitor.health.not_raised(found) if flag not in run.findings]
             run.findings += news
             if run.publisher is not None:
                 run.publisher.tell(news, step)

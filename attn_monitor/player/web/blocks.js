@@ -10,7 +10,7 @@ const patchesOf = ({ grid }) => grid[0] * grid[1];
 const sumOf = (values) => values.reduce((sum, value) => sum + value, 0);
 
 /** The numbers of one role, as views of a block. */
-class LayerBlock {
+export class LayerBlock {
   /**
    * @param {Layer} layer
    * @param {Uint16Array} rows (images, heads, tokens), bits of float16
@@ -54,15 +54,26 @@ class LayerBlock {
   }
 
   /**
-   * The weight of one token in one head, or the mean over heads for -1.
+   * The weight of one token in one head, or the mean over heads for -1; NaN where there is no such head.
    * @param {number} image
    * @param {number} head
    * @param {number} token
    */
   weight(image, head, token) {
+    if (head >= this.heads) return NaN;
     const heads = head >= 0 ? [head] : range(this.heads);
     const weights = fromHalves(Uint16Array.from(heads, (h) => this.row(image, h)[token]));
     return weights.reduce((sum, weight) => sum + weight, 0) / heads.length;
+  }
+
+  /**
+   * The weight of one patch in units of uniform attention, NaN where there is no such patch or head.
+   * @param {number} image
+   * @param {number} head
+   * @param {number} patch
+   */
+  patchWeight(image, head, patch) {
+    return patch >= 0 && patch < this.patches ? this.patches * this.weight(image, head, this.prefix + patch) : NaN;
   }
 
   /** @param {number} image */
@@ -80,8 +91,6 @@ class LayerBlock {
     return this.colourBytes.length ? this.colourBytes.subarray(image * count, (image + 1) * count) : null;
   }
 }
-
-/** @typedef {Record<string, LayerBlock> & {size: number}} Block by role; size in bytes */
 
 /**
  * @param {Uint8Array} bytes inflated

@@ -2,7 +2,7 @@
 import { changeDetector, el } from "./elements.js";
 import { percent, range } from "./numbers.js";
 import { hasColours, hasFeatures } from "./tile.js";
-import { change, headName, layersOf, rolesOf, runA, runB, shownLayer, state, view } from "./view.js";
+import { change, headName, layersOf, rolesOf, runA, runB, shownLayer, shownLayers, state, view } from "./view.js";
 
 /** @typedef {{element: HTMLElement, draw: () => void}} Control */
 
@@ -171,10 +171,7 @@ function headMenu() {
   const select = el("select", { id: "head", onchange: () => change({ head: Number(select.value) }) });
   const element = el("div", { class: "control" }, el("label", { class: "name", for: "head" }, "Head"), select);
   function draw() {
-    const layers = runA()
-      .layout(state.index)
-      .filter(({ layer }) => layer === shownLayer());
-    const heads = Math.max(0, ...layers.map((layer) => layer.heads));
+    const heads = Math.max(0, ...shownLayers().map((layer) => layer.heads));
     if (view.head >= heads) view.head = -1;
     if (select.options.length !== heads + 1) {
       const options = range(heads + 1).map((i) => el("option", { value: i - 1 }, headName(i - 1)));

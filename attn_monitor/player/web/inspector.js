@@ -1,29 +1,24 @@
 // The selected patch in every head and over steps, the prefix tokens, and facts of the layer.
+import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
 import { LineChart } from "./line_chart.js";
 import { cosines, formatted, grouped, percent, range } from "./numbers.js";
 import { clamp, matchingPatch } from "./patch_grid.js";
-import { shownColumns } from "./stage.js";
-import { headName, pinnedPatch, roleClass, runA, selectedPatch, shownIndex, shownLayer, state, view } from "./view.js";
+import { headName, pinnedPatch, roleClass, runA, selectedPatch, state, view } from "./view.js";
 
 /** @import {Column, Curve, Layer, PatchGrid, PatchRef} from "./types" */
+/** @import {Part} from "./columns.js" */
 /** @import {Run} from "./run.js" */
 
 const HISTORY = 60; // snapshots that are fetched for it, evenly spaced
 
-/**
- * @typedef {object} Part what is shown of one role in one run
- * @property {Run} run
- * @property {Layer} layer
- * @property {string} title
- * @property {string} className of its colour
- */
+/** @typedef {Required<Part> & {title: string, className: string}} InspectedPart */
 
 export function makeInspector() {
   const parts = [makePatchCard(), makePrefixCard(), makeFacts()];
   const element = el("div", { class: "inspector" }, ...parts.map((part) => part.element));
   function draw() {
-    const shown = shownColumns().flatMap(partsOf);
+    const shown = shownColumns().flatMap(inspectedParts);
     const patch = selectedPatch();
     for (const part of parts) part.draw(shown, patch);
   }
@@ -32,20 +27,15 @@ export function makeInspector() {
 
 /**
  * @param {Column} column
- * @returns {Part[]} without those whose numbers are not loaded
+ * @returns {InspectedPart[]} without runs where the block is not loaded
  */
-function partsOf({ runs, role, title, side }) {
-  return runs.flatMap((run, i) => {
-    const index = shownIndex(run);
-    const layer = run.layer(index, role, shownLayer(run));
-    if (!layer || !run.cached(index, layer.layer)) return [];
-    const className = roleClass(role) + ((side ?? i) ? " other" : "");
-    return [{ run, layer, title: runs.length > 1 ? `${role} ${"AB"[i]}` : title, className }];
+function inspectedParts(column) {
+  return partsOf(column).flatMap(({ run, layer, block }, i) => {
+    if (!layer || !block) return [];
+    const title = column.runs.length > 1 ? `${column.role} ${"AB"[i]}` : column.title;
+    return [{ run, layer, block, title, className: roleClass(column.role) + ((column.side ?? i) ? " other" : "") }];
   });
 }
-
-/** @param {Part} part */
-const blockOf = ({ run, layer }) => run.cached(shownIndex(run), layer.layer)?.[layer.role];
 
 function makePatchCard() {
   const title = el("h3", {});
@@ -57,7 +47,7 @@ function makePatchCard() {
   const values = el("div", { class: "values" }, key, bars.element, cosine, history.element);
   const element = el("section", { class: "card patch", "aria-label": "patch" }, title, hint, values);
 
-  /** @type {(parts: Part[], patch: PatchRef | null) => void} */
+  /** @type {(parts: InspectedPart[], patch: PatchRef | null) => void} */
   function draw(parts, patch) {
     const found = patch && parts.length ? matchingPatch(parts[0].layer.patchGrid, patch) : -1;
     hint.hidden = found >= 0;
@@ -80,15 +70,15 @@ function makePatchCard() {
 
 /**
  * A row for each head and part, on one scale.
- * @param {Part[]} parts
+ * @param {InspectedPart[]} parts
  * @param {PatchRef} patch
  * @returns {Row[]}
  */
 function weightRows(parts, patch) {
   const rows = range(parts[0].layer.heads + 1).flatMap((i) =>
-    parts.map(({ run, layer, title, className }, p) => {
+    parts.map(({ layer, block, title, className }, p) => {
       const found = matchingPatch(layer.patchGrid, patch);
-      const weight = run.weight(shownIndex(run), layer.role, layer.layer, patch.image, i - 1, found);
+      const weight = block.patchWeight(patch.image, i - 1, found);
       const chosen = i - 1 === view.head ? " chosen" : "";
       return {
         label: p ? "" : i ? headName(i - 1) : "mean",
@@ -105,17 +95,15 @@ function weightRows(parts, patch) {
 
 /**
  * Cosine of a patch to the pinned one, where features are stored.
- * @param {Part[]} parts
+ * @param {InspectedPart[]} parts
  * @param {PatchRef} patch
  */
 function cosineText(parts, patch) {
   if (view.pin < 0 || patch.image !== view.image) return "";
-  const texts = parts.flatMap((part) => {
-    const block = blockOf(part);
-    const { patchGrid } = part.layer;
-    if (!block?.width) return [];
+  const texts = parts.flatMap(({ layer: { patchGrid }, block, title }) => {
+    if (!block.width) return [];
     const all = cosines(block.features(patch.image), block.width, matchingPatch(patchGrid, pinnedPatch()));
-    return [`${part.title} ${formatted(all[matchingPatch(patchGrid, patch)])}`];
+    return [`${title} ${formatted(all[matchingPatch(patchGrid, patch)])}`];
   });
   return texts.length ? `cosine to the pinned patch: ${texts.join(", ")}` : "";
 }
@@ -128,7 +116,7 @@ function makeHistory() {
   /** @type {Curve[]} */
   let curves = [];
 
-  /** @type {(parts: Part[], patch: PatchRef) => void} */
+  /** @type {(parts: InspectedPart[], patch: PatchRef) => void} */
   function draw(parts, patch) {
     const sources = parts.flatMap(({ run, title, layer }) => [run, run.steps, run.cache.size, title, layer.layer]);
     if (patchChanged(patch.image, patch.patch, patch.patchGrid, view.head, ...sources)) {
@@ -143,7 +131,7 @@ function makeHistory() {
 }
 
 /**
- * @param {Part} part
+ * @param {InspectedPart} part
  * @param {PatchRef} patch
  * @returns {Curve}
  */
@@ -152,7 +140,8 @@ function historyOf({ run, layer: { role, layer }, className }, patch) {
   const points = run.steps.map(({ step }, index) => {
     const found = run.layer(index, role, layer);
     const match = found ? matchingPatch(found.patchGrid, patch) : -1;
-    return [step, run.weight(index, role, layer, patch.image, view.head, match)];
+    const block = run.cached(index, layer)?.[role];
+    return [step, block ? block.patchWeight(patch.image, view.head, match) : NaN];
   });
   return { className: `${className} mean`, dotted: true, points: points.filter((point) => Number.isFinite(point[1])) };
 }
@@ -172,18 +161,17 @@ function makePrefixCard() {
   const bars = new Bars("tokens");
   const element = el("section", { class: "card", "aria-label": "prefix tokens" }, title, bars.element);
 
-  /** @type {(parts: Part[]) => void} */
+  /** @type {(parts: InspectedPart[]) => void} */
   function draw(parts) {
     const shown = parts.filter(({ layer }) => layer.prefix.length > 0);
     element.hidden = shown.length === 0;
     title.textContent = `Prefix tokens, ${headName(view.head)}`;
-    const rows = shown.flatMap(({ run, layer, title, className }) => {
-      const weights = run.prefixWeights(shownIndex(run), layer.role, layer.layer, view.image, view.head);
-      return weights.map((share, token) => {
-        const label = `${title} ${layer.prefix[token]}`;
-        return { label, title: label, share, text: percent(share), className };
-      });
-    });
+    const rows = shown.flatMap(({ layer, block, title, className }) =>
+      layer.prefix.map((name, token) => {
+        const share = block.weight(view.image, view.head, token);
+        return { label: `${title} ${name}`, title: "", share, text: percent(share), className };
+      }),
+    );
     bars.draw(rows);
   }
   return { element, draw };
@@ -224,7 +212,7 @@ function makeFacts() {
   const element = el("details", { class: "card about" }, el("summary", {}, "About this layer"), list);
   const partsChanged = changeDetector();
 
-  /** @type {(parts: Part[]) => void} */
+  /** @type {(parts: InspectedPart[]) => void} */
   function draw(parts) {
     if (!partsChanged(...parts.flatMap(({ title, layer }) => [title, layer]))) return;
     const facts = parts.flatMap(({ title, layer }) => factsOf(title, layer));

@@ -1,7 +1,6 @@
 // A run: its steps, its images, and a cache of its blocks, which come from this file or from a server.
 import { unpackBlock } from "./blocks.js";
 import { byId } from "./elements.js";
-import { range } from "./numbers.js";
 import { makePatchGrid } from "./patch_grid.js";
 import { requestDraw } from "./view.js";
 
@@ -122,47 +121,6 @@ export class Run {
       this.cache.delete(oldest);
       this.cachedBytes -= freed;
     }
-  }
-
-  /**
-   * One head's weights of the patches, or the mean over heads for -1; null where the block is not cached.
-   * @param {number} index
-   * @param {string} role
-   * @param {number} layer
-   * @param {number} image
-   * @param {number} head
-   */
-  map(index, role, layer, image, head) {
-    const part = this.cached(index, layer)?.[role];
-    return part && head < part.heads ? part.map(image, head) : null;
-  }
-
-  /**
-   * The weight of one patch in units of uniform attention, NaN where the block is not cached.
-   * @param {number} index
-   * @param {string} role
-   * @param {number} layer
-   * @param {number} image
-   * @param {number} head
-   * @param {number} patch
-   */
-  weight(index, role, layer, image, head, patch) {
-    const part = this.cached(index, layer)?.[role];
-    if (!part || patch < 0 || patch >= part.patches || head >= part.heads) return NaN;
-    return part.patches * part.weight(image, head, part.prefix + patch);
-  }
-
-  /**
-   * The weights of the prefix tokens.
-   * @param {number} index
-   * @param {string} role
-   * @param {number} layer
-   * @param {number} image
-   * @param {number} head
-   */
-  prefixWeights(index, role, layer, image, head) {
-    const part = this.cached(index, layer)?.[role];
-    return part ? range(part.prefix).map((token) => part.weight(image, head, token)) : [];
   }
 }
 

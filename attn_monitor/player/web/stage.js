@@ -1,26 +1,13 @@
 // The maps: a column for each role (and run) with one large map and its heads, or a gallery of all images.
 import { drawColourBar, SCALES } from "./colours.js";
+import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
 import { entropyOf, grouped, percent, range } from "./numbers.js";
 import { LargeTile, runDot, Tile } from "./tile.js";
-import { change, roleClass, rolesOf, runA, runB, shownIndex, shownLayer, state, view } from "./view.js";
+import { change, roleClass, runA, runB, shownIndex, shownLayer, state, view } from "./view.js";
 
 /** @import {Column} from "./types" */
 /** @typedef {{draw: (columns: Column[], order: number[]) => void, tiles: Tile[]}} Part of the stage */
-
-/**
- * Roles side by side; of two runs each, or both on one canvas where they are swiped or subtracted.
- * @returns {Column[]}
- */
-export function shownColumns() {
-  const [a, b] = [runA(), runB()];
-  const roles = rolesOf(a).filter((role) => a.layer(state.index, role, shownLayer()));
-  return roles.flatMap((role) => {
-    if (!b) return { title: role, role, runs: [a] };
-    if (view.compare !== "side") return { title: role, role, runs: [a, b] };
-    return [a, b].map((run, side) => ({ title: `${role} · ${"AB"[side]}`, role, runs: [run], side }));
-  });
-}
 
 /** The scale of the large maps. */
 export function shownScale() {
@@ -61,9 +48,7 @@ export function makeStage() {
 }
 
 /** @param {Column} column */
-function headsOf({ runs, role }) {
-  return Math.max(...runs.map((run) => run.layer(shownIndex(run), role, shownLayer(run))?.heads ?? 0));
-}
+const headsOf = (column) => Math.max(...partsOf(column).map(({ layer }) => layer?.heads ?? 0));
 
 /**
  * Heads from the lowest to the highest entropy, summed over the columns: one order for all, as heads correspond.
@@ -71,11 +56,10 @@ function headsOf({ runs, role }) {
  * @param {number} heads
  */
 function byEntropy(columns, heads) {
+  const blocks = columns.map((column) => partsOf(column)[0].block);
   const totals = range(heads).map((head) => {
-    const maps = columns.map(({ runs: [run], role }) =>
-      run.map(shownIndex(run), role, shownLayer(run), view.image, head),
-    );
-    const total = maps.reduce((sum, map) => sum + (map ? entropyOf(map) : 0), 0);
+    const maps = blocks.flatMap((block) => (block && head < block.heads ? [block.map(view.image, head)] : []));
+    const total = maps.reduce((sum, map) => sum + entropyOf(map), 0);
     return Number.isNaN(total) ? Infinity : total;
   });
   return range(heads).sort((a, b) => (totals[a] === totals[b] ? a - b : totals[a] - totals[b]));

@@ -1,5 +1,6 @@
 // A tile: one map on a canvas with a caption. The pointer and arrow keys select a patch of it.
 import { css } from "./colours.js";
+import { partsOf } from "./columns.js";
 import { contextOf, el } from "./elements.js";
 import { drawing } from "./manifest.js";
 import { cosines } from "./numbers.js";
@@ -12,21 +13,18 @@ import {
   headName,
   hover,
   pinnedPatch,
-  runA,
   runB,
   selectedPatch,
-  shownIndex,
-  shownLayer,
+  shownLayers,
   state,
   unpin,
   view,
 } from "./view.js";
 
 /** @import {Column, Layer, PatchGrid, PatchRef} from "./types" */
-/** @import {Run} from "./run.js" */
+/** @import {Part} from "./columns.js" */
 /** @import {Content} from "./painting.js" */
 /** @import {Statistic} from "./statistics.js" */
-/** @typedef {NonNullable<ReturnType<Run["cached"]>>[string]} LayerBlock */
 
 const CLICK_DISTANCE = 5; // pixels between pressing and releasing; more is a swipe
 
@@ -36,10 +34,6 @@ const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], Arrow
 /** Whether the shown layer has features, or colours, of its patches. */
 export const hasFeatures = () => shownLayers().some((layer) => layer.features > 0);
 export const hasColours = () => shownLayers().some((layer) => layer.colors);
-const shownLayers = () =>
-  runA()
-    .layout(state.index)
-    .filter(({ layer }) => layer === shownLayer());
 
 /**
  * The coloured dot of run A or B.
@@ -106,10 +100,7 @@ export class Tile {
    * @param {number} head
    */
   draw(column, image, head) {
-    const parts = column.runs.map((run) => {
-      const [index, layer] = [shownIndex(run), shownLayer(run)];
-      return { run, layer: run.layer(index, column.role, layer), block: run.cached(index, layer)?.[column.role] };
-    });
+    const parts = partsOf(column);
     const missing = parts.find(({ layer }) => !layer || head >= layer.heads);
     const loading = !missing && parts.some(({ block }) => !block); // the canvas shows another step
     this.image = image;
@@ -117,7 +108,7 @@ export class Tile {
     this.element.classList.toggle("absent", Boolean(missing?.layer));
     this.element.classList.toggle("stale", loading);
     if (missing) this.drawMissing(column, missing.layer, head);
-    else if (!loading) this.drawParts(column, /** @type {Part[]} */ (parts), head);
+    else if (!loading) this.drawParts(column, /** @type {Required<Part>[]} */ (parts), head);
   }
 
   /**
@@ -134,7 +125,7 @@ export class Tile {
 
   /**
    * @param {Column} column
-   * @param {Part[]} parts
+   * @param {Required<Part>[]} parts
    * @param {number} head
    */
   drawParts(column, parts, head) {
@@ -176,7 +167,7 @@ export class Tile {
   }
 
   /**
-   * @param {Part} part
+   * @param {Required<Part>} part
    * @param {Float32Array} values
    * @returns {Content}
    */
@@ -211,8 +202,6 @@ export class Tile {
     });
   }
 }
-
-/** @typedef {{run: Run, layer: Layer, block: LayerBlock}} Part of a column: one run */
 
 /** A figure: a click or Enter pins a patch, arrow keys move from patch to patch. */
 export class LargeTile extends Tile {

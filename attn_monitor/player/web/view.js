@@ -104,15 +104,13 @@ export const selectedPatch = () => state.hover ?? (view.pin >= 0 ? pinnedPatch()
 /** @returns {PatchRef} the index of a pinned patch is that in the grid of the first role */
 export const pinnedPatch = () => ({ image: view.image, patch: view.pin, patchGrid: firstLayer().patchGrid });
 
-/** The shown layer of the first role. */
-export function firstLayer() {
-  const layer = shownLayer();
-  return /** @type {import("./types").Layer} */ (
-    runA()
-      .layout(state.index)
-      .find((found) => found.layer === layer)
-  );
+/** The shown layer of the first run, in all roles that have it. */
+export function shownLayers() {
+  const [layers, layer] = [runA().layout(state.index), shownLayer()];
+  return layers.filter((found) => found.layer === layer);
 }
+
+export const firstLayer = () => shownLayers()[0];
 
 /**
  * The index of the snapshot nearest to a step, the earlier of two.

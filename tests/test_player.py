@@ -465,6 +465,26 @@ def test_it_is_read_on_laptop_and_phone_in_light_and_dark(
 
 
 @in_a_browser
+def test_a_theme_is_the_same_by_button_and_by_system(watched: Watched, file: Path) -> None:
+    """The button goes from the system's theme to light, to dark, and back."""
+    colours = """() => [...document.body.querySelectorAll("*")].map(element => {
+        const {color, backgroundColor, borderColor, boxShadow} = getComputedStyle(element);
+        return [color, backgroundColor, borderColor, boxShadow].join();
+    })"""
+    by_system = {}
+    for scheme in ("light", "dark"):
+        by_system[scheme] = watched.open(file, "mask=false", scheme=scheme).evaluate(colours)
+    assert by_system["light"] != by_system["dark"]
+    page = watched.open(file, "mask=false", scheme="dark")
+    for expected in ("light", "dark", "dark"):
+        page.locator("#theme").click()
+        page.mouse.move(5, 5)
+        page.evaluate("document.activeElement.blur()")
+        watched.settle()
+        assert page.evaluate(colours) == by_system[expected]
+
+
+@in_a_browser
 @pytest.mark.parametrize("view", ["", "all=true", "arrange=grid&pin=3"])
 def test_axe_finds_nothing(watched: Watched, file: Path, view: str) -> None:
     axe = pytest.importorskip(

@@ -38,7 +38,7 @@ class ArchiveToFill:
             try:
                 snapshot = load_step(path)
             except (ArchiveError, OSError) as error:
-                notify(f"made again, as it cannot be read: {error}")
+                notify(f"not counted, as it cannot be read: {error}")
             else:
                 self.snapshots[snapshot.step] = path
                 self._first = self._first or snapshot

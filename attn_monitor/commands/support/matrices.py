@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite
 from attn_monitor.commands.support.results import progress
-from attn_monitor.record.atomic_file import WRITING
+from attn_monitor.record.atomic_file import atomic_file
 
 
 def save_matrices(
@@ -53,26 +53,17 @@ def save_matrices(
     names = [f"image{i}" for i in range(len(images))] if names is None else names
     recorder = AttentionRecorder(model, layers=layers, query=query)
     for name, image in progress(list(zip(names, images, strict=True)), "attention matrices"):
-        written: dict[Path, Path] = {}  # temporary to final
+        with ExitStack() as files:  # which are renamed once all layers are checked
 
-        def write(site: ReadableSite, seen: ReadObservation) -> Tensor | None:
-            temporary = folder / f"{WRITING}{secrets.token_hex(4)}.npy"
-            written[temporary] = folder / f"{name}-layer{site.index}.npy"  # noqa: B023 - called within this turn
-            with temporary.open("xb") as file:
-                return _write(file, site, seen)
+            def write(site: ReadableSite, seen: ReadObservation) -> Tensor | None:
+                paths.append(folder / f"{name}-layer{site.index}.npy")  # noqa: B023 - called within this turn
+                return _write(files.enter_context(atomic_file(paths[-1])), site, seen)
 
-        try:
             recorder(image[None], on_layer=write)
-            for temporary, path in written.items():
-                temporary.replace(path)
-        finally:
-            for temporary in written:
-                temporary.unlink(missing_ok=True)
-        paths += written.values()
     return paths
 
 
-def _write(file: BinaryIO, site: ReadableSite, seen: ReadObservation) -> Tensor | None:
+def _write(file: IO[bytes], site: ReadableSite, seen: ReadObservation) -> Tensor | None:
     """Write one image's matrix, row after row; into a plain file, as a full disk kills a process that maps one.
 
     Returns the largest difference of its rows from the model's own output.

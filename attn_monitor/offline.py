@@ -1,6 +1,10 @@
 """The commands as functions, for notebooks and scripts: no training has to run.
 
-    >>> from attn_monitor.offline import attention_video, load_model, summarise_run
+    >>> from attn_monitor.offline import compare_runs, load_model, summarise_run
+    >>> summarise_run("runs/version_0").verdict  # doctest: +SKIP
+    ['No health flag was raised.', 'teacher, layer 11: entropy fell from 0.99 to 0.71.']
+    >>> compare_runs("runs/a", "runs/b").table()  # doctest: +SKIP
+    [('teacher', 11, 'entropy', 0.71, 0.83)]
 
 Each name is imported when it is first used, as PyTorch takes seconds.
 """

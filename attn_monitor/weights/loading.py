@@ -86,6 +86,14 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is nothing at the path.
         CheckpointError: the file cannot be read, holds code, or does not fit the model.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"student": nn.Linear(3, 4).state_dict()}, f"{folder}/last.pt")
+        ...     report = load_checkpoint(nn.Linear(3, 4), f"{folder}/last.pt", key="student")
+        >>> report.partition(": ")[2]
+        "loaded all 2 entries of the model from below 'student.'"
     """
     stored = _with_plain_names(read_weights(Path(path), trust=trust), model)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}

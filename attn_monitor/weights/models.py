@@ -51,6 +51,10 @@ def load_model(
     Raises:
         ModelNameError: there is no such model, or it cannot be made.
         CheckpointError: weights cannot be read, or do not fit.
+
+    Example:
+        >>> load_model("torch.nn:Linear(3, 4)")
+        Linear(in_features=3, out_features=4, bias=True)
     """
     prefix, _, rest = name.partition(":")
     if not rest or not prefix:

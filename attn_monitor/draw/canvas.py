@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,15 @@ def draw_text_within(
     """Draw a line of text from (x, y) on, in the largest size up to ``largest`` that fits the width."""
     size = next((s for s in range(largest, 8, -1) if text_width(text, s) <= width), 8)
     draw_text(canvas, at, text, size, colour)
+
+
+def draw_colour_bar(canvas: Image.Image, at: tuple[int, int], colours: Array, ticks: Sequence[str], size: int) -> None:
+    """Draw a horizontal bar of colours (width, 3) from pixel (x, y) on, with labels at even distances below."""
+    canvas.paste(Image.fromarray(np.broadcast_to(colours, (10, *colours.shape)).copy()), at)
+    for index, tick in enumerate(ticks):
+        x = at[0] + index * (len(colours) - 1) / (len(ticks) - 1)
+        anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
+        draw_text(canvas, (x, at[1] + 12), tick, size, DIM_TEXT, anchor)
 
 
 def jpeg(picture: Pixels, quality: int = 65) -> bytes:

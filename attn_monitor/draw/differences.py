@@ -22,6 +22,7 @@ from attn_monitor.draw.canvas import (
     Colour,
     Pixels,
     blank_picture,
+    draw_colour_bar,
     draw_text,
     draw_text_within,
     up_to_block,
@@ -158,7 +159,7 @@ def difference_level(change: Tensor) -> Tensor:
 
 
 def _colours(level: Array, below: Array) -> Pixels:
-    """Blend levels -1 to 1, (..., h, w), in the colour of the run that has more with a background (h, w, 1)."""
+    """Blend levels -1 to 1, (...), in the colour of the run that has more with a background. Returns (..., 3)."""
     strength = np.abs(level)[..., None]
     colour = np.where(level[..., None] < 0, *np.array(COLOURS, np.float32))
     opacity = np.minimum(OPACITY[1], OPACITY[0] * strength)
@@ -184,11 +185,8 @@ def _draw_section(canvas: Image.Image, top: int, section: Section) -> None:
 
 def _draw_difference_legend(canvas: Image.Image, top: int) -> None:
     bar = min(360, canvas.width // 2)
-    level = np.broadcast_to(np.linspace(-1, 1, bar, dtype=np.float32), (10, bar))
-    canvas.paste(Image.fromarray(_colours(level, np.full((10, bar, 1), 80, np.float32))), (GAP, top))
-    for index, tick in enumerate(TICKS):
-        anchor = "l" if index == 0 else "r" if index == len(TICKS) - 1 else "m"
-        draw_text(canvas, (GAP + index * (bar - 1) / (len(TICKS) - 1), top + 12), tick, 12, DIM_TEXT, anchor)
+    colours = _colours(np.linspace(-1, 1, bar, dtype=np.float32), np.float32(80))
+    draw_colour_bar(canvas, (GAP, top), colours, TICKS, 12)
     x = bar + 3 * GAP
     draw_text(canvas, (x, top - 4), "B - A: × uniform attention more in", 13, DIM_TEXT)
     draw_text(canvas, (x, top + 13), "A", 13, COLOURS[0])

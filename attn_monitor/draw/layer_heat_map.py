@@ -18,6 +18,7 @@ from attn_monitor.draw.canvas import (
     Array,
     Pixels,
     blank_picture,
+    draw_colour_bar,
     draw_text,
     draw_text_within,
 )
@@ -26,7 +27,7 @@ from attn_monitor.measure.metrics import LARGEST
 from attn_monitor.measurements import MetricKey
 from attn_monitor.snapshot import Snapshot
 
-CELL, LEFT, BAR = 24, 8 * GAP, 12  # pixels: side of a cell, names of layers, height of the colour bar
+CELL, LEFT = 24, 8 * GAP  # pixels: side of a cell, width of the names of layers
 LEAST_WIDTH = 40 * GAP  # of a role, so that its text fits
 
 
@@ -86,7 +87,8 @@ def layer_heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels | None:
         names = [f"layer {layer}{_star(snapshot, role, layer, scale)}" for layer in snapshot.layers_of(role)]
         _draw_grid(sheet, (x, HEADER), role, names, scale.position(values))
         x += widths[role]
-    _draw_bar(sheet, top + tallest + 2 * LINE, scale)
+    ramp = colour_table("viridis")[np.linspace(0, 255, LEAST_WIDTH - LEFT - 2 * GAP).astype(int)]
+    draw_colour_bar(sheet, (LEFT, top + tallest + 2 * LINE), ramp, [f"{tick:,g}" for tick in scale.ticks], 12)
     return np.asarray(sheet)
 
 
@@ -109,12 +111,3 @@ def _draw_grid(sheet: Image.Image, at: tuple[int, int], role: str, names: Sequen
         draw_text(sheet, (left - 5, top + place * CELL + 5), name, 12, DIM_TEXT, "r")
     for head in range(positions.shape[1]):
         draw_text(sheet, (left + (head + 0.5) * CELL, top - LINE + 1), str(head), 11, DIM_TEXT, "m")
-
-
-def _draw_bar(sheet: Image.Image, top: int, scale: HeatScale) -> None:
-    width = LEAST_WIDTH - LEFT - 2 * GAP
-    ramp = colour_table("viridis")[np.linspace(0, 255, width).astype(int)]
-    sheet.paste(Image.fromarray(np.broadcast_to(ramp, (BAR, width, 3)).copy()), (LEFT, top))
-    for index, tick in enumerate(scale.ticks):
-        text = f"{tick:,g}"
-        draw_text(sheet, (LEFT + index / (len(scale.ticks) - 1) * width, top + BAR + 2), text, 12, DIM_TEXT, "m")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from attn_monitor.draw.canvas import BLOCK, DIM_TEXT, GAP, MASK, TRUTH, draw_text, text_width
+from attn_monitor.draw.canvas import BLOCK, DIM_TEXT, GAP, MASK, TRUTH, draw_colour_bar, draw_text, text_width
 from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
@@ -37,11 +37,7 @@ def draw_legend(
     scale, size = SCALES[options.scale], 13 + larger_text
     bar = min(240, canvas.width // 3)
     table = colour_table(options.colormap)[np.linspace(0, 255, bar).astype(np.uint8)]
-    canvas.paste(Image.fromarray(np.broadcast_to(table, (10, bar, 3)).copy()), (GAP, top))
-    for index, tick in enumerate(scale.ticks):
-        x = GAP + index * (bar - 1) / (len(scale.ticks) - 1)
-        anchor = "l" if index == 0 else "r" if index == len(scale.ticks) - 1 else "m"
-        draw_text(canvas, (x, top + 12), tick, size - 1, DIM_TEXT, anchor)
+    draw_colour_bar(canvas, (GAP, top), table, scale.ticks, size - 1)
     x = GAP * 3 + bar
     draw_text(canvas, (x, top - 4), scale.unit, size, DIM_TEXT)
     mask = f"top {options.threshold:.0%} of attention" + " (area in %)" * areas

@@ -43,7 +43,7 @@ def write_npz(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.nda
         arrays: Arrays by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = np.array(json.dumps({"format": FORMAT, **header}))
+    text = np.array(header_text(header))
     packed = text.nbytes + sum(array.nbytes for array in arrays.values()) <= PACKED_BYTES
     save: Callable[..., None] = np.savez_compressed if packed else np.savez
     with atomic_file(path, sync=True) as file:
@@ -56,8 +56,7 @@ class NpzFile:
     def __init__(self, file: zipfile.ZipFile, size: int) -> None:
         self._file = file
         self._left = max(size, PACKED_BYTES)  # bytes that may still be unpacked
-        self.header = Fields(self._read_header(), "header")
-        check_format(self.header)
+        self.header = parse_header(self._read_header())
 
     def tensor(self, name: str, dtypes: Sequence[str], shape: Shape) -> Tensor | None:
         """Read a tensor, or return None if the file has none of this name.
@@ -77,12 +76,12 @@ class NpzFile:
         with _damage_as_archive_error(name):
             return torch.from_numpy(self._read(member, name, dtypes, shape))
 
-    def _read_header(self) -> Any:
+    def _read_header(self) -> str:
         with _damage_as_archive_error("header"):
             member = self._file.getinfo("header.npy")
             if member.file_size > HEADER_BYTES:
                 raise ArchiveError(f"its header has {member.file_size:,} bytes, expected at most {HEADER_BYTES:,}")
-            return parse_json(str(self._read(member, "header", None, ())))
+            return str(self._read(member, "header", None, ()))
 
     def _read(
         self, member: zipfile.ZipInfo, name: str, dtypes: Sequence[str] | None, shape: Shape
@@ -148,22 +147,25 @@ def tensor_reader(stored: Mapping[str, Any]) -> TensorReader:
     return read
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON; `ArchiveError` if it is invalid."""
+def header_text(header: Mapping[str, Any]) -> str:
+    """Write a header as JSON, with the version of the format."""
+    return json.dumps({"format": FORMAT, **header})
+
+
+def parse_header(text: str) -> Fields:
+    """Parse `header_text`; `ArchiveError` if it is invalid, or of a format that only newer versions read."""
     try:
-        return json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"the header is no JSON ({error})") from error
-
-
-def check_format(header: Fields) -> None:
-    """Raise `ArchiveError` for a format that only newer versions read."""
+    header = Fields(values, "header")
     found = header.integer("format", least=1)
     if found > FORMAT:
         raise ArchiveError(
             f"written by a newer version of attn_monitor, in format {found}; this version reads up to format {FORMAT}. "
             "Update attn_monitor to open it"
         )
+    return header
 
 
 def check_array(name: str, found: Sequence[int], dtype: str, dtypes: Sequence[str], shape: Shape) -> None:

@@ -6,7 +6,6 @@ uint8, `features` float16 and all other optional tensors float32. `numpy.load(pa
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +19,7 @@ from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
 from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record.header_fields import Fields
-from attn_monitor.record.npz import (
-    FORMAT,
-    Shape,
-    TensorReader,
-    check_format,
-    open_npz,
-    parse_json,
-    tensor_reader,
-    write_npz,
-)
+from attn_monitor.record.npz import Shape, TensorReader, header_text, open_npz, parse_header, tensor_reader, write_npz
 from attn_monitor.snapshot import Snapshot
 
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may be a softmax in bfloat16
@@ -54,7 +44,7 @@ def read_snapshot(path: Path) -> Snapshot:
 def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
     """Return a snapshot as float16 tensors and JSON, loadable with ``weights_only=True``."""
     header, arrays = _stored(snapshot)
-    return {"header": json.dumps({"format": FORMAT, **header}), "arrays": arrays}
+    return {"header": header_text(header), "arrays": arrays}
 
 
 def snapshot_from_state(state: dict[str, Any]) -> Snapshot:
@@ -64,9 +54,7 @@ def snapshot_from_state(state: dict[str, Any]) -> Snapshot:
         ArchiveError: The state is not that of a snapshot, or is inconsistent.
     """
     stored = Fields(state, "state of a snapshot")
-    header = Fields(parse_json(stored.text("header")), "header")
-    check_format(header)
-    return _from_stored(header, tensor_reader(stored.mapping("arrays")))
+    return _from_stored(parse_header(stored.text("header")), tensor_reader(stored.mapping("arrays")))
 
 
 def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:

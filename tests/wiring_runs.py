@@ -194,7 +194,7 @@ WRONG: dict[str, tuple[type[Averaged], str, str]] = {
     "frozen student": (FrozenStudent, "student_stands_still", "6 steps: all of it is frozen"),
     "student in no optimizer": (ForgottenStudent, "student_stands_still", "no optimizer that stepped holds"),
     "no gradient": (Detached, "student_stands_still", "no gradient reaches it"),
-    "forgotten buffers": (ForgottenBuffers, "average_forgets_buffers", "such as patch_embed.norm.running_mean"),
+    "forgotten buffers": (ForgottenBuffers, "average_forgets_buffers", "patch_embed.norm.running_mean"),
 }
 
 

@@ -451,7 +451,7 @@ def test_names_that_lead_elsewhere(tmp_path: Path, photographs: Path) -> None:
 
 def test_wrong_sizes_and_numbers_are_not_the_images_fault(tmp_path: Path, photographs: Path) -> None:
     for size in (-64, 0, (32, -1)):
-        with pytest.raises(ValueError, match=rf"^size={re.escape(str(size))}: expected pixels, one number of at least"):
+        with pytest.raises(ValueError, match=rf"^size={re.escape(str(size))}: expected pixels of at least"):
             show(tmp_path, photographs / "coffee.png", size=size)
     with pytest.raises(ValueError, match=r"^num_images=0: expected at least 1"):
         show(tmp_path, photographs / "coffee.png", num_images=0)

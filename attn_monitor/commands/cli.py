@@ -141,7 +141,7 @@ def _plain_parser(**settings: Any) -> ArgumentParser:
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves docstrings as they are, with examples to be copied."""
 
-    return ArgumentParser(formatter_class=Formatter, exit_on_error=False, **settings)
+    return ArgumentParser(formatter_class=Formatter, exit_on_error=False, allow_abbrev=True, **settings)
 
 
 def _help(command: Callable[..., None]) -> str:

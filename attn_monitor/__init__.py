@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from attn_monitor.measurements import MetricKey as MetricKey
     from attn_monitor.monitor import AttentionMonitor as AttentionMonitor
     from attn_monitor.probe.probe_batch import ProbeBatch as ProbeBatch
-    from attn_monitor.publish.publisher import Publisher as Publisher
+    from attn_monitor.trackers.publisher import Publisher as Publisher
     from attn_monitor.watch import Watch as Watch
 
 # Each is imported when it is asked for: the callback imports Lightning, others PyTorch, which takes seconds.
@@ -47,7 +47,7 @@ _MODULES = {
     "MetricKey": "measurements",
     "ProbeBatch": "probe.probe_batch",
     "ProbeError": "errors",
-    "Publisher": "publish.publisher",
+    "Publisher": "trackers.publisher",
     "TargetError": "errors",
     "Watch": "watch",
     "attention_rollout": "capture.rollout",

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from attn_monitor import messages
+from attn_monitor.background.disk_reserve import check_reserve
 from attn_monitor.capture.backbones import check_targets, find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.recorder import Verify
@@ -23,9 +24,8 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import NoAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.publish.disk_space import check_reserve
-from attn_monitor.publish.tags import check_name, renamed
 from attn_monitor.snapshot import Snapshot
+from attn_monitor.trackers.naming import check_name, prefixed
 from attn_monitor.train import lightning_run, reports
 from attn_monitor.train.arguments import (
     MonitorSettings,
@@ -233,7 +233,7 @@ class AttentionMapCallback(Base):
             session.find_probe(partial(self._images.of_data_sets, trainer, run.failures))
             run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
             self._images.forget()
-        run.patience = all_of(trainer)[0]._session.run.patience  # a minute for all of them together
+        run.budget = all_of(trainer)[0]._session.run.budget  # a minute for all of them together
         run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.check_ema), None) is self  # one tells
         number = 1 if self.name is not None else int(run.name or 1)  # the same number as in its tags
         session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
@@ -359,7 +359,7 @@ class AttentionMapCallback(Base):
         """The folder that is asked for; None for no archive."""
         if self.dirpath is False or getattr(trainer, "fast_dev_run", False):
             return None
-        return self.dirpath or run_folder / renamed("attn_monitor", self.name or "")
+        return self.dirpath or run_folder / prefixed("attn_monitor", self.name or "")
 
     def _let_go(self) -> None:
         """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
@@ -376,7 +376,7 @@ def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
 
 def _means(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
     """Metrics that are means over heads, by their tags."""
-    return {renamed(tag, name): torch.tensor(value) for tag, value in snapshot.scalars(heads=False).items()}
+    return {prefixed(tag, name): torch.tensor(value) for tag, value in snapshot.scalars(heads=False).items()}
 
 
 @rank_zero_only

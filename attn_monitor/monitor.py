@@ -82,7 +82,6 @@ class AttentionMonitor:
         self._chunk = len(probe)
         self.failed: dict[str, Exception] = {}  # by role, at the latest look
         self._recorders: dict[str, AttentionRecorder] = {}
-        self._told: dict[str, list[str]] = {}  # what was said to be left out, by role
         self._confirmed: dict[str, int] = {}  # step at which a role's tokens were last found in their places
         self._reordered: list[HealthFlag] = []  # for the next snapshot
 
@@ -118,8 +117,8 @@ class AttentionMonitor:
     ) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
 
-        ``flags`` are health flags that were found elsewhere and go with it. ``last``: the run ends with it, and the
-        places of tokens are checked in any case.
+        ``flags`` are health flags that were found elsewhere and go with it, known or not. ``last``: the run ends with
+        it, and the places of tokens are checked in any case.
         """
         layers = self._capture(models, step, last)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
@@ -138,7 +137,8 @@ class AttentionMonitor:
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
         layers = with_colors(layers, self._settled())
-        found = (*self.health.add((*flags, *self._reordered)), *self.health.examine(step, layers, measured))
+        self.health.add(flags)
+        found = (*flags, *self.health.add(self._reordered), *self.health.examine(step, layers, measured))
         self._reordered = []
         metrics, raised = summarise(measured), len(self.health.flags)
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
@@ -157,21 +157,18 @@ class AttentionMonitor:
                     )
 
     def left_out(self) -> list[str]:
-        """What layers="all" leaves out of each role, and numbers that layers lack; with the reasons, each said once."""
-        news = []
+        """What layers="all" leaves out of each role, and numbers that layers lack, with the reasons."""
+        texts = []
         for role, recorder in self._recorders.items():
-            texts = [f"{role}, {reason}" for reason in recorder.without_statistics.values()]
+            texts += [f"{role}, {reason}" for reason in recorder.without_statistics.values()]
             if reasons := recorder.left_out.values():
                 lines = "".join(f"\n  {reason}" for reason in reasons)
                 texts.append(f'layers="all" leaves out {len(reasons)} of the layers of {role}:{lines}')
-            news += [text for text in texts if text not in self._told.get(role, ())]
-            self._told[role] = texts
-        return news
+        return texts
 
     def let_go(self) -> None:
         """Hold no model: the next look finds everything anew."""
         self._recorders.clear()
-        self._told.clear()
         self._confirmed.clear()
 
     def forget(self) -> None:

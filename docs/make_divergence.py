@@ -24,8 +24,8 @@ from torch import Tensor
 from attn_monitor import AttentionMonitor, AttentionSnapshot, HealthFlag, ProbeBatch
 from attn_monitor.draw.layer_heat_map import HEAT_SCALES, layer_heat_map
 from attn_monitor.measurements import MetricKey
-from attn_monitor.publish.attention_sinks import markdown, sink_rows
 from attn_monitor.record.curves import Curves, Points
+from attn_monitor.trackers.sink_table import COLUMNS, markdown, sink_rows
 
 OUT = Path(__file__).resolve().parent / "curves"
 FILES = "astronaut.png chelsea.png coffee.png rocket.jpg brick.png grass.png gravel.png coins.png moon.png page.png"
@@ -180,7 +180,7 @@ def main() -> None:
         print(f"{name}: loss {lowest:.2f} at step {at}, {run.averages[-1][1]:.2f} at the end; turned at {run.turned}")
         print(f"  largest logit at the end {last:.0f}")
         print("".join(f"  {flag}\n" for flag in run.flags) or "  no flag on logits\n", end="")
-        print("" if run.last is None else markdown(sink_rows(run.last, run.curves)))
+        print("" if run.last is None else markdown(COLUMNS, sink_rows(run.last, run.curves)))
 
 
 if __name__ == "__main__":

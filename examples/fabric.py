@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
+from attn_monitor.player.report import write_report
 
 
 def train(fabric: Fabric, options: argparse.Namespace) -> None:
@@ -35,7 +36,8 @@ def train(fabric: Fabric, options: argparse.Namespace) -> None:
     writer = publisher = None
     if fabric.is_global_zero:
         writer = SummaryWriter(options.folder)
-        publisher = Publisher([writer], probe, folder=options.folder / "attn_monitor")
+        archive = options.folder / "attn_monitor"
+        publisher = Publisher([writer], probe, folder=archive, write_report=write_report)
 
     def look(step: int) -> None:
         # The modules themselves, not what setup() wrapped them in.

@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 
 from attn_monitor import messages
-from attn_monitor.publish import background
+from attn_monitor.background import job_queue
 from tests import processes
 
 settings.register_profile("shared machine", deadline=None)  # a slow example is no fault of the code
@@ -47,10 +47,10 @@ def _our_warnings_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _slow_drawing_is_waited_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _slow_drawing_is_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine draws late, which is a warning only where a test is about slowness."""
-    if request.module.__name__ not in ("tests.test_background", "tests.test_faults", "tests.test_outages"):
-        monkeypatch.setattr(background, "ROOM_PATIENCE", 30.0)
+    if request.module.__name__ not in ("tests.test_job_queue", "tests.test_faults", "tests.test_outages"):
+        monkeypatch.setattr(job_queue, "WAITING", 10_000)
 
 
 @pytest.fixture(scope="session")

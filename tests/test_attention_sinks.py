@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
 from attn_monitor.measure.sinks import AttentionSink, find_sinks
 from attn_monitor.measurements import MetricKey, Metrics
-from attn_monitor.publish.attention_sinks import COLUMNS, markdown, sink_rows
 from attn_monitor.record.curves import Curves
+from attn_monitor.trackers.sink_table import COLUMNS, markdown, sink_rows
 from tests.events import Events
 from tests.helpers import tiny_vit
 from tests.oracle import attention_matrices
@@ -169,7 +169,7 @@ def test_table_at_the_end(tmp_path: Path) -> None:
         publisher.publish(snapshot)
         publisher.close()
     text = Events(tmp_path).text("attn_monitor/sinks")
-    assert text == markdown(sink_rows(snapshot, curves_of(snapshot)))
+    assert text == markdown(COLUMNS, sink_rows(snapshot, curves_of(snapshot)))
     header, _, row, registers = (line.strip("| ").split(" | ") for line in text.splitlines())
     told = dict(zip(COLUMNS, row, strict=True))
     assert tuple(header) == COLUMNS

@@ -15,10 +15,11 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from attn_monitor import AttentionMapCallback, load_snapshots, workers
+from attn_monitor.background import wait_budget
+from attn_monitor.background.failures import Failures
+from attn_monitor.background.job_queue import Job, JobQueue
+from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.draw import panels
-from attn_monitor.publish import background
-from attn_monitor.publish.background import Job, Outbox, Patience, within
-from attn_monitor.publish.failures import Failures
 from attn_monitor.workers import Worker, safe_point
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
@@ -45,10 +46,11 @@ FORKS = """
 """
 
 
-OUTBOX = """
+QUEUE = """
     from attn_monitor import workers
-    from attn_monitor.publish.background import Job, Outbox, Patience
-    from attn_monitor.publish.failures import Failures
+    from attn_monitor.background.failures import Failures
+    from attn_monitor.background.job_queue import Job, JobQueue
+    from attn_monitor.background.wait_budget import WaitBudget
     from attn_monitor.workers import safe_point
 """
 LIGHTNING = """
@@ -57,12 +59,12 @@ LIGHTNING = """
     import lightning.pytorch as pl
     from torch.utils.tensorboard import SummaryWriter
     from attn_monitor import AttentionMapCallback
-    from attn_monitor.publish import background
+    from attn_monitor.background import wait_budget
     from tests.helpers import Distillation, loader, trainer
 """
 
 
-def endings(work: str, count: int, imports: str = OUTBOX) -> list[tuple[int, float]]:
+def endings(work: str, count: int, imports: str = QUEUE) -> list[tuple[int, float]]:
     """Exit code, negative for a signal, and seconds of so many processes that each did some work."""
     script = textwrap.dedent(FORKS).replace("IMPORTS", textwrap.dedent(imports))
     script = script.replace("    WORK", textwrap.indent(textwrap.dedent(work), "    "))
@@ -85,7 +87,7 @@ def test_python_ends_while_pictures_are_drawn() -> None:
                     torch.randn(64, 64).softmax(-1).sort()
 
         for number in range(3):
-            Outbox(f"place {number}", Failures(), Patience()).put(Job("pictures", 0, draw, keep=False))
+            JobQueue(f"place {number}", Failures(), WaitBudget()).put(Job("pictures", 0, draw, retry=False))
         time.sleep(0.2)
         sys.exit(3)
     """
@@ -96,7 +98,7 @@ def test_python_ends_although_a_logger_never_answers() -> None:
     work = """
         workers.AT_EXIT = 0.5
         for number in range(3):
-            Outbox(f"place {number}", Failures(), Patience()).put(Job("metrics", 0, lambda: time.sleep(60)))
+            JobQueue(f"place {number}", Failures(), WaitBudget()).put(Job("metrics", 0, lambda: time.sleep(60)))
         time.sleep(0.2)
         sys.exit(4)
     """
@@ -109,9 +111,9 @@ def test_python_ends_although_a_logger_never_answers() -> None:
 def test_a_thread_without_work_does_not_hold_up_the_end() -> None:
     work = """
         workers.AT_EXIT = 60
-        box = Outbox("place", Failures(), Patience())
+        box = JobQueue("place", Failures(), WaitBudget())
         box.put(Job("metrics", 0, lambda: None))
-        box.drain(Patience())
+        box.drain(WaitBudget())
         sys.exit(5)
     """
     ((code, seconds),) = endings(work, 1)
@@ -126,7 +128,7 @@ RUN = """
                 os.kill(os.getpid(), SIGNAL)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    background.PATIENCE, background.LAST_WORDS = 1.0, 0.5
+    wait_budget.RUN_SECONDS, wait_budget.EXCEPTION_SECONDS = 1.0, 0.5
     watch = AttentionMapCallback(num_images=16, every_n_train_steps=1)
     module = Distillation(img_size=224, patch_size=16, num_heads=8)
     running = trainer(Path(tempfile.mkdtemp()), watch, At(), max_steps=4 if SIGNAL is None else 500)
@@ -155,8 +157,8 @@ def test_a_report_that_takes_too_long_is_given_up_between_two_files(monkeypatch:
             files.append(number)
             time.sleep(0.01)
 
-    box = Outbox("archive", failures, Patience(0.2))
-    box.put(Job("writing the report", None, report, keep=False))
+    box = JobQueue("archive", failures, WaitBudget(0.2))
+    box.put(Job("writing the report", None, report, retry=False))
     started.wait(20)
     box.close()
     for thread in threading.enumerate():
@@ -178,7 +180,7 @@ def test_drawing_is_given_up_between_two_images(tmp_path: Path, monkeypatch: pyt
         return real(*args, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(panels, "panel", slow)
-    monkeypatch.setattr(background, "PATIENCE", 0.5)
+    monkeypatch.setattr(wait_budget, "RUN_SECONDS", 0.5)
     watch = AttentionMapCallback(num_images=8, every_n_train_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is not done is told, see `test_outages`
@@ -211,7 +213,7 @@ class NoThreads:
 def test_a_thread_that_cannot_be_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
     NoThreads(monkeypatch, 2)
     failures, done, told = Failures(), [], []
-    box = Outbox("archive", failures, Patience(20), patient=True)
+    box = JobQueue("archive", failures, WaitBudget(20), persistent=True)
     for step in range(3):
         box.put(Job("writing the archive", step, lambda step=step: done.append(step)))  # type: ignore[misc]
     box.close()
@@ -227,10 +229,10 @@ def test_a_thread_that_can_never_be_started(monkeypatch: pytest.MonkeyPatch) -> 
     """The end does not wait for it, and says what is missing and why."""
     NoThreads(monkeypatch, 1000)
     failures, told, started = Failures(), [], time.monotonic()
-    box = Outbox("place", failures, Patience(20))
+    box = JobQueue("place", failures, WaitBudget(20))
     for step in range(6):
         box.put(Job("metrics", step, lambda: None))
-        box.put(Job("pictures", step, lambda: None, keep=False))
+        box.put(Job("pictures", step, lambda: None, retry=False))
     box.close()
     assert time.monotonic() - started < 5
     failures.sum_up()
@@ -261,15 +263,15 @@ def test_a_run_in_which_threads_are_not_to_be_had_for_a_while(
 
 
 def test_what_a_disk_returns_or_raises_in_time() -> None:
-    assert within(Patience(20), 20, lambda: threading.current_thread().name) == "attn_monitor disk"
+    assert WaitBudget(20).call(lambda: threading.current_thread().name) == "attn_monitor disk"
     with pytest.raises(FileNotFoundError):
-        within(Patience(20), 20, lambda: os.stat("/nowhere/at/all"))
+        WaitBudget(20).call(lambda: os.stat("/nowhere/at/all"))
 
 
 def test_what_comes_too_late_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     release, late = threading.Event(), threading.Event()
     with pytest.raises(TimeoutError, match="not done after 0 s"):
-        within(Patience(0.2), 20, lambda: release.wait(20), lambda found: late.set())
+        WaitBudget(0.4).call(lambda: release.wait(20), lambda found: late.set())
     assert not late.is_set()
     release.set()
     assert late.wait(20)

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from attn_monitor.publish import failures as account
-from attn_monitor.publish.failures import Failures, Paused, in_words
+from attn_monitor.background import failures as account
+from attn_monitor.background.failures import Failures, in_words
 
 
 def fail(error: BaseException) -> None:
@@ -84,24 +84,9 @@ def test_an_outage_that_began_in_silence_is_told_when_it_lasts() -> None:
     assert told_by(failures) == ["metrics failed, training goes on. OSError: still"]
 
 
-def test_what_is_paused_has_no_words_of_its_own() -> None:
+def test_each_thing_is_new_once() -> None:
     failures = Failures()
-    assert not failures.attempt("pictures", lambda: fail(Paused("disk")))
-    assert failures.fails("pictures")
-    failures.attempt("pictures", lambda: None)
-    assert told_by(failures) == []
-
-
-def test_one_of_many_is_one_of_many() -> None:
-    failures, done = Failures(), []
-    actions = {name: lambda name=name: fail(OSError("x")) if name == "b" else done.append(name) for name in "abc"}
-    assert failures.attempt("drawing", lambda: failures.each("some images", actions, 3))
-    assert done == ["a", "c"]
-    assert told_by(failures) == ["some images failed, training goes on. b: OSError: x"]
-    failures.each("some images", {"b": lambda: None}, 4)
-    assert told_by(failures) == ["some images works again; missing: step 3"]
-    assert not failures.attempt("drawing", lambda: failures.each("some images", {"b": actions["b"]}, 5))
-    assert told_by(failures) == ["drawing failed, training goes on. OSError: x"]
+    assert [failures.is_new(key) for key in ("a", ("a", 1), "a", ("a", 1))] == [True, True, False, False]
 
 
 def test_raise_instead_of_warning() -> None:

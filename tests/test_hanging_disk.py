@@ -18,10 +18,9 @@ import lightning.pytorch as pl
 import pytest
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.publish import background
+from attn_monitor.background import wait_budget
 from attn_monitor.record import folder_claim as claim
 from attn_monitor.record.folder_claim import CLAIM, claim_free
-from attn_monitor.train import archive_folder, session
 from attn_monitor.workers import Worker
 from tests.helpers import Distillation, loader, trainer
 
@@ -87,14 +86,8 @@ def let_go() -> Iterator[list[HangingDisk]]:
 
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, seconds in (
-        (background, "PATIENCE", 1.0),
-        (background, "ROOM_PATIENCE", 0.2),
-        (archive_folder, "DISK_PATIENCE", 0.3),
-        (session, "DISK_PATIENCE", 0.3),
-        (archive_folder, "LAST_WORDS", 0.3),
-    ):
-        monkeypatch.setattr(module, name, seconds)
+    for name, seconds in (("RUN_SECONDS", 1.0), ("DISK_SECONDS", 0.3), ("EXCEPTION_SECONDS", 0.3)):
+        monkeypatch.setattr(wait_budget, name, seconds)
 
 
 class At(pl.Callback):
@@ -152,7 +145,7 @@ def test_a_disk_that_hangs_when_the_run_begins_and_then_answers(
     disk = HangingDisk(folder, monkeypatch, "mkdir")
     let_go.append(disk)
     disk.hangs.set()
-    monkeypatch.setattr(background, "PATIENCE", 20.0)
+    monkeypatch.setattr(wait_budget, "RUN_SECONDS", 20.0)
     fit(folder, At(1, disk.release.set))
     (archive,) = (path for path in tmp_path.glob("archive*") if list(path.glob("step-*.npz")))
     assert archive.name.startswith("archive-")

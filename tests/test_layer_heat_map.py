@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
 from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.layer_heat_map import CELL, HEAT_SCALES, LEAST_WIDTH, LEFT, layer_heat_map
-from attn_monitor.publish.head_keys import head_keys, layers_within
-from attn_monitor.publish.tensorboard import TensorBoardSink
-from attn_monitor.publish.weights_and_biases import WandbSink
+from attn_monitor.trackers.head_budget import head_keys, layers_within
+from attn_monitor.trackers.tensorboard import TensorBoard
+from attn_monitor.trackers.weights_and_biases import WeightsAndBiases
 from tests.events import Events
 from tests.helpers import tiny_vit
 
@@ -77,7 +77,7 @@ def test_budget_of_curves(tmp_path: Path, snapshot: AttentionSnapshot, monkeypat
     """Whole layers from the last back, said once; means have every layer."""
     costs = head_keys(snapshot)
     budget = costs[2] + costs[3] + costs[4] + 1
-    monkeypatch.setattr(TensorBoardSink, "head_keys", budget)
+    monkeypatch.setattr(TensorBoard, "head_keys", budget)
     with SummaryWriter(str(tmp_path)) as writer, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         publisher = Publisher([writer], ProbeBatch(torch.randn(2, 3, 32, 32)))
@@ -99,7 +99,7 @@ def test_wandb_stays_under_the_number_it_advises() -> None:
     models = {"student": tiny_vit(depth=24, embed_dim=64, num_heads=16)}
     monitor = AttentionMonitor(ProbeBatch(torch.randn(1, 3, 32, 32)), layers="all")
     snapshots = [monitor.snapshot(models, step=step) for step in (0, 1)]
-    budget = WandbSink.head_keys
+    budget = WeightsAndBiases.head_keys
     assert budget is not None
     assert head_keys(snapshots[1]).total() > budget
     first, second = (layers_within(snapshot, budget) for snapshot in snapshots)

@@ -205,7 +205,8 @@ def test_several_loggers_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     loggers = [TensorBoardLogger(tmp_path, name="run", version=0), CSVLogger(tmp_path), plain, rich]
     with caplog.at_level("INFO"):
         fit(tmp_path, loggers)
-    assert "Foreign get metrics only" in caplog.text
+    assert "Foreign gets no picture, masks, histogram, table" in caplog.text
+    assert "ForeignWithImages gets no masks" in caplog.text
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 5
     for logger in (plain, rich):
         assert [s for s, m in logger.metrics if "attn/student/layer1/entropy" in m] == [0, 1, 2, 3, 4]

@@ -20,13 +20,14 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from attn_monitor import AttentionMapCallback, ProbeBatch, load_snapshots
+from attn_monitor.background import job_queue, wait_budget
 from attn_monitor.draw import panels
-from attn_monitor.publish import background
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
 
 RUN = Path("run") / "version_0"
 ENTROPY = "attn/student/layer1/entropy"
+PICTURES = "logging pictures to TensorBoardLogger"
 
 
 class Mine(Logger):
@@ -125,8 +126,8 @@ def release() -> Iterator[threading.Event]:
 
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("PATIENCE", 3.0), ("ROOM_PATIENCE", 0.5), ("LAST_WORDS", 1.0)):
-        monkeypatch.setattr(background, name, seconds)
+    for name, seconds in (("RUN_SECONDS", 12.0), ("EXCEPTION_SECONDS", 1.0)):
+        monkeypatch.setattr(wait_budget, name, seconds)
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_a_logger_that_never_answers(tmp_path: Path, release: threading.Event, h
     main, held = threading.get_ident(), []
     hung = Mine(lambda what, step: what == hangs and (held.append(threading.get_ident()), release.wait(120)))
     told, taken = fit(tmp_path, [hung, TensorBoardLogger(tmp_path, name="run", version=0)], steps=12)
-    assert taken < 30
+    assert taken < 60
     assert held
     assert main not in held
     assert archived(next(tmp_path.rglob("attn_monitor"))) == [*range(13)]
@@ -176,16 +177,16 @@ def test_a_logger_that_never_answers(tmp_path: Path, release: threading.Event, h
 
 
 def test_the_patience_of_a_run_is_one_minute() -> None:
-    assert background.PATIENCE <= 60
-    assert background.LAST_WORDS <= 5
+    assert wait_budget.RUN_SECONDS <= 60
+    assert wait_budget.EXCEPTION_SECONDS <= 5
 
 
 @pytest.mark.usefixtures("little_patience")
 def test_two_callbacks_share_the_patience(tmp_path: Path, release: threading.Event) -> None:
     hung = Mine(lambda what, step: release.wait(120))
     first, second = (AttentionMapCallback(num_images=2, every_n_train_steps=1, name=name) for name in ("a", "b"))
-    patience: list[background.Patience] = []
-    at = At(step1=lambda: patience.extend(c._session.run.patience for c in (first, second)))
+    patience: list[wait_budget.WaitBudget] = []
+    at = At(step1=lambda: patience.extend(c._session.run.budget for c in (first, second)))
     fit(tmp_path, hung, first, at, steps=3, watch=second)
     assert patience[0] is patience[1]
     assert patience[0].left == 0
@@ -205,12 +206,12 @@ def test_a_users_own_exception_comes_at_once(
         failed.append(time.monotonic())
         raise RuntimeError("the user's own mistake")
 
-    monkeypatch.setattr(background, "PATIENCE", 40.0)  # what an exception does not wait for
+    monkeypatch.setattr(wait_budget, "RUN_SECONDS", 40.0)  # what an exception does not wait for
     failed: list[float] = []
     logger = Mine(lambda what, step: hangs and release.wait(120))
     with pytest.raises(RuntimeError, match="own mistake"):
         fit(tmp_path, logger, At(step4=fail))
-    assert time.monotonic() - failed[0] < background.LAST_WORDS + 15
+    assert time.monotonic() - failed[0] < wait_budget.EXCEPTION_SECONDS + 15
     assert archived(next(tmp_path.rglob("attn_monitor"))) == [0, 1, 2, 3]
     if hangs:
         assert "logging metrics to Mine: steps 0, 1, 2, 3" in fit.told[-1]
@@ -363,12 +364,13 @@ def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, m
     told, _ = fit(tmp_path, logger, Waits(), steps=6, watch=watch)
     for step in range(7):
         assert {key for s, key in logger.images if s == step} == {
-            *("attn_maps/image1", "attn_filmstrip/image1", "attn_maps/image2"),
+            *("attn_filmstrip/image0", "attn_maps/image1", "attn_filmstrip/image1", "attn_maps/image2"),
             *("attn_maps/image3", "attn_filmstrip/image3", "attn_overview/logits"),
         }
-    assert sum("drawing some images failed, training goes on. image0: ValueError" in text for text in told) == 1
-    assert sum("logging some pictures to Mine failed" in text for text in told) == 1
-    assert len(told) == 3
+    which = "attn_maps/image0 and 1 more: ValueError: cannot draw this one"
+    assert f"logging some pictures to Mine failed, training goes on. {which}" in told[0]
+    assert told[1].endswith("this was not done:\n  logging some pictures to Mine: steps 0, 1, 2, 3, 4, 5, 6")
+    assert len(told) == 2
 
 
 @pytest.mark.filterwarnings("ignore:AttentionMapCallback. this trainer has no logger")
@@ -408,8 +410,7 @@ def test_an_archive_comes_back_after_its_disk_was_full(tmp_path: Path, disk: Pat
 
 @pytest.mark.slow
 def test_what_does_not_fit_in_memory_is_named(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "KEPT_BYTES", 20_000)
-    monkeypatch.setattr(background, "ROOM_PATIENCE", 0.0)
+    monkeypatch.setattr(job_queue, "KEPT_BYTES", 20_000)
     (tmp_path / RUN).mkdir(parents=True)
     (tmp_path / RUN / "attn_monitor").symlink_to(disk)
     watch = AttentionMapCallback(num_images=2, every_n_train_steps=1, disk_reserve=0)
@@ -444,10 +445,11 @@ def test_the_last_of_a_disk_is_not_the_monitors(tmp_path: Path, disk: Path) -> N
     pictures = [s for s, _ in Events(disk / RUN).images("attn_maps/image0")]
     assert not set(pictures) & set(range(7, 15))
     assert pictures[-1] == 60
-    assert "disk_reserve is 4.0 MB" in told[0]
-    assert "works again" in told[1]
-    assert "logging pictures to TensorBoardLogger works again; missing: steps" in told[2]
-    assert len(told) == 3
+    failed = [text for text in told if "disk_reserve is 4.0 MB" in text]
+    assert {text.partition(" failed")[0] for text in failed} == {"writing the archive", PICTURES}
+    assert "writing the archive works again; nothing is missing" in told
+    assert any(f"{PICTURES} works again; missing: steps" in text for text in told)
+    assert len(told) == 4
 
 
 @pytest.mark.slow

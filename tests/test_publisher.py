@@ -12,7 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMonitor, ProbeBatch, Publisher, load_snapshots
-from attn_monitor.publish.failures import Failures
+from attn_monitor.background.failures import Failures
 from tests.events import Events
 from tests.helpers import tiny_vit
 

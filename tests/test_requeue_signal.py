@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor.publish.sink import Picture
-from attn_monitor.publish.tensorboard import TensorBoardSink
+from attn_monitor.trackers.events import Picture
+from attn_monitor.trackers.tensorboard import TensorBoard
 from tests.events import Events
 from tests.processes import ROOT
 
@@ -26,13 +26,19 @@ COUNT, SECONDS = 8, 10.0  # processes, and how long one may take
 def pictures(size: int = 400) -> list[Picture]:
     """Noise, which makes large files."""
     noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    return [Picture(f"attn_maps/image{n}", noise, "") for n in range(4)]
+    return [Picture(f"attn_maps/image{n}", lambda: noise) for n in range(4)]
+
+
+def log_pictures(tracker: TensorBoard, events: list[Picture], step: int) -> None:
+    with tracker.batch(step) as log:
+        for event in events:
+            log(event)
 
 
 def log_rows_until_a_signal(folder: Path, seconds: float) -> None:
     """What a training thread does that logs many scalars, beside pictures; ends in a handler like Lightning's."""
     writer = SummaryWriter(folder)
-    sink = TensorBoardSink(writer)
+    tracker = TensorBoard(writer)
 
     def handle(*_: object) -> None:
         writer.flush()
@@ -41,7 +47,7 @@ def log_rows_until_a_signal(folder: Path, seconds: float) -> None:
 
     def draw() -> None:
         for step in range(10_000):
-            sink.log_pictures(pictures(), step)
+            log_pictures(tracker, pictures(), step)
 
     signal.signal(signal.SIGUSR1, handle)
     threading.Thread(target=draw, daemon=True).start()
@@ -100,7 +106,7 @@ def test_rows_of_the_run_do_not_wait_for_pictures(tmp_path: Path, monkeypatch: p
         written(record)
 
     monkeypatch.setattr(records._writer, "write", slow)
-    drawing = threading.Thread(target=TensorBoardSink(writer).log_pictures, args=(pictures()[:1], 0))
+    drawing = threading.Thread(target=log_pictures, args=(TensorBoard(writer), pictures()[:1], 0))
     drawing.start()
     assert begun.wait(20)
     started = time.monotonic()

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.publish.tags import renamed
+from attn_monitor.trackers.naming import prefixed
 from tests import wandb_runs
 from tests.events import Events
 from tests.helpers import Distillation, loader, trainer
@@ -26,15 +26,15 @@ def watch(**arguments: Any) -> AttentionMapCallback:
 
 
 def test_a_name_follows_the_first_part_of_a_tag() -> None:
-    assert renamed("attn/teacher/layer3/entropy", "2") == "attn-2/teacher/layer3/entropy"
-    assert renamed("attn_table", "early") == "attn_table-early"
-    assert renamed("attn_maps/cat", "") == "attn_maps/cat"
+    assert prefixed("attn/teacher/layer3/entropy", "2") == "attn-2/teacher/layer3/entropy"
+    assert prefixed("attn_table", "early") == "attn_table-early"
+    assert prefixed("attn_maps/cat", "") == "attn_maps/cat"
 
 
 @given(st.text("ab/", min_size=1), st.text("ab", min_size=1), st.text("ab", min_size=1))
 def test_renaming_keeps_tags_apart(tag: str, one: str, other: str) -> None:
-    assert (renamed(tag, one) == renamed(tag, other)) == (one == other)
-    assert renamed(tag, one) != tag
+    assert (prefixed(tag, one) == prefixed(tag, other)) == (one == other)
+    assert prefixed(tag, one) != tag
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -17,24 +17,25 @@ from typing import Any, Literal
 
 from torch import nn
 
+from attn_monitor.background.failures import Failures
+from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
 from attn_monitor.commands.support.results import notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.player.report import write_report
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.publish.background import Patience
-from attn_monitor.publish.failures import Failures
-from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.snapshot import Snapshot
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.weights.models import load_model
 from attn_monitor.weights.run_checkpoints import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
 
 LoggerName = Literal["tensorboard", "wandb", "none"]
 
-PATIENCE = 600.0  # seconds that a logger may take for one step's pictures: no training waits for it
+SECONDS = 600.0  # seconds that a logger may take for one step's pictures: no training waits for it
 
 
 @dataclass(frozen=True)
@@ -275,18 +276,19 @@ def _publishing(
         history=monitor.history,
         curves=monitor.curves,
         failures=failures,
-        patience=Patience(PATIENCE),
+        budget=WaitBudget(SECONDS),
+        write_report=write_report,
     )
 
     def publish(snapshot: Snapshot) -> None:
-        publisher.drain(PATIENCE)
+        publisher.drain(SECONDS)
         publisher.publish(snapshot)
         failures.report(notify)
 
     finished = False
     try:
         yield publish
-        publisher.drain(PATIENCE)
+        publisher.drain(SECONDS)
         finished = True
     finally:
         publisher.close(finish=finished)

@@ -126,14 +126,10 @@ class Health:
 
     def add(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
         """Store the flags whose kind, role and layer had none yet, and return these."""
-        new = self.not_raised(flags)
+        raised = {(f.kind, f.role, f.layer) for f in self.flags}
+        new = tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)
         self.flags += new
         return new
-
-    def not_raised(self, flags: Sequence[HealthFlag]) -> tuple[HealthFlag, ...]:
-        """Return the flags whose kind, role and layer had none yet."""
-        raised = {(f.kind, f.role, f.layer) for f in self.flags}
-        return tuple(f for f in flags if (f.kind, f.role, f.layer) not in raised)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values, for a checkpoint."""

@@ -18,6 +18,21 @@ def report_page(archives: Sequence[tuple[str, Path]], *, limit: int = FILE_BYTES
     return page_of_runs(contents_within(archives, limit))
 
 
+def write_report(folder: Path, before: Callable[[int], object] = lambda size: None) -> str:
+    """Write ``report.html`` into an archive's folder.
+
+    Args:
+        folder: of the archive.
+        before: called with the page's size in bytes before it is written; may prevent it by raising.
+
+    Returns:
+        The page, small enough to be shown inside another.
+    """
+    page = report_page(list(zip(names_of([folder]), [folder], strict=True)), limit=EMBED_BYTES)
+    write_whole(folder / "report.html", page, before)
+    return page
+
+
 def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Contents]:
     """What a page of about ``limit`` bytes shows of each archive."""
     room = (limit - code_size() - RESERVED_BYTES) / len(archives)

@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from attn_monitor.publish.background import DISK_PATIENCE, LAST_WORDS, Patience, within
+from attn_monitor.background import wait_budget
+from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.record.archive import set_aside
 from attn_monitor.record.atomic_file import remove_unfinished
 from attn_monitor.record.folder_claim import Claim, claim_again, claim_free, claim_later
@@ -20,14 +21,14 @@ class ArchiveId:
     run: str | None = None
 
 
-def claim_archive(known: ArchiveId, wanted: Path, number: int, patience: Patience) -> tuple[Claim, bool]:
+def claim_archive(known: ArchiveId, wanted: Path, number: int, budget: WaitBudget) -> tuple[Claim, bool]:
     """Claim the folder that this run has written to before, else the first free one.
 
     Args:
         known: the folder that the run's checkpoint names.
         wanted: the folder to take where that is not free; ``wanted-2``, ``wanted-3``, … where this is not either.
         number: from which of these on folders are tried.
-        patience: what the run may still wait.
+        budget: what the run may still wait.
 
     Returns:
         The claim, and whether it is that of the run's own folder. Where the disk does not answer in time, the claim
@@ -41,7 +42,7 @@ def claim_archive(known: ArchiveId, wanted: Path, number: int, patience: Patienc
         return again or claim_free(wanted.parent, wanted.name, number), again is not None
 
     try:
-        return within(patience, min(DISK_PATIENCE, patience.for_now), claim, lambda late: late[0].release())
+        return budget.call(claim, lambda late: late[0].release())
     except TimeoutError as error:
         return claim_later(wanted.parent, wanted.name, error), False
 
@@ -49,7 +50,7 @@ def claim_archive(known: ArchiveId, wanted: Path, number: int, patience: Patienc
 def release(claim: Claim) -> None:
     """Unlock the folder, within seconds; it goes on in the background where the disk does not answer."""
     with suppress(TimeoutError):
-        within(Patience(LAST_WORDS), LAST_WORDS, claim.release)
+        WaitBudget(2 * wait_budget.EXCEPTION_SECONDS).call(claim.release)
 
 
 def tidy(folder: Path, step: int) -> str:

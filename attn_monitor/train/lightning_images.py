@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.background.failures import Failures
 from attn_monitor.probe.normalisation import declared_statistics
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.publish.failures import Failures
 from attn_monitor.train.backbone_inputs import BackboneInputs, prepared_probe
 from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.lightning_run import changes_batches

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from attn_monitor.distributed import RankZero
-from attn_monitor.publish.sink_registry import sink_for
+from attn_monitor.trackers.registry import tracker_for
 
 
 def rank_zero(trainer: pl.Trainer) -> RankZero:
@@ -21,7 +21,7 @@ def rank_zero(trainer: pl.Trainer) -> RankZero:
 def run_folder(trainer: pl.Trainer) -> Path:
     """Where this run keeps its files, as rank zero has it: beside the first logger that keeps them locally."""
     for logger in trainer.loggers:
-        folder = sink_for(logger).run_folder
+        folder = tracker_for(logger).run_folder
         if folder is not None:
             return folder
     if trainer.logger is None:

@@ -1,4 +1,4 @@
-"""What is said to people: warnings, what was found and how it is watched, and what that has cost."""
+"""Texts for users: what was found, how it is watched, what that has cost, and what a logger does not get."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.measure.metrics import select_metrics
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.publish.generic_loggers import CSVSink
-from attn_monitor.publish.sink import TakesPictures
-from attn_monitor.publish.sink_registry import sink_for
+from attn_monitor.trackers.generic import Generic
+from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.train.arguments import MonitorSettings
 from attn_monitor.train.schedule import Schedule
 
@@ -53,7 +52,7 @@ def found_text(
 
 
 def images_text(probe: ProbeBatch) -> str:
-    """How many of whose images, and by which statistics they are shown."""
+    """How many images, from where, and the statistics by which they are shown."""
     kind = {"original": "given image"}.get(probe.caption, probe.caption)
     numbers = (", ".join(f"{v:.4g}" for v in values) for values in (probe.mean, probe.std))
     source = probe.source or "mean {}; std {}".format(*numbers)
@@ -141,15 +140,18 @@ def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule:
     return "\n".join(f"- {name}: `{value}`" for name, value in shown.items())
 
 
-def skipped_text(loggers: Sequence[Any]) -> str:
-    """Which loggers have no way to take pictures, if any; CSV is known to be for numbers only."""
-    without = [sink for sink in map(sink_for, loggers) if not isinstance(sink, (TakesPictures, CSVSink))]
-    names = [type(sink.logger).__name__ for sink in without]
-    return f"{', '.join(names)} get metrics only, as they have no log_image" if names else ""
+def ignored_text(loggers: Sequence[Any]) -> str:
+    """What loggers do not get for want of a method, if anything; of others it is documented."""
+    generic = [tracker for tracker in map(tracker_for, loggers) if type(tracker) is Generic and tracker.ignored]
+    return "; ".join(
+        f"{tracker.label} gets no {', '.join(map(str.lower, tracker.ignored))}: it has no methods for "
+        "these, see docs/trackers.md"
+        for tracker in generic
+    )
 
 
 def no_logger_text(archive: bool, folder: Path | str) -> str:
-    """What a run without any logger is told."""
+    """The warning for a run without any logger."""
     where = f"only written to the archive and as pictures, in {folder}" if archive else ""
     return (
         f"this trainer has no logger, so attention is {where or 'written nowhere, with dirpath=False'}. "

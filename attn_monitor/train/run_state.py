@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from attn_monitor.background.failures import Failures
+from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.distributed import RankZero
 from attn_monitor.measurements import HealthFlag
-from attn_monitor.publish.background import Patience
-from attn_monitor.publish.failures import Failures
-from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.folder_claim import Claim
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.reports import Cost
 from attn_monitor.train.wiring_watch import WiringWatch
@@ -45,7 +45,7 @@ class RunState:
     rank_zero: RankZero = field(default_factory=RankZero)
     name: str = ""  # in tags, beside other callbacks of the run
     failures: Failures = field(default_factory=lambda: Failures(HINT))
-    patience: Patience = field(default_factory=Patience)
+    budget: WaitBudget = field(default_factory=WaitBudget)
     cost: Cost = field(default_factory=Cost)
     active: bool = True  # False: attention is not watched in this run
     not_found: bool = False  # no model was, in the latest look

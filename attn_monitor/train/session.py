@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from attn_monitor.attention_snapshot import AttentionSnapshot
+from attn_monitor.background import wait_budget
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, ForwardOption
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import reporting
@@ -21,12 +22,11 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, NoAttentionError, NoImagesError, ProbeError, TargetError
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
+from attn_monitor.player.report import write_report
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.publish import background
-from attn_monitor.publish.background import DISK_PATIENCE, within
-from attn_monitor.publish.publisher import Publisher
 from attn_monitor.record.archive import snapshots_between
 from attn_monitor.snapshot import Snapshot
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
 from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
@@ -43,8 +43,6 @@ WIRING = "looking at how student and teacher are wired"
 USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
 STATE_VERSION = 1
 BATCHES = 8  # in which to look for images that enter the models
-
-Result = TypeVar("Result")
 
 
 class Session:
@@ -172,7 +170,7 @@ class Session:
         if folder is not None:
             claim = partial(self._claim, folder, number, step)
             run.folder = run.failures.result_of("opening the archive", lambda: run.rank_zero.run(claim))
-        if text := reports.skipped_text(loggers):
+        if text := reports.ignored_text(loggers):
             self.inform(text)
         for snapshot in run.rank_zero.run(lambda: self._written_since(step if until is None else until)):
             assert self.monitor is not None
@@ -218,7 +216,7 @@ class Session:
             with targets() as (models, *_):
                 found = () if self.monitor is None else self.monitor.confirm(models, step=step)
             if self.run.publisher is not None:
-                self.run.publisher.tell(found, step)
+                self.run.publisher.alert(found, step)
 
         if self.run.cost.snapshots:
             with self.run.cost.of_a_snapshot():
@@ -243,8 +241,6 @@ class Session:
         """Write everything, and tell what watching has cost and found."""
         self.settle()
         run = self.run
-        if self.monitor is not None:
-            self.monitor.health.add(run.findings)  # since the last snapshot
         if run.publisher is not None:
             ended = time.perf_counter()
             run.publisher.close()
@@ -263,7 +259,7 @@ class Session:
         """After an exception: write what was captured, for a few seconds, and say what is not written."""
         run = self.run
         self.attempt(SNAPSHOT, self._publish_held)  # nothing is known against it
-        run.patience.limit(background.LAST_WORDS)
+        run.budget.limit(wait_budget.EXCEPTION_SECONDS)
         if run.publisher is not None:
             run.publisher.close(finish=False)
         run.failures.sum_up()
@@ -372,13 +368,13 @@ class Session:
         monitor.check_heads(self.drawing.heads)
 
     def _claim(self, folder: Path, number: int, step: int) -> Path:
-        claim, continued = claim_archive(self.archive, folder, number, self.run.patience)
+        claim, continued = claim_archive(self.archive, folder, number, self.run.budget)
         self.run.claim, self.archive = claim, ArchiveId(claim.folder.name, claim.run)
         if claim.note:
             self.inform(claim.note)
         if continued:
             told = self.run.failures.result_of(
-                "tidying the archive", lambda: self._on_disk(lambda: tidy(claim.folder, step))
+                "tidying the archive", lambda: self.run.budget.call(lambda: tidy(claim.folder, step))
             )
             if told:
                 self.warn(told)
@@ -391,13 +387,8 @@ class Session:
             return []
         names, note = self.monitor.probe.names, self.run.failures.note
         read = partial(snapshots_between, folder, last, until, names, note)
-        found = self.run.failures.result_of("reading the archive", lambda: self._on_disk(read))
+        found = self.run.failures.result_of("reading the archive", lambda: self.run.budget.call(read))
         return found or []
-
-    def _on_disk(self, action: Callable[[], Result]) -> Result:
-        """What it returns, or `TimeoutError` where that takes too long."""
-        patience = self.run.patience
-        return within(patience, min(DISK_PATIENCE, patience.for_now), action)
 
     def _watch_wiring(self, models: Mapping[str, nn.Module], step: int) -> Sequence[HealthFlag]:
         run = self.run
@@ -421,10 +412,10 @@ class Session:
             self._stop_wiring()  # until the next snapshot
             return
         if self.monitor is not None and (run.publisher is not None or run.held is not None):
-            news = [flag for flag in self.monitor.health.not_raised(found) if flag not in run.findings]
+            news = self.monitor.health.add(found)
             run.findings += news
             if run.publisher is not None:
-                run.publisher.tell(news, step)
+                run.publisher.alert(news, step)
 
     def _pauses(self, role: str) -> bool:
         return self.run.failures.pause(_part_of(role)) > 0
@@ -462,7 +453,7 @@ class Session:
             else:
                 run.failures.lost(_part_of(role), step)
         run.failing -= set(snapshot.roles)
-        for text in monitor.left_out():
+        for text in filter(run.failures.is_new, monitor.left_out()):
             run.failures.note(text)
         if new := sorted(set(snapshot.roles) - run.roles) if run.roles else []:
             self.inform(f"watched from step {step} on: {', '.join(reports.named(role, paths) for role in new)}")
@@ -483,7 +474,7 @@ class Session:
         if run.publisher is None and run.rank_zero.is_here:
             run.publisher = self._open_publisher(monitor, paths, seconds, note)
             run.publisher.publish(snapshot)
-            run.publisher.tell(run.findings, snapshot.step)  # since the snapshot was taken
+            run.publisher.alert(run.findings, snapshot.step)  # since the snapshot was taken
         elif run.publisher is not None:
             run.publisher.publish(snapshot)
 
@@ -537,7 +528,8 @@ class Session:
             name=run.name,
             failures=run.failures,
             disk_reserve=self.disk_reserve,
-            patience=run.patience,
+            budget=run.budget,
+            write_report=write_report,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measure.metrics import SINK_SHARES
@@ -14,22 +14,13 @@ from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 
 COLUMNS = (
-    "role",
-    "layer",
-    "queries",
-    "token",
-    "tokens",
-    "attention %",
-    "× uniform",
-    "V / median",
-    "since step",
-    "verdict",
+    *("role", "layer", "queries", "token", "tokens"),
+    *("attention %", "× uniform", "V / median", "since step", "verdict"),
 )
 
 
-@dataclass(frozen=True)
-class AttentionSinkRow:
-    """One place where attention collects, or what is to be said of a layer; None and empty where there is no value."""
+class AttentionSinkRow(NamedTuple):
+    """One place where attention collects, or a remark about a layer; None and empty where there is no value."""
 
     role: str
     layer: int
@@ -44,7 +35,7 @@ class AttentionSinkRow:
 
 
 def sink_rows(snapshot: Snapshot, curves: Curves) -> list[AttentionSinkRow]:
-    """Of every layer of a snapshot of which it is known."""
+    """The rows of every layer of a snapshot in which sinks were measured."""
     measured = {key[:2] for key in snapshot.metrics if key.metric in SINK_SHARES}
     return [
         row
@@ -57,27 +48,18 @@ def sink_rows(snapshot: Snapshot, curves: Curves) -> list[AttentionSinkRow]:
 def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[AttentionSinkRow]:
     safe_point()
     queries, sinks = find_sinks(attention)
-    since = _since(curves, role, attention.layer)
+    empty = AttentionSinkRow(role, attention.layer, queries)
     if sinks is None:
-        yield AttentionSinkRow(role, attention.layer, queries, verdict="not known, as attention holds NaN or infinity")
+        yield empty._replace(verdict="not known, as attention holds NaN or infinity")
         return
+    since = _since(curves, role, attention.layer)
     for sink in sinks:
-        yield AttentionSinkRow(
-            role,
-            attention.layer,
-            queries,
-            sink.token,
-            sink.tokens,
-            100 * sink.share,
-            sink.times_uniform,
-            sink.value,
-            since,
-            sink.verdict,
-        )
+        values = sink.token, sink.tokens, 100 * sink.share, sink.times_uniform, sink.value, since, sink.verdict
+        yield AttentionSinkRow(role, attention.layer, queries, *values)
     if not sinks:
-        yield AttentionSinkRow(role, attention.layer, queries)
-    if said := register_verdict(sinks, attention):
-        yield AttentionSinkRow(role, attention.layer, queries, "registers", verdict=said)
+        yield empty
+    if verdict := register_verdict(sinks, attention):
+        yield empty._replace(token="registers", verdict=verdict)
 
 
 def _since(curves: Curves, role: str, layer: int) -> int | None:
@@ -90,9 +72,9 @@ def _since(curves: Curves, role: str, layer: int) -> int | None:
     return since
 
 
-def markdown(rows: Sequence[AttentionSinkRow]) -> str:
-    """The rows as a table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(map(_cell, astuple(row)) for row in rows)]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *(map(_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""The outbox of a destination: in order, in bounds, and left behind where it hangs."""
+"""The queue of a destination: in order, in bounds, and left behind where it hangs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from attn_monitor.publish import background
-from attn_monitor.publish.background import Job, Outbox, Patience
-from attn_monitor.publish.failures import Failures
+from attn_monitor.background import job_queue
+from attn_monitor.background.failures import Failures
+from attn_monitor.background.job_queue import Job, JobQueue
+from attn_monitor.background.wait_budget import WaitBudget
 
 MEGABYTE = 2**20
 
@@ -19,8 +20,8 @@ def threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("attn_monitor")]
 
 
-def outbox(failures: Failures | None = None, seconds: float = 20, **settings: bool) -> Outbox:
-    return Outbox("place", failures or Failures(), Patience(seconds), **settings)
+def queue(failures: Failures | None = None, seconds: float = 20, **settings: bool) -> JobQueue:
+    return JobQueue("place", failures or Failures(), WaitBudget(seconds), **settings)
 
 
 def told_by(failures: Failures) -> list[str]:
@@ -34,11 +35,11 @@ def numbered(done: list[int], step: int) -> Callable[[], None]:
 
 
 def test_jobs_are_done_in_order_on_another_thread() -> None:
-    box, done, names = outbox(), [], set()
+    box, done, names = queue(), [], set()
     for step in range(3):
         box.put(Job("part", step, numbered(done, step)))
-        box.put(Job("part", step, lambda: names.add(threading.current_thread().name), keep=False))
-    assert box.drain(Patience())
+        box.put(Job("part", step, lambda: names.add(threading.current_thread().name), retry=False))
+    assert box.drain(WaitBudget())
     assert (done, names, box.last_step) == ([0, 1, 2], {"attn_monitor place"}, 2)
     for _ in range(2):
         box.close()
@@ -48,38 +49,37 @@ def test_jobs_are_done_in_order_on_another_thread() -> None:
     assert done == [0, 1, 2, 3]
 
 
-def test_a_hanging_job_costs_patience_once_and_then_only_pictures() -> None:
-    """Training waits once for room, then not until the destination moves; metrics are all kept."""
+def test_putting_never_waits_and_drops_the_oldest_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a destination that hangs, all metrics are kept and the latest pictures."""
+    monkeypatch.setattr(job_queue, "WAITING", 2)
     failures, release, done = Failures(), threading.Event(), []
-    patience = Patience(background.PATIENCE)
-    box = Outbox("place", failures, patience)
-    started = time.monotonic()
+    box = queue(failures)
     box.put(Job("metrics", 0, lambda: release.wait(60)))
+    started = time.monotonic()
     for step in range(1, 30):
-        box.put(Job("pictures", step, numbered(done, -step), keep=False))
+        box.put(Job("pictures", step, numbered(done, -step), retry=False))
         box.put(Job("metrics", step, numbered(done, step), size=200))
-    assert time.monotonic() - started < 2 * background.ROOM_PATIENCE
+    assert time.monotonic() - started < 2
     release.set()
-    assert box.drain(Patience(20))
+    assert box.drain(WaitBudget(20))
     assert [step for step in done if step > 0] == list(range(1, 30))
-    assert [-step for step in done if step < 0] == [29]
+    assert [-step for step in done if step < 0] == [28, 29]
     assert told_by(failures) == [
         "pictures failed, training goes on. TimeoutError: place is too slow",
-        "pictures works again; missing: steps 1, 2, 3, 4, 5, 6, 7, 8, …, 27, 28 (28 in all)",
+        "pictures works again; missing: steps 1, 2, 3, 4, 5, 6, 7, 8, …, 26, 27 (27 in all)",
     ]
     box.close()
 
 
 def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "ROOM_PATIENCE", 0.0)
     failures, release, done = Failures(), threading.Event(), []
-    box = outbox(failures)
+    box = queue(failures)
     box.put(Job("metrics", 0, lambda: release.wait(60), size=10 * MEGABYTE))
     while not box._running:
         time.sleep(0.01)
     for step in range(1, 10):
         box.put(Job("metrics", step, numbered(done, step), size=10 * MEGABYTE))
-        assert sum(job.size for job in box._jobs) <= background.KEPT_BYTES
+        assert sum(job.size for job in box._jobs) <= job_queue.KEPT_BYTES
     release.set()
     box.close()
     assert done == [5, 6, 7, 8, 9]  # and the one that was running: 60 MB
@@ -102,10 +102,10 @@ def test_whatever_a_job_raises_the_thread_goes_on(error: BaseException) -> None:
         if len(done) == 1:
             raise error
 
-    box = outbox(failures)
+    box = queue(failures)
     box.put(Job("part", 0, fail))
     box.put(Job("part", 1, lambda: done.append("next")))
-    assert box.drain(Patience(20))
+    assert box.drain(WaitBudget(20))
     assert done == ["tried", "tried", "next"]
     first, second = told_by(failures)
     assert f"part failed, training goes on. {type(error).__name__}" in first
@@ -116,7 +116,7 @@ def test_whatever_a_job_raises_the_thread_goes_on(error: BaseException) -> None:
 def test_what_fails_for_ever_is_given_up_in_the_end() -> None:
     """A row that a logger never takes must not keep the others back; nor the end of the run."""
     failures, done = Failures(), []
-    box = outbox(failures)
+    box = queue(failures)
     box.put(Job("metrics", 0, lambda: 1 / 0))
     for step in (1, 2):
         box.put(Job("metrics", step, numbered(done, step)))
@@ -127,10 +127,12 @@ def test_what_fails_for_ever_is_given_up_in_the_end() -> None:
     assert "missing: step 0" in told_by(failures)[1]
 
 
-@pytest.mark.parametrize("patient", [False, True])
-def test_tries_are_bounded_where_it_may_be_the_jobs_own_fault(patient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_monitor.publish.failures.LONGEST_PAUSE", 0.001)
-    box, tries, done = outbox(patient=patient), [], []
+@pytest.mark.parametrize("persistent", [False, True])
+def test_tries_are_bounded_where_it_may_be_the_jobs_own_fault(
+    persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attn_monitor.background.failures.LONGEST_PAUSE", 0.001)
+    box, tries, done = queue(persistent=persistent), [], []
 
     def full() -> None:
         tries.append(1)
@@ -139,17 +141,17 @@ def test_tries_are_bounded_where_it_may_be_the_jobs_own_fault(patient: bool, mon
     box.put(Job("archive", 0, full))
     box.put(Job("archive", 1, numbered(done, 1)))
     deadline = time.monotonic() + 20
-    while len(tries) < (background.TRIES * 3 if patient else background.TRIES) and time.monotonic() < deadline:
+    while len(tries) < (job_queue.TRIES * 3 if persistent else job_queue.TRIES) and time.monotonic() < deadline:
         time.sleep(0.01)
     box.close()
     assert done == [1]
-    assert (len(tries) > background.TRIES) == patient
+    assert (len(tries) > job_queue.TRIES) == persistent
 
 
-def test_closing_never_waits_longer_than_the_patience_that_is_left() -> None:
+def test_closing_never_waits_longer_than_the_budget_that_is_left() -> None:
     failures, release = Failures(), threading.Event()
-    patience = Patience(0.3)
-    boxes = [Outbox(name, failures, patience) for name in ("a", "b", "c")]
+    budget = WaitBudget(0.3)
+    boxes = [JobQueue(name, failures, budget) for name in ("a", "b", "c")]
     for box in boxes:
         for step in range(3):
             box.put(Job(f"metrics to {box.name}", step, lambda: release.wait(60)))
@@ -157,7 +159,7 @@ def test_closing_never_waits_longer_than_the_patience_that_is_left() -> None:
     for box in boxes:
         box.close()
     assert time.monotonic() - started < 10
-    assert patience.left == 0
+    assert budget.left == 0
     failures.sum_up()
     told = told_by(failures)
     assert "no answer from a" in told[0]
@@ -173,9 +175,9 @@ def test_closing_never_waits_longer_than_the_patience_that_is_left() -> None:
 
 
 def test_one_that_does_not_answer_is_told_of_while_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "UNANSWERED", 0.05)
+    monkeypatch.setattr(job_queue, "UNANSWERED", 0.05)
     failures, release = Failures(), threading.Event()
-    box = outbox(failures)
+    box = queue(failures)
     for step in range(3):
         box.put(Job("metrics", step, lambda: release.wait(60)))
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Tags and titles, and the names of callbacks that stand in them."""
+"""The name of a callback, in tags and titles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from attn_monitor.record.file_names import MAX_NAME_BYTES
 
 
 def check_name(name: str | None) -> str | None:
-    """A callback's own name, if it can stand in a tag and in a folder's name."""
+    """Check that a callback's name can stand in a tag and in a folder's name.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
         allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
         raise ValueError(f'name={name!r}: expected {allowed}, such as "early"')
@@ -17,7 +24,7 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def renamed(tag: str, name: str) -> str:
+def prefixed(tag: str, name: str) -> str:
     """A tag under a name, which follows its first part: ``attn/x`` becomes ``attn-early/x``. No name, no change."""
     if not name:
         return tag

@@ -1,0 +1,78 @@
+"""Loggers that are known by their methods alone, and the CSV logger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from attn_monitor.trackers.events import KINDS, Event, Histogram, Picture, Scalars, Table, Text
+from attn_monitor.trackers.tracker import Tracker, is_lightning
+
+WRITER_METHODS: Mapping[str, tuple[type[Event[Any]], Callable[[Any, Any, int], object]]] = {
+    "add_image": (Picture, lambda add, event, step: add(event.tag, event.content, step, dataformats="HWC")),
+    "add_histogram": (Histogram, lambda add, event, step: add(event.tag, event.content, step)),
+    "add_text": (Text, lambda add, event, step: add(event.tag, event.content, step)),
+}
+"""A SummaryWriter's methods, and how an event is passed to them."""
+
+LOGGER_METHODS: Mapping[str, tuple[type[Event[Any]], Callable[[Any, Any, int], object]]] = {
+    "log_metrics": (Scalars, lambda log, event, step: log(dict(event.content), step=step)),
+    "log_image": (Picture, lambda log, event, step: log(key=event.tag, images=[event.content], step=step)),
+    "log_table": (
+        Table,
+        lambda log, event, step: log(
+            key=event.tag, columns=list(event.columns), data=[list(row) for row in event.content], step=step
+        ),
+    ),
+}
+"""Those of Lightning's loggers."""
+
+
+class Generic(Tracker):
+    """Any logger: what its methods take.
+
+    Those in ``LOGGER_METHODS``, those in ``WRITER_METHODS``, which its ``experiment`` may have instead, and
+    ``log_attention_event(event, step)``, which gets every event that none of these takes.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        if own := _method(logger, "log_attention_event"):
+            self.methods = dict.fromkeys(KINDS, own)
+        writer = next((w for w in (logger, _attribute(logger, "experiment")) if _method(w, "add_image")), logger)
+        for owner, methods in ((writer, WRITER_METHODS), (logger, LOGGER_METHODS)):
+            for name, (kind, call) in methods.items():
+                if method := _method(owner, name):
+                    self.methods[kind] = partial(call, method)
+
+    @classmethod
+    def accepts(cls, logger: Any) -> bool:
+        """All."""
+        return True
+
+
+class CSV(Generic):
+    """CSVLogger, which collects rows in a list that it writes and empties.
+
+    Called from a second thread at that moment, it would lose the run's own rows. Others send each call on by itself.
+    """
+
+    scalars_on_training_thread = True
+
+    @classmethod
+    def accepts(cls, logger: Any) -> bool:
+        """CSVLogger and its subclasses."""
+        return is_lightning(logger, "CSVLogger")
+
+
+def _method(owner: Any, name: str) -> Callable[..., Any] | None:
+    method = _attribute(owner, name)
+    return method if callable(method) else None
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # a property of somebody's logger, read on the training thread
+        return None

@@ -1,0 +1,55 @@
+"""MLflow: Lightning's logger. Pictures and flags are artifacts of the run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from attn_monitor.trackers.events import Alert, Animation, Page, Picture, Scalars
+from attn_monitor.trackers.tracker import Tracker, is_lightning
+
+
+class MLflow(Tracker):
+    """A run on a tracking server or in a local folder."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        self.methods = {
+            Scalars: self._scalars,
+            Picture: self._picture,
+            Animation: self._animation,
+            Page: lambda page, step: self._text(page.content, f"{page.tag}.html"),
+            Alert: lambda alert, step: self._text(alert.content, f"{alert.tag}/step-{step:09d}.txt"),
+        }
+
+    @classmethod
+    def accepts(cls, logger: Any) -> bool:
+        """MLFlowLogger."""
+        return is_lightning(logger, "MLFlowLogger")
+
+    @property
+    def run_folder(self) -> Path | None:
+        """That of its artifacts, where they are local files."""
+        address = urlsplit(self.logger.experiment.get_run(self.logger.run_id).info.artifact_uri)
+        return Path(url2pathname(address.path)) if address.scheme in ("", "file") else None
+
+    def _scalars(self, scalars: Scalars, step: int) -> None:
+        """By Lightning's method, which replaces what MLflow does not take in names."""
+        self.logger.log_metrics(dict(scalars.content), step=step)
+
+    def _picture(self, picture: Picture, step: int) -> None:
+        key = re.sub(r"[^\w ./-]", "_", picture.tag)
+        self.logger.experiment.log_image(self.logger.run_id, picture.content, key=key, step=step)
+
+    def _animation(self, animation: Animation, step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{animation.tag.replace('/', '_')}.gif"
+            path.write_bytes(animation.content)
+            self.logger.experiment.log_artifact(self.logger.run_id, str(path))
+
+    def _text(self, text: str, path: str) -> None:
+        self.logger.experiment.log_text(self.logger.run_id, text, path)

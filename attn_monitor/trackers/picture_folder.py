@@ -1,0 +1,38 @@
+"""The latest pictures as files, for runs without any logger; numbers are in the archive beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from attn_monitor.record.file_names import file_name
+from attn_monitor.trackers.events import Picture
+from attn_monitor.trackers.tracker import Tracker
+
+
+class PictureFolder(Tracker):
+    """A folder of JPEG files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.methods = {Picture: self._picture}
+
+    @classmethod
+    def accepts(cls, logger: Any) -> bool:
+        """No logger: it stands in where there is none."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """No logger's."""
+        return "PictureFolder"
+
+    @property
+    def media_folder(self) -> Path:
+        """The folder itself."""
+        return Path(self.logger)
+
+    def _picture(self, picture: Picture, step: int) -> None:
+        """In place of the one of the step before."""
+        self.media_folder.mkdir(parents=True, exist_ok=True)
+        (self.media_folder / file_name(picture.tag.replace("/", "-"), ".jpg")).write_bytes(picture.jpeg)

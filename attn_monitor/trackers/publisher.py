@@ -1,0 +1,239 @@
+"""`Publisher`: what happens to a snapshot after capture, off the training thread: archive and trackers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attn_monitor.background.disk_reserve import check_reserve, require_space
+from attn_monitor.background.failures import Failures
+from attn_monitor.background.job_queue import Job, JobQueue
+from attn_monitor.background.wait_budget import WaitBudget
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.measurements import HealthFlag
+from attn_monitor.messages import warn
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.archive import snapshot_path
+from attn_monitor.record.curves import Curves
+from attn_monitor.record.history import History
+from attn_monitor.record.snapshot_file import write_snapshot
+from attn_monitor.snapshot import Snapshot
+from attn_monitor.trackers.destination import Destination
+from attn_monitor.trackers.events import Event, Page, Scalars
+from attn_monitor.trackers.head_budget import budget_text, head_keys, layers_within
+from attn_monitor.trackers.picture_folder import PictureFolder
+from attn_monitor.trackers.registry import tracker_for
+from attn_monitor.trackers.snapshot_events import events_at_end, events_at_snapshot, events_at_start, events_of_flags
+from attn_monitor.trackers.tracker import Tracker
+
+ARCHIVE = "writing the archive"  # what failures call it
+DRAWN = 4  # latest snapshots of which drawings are kept for slower trackers: some 50 MB each
+
+WriteReport = Callable[[Path, Callable[[int], object]], str]
+"""Writes a page of an archive's folder beside it, after calling a function with its size in bytes; returns the page."""
+
+
+class Publisher:
+    """Writes snapshots to an archive folder and to any number of loggers.
+
+    A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter``, a W&B run, or anything with ``log_metrics``.
+    The archive and each logger have a queue and a thread of their own, so that one that hangs holds up neither training
+    nor the others. Metrics and archive are retried when they fail and wait in memory, 64 MB for each; pictures are
+    dropped (CSVLogger, which must not be called from two threads, gets its metrics at once).
+
+    On W&B the axis is ``trainer/global_step``; do not pass ``step=`` to ``run.log`` beside it, as W&B drops rows whose
+    step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
+
+    Args:
+        loggers: without any, and with a folder, the latest pictures are files in the folder.
+        probe: the images.
+        folder: of the archive; None: no archive.
+        style: how pictures are drawn.
+        every_layer: whether to draw each captured layer, or the last one alone.
+        history: the run's past for film strips; snapshots are added to it.
+        curves: the run's past for charts; metrics are added to it.
+        settings: Markdown that records how the run is watched.
+        name: keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
+        failures: gets what fails, for the caller to report; None: warnings, at the next call of a method.
+        disk_reserve: bytes; while less is free on a disk, pictures and archive pause. None: 1 %, and at most 1 GB.
+        budget: how long closing may take; None: a minute.
+        before_writing: called before each snapshot is written to the archive, and may prevent it by raising.
+        write_report: writes a page of the complete archive at the end, which trackers get too; None: no page.
+    """
+
+    def __init__(
+        self,
+        loggers: Sequence[Any],
+        probe: ProbeBatch,
+        *,
+        folder: Path | None = None,
+        style: DrawingOptions = DrawingOptions(),
+        every_layer: bool = False,
+        history: History | None = None,
+        curves: Curves | None = None,
+        settings: str = "",
+        name: str = "",
+        failures: Failures | None = None,
+        disk_reserve: int | None = None,
+        budget: WaitBudget | None = None,
+        before_writing: Callable[[], object] | None = None,
+        write_report: WriteReport | None = None,
+    ) -> None:
+        self.folder, self.failures = folder, failures or Failures()
+        self._reports = failures is None
+        self._probe, self._style, self._every_layer = probe, style, every_layer
+        self._history, self._curves = History() if history is None else history, Curves() if curves is None else curves
+        self._settings, self._name, self._reserve = settings, name, check_reserve(disk_reserve)
+        self._before_writing, self._write_report = before_writing, write_report
+        self._last: Snapshot | None = None
+        self._drawn: deque[Sequence[Event[Any]]] = deque()
+        budget = budget or WaitBudget()
+        self._archive = JobQueue("archive", self.failures, budget, persistent=True)
+        trackers: list[Tracker] = [tracker_for(logger) for logger in loggers]
+        if folder is not None and not loggers:  # then pictures themselves are what a user can look at
+            trackers = [PictureFolder(folder / "pictures")]
+        kinds = [tracker.label for tracker in trackers]
+        self._destinations = [
+            Destination(tracker, f"{kind} {number}" if number > 1 else kind, self.failures, budget, self._reserve)
+            for tracker, kind, number in zip(trackers, kinds, _numbers(kinds), strict=True)
+        ]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent behind training so far."""
+        return sum(queue.seconds for queue in self._queues())
+
+    @property
+    def archived(self) -> int | None:
+        """Step of the last snapshot that was written to the archive; None when there is none."""
+        return self._archive.last_step
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot for the archive and every logger."""
+        step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
+        self._history.add(snapshot, layers)
+        self._curves.add(step, snapshot.metrics)
+        if self._last is None:
+            for destination in self._destinations:
+                events = self._named(events_at_start(snapshot, self._style, self._settings, self._name))
+                destination.first = [event for event in events if type(event) in destination.tracker.methods]
+        self._last = snapshot
+        self._alert(snapshot.flags, step)
+        if self.folder is not None:
+            write = partial(self._write, self.folder, snapshot)
+            self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
+        pictures = self._named(
+            events_at_snapshot(snapshot, list(self._history), self._curves.copy(), self._probe, self._style, layers)
+        )
+        self._drawn.append(pictures)
+        if len(self._drawn) > DRAWN:
+            for event in self._drawn.popleft():
+                event.forget()
+        for destination in self._destinations:
+            destination.put_scalars(self._scalars(destination, snapshot), step)
+            destination.put("pictures", pictures, step, step)
+        self._report()
+
+    def alert(self, flags: Sequence[HealthFlag], step: int) -> None:
+        """Report health flags before the snapshot that they go with: as a warning, and to loggers that take them."""
+        self._alert(flags, step)
+        self._report()
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Wait until everything is written, for a minute at most; False when not everything was."""
+        budget = WaitBudget(seconds)
+        drained = [queue.drain(budget) for queue in self._queues()]
+        return all(drained)
+
+    def close(self, *, finish: bool = True) -> None:
+        """Write what is left, end the threads, and report what could not be written. Returns whatever the loggers do.
+
+        Args:
+            finish: log what belongs to the end of a run before: a time-lapse, tables, charts, and the report.
+        """
+        if finish and self._last is not None:
+            past = list(self._history), self._curves.copy()
+            events = self._named(events_at_end(self._last, *past, self._probe, self._style))
+            for destination in self._destinations:
+                destination.put("the end of the run", events, self._last.step, None)
+            self._put_report(self._last.step)
+        self._last = None
+        self._drawn.clear()
+        for queue in self._queues():
+            queue.close()
+        self.failures.sum_up()
+        self._report()
+
+    def _put_report(self, step: int) -> None:
+        """Write a page of all that is in the archive, once that is complete, for trackers that take it."""
+        pages: list[str] = []
+
+        def write(folder: Path, write_report: WriteReport) -> None:
+            if self._archive.last_step is not None and not self.failures.fails(ARCHIVE):  # else that is known
+                pages.append(write_report(folder, lambda size: require_space(folder, size, self._reserve)))
+
+        if self.folder is not None and self._write_report is not None:
+            action = partial(write, self.folder, self._write_report)
+            self._archive.put(Job("writing the report", None, action, retry=False))
+            self._archive.close()
+        for page in self._named([Page("attn_report", partial(str, text)) for text in pages]):
+            for destination in self._destinations:
+                destination.put("the report", [page], step, None)
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+        """A snapshot to the archive, after its probe."""
+        path = folder / "probe.npz"
+        missing = not path.exists()
+        require_space(folder, _size(snapshot) + missing * self._probe.images.nbytes, self._reserve)
+        if self._before_writing is not None:
+            self._before_writing()
+        if missing:
+            self._probe.save(path)
+        write_snapshot(snapshot, snapshot_path(folder, snapshot.step))
+
+    def _alert(self, flags: Sequence[HealthFlag], step: int) -> None:
+        """Each once."""
+        news = [flag for flag in flags if self.failures.is_new(flag)]
+        if news:
+            for destination in self._destinations:
+                destination.put("health flags", self._named(events_of_flags(news)), step, step)
+            self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in news))
+
+    def _named(self, events: Iterable[Event[Any]]) -> list[Event[Any]]:
+        """Under the name of the publisher: the only place that adds it to tags."""
+        return [event.named(self._name) for event in events]
+
+    def _scalars(self, destination: Destination, snapshot: Snapshot) -> Scalars:
+        """All metrics; for a tracker with a budget, those of the heads of fewer layers, which is reported once."""
+        budget = destination.tracker.head_keys
+        if budget is None or head_keys(snapshot).total() <= budget:
+            return Scalars("attn", snapshot.scalars).named(self._name)
+        layers = layers_within(snapshot, budget)
+        if self.failures.is_new(("budget", destination.label)):
+            self.failures.note(budget_text(destination.label, layers, snapshot))
+        return Scalars("attn", partial(snapshot.scalars, heads=layers)).named(self._name)
+
+    def _queues(self) -> list[JobQueue]:
+        return [self._archive, *(destination.queue for destination in self._destinations)]
+
+    def _report(self) -> None:
+        if self._reports:
+            self.failures.report(_warn)
+
+
+def _numbers(labels: Sequence[str]) -> list[int]:
+    """Of each label, which of its kind it is, from 1 on."""
+    return [labels[: index + 1].count(label) for index, label in enumerate(labels)]
+
+
+def _warn(text: str) -> None:
+    # Four calls up is the line that called the publisher.
+    warn(f"attn_monitor: {text}", stacklevel=5)
+
+
+def _size(snapshot: Snapshot) -> int:
+    """Bytes of its tensors."""
+    return sum(attention.nbytes for attention in snapshot.layers.values())

@@ -1,0 +1,191 @@
+"""What is shown of a run, as events: at its start, at each snapshot, at its end, and when health flags are raised.
+
+Pure functions of snapshots. Nothing is drawn here: events draw when a tracker reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attn_monitor import functional as F
+from attn_monitor.attention import LayerAttention
+from attn_monitor.draw import animations, panels, strips
+from attn_monitor.draw.canvas import Pixels
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.layer_heat_map import HEAT_SCALES, HeatScale, layer_heat_map
+from attn_monitor.draw.logit_chart import logit_chart
+from attn_monitor.draw.maps import map_statistics
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.measure.metrics import LARGEST, METRICS, SINK_SHARES
+from attn_monitor.measurements import HEALTH_TAG, HealthFlag, MetricKey
+from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.record.curves import Curves
+from attn_monitor.snapshot import Snapshot
+from attn_monitor.trackers import events as ev
+from attn_monitor.trackers.naming import prefixed, titled
+from attn_monitor.trackers.sink_table import COLUMNS, markdown, sink_rows
+from attn_monitor.workers import safe_point
+
+Events = Iterator[ev.Event[Any]]
+
+MASKED_IMAGES = 2
+THUMBNAIL = 64  # pixels
+HEAD_COLUMNS = ("image", "role", "layer", "head", "entropy", "mask area", "attention")
+
+
+def events_at_start(snapshot: Snapshot, drawing: DrawingOptions, settings: str, name: str) -> Events:
+    """How to read the pictures, with the run's settings (Markdown), and a layout of charts of all heads."""
+    text = _how_to_read(drawing, settings, name)
+    yield ev.Text("attn_monitor/how_to_read", lambda: text)
+    # There is no drift yet at the first snapshot.
+    charts = {
+        (
+            f"{metric.replace('_', ' ')} per head",
+            f"{role}, layer {layer}",
+        ): f"attn_heads/{role}/layer{layer}/{metric}/head.*"
+        for (role, layer), metric in itertools.product(snapshot.layers, METRICS)
+        if MetricKey(role, layer, metric, 0) in snapshot.metrics or metric == "drift"
+    }
+    yield ev.Layout("attn_heads", lambda: charts)
+
+
+def events_at_snapshot(
+    snapshot: Snapshot,
+    history: Sequence[Snapshot],
+    curves: Curves,
+    probe: ProbeBatch,
+    drawing: DrawingOptions,
+    layers: Sequence[int],
+) -> Events:
+    """Panels and film strips of each image, charts of the run so far, histograms, and switchable masks.
+
+    Args:
+        snapshot: the latest one.
+        history: earlier ones and this, for film strips.
+        curves: metrics of the run so far.
+        probe: the images.
+        drawing: how they are drawn.
+        layers: those of which each image has a panel and a film strip.
+    """
+    for (index, image), layer in itertools.product(enumerate(snapshot.names), layers):
+        suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
+        settings: dict[str, Any] = {"layer": layer, "options": drawing}
+        photo, truth = probe.pixels[index], None if probe.masks is None else probe.masks[index].numpy()
+        panel = partial(panels.panel, snapshot, index, photo, truth=truth, caption=probe.caption, **settings)
+        yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
+        strip = partial(strips.filmstrip, history, index, photo, **settings)
+        yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption)
+    if logits := curves.of(LARGEST):
+        caption = f"largest logits, step {snapshot.step}"
+        yield ev.Picture("attn_overview/logits", partial(logit_chart, logits), caption=caption)
+    of_heads = {key.metric for key, value in snapshot.metrics.items() if key.head is not None and not math.isnan(value)}
+    several = len({layer for _, layer in snapshot.layers}) > 1
+    for title, scale in HEAT_SCALES.items() if several else ():
+        if of_heads.isdisjoint(scale.metrics):
+            continue
+        caption = f"{title} of all heads, step {snapshot.step}"
+        yield ev.Picture(f"attn_overview/heads_{title}", partial(_heat_map, snapshot, scale), caption=caption)
+    for (role, layer), attention in snapshot.layers.items():
+        yield ev.Histogram(f"attn_histogram/{role}/layer{layer}/entropy", partial(_entropies, attention))
+    attention = snapshot.layer(snapshot.roles[-1], layers[-1])
+    masks = ev.Once(lambda: map_statistics(attention.maps, drawing.threshold).mask)
+    for index, image in enumerate(snapshot.names[:MASKED_IMAGES]):
+        yield ev.Masks(f"attn_overlay/{image}", partial(_head_masks, attention, masks, index, probe.pixels[index]))
+
+
+def events_at_end(
+    last: Snapshot,
+    history: Sequence[Snapshot],
+    curves: Curves,
+    probe: ProbeBatch,
+    drawing: DrawingOptions,
+) -> Events:
+    """A time-lapse, the table of attention sinks, and a table and line charts of all heads."""
+    photos = list(probe.pixels)
+    yield ev.Animation("attn_timelapse", lambda: animations.gif(animations.timelapse(history, photos, options=drawing)))
+    if any(key.metric in SINK_SHARES for key in last.metrics):
+        rows = ev.Once(lambda: sink_rows(last, curves))
+        yield ev.Table("attn_sinks", rows, columns=COLUMNS)
+        yield ev.Text("attn_monitor/sinks", lambda: markdown(COLUMNS, rows()))
+    yield ev.Table("attn_table", partial(_head_rows, last, photos, drawing), columns=HEAD_COLUMNS)
+    for role, layer in dict.fromkeys(key for snapshot in history for key in snapshot.layers):
+        lines, title = partial(_entropy_lines, history, role, layer), f"entropy per head, {role}, layer {layer}"
+        yield ev.Lines(f"attn_heads_chart/{role}/layer{layer}", lines, title)
+
+
+def events_of_flags(flags: Sequence[HealthFlag]) -> Events:
+    """Health flags in words."""
+    text = "\n".join(f"- {flag}" for flag in flags)
+    yield ev.Text("attn_monitor/health", lambda: text)
+    yield ev.Alert("attn_health", lambda: text, "attention health")
+
+
+def _how_to_read(drawing: DrawingOptions, settings: str, name: str) -> str:
+    colours = (
+        "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "
+        "from half of uniform to 32 times uniform. A flat purple map says that attention is uniform."
+        if drawing.scale == "uniform"
+        else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
+    )
+    tags = ("attn_filmstrip", "attn_maps", "attn_overview/logits", HEALTH_TAG)
+    strips_tag, panels_tag, logits_tag, health_tag = (prefixed(tag, name) for tag in tags)
+    return (
+        f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
+        f"patches that holds {drawing.threshold:.0%} of the attention on patches. **H** is the entropy over patches (1 "
+        "uniform, 0 one patch); the percentage is the outlined area; with H 1.00 there is none. "
+        "Ground truth, where there is some, is green. **PCA of a layer's input**: the patch features that enter it as "
+        "colours, which keep their meaning over the run; patches alike in features are alike in colour, on all images. "
+        f"`{strips_tag}` shows the steps so far in one picture; start TensorBoard with `--samples_per_plugin "
+        f"images=1000` to see more than ten steps of `{panels_tag}`. `{logits_tag}` has the largest logit of every "
+        "layer over the run. Charts of all heads of a layer are under *Custom Scalars*; "
+        f"`{health_tag}` counts health flags.\n\n{settings}"
+    )
+
+
+def _heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels:
+    picture = layer_heat_map(snapshot, scale)
+    assert picture is not None
+    return picture
+
+
+def _entropies(attention: LayerAttention) -> ev.Array:
+    """Of every head on every image where it is known, (n,)."""
+    values: ev.Array = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
+    return values[np.isfinite(values)]
+
+
+def _head_masks(
+    attention: LayerAttention, masks: ev.Once[Tensor], index: int, photo: Pixels
+) -> tuple[Pixels, dict[str, ev.Array]]:
+    size = (photo.shape[0], photo.shape[1])
+    enlarged = attention.grid.over_pixels(masks()[index].float(), size).bool().numpy()
+    return photo, {f"head {head}": mask for head, mask in enumerate(enlarged)}
+
+
+def _head_rows(snapshot: Snapshot, photos: Sequence[Pixels], drawing: DrawingOptions) -> list[Sequence[Any]]:
+    """Every head on every image, in the last captured layer of each role."""
+    rows: list[Sequence[Any]] = []
+    for role in snapshot.roles:
+        attention = snapshot.layer(role)
+        numbers = map_statistics(attention.maps, drawing.threshold)  # (B, H)
+        for index, photo in enumerate(photos):
+            safe_point()
+            painter = CellPainter(photo, attention.grid, drawing, THUMBNAIL)
+            for head, cell in enumerate(painter.paint(attention.maps[index].numpy())):
+                entropy, area = float(numbers.entropy[index, head]), float(numbers.mask_area[index, head])
+                rows.append((snapshot.names[index], role, attention.layer, head, entropy, area, cell))
+    return rows
+
+
+def _entropy_lines(history: Sequence[Snapshot], role: str, layer: int) -> tuple[list[int], list[tuple[float, ...]]]:
+    """The mean entropy over images of every head, at every step."""
+    layers = {s.step: s.layers[role, layer] for s in history if (role, layer) in s.layers}
+    values = [F.entropy(attention.maps.flatten(-2)).mean(0).tolist() for attention in layers.values()]
+    return list(layers), list(zip(*values, strict=True))

@@ -1,0 +1,128 @@
+"""Weights & Biases: Lightning's logger or a plain run. Rows carry the step themselves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attn_monitor.trackers.events import Alert, Animation, Event, Lines, Masks, Page, Picture, Scalars, Table
+from attn_monitor.trackers.tracker import Tracker, is_a, is_lightning, prefix_of
+
+AXIS = "trainer/global_step"  # Lightning's own name for it
+
+
+class WeightsAndBiases(Tracker):
+    """A W&B run. All events of a batch are one row, so that its slider shows them together."""
+
+    head_keys = 2_000  # W&B advises fewer than 10,000 distinct metrics in a project, the run's own among them
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        self._has_axis = False
+        self.methods = {
+            Scalars: self._scalars,
+            Picture: self._picture,
+            Masks: self._masks,
+            Table: self._table,
+            Lines: self._lines,
+            Animation: self._animation,
+            Page: self._page,
+            Alert: self._alert,
+        }
+
+    @classmethod
+    def accepts(cls, logger: Any) -> bool:
+        """WandbLogger, and runs of the wandb package."""
+        return is_a(logger, "wandb", "Run") or is_lightning(logger, "WandbLogger")
+
+    @property
+    def run(self) -> Any:
+        """The logger's run, or the logger itself when it is one."""
+        return self.logger.experiment if hasattr(self.logger, "experiment") else self.logger
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The first folder of this run: a run that is resumed gets another one, and its archive stays."""
+        run = self.run
+        if run.disabled:
+            return None
+        folder = Path(run.sync_dir)
+        parts = [p for p in folder.parent.glob(f"*run-*-{run.id}") if p.is_dir()]
+        return min([folder, *parts], key=lambda p: p.name.partition("run-")[2])
+
+    @contextmanager
+    def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
+        """One row for all."""
+        row: dict[str, Any] = {}
+        yield lambda event: row.update(self.methods[type(event)](event))
+        if row:
+            self._define_axis()
+            # Without W&B's own step: it must not go back, and the background thread logs later than training.
+            self.run.log({**row, AXIS: step})
+
+    def _define_axis(self) -> None:
+        """Draw charts and pictures of attention over the global step.
+
+        Lightning says so only for runs that it starts itself, and not when W&B follows TensorBoard.
+        """
+        if not self._has_axis:
+            self.run.define_metric(AXIS)
+            for tags in {"attn*", f"{prefix_of(self.logger)}attn*"}:
+                self.run.define_metric(tags, step_metric=AXIS)
+            self._has_axis = True
+
+    def _scalars(self, scalars: Scalars) -> Mapping[str, float]:
+        """Not by the logger's log_metrics, which drops the step when W&B follows TensorBoard."""
+        prefix = prefix_of(self.logger)
+        return {f"{prefix}{tag}": value for tag, value in scalars.content.items()}
+
+    def _picture(self, picture: Picture) -> Mapping[str, Any]:
+        import wandb
+
+        return {picture.tag: wandb.Image(picture.content, caption=picture.caption, file_type="jpg")}
+
+    def _masks(self, masks: Masks) -> Mapping[str, Any]:
+        import wandb
+
+        labels = {0: "outside", 1: "attended"}
+        photo, by_name = masks.content
+        layers = {n: {"mask_data": m.astype(np.uint8), "class_labels": labels} for n, m in by_name.items()}
+        return {masks.tag: wandb.Image(photo, masks=layers, file_type="jpg")}
+
+    def _table(self, table: Table) -> Mapping[str, Any]:
+        import wandb
+
+        def cell(value: Any) -> Any:
+            return wandb.Image(value, file_type="jpg") if isinstance(value, np.ndarray) else value
+
+        rows = [list(map(cell, row)) for row in table.content]
+        return {table.tag: wandb.Table(columns=list(table.columns), data=rows)}
+
+    def _lines(self, lines: Lines) -> Mapping[str, Any]:
+        import wandb
+
+        steps, heads = lines.content
+        names = [f"head {head}" for head in range(len(heads))]
+        values = [list(head) for head in heads]
+        chart = wandb.plot.line_series(xs=list(steps), ys=values, keys=names, title=lines.title, xname="step")
+        return {lines.tag: chart}
+
+    def _animation(self, animation: Animation) -> Mapping[str, Any]:
+        import wandb
+
+        return {animation.tag: wandb.Video(io.BytesIO(animation.content), format="gif")}
+
+    def _page(self, page: Page) -> Mapping[str, Any]:
+        """In a frame. Nothing is put into it, as its policy would refuse that."""
+        import wandb
+
+        return {page.tag: wandb.Html(page.content, inject=False, data_is_not_path=True)}
+
+    def _alert(self, alert: Alert) -> Mapping[str, Any]:
+        self.run.alert(title=alert.title, text=alert.content, level="WARN")
+        return {}

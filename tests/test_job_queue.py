@@ -71,6 +71,21 @@ def test_putting_never_waits_and_drops_the_oldest_pictures(monkeypatch: pytest.M
     box.close()
 
 
+def test_metrics_do_not_wait_for_pictures() -> None:
+    """Where the end of a run has little time, they are what is written."""
+    release, done = threading.Event(), []
+    box = queue()
+    box.put(Job("pictures", 0, lambda: release.wait(60), retry=False))
+    while not box._running:
+        time.sleep(0.01)
+    for step in (1, 2):
+        box.put(Job("pictures", step, numbered(done, -step), retry=False))
+        box.put(Job("metrics", step, numbered(done, step)))
+    release.set()
+    box.close()
+    assert done == [1, 2, -1, -2]
+
+
 def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     failures, release, done = Failures(), threading.Event(), []
     box = queue(failures)

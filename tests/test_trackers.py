@@ -159,6 +159,18 @@ def test_a_loggers_prefix_is_kept(tmp_path: Path) -> None:
     assert math.isnan(events.scalars("run-attn/y")[0][1])
 
 
+def test_the_picture_folder_is_named_in_messages(tmp_path: Path) -> None:
+    failures = Failures()
+    (tmp_path / "archive" / "pictures").parent.mkdir()
+    (tmp_path / "archive" / "pictures").touch()  # in the way
+    publisher = Publisher([], PROBE, folder=tmp_path / "archive", failures=failures)
+    publisher.publish(AttentionMonitor(PROBE).snapshot({"backbone": tiny_vit()}, step=0))
+    publisher.close()
+    assert told_by(failures)[0].startswith(
+        "logging pictures to PictureFolder failed, training goes on. FileExistsError"
+    )
+
+
 # Loggers of one's own
 
 

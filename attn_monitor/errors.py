@@ -13,6 +13,10 @@ class AttnMonitorError(Exception):
     """
 
 
+class ArgumentError(AttnMonitorError, ValueError, TypeError):
+    """An argument is of no kind, or has no value, that there is."""
+
+
 class ProbeError(AttnMonitorError, ValueError):
     """The probe images are missing, empty, unreadable or of the wrong shape.
 

@@ -19,7 +19,7 @@ from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.recorder import Verify
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import NoAttentionError, UnsupportedAttentionError
+from attn_monitor.errors import ArgumentError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -98,7 +98,7 @@ class Watch:
         on_error: OnError = "warn",
     ) -> None:
         if not loggers and folder is None:
-            raise ValueError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
+            raise ArgumentError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
         self.models, self.loggers, self.folder = models, list(loggers), None if folder is None else Path(folder)
         self.schedule = Schedule(every_n_train_steps)
         self.schedule.start(total_steps or float("inf"))

@@ -307,7 +307,7 @@ def test_prompts_that_hold_results_are_no_second_hop() -> None:
     assert all(j.fine for j in judgements.values())
     assert judgements["blocks.2.attn", "mean"].verdict == "right"
     assert "does not depend on the image" in judgements["blocks.1", "mean"].reason
-    assert "5 class tokens, at [0, 1, 2, 3, 4]" in judgements["blocks.1#1", "cls"].reason
+    assert "5 of its queries could be the CLS token, [0, 1, 2, 3, 4]" in judgements["blocks.1#1", "cls"].reason
     assert "depends on the image through other attention alone" in judgements["blocks.1#2", "mean"].reason
     truth = case.truths()["blocks.1#1"].matrix
     for prompt in range(5):

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from attn_monitor import record_attention
 from attn_monitor.capture.token_places.random_projections import precision_of
 from tests import hostile_attention as at
 from tests.hostile_judge import Hostile, judge
 from tests.hostile_orders import fixed
 from tests.hostile_parts import Block, Net, Reorder, Stem, blocks, fused
+from tests.oracle import attention_matrices
 
 
 def rotated(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,3 +75,27 @@ def test_few_numbers_are_not_taken_for_rounded_ones() -> None:
     assert precision_of(query) == torch.float32
     assert precision_of(torch.zeros(4, 5)) == torch.float32
     assert precision_of(F.one_hot(torch.arange(50)).float()) == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-4, 3e-4])
+def test_results_are_found_behind_a_small_layer_scale(scale: float) -> None:
+    """As at the start of DINOv3: it leaves changes of marked tokens that lie around the rounding of bfloat16."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=64, depth=8, num_heads=4, num_classes=0, init_values=scale, reg_tokens=4
+    ).eval()
+    for block in model.blocks:
+        block.attn.forward = partial(rounded_attention, block.attn)
+    images = torch.randn(2, 3, 64, 64)
+    layers = record_attention(model, images, layers="all")
+    matrices = attention_matrices(model, images, lambda m, x: m(x))
+    assert [layer.places for layer in layers] == ["exact"] * 8
+    for layer, matrix in zip(layers, matrices, strict=True):
+        torch.testing.assert_close(layer.rows.double(), matrix[:, :, 0], atol=1e-4, rtol=1e-2)
+
+
+def rounded_attention(attention: Any, x: Tensor, **_: Any) -> Tensor:
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+    return attention.proj(
+        fused(attention, rotated(q, torch.bfloat16), rotated(k, torch.bfloat16), v).transpose(1, 2).flatten(2)
+    )

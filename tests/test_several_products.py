@@ -81,7 +81,7 @@ def test_chunks_whose_softmaxes_all_come_first() -> None:
     with pytest.warns(UserWarning, match="none of which is known to be patch"):
         (patch,) = record_attention(model, IMAGES, layers="all", query=(3, 4))
     assert torch.allclose(patch.maps.flatten(2), model.truth()[:, :, 23, 1:], atol=1e-6)
-    with pytest.raises(QueryError, match="a part of the queries"):
+    with pytest.raises(QueryError, match="some of the queries"):
         record_attention(model, IMAGES, layers=0, query="mean")
 
 
@@ -102,7 +102,7 @@ def test_queries_beyond_the_tokens_have_no_mean() -> None:
     model = Functional(padded).eval()
     (cls,) = record_attention(model, IMAGES)
     assert torch.allclose(cls.maps.flatten(2), model.truth()[:, :, 0, 1:], atol=1e-6)
-    with pytest.raises(QueryError, match="more than tokens"):
+    with pytest.raises(QueryError, match="than tokens"):
         record_attention(model, IMAGES, query="mean")
 
 

@@ -47,7 +47,8 @@ def sites(stem: str, seed: int, *steps: nn.Module) -> list[Site]:
 def test_tokens_that_share_their_cells_are_not_ranked(stem: str, seed: int) -> None:
     cell = 6 * (seed % 4) + seed % 5
     found = sites(stem, seed, Share(1 + cell, 2 + cell))
-    assert [site.places.reason for site in found] == ["two of its keys hold the same part of the image"] * 2
+    assert len(found) == 2
+    assert all("two of its keys change about as much with one another's patch" in s.places.reason for s in found)
 
 
 @pytest.mark.parametrize("stem", STEMS)

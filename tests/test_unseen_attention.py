@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attn_monitor import record_attention
+from attn_monitor import AttentionRecorder, record_attention
 from attn_monitor.errors import ForwardError, InputTypeError, UnsupportedAttentionError
 
 Core = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
@@ -50,9 +51,13 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images).flatten(2).mT
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+        return self.run(x)[:, 0]
+
+    def run(self, x: Tensor) -> Tensor:
+        """All blocks, one after the other."""
         for block in self.blocks:
             x = block(x)
-        return x[:, 0]
+        return x
 
 
 def plain(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,12 +83,20 @@ def shared_map(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def log_softmax(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.log_softmax(scores(q, k), -1).exp() @ v
+    block.truth = F.log_softmax(scores(q, k), -1).exp()
+    return block.truth @ v
 
 
 def exp_and_sum(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores(q, k).exp()
-    return (weights / weights.sum(-1, keepdim=True)) @ v
+    block.truth = weights / weights.sum(-1, keepdim=True)
+    return block.truth @ v
+
+
+def gated(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The results, as a sigmoid of the queries lets them through: it has the shape of what comes after products."""
+    block.truth = scores(q, k).softmax(-1)
+    return (block.truth @ v) * q.sigmoid()
 
 
 def over_dim_2(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ def values_alone(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v
 
 
-UNSEEN = [exp_and_sum, multiplied_and_summed, of_two_softmaxes, over_dim_2, log_softmax]
+UNSEEN = [multiplied_and_summed, of_two_softmaxes, over_dim_2]
 
 
 def truth(model: ViT, number: int) -> Tensor:
@@ -143,6 +156,19 @@ def test_a_softmax_may_be_written_to_a_tensor_that_is_there() -> None:
     check_layers(ViT(plain, written_to_out), {0: 0, -1: 1})
 
 
+@pytest.mark.parametrize("core", [exp_and_sum, log_softmax, gated])
+def test_exponentials_of_scores_are_weights_and_gates_of_results_are_not(core: Core) -> None:
+    model = ViT(core, plain, core)
+    check_layers(model, {0: 0, 1: 1, -1: 2})
+    assert len(record_attention(model, IMAGES, layers="all")) == 3
+
+
+def test_exponents_are_no_logits() -> None:
+    """Those of `log_softmax` are at most 0, whatever the scores were."""
+    (layer,) = AttentionRecorder(ViT(plain, log_softmax), logits=True)(IMAGES)
+    assert layer.max_logit_cls is None
+
+
 def test_blocks_that_share_a_map_are_a_layer_each() -> None:
     model = ViT(shared_map, shared_map, shared_map)
     check_layers(model, {-1: 2, 0: 0, 1: 1})
@@ -164,8 +190,21 @@ def test_a_last_block_that_is_not_recognised_is_refused(core: Core) -> None:
     check_layers(model, {1: 1, -2: 1})
 
 
+@pytest.mark.parametrize("in_dictionary", [True, False])
+def test_blocks_that_are_in_no_list_are_counted_too(in_dictionary: bool) -> None:
+    model = ViT(plain, plain, multiplied_and_summed)
+    blocks = {f"block{number}": block for number, block in enumerate(model.blocks)}
+    model.blocks = nn.ModuleDict(blocks) if in_dictionary else None
+    for name, block in {} if in_dictionary else blocks.items():
+        setattr(model, name, block)
+    model.run = lambda x: functools.reduce(lambda x, block: block(x), blocks.values(), x)
+    with pytest.raises(UnsupportedAttentionError, match=r"layer 2 \((blocks.)?block2\) mixes tokens"):
+        record_attention(model, IMAGES)
+    assert [layer.layer for layer in record_attention(model, IMAGES, layers=[0, 1])] == [0, 1]
+
+
 def test_blocks_before_and_between_are_counted_too() -> None:
-    model = ViT(plain, exp_and_sum, multiplied_and_summed, plain)
+    model = ViT(plain, over_dim_2, multiplied_and_summed, plain)
     check_layers(model, {0: 0, -4: 0})
     with pytest.raises(UnsupportedAttentionError, match=r"layer 1 \(blocks.1\) mixes tokens"):
         record_attention(model, IMAGES, layers=1)
@@ -177,7 +216,7 @@ def test_blocks_before_and_between_are_counted_too() -> None:
 
 def test_all_leaves_out_what_is_not_recognised() -> None:
     with pytest.warns(UserWarning, match=r"leaves out 1 of .*\n  layer 2 \(blocks.2\) mixes tokens"):
-        layers = record_attention(ViT(plain, plain, exp_and_sum), IMAGES, layers="all")
+        layers = record_attention(ViT(plain, plain, over_dim_2), IMAGES, layers="all")
     assert [layer.layer for layer in layers] == [0, 1]
 
 
@@ -186,7 +225,7 @@ def test_a_block_of_the_same_class_in_which_no_tokens_mix_is_no_layer() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = ViT(plain, exp_and_sum)
+    model = ViT(plain, over_dim_2)
     before, hooks = copy.deepcopy(model.state_dict()), len(model.blocks[1]._forward_hooks)
     record_attention(model, IMAGES, layers=0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -18,7 +18,7 @@ from attn_monitor.capture.masked_models import (
 )
 from attn_monitor.capture.site_cache import Conditions, Known, sites_of
 from attn_monitor.capture.sites import Site
-from attn_monitor.errors import AttentionError, LayerError, QueryError
+from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ FORWARD_OPTIONS = (
     ForwardOption(features_forward, "its own forward gives no map, so it is looked at by forward_features"),
 )
 """Tried in this order where the user has not said how to call a model."""
+
+
+def forward_options(forward: Forward | Sequence[ForwardOption] | None) -> tuple[ForwardOption, ...]:
+    """The ways to call a model that are tried: the user's one, several, or all that there are."""
+    if forward is None:
+        return FORWARD_OPTIONS
+    options = [ForwardOption(forward)] if callable(forward) else forward
+    if not isinstance(options, (list, tuple)) or not options or not all(isinstance(o, ForwardOption) for o in options):
+        raise ArgumentError(f"forward={forward!r}: expected a function of (model, images), or None for model(images)")
+    return tuple(options)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from attn_monitor.capture.attention_distance import MeanDistance, has_query_of_e
 from attn_monitor.capture.attention_rows import widen
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recording_plan import SitePlan
+from attn_monitor.errors import ArgumentError
 
 EveryQueryOf = Literal["none", "last", "all"]
 """Of which wanted layers every query is read: one layer costs about one percent of a forward."""
@@ -35,7 +36,7 @@ class Asked:
 def check_every_query(every_query: str) -> EveryQueryOf:
     """The layers of which every query is read, if it is one of the choices."""
     if every_query not in get_args(EveryQueryOf):
-        raise ValueError(f'every_query={every_query!r}: expected "none", "last" (wanted layer) or "all"')
+        raise ArgumentError(f'every_query={every_query!r}: expected "none", "last" (wanted layer) or "all"')
     return every_query  # type: ignore[return-value]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, TypeGuard
 
 from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
-from attn_monitor.errors import AttentionError, LayerError, QueryError
+from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
 
 Layers = int | str | Sequence[int | str]
 QuerySpec = str | int | tuple[int, int]
@@ -16,22 +18,31 @@ Selection = dict[SiteKey, tuple[ReadableSite, Query]]
 
 
 def check_query(query: QuerySpec) -> QuerySpec:
-    """The query, if it is of a kind that exists; lists from YAML become tuples."""
-    if isinstance(query, (list, tuple)) and len(query) == 2 and all(isinstance(i, int) for i in query):
-        return (query[0], query[1])
-    if query in ("cls", "mean") or (isinstance(query, int) and not isinstance(query, bool) and query >= 0):
+    """The query, if it is of a kind that exists; lists from YAML become tuples, and NumPy's numbers Python's."""
+    if isinstance(query, (list, tuple)) and len(query) == 2 and all(map(_is_index, query)):
+        return (int(query[0]), int(query[1]))
+    if isinstance(query, str) and query in ("cls", "mean"):
         return query
-    raise ValueError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
+    if _is_index(query) and query >= 0:
+        return int(query)
+    raise ArgumentError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
 
 
 def check_layers(layers: Layers) -> Layers:
-    """The layers, if they are of a kind that exists."""
-    wanted = layers if isinstance(layers, (list, tuple)) else [layers]
-    if not wanted or not all(isinstance(w, (int, str)) and not isinstance(w, bool) and w != "" for w in wanted):
-        raise ValueError(
+    """The layers, if they are of a kind that exists; NumPy's numbers become Python's."""
+    if isinstance(layers, str) and layers == "all":
+        return layers
+    given: list[Any] = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if not given or not all(_is_index(w) or (isinstance(w, str) and w not in ("", "all")) for w in given):
+        raise ArgumentError(
             f'layers={layers!r}: expected an index (negative from the end), a module path, a list of these, or "all"'
         )
-    return layers
+    wanted: list[int | str] = [w if isinstance(w, str) else int(w) for w in given]
+    return wanted if isinstance(layers, (list, tuple)) else wanted[0]
+
+
+def _is_index(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def counts_from_end(layers: Layers) -> bool:
@@ -127,9 +138,8 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
         if places.partial_queries:
-            raise QueryError(
-                f"{where} has a part of the queries only, or more than tokens: there is no mean of them here"
-            )
+            tokens = f"more queries ({site.queries}) than tokens" if site.queries > site.keys else "some of the queries"
+            raise QueryError(f"{where} has {tokens}: there is no mean over the tokens here")
         if not places.counted:
             raise QueryError(
                 f"{where} has {site.queries} queries, and which of them are patches or the model's own tokens was not "
@@ -162,7 +172,12 @@ def _patch_query(site: ReadableSite, query: tuple[int, int], where: str) -> int:
 
 def _no_cls(site: ReadableSite, where: str) -> str:
     if not site.places.no_cls_reason:
-        what = f"{site.keys} tokens, all of them patches" if site.queries > 1 else "a single query, which is a patch"
+        tokens = "tokens" if site.queries == site.keys else "queries"
+        what = (
+            f"{site.queries} {tokens}, all of them patches" if site.queries > 1 else "a single query, which is a patch"
+        )
+        if site.places.partial_queries:
+            return f"{where} has {what}, so there is no CLS token. Choose another layer: others may have other queries"
         return (
             f'{where} has {what}, so there is no CLS token. Use query="mean": the attention each patch receives, '
             "averaged over all queries"

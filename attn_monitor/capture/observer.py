@@ -169,7 +169,7 @@ class AttentionObserver(TorchDispatchMode):
         if (kind == "softmax" and ops.attention_softmax(func, args, out)) or (
             kind == "elementwise" and self._made_of_scores(out)
         ):
-            self._weights(args, out)
+            self._weights(func, args, out)
         elif kind == "product":
             self.products += 1
             self._product(args[-2:], out)
@@ -181,8 +181,9 @@ class AttentionObserver(TorchDispatchMode):
             self._foreign(func, args, kwargs, out)
         return out
 
-    def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
-        largest = args[0].amax(-1) if self.logits else None
+    def _weights(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        # Exponents are logits up to a number of each query's own.
+        largest = args[0].amax(-1) if self.logits and func is not torch.ops.aten.exp.default else None
         weights = ops.read_weights(out, self._running[-1], self.queries, largest)
         self._pending = [*self._pending[-31:], weights]  # gates' never meet a V
 
@@ -192,9 +193,11 @@ class AttentionObserver(TorchDispatchMode):
         )
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
+        before = sum(self._count.values())
         if self._pending or self._met:
             self._explicit(args, out)
-        self._scores = [*self._scores[-3:], tuple(out.shape)]
+        if sum(self._count.values()) == before:  # results of attention have the shape of what gates them
+            self._scores = [*self._scores[-3:], tuple(out.shape)]
 
     def _on_top_of(self, other: Tensor, args: tuple[Any, ...], beta: float = 1, alpha: float = 1) -> Tensor:
         """A product with V that is added to something else, in two steps: attention's own result must be known."""

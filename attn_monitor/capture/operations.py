@@ -35,7 +35,7 @@ from attn_monitor.capture.tolerance import tolerance
 aten = torch.ops.aten
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default, aten._softmax.out, aten.softmax.int_out}
-ELEMENTWISE = {aten.sigmoid.default, aten.relu.default}  # make weights of scores where there is no softmax
+ELEMENTWISE = {aten.sigmoid.default, aten.relu.default, aten.exp.default}  # make weights of scores without a softmax
 PRODUCT = {aten.bmm.default, aten.bmm.out, aten.baddbmm.default}
 _OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 

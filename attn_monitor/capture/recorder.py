@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, Discovery, ForwardOption, choose_forward
+from attn_monitor.capture.choose_forward import Discovery, ForwardOption, choose_forward, forward_options
 from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, check_every_query, query_statistics
 from attn_monitor.capture.forward import Forward, check_materialised, run_forward
 from attn_monitor.capture.inputs import check_finite, check_images, check_model
@@ -42,7 +42,7 @@ from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_plac
 from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
 from attn_monitor.capture.token_places.recheck import places_hold
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
-from attn_monitor.errors import NonFiniteAttentionError, QueryError, UnsupportedAttentionError
+from attn_monitor.errors import ArgumentError, NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 from attn_monitor.grid import Grid
 
 Verify = bool | Literal["first", "always"]
@@ -51,11 +51,11 @@ OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
 
 def check_verify(verify: Verify | str) -> Verify:
     """When to check rows, if it is one of the ways there are; "always", an older word for True, becomes True."""
-    if isinstance(verify, bool) or verify == "always":
-        return bool(verify)
-    if verify == "first":
-        return "first"
-    raise ValueError(f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False')
+    if isinstance(verify, bool):
+        return verify
+    if isinstance(verify, str) and verify in ("always", "first"):
+        return verify == "always" or "first"
+    raise ArgumentError(f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False')
 
 
 def record_attention(
@@ -132,7 +132,7 @@ class AttentionRecorder:
         self.distance, self.tokens, self.patches = distance, tokens, patches
         self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)
         self._follow = follow
-        self._options = (ForwardOption(forward),) if callable(forward) else tuple(forward or FORWARD_OPTIONS)
+        self._options = forward_options(forward)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
         self._verified = False

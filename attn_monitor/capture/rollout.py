@@ -14,7 +14,7 @@ from attn_monitor.capture.layer_selection import QuerySpec, encoder_of, resolve_
 from attn_monitor.capture.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
-from attn_monitor.errors import UnsupportedAttentionError
+from attn_monitor.errors import ArgumentError, UnsupportedAttentionError
 
 Fusion = Literal["mean", "max", "min"]
 
@@ -38,9 +38,9 @@ def attention_rollout(
     Raises `UnsupportedAttentionError` when a layer cannot be read, mixes its heads, or is over other tokens.
     """
     if head_fusion not in ("mean", "max", "min"):
-        raise ValueError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')
+        raise ArgumentError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')
     if not 0 <= residual < 1:
-        raise ValueError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
+        raise ArgumentError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
     recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify="always")
     last = _check_sites(encoder_of(recorder.sites(images)))[-1]
     sources: list[AttentionSource] = []

@@ -43,13 +43,13 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         )
     if not candidates:
         hint = (
-            "batched products but no softmax over tokens that meets V"
+            "batched products, none of them of a softmax over the last dimension with values"
             if observer.products
             else "no batched product in its own thread"
         )
         raise NoAttentionError(
-            f"no attention was observed in {type(model).__name__}: its forward ran {hint}. "
-            "Models without softmax attention (convolutional networks, linear attention) have no map to show"
+            f"no attention was observed in {type(model).__name__}: its forward ran {hint}. If it has attention, use "
+            "F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V by @"
         )
     candidates = _with_overlooked(model, images, forward, candidates, observer.entered)
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
@@ -110,7 +110,8 @@ def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
     if isinstance(seen, RefusedObservation):
         return seen.reason
     if seen.batch % IMAGES:
-        return f"it runs on {seen.batch} sequences for {IMAGES} images, which is no whole number for each"
+        sequences = f"{seen.batch} sequence{'' if seen.batch == 1 else 's'}"
+        return f"it runs on {sequences} for {IMAGES} images, which is no whole number for each"
     if seen.batch != IMAGES:
         return f"it runs on {seen.batch // IMAGES} sequences of {seen.keys} tokens for each image, such as windows"
     return ""
@@ -166,7 +167,7 @@ def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> Att
         )
     if not candidate.repeatable:
         return ForwardError(
-            f"{where}: two identical images gave different tokens, so the forward is random even in eval mode "
-            "(random token masking, as in MAE?). Pass a deterministic forward=lambda model, images: ..."
+            f"{where}: two identical images gave different tokens, so the forward is random even in eval mode. "
+            "Pass a deterministic forward=lambda model, images: ..."
         )
     return None

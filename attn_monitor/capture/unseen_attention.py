@@ -25,8 +25,8 @@ def overlooked(
     """Paths of modules in which tokens mix though no attention was seen there, each with that of a sibling's attention.
 
     ``seen`` are the paths of modules in which attention was seen, and ``entered`` of those that ran. A sibling is a
-    module of the same class at the same place in another item of the same list. ``images`` (B, C, H, W) are run once
-    if there are such modules.
+    module of the same class at the same place in another item of the same list, or under another attribute. ``images``
+    (B, C, H, W) are run once if there are such modules.
     """
     modules, seen = dict(model.named_modules()), list(dict.fromkeys(seen))
     suspects: dict[str, str] = {}
@@ -47,14 +47,12 @@ def overlooked(
 
 
 def _are_siblings(path: str, other: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the two paths differ in the name of one item of a list, and lead to modules of one class."""
+    """Whether the paths differ in one name, of an item of a list or an attribute, and lead to modules of one class."""
     a, b = path.split("."), other.split(".")
     if len(a) != len(b) or path not in modules or type(modules[path]) is not type(modules.get(other)):
         return False
-    differing = [depth for depth, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-    if len(differing) != 1 or isinstance(modules[path], (CONTAINERS, torch.jit.ScriptModule)):
-        return False
-    return isinstance(modules[".".join(a[: differing[0]])], CONTAINERS)
+    differing = sum(x != y for x, y in zip(a, b, strict=True))
+    return differing == 1 and not isinstance(modules[path], (CONTAINERS, torch.jit.ScriptModule))
 
 
 def _is_around(path: str, other: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attn_monitor.draw.colormap import COLORMAPS
 from attn_monitor.draw.scales import SCALES
+from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.metrics import check_threshold
 
 
@@ -41,6 +42,6 @@ class DrawingOptions:
         check_threshold(self.threshold)
         if self.scale not in SCALES:
             expected = " or ".join(f'"{name}" ({scale.description})' for name, scale in SCALES.items())
-            raise ValueError(f"scale={self.scale!r}: expected {expected}")
+            raise ArgumentError(f"scale={self.scale!r}: expected {expected}")
         if self.colormap not in COLORMAPS:
-            raise ValueError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")
+            raise ArgumentError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")

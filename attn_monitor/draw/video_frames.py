@@ -18,6 +18,7 @@ from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import columns_for, layer_title
 from attn_monitor.draw.scales import GREY
+from attn_monitor.errors import ArgumentError
 from attn_monitor.grid import Grid
 
 FRAME_PIXELS, LARGEST_CELL = 800_000, 640  # pixels of all cells together, largest side of one
@@ -37,7 +38,7 @@ class FrameDrawing:
 
     def __init__(self, options: DrawingOptions = DrawingOptions(), outside: str = "attention") -> None:
         if outside not in OUTSIDE:
-            raise ValueError(f"outside={outside!r}: expected one of {', '.join(OUTSIDE)}")
+            raise ArgumentError(f"outside={outside!r}: expected one of {', '.join(OUTSIDE)}")
         self.options, self.outside = options, outside
         self._layout: _Layout | None = None
 

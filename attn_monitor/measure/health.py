@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.logit_growth import LogitGrowth
 from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.measurements import HealthFlag
@@ -65,19 +66,19 @@ class HealthLimits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"health: low_entropy={self.low_entropy}, high_entropy={self.high_entropy}; expected "
                 "0 <= low_entropy < high_entropy <= 1"
             )
         if not self.logit > 0:
-            raise ValueError(f"health: logit={self.logit}; expected a logit above 0, such as 100, or infinity")
+            raise ArgumentError(f"health: logit={self.logit}; expected a logit above 0, such as 100, or infinity")
         if not 0 < self.peak <= 1:
-            raise ValueError(f"health: peak={self.peak}; expected a share above 0 and up to 1")
+            raise ArgumentError(f"health: peak={self.peak}; expected a share above 0 and up to 1")
         if not self.divergence_growth > 1:
-            raise ValueError(f"health: divergence_growth={self.divergence_growth}; expected a factor above 1")
+            raise ArgumentError(f"health: divergence_growth={self.divergence_growth}; expected a factor above 1")
         for name, least in (("steps", 0), ("snapshots", 1), ("stall_steps", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"health: {name}={getattr(self, name)}; expected at least {least}")
+                raise ArgumentError(f"health: {name}={getattr(self, name)}; expected at least {least}")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
+from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.sinks import received_shares, sink_share
 from attn_monitor.measurements import MetricKey, Metrics
 
@@ -167,9 +168,11 @@ METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logi
 
 
 def check_threshold(threshold: float) -> float:
-    """Return ``threshold``; ValueError if it is not a share above 0 and up to 1."""
+    """Return ``threshold``; `ArgumentError` if it is not a share above 0 and up to 1."""
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6")
+        raise ArgumentError(
+            f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6"
+        )
     return threshold
 
 
@@ -192,7 +195,7 @@ def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
             near = difflib.get_close_matches(str(name), METRICS, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             expected = f'expected None, "all" or names among {", ".join(METRICS)}'
-            raise ValueError(f"metrics: received {name!r}, {expected}{hint}")
+            raise ArgumentError(f"metrics: received {name!r}, {expected}{hint}")
     return tuple(name for name in METRICS if name in names)
 
 

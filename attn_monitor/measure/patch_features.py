@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
+from attn_monitor.errors import ArgumentError
 from attn_monitor.patch_colors import PatchColors
 
 Layers = Mapping[tuple[str, int], LayerAttention]
@@ -32,13 +33,13 @@ COMPARED = 2048  # patches, evenly spaced, of which all pairs tell the error of 
 def check_features(features: bool, gram_step: int | None) -> tuple[bool, int]:
     """Whether to keep features, and the step that Gram drift is measured against, if they can be these."""
     if not isinstance(features, bool):
-        raise ValueError(f"features={features!r}: expected True or False")
+        raise ArgumentError(f"features={features!r}: expected True or False")
     if gram_step is None:
         return features, 0
     if not features:
-        raise ValueError(f"gram_step={gram_step!r}: features is False, and Gram drift is measured on features=True")
+        raise ArgumentError(f"gram_step={gram_step!r}: features is False, and Gram drift is measured on features=True")
     if not isinstance(gram_step, int) or isinstance(gram_step, bool) or gram_step < 0:
-        raise ValueError(f"gram_step={gram_step!r}: expected a step of at least 0, or None for the first snapshot")
+        raise ArgumentError(f"gram_step={gram_step!r}: expected a step of at least 0, or None for the first snapshot")
     return features, gram_step
 
 

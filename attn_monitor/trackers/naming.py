@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from attn_monitor.errors import ArgumentError
 from attn_monitor.record.file_names import MAX_NAME_BYTES
 
 
@@ -18,9 +19,9 @@ def check_name(name: str | None) -> str | None:
     """
     if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
         allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
-        raise ValueError(f'name={name!r}: expected {allowed}, such as "early"')
+        raise ArgumentError(f'name={name!r}: expected {allowed}, such as "early"')
     if name is not None and len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes, received {len(name.encode())}")
+        raise ArgumentError(f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes, received {len(name.encode())}")
     return name
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.recorder import Verify, check_verify
+from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measure.metrics import check_threshold, select_metrics
 from attn_monitor.measure.patch_features import check_features
@@ -93,7 +94,7 @@ def is_data(probe: object) -> bool:
 def check_on_error(on_error: str) -> OnError:
     """What to do about failures, if it is one of the two."""
     if on_error not in get_args(OnError):
-        raise ValueError(f'on_error={on_error!r}: expected "warn" or "raise"')
+        raise ArgumentError(f'on_error={on_error!r}: expected "warn" or "raise"')
     return on_error  # type: ignore[return-value]
 
 
@@ -104,9 +105,9 @@ def check_statistics(
     if mean is None and std is None:
         return None
     if mean is None or std is None or len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
-        raise ValueError(f"mean={mean!r}, std={std!r}: expected both, one number a channel, and no std of 0")
+        raise ArgumentError(f"mean={mean!r}, std={std!r}: expected both, one number a channel, and no std of 0")
     if isinstance(probe, ProbeBatch):
-        raise ValueError(f"mean={mean!r}, std={std!r}: probe is a ProbeBatch, which takes mean and std of its own")
+        raise ArgumentError(f"mean={mean!r}, std={std!r}: probe is a ProbeBatch, which takes mean and std of its own")
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
@@ -123,34 +124,34 @@ def check_probe(
     ``data`` is whether a data set or its loader may be given in place of images.
     """
     if not (isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None))) or (data and is_data(probe))):
-        raise ValueError(
+        raise ArgumentError(
             f"probe: received a {type(probe).__name__}, expected a folder, a tensor (images, channels, H, W), a "
             f"ProbeBatch, {'a data set or its loader, ' if data else ''}or None to take images of the run's own data"
         )
     is_folder = isinstance(probe, (str, os.PathLike))
     received = "None" if probe is None else f"a {type(probe).__name__}"
     if masks is not None and not is_folder:
-        raise ValueError(
+        raise ArgumentError(
             f"masks={os.fspath(masks)!r}: probe is {received}, expected the folder of images that the masks are "
             "for; a ProbeBatch takes masks of its own"
         )
     if image_size is not None and not is_folder:
-        raise ValueError(
+        raise ArgumentError(
             f"image_size={image_size!r}: probe is {received}, whose images have a size already; expected a folder of "
             "images. Leave image_size out"
         )
     if num_images is not None and isinstance(probe, (Tensor, ProbeBatch)):
-        raise ValueError(
+        raise ArgumentError(
             f"num_images={num_images!r}: probe is {received}, all of which is shown; expected a folder, or None. "
             "Leave num_images out, and pass a part of the images, such as probe[:4] of a tensor"
         )
     if num_images is not None and not _is_count(num_images):
-        raise ValueError(f"num_images={num_images!r}: expected a whole number of at least 1")
+        raise ArgumentError(f"num_images={num_images!r}: expected a whole number of at least 1")
     size: Any = IMAGE_SIZE if image_size is None else image_size
     size = tuple(size) if isinstance(size, list) else size
     pair = size if isinstance(size, tuple) else (size, size)
     if len(pair) != 2 or not all(map(_is_count, pair)):
-        raise ValueError(f"image_size={image_size!r}: expected a number of pixels of at least 1, or (height, width)")
+        raise ArgumentError(f"image_size={image_size!r}: expected a number of pixels of at least 1, or (height, width)")
     return num_images or NUM_IMAGES, size
 
 
@@ -160,7 +161,7 @@ def check_heads(heads: Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     numbers = isinstance(heads, (list, tuple)) and all(isinstance(h, int) and not isinstance(h, bool) for h in heads)
     if not numbers or not heads or min(heads) < 0 or len(set(heads)) < len(heads):
-        raise ValueError(f"heads={heads!r}: expected a list of different head numbers from 0 on, or None for all")
+        raise ArgumentError(f"heads={heads!r}: expected a list of different head numbers from 0 on, or None for all")
     return tuple(heads)
 
 
@@ -169,7 +170,7 @@ def check_dirpath(dirpath: str | os.PathLike[str] | Literal[False] | None) -> Pa
     if dirpath is None or dirpath is False:
         return dirpath
     if not isinstance(dirpath, (str, os.PathLike)) or os.fspath(dirpath) == "" or "://" in os.fspath(dirpath):
-        raise ValueError(
+        raise ArgumentError(
             f"dirpath={dirpath!r}: expected a local folder, None for one in the run's folder, or False for no archive"
         )
     return Path(dirpath)
@@ -180,7 +181,7 @@ def import_forward(forward: Forward | str | None) -> Forward | None:
     if forward is None or callable(forward):
         return forward
     if not isinstance(forward, str):
-        raise ValueError(f"forward: received a {type(forward).__name__}, expected a function or its import path")
+        raise ArgumentError(f"forward: received a {type(forward).__name__}, expected a function or its import path")
     module, separator, name = forward.rpartition(":" if ":" in forward else ".")
     problem = "that is no import path"
     if separator and module and name:
@@ -194,7 +195,7 @@ def import_forward(forward: Forward | str | None) -> Forward | None:
             if callable(found):
                 return found  # type: ignore[no-any-return]
             problem = f"that is a {type(found).__name__}"
-    raise ValueError(
+    raise ArgumentError(
         f'forward={forward!r}: {problem}; expected a function of (model, images), as "package.module:function"'
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from attn_monitor.errors import ArgumentError
+
 SNAPSHOTS = 50  # over a run, when no schedule is given
 OPEN_ENDED = 50  # steps between the first snapshots of a run whose length is unknown
 
@@ -14,9 +16,9 @@ class Schedule:
     def __init__(self, every_n_train_steps: int | None = None, every_n_epochs: int | None = None) -> None:
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+                raise ArgumentError(f"{name}={value!r}: expected a whole number of at least 1, or None")
         if every_n_train_steps is not None and every_n_epochs is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"every_n_train_steps={every_n_train_steps}, every_n_epochs={every_n_epochs}: expected only one of them"
             )
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs

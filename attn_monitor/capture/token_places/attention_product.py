@@ -77,10 +77,18 @@ def some_queries(matrix: Tensor) -> Tensor:
 def explains_scores(products: Tensor, scores: Tensor) -> bool:
     """Whether what differs between two images' scores is what differs between their products, with heads mixed.
 
-    Both are (2, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries.
+    Both are (2, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries; and a number
+    for each query, which changes nothing of its softmax and is in a `log_softmax`.
     """
     finite = scores[1].isfinite() & scores[0].isfinite()
-    score = torch.where(finite, widen(scores[1] - scores[0]), 0).flatten(1).double()
-    p = torch.where(finite, widen(products[1] - products[0]), 0).flatten(1).double()
+    changes = [torch.where(finite, widen(t[1] - t[0]), 0).double() for t in (scores, products)]
+    known = finite.sum(-1, keepdim=True).clamp_min(1)
+    up_to_a_number = [torch.where(finite, c - c.sum(-1, keepdim=True) / known, 0) for c in changes]
+    return _are_a_mix(*changes) or _are_a_mix(*up_to_a_number)
+
+
+def _are_a_mix(scores: Tensor, products: Tensor) -> bool:
+    """Whether most of (H, Q, K) scores is a mix of the products of several heads."""
+    score, p = scores.flatten(1), products.flatten(1)
     mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
     return float((score - mix @ p).norm()) <= 0.7 * float(score.norm())

@@ -77,7 +77,10 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
             patches = list(layout.patches)
             change = relative_change(after[key].v[0], before[0]) / relative_change(before[1], before[0])
             if _some_share_cells(change[patches].cpu(), mosaic.changes[key][..., patches].cpu(), mosaic.codes, grid):
-                search.sites[key].refuse("two of its keys hold the same part of the image")
+                search.sites[key].refuse(
+                    "two of its keys change about as much with one another's patch as with their own, so that which of "
+                    "them is which patch is not known"
+                )
 
 
 def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Cells) -> bool:

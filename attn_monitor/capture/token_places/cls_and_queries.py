@@ -164,14 +164,19 @@ def _choose_cls(
     if len(tokens) == 1:
         return tokens[0], ""
     if len(tokens) > 1:
-        return None, f"it has {len(tokens)} class tokens, at {sorted(tokens)}, and nothing tells which one is meant"
+        return (
+            None,
+            f"{len(tokens)} of its queries could be the CLS token, {sorted(tokens)}, and nothing tells which is",
+        )
     several = max((m.queries for m in moved if not m.parameter.is_register), key=len, default=frozenset())
     if len(several) > 1:
-        return None, f"it has {len(several)} class tokens, at {sorted(several)}, and nothing tells which one is meant"
+        return None, (
+            f"{len(several)} of its queries could be the CLS token, {sorted(several)}, and nothing tells which is"
+        )
     if before.queries == 1 and 0 not in part:
         return 0, ""  # nothing else is asked there, and its result goes to no patch, see `check_outputs`
     if before.q is None:
-        return None, "what its queries are made of could not be seen"
+        return None, "its scores do not follow from one product of queries and keys, by which queries are told apart"
     if len(others) == 1 and set(others) <= whole:
         return others[0], ""  # the mean of the patches, as in CLIP's pooling
     return None, (

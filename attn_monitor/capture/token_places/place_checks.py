@@ -46,8 +46,8 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
                 waiting = [k for k in waiting if search.sites[k].layout and _holds_other_patches(seen[k], k, mosaic)]
             for key in waiting:
                 search.sites[key].refuse(
-                    "on an image that was given, its tokens do not change with the patches that they hold on made-up "
-                    "images: they hold others there or in another call, or do not follow small changes of the image"
+                    "on an image that was given, its tokens do not change in proportion to small changes of the "
+                    "patches that they hold on made-up images, so that their places there are not known"
                 )
 
 
@@ -84,7 +84,7 @@ def refuse_partial_views(search: PlaceSearch) -> None:
             if not bool(moved[0][border.flatten()].all()):
                 search.sites[key].refuse(
                     "some of its keys at the border of the grid do not, or hardly, change with the image's outermost "
-                    "pixels, as if the image was cropped or shifted"
+                    "pixels, so that a map laid over the whole image could be off"
                 )
             elif not bool((moved[1:5] | ~there).all()):
                 search.sites[key].refuse("some of its keys do not change with all parts of their patch")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from attn_monitor.capture import operations as ops
 from attn_monitor.capture.attention_rows import FusedCall, Memory, Weights, widen
@@ -120,6 +121,8 @@ class SilentObserver(AttentionObserver):
     def _sketches(self, values: Any) -> Iterator[Tensor]:
         """Of what could be tokens among a module's arguments or results."""
         for x in _tensors(values):
+            if is_functorch_wrapped_tensor(x):  # one image's of a vmap, which takes no random projection
+                continue
             if not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]:
                 yield off_device(sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None]))
 
@@ -154,10 +157,11 @@ class SilentObserver(AttentionObserver):
         call = call_by(self.formats[key].convention if key in self.formats else None, calls)
         self._silence(key, AttentionProduct(result, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
 
-    def _weights(self, args: tuple[Any, ...], out: Tensor) -> None:
-        super()._weights(args, out)
+    def _weights(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        super()._weights(func, args, out)
         possible = [f for f in reversed(self._factors) if f.may_become(out)]
-        factors = next((f for f in possible if f.shape[0] == out.shape[-2]), next(iter(possible), None))
+        queries, keys = out.shape[-2:]  # the latest that lacks no column, and has no heads among its queries, if any
+        factors = min(possible, key=lambda f: (keys - f.shape[1], f.shape[0] != queries), default=None)
         known = factors is not None and self._undecided()
         made_of = [some_queries(part) for part in factors.laid_out(args[0])] if factors and known else [], factors
         known_weights = {*self._pending, *(w for w, _ in self._met)}

@@ -35,11 +35,11 @@ class Share(nn.Module):
         return torch.stack(tokens, 1)
 
 
-def sites(stem: str, seed: int, *steps: nn.Module) -> list[Site]:
-    """Of a model on a 4 × 6 grid, with steps before its two blocks."""
+def sites(stem: str, seed: int, *steps: nn.Module, rows: int = 4) -> list[Site]:
+    """Of a model on a grid of six columns, with steps before its two blocks."""
     torch.manual_seed(seed)
-    model = enliven(Net(Stem("C*", embed=STEMS[stem]()), *steps, Block(), Block())).eval()
-    return [*AttentionRecorder(model).sites(torch.randn(2, 3, 32, 48))]
+    model = enliven(Net(Stem("C*", embed=STEMS[stem](), grid=(rows, 6)), *steps, Block(), Block())).eval()
+    return [*AttentionRecorder(model).sites(torch.randn(2, 3, 8 * rows, 48))]
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -64,3 +64,10 @@ def test_tokens_whose_fields_overlap_are_ranked(stem: str, seed: int) -> None:
     for site in sites(stem, seed):
         assert site.layout is not None, site.places.reason
         assert (site.layout.evidence, site.layout.order) == ("centres", tuple(range(25)))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_grids_of_two_rows(seed: int) -> None:
+    alone = sites("GroupNorm", seed, rows=2)
+    assert [site.layout.order if site.layout else () for site in alone] == [tuple(range(13))] * 2
+    assert [site.layout for site in sites("GroupNorm", seed, Share(2 + seed, 3 + seed), rows=2)] == [None, None]

@@ -85,10 +85,34 @@ def test_chunks_whose_softmaxes_all_come_first() -> None:
         record_attention(model, IMAGES, layers=0, query="mean")
 
 
-def test_heads_one_by_one_are_layers_of_one_head() -> None:
-    model = Functional(heads_first).eval()
-    for layer, head in enumerate(record_attention(model, IMAGES, layers="all")):
-        assert torch.allclose(head.maps.flatten(2)[:, 0], model.truth()[:, layer, 0, 1:], atol=1e-6)
+def heads_fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [F.scaled_dot_product_attention(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1]) for i in (0, 1)]
+    return torch.cat(parts, 1), weights(q, k)
+
+
+@pytest.mark.parametrize("attend", [heads_first, heads_fused])
+def test_heads_in_a_loop_are_no_layers(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    for layer in (0, -1):
+        with pytest.raises(UnsupportedAttentionError, match=r"2 attentions run side by side in one call of the model"):
+            record_attention(Functional(attend).eval(), IMAGES, layers=layer)
+
+
+class TwoLayers(Functional):
+    """Two attentions in one call of a module, of which the second reads what the first gave: layers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for _ in range(2):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            x = x + (weights(q, k) @ v).transpose(1, 2).flatten(2)
+        return self.head(x.mean(1))
+
+
+def test_layers_in_one_call_of_a_module_are_read() -> None:
+    model = TwoLayers(chunks_first).eval()
+    first, last = record_attention(model, IMAGES, layers="all")
+    assert torch.allclose(first.maps.flatten(2), model.truth()[:, :, 0, 1:], atol=1e-6)
+    assert last.layer == 1
 
 
 @pytest.mark.parametrize("attend", [difference, unused, overwritten])

@@ -36,6 +36,7 @@ class Candidate:
     repeatable: bool = True  # equal images gave equal tokens
     reordered: bool = False  # they did so at other places in the batch
     overlooked: bool = False  # it mixes tokens, and no attention was seen in it
+    sums_rows: bool = False  # a channel of V is the same for all keys, so that what it gives is the sum of each row
 
     @property
     def convention(self) -> CallingConvention | None:
@@ -77,7 +78,8 @@ def _examine(key: SiteKey, seen: Observation) -> Candidate:
     foldings: list[Folding | None] = [None]
     if seen.batch * seen.heads % IMAGES == 0:
         foldings += ["batch first", "heads first"] if seen.batch == 1 else ["heads first"]
-    best = Candidate(key, seen.rows_alone())
+    sums = _sum_rows(seen.values)
+    best = Candidate(key, seen.rows_alone(), sums_rows=sums)
     for folding in foldings:
         regrouped = seen.regrouped(IMAGES, folding)
         if regrouped.batch != IMAGES:
@@ -86,7 +88,10 @@ def _examine(key: SiteKey, seen: Observation) -> Candidate:
         equal, moving = _compare_images(sketch(regrouped.values), regrouped.rows, limit)
         repeatable = (0, 1) in equal
         if repeatable or folding is None:  # another order than the plain one must explain what is seen
-            best = Candidate(key, regrouped.rows_alone(), folding, moving, repeatable, bool(equal) and not repeatable)
+            reordered = bool(equal) and not repeatable
+            best = Candidate(
+                key, regrouped.rows_alone(), folding, moving, repeatable, reordered=reordered, sums_rows=sums
+            )
         if repeatable:
             break
     return best
@@ -100,6 +105,7 @@ class _Alone:
     folding: Folding | None
     values: Tensor  # (windows, K, S) sketches of V
     limit: float  # the relative change above which they count as changed
+    sums_rows: bool
 
 
 def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey, seen: Observation) -> None:
@@ -112,7 +118,7 @@ def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey,
     error, mixed = (None if fact is None else off_device(fact) for fact in (rows.error, rows.mixed))
     rows = replace(rows, rows=off_device(rows.rows), error=error, mixed=mixed)
     limit = change_threshold(seen.values.dtype, seen.values.device)
-    sites[key] = _Alone(rows, folding, off_device(sketch(seen.values)), limit)
+    sites[key] = _Alone(rows, folding, off_device(sketch(seen.values)), limit, _sum_rows(seen.values))
 
 
 def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | None]) -> Candidate:
@@ -151,7 +157,14 @@ def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | N
     if seen.batch > 1:  # windows
         return Candidate(key, together)
     equal, moving = _compare_images(torch.cat(values), rows, known[0].limit)
-    return Candidate(key, together, known[0].folding, moving, (0, 1) in equal)
+    sums = all(image.sums_rows for image in known)
+    return Candidate(key, together, known[0].folding, moving, (0, 1) in equal, sums_rows=sums)
+
+
+def _sum_rows(values: Tensor) -> bool:
+    """Whether some channel of V (B, H, K, D) is one number for all keys and images, and not 0."""
+    first = values[:1, :, :1]
+    return bool(((values == first).all(2).all(0) & (first[0, :, 0] != 0)).any()) and values.shape[2] > 1
 
 
 def _compare_images(values: Tensor, rows: Tensor, limit: float) -> tuple[set[tuple[int, int]], int]:

@@ -193,10 +193,10 @@ class AttentionObserver(TorchDispatchMode):
         )
 
     def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
-        before = sum(self._count.values())
+        before = dict(self._count)
         if self._pending or self._met:
             self._explicit(args, out)
-        if sum(self._count.values()) == before:  # results of attention have the shape of what gates them
+        if self._count == before:  # what attention gave is no scores: a gate of that shape is no attention
             self._scores = [*self._scores[-3:], tuple(out.shape)]
 
     def _on_top_of(self, other: Tensor, args: tuple[Any, ...], beta: float = 1, alpha: float = 1) -> Tensor:

@@ -82,7 +82,7 @@ def plan_recording(
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
     if is_sharded(model) or any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
         return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive what is raised in it
-    known = frozenset(site.key for site in sites) if from_end else frozenset[SiteKey]()
+    known = frozenset(key for site in sites for key in (site.key, *site.places.together) if from_end)
     return RecordingPlan(query, planned, watched, last.key, known)
 
 

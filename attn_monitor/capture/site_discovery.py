@@ -52,6 +52,8 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             "F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V by @"
         )
     candidates = _with_overlooked(model, images, forward, candidates, observer.entered)
+    read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
+    checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
     places: dict[SiteKey, SitePlaces] = {}
     if global_sites:
@@ -60,7 +62,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             model,
             images,
             forward,
-            {c.key: SiteFormat(c.folding, c.convention) for c in global_sites},
+            {c.key: SiteFormat(c.folding, c.convention, checks[c.key].kind == "distribution") for c in global_sites},
             keys=first.seen.keys,
             moving={c.key: c.moving for c in global_sites},
             convs=observer.convs,
@@ -69,14 +71,14 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     for site in places.values() if observer.quantised else ():
         if site.layout is None:
             site.reason = "its linear layers are quantised by the range of the whole image, on which each token depends"
-    read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
-    checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     stacks = second_stacks(
         [Ran(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates], dict(model.named_modules())
     )
+    parts = {key for site in places.values() for key in site.together}
+    layers = [(c, stack) for c, stack in zip(candidates, stacks, strict=True) if c.key not in parts]
     return tuple(
-        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stacks[index])
-        for index, candidate in enumerate(candidates)
+        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack)
+        for index, (candidate, stack) in enumerate(layers)
     )
 
 
@@ -160,6 +162,11 @@ def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> Att
         return NonFiniteAttentionError(f"{where}: its attention row holds NaN or infinity")
     if check is not None and not check.reproduces_output:
         return mismatch(where, check)
+    if check is not None and check.kind != "distribution" and candidate.sums_rows:
+        return UnsupportedAttentionError(
+            f"{where}: the rows of its weights do not sum to 1, and a channel of V is one number for all keys, so that "
+            "the product gives their sums too, as where weights are normalised after it and the rows are others"
+        )
     if candidate.reordered:
         return UnsupportedAttentionError(
             f"{where}: two identical images gave equal tokens at other places in the batch, so the model puts a batch "

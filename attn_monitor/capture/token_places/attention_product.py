@@ -36,17 +36,21 @@ class AttentionProduct:
         same = self.q.shape[-1] == self.width
         return self.q if same else self.q @ random_matrix(self.q.shape[-1], self.width, self.q)
 
-    def marked_result(self, marks: Tensor, folding: Folding | None) -> Tensor | None:
-        """Strong noise as results of the (B, Q) marked queries, and nothing for the others."""
+    def marked_result(self, marks: Tensor, folding: Folding | None, strength: float) -> Tensor | None:
+        """Noise of this strength as results of the (B, Q) marked queries, and nothing for the others."""
         (*lead, queries), batch = self.lead, len(marks)
         heads = math.prod(lead) // batch
         if marks.shape[1] != queries or heads * batch != math.prod(lead):
             return None
-        strength = (1e2 if self.out.dtype == torch.float16 else 1e4) * float(self.v.float().std().clamp_min(1e-3))
         noise = noise_like((heads, queries, self.width), self.out) * strength
         content = noise * marks[:, None, :, None].to(noise)  # (B, H, Q, D)
         marked: Tensor = content if folding != "heads first" else content.transpose(0, 1)
         return marked.reshape(*self.lead, self.width)
+
+    def strong(self) -> float:
+        """A strength that is far above that of values and of results, which are large where rows have large sums."""
+        size = max(float(x.float().std().clamp_min(1e-3)) for x in (self.v, self.out))
+        return min((1e2 if self.out.dtype == torch.float16 else 1e4) * size, torch.finfo(self.out.dtype).max / 16)
 
     def overwrite(self, content: Tensor | None) -> None:
         """Put this in place of the result; zeros for None."""

@@ -25,6 +25,11 @@ def refuse_mixtures(search: PlaceSearch) -> None:
         found[key].refuse("what it reads is also combined with other weights (a mixture)")
     for key in reference.parts & set(found):
         found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
+    for key in reference.sums & set(found):
+        found[key].refuse("its weights are summed up in a further product, as where they are normalised after V")
+    for key in reference.again.keys() & found.keys() & reference.sites.keys():
+        if torch.equal(reference.again[key], reference.sites[key].v):
+            found[key].refuse("what could be its weights meets the same values in two products (a mixture)")
     sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
     for (site, a), (other, b) in combinations(sites, 2):
         if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):

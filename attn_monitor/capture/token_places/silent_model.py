@@ -15,7 +15,7 @@ from attn_monitor.capture.forward import Forward, run_forward
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.token_places.silent_observer import SilentObserver
 from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
-from attn_monitor.capture.token_places.tokens import SiteFormat, Tokens, concatenate
+from attn_monitor.capture.token_places.tokens import Call, SiteFormat, Tokens, concatenate
 
 
 class SilentModel:
@@ -47,17 +47,19 @@ class SilentModel:
         marks: Mapping[SiteKey, Tensor] | None = None,
         nudged: Sequence[TokenParameter] = (),
         by_head: int = 0,
+        exchanged: Mapping[Call, Tensor] | None = None,
     ) -> Tokens:
         """The tokens of (B, C, H, W) images; each batch runs in the random state of ``seed``.
 
-        ``marks``, ``nudged`` and ``by_head`` as in `SilentObserver`, with marks for all the images.
+        ``marks``, ``nudged``, ``by_head`` and ``exchanged`` as in `SilentObserver`, of all the images.
         """
         while True:
             parts = []
             for start in range(0, len(images), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
-                parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head))
+                others = {call: tokens[batch] for call, tokens in (exchanged or {}).items()}
+                parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head, others))
                 wrong = [site for site in self.formats.values() if site.decide()]
                 if wrong:  # what was taken to be their queries is none: once more without
                     break
@@ -71,10 +73,13 @@ class SilentModel:
         marks: Mapping[SiteKey, Tensor] | None,
         nudged: Sequence[TokenParameter],
         by_head: int,
+        exchanged: Mapping[Call, Tensor],
     ) -> Tokens:
         images = images.to(self.device)
         first = ParameterUses(self.model, len(images)) if self.token_parameters is None else None
-        observer = SilentObserver(images, self.formats, marks=marks, nudged=nudged, uses=first, by_head=by_head)
+        observer = SilentObserver(
+            images, self.formats, marks=marks, nudged=nudged, uses=first, by_head=by_head, exchanged=exchanged
+        )
 
         def seeded(model: nn.Module, x: Tensor) -> Any:
             _seed_everything(seed, x.device)

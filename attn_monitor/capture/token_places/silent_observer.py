@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_map
 
 from attn_monitor.capture import operations as ops
 from attn_monitor.capture.attention_rows import FusedCall, Memory, Weights, widen
@@ -67,7 +68,8 @@ class SilentObserver(AttentionObserver):
 
     ``marks`` (B, Q) bool for a site: then results are nothing but strong noise at the marked queries. ``nudged`` are
     parameters that the model sees changed; ``uses`` notes how it uses them. Of sites with less than ``by_head`` keys, V
-    of each head is kept too.
+    of each head is kept too. ``exchanged`` (B, T) bool for a call: then the tokens that it gets are noise, the same for
+    every image but for those that are exchanged.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class SilentObserver(AttentionObserver):
         nudged: Sequence[TokenParameter] = (),
         uses: ParameterUses | None = None,
         by_head: int = 0,
+        exchanged: Mapping[Call, Tensor] | None = None,
     ) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
+        self.exchanged = exchanged or {}
         self.tokens = Tokens()
         self._factors: list[_Factors] = []  # of the last few products that are no attention
         self._operands: list[Memory] = []  # of these
@@ -101,15 +105,30 @@ class SilentObserver(AttentionObserver):
             stack.enter_context(modules[path].register_forward_pre_hook(self._begin(path), with_kwargs=True))
             stack.enter_context(modules[path].register_forward_hook(self._end(path)))
 
-    def _begin(self, path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, path: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = (path, self._calls.get(path, 0))
             self._calls[path] = call[1] + 1
             self._open.append(call)
+            if (exchanged := self.exchanged.get(call)) is not None:
+                return tree_map(lambda x: self._noise(x, exchanged), (args, kwargs))
             if (entering := next(self._sketches((args, kwargs)), None)) is not None:
                 self.tokens.entries[call] = entering
+            return None
 
         return hook
+
+    def _noise(self, x: Any, exchanged: Tensor) -> Any:
+        """Noise in place of what could be tokens of this number."""
+        if not self._could_be_tokens(x):
+            return x
+        batch_first = x.shape[0] == self.batch
+        _, tokens, channels = x.shape if batch_first else x.transpose(0, 1).shape
+        if tokens != exchanged.shape[1]:
+            return x
+        kept, others = noise_like((2, tokens, channels), x)
+        noise = torch.where(exchanged[..., None].to(x.device), 4 * others, kept)
+        return noise if batch_first else noise.transpose(0, 1)
 
     def _end(self, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -121,10 +140,13 @@ class SilentObserver(AttentionObserver):
     def _sketches(self, values: Any) -> Iterator[Tensor]:
         """Of what could be tokens among a module's arguments or results."""
         for x in _tensors(values):
-            if is_functorch_wrapped_tensor(x):  # one image's of a vmap, which takes no random projection
-                continue
-            if not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]:
+            if self._could_be_tokens(x):
                 yield off_device(sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None]))
+
+    def _could_be_tokens(self, x: Any) -> bool:
+        if not isinstance(x, Tensor) or is_functorch_wrapped_tensor(x):  # one image's of a vmap takes no projection
+            return False
+        return not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]
 
     @errors_from("monitor")
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,6 +209,8 @@ class SilentObserver(AttentionObserver):
         for left, right in (args, (args[1].mT, args[0].mT)):
             for weights, key in self._spent:
                 if weights.holds(left) and key in self.formats:
+                    if torch.equal(right, right[..., :1, :].expand_as(right)):  # a product of nothing but sums of rows
+                        self.tokens.sums.add(key)
                     grouped = by_image_and_head(right, self.batch, self.formats[key].folding)
                     if grouped is not None:
                         self.tokens.again[key] = off_device(sketch(grouped))
@@ -262,7 +286,8 @@ class SilentObserver(AttentionObserver):
         if self.marks is None:
             content = product.query_as_result()
         elif key in self.marks and site is not None and key in self.tokens.sites:
-            content = product.marked_result(self.marks[key], site.folding)
+            site.mark_strength = site.mark_strength or product.strong()  # the same for all images, in whatever batch
+            content = product.marked_result(self.marks[key], site.folding, site.mark_strength)
         product.overwrite(content)
 
     def _keep_tokens(self, key: SiteKey, site: SiteFormat, product: AttentionProduct) -> None:

@@ -34,7 +34,8 @@ class SitePlaces:
     keys that were found to be "CLS" or a "register". ``partial_queries`` says that its
     queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
     ``entries`` are the layouts of the tokens that enter the modules around, by path. ``held`` is None where places are
-    known by centres.
+    known by centres. ``together`` are the other parts of a layer that several operations make up, such as heads in a
+    loop, and which is counted by its first one.
     """
 
     layout: TokenLayout | None = None
@@ -47,6 +48,7 @@ class SitePlaces:
     partial_queries: bool = False
     entries: Mapping[str, TokenLayout] = field(default_factory=dict)
     held: Held | None = None
+    together: tuple[SiteKey, ...] = ()
 
     def refuse(self, reason: str) -> None:
         """There is no layout of its keys after all."""

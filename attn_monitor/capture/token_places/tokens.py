@@ -28,6 +28,8 @@ class SiteFormat:
 
     folding: Folding | None
     convention: CallingConvention | None
+    sums_to_1: bool = True  # each row
+    mark_strength: float | None = None  # of marks in its results
     scores_are_products: bool | None = None
     scores: list[list[Tensor]] = field(default_factory=list)  # of each image, the (H, Q, K) that they may be
     products: list[list[Tensor]] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Tokens:
     parts: set[SiteKey] = field(
         default_factory=set
     )  # sites whose softmax goes on in a further product, to other keys or by other heads
+    sums: set[SiteKey] = field(default_factory=set)  # sites whose weights meet the same number for all keys
     rivals: set[SiteKey] = field(
         default_factory=set
     )  # sites after which what could be their weights meets other values
@@ -107,6 +110,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         _concatenate_values([p.again for p in parts]),
         set().union(*(p.mixed for p in parts)),
         set().union(*(p.parts for p in parts)),
+        set().union(*(p.sums for p in parts)),
         set().union(*(p.rivals for p in parts)),
     )
 

@@ -1,0 +1,119 @@
+"""Whether tokens get something of others beside what one attention gives them, in the module in which it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout
+from attn_monitor.capture.token_places.random_projections import relative_change
+from attn_monitor.capture.token_places.site_places import PlaceSearch
+from attn_monitor.capture.token_places.synthetic_images import noise_images
+from attn_monitor.capture.token_places.tokens import Call, SiteTokens
+
+_MOST = 0.9  # of the tokens: a convolution, such as a position encoding, does not reach so many from one corner
+
+
+def refuse_other_mixing(search: PlaceSearch) -> None:
+    """Refuse sites of which the results are not all that tokens get of others, or are scaled by what others hold.
+
+    The tokens that enter the module around are noise, of which the patches in one corner are exchanged, and the results
+    of attention are held fixed: at 0, and at strong marks. Then other tokens must leave the module as they were. Only
+    modules are asked of which tokens did not come out, in the mosaics, as they had entered, or of which rows do not sum
+    to 1. What does not reach most tokens, nor CLS, is taken for a convolution and let pass.
+    """
+    calls = {key: call for key in search.sites if (call := _doubtful_call(search, key)) is not None}
+    if not calls:
+        return
+    exchanged: dict[Call, Tensor] = {}
+    for key, call in calls.items():
+        entry = search.sites[key].entries[call[0]]
+        exchanged[call] = torch.zeros(4, len(entry.order), dtype=torch.bool)
+        exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
+    marked = torch.tensor([False, False, True, True], device=search.images.device)
+    marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
+    images = noise_images(search.images, 1, seed=8).expand(4, -1, -1, -1)
+    tokens = search.silent_model(images, 1, marks=marks, exchanged=exchanged)
+    for key, call in calls.items():
+        site, left = search.sites[key], tokens.exits.get(call, ())
+        if key not in tokens.sites or not left or not len(left[0]):
+            continue
+        limit, kept = tokens.sites[key].threshold, ~exchanged[call][1]
+        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in (0, 2)]
+        if _reach_most(moved[0], kept, site.cls):
+            site.refuse(
+                f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
+                "weights are not all that mixes them there"
+            )
+        elif _reach_most(moved[1], kept, site.cls):
+            site.refuse(
+                "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
+                "that are normalised after V, so the weights are not those that the model applies in the end"
+            )
+
+
+def refuse_side_by_side(search: PlaceSearch) -> None:
+    """Refuse attentions in one call of a module for the same queries, if any reads nothing that the first one gave.
+
+    Heads in a loop are one layer in several parts, which are counted as one; blocks in one function go on from what the
+    ones before gave, and are layers.
+    """
+    groups: dict[object, list[SiteKey]] = {}
+    for key, site, _ in search.placed():
+        if site.patch_queries and (seen := search.reference.sites.get(key)):
+            groups.setdefault((seen.within, tuple(sorted(site.patch_queries.items()))), []).append(key)
+    images = noise_images(search.images, 1, seed=8).expand(2, -1, -1, -1)
+    for first, *others in groups.values():
+        if not others:
+            continue
+        second = torch.tensor([False, True], device=search.images.device)
+        sites = search.reference.sites.items()
+        marks = {key: (second & (key == first))[:, None].expand(-1, seen.queries) for key, seen in sites}
+        after = search.silent_model(images, 1, marks=marks).sites
+        beside = [key for key in others if key in after and not _differs(after[key])]
+        if not beside:
+            continue
+        search.sites[first].together = tuple(beside)
+        for key in (first, *beside):
+            search.sites[key].refuse(
+                f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, for the same "
+                "queries and with different values, such as heads in a loop: a map of one is no map of the layer"
+            )
+
+
+def _differs(seen: SiteTokens) -> bool:
+    """Whether V of the second image is not that of the first."""
+    return bool((relative_change(seen.v[1], seen.v[0]) > seen.threshold).any())
+
+
+def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
+    """The innermost call around a site that takes and gives tokens; None where they came out as they had entered."""
+    site, seen = search.sites[key], search.reference.sites.get(key)
+    mosaic = search.mosaic_of(site.layout)
+    if site.layout is None or seen is None or mosaic is None:
+        return None
+    for call in reversed(seen.within):
+        entry, exits = site.entries.get(call[0]), mosaic.exits.get(call, ())
+        if entry is None or not exits or len(exits[0]) not in (len(entry.order), seen.queries):
+            continue
+        as_entered = exits[0] == mosaic.entries.get(call) and SEVERAL not in exits[0]
+        known = seen.q is not None and search.silent_model.formats[key].sums_to_1
+        return None if as_entered and known else call
+    return None
+
+
+def _corner(entry: TokenLayout, cls: int | None) -> list[int]:
+    """The patches in one corner of the grid: the last one, unless CLS stands beside it in the sequence."""
+    rows, cols = entry.grid
+    high, wide = max(1, rows // 4), max(1, cols // 4)
+    first = [row * cols + col for row in range(high) for col in range(wide)]
+    late = cls is not None and cls > len(entry.order) // 2
+    return [entry.patches[cell if late else rows * cols - 1 - cell] for cell in first]
+
+
+def _reach_most(moved: Tensor, kept: Tensor, cls: int | None) -> bool:
+    """Whether CLS, or most of the tokens that were not exchanged, have changed."""
+    if len(moved) != len(kept):  # of its queries alone
+        return cls is not None and cls < len(moved) and bool(moved[cls])
+    return bool(cls is not None and moved[cls]) or float(moved[kept].double().mean()) >= _MOST

@@ -54,15 +54,15 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
 
 
 def refuse_side_by_side(search: PlaceSearch) -> None:
-    """Refuse attentions in one call of a module for the same queries, if any reads nothing that the first one gave.
+    """Refuse attentions of patches in one call of a module if any reads nothing that the first one gave.
 
-    Heads in a loop are one layer in several parts, which are counted as one; blocks in one function go on from what the
-    ones before gave, and are layers.
+    Heads or chunks of queries in a loop are one layer in several parts, which are counted as one; blocks in one
+    function go on from what the ones before gave, and are layers.
     """
     groups: dict[object, list[SiteKey]] = {}
     for key, site, _ in search.placed():
         if site.patch_queries and (seen := search.reference.sites.get(key)):
-            groups.setdefault((seen.within, tuple(sorted(site.patch_queries.items()))), []).append(key)
+            groups.setdefault(seen.within, []).append(key)
     images = noise_images(search.images, 1, seed=8).expand(2, -1, -1, -1)
     for first, *others in groups.values():
         if not others:
@@ -77,8 +77,8 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
         search.sites[first].together = tuple(beside)
         for key in (first, *beside):
             search.sites[key].refuse(
-                f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, for the same "
-                "queries and with different values, such as heads in a loop: a map of one is no map of the layer"
+                f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, such as heads "
+                "or chunks of queries in a loop: a map of one is no map of the layer. Compute them in one product"
             )
 
 

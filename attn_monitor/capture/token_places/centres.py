@@ -64,7 +64,7 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
     grids: dict[tuple[Cells, GridGeometry | None], list[SiteKey]] = {}
     for key in ranked.keys:
         layout = search.sites[key].layout
-        if layout is not None and layout.evidence == "centres":
+        if layout is not None and layout.evidence == "centres" and len(layout.patches) > 4:
             grids.setdefault((layout.grid, layout.geometry), []).append(key)
     for (grid, geometry), alike in grids.items():
         conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)

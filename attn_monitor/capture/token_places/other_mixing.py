@@ -27,26 +27,29 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
     if not calls:
         return
     exchanged: dict[Call, Tensor] = {}
+    # Results are scaled by what others hold only where rows have sums of their own.
+    held_at = [False] if all(search.silent_model.formats[key].sums_to_1 for key in calls) else [False, True]
+    count = 2 * len(held_at)
     for key, call in calls.items():
         entry = search.sites[key].entries[call[0]]
-        exchanged[call] = torch.zeros(4, len(entry.order), dtype=torch.bool)
+        exchanged[call] = torch.zeros(count, len(entry.order), dtype=torch.bool)
         exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
-    marked = torch.tensor([False, False, True, True], device=search.images.device)
+    marked = torch.tensor(held_at, device=search.images.device).repeat_interleave(2)
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
-    images = noise_images(search.images, 1, seed=8).expand(4, -1, -1, -1)
+    images = noise_images(search.images, 1, seed=8).expand(count, -1, -1, -1)
     tokens = search.silent_model(images, 1, marks=marks, exchanged=exchanged)
     for key, call in calls.items():
         site, left = search.sites[key], tokens.exits.get(call, ())
         if key not in tokens.sites or not left or not len(left[0]):
             continue
         limit, kept = tokens.sites[key].threshold, ~exchanged[call][1]
-        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in (0, 2)]
+        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in range(0, count, 2)]
         if _reach_most(moved[0], kept, site.cls):
             site.refuse(
                 f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
                 "weights are not all that mixes them there"
             )
-        elif _reach_most(moved[1], kept, site.cls):
+        elif _reach_most(moved[-1], kept, site.cls):
             site.refuse(
                 "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
                 "that are normalised after V, so the weights are not those that the model applies in the end"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.errors import UnsupportedAttentionError
+from attn_monitor.errors import QueryError, UnsupportedAttentionError
 from tests.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
 
 
@@ -139,13 +137,24 @@ def queries_in_chunks(_: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([scores(part, k).softmax(-1) @ v for part in q.split(10, 2)], 2)
 
 
-@pytest.mark.parametrize("in_a_loop", [heads_in_a_loop, queries_in_chunks])
-def test_parts_in_a_loop_are_one_layer_that_is_refused(in_a_loop: Any) -> None:
-    model = ViT(in_a_loop, plain, in_a_loop, plain).eval()
+def test_heads_in_a_loop_are_one_layer_that_is_refused() -> None:
+    model = ViT(heads_in_a_loop, plain, heads_in_a_loop, plain).eval()
     check_layers(model, {1: 1, 3: 3, -1: 3, -3: 1})
     for layer in (0, 2, -2):
-        with pytest.raises(UnsupportedAttentionError, match=r"[23] attentions run side by side in one call of blocks"):
+        with pytest.raises(UnsupportedAttentionError, match="2 attentions run side by side in one call of blocks"):
             record_attention(model, IMAGES, layers=layer)
-    with pytest.raises(UnsupportedAttentionError, match=r"[23] attentions run side by side"):
-        record_attention(ViT(plain, in_a_loop).eval(), IMAGES)
-    check_layers(ViT(plain, in_a_loop).eval(), {-2: 0})
+    with pytest.raises(UnsupportedAttentionError, match="2 attentions run side by side"):
+        record_attention(ViT(plain, heads_in_a_loop).eval(), IMAGES)
+    check_layers(ViT(plain, heads_in_a_loop).eval(), {-2: 0})
+
+
+def test_chunks_of_queries_are_one_layer_with_the_row_of_cls() -> None:
+    chunked = ViT(queries_in_chunks, plain, queries_in_chunks).eval()
+    whole = ViT(plain, plain, plain).eval()
+    whole.load_state_dict(chunked.state_dict())
+    for layer in (0, 1, 2, -1, -3):
+        (found,), (expected,) = (record_attention(model, IMAGES, layers=layer) for model in (chunked, whole))
+        assert found.layer == expected.layer
+        torch.testing.assert_close(found.maps, expected.maps, atol=1e-6, rtol=1e-4)
+    with pytest.raises(QueryError, match="some of the queries"):
+        record_attention(chunked, IMAGES, query="mean")

@@ -60,7 +60,7 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
     """Refuse attentions of patches in one call of a module if any reads nothing that the first one gave.
 
     Heads or chunks of queries in a loop are one layer in several parts, which are counted as one; blocks in one
-    function go on from what the ones before gave, and are layers.
+    function go on from what the ones before gave, and are layers. Of chunks, the first one is read.
     """
     groups: dict[object, list[SiteKey]] = {}
     for key, site, _ in search.placed():
@@ -78,10 +78,13 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
         if not beside:
             continue
         search.sites[first].together = tuple(beside)
+        queries = [query for key in (first, *beside) for query in search.sites[key].patch_queries]
+        if len(queries) == len(set(queries)):  # chunks of queries: each has whole rows of its own
+            continue
         for key in (first, *beside):
             search.sites[key].refuse(
                 f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, such as heads "
-                "or chunks of queries in a loop: a map of one is no map of the layer. Compute them in one product"
+                "in a loop: a map of one is no map of the layer. Compute them in one product"
             )
 
 

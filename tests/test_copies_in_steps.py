@@ -64,10 +64,10 @@ def hooks(model: nn.Module) -> list[Any]:
 
 def test_copies_and_pickles_hold_nothing_of_ours(tmp_path: Path) -> None:
     module = Copies()
-    trainer(tmp_path / "run", AttentionMapCallback(every_n_train_steps=3), max_steps=8, num_sanity_val_steps=1).fit(
+    trainer(tmp_path / "run", AttentionMapCallback(every_n_train_steps=3), max_steps=5, num_sanity_val_steps=1).fit(
         module, loader(32), loader(4)
     )
-    assert len(module.copies) >= 2 * (2 * 8 + 1)
+    assert len(module.copies) >= 2 * (2 * 5 + 1)
     expected = []
     for number, (model, pickled) in enumerate(zip(module.copies, module.pickles, strict=True)):
         assert not hooks(model)

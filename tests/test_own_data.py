@@ -272,7 +272,7 @@ def test_a_file_that_is_read_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [save_by_python, torch.save])
 def test_a_cache_on_disk_is_not_filled(tmp_path: Path, save: Callable[[Any, Path], object]) -> None:
-    with pytest.raises((PermissionError, RuntimeError), match=r"the data write to|[Pp]ermission|cannot be opened"):
+    with pytest.raises(RuntimeError, match=r"the data write to|[Pp]ermission|cannot be opened"):
         probe_from_loaders(DataLoader(Augmented(DiskCache(tmp_path, save))), 8)
     assert not list(tmp_path.iterdir())
 
@@ -292,7 +292,7 @@ def test_a_state_in_another_process() -> None:
         for connected in (False, True):
             if connected:
                 assert managed(0) == math.sin(1)
-            with pytest.raises((PermissionError, EOFError, OSError)):
+            with pytest.raises(CopyError, match="pipes and connections lead nowhere"):
                 probe_from_loaders(DataLoader(Augmented(managed)), 8)
             assert managed.state["calls"] == connected
 

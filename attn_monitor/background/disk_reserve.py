@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def require_space(folder: Path | None, size: int, reserve: int | None) -> None:
     """
     if folder is None or reserve == 0:
         return
-    usage = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(place)
+    if not usage.total or not os.access(place, os.W_OK):
+        return  # writing itself says why it cannot be done
     kept = min(10**9, usage.total // 100) if reserve is None else reserve
     if usage.free - size < kept:
         raise DiskReserveError(

@@ -39,14 +39,19 @@ class Failures:
     """
 
     def __init__(self, hint: str = "") -> None:
-        self._hint = f" ({hint})" if hint else ""
+        self._hint = hint
         self._news: deque[tuple[str, Exception | None]] = deque()
         self._parts: dict[str, _Part] = {}
         self._seen: set[Hashable] = set()
         self._lock = threading.RLock()
 
     def attempt(
-        self, part: str, action: Callable[[], object], *, raising: type[Exception] | tuple[type[Exception], ...] = ()
+        self,
+        part: str,
+        action: Callable[[], object],
+        *,
+        raising: type[Exception] | tuple[type[Exception], ...] = (),
+        again: bool = True,
     ) -> bool:
         """Call a function; what it raises waits for `report`, except errors of the types ``raising``.
 
@@ -58,15 +63,15 @@ class Failures:
         except raising:
             raise
         except Exception as error:
-            self.failed(part, error)
+            self.failed(part, error, again=again)
             return False
         self.worked(part)
         return True
 
     def result_of(self, part: str, action: Callable[[], Result]) -> Result | None:
-        """The result of a function; None where it fails, as in `attempt`."""
+        """The result of a function, which is called once; None where it fails, as in `attempt`."""
         found: list[Result] = []
-        self.attempt(part, lambda: found.append(action()))
+        self.attempt(part, lambda: found.append(action()), again=False)
         return found[0] if found else None
 
     def pause(self, part: str) -> float:
@@ -79,8 +84,8 @@ class Failures:
         """Whether it failed the last time."""
         return part in self._parts and self._parts[part].in_a_row > 0
 
-    def failed(self, part: str, error: BaseException, *, about: str = "") -> None:
-        """Record a failure: the part is retried at once, then after 1, 2, 4, … seconds."""
+    def failed(self, part: str, error: BaseException, *, about: str = "", again: bool = True) -> None:
+        """Record a failure: the part is retried at once, then after 1, 2, 4, … seconds; never unless ``again``."""
         with self._lock:
             state, now = self._parts.setdefault(part, _Part()), time.monotonic()
             state.in_a_row += 1
@@ -91,7 +96,8 @@ class Failures:
             state.reported, state.quiet_until, state.silence = True, now + state.silence, 2 * state.silence
             raised = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
             reason = f"{about}{type(error).__name__}: {text_of(error)}"
-            self._news.append((f"{part} failed, training goes on. {reason}{self._hint}", raised))
+            hint = f" ({'will be retried; ' * again}{self._hint})" if self._hint else ""
+            self._news.append((f"{part} failed, training goes on. {reason}{hint}", raised))
 
     def worked(self, part: str) -> None:
         """Record a success, reported where the failure was."""

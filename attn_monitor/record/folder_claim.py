@@ -13,12 +13,16 @@ import json
 import os
 import secrets
 import socket
+import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from attn_monitor.record.npz import WRITING
+
 CLAIM = "run.jsonl"  # one line for each process that has written here, the first one with the run's id
 LONGEST = 1 << 16  # bytes of it that are read
+STALE = 3600.0  # seconds after which an unfinished file of a folder without an owner is removed
 
 # (process, folder). Closing any handle of a claim drops the lock on it: one that is held here is not opened again.
 _held: set[tuple[int, Path]] = set()
@@ -95,6 +99,7 @@ def claim_free(root: Path, base: str, first: int = 1) -> Claim:
                 return Claim(root / name, secrets.token_hex(8), handle, note)
             who = owner(root / name)
             note = note or f"{root / name} is {f'taken by {who}' if who else 'not empty'}"
+            remove_stale(root / name)
     except OSError as error:
         return claim_later(root, base, error)
     raise AssertionError("there is always another number")
@@ -136,6 +141,29 @@ def owner(folder: Path) -> str:
         return "this process"
     lines = [line for line in _lines(folder) if {"pid", "host", "started"} <= line.keys()]
     return "process {pid} on {host} (since {started})".format(**lines[-1]) if lines else ""
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes were writing, where nobody holds the claim of an archive folder.
+
+    Files of the last hour stay: a lock may not be seen on other machines.
+    """
+    with suppress(OSError):
+        stale = [path for path in folder.glob(f"{WRITING}*") if path.stat().st_mtime < time.time() - STALE]
+        if stale and not _is_held(folder):
+            for path in stale:
+                path.unlink(missing_ok=True)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process writes there; `OSError` where nobody ever has."""
+    if (os.getpid(), folder.resolve()) in _held:
+        return True
+    handle = os.open(folder / CLAIM, os.O_RDWR)
+    try:
+        return not _lock(handle)
+    finally:
+        os.close(handle)
 
 
 def _create(folder: Path, *, empty: bool = True) -> int | None:

@@ -89,6 +89,7 @@ class Publisher:
         self._settings, self._name, self._reserve = settings, name, check_reserve(disk_reserve)
         self._before_writing, self._write_report = before_writing, write_report
         self._last: Snapshot | None = None
+        self._written: set[int] = set()  # steps that the archive holds, unless it is deleted
         self._drawn: deque[Sequence[Event[Any]]] = deque()
         budget = budget or WaitBudget()
         self._archive = JobQueue("archive", self.failures, budget, persistent=True)
@@ -187,12 +188,24 @@ class Publisher:
         """A snapshot to the archive, after its probe."""
         path = folder / "probe.npz"
         missing = not path.exists()
+        if missing and self._written:
+            self._report_deleted(folder)
         require_space(folder, _size(snapshot) + missing * self._probe.images.nbytes, self._reserve)
         if self._before_writing is not None:
             self._before_writing()
         if missing:
             self._probe.save(path)
         write_snapshot(snapshot, snapshot_path(folder, snapshot.step))
+        self._written.add(snapshot.step)
+
+    def _report_deleted(self, folder: Path) -> None:
+        """Report the steps that an archive held which was deleted in mid-run."""
+        gone = {step for step in self._written if not snapshot_path(folder, step).exists()}
+        self._written -= gone
+        if gone:
+            self.failures.failed(ARCHIVE, FileNotFoundError(f"{folder} was deleted in mid-run, with what it held"))
+        for step in sorted(gone):
+            self.failures.lost(ARCHIVE, step)
 
     def _alert(self, flags: Sequence[HealthFlag], step: int) -> None:
         """Each once."""

@@ -61,6 +61,11 @@ def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> R
     if not answer:
         raise CopyError(f"the process that asked was ended by {_signal_name(status)}")
     worked, result = pickle.loads(answer)
+    if isinstance(result, (OSError, EOFError)) and not worked:
+        raise CopyError(
+            f"{type(result).__name__}: {result}. So says a copy of this process that asked the data: in it no file can "
+            "be written, and pipes and connections lead nowhere"
+        )
     if not worked:
         raise result
     return result  # type: ignore[no-any-return]

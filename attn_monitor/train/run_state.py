@@ -20,7 +20,7 @@ from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.reports import Cost
 from attn_monitor.train.wiring_watch import WiringWatch
 
-HINT = 'it is tried again; on_error="raise" shows the traceback'  # said with each failure
+HINT = 'on_error="raise" shows the traceback'  # said with each failure
 
 
 NO_TEACHER = "no teacher was found; name it by {}"

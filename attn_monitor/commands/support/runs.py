@@ -11,6 +11,7 @@ from attn_monitor.errors import ArchiveError
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.file_names import tag_safe_names
+from attn_monitor.record.folder_claim import remove_stale
 from attn_monitor.record.snapshot_file import read_snapshot
 from attn_monitor.snapshot import Snapshot
 
@@ -32,6 +33,7 @@ class Run:
         self._read: dict[int, Path] = {}
         self.name, self.folder = str(path), self.paths[0].parent
         self.broken: list[str] = []
+        remove_stale(self.folder)
 
     def __iter__(self) -> Iterator[Snapshot]:
         """Yield snapshots in order of steps; `ArchiveError` at the end where none could be read."""

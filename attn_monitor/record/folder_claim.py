@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from attn_monitor.record.npz import WRITING
+from attn_monitor.record.atomic_file import WRITING
 
 CLAIM = "run.jsonl"  # one line for each process that has written here, the first one with the run's id
 LONGEST = 1 << 16  # bytes of it that are read

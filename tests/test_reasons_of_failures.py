@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from attn_monitor.publish.disk_space import Space
+from attn_monitor.publish.failures import Failures
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from attn_monitor import AttentionMapCallback, load_snapshots
-from attn_monitor.publish.disk_space import Space
-from attn_monitor.publish.failures import Failures
 from tests.helpers import Distillation, loader, trainer
 
 

@@ -26,7 +26,7 @@ def test_a_failure_and_its_end_are_told_once_each() -> None:
         assert not failures.attempt("archive", lambda: fail(OSError("disk full")))
         failures.lost("archive", step)
         assert failures.attempt("drawing", lambda: None)
-    assert told_by(failures) == ["archive failed, training goes on. OSError: disk full (look here)"]
+    assert told_by(failures) == ["archive failed, training goes on. OSError: disk full (will be retried; look here)"]
     assert failures.attempt("archive", lambda: None)
     assert told_by(failures) == ["archive works again; missing: steps 0, 1, 2, 3, 4"]
     failures.sum_up()

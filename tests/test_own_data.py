@@ -314,7 +314,7 @@ def test_what_a_copy_says_and_does_stays_there(tmp_path: Path, capfd: pytest.Cap
 
     assert ask_a_copy(question) != os.getpid()
     for harmful in (send, write):
-        with pytest.raises(OSError, match=r"Errno"):
+        with pytest.raises(CopyError, match=r"Errno"):
             ask_a_copy(harmful)
     right.setblocking(False)
     with pytest.raises(BlockingIOError):

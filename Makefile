@@ -23,8 +23,8 @@ check: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --doctest-modules attn_monitor
-	$(BIN)/python -m tests.javascript
-	$(BIN)/python -m tests.wheel
+	$(BIN)/python -m tests.support.javascript
+	$(BIN)/python -m tests.support.wheel
 
 # The charts come from two training runs of five minutes, kept in runs/curves.
 docs: $(VENV)/.setup-dev

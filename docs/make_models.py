@@ -19,15 +19,15 @@ from attn_monitor.capture.forward import default_forward  # noqa: E402
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention  # noqa: E402
 from attn_monitor.errors import AttentionError  # noqa: E402
 from tests import test_refusals  # noqa: E402
-from tests.oracle import attention_matrices  # noqa: E402
-from tests.test_zoo import difference  # noqa: E402
-from tests.zoo import CASES, Case, enliven  # noqa: E402
+from tests.hostile.test_zoo import difference  # noqa: E402
+from tests.support.oracle import attention_matrices  # noqa: E402
+from tests.support.zoo import CASES, Case, enliven  # noqa: E402
 
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "vit-pytorch", "open_clip_torch", "lightly")
 INTRODUCTION = """\
 # Models that the capture is tested on
 
-Written by `docs/make_models.py` from `tests/zoo.py` and `tests/test_refusals.py`; do not edit it by hand.
+Written by `docs/make_models.py` from `tests/support/zoo.py` and `tests/hostile/test_refusals.py`; do not edit it.
 
 Small models with random weights and sharp attention, run on {versions}.
 

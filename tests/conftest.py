@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from attn_monitor import messages
 from attn_monitor.background import job_queue
-from tests import processes
+from tests.support import processes
 
 settings.register_profile("shared machine", deadline=None)  # a slow example is no fault of the code
 settings.load_profile("shared machine")
@@ -49,7 +49,11 @@ def _our_warnings_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _slow_drawing_is_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine draws late, which is a warning only where a test is about slowness."""
-    if request.module.__name__ not in ("tests.test_job_queue", "tests.test_faults", "tests.test_outages"):
+    if request.module.__name__ not in (
+        "tests.faults.test_job_queue",
+        "tests.faults.test_faults",
+        "tests.faults.test_outages",
+    ):
         monkeypatch.setattr(job_queue, "WAITING", 10_000)
 
 

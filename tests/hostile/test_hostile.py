@@ -1,0 +1,15 @@
+"""Hostile models: every map that is accepted is true by place, or refused; those that must be right are right."""
+
+import pytest
+
+from tests.support.hostile import CASES
+from tests.support.hostile_held_out import HELD_OUT
+from tests.support.hostile_judge import Hostile, judge
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in (*CASES, *HELD_OUT)])
+def test_maps_are_true_by_place_or_refused(case: Hostile) -> None:
+    judgements = judge(case)
+    assert judgements
+    faults = [f"{j.layer} {j.query}: {j.verdict}, not {j.wanted} {j.reason}" for j in judgements if not j.fine]
+    assert not faults, "\n".join([case.id, *faults])

@@ -1,0 +1,88 @@
+"""Constructions that were refused for reasons that were not the case: read, or refused for what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attn_monitor import AttnMonitorError, record_attention
+from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
+
+
+def refusal(model: nn.Module, **arguments: Any) -> str:
+    with pytest.raises(AttnMonitorError) as caught:
+        record_attention(model, IMAGES, **arguments)
+    return str(caught.value)
+
+
+class OfOneImage(ViT):
+    """Each image by itself, in `torch.vmap`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        alone: Callable[[Tensor], Tensor] = torch.vmap(lambda image: ViT.forward(self, image[None])[0])
+        return alone(images)
+
+
+def test_a_model_under_vmap_is_read() -> None:
+    torch.manual_seed(0)
+    model, same = OfOneImage(plain, plain), ViT(plain, plain)
+    same.load_state_dict(model.state_dict())
+    for layer, other in zip(*(record_attention(m, IMAGES, layers="all") for m in (model, same)), strict=True):
+        torch.testing.assert_close(layer.maps, other.maps, atol=1e-6, rtol=1e-4)
+    check_layers(same, {0: 0, 1: 1})
+
+
+def heads_in_queries(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One key for all heads, of which the queries are in one sequence."""
+    weights = scores(q.flatten(1, 2), k[:, 0]).softmax(-1)
+    return (weights @ v[:, 0]).view_as(q)
+
+
+def with_scores_before(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """RealFormer: scores are added up from block to block."""
+    total = scores(q, k) + (block.shared["scores"] if block.number else 0)
+    block.shared["scores"], block.truth = total, total.softmax(-1)
+    return block.truth @ v
+
+
+def in_chunks(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([scores(some, k).softmax(-1) @ v for some in q.split(7, 2)], 2)
+
+
+def sparse(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raw = scores(q, k)
+    return (raw - raw.mean(-1, keepdim=True)).clamp_min(0) @ v
+
+
+class Rounded(ViT):
+    """Images in steps, as of int8."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward((images * 2).round() / 2)
+
+
+@pytest.mark.parametrize(
+    ("core", "arguments", "seen"),
+    [
+        (heads_in_queries, {}, "2 of its queries could be the CLS token, [0, 25], and nothing tells which is"),
+        (heads_in_queries, {"query": "mean"}, "has more queries (50) than tokens"),
+        (with_scores_before, {}, "its scores do not follow from one product of queries and keys"),
+        (in_chunks, {}, "has 4 queries, all of them patches, so there is no CLS token. Choose another layer"),
+        (in_chunks, {"query": "mean"}, "has some of the queries: there is no mean over the tokens here"),
+        (sparse, {}, "batched products, none of them of a softmax over the last dimension with values"),
+    ],
+)
+def test_what_was_seen_is_the_reason(core: Core, arguments: dict[str, Any], seen: str) -> None:
+    assert seen in refusal(ViT(core, core, core), **arguments)
+
+
+def test_scores_that_are_added_up_are_read_where_they_are_a_product() -> None:
+    check_layers(ViT(with_scores_before, with_scores_before), {0: 0})
+
+
+def test_tokens_that_follow_images_in_steps() -> None:
+    assert "do not change in proportion to small changes of the patches" in refusal(Rounded(plain, plain))

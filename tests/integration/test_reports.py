@@ -1,0 +1,78 @@
+"""What a run says of itself: what it found, at the start and in the dashboard; what it cost; warnings without code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor.train.schedule import Schedule
+from tests.hostile.test_masking import Pretraining, hugging_face_mae
+from tests.support.events import Events
+from tests.support.helpers import Distillation, loader, trainer
+
+ARCHIVE = Path("run", "version_0", "attn_monitor")
+
+
+def said(caplog: pytest.LogCaptureFixture, start: str = "") -> list[str]:
+    lines = [r.message.removeprefix("AttentionMapCallback: ") for r in caplog.records if "AttentionMap" in r.message]
+    return [line for line in lines if line.startswith(start)]
+
+
+def test_what_was_found_is_one_line_and_in_the_dashboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, AttentionMapCallback()).fit(Distillation(), loader(), loader(8))
+    (line,) = said(caplog, "student")
+    for text in (
+        "student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 of 0 to 1, 4 heads, "
+        "grid 4 × 4; ",
+        "8 validation images of 32 × 32, normalised by an unknown normalisation",
+        "a snapshot every step, about ",
+        f"archive in {tmp_path / ARCHIVE}",
+    ):
+        assert text in line
+    assert "\n" not in line
+    text = Events(tmp_path / "run" / "version_0").text("attn_monitor/how_to_read")
+    assert line in text
+
+
+def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    probe = torch.randn(2, 3, 32, 32)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, AttentionMapCallback(probe), max_steps=2).fit(Distillation(), loader(), loader(8))
+    (line,) = said(caplog, "3 snapshots, ")
+    assert " s for the first look, " in line
+    assert "2 given images of 32 × 32" in said(caplog, "student")[0]
+
+
+def test_what_had_to_be_done_differently_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Pretraining(hugging_face_mae()), loader())
+        both = Distillation(class_token=False, global_pool="avg")
+        trainer(tmp_path / "b", AttentionMapCallback(), max_steps=2).fit(both, loader())
+    (line,) = said(caplog, "backbone (backbone.vit): ViTMAEModel")
+    assert line.count("it masks patches at random, and is looked at with all of them") == 1
+    (line,) = said(caplog, "student")
+    assert line.count("it has no CLS token, so maps show the attention that patches receive") == 1
+    stored = AttentionSnapshot.load(next((tmp_path / "b").rglob("step-*.npz"))).layer("student")
+    assert (stored.model, stored.query) == ("VisionTransformer", "mean")
+
+
+def test_how_often_is_told_in_words() -> None:
+    schedule = Schedule()
+    schedule.start(1000)
+    assert (str(schedule), schedule.count()) == ("every 20 steps", 51)
+    assert str(Schedule(every_n_epochs=1)) == "every epoch"
+    schedule.start(float("inf"))
+    assert "not known" in str(schedule)
+    assert schedule.count() is None
+
+
+def test_warnings_show_no_source_line(tmp_path: Path) -> None:
+    code = "from attn_monitor.messages import warn; warn('AttentionMapCallback: something')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr == "attn_monitor:0: UserWarning: AttentionMapCallback: something\n"

@@ -1,0 +1,92 @@
+"""Models whose parameters are spread over processes: FSDP2, FSDP1, and tensor parallelism, which is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attn_monitor import AttentionMonitor, ProbeBatch
+from tests.faults.test_harmless import assert_equal
+from tests.integration.test_distributed import assert_same_attention
+from tests.support.helpers import Distillation
+from tests.support.processes import launch
+from tests.support.sharded_work import WAYS
+
+pytestmark = pytest.mark.slow
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    return launch("tests.support.sharded_work:harmless", tmp_path_factory.mktemp("sharded"), processes=2)
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    return launch("tests.support.sharded_work:by_hand", tmp_path_factory.mktemp("by_hand"), processes=2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_training_is_bit_identical(trained: list[Seen], way: str) -> None:
+    seen = [rank[way] for rank in trained]
+    for process in seen:
+        assert_equal(process["alone"], process["watched"])
+        assert process["looks"] == 4
+        assert process["whole"] == set()  # no parameter is left gathered
+    assert_same_attention(seen)
+    assert seen[0]["attention"]["step"] == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_whole_is_that_of_an_unsharded_model(trained: list[Seen], way: str) -> None:
+    seen = trained[0][way]
+    module, weights = Distillation(), seen["watched"]["weights"]
+    for role in ("student", "teacher"):
+        prefix = f"{role}.0." if f"{role}.0.cls_token" in weights else f"{role}_backbone."
+        backbone = getattr(module, f"{role}_backbone")
+        backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        alone = AttentionMonitor(ProbeBatch(seen["attention"]["probe"])).snapshot({role: backbone}, step=0)
+        rows, tolerance = seen["attention"]["rows"][role], 5e-3 if "mixed" in way else 1e-5
+        torch.testing.assert_close(rows, alone.rows(role), atol=tolerance, rtol=10 * tolerance)
+
+
+def test_parts_of_a_unit_are_run_through_it(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        for together, alone in rank["rows"]:
+            torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_a_unit_that_is_not_entered_is_named(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        kind, text = rank["outside"]
+        assert kind == "UnsupportedAttentionError"
+        assert "forward=forward_within(the outermost FSDP module)" in text
+
+
+def test_a_failed_forward_does_not_harm_training(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        kind, text = rank["fails"]
+        assert (kind, "deliberate" in text, "(process 0 of 2)" in text) == ("ForwardError", True, True)
+        assert rank["left whole"] == []
+        watched, alone = rank["losses"]
+        assert watched == alone
+        assert rank["again"]
+        assert not rank["stuck"]
+
+
+def test_a_role_that_fails_leaves_the_other_whole(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        seen = rank["one of two"]
+        assert seen["roles"] == ("teacher",)
+        torch.testing.assert_close(*seen["rows"], atol=1e-6, rtol=1e-5)
+        assert seen["whole"] == []
+
+
+def test_heads_split_over_processes_are_refused(by_hand: list[Seen]) -> None:
+    for rank in by_hand:
+        kind, text = rank["split"]
+        assert kind == "UnsupportedAttentionError"
+        assert "its parameter 'blocks.0.attn.qkv.weight' is split over devices" in text
+        assert "tensor parallelism" in text

@@ -1,0 +1,50 @@
+"""Snapshots in notebooks: a picture of themselves, and a matplotlib figure."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.runs import write_run
+
+
+def test_a_snapshot_shows_itself(tmp_path: Path) -> None:
+    (snapshot,) = write_run(tmp_path, [0], sharpness=[5])
+    with Image.open(io.BytesIO(snapshot._repr_png_())) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def test_a_figure_holds_the_maps(tmp_path: Path) -> None:
+    matplotlib.use("agg")
+    (snapshot,) = write_run(tmp_path, [0], sharpness=[5])
+    figure = snapshot.plot(1, role="student")
+    images = [axis.images[0] for axis in figure.axes if axis.images]
+    assert len(images) == 5
+    maps = snapshot.maps("student")[1] * 16
+    assert np.allclose(images[0].get_array(), maps.mean(0).numpy(), atol=1e-5)
+    assert np.allclose(images[3].get_array(), maps[2].numpy(), atol=1e-5)
+    assert any("student" in text.get_text() for text in figure.texts)
+    figure.savefig(tmp_path / "figure.png")
+    with pytest.raises(KeyError, match="role 'other' is not in this snapshot"):
+        snapshot.plot(role="other")
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
+    write_run(tmp_path, [0], sharpness=[5])
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from attn_monitor import AttentionSnapshot\n"
+        f"snapshot = AttentionSnapshot.load({str(tmp_path / 'step-000000000.npz')!r})\n"
+        "assert snapshot._repr_png_()\n"
+        "snapshot.plot()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1].endswith("Run: pip install matplotlib")

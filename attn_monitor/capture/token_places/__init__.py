@@ -1,1 +1,1 @@
-"""Which key and which query of an attention is which patch, and which is CLS: found by running the model."""
+"""Assign the keys and queries of each attention to patches and to the CLS token, by running the model."""

@@ -1,4 +1,4 @@
-"""The product of an attention with V in a silent forward, and what is written in place of its result."""
+"""Represent the product of attention weights with V in an ablated forward, and overwrite its result."""
 
 from __future__ import annotations
 
@@ -14,30 +14,48 @@ from attn_monitor.capture.token_places.random_projections import noise_like, off
 
 @dataclass(frozen=True)
 class AttentionProduct:
-    """A result, to be overwritten, and what it was made of. ``lead`` is (…, Q) of the queries."""
+    """Hold the result of one attention product, which is to be overwritten, and its operands.
+
+    Attributes:
+        out: The result, in the memory that the model goes on to read.
+        lead: Shape of the queries without channels, (…, Q).
+        q: Queries (…, Q, D), None where the scores are not known to be products of queries and keys.
+        k: Keys (…, K, D), None likewise.
+        v: Values (…, K, D).
+        heads_first: Whether ``out`` has its heads before its tokens, as ``lead`` does.
+    """
 
     out: Tensor
     lead: torch.Size
-    q: Tensor | None  # None where the scores are not known to be products of queries and keys
+    q: Tensor | None
     k: Tensor | None
     v: Tensor
     heads_first: bool = True
 
     @property
     def width(self) -> int:
-        """Channels of one query's result."""
+        """Return the number of channels of one query's result."""
         return self.out.numel() // math.prod(self.lead)
 
     def query_as_result(self) -> Tensor | None:
-        """Each query in the place of its own result; None where it is not known."""
+        """Return the queries in the shape of the result, (…, Q, width); None where they are not known."""
         if self.q is None or self.q.shape[:-1] != self.lead:
             return None
-        # As it is where it fits: of channel attention, a projection would mix tokens.
+        # Project only where the width differs: in channel attention, a projection would mix tokens.
         same = self.q.shape[-1] == self.width
         return self.q if same else self.q @ random_matrix(self.q.shape[-1], self.width, self.q)
 
     def marked_result(self, marks: Tensor, folding: Folding | None, strength: float) -> Tensor | None:
-        """Noise of this strength as results of the (B, Q) marked queries, and nothing for the others."""
+        """Return a result that is noise at the marked queries and zero at the others.
+
+        Args:
+            marks: (B, Q) bool, True at the marked queries.
+            folding: How the batch and the heads are folded into the first axis, None where they are not.
+            strength: Standard deviation of the noise.
+
+        Returns:
+            (…, Q, width), None where the product has another number of queries or is not of B images.
+        """
         (*lead, queries), batch = self.lead, len(marks)
         heads = math.prod(lead) // batch
         if marks.shape[1] != queries or heads * batch != math.prod(lead):
@@ -48,12 +66,12 @@ class AttentionProduct:
         return marked.reshape(*self.lead, self.width)
 
     def strong(self) -> float:
-        """A strength that is far above that of values and of results, which are large where rows have large sums."""
+        """Return a standard deviation for marks, far above that of V and of the result, that does not overflow."""
         size = max(float(x.float().std().clamp_min(1e-3)) for x in (self.v, self.out))
         return min((1e2 if self.out.dtype == torch.float16 else 1e4) * size, torch.finfo(self.out.dtype).max / 16)
 
     def overwrite(self, content: Tensor | None) -> None:
-        """Put this in place of the result; zeros for None."""
+        """Replace the result by ``content`` (…, Q, width), or by zeros where it is None."""
         if content is None:
             self.out.zero_()
         else:
@@ -61,7 +79,7 @@ class AttentionProduct:
 
 
 def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:
-    """(B, H, T, D) of (L, T, D) or (B, H, T, D); None where it is not of this many images."""
+    """Reshape (L, T, D) or (B, H, T, D) to (B, H, T, D); return None where L is no multiple of ``images``."""
     x = x.reshape(-1, *x.shape[-2:])
     if len(x) % images:
         return None
@@ -69,20 +87,24 @@ def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor
     return grouped.transpose(0, 1) if folding == "heads first" else grouped
 
 
-_QUERIES = 16  # as many of a matrix as tell what scores are made of
+_QUERIES = 16  # rows of a matrix that suffice to compare scores with products
 
 
 def some_queries(matrix: Tensor) -> Tensor:
-    """(L, some, K) of (..., Q, K): a copy of some rows, off the model's device."""
+    """Copy some rows of a (..., Q, K) matrix to the host, as (L, some, K)."""
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     return off_device(flat[:, :: max(1, flat.shape[1] // _QUERIES)].clone())
 
 
 def explains_scores(products: Tensor, scores: Tensor) -> bool:
-    """Whether what differs between two images' scores is what differs between their products, with heads mixed.
+    """Check whether the scores of two images differ as their products of queries and keys do, up to a mix of heads.
 
-    Both are (2, H, Q, K). Some of it may come on top, such as a bias that is computed from the queries; and a number
-    for each query, which changes nothing of its softmax and is in a `log_softmax`.
+    A part of the difference may come from elsewhere, such as a bias that is computed from the queries. A number per
+    query may be added too: it does not change the softmax, and `log_softmax` adds one.
+
+    Args:
+        products: (2, H, Q, K) products of queries and keys, one entry for each image.
+        scores: (2, H, Q, K) inputs of the softmax.
     """
     finite = scores[1].isfinite() & scores[0].isfinite()
     changes = [torch.where(finite, widen(t[1] - t[0]), 0).double() for t in (scores, products)]
@@ -92,7 +114,7 @@ def explains_scores(products: Tensor, scores: Tensor) -> bool:
 
 
 def _are_a_mix(scores: Tensor, products: Tensor) -> bool:
-    """Whether most of (H, Q, K) scores is a mix of the products of several heads."""
+    """Check whether a mix of the heads of (H, Q, K) products explains most of the (H, Q, K) scores."""
     score, p = scores.flatten(1), products.flatten(1)
     mix = score @ p.T @ torch.linalg.pinv(p @ p.T)
     return float((score - mix @ p).norm()) <= 0.7 * float(score.norm())

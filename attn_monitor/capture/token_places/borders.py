@@ -1,8 +1,8 @@
-"""Where patches lie that no convolution makes: the first pixels that two of their rows and columns see.
+"""Locate patches that no convolution makes, by the first pixels that two of their rows and columns depend on.
 
-A patch embedding that cuts its patches out and multiplies them has no stride to go by. Where its patches do not tile
-the image, mosaics fail and only the order of tokens is known, by their centres. Then the first pixel that a row of
-patches sees is looked for by halving, and mosaics are asked about once more.
+A patch embedding that cuts its patches out and multiplies them has no stride to read. Where its patches do not tile
+the image, mosaics fail and only the order of tokens is known, by their centres. Then a bisection finds the first pixel
+that a row of patches depends on, and the mosaics are run again with that geometry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SEED = 3
 
 
 def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> bool:
-    """Place sites of which the order of tokens is known exactly, where it can be; whether some were."""
+    """Measure the cells of sites that are only ordered so far, and repeat the mosaics; return whether any succeeded."""
     ranked = {key: site.layout for key in keys if (site := search.sites[key]).layout is not None}
     if search.convs or not ranked:
         return False
@@ -48,7 +48,7 @@ def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> bool:
 
 
 def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeometry | None:
-    """Origin and size of cells of whole pixels; None where the first pixels are not those of equal cells."""
+    """Measure origin and size of the cells in pixels; return None where cells are unequal or tile the image."""
     if min(layout.grid) < 3:
         return None
     asked = [(axis, index) for axis, cells in enumerate(layout.grid) for index in (1, cells - 1)]
@@ -67,10 +67,10 @@ def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeo
 def _first_pixels(
     search: PlaceSearch, key: SiteKey, layout: TokenLayout, asked: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """The first pixel along an axis that a row of patches (axis 0), or a column (axis 1), sees: for each one asked."""
+    """Return for each (axis, index) the first pixel that a row (axis 0) or a column (axis 1) of patches depends on."""
     one, other = noise_images(search.images, 2, seed=12)
     before = search.silent_model(one[None], _SEED).sites[key]
-    low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # it is from low on, and below high
+    low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # the pixel is in low ... high - 1
     while any(b - a > 1 for a, b in zip(low, high, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
         images = torch.stack([_begun(one, other, axis, end) for (axis, _), end in zip(asked, middle, strict=True)])
@@ -85,7 +85,7 @@ def _first_pixels(
 
 
 def _begun(image: Tensor, other: Tensor, axis: int, end: int) -> Tensor:
-    """The (C, H, W) image with another's pixels before ``end`` along an axis."""
+    """Replace the pixels of a (C, H, W) image before ``end`` along an axis by those of another image."""
     changed = image.clone()
     changed.narrow(1 + axis, 0, end).copy_(other.narrow(1 + axis, 0, end))
     return changed

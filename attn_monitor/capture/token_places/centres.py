@@ -1,4 +1,4 @@
-"""Places of tokens whose fields overlap: ranked by the centre of what each token holds."""
+"""Assign tokens with overlapping receptive fields to patches, by the centre of what each token depends on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from attn_monitor.capture.token_places.synthetic_images import middles_changed, 
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 from attn_monitor.grid import Grid, GridGeometry
 
-_ROUNDS = 5  # of two base images each: the user's and noise
+_ROUNDS = 5  # each has two base images: the user's and noise
 
 Cells = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Sites that were ranked without doubts, and what was seen of them on noise: the ``base`` image and its ramps."""
+    """Hold the sites that were ranked without doubts, with their tokens on one noise image.
+
+    Attributes:
+        keys: The sites.
+        base: (C, H, W) noise image.
+        seen: Tokens of the `ramps` of ``base``.
+    """
 
     keys: Sequence[SiteKey]
     base: Tensor
@@ -33,8 +39,18 @@ class Ranked:
 
 
 def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: Sequence[SiteKey]) -> Ranked:
-    """Places of tokens whose fields overlap, by their centres: the user's image and noise must give the same."""
-    # Dark noise beside a bright image, and the reverse: an order that hangs on brightness is not the same in both.
+    """Assign the tokens of sites by their centres, where the user's image and noise give the same assignment.
+
+    Args:
+        search: The search, in which the sites are given their layout or the reason for having none.
+        image: (C, H, W), one of the user's images.
+        strength: Standard deviation of the noise in `ramps`, relative to that of the image.
+        unplaced: Sites that have no layout yet.
+
+    Returns:
+        The sites that were ranked before the last round, with their tokens on noise.
+    """
+    # Dark noise beside a bright image, and the reverse: a token order that depends on brightness then differs.
     contrast = -0.5 if float(image.float().mean()) > 0 else 0.5
     noise = noise_images(search.images, _ROUNDS, seed=4) + contrast
     coarsest = 1 + max(m.cells for m in search.mosaics)
@@ -55,11 +71,11 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
 
 
 def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
-    """Refuse sites of which two tokens hold the same two cells: these have one centre, and are ranked by chance.
+    """Refuse sites where two tokens depend on the same two cells: they share one centre and are ranked by chance.
 
-    Other noise in the middles of every second cell changes such a token although its own cell stays the same; and in
-    the mosaics both change as much with the one cell as with the other. Where most tokens change so, fields overlap by
-    too much to tell.
+    Other noise in the middles of every second cell changes such a token although its own cell stays the same, and in
+    the mosaics both tokens change as much with the one cell as with the other. Where most tokens change like this,
+    their fields overlap too much for this test, and the site is kept.
     """
     grids: dict[tuple[Cells, GridGeometry | None], list[SiteKey]] = {}
     for key in ranked.keys:
@@ -84,7 +100,14 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
 
 
 def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Cells) -> bool:
-    """From (T,) changes with the middles of every second cell, and (M, M, T) between mosaics, of tokens by cell."""
+    """Check whether two neighbouring tokens depend on the same two cells.
+
+    Args:
+        change: (T,) changes of the tokens, in order of their cells, with the middles of every second cell.
+        changes: (M, M, T) changes of the tokens between the M images of the mosaics.
+        codes: For each cell, the picture that it shows in each image of the mosaics.
+        grid: Rows and columns of cells.
+    """
     rows, cols = torch.arange(grid[0] * grid[1]) // grid[1], torch.arange(grid[0] * grid[1]) % grid[1]
     changed = (rows + cols) % 2 == 0
     expected, usual = float(change[changed].median()), float(change[~changed].median())
@@ -98,7 +121,7 @@ def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int
 
 
 def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: int, other: int) -> float:
-    """Logarithm of how much more two tokens change in the mosaics with their own cell alone than with the other's."""
+    """Return the log-ratio of how two tokens change in the mosaics with their own cell alone and with the other's."""
     code = torch.tensor(codes)[[one, other]]
     differs = code[:, :, None] != code[:, None]
     alone = [differs[0] & ~differs[1], differs[1] & ~differs[0]]  # images between which one of the two cells changes
@@ -107,9 +130,9 @@ def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: in
 
 
 def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
-    """Whether tokens are known to be no complete grid: some hold one and the same cell, or all hold one of more cells.
+    """Check whether exact tokens form no complete grid: some share a cell, or all are exact and leave cells out.
 
-    A grid of fewer cells than there are tokens shows nothing of the kind.
+    Only grids with at least as many cells as there are tokens that change can show this.
     """
     for mosaic in search.mosaics:
         places = mosaic.v.get(key, ())
@@ -120,7 +143,7 @@ def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
 
 
 def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]) -> bool:
-    """Place a site's keys and queries; whether that is settled, or more base images may help."""
+    """Assign a site's keys and queries; return False where more base images may help."""
     site = search.sites[key]
     seen = [[t.sites[key] for t in half if key in t.sites] for half in halves]
     if any(len(some) < len(half) for some, half in zip(seen, halves, strict=True)):
@@ -153,16 +176,16 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
 
 
 def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:
-    """Share of tokens that two halves of the base images rank alike: with more of them, a few others may follow."""
+    """Return the share of tokens, 0 to 1, that both halves of the base images assign to the same cell."""
     one, other = (cells_by_rank(half[:, ~half.isnan().any(0)], grid) for half in halves)
     return float((one == other).double().mean()) if len(one) == len(other) else 0.0
 
 
 def _exchanges_tokens(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
-    """Whether tokens change between images as if they were exchanged, and not as if their neighbours did.
+    """Check whether tokens change between images as if the model permuted them, not as if their fields overlapped.
 
-    In two images that agree in a token's own cell, a token whose field overlaps others changes a little, or always. One
-    that was exchanged in some of the images changes not at all in some pairs, and as much as any token in others.
+    In two images that agree in a token's own cell, a token with an overlapping field changes a little, or always. One
+    that is permuted in some of the images does not change in some pairs, and changes as much as any token in others.
     """
     tokens = [t for t, p in enumerate(places) if p >= 0]
     changes = mosaic.changes[key].permute(2, 0, 1)[tokens]  # (N, M, M)
@@ -176,9 +199,16 @@ def _exchanges_tokens(mosaic: Mosaic, key: SiteKey, places: Places, limit: float
 
 
 def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: Sequence[TokenLayout]) -> Places | None:
-    """Places that the (2, T) centres of two halves of the base images give alike.
+    """Return the assignment on which both halves of the base images agree, None where there is none.
 
-    After a few rounds it is enough that both together give them, or another layer does, and each half nearly so.
+    From the third round on it is enough that both halves together, or another layer, give it and that each half comes
+    close to it.
+
+    Args:
+        halves: (2, T) centres in cells, one tensor for each half of the base images.
+        grid: Rows and columns of cells.
+        rounds: How many base images each half has.
+        others: Layouts of other sites with the same grid and number of keys.
     """
     one, other = (places_by_centre(half, grid) for half in halves)
     if one is not None and one == other:
@@ -193,9 +223,10 @@ def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: S
 def _queries_by_centre(
     halves: Sequence[Sequence[SiteTokens]], keys: TokenLayout, conv: PatchConv, size: Cells, limit: float
 ) -> dict[int, int]:
-    """Where two halves of the base images rank the queries alike; as the keys where each half does so for most.
+    """Return the query of each cell: in the order of the keys where each half of the base images mostly agrees with it.
 
-    An order that is nearly that of the keys is none to trust: a few queries may be exchanged by chance.
+    Otherwise return the order in which both halves rank the queries. An order that is nearly that of the keys is not
+    used as it is: a few queries may be exchanged by chance.
     """
     if any(tokens.q is None for half in halves for tokens in half):
         return {}
@@ -210,7 +241,7 @@ def _queries_by_centre(
 
 
 def _share_ranked_as(centre: Tensor, places: Places, grid: Cells) -> float:
-    """Share of the tokens with a place that (2, T) centres rank into it; 0 where they leave some of them out."""
+    """Return the share of assigned tokens that (2, T) centres rank into their cell; 0 where a centre is missing."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
     if bool(centre[:, tokens].isnan().any()):
         return 0.0
@@ -219,14 +250,14 @@ def _share_ranked_as(centre: Tensor, places: Places, grid: Cells) -> float:
 
 
 def _centre(sketches: Sequence[Tensor | None], conv: PatchConv, size: Cells, limit: float) -> Tensor:
-    """(2, …, T) centres on average over several base images."""
+    """Average the (2, …, T) centres of tokens over several base images."""
     return torch.stack([centres(s, conv, size, limit) for s in sketches if s is not None]).nanmean(0)
 
 
 def _distance_of_heads(
     heads: Sequence[Tensor | None], conv: PatchConv, size: Cells, places: Places, limit: float
 ) -> float:
-    """By how many cells the heads' own centres differ, on average over the tokens."""
+    """Return by how many cells the centres of the heads differ, on average over the tokens."""
     if any(h is None for h in heads):
         return 0.0
     tokens = [t for t, p in enumerate(places) if p != STATIC]

@@ -1,4 +1,4 @@
-"""Which query holds which patch, and which of them is the CLS token."""
+"""Find the query of each patch, and the CLS token among the other queries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
 
 def find_queries(search: PlaceSearch) -> None:
-    """Which query holds which patch of the keys' grid, and the layouts of what enters the modules around."""
+    """Find the query of each patch of the keys' grid, and the layouts of tokens that enter the enclosing modules."""
     for key, site, layout in search.placed():
         mosaic = search.mosaic_of(layout)
         if mosaic is None or key not in search.reference.sites:
             continue
         tokens = search.reference.sites[key]
-        # Queries that are no token are cut off again (padding), and no part of a mean.
+        # More queries than tokens are padding, which is cut off again and must not be in a mean.
         site.partial_queries = site.partial_queries or tokens.queries > max(len(layout.order), 1)
         if not site.patch_queries and key in mosaic.q:
             site.patch_queries = _patch_queries(mosaic, key)
@@ -32,7 +32,7 @@ def find_queries(search: PlaceSearch) -> None:
 
 
 def _patch_queries(mosaic: Mosaic, key: SiteKey) -> dict[int, int]:
-    """The query of each cell, also of patches that a mask token replaced; empty where cells are held twice."""
+    """Return the query of each cell, also of patches replaced by a mask token; empty where queries share a cell."""
     places = mosaic.q[key]
     held = [p for p in places if p >= 0]
     if len(held) != len(set(held)) or not mostly_single(places):
@@ -42,18 +42,18 @@ def _patch_queries(mosaic: Mosaic, key: SiteKey) -> dict[int, int]:
 
 
 def _entering_layouts(mosaic: Mosaic, tokens: SiteTokens, keys: TokenLayout) -> dict[str, TokenLayout]:
-    """Layouts of the tokens that enter the modules around a site, by path."""
+    """Return the layouts of the tokens that enter the modules around a site, by path."""
     entering = {call[0]: mosaic.entries[call] for call in tokens.within if call in mosaic.entries}
     layouts = {path: layout_of(places, keys.grid, "exact", keys.geometry) for path, places in entering.items()}
     if keys.evidence == "centres" and not any(layouts.values()):
-        # Where no token has an exact place, those that enter are taken to be in the order of the keys.
+        # Overlapping fields give no exact layout, so the entering tokens are taken to be in the order of the keys.
         return {path: keys for path, places in entering.items() if len(places) == len(keys.order)}
     return {path: layout for path, layout in layouts.items() if layout is not None}
 
 
 @dataclass(frozen=True)
 class _Nudge:
-    """The tokens of the first mosaic image after one parameter was changed."""
+    """Hold the tokens of the first mosaic image after one parameter was changed."""
 
     parameter: TokenParameter
     tokens: Tokens
@@ -61,7 +61,7 @@ class _Nudge:
 
 @dataclass(frozen=True)
 class _Moved:
-    """What one parameter moves at a site without moving a patch: it is a token, or several."""
+    """Hold the queries and keys that change with a parameter while no patch does: it is one token, or several."""
 
     parameter: TokenParameter
     queries: frozenset[int]
@@ -69,7 +69,7 @@ class _Moved:
 
 
 def find_cls(search: PlaceSearch) -> None:
-    """Which queries and keys are tokens of the model's own, CLS and registers: they move with a parameter of theirs."""
+    """Find the CLS token and the registers at every site: they change with a parameter while the patches do not."""
     silent, reference = search.silent_model, search.reference
     first = mosaics(search.images, search.mosaics[0].conv)[:1]
     nudges = [_Nudge(p, silent(first, 1, nudged=[p])) for p in silent.token_parameters or ()]
@@ -93,7 +93,7 @@ def find_cls(search: PlaceSearch) -> None:
 
 
 def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], patches: set[int]) -> _Moved | None:
-    """What a nudged parameter moves at a site; None where it moves nothing, or patches too."""
+    """Return the tokens that a nudged parameter changes at a site; None where it changes none, or patches too."""
     after = nudge.tokens.sites.get(key)
     if after is None or after.v.shape[1:] != before.v.shape[1:]:
         return None
@@ -106,7 +106,7 @@ def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], p
 
 
 def _beside_patches(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int]) -> set[int]:
-    """The one query that moves with a class parameter beside the patches, to which it is added."""
+    """Return the one query beside the patches that changes with a class parameter, where patches may change too."""
     after = nudge.tokens.sites.get(key)
     if after is None or after.q is None or before.q is None or after.q.shape[1:] != before.q.shape[1:]:
         return set()
@@ -115,12 +115,12 @@ def _beside_patches(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[i
 
 
 def _changed(after: Tensor, before: Tensor, limit: float) -> list[int]:
-    """Tokens that differ in the first image."""
+    """Return the tokens that differ in the first image."""
     return [int(t) for t in (relative_change(after[0], before[0]) > limit).nonzero().flatten()]
 
 
 def _parts_of_the_image(search: PlaceSearch) -> dict[SiteKey, tuple[set[int], set[int]]]:
-    """Of each site, the queries that hold all of the image, such as a mean, and those that hold some part of it."""
+    """Return for each site the queries that depend on the whole image, such as a mean, and those on a part of it."""
     found: dict[SiteKey, tuple[set[int], set[int]]] = {}
     several: dict[SiteKey, list[int]] = {}
     for key, site, layout in search.placed():
@@ -128,7 +128,7 @@ def _parts_of_the_image(search: PlaceSearch) -> dict[SiteKey, tuple[set[int], se
         places = () if mosaic is None else mosaic.q.get(key, ())
         depend = [t for t, p in enumerate(places) if p != STATIC and t not in held]
         found[key] = set(), set(depend)
-        if depend and len(depend) <= 8:  # of a sequence whose patches are not known, it is not asked
+        if depend and len(depend) <= 8:  # more are patches that were not assigned
             several[key] = depend
     if several:
         base = noise_images(search.images, 1, seed=4)[0]
@@ -143,7 +143,7 @@ def _parts_of_the_image(search: PlaceSearch) -> dict[SiteKey, tuple[set[int], se
 
 
 def _on_another_grid(search: PlaceSearch, key: SiteKey) -> set[int]:
-    """The queries of a site that are the patches of another grid than its keys'."""
+    """Return the queries of a site that are the patches of another grid than that of its keys."""
     grids = [m.q[key] for m in search.mosaics if key in m.q and is_whole(m.q[key], m.cells) and m.cells > 1]
     return {t for places in grids[:1] for t, p in enumerate(places) if p >= 0}
 
@@ -151,7 +151,18 @@ def _on_another_grid(search: PlaceSearch, key: SiteKey) -> set[int]:
 def _choose_cls(
     before: SiteTokens, moved: Sequence[_Moved], others: Sequence[int], whole: set[int], part: set[int]
 ) -> tuple[int | None, str]:
-    """The query index of CLS among the ``others``, which are no patch; or why there is none."""
+    """Choose the CLS token among the queries that are no patch.
+
+    Args:
+        before: Tokens of the site in the reference forward.
+        moved: What each parameter changes at the site, where it changes no patch.
+        others: Indices of the queries that are no patch.
+        whole: Queries that depend on the whole image.
+        part: Queries that depend on a part of the image and are not assigned to a patch.
+
+    Returns:
+        The query index and "", or None and the reason; None and "" where every query is a patch.
+    """
     if not others:
         return None, ""
     alone: dict[int, list[TokenParameter]] = {}
@@ -159,7 +170,7 @@ def _choose_cls(
         if len(m.queries) == 1 and not m.queries & part:
             alone.setdefault(min(m.queries), []).append(m.parameter)
     tokens = [t for t, owners in alone.items() if not all(p.is_register for p in owners)]
-    if len(tokens) > 1:  # names count between tokens that were found
+    if len(tokens) > 1:  # names decide only between parameters that behave as tokens
         tokens = [t for t in tokens if any(p.is_class for p in alone[t])] or tokens
     if len(tokens) == 1:
         return tokens[0], ""
@@ -174,7 +185,7 @@ def _choose_cls(
             f"{len(several)} of its queries could be the CLS token, {sorted(several)}, and nothing tells which is"
         )
     if before.queries == 1 and 0 not in part:
-        return 0, ""  # nothing else is asked there, and its result goes to no patch, see `check_outputs`
+        return 0, ""  # the only query; `check_outputs` refuses it if its result goes to patches
     if before.q is None:
         return None, "its scores do not follow from one product of queries and keys, by which queries are told apart"
     if len(others) == 1 and set(others) <= whole:
@@ -188,7 +199,7 @@ def _choose_cls(
 def _names(
     moved: Sequence[_Moved], cls: int | None, layout: TokenLayout, before: SiteTokens, whole: set[int]
 ) -> dict[int, str]:
-    """The keys beside the patches that were found to be CLS or a register."""
+    """Name the keys beside the patches that were found to be the CLS token or a register."""
     names = {t: "register" for m in moved if m.parameter.is_register for t in m.keys}
     found = [m for m in moved if _is_cls(m.parameter, moved, cls) and len(m.keys) == 1]
     names |= {t: "CLS" for m in found for t in m.keys}
@@ -204,7 +215,7 @@ def _is_cls(parameter: TokenParameter, moved: Sequence[_Moved], cls: int | None)
 def _put_cls_first_in_entries(
     site: SitePlaces, before: SiteTokens, nudges: Sequence[_Nudge], reference: Tokens
 ) -> None:
-    """The prefix of what enters the modules around a site starts with the token that the class parameter moves."""
+    """Put the token that the class parameter changes first in the prefix of what enters the modules around."""
     entries = {}
     for call in before.within:
         layout, entering = site.entries.get(call[0]), reference.entries.get(call)
@@ -220,7 +231,7 @@ def _put_cls_first_in_entries(
 
 
 def _with_first(layout: TokenLayout, cls: set[int]) -> TokenLayout:
-    """The layout whose prefix starts with CLS, if it is one token that could be."""
+    """Return the layout with the CLS token first in its prefix, unchanged unless there is exactly one candidate."""
     if len(cls) != 1:
         return layout
     return replace(layout, prefix=(*cls, *(t for t in layout.prefix if t not in cls)))

@@ -1,4 +1,4 @@
-"""Decode from tokens, seen in the `synthetic_images`, which part of the image each one holds."""
+"""Decode the part of the image that each token depends on, from its changes between `synthetic_images`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from attn_monitor.capture.token_places.synthetic_images import cell_weights
 
 
 def places_in_mosaics(sketches: Tensor, codes: Sequence[tuple[int, ...]], limit: float) -> Places:
-    """The cell that each token spells out, from sketches (M, T, S) of the tokens in `mosaics` of the cells' codes."""
+    """Assign each token to the cell with the code that its changes between mosaics spell out.
+
+    Args:
+        sketches: (M, T, S) sketches of the tokens in the M images of `mosaics`.
+        codes: For each cell, the picture that it shows in each of the M images.
+        limit: Relative change above which a token counts as changed.
+
+    Returns:
+        The cell of each of the T tokens, or `STATIC`, or `SEVERAL`.
+    """
     change = relative_change(sketches[:, None], sketches[None])  # (M, M, T)
-    labels = (change > limit).long().cumprod(1).sum(1).T.tolist()  # the first image that each one is equal to
+    labels = (change > limit).long().cumprod(1).sum(1).T.tolist()  # the first image in which the token is the same
     known = {code: cell for cell, code in enumerate(codes)}
     places = []
     for token in labels:
@@ -28,10 +37,16 @@ def places_in_mosaics(sketches: Tensor, codes: Sequence[tuple[int, ...]], limit:
 
 
 def shares(sketches: Tensor, limit: float) -> Tensor:
-    """How much of the whole change each token keeps when it is scaled: (n, ..., T) of (2 + n, ..., T, S) sketches.
+    """Return the share of the whole change that each token keeps when the change of the image is scaled.
 
-    The change under a scale, projected on the whole change, is the scale where the token looks: a mean over what it
-    holds. NaN where nothing moves.
+    The change under a scale, projected on the whole change, is the mean of the scale over what the token depends on.
+
+    Args:
+        sketches: (2 + n, ..., T, S) sketches in the base image, the changed image and n images with a scaled change.
+        limit: Relative change above which a token counts as changed.
+
+    Returns:
+        (n, ..., T) shares, mostly from 0 to 1, NaN where a token does not change.
     """
     base, whole, *scaled = sketches.double().unbind(0)
     change = whole - base
@@ -40,7 +55,17 @@ def shares(sketches: Tensor, limit: float) -> Tensor:
 
 
 def centres(sketches: Tensor, conv: PatchConv, size: tuple[int, int], limit: float) -> Tensor:
-    """(row, column) of the centre of what each token holds, in cells: (2, ..., T) of (4, ..., T, S) from `ramps`."""
+    """Return the centre of what each token depends on.
+
+    Args:
+        sketches: (4, ..., T, S) sketches in the images of `ramps`.
+        conv: Origin and size of the cells.
+        size: Height and width of the image in pixels.
+        limit: Relative change above which a token counts as changed.
+
+    Returns:
+        (2, ..., T) row and column in cells, whole numbers at the middle of a cell; NaN where a token does not change.
+    """
     share = shares(sketches, limit)
     pixels, origin, cell = (
         torch.tensor(values).to(share).reshape(2, *(1 for _ in share.shape[1:]))
@@ -50,7 +75,7 @@ def centres(sketches: Tensor, conv: PatchConv, size: tuple[int, int], limit: flo
 
 
 def cells_by_rank(centre: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(T,) cells of the rows and the columns into which (2, T) centres are ranked."""
+    """Rank (2, T) centres into rows and columns, and return the (T,) cells."""
     gh, gw = grid
     rows, cols = (ranked.argsort().argsort() // size for ranked, size in zip(centre, (gw, gh), strict=True))
     cells: Tensor = rows * gw + cols
@@ -58,13 +83,13 @@ def cells_by_rank(centre: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
-    """Rank the (2, T) centres into rows and columns; None where they are not one token for each cell of the grid."""
+    """Assign tokens by their (2, T) centres; return None unless there is one token for each cell, close to it."""
     (gh, gw), live = grid, ~centre.isnan().any(0)
     if int(live.sum()) != gh * gw:
         return None
     cell = cells_by_rank(centre[:, live], grid)
     ranks, cells = torch.stack([cell // gw, cell % gw]), cell.tolist()
-    slack = torch.tensor([0.9 + 0.03 * gh, 0.9 + 0.03 * gw], device=centre.device)  # borders are drawn inwards
+    slack = torch.tensor([0.9 + 0.03 * gh, 0.9 + 0.03 * gw], device=centre.device)  # centres at borders lie inwards
     if bool(((centre[:, live] - ranks).abs() > slack[:, None]).any()) or sorted(cells) != list(range(gh * gw)):
         return None
     found = iter(cells)
@@ -72,14 +97,24 @@ def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
 
 
 def share_of_wrong_weight(share: Tensor, places: Places, cells: int, slack: float) -> float:
-    """Share of the placed tokens without the weight of their cell, from (T,) `shares` of `cell_weighted_noise`."""
+    """Return the share of assigned tokens that do not change by the weight of their cell.
+
+    Args:
+        share: (T,) `shares` of the tokens in `cell_weighted_noise`.
+        places: The cell of each token.
+        cells: Number of cells.
+        slack: Largest difference from the `cell_weights` that counts as equal.
+
+    Returns:
+        A number from 0 to 1; tokens that do not change are not counted.
+    """
     tokens = [t for t, p in enumerate(places) if p >= 0]
     expected = cell_weights(cells).to(share)[[places[t] for t in tokens]]
     return _share_above((share[tokens] - expected).abs(), slack)
 
 
 def share_far_from(centre: Tensor, places: Places, grid: tuple[int, int], slack: float) -> float:
-    """Share of the placed tokens whose (2, T) centre is more than ``slack`` cells away from their place."""
+    """Return the share, 0 to 1, of assigned tokens with a (2, T) centre more than ``slack`` cells off their cell."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
     cells = torch.tensor([places[t] for t in tokens], device=centre.device)
     expected = torch.stack([cells // grid[1], cells % grid[1]])
@@ -87,6 +122,6 @@ def share_far_from(centre: Tensor, places: Places, grid: tuple[int, int], slack:
 
 
 def _share_above(differences: Tensor, slack: float) -> float:
-    """Of the differences that are known."""
+    """Return the share of differences above ``slack``, NaN left out."""
     known = differences[~differences.isnan()]
     return float((known > slack).double().mean()) if len(known) else 0.0

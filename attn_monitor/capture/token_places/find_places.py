@@ -1,7 +1,7 @@
-"""Which key and which query of each attention operation is which patch, found by running the model at every depth.
+"""Assign the keys and queries of every attention operation to patches, by running the model.
 
-A few forwards with silenced attention (`silent_forward`) on made-up images (`synthetic_images`) are enough. A place is
-what a token holds of the image, whatever it is called and wherever it comes from.
+A few forwards with ablated attention (`silent_model`) on `synthetic_images` are enough. The place of a token is the
+part of the image that it depends on, so neither names nor positions in the sequence are trusted.
 """
 
 from __future__ import annotations
@@ -39,19 +39,29 @@ def find_places(
     convs: Sequence[PatchConv],
     batch_size: int,
 ) -> dict[SiteKey, SitePlaces]:
-    """Places of keys and queries at the sites whose formats are given.
+    """Assign keys and queries to patches at the sites with a format, and check this on the user's images.
 
-    ``keys`` is how many the first of them has, ``moving`` how many keys of each depend on the image in an ordinary
-    forward. The places must hold on the user's images too.
+    Args:
+        model: The model to run.
+        images: The user's images, (B, C, H, W), on the device of the model.
+        forward: Calls the model on images.
+        formats: Layout of the tensors at each site, in the order in which the sites run.
+        keys: Number of keys of the first site.
+        moving: For each site, how many keys depend on the image in an ordinary forward.
+        convs: Convolutions that could be the patch embedding.
+        batch_size: How many images run at once.
+
+    Returns:
+        For each site, its layout or the reason for having none.
     """
     around = {path for key in formats for path in _ancestors(key[0])}
     paths = around & dict(model.named_modules()).keys()
     silent_model = SilentModel(model, forward, formats, paths, images.device, batch_size)
-    images = images.cpu()  # those made up of them wait there for their turn
+    images = images.cpu()  # images derived from these wait on the host too
     convs = locate_convs(silent_model, images, convs)
     search = PlaceSearch(silent_model, images, convs, {key: SitePlaces() for key in formats})
     grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]
-    # Where the first attention is coarser than the patches, these tell whether its heads see the same of them.
+    # Where the first attention is coarser than the patches, these show whether its heads read the same part of them.
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
     read_mosaics(search, grids)
     if not search.mosaics:
@@ -87,7 +97,7 @@ def _ancestors(path: str) -> list[str]:
 
 
 def _least_alike(images: Tensor) -> list[Tensor]:
-    """The brightest and the darkest of the user's images; noise where all show one colour only."""
+    """Return the brightest and the darkest of the user's images; noise where all show one colour only."""
     lively = images[images.flatten(1).float().std(1, correction=0) > 1e-3]
     if not len(lively):
         return [noise_images(images, 1, seed=3)[0]]

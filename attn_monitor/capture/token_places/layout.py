@@ -1,4 +1,4 @@
-"""Places of tokens: the cell of the image that each one holds, and the layout that such places amount to."""
+"""Describe which cell of the image each token holds, and the layout that follows from this assignment."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass
 
 from attn_monitor.grid import GridGeometry
 
-STATIC, SEVERAL = -1, -2  # in place of a cell: holds nothing of the image; holds more than one cell
+STATIC, SEVERAL = -1, -2  # instead of a cell: the token does not depend on the image; it depends on several cells
 
 Places = tuple[int, ...]
-"""The cell that each token holds, row by row from 0, or `STATIC`, or `SEVERAL`."""
+"""Token-to-patch assignment: the cell of each token, row by row from 0, or `STATIC`, or `SEVERAL`."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Token indices of the prefix (CLS first, registers after it) and of the patches in row-major order.
+    """Hold the token index of every patch of a grid, and of the prefix.
 
-    ``evidence`` says how the places are known: "exact", each token changes with its own cell and with no other; "exact
-    but masked", likewise, and tokens that a mask token replaced stand between the others; "centres", fields overlap,
-    and tokens are ordered by the centre of what they hold. ``geometry`` is where the cells lie in the image's pixels,
-    None where they tile the whole image.
+    Attributes:
+        grid: Rows and columns of patches.
+        prefix: Token indices of the prefix, CLS first, registers after it.
+        patches: Token indices of the patches in row-major order.
+        evidence: How the assignment was found. "exact": each token changes with its own cell and with no other.
+            "exact but masked": likewise, with tokens between the others that a mask token replaced. "centres": fields
+            overlap, and tokens are ordered by the centre of what they depend on.
+        geometry: Where the cells lie in the image's pixels, None where they tile the whole image.
     """
 
     grid: tuple[int, int]
@@ -31,25 +35,25 @@ class TokenLayout:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Token indices so that the prefix comes first and the patches follow, row by row."""
+        """Return the token indices of the prefix, then those of the patches, row by row."""
         return self.prefix + self.patches
 
     @property
     def places(self) -> Places:
-        """The cell of each patch token, `STATIC` for the prefix."""
+        """Return the cell of each patch token, `STATIC` for the prefix."""
         cell_of_token = {token: cell for cell, token in enumerate(self.patches)}
         return tuple(cell_of_token.get(token, STATIC) for token in range(len(self.order)))
 
 
 def is_whole(places: Places | None, cells: int) -> bool:
-    """Whether every cell is held by exactly one token."""
+    """Check whether every cell is held by exactly one token."""
     return places is not None and sorted(p for p in places if p >= 0) == list(range(cells))
 
 
 def mostly_single(places: Places) -> bool:
-    """Whether tokens of a part of their own are the rule, and those that hold several are few, such as a mean.
+    """Check whether most tokens map to exactly one cell, and few to several, as a mean does.
 
-    Where fields overlap, some tokens lie inside a cell of a coarser grid than theirs, and the others between them.
+    Where fields overlap, only some tokens lie inside a cell of a coarser grid, and the others depend on several.
     """
     return places.count(SEVERAL) <= min(8, max(sum(p >= 0 for p in places) - 1, 0))
 
@@ -57,7 +61,17 @@ def mostly_single(places: Places) -> bool:
 def layout_of(
     places: Places, grid: tuple[int, int], evidence: str, geometry: GridGeometry | None
 ) -> TokenLayout | None:
-    """The layout that places amount to, None where cells are missing or held twice."""
+    """Derive the layout from an assignment.
+
+    Args:
+        places: The cell of each token.
+        grid: Rows and columns of cells.
+        evidence: How the assignment was found, as in `TokenLayout`.
+        geometry: Where the cells lie in the image, None where they tile it.
+
+    Returns:
+        The layout, None where cells are missing or held twice. Some may be missing under mask tokens.
+    """
     cells = math.prod(grid)
     if is_whole(places, cells) and mostly_single(places):
         token_of_cell = {place: token for token, place in enumerate(places) if place >= 0}

@@ -1,4 +1,4 @@
-"""Exact places: each key and query that changes with one cell of the image and with no other."""
+"""Assign exactly each key and query that changes with one cell of the image and with no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _MOST_GRIDS = 6  # a pyramid has four, and one more when a guess is wrong
 
 
 def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
-    """Exact places on every grid that tokens could form; more grids come up as the tokens of pyramids are seen."""
+    """Assign tokens exactly on every grid that they could form.
+
+    The numbers of tokens that change give more grids to try, as the stages of a pyramid have different ones.
+    """
     waiting = list(grids)
     while waiting and len(search.mosaics) < _MOST_GRIDS:
         conv = waiting.pop(0)
@@ -41,7 +44,7 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
 
 
 def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) -> None:
-    """Give a site the layout that a mosaic shows, or refuse it."""
+    """Give a site the layout that a mosaic shows, or refuse the site."""
     site, k = search.sites[key], mosaic.k.get(key)
     if site.layout is not None or site.reason:
         return
@@ -78,9 +81,13 @@ def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
 
 
 def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: bool) -> str:
-    """What was seen of the keys of a site that has no layout.
+    """Describe how the keys of a site without a layout depend on the image, as the reason for the user.
 
-    ``depends_on_image``: whether its V does in an ordinary forward, in which attention mixes tokens.
+    Args:
+        key: The site.
+        mosaics: The mosaics that were run.
+        depends_on_image: Whether V of the site depends on the image in an ordinary forward, where attention mixes
+            tokens.
     """
     seen = [m for m in mosaics if key in m.v]
     if not seen:

@@ -1,4 +1,4 @@
-"""Whether tokens get something of others beside what one attention gives them, in the module in which it runs."""
+"""Refuse attention where its module also mixes tokens in another way."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, SiteTokens
 
-_MOST = 0.9  # of the tokens: a convolution, such as a position encoding, does not reach so many from one corner
+_MOST = 0.9  # share of the tokens; a convolution, such as a position encoding, reaches fewer from one corner
 
 
 def refuse_other_mixing(search: PlaceSearch) -> None:
-    """Refuse sites of which the results are not all that tokens get of others, or are scaled by what others hold.
+    """Refuse sites where tokens mix outside the attention result too, or where other tokens scale this result.
 
-    The tokens that enter the module around are noise, of which the patches in one corner are exchanged, and the results
-    of attention are held fixed: at 0, and at strong marks. Then other tokens must leave the module as they were. Only
-    modules are asked of which tokens did not come out, in the mosaics, as they had entered, or of which rows do not sum
-    to 1. What does not reach most tokens, nor CLS, is taken for a convolution and let pass.
+    The tokens that enter the enclosing module are replaced by noise, which differs in the patches of one corner, and
+    the results of attention are fixed: at 0, and at strong marks. Then all other tokens must leave the module
+    unchanged. A change that reaches neither CLS nor most tokens is taken for a convolution and accepted.
+
+    The test runs only where tokens did not leave the module as they had entered in the mosaics, where rows do not sum
+    to 1, or where the queries are not known.
     """
     calls = {key: call for key in search.sites if (call := _doubtful_call(search, key)) is not None}
     if not calls:
         return
     exchanged: dict[Call, Tensor] = {}
-    # Results are scaled by what others hold only where rows have sums of their own.
+    # Other tokens can scale the results only where rows do not sum to 1.
     held_at = [False] if all(search.silent_model.formats[key].sums_to_1 for key in calls) else [False, True]
     count = 2 * len(held_at)
     for key, call in calls.items():
@@ -57,10 +59,10 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
 
 
 def refuse_side_by_side(search: PlaceSearch) -> None:
-    """Refuse attentions of patches in one call of a module if any reads nothing that the first one gave.
+    """Refuse attention operations in one call of a module where any is independent of the first one's result.
 
-    Heads or chunks of queries in a loop are one layer in several parts, which are counted as one; blocks in one
-    function go on from what the ones before gave, and are layers. Of chunks, the first one is read.
+    Heads, or chunks of queries, in a loop are parts of one layer and are counted as one. Blocks in one function read
+    the results of earlier blocks and are layers. Chunks of queries are not refused: the first one is read.
     """
     groups: dict[object, list[SiteKey]] = {}
     for key, site, _ in search.placed():
@@ -79,7 +81,7 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
             continue
         search.sites[first].together = tuple(beside)
         queries = [query for key in (first, *beside) for query in search.sites[key].patch_queries]
-        if len(queries) == len(set(queries)):  # chunks of queries: each has whole rows of its own
+        if len(queries) == len(set(queries)):  # chunks of queries, each with complete rows
             continue
         for key in (first, *beside):
             search.sites[key].refuse(
@@ -89,12 +91,12 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
 
 
 def _differs(seen: SiteTokens) -> bool:
-    """Whether V of the second image is not that of the first."""
+    """Check whether V of the second image differs from that of the first."""
     return bool((relative_change(seen.v[1], seen.v[0]) > seen.threshold).any())
 
 
 def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
-    """The innermost call around a site that takes and gives tokens; None where they came out as they had entered."""
+    """Return the innermost call around a site that takes and returns tokens; None where nothing mixed them."""
     site, seen = search.sites[key], search.reference.sites.get(key)
     mosaic = search.mosaic_of(site.layout)
     if site.layout is None or seen is None or mosaic is None:
@@ -110,7 +112,7 @@ def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
 
 
 def _corner(entry: TokenLayout, cls: int | None) -> list[int]:
-    """The patches in one corner of the grid: the last one, unless CLS stands beside it in the sequence."""
+    """Return the patches in the last corner of the grid, or in the first where CLS is late in the sequence."""
     rows, cols = entry.grid
     high, wide = max(1, rows // 4), max(1, cols // 4)
     first = [row * cols + col for row in range(high) for col in range(wide)]
@@ -119,7 +121,7 @@ def _corner(entry: TokenLayout, cls: int | None) -> list[int]:
 
 
 def _reach_most(moved: Tensor, kept: Tensor, cls: int | None) -> bool:
-    """Whether CLS, or most of the tokens that were not exchanged, have changed."""
-    if len(moved) != len(kept):  # of its queries alone
+    """Check whether CLS, or most of the tokens that were not exchanged, have changed."""
+    if len(moved) != len(kept):  # the module returns its queries only
         return cls is not None and cls < len(moved) and bool(moved[cls])
     return bool(cls is not None and moved[cls]) or float(moved[kept].double().mean()) >= _MOST

@@ -1,4 +1,4 @@
-"""Whether the results of attention go to the tokens that its queries are: marks put into them are looked for."""
+"""Check by marks in the results of attention that these go to the same tokens as its queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
 
 
 def refuse_mixtures(search: PlaceSearch) -> None:
-    """Two products of one V in one call of a module: for the same queries a mixture, for others a part each."""
+    """Refuse sites with weights or values that occur in further products.
+
+    Two products of one V in one call of a module are a mixture where they have the same queries, and parts of one
+    layer where they have different ones.
+    """
     found, reference = search.sites, search.reference
     for key in reference.mixed & set(found):
         found[key].refuse("what it reads is also combined with other weights (a mixture)")
@@ -48,7 +52,7 @@ def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
 
 
 def check_outputs(search: PlaceSearch) -> None:
-    """Marks in a product's results must come out at the tokens that its queries are."""
+    """Refuse sites where marks in the results do not come out at the tokens of their queries."""
     marks = _choose_marks(search)
     lone = {
         key: site.cls
@@ -73,7 +77,7 @@ def check_outputs(search: PlaceSearch) -> None:
             site.refuse("the result of its query goes to the patches, so that it is not the CLS token")
     if not doubtful:
         return
-    # Alone in its image: tokens of earlier layers, which a module may return too, then show no marks at all.
+    # A module may return tokens of earlier layers too; with one site per image, these show no marks.
     alone = _OutputCheck(search, {key: replace(marks[key], slot=n) for n, key in enumerate(doubtful)})
     for key in doubtful:
         site = search.sites[key]
@@ -83,7 +87,7 @@ def check_outputs(search: PlaceSearch) -> None:
 
 @dataclass(frozen=True)
 class _Marked:
-    """What is marked at one site, in the image of its slot: the cells of a grid, and the queries that hold them."""
+    """Hold the cells of a grid, and their queries, that are marked at one site in the image of its slot."""
 
     slot: int
     grid: tuple[int, int]
@@ -92,7 +96,7 @@ class _Marked:
 
 
 def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
-    """Sites that share an image have places of their own, at least three each."""
+    """Choose the marks of every site: sites that share an image get disjoint sets of about three cells or more."""
     sites = [
         (key, layout.grid, site.patch_queries)
         for key, site, layout in search.placed()
@@ -115,10 +119,12 @@ def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
 
 
 class _OutputCheck:
-    """Whether results of a site's queries come out at the tokens that the queries are.
+    """Run the model with marks, and check at which tokens they come out.
 
-    ``tokens`` are those of the first image without marks, of one image a slot with marks, of one with marks at the CLS
-    queries of the sites that have no other marks (``lone``), and of another image.
+    Attributes:
+        tokens: Sketches in the base image without marks, in the base image with the marks of each slot, with marks at
+            the CLS queries of the sites without other marks (``lone``), if any, and in another image.
+        order: The sites in the order in which they run.
     """
 
     def __init__(
@@ -140,12 +146,12 @@ class _OutputCheck:
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
     def two_hops(self) -> set[SiteKey]:
-        """Operations whose V is nothing but what others gave in the same call of a module; and those others.
+        """Return the sites where V consists of attention results from the same call of a module, and their sources.
 
         A V that does not depend on the image may also be learned prompts or coordinates. So the results of the earlier
-        ones are marked in one more image: what they gave moves with them.
+        sites are marked in one more forward, in which only a V that contains these results changes.
         """
-        suspects: list[tuple[Tensor, SiteKey, list[SiteKey]]] = []  # a V, where it is read, and what may have given it
+        suspects: list[tuple[Tensor, SiteKey, list[SiteKey]]] = []  # V, its site, possible sources
         for number, key in enumerate(self.order):
             seen = self.tokens.sites[key]
             before = [k for k in self.order[:number] if seen.within and self.tokens.sites[k].within == seen.within]
@@ -161,15 +167,15 @@ class _OutputCheck:
             limit, alone = self.tokens.sites[key].threshold, of_site[0]
             if after is None or not bool((relative_change(after[0], alone) > limit).any()):
                 continue
-            # Prompts to which results are added differ without them; where these are patches', they went astray.
+            # Prompts plus results differ between tokens without marks too; they count where the results are of patches.
             bare = not bool((relative_change(alone, alone[:1]) > limit).any())
             if bare or not self.marks.keys().isdisjoint(sources):
                 chained.update([*sources, key])
         return chained
 
     def _with_all_marked(self, keys: set[SiteKey]) -> Tokens:
-        """The tokens of the first image with marks in all results of these sites."""
-        base = noise_images(self.search.images, 2, seed=8)[:1]  # as above
+        """Return the tokens of the base image with marks in all results of these sites."""
+        base = noise_images(self.search.images, 2, seed=8)[:1]  # the same base image as in __init__
         marks = {
             key: torch.full((1, seen.queries), key in keys, device=base.device)
             for key, seen in self.search.reference.sites.items()
@@ -177,7 +183,7 @@ class _OutputCheck:
         return self.search.silent_model(base, 1, marks=marks)
 
     def goes_to_patches(self, key: SiteKey, mosaic: Mosaic | None, layout: TokenLayout) -> bool:
-        """Whether a lone query's result moves patches at the end of the innermost module where it moves anything."""
+        """Check whether a lone query's result changes patches, where the innermost module that it changes ends."""
         seen, image = self.tokens.sites[key], 1 + self._slot_of_lone
         for call in reversed(seen.within):
             leaving = self.tokens.exits.get(call, ())
@@ -195,14 +201,14 @@ class _OutputCheck:
         return False
 
     def is_right(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
-        """Looked at where the modules around end, and where the next attention reads."""
+        """Check the marks of a site in the tokens that leave the modules around, and in the V that they reach next."""
         results = self._verdicts(key, mosaic)
         if "wrong" in results:
             return False
         return "right" in results or "in another order" not in results
 
     def reaches_tokens(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
-        """Whether marks in its results were seen in tokens; not so where they are of no use to the model."""
+        """Check whether the marks of a site reach any tokens; they do not where the model drops the result."""
         return key in self.marks and any(self._verdicts(key, mosaic))
 
     def _verdicts(self, key: SiteKey, mosaic: Mosaic | None) -> list[str]:
@@ -210,24 +216,27 @@ class _OutputCheck:
         return [*results, self._at_next_site(key, mosaic)]
 
     def _moved(self, key: SiteKey, sketches: Tensor) -> list[bool]:
-        """Which tokens change with the marks of a site."""
+        """Return for each token whether it changes with the marks of a site."""
         image, limit = 1 + self.marks[key].slot, self.tokens.sites[key].threshold
         change = relative_change(sketches[image], sketches[0])
-        if bool((change > limit).any()):  # where marks are seen, weaker ones are no rounding: LayerScale leaves few
+        if bool((change > limit).any()):  # once some show, weaker ones are no rounding: LayerScale shrinks most
             limit /= 16
         moved: list[bool] = (change > limit).tolist()
         return moved
 
     def _marked_places(self, key: SiteKey, others: Sequence[SiteKey]) -> set[int]:
-        """Places that are marked at a site, or in the same image and grid at one of the others that are not refused."""
+        """Return the cells marked at a site, or in the same image and grid at one of the other sites with a layout."""
         own = self.marks[key]
         marks = (self.marks[k] for k in others if k in self.marks and self.search.sites[k].layout is not None)
         return set(own.places).union(*(m.places for m in marks if (m.slot, m.grid) == (own.slot, own.grid)))
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: Mosaic | None) -> str:
-        """What the first tokens that leave a module with marks say: "right", "in another order", "wrong", or nothing.
+        """Return the verdict on the first tensor with marks that leaves a module.
 
-        Some modules return those of several layers, and the marks of one layer are in its own and the later ones only.
+        Some modules return the tokens of several layers, and marks show in those of their own and of later layers only.
+
+        Returns:
+            "right", "in another order", "wrong", or "" where no tensor shows marks.
         """
         leaving = self.tokens.exits.get(call, ())
         exits = () if mosaic is None else mosaic.exits.get(call, ())
@@ -238,7 +247,7 @@ class _OutputCheck:
     def _at_tensor(
         self, key: SiteKey, call: Call, mosaic: Mosaic | None, leaving: Tensor, leaving_places: Places | None
     ) -> str:
-        """The same of one tensor that a module returns."""
+        """Return the verdict, as `_at_exit` does, on one tensor that a module returns."""
         entering = self.tokens.entries.get(call)
         out = self._moved(key, leaving)
         if entering is not None and entering.shape[1] != len(out):
@@ -262,7 +271,7 @@ class _OutputCheck:
         return "in another order" if both_known and exit_ != entry else "right"
 
     def _at_next_site(self, key: SiteKey, mosaic: Mosaic | None) -> str:
-        """What the V of the next attention that the marks reach says: "right", "wrong", or nothing."""
+        """Return the verdict on V of the next attention that the marks reach: "right", "wrong", or "" for none."""
         if mosaic is None or not is_whole(mosaic.v.get(key), mosaic.cells):
             return ""
         own = self._moved_places(key, key, mosaic)
@@ -274,12 +283,12 @@ class _OutputCheck:
                 continue
             newly = self._moved_places(key, later, mosaic) - own
             if newly:
-                expected = self._marked_places(key, self.order[:i])  # branches that run side by side come out together
+                expected = self._marked_places(key, self.order[:i])  # parallel branches come out together
                 return "right" if self.marks[key].places <= newly | own and newly <= expected else "wrong"
         return ""
 
     def _moved_places(self, key: SiteKey, site: SiteKey, mosaic: Mosaic) -> set[int]:
-        """Places of the tokens whose V moves at a site."""
+        """Return the cells of the tokens with a V at ``site`` that changes with the marks of ``key``."""
         moved = self._moved(key, self.tokens.sites[site].v)
         return {p for p, m in zip(mosaic.v[site], moved, strict=True) if m and p >= 0}
 

@@ -1,8 +1,8 @@
-"""Where the pixels that a patch embedding sees come from in the image: padded, cropped, resized, mirrored or turned.
+"""Map the input pixels of a patch embedding to the image, which a model may pad, crop, resize, mirror or rotate.
 
-A model that changes its images calls its patch embedding with others than it was given. Changes in the middle of an
-image, and in all of it, show which of the pixels that arrive there depend on it. They are weaker towards the image's
-lower and right end, by unlike factors, and so show which axis of the image an axis is, and its direction.
+Changes in the middle of an image, and in the whole of it, show which input pixels of the embedding depend on it. The
+changes are weaker in the image's lower and right halves, by different factors, which shows transposed and mirrored
+axes.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.grid import GridGeometry
 
-_WEAKER = (0.75, 0.5)  # changes of the lower half, and of the right half
-_CHANGED = 0.25  # of the largest change: interpolation spreads little of it to pixels around
+_WEAKER = (0.75, 0.5)  # factors on changes in the lower half, and in the right half
+_CHANGED = 0.25  # share of the largest change; interpolation spreads less than this to pixels around
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """The first place along an axis that changes, the one behind the last, and how much weaker the second half does."""
+    """Hold the range of pixels, first to end - 1, that change along an axis, and how much weaker its second half is."""
 
     first: int
     end: int
-    weaker: float  # logarithm of the ratio
+    weaker: float  # log of the ratio of second to first half
 
 
 class _PixelObserver(AttentionObserver):
-    """Keeps which pixels differ between the first image and each of the others where convolutions see other pixels."""
+    """Record which input pixels of convolutions differ between the first image and each of the others."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
-        self.changed: dict[int, list[list[_Extent]]] = {}  # by convolution: of each image, by axis
+        self.changed: dict[int, list[list[_Extent]]] = {}  # by convolution, then image, then axis
 
     def _saw_other_pixels(self, x: Tensor) -> None:
         differences = (x[1:] - x[:1]).abs().float().amax(1)  # (B - 1, H, W)
@@ -47,10 +47,17 @@ class _PixelObserver(AttentionObserver):
 
 
 def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[PatchConv]) -> list[PatchConv]:
-    """The convolutions with their cells in the image's own pixels; those whose place in it is not found are left out.
+    """Convert the cells of the convolutions to the image's own pixels, in one forward on three images if needed.
 
-    Cells that see nothing of the image, only padding, are no part of a grid. Three images are asked about where a
-    convolution did not see the image as it is.
+    Cells that see only padding are removed from the grid.
+
+    Args:
+        silent_model: The model to run.
+        images: The user's images, (B, C, H, W).
+        convs: The convolutions, with ``seen`` set where the input is not the image itself.
+
+    Returns:
+        The convolutions, without those that could not be located in the image.
     """
     size = images.shape[-2], images.shape[-1]
     if not any(conv.disjoint and conv.seen is not None for conv in convs):
@@ -79,7 +86,7 @@ def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[Patc
 
 
 def _extent(change: Tensor) -> _Extent:
-    """Of the rows of (H, W) changes."""
+    """Measure which rows of (H, W) changes are large."""
     rows = change.amax(1)
     found = (rows > _CHANGED * rows.max()).nonzero()[:, 0]
     if not len(found):
@@ -93,8 +100,18 @@ def _extent(change: Tensor) -> _Extent:
 def _in_image_pixels(
     conv: PatchConv, size: tuple[int, int], middle: list[_Extent], whole: list[_Extent]
 ) -> PatchConv | None:
-    """A convolution with its cells in the image's pixels, from what changes when its middle does, and all of it."""
-    turned = abs(middle[0].weaker) > abs(middle[1].weaker)  # its rows are columns of the image
+    """Convert the cells of one convolution to the image's pixels.
+
+    Args:
+        conv: The convolution, with cells in pixels of its own input.
+        size: Height and width of the image.
+        middle: Per axis of the input, what changes with the middle of the image.
+        whole: Per axis of the input, what changes with the whole image.
+
+    Returns:
+        The convolution, None where no resize, crop or shift explains the changes.
+    """
+    turned = abs(middle[0].weaker) > abs(middle[1].weaker)  # input rows are image columns
     origins, cells, mirrored = [], [], []
     for axis, pixels in zip((1, 0) if turned else (0, 1), size, strict=True):
         backwards = middle[axis].weaker > 0
@@ -112,15 +129,15 @@ def _in_image_pixels(
 
 
 def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) -> tuple[float, float] | None:
-    """(scale, shift) of one axis: pixel x of the image comes to scale · x + shift. None where none explains it."""
+    """Return (scale, shift) of one axis, by which image pixel x goes to scale · x + shift; None if none fits."""
     first, last = pixels // 4, pixels - pixels // 4
     begin, end, left, right = middle.first, middle.end, whole.first, whole.end
     if end - begin == last - first:
         return (-1.0, float(begin + last)) if backwards else (1.0, float(begin - first))
-    resized = (right - left) / pixels, float(left)  # all of the image
+    resized = (right - left) / pixels, float(left)  # the whole image is seen
     scale = (end - begin) / (last - first)
     cropped = scale, (begin + end) / 2 - scale * pixels / 2
-    for times, shift in (resized, cropped):  # the middle is one, forwards and backwards
+    for times, shift in (resized, cropped):  # the middle maps to itself in both directions
         blur = 1 + times
         ends = max(left, shift), min(right, times * pixels + shift)
         expected = times * first + shift, times * last + shift, *ends
@@ -130,7 +147,7 @@ def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) ->
 
 
 def _without_padding(conv: PatchConv, size: tuple[int, int]) -> PatchConv:
-    """The same without the rows and columns of cells that see nothing of the image."""
+    """Remove the rows and columns of cells that see nothing of the image."""
     axes = [cells[cells >= 0] for cells in conv.placed_grid.cells_of_pixels(size)]
     if not all(len(cells) for cells in axes):
         return conv

@@ -1,4 +1,4 @@
-"""Checks that places hold: on the user's own images, for all of each patch, and for keys that are no patch."""
+"""Check assignments on the user's own images, for all parts of each patch, and for keys that are no patch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from attn_monitor.capture.token_places.synthetic_images import (
 from attn_monitor.capture.token_places.tokens import SiteTokens
 from attn_monitor.grid import Grid, GridGeometry
 
-_OWN_LINE = 0.15  # the least change with a patch's own third of the rows or columns, of that with any third
+_OWN_LINE = 0.15  # least change with a patch's own third of the rows or columns, relative to any third
 
 
 def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> None:
-    """The same places must hold on images of the user's, each in another call and another random state."""
+    """Refuse sites with tokens that do not change by the weights of their cells on the user's images.
+
+    Args:
+        search: The search; its sites on the grid of a mosaic are checked.
+        images: (C, H, W) images, each run in a call and random state of its own.
+        strength: Standard deviation of the noise, relative to that of the image.
+    """
     for mosaic in search.mosaics:
         keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
         for number, image in enumerate(images if keys else ()):
             waiting = [key for key in keys if search.sites[key].layout is not None]
-            for times in (1, 10):  # stronger for models that round their images
+            for times in (1, 10):  # models that round their images need more
                 weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
                 seen = search.silent_model(weighted, 2 + number).sites if waiting else {}
                 for key in waiting:
@@ -55,7 +61,7 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool
     compared = [(seen.v, mosaic.v[key])]
     if seen.q is not None and is_whole(mosaic.q.get(key), mosaic.cells):
         compared.append((seen.q, mosaic.q[key]))
-    slack = 0.25 if seen.dtype in (torch.float16, torch.bfloat16) else 0.1  # of weights from 0 to 1
+    slack = 0.25 if seen.dtype in (torch.float16, torch.bfloat16) else 0.1  # weights are from 0 to 1
     return any(
         share_of_wrong_weight(shares(sketches, seen.threshold / 4)[0], places, mosaic.cells, slack) > 0.02
         for sketches, places in compared
@@ -63,7 +69,7 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool
 
 
 def refuse_partial_views(search: PlaceSearch) -> None:
-    """Coarse tokens, and tokens whose fields overlap, must see all of their cell and all of the image's border."""
+    """Refuse sites with coarse or overlapping tokens that miss a part of their cell, or of the image's border."""
     finest, base = max(m.cells for m in search.mosaics), noise_images(search.images, 1, seed=4)[0]
     doubtful: dict[tuple[tuple[int, int], GridGeometry | None], list[tuple[SiteKey, TokenLayout]]] = {}
     for key, _, layout in search.placed():
@@ -96,10 +102,10 @@ def refuse_partial_views(search: PlaceSearch) -> None:
 
 
 def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
-    """Whether a patch hardly changes with its own third of the rows, or of the columns, as it does with another third.
+    """Check whether a patch hardly changes with its own third of the rows, or columns, but with another third.
 
-    Two tokens that were ranked in each other's place do so, where each holds one cell most of all. Fields of several
-    cells, as behind three convolutions, change with all thirds.
+    This finds two tokens that were ranked in each other's place, where each depends mostly on one cell. Fields of
+    several cells, as behind three convolutions, change with all thirds and pass.
     """
     change = relative_change(seen.v[-6:], seen.v[:1])[:, list(layout.patches)].cpu().unflatten(0, (2, 3))  # (2, 3, N)
     cells = torch.arange(len(layout.patches))
@@ -109,7 +115,7 @@ def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
 
 
 def refuse_overlaps(search: PlaceSearch) -> None:
-    """A key that is no patch and yet depends on the image holds all of it: else it is a patch of a finer grid."""
+    """Refuse sites with a key that is no patch and depends on a part of the image only, as finer patches do."""
     doubtful: dict[SiteKey, list[int]] = {}
     for key, _, layout in search.placed():
         mosaic = search.mosaic_of(layout)
@@ -126,5 +132,5 @@ def refuse_overlaps(search: PlaceSearch) -> None:
 
 
 def _moved(seen: SiteTokens) -> Tensor:
-    """Which tokens change between the first image and each of the others, however little: (B - 1, T)."""
+    """Return as (B - 1, T) which tokens change between the first image and each of the others, however little."""
     return relative_change(seen.v[1:], seen.v[:1]) > seen.threshold / 4

@@ -1,4 +1,4 @@
-"""Sketches of tokens, to be compared between images: a few random projections of the channels keep distances."""
+"""Sketch tokens by random projections of their channels, which keep distances, to compare them between images."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SIZE = 16  # numbers that stand for one token's channels
-_SAMPLE = 8192  # numbers that tell the precision of a tensor
+SIZE = 16  # numbers in the sketch of one token
+_SAMPLE = 8192  # numbers from which the precision of a tensor is estimated
 
 
 def sketch(x: Tensor) -> Tensor:
-    """(B, T, S) of (B, H, T, D)."""
+    """Sketch the tokens of (B, H, T, D), all heads together, as (B, T, S)."""
     return project(x.transpose(1, 2).flatten(2))
 
 
 def project(x: Tensor) -> Tensor:
-    """(..., D) to (..., S) float32, which keeps distances and proportions."""
+    """Project (..., D) to (..., S) float32, which nearly keeps distances and proportions."""
     return x.float() @ random_matrix(x.shape[-1], SIZE, x.float())
 
 
 def off_device(x: Tensor) -> Tensor:
-    """In the memory of the host, where what is kept of all images takes nothing away from the model."""
+    """Move a tensor to the host, as sketches of all images must not take device memory from the model."""
     return x.cpu()
 
 
 def random_matrix(rows: int, cols: int, like: Tensor) -> Tensor:
-    """The same (rows, cols) projection every time, in the type and on the device of a tensor."""
+    """Return a fixed random (rows, cols) projection, with the dtype and device of ``like``."""
     return noise_like((rows, cols), like) / math.sqrt(rows)
 
 
 def noise_like(shape: Sequence[int], like: Tensor) -> Tensor:
-    """The same standard normal noise every time, in the type and on the device of a tensor."""
+    """Return fixed standard normal noise, with the dtype and device of ``like``."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(7)).to(like)
 
 
 def relative_change(sketches: Tensor, reference: Tensor) -> Tensor:
-    """By how much tokens differ, relative to the larger of the two: (..., T) of (..., T, S)."""
+    """Return the (..., T) distances of (..., T, S) sketches, relative to the larger of the two norms."""
     difference = (sketches - reference).norm(dim=-1)
     size = torch.maximum(sketches.norm(dim=-1), reference.norm(dim=-1))
     return torch.where(difference > 0, difference / size.clamp_min(1e-30), 0).nan_to_num(math.inf, math.inf, math.inf)
 
 
 def change_threshold(dtype: torch.dtype, device: torch.device) -> float:
-    """The relative change above which a token counts as changed."""
+    """Return the relative change above which a token counts as changed."""
     rounding = 4e-3 if device.type == "cuda" and dtype == torch.float32 else 1e-3  # products may run in TF32
     return max(rounding, 8 * torch.finfo(dtype).eps)
 
 
 def precision_of(x: Tensor) -> torch.dtype:
-    """The precision that a tensor's numbers have: half where float32 ones were computed or rounded in it (bf16 RoPE).
+    """Estimate the precision of a tensor's numbers: half precision if float32 numbers were rounded to it (bf16 RoPE).
 
     Up to a common factor, such numbers share a few mantissas among many values.
     """
@@ -60,10 +60,10 @@ def precision_of(x: Tensor) -> torch.dtype:
     numbers = x.detach().flatten()
     sample = numbers[:: numbers.numel() // _SAMPLE | 1].abs()  # an odd step passes through all channels
     values, mantissas = (int(t.unique().numel()) for t in (sample, torch.frexp(sample).mantissa))
-    halves = ((torch.bfloat16, 128), (torch.float16, 1024))  # with that many mantissas each, and 0
+    halves = ((torch.bfloat16, 128), (torch.float16, 1024))  # each with its number of mantissas, without that of 0
     return next((half for half, most in halves if mantissas <= most + 1 and values >= 2 * mantissas), x.dtype)
 
 
 def coarsest(*precisions: torch.dtype) -> torch.dtype:
-    """That of the fewest digits."""
+    """Return the precision with the largest rounding error."""
     return max(precisions, key=lambda dtype: torch.finfo(dtype).eps)

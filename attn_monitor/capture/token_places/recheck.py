@@ -1,9 +1,9 @@
-"""Whether tokens still hold the parts of the image that they were found to hold: asked with a coded image or two.
+"""Check during training, with a few images, that the token-to-patch assignment still holds.
 
-Some parts of the user's image are exchanged for others. A token that was found to hold an exact place must not change
-where that place shows the same; where it changes all the same, it holds another one. That is the only evidence which
-counts: a token that does *not* change may belong to a model whose features have collapsed, which is no other order.
-Which parts are exchanged is drawn by lot for each check, so that two tokens that changed places are seen in 4 of 5.
+Some cells of the user's image are replaced by noise. A token that was assigned exactly to a cell must not change while
+that cell stays the same; if it does, the assignment is wrong. Only this counts as evidence: a token that does *not*
+change may belong to a model with collapsed features, which is no other order. The replaced cells are drawn at random
+for each check, so that one check finds two exchanged tokens with a probability of 4 in 5.
 """
 
 from __future__ import annotations
@@ -25,17 +25,26 @@ from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat, SiteTokens
 
-_PARTITIONS = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])  # of three images
+_PARTITIONS = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])  # three images by what they show
 _SAME = _PARTITIONS[:, :, None] == _PARTITIONS[:, None]  # (5, 3, 3): whether two images show the same
-_ROUNDS = 5  # of centres, as many as finding them takes at most
-_LEAST = 0.6  # correlation of the centres of tokens with their places
+_ROUNDS = 5  # images for the centres, as many as in `rank_centres`
+_LEAST = 0.6  # least correlation of the centres of tokens with their rows and columns
 
 
 def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Sequence[Site], number: int) -> bool:
-    """Whether nothing speaks against the places of any site, on one of the (B, C, H, W) images.
+    """Check that nothing contradicts the assignment of any site.
 
-    The ``number`` of the check chooses the image and what is exchanged in it. Three images are run for each grid of
-    exact places, and four where places are known by centres (more where these leave doubts).
+    Three images are run for each grid of exact assignments, and four for assignments by centres, up to five times.
+
+    Args:
+        model: The model to run.
+        images: The user's images, (B, C, H, W); each check uses one, or several for centres.
+        forward: Calls the model on images.
+        sites: The sites; only readable ones are checked.
+        number: Number of this check, from which the image and the random draws follow.
+
+    Returns:
+        False where a token changes that should not, or tokens do not follow the order of their patches.
     """
     readable = [site for site in sites if isinstance(site, ReadableSite)]
     formats = {site.key: SiteFormat(site.folding, site.convention) for site in readable}
@@ -55,22 +64,32 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
 
 
 def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tensor:
-    """(3, C, H, W): the (C, H, W) image and two more, in which each cell shows the same or others, as was ``drawn``."""
-    # One bright and one dark: an order that hangs on brightness is not the same in all.
+    """Replace cells of an image by noise.
+
+    Args:
+        image: (C, H, W).
+        conv: The grid of cells.
+        drawn: For each cell, the index of its partition of the three images.
+        seed: Seed of the noise.
+
+    Returns:
+        (3, C, H, W): the image and two versions of it; a cell is the same in those images that its partition groups.
+    """
+    # One bright and one dark: a token order that depends on brightness then differs.
     bright, dark = noise_images(image[None], 2, seed) + torch.tensor([0.5, -0.5]).to(image)[:, None, None, None]
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
-    shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels outside stay
+    shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels in no cell stay
     pictures = torch.stack([image, bright, dark])
     index = shown.movedim(-1, 0)[:, None].expand(-1, len(image), -1, -1)  # (3, C, H, W)
     return pictures[None].expand(3, -1, -1, -1, -1).gather(1, index[:, None])[:, 0]
 
 
 def _unmoved(seen: SiteTokens, site: ReadableSite, drawn: Tensor) -> bool:
-    """Whether no token of V, q and k changes between images that show the same in its place."""
+    """Check that no token of V, q or k changes between images that agree in its cell."""
     held = {} if site.places.held is None else site.places.held.places
     for name, places in held.items():
         sketches: Tensor | None = getattr(seen, name)
-        if sketches is None:  # not seen to be a product of queries and keys this time
+        if sketches is None:  # scores were no product of queries and keys this time
             continue
         if sketches.shape[1] != len(places):
             return False
@@ -83,16 +102,16 @@ def _unmoved(seen: SiteTokens, site: ReadableSite, drawn: Tensor) -> bool:
 
 
 def _same(places: Places, drawn: Tensor) -> Tensor:
-    """(3, 3, T): between which images a token must not change."""
+    """Return as (3, 3, T) between which images a token must not change."""
     places_ = torch.tensor(places)
     same = _SAME[drawn[places_.clamp_min(0)]].movedim(0, -1)
     return (same | (places_ == STATIC)) & (places_ != SEVERAL)
 
 
 def _centres_hold(silent_model: SilentModel, images: Tensor, sites: Sequence[ReadableSite], number: int) -> bool:
-    """Whether the centres of tokens rise with the rows and columns of their places.
+    """Check that the centres of tokens rise with the rows and columns of their cells.
 
-    One noise shows centres roughly, so the mean of several counts where the first leaves doubts.
+    One noise image shows centres roughly, so the mean over several decides where the first leaves doubts.
     """
     found: dict[SiteKey, list[Tensor]] = {}
     for seed in range(100 + _ROUNDS * number, 100 + _ROUNDS * (number + 1)):
@@ -110,7 +129,7 @@ def _centres_hold(silent_model: SilentModel, images: Tensor, sites: Sequence[Rea
 
 
 def _rise(share: Tensor, grid: tuple[int, int]) -> bool:
-    """Whether (2, N) centres of tokens in row-major order are correlated with their rows and columns."""
+    """Check that the (2, N) centres of tokens in row-major order are correlated with their rows and columns."""
     cells = torch.arange(share.shape[1], device=share.device)
     for axis, place in zip(share, (cells // grid[1], cells % grid[1]), strict=True):
         known = axis.isfinite()

@@ -1,4 +1,4 @@
-"""Run a model with silenced attention on made-up images, a batch at a time."""
+"""Run a model with ablated attention on synthetic images, a batch at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from attn_monitor.capture.token_places.tokens import Call, SiteFormat, Tokens, c
 
 
 class SilentModel:
-    """A model with silenced attention: called on images, it gives the tokens of each depth.
+    """Wrap a model so that a call on images returns sketches of the tokens at every depth, with attention ablated.
 
-    ``formats`` are those of the sites whose tokens are read; ``paths`` those of modules whose inputs and outputs are.
-    ``batch_size`` images run at once, on the ``device``; the others wait wherever they are.
+    Args:
+        model: The model to run.
+        forward: Calls the model on images.
+        formats: Layout of the tensors at each site to read.
+        paths: Modules to read the inputs and outputs of.
+        device: The device of the model, to which each batch is moved.
+        batch_size: How many images run at once.
     """
 
     def __init__(
@@ -49,9 +54,15 @@ class SilentModel:
         by_head: int = 0,
         exchanged: Mapping[Call, Tensor] | None = None,
     ) -> Tokens:
-        """The tokens of (B, C, H, W) images; each batch runs in the random state of ``seed``.
+        """Run the model on images and return the tokens.
 
-        ``marks``, ``nudged``, ``by_head`` and ``exchanged`` as in `SilentObserver`, of all the images.
+        Args:
+            images: (B, C, H, W), on any device.
+            seed: Seed of the global random state before each batch, which is restored afterwards.
+            marks: As in `SilentObserver`, for all B images.
+            nudged: As in `SilentObserver`.
+            by_head: As in `SilentObserver`.
+            exchanged: As in `SilentObserver`, for all B images.
         """
         while True:
             parts = []
@@ -61,7 +72,7 @@ class SilentModel:
                 others = {call: tokens[batch] for call, tokens in (exchanged or {}).items()}
                 parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head, others))
                 wrong = [site for site in self.formats.values() if site.decide()]
-                if wrong:  # what was taken to be their queries is none: once more without
+                if wrong:  # repeat without what was wrongly taken for queries
                     break
             else:
                 return concatenate(parts)
@@ -94,7 +105,7 @@ class SilentModel:
 
 
 def _seed_everything(seed: int, device: torch.device) -> None:
-    """Another random state, which the isolation around every forward undoes."""
+    """Seed all random generators; the isolation around every forward restores their state."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -1,7 +1,7 @@
-"""A forward pass in which attention mixes no tokens, so that each token can be read at every depth.
+"""Ablate attention in a forward, so that it mixes no tokens and each token can be read at every depth.
 
-Every attention product returns its own query (or nothing, or marks) in place of what attention would have given: then a
-token holds the same part of the image in the last layer as in the first, unless the model itself moves it.
+Every attention product returns its own query (or zeros, or marks) instead of its result. Then a token depends on the
+same part of the image in the last layer as in the first, unless the model itself moves it.
 """
 
 from __future__ import annotations
@@ -41,35 +41,50 @@ from attn_monitor.capture.unknown_operations import call_by
 
 @dataclass(eq=False)
 class _Factors:
-    """Two operands of a product that scores may be made of, and its (..., Q, K) result: ``count`` numbers."""
+    """Hold the operands of a product that may become scores, and samples of its (..., Q, K) result.
+
+    Attributes:
+        q: The left operand, (..., Q, D).
+        k: The right operand, transposed to (..., K, D).
+        count: Number of elements of the result.
+        shape: (Q, K).
+        samples: Some rows of the result and, where Q = K, of its transpose.
+        used: Whether an attention used it; then it is dropped at the next product, to free memory.
+    """
 
     q: Tensor
     k: Tensor
     count: int
-    shape: torch.Size  # (Q, K)
-    samples: list[Tensor]  # some rows of the result, and of its transpose
-    used: bool = False  # in an attention, after which they are kept for no longer than until the next product
+    shape: torch.Size
+    samples: list[Tensor]
+    used: bool = False
 
     def may_become(self, weights: Tensor) -> bool:
-        """Whether the result has the shape of these, perhaps with heads among the queries or without some columns."""
+        """Check that the result fits the shape of ``weights``, up to heads among its queries or missing columns."""
         (queries, keys), rows = self.shape, weights.numel() // weights.shape[-1]
         same_rows = self.count == rows * keys and queries % weights.shape[-2] == 0
         return same_rows and weights.shape[-1] >= keys
 
     def laid_out(self, scores: Tensor) -> list[Tensor]:
-        """The scores as the result is laid out, (L, Q, K): their first and their last columns, where there are more."""
+        """Reshape scores to (L, Q, K) like the result; with more columns, return their first K and their last K."""
         (queries, keys), more = self.shape, scores.shape[-1] > self.shape[1]
         ends = [scores[..., :keys], scores[..., -keys:]] if more else [scores]
         return [end.reshape(-1, queries, keys) for end in ends]
 
 
 class SilentObserver(AttentionObserver):
-    """Silences attention and keeps sketches of the tokens at the sites whose ``formats`` are given.
+    """Ablate attention and keep sketches of the tokens.
 
-    ``marks`` (B, Q) bool for a site: then results are nothing but strong noise at the marked queries. ``nudged`` are
-    parameters that the model sees changed; ``uses`` notes how it uses them. Of sites with less than ``by_head`` keys, V
-    of each head is kept too. ``exchanged`` (B, T) bool for a call: then the tokens that it gets are noise, the same for
-    every image but for those that are exchanged.
+    Args:
+        images: (B, C, H, W), the input of the forward.
+        formats: Layout of the tokens at each site to read.
+        marks: For each site (B, Q) bool: results are strong noise at the marked queries and zero elsewhere. Without
+            marks (None), results are the queries.
+        nudged: Parameters to which the model's operations see noise added.
+        uses: Records how the model uses its small parameters.
+        by_head: Sites with fewer keys than this have V of each head kept too.
+        exchanged: For each call (B, T) bool: the call receives noise as its tokens, the same in every image except at
+            the exchanged tokens.
     """
 
     def __init__(
@@ -87,18 +102,18 @@ class SilentObserver(AttentionObserver):
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.exchanged = exchanged or {}
         self.tokens = Tokens()
-        self._factors: list[_Factors] = []  # of the last few products that are no attention
-        self._operands: list[Memory] = []  # of these
+        self._factors: list[_Factors] = []  # the last few products that are no attention
+        self._operands: list[Memory] = []  # their operands
         self._made_of: dict[Weights, tuple[list[Tensor], _Factors | None]] = {}  # some rows of the scores; q and k
-        self._spent: list[tuple[Memory, SiteKey]] = []  # weights that have met a V: another product may use them
-        self._cut: list[tuple[Memory, SiteKey]] = []  # those of which keys or heads were left out
+        self._spent: list[tuple[Memory, SiteKey]] = []  # used weights, which another product may use
+        self._cut: list[tuple[Memory, SiteKey]] = []  # weights used without some of their keys or heads
         self._values: list[tuple[Memory, SiteKey]] = []  # the last few V
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
         self._precision = torch.float64
 
     def watch_calls(self, stack: ExitStack, modules: Mapping[str, nn.Module], paths: set[str]) -> None:
-        """Also read the tokens with which the modules at these paths are called, and what they return."""
+        """Hook the modules at these paths until ``stack`` closes, to read the tokens that they receive and return."""
         for path in paths:
             if isinstance(modules[path], torch.jit.ScriptModule):
                 continue
@@ -119,7 +134,7 @@ class SilentObserver(AttentionObserver):
         return hook
 
     def _noise(self, x: Any, exchanged: Tensor) -> Any:
-        """Noise in place of what could be tokens of this number."""
+        """Return noise if the argument could be T tokens, with ``exchanged`` (B, T) bool, else the argument itself."""
         if not self._could_be_tokens(x):
             return x
         batch_first = x.shape[0] == self.batch
@@ -138,13 +153,13 @@ class SilentObserver(AttentionObserver):
         return hook
 
     def _sketches(self, values: Any) -> Iterator[Tensor]:
-        """Of what could be tokens among a module's arguments or results."""
+        """Sketch what could be tokens among a module's arguments or results, as (B, T, S)."""
         for x in _tensors(values):
             if self._could_be_tokens(x):
                 yield off_device(sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None]))
 
     def _could_be_tokens(self, x: Any) -> bool:
-        if not isinstance(x, Tensor) or is_functorch_wrapped_tensor(x):  # one image's of a vmap takes no projection
+        if not isinstance(x, Tensor) or is_functorch_wrapped_tensor(x):  # a tensor inside vmap cannot be projected
             return False
         return not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]
 
@@ -163,7 +178,7 @@ class SilentObserver(AttentionObserver):
             for parameter in self.nudged:
                 now = parameter.tensor
                 if now is not None and ops.is_same(argument, now):
-                    with torch.inference_mode(False):  # a model in inference mode takes views of it, as of a parameter
+                    with torch.inference_mode(False):  # the model may take views of it, as of a parameter
                         return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument
 
@@ -182,7 +197,7 @@ class SilentObserver(AttentionObserver):
     def _weights(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         super()._weights(func, args, out)
         possible = [f for f in reversed(self._factors) if f.may_become(out)]
-        queries, keys = out.shape[-2:]  # the latest that lacks no column, and has no heads among its queries, if any
+        queries, keys = out.shape[-2:]  # prefer complete columns, no heads among the queries, then the latest
         factors = min(possible, key=lambda f: (keys - f.shape[1], f.shape[0] != queries), default=None)
         known = factors is not None and self._undecided()
         made_of = [some_queries(part) for part in factors.laid_out(args[0])] if factors and known else [], factors
@@ -205,11 +220,11 @@ class SilentObserver(AttentionObserver):
         return any(site.scores_are_products is None for site in self.formats.values())
 
     def _used_again(self, args: tuple[Any, ...], out: Tensor) -> None:
-        """Silence also a further product of weights that have met their V, or of a V that weights have met."""
+        """Ablate a further product of weights already multiplied with V, or of a V already multiplied with weights."""
         for left, right in (args, (args[1].mT, args[0].mT)):
             for weights, key in self._spent:
                 if weights.holds(left) and key in self.formats:
-                    if torch.equal(right, right[..., :1, :].expand_as(right)):  # a product of nothing but sums of rows
+                    if torch.equal(right, right[..., :1, :].expand_as(right)):  # it only sums the weights
                         self.tokens.sums.add(key)
                     grouped = by_image_and_head(right, self.batch, self.formats[key].folding)
                     if grouped is not None:
@@ -257,9 +272,9 @@ class SilentObserver(AttentionObserver):
         self._silence(key, AttentionProduct(result, result.shape[:-1], q, k, call.values))
 
     def _are_products(self, key: SiteKey, scores: list[Tensor], factors: _Factors) -> bool:
-        """Whether scores are the products, up to a mix of heads and what is the same for all images.
+        """Check that scores are the products, up to a mix of heads and a part that is the same for all images.
 
-        They are taken to be, until `SiteFormat.decide` has seen two images.
+        This is assumed until `SiteFormat.decide` has seen two images.
         """
         site = self.formats.get(key)
         if site is None:
@@ -274,7 +289,7 @@ class SilentObserver(AttentionObserver):
         return site.scores_are_products is not False
 
     def _silence(self, key: SiteKey, product: AttentionProduct) -> None:
-        """Replace the result, and keep sketches of what came in."""
+        """Overwrite the result, and keep sketches of the operands."""
         site = self.formats.get(key)
         self._count[key[0]] = key[1] + 1
         if any(operand.holds(product.v) for operand in self._operands):
@@ -286,7 +301,7 @@ class SilentObserver(AttentionObserver):
         if self.marks is None:
             content = product.query_as_result()
         elif key in self.marks and site is not None and key in self.tokens.sites:
-            site.mark_strength = site.mark_strength or product.strong()  # the same for all images, in whatever batch
+            site.mark_strength = site.mark_strength or product.strong()  # one strength for all batches
             content = product.marked_result(self.marks[key], site.folding, site.mark_strength)
         product.overwrite(content)
 
@@ -296,7 +311,7 @@ class SilentObserver(AttentionObserver):
             for t in (product.v, product.q, product.k)
         )
         if v is not None:
-            # What the queries are made of goes on to the later sites, as queries stand in place of results.
+            # Queries replace results, so a rounding in them reaches all later sites.
             self._precision = coarsest(*(precision_of(t) for t in (v, q, k) if t is not None), self._precision)
             self.tokens.sites[key] = SiteTokens(
                 v=off_device(sketch(v)),

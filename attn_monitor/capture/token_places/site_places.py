@@ -1,4 +1,4 @@
-"""What is known of the places of tokens, while it is being found out: at each site, and in each grid's mosaics."""
+"""Hold the state of the search for the token-to-patch assignment, for each site and each grid of mosaics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attn_monitor.grid import GridGeometry
 
 @dataclass(frozen=True)
 class Held:
-    """What each token of V, q and k ("v", "q", "k") held in the mosaics of a grid, to be asked about again."""
+    """Hold the cells of V, q and k (keys "v", "q", "k") in the mosaics of a grid, to be checked again in training."""
 
     conv: PatchConv
     places: Mapping[str, Places]
@@ -26,16 +26,21 @@ class Held:
 
 @dataclass
 class SitePlaces:
-    """What is known of one attention operation's keys and queries.
+    """Hold what is known of one attention operation's keys and queries.
 
-    ``layout`` is that of the keys, None with the ``reason``. ``cls`` is the query index of the CLS token, None with the
-    ``no_cls_reason``; ``patch_queries`` maps a cell to the query that holds it; ``counted`` are the queries that were
-    found to be patches or tokens of the model's own, which a mean is over, in ascending order; ``prefix_names`` are the
-    keys that were found to be "CLS" or a "register". ``partial_queries`` says that its
-    queries are not just the tokens (some of them, or more), so that a mean over them is none over the tokens.
-    ``entries`` are the layouts of the tokens that enter the modules around, by path. ``held`` is None where places are
-    known by centres. ``together`` are the other parts of a layer that several operations make up, such as heads in a
-    loop, and which is counted by its first one.
+    Attributes:
+        layout: Layout of the keys, None where there is none, for the ``reason``.
+        reason: Why the keys have no layout, "" where they have one.
+        cls: Query index of the CLS token, None where there is none, for the ``no_cls_reason``.
+        no_cls_reason: Why no query is the CLS token, "" also where every query is a patch.
+        patch_queries: The query of each cell.
+        counted: Queries that are patches or the model's own tokens, in ascending order; a mean is over these.
+        prefix_names: Names of keys in the prefix, "CLS" or "register".
+        partial_queries: Whether the queries are not exactly the tokens, so that their mean is no mean over the tokens.
+        entries: Layouts of the tokens that enter the modules around, by path.
+        held: The exact assignment to check again, None where the layout is by centres.
+        together: The other operations of a layer that consists of several, such as heads in a loop; the layer is
+            counted by its first operation.
     """
 
     layout: TokenLayout | None = None
@@ -51,45 +56,64 @@ class SitePlaces:
     together: tuple[SiteKey, ...] = ()
 
     def refuse(self, reason: str) -> None:
-        """There is no layout of its keys after all."""
+        """Drop the layout of the keys, for this reason."""
         self.layout, self.reason = None, reason
 
 
 @dataclass
 class Mosaic:
-    """What the mosaics of one grid show: places of V, q and k at sites, and of tokens where modules begin and end."""
+    """Hold the assignments that the mosaics of one grid show.
+
+    Attributes:
+        conv: The grid, with its cells in the image.
+        geometry: Where the cells lie in the image, None where they tile it.
+        codes: For each cell, the picture that it shows in each of the M images.
+        v: Cells of the values at each site.
+        q: Cells of the queries at each site.
+        k: Cells of the keys at each site.
+        entries: Cells of the tokens that enter each call of a module.
+        exits: Cells of the tokens in each tensor that a call returns.
+        changes: (M, M, T) relative changes of V between the images, at sites where V is not exact.
+        dilated: Sites with heads that hold different cells.
+    """
 
     conv: PatchConv
-    geometry: GridGeometry | None  # of its grid, None where that tiles the image
-    codes: Sequence[tuple[int, ...]]  # for each cell, which of the pictures it shows in each image
+    geometry: GridGeometry | None
+    codes: Sequence[tuple[int, ...]]
     v: dict[SiteKey, Places] = field(default_factory=dict)
     q: dict[SiteKey, Places] = field(default_factory=dict)
     k: dict[SiteKey, Places] = field(default_factory=dict)
     entries: dict[Call, Places] = field(default_factory=dict)
-    exits: dict[Call, tuple[Places, ...]] = field(default_factory=dict)  # of each tensor that a call returns
-    changes: dict[SiteKey, Tensor] = field(default_factory=dict)  # (M, M, T) between images, where V is not exact
-    dilated: set[SiteKey] = field(default_factory=set)  # sites whose heads hold different cells of this grid
+    exits: dict[Call, tuple[Places, ...]] = field(default_factory=dict)
+    changes: dict[SiteKey, Tensor] = field(default_factory=dict)
+    dilated: set[SiteKey] = field(default_factory=set)
 
     def held(self, key: SiteKey) -> Held:
-        """What the tokens of a site hold."""
+        """Return the cells that the tokens of a site hold."""
         places = {"v": self.v, "q": self.q, "k": self.k}
         return Held(self.conv, {name: of_sites[key] for name, of_sites in places.items() if key in of_sites})
 
     @property
     def cells(self) -> int:
-        """How many cells the grid has."""
+        """Return the number of cells of the grid."""
         return math.prod(self.conv.grid)
 
 
 @dataclass
 class PlaceSearch:
-    """A search for the places of all sites of a model on images of one size.
+    """Hold the state of a search over all sites of a model, on images of one size.
 
-    ``reference`` are the tokens in the first mosaic's images.
+    Attributes:
+        silent_model: The model with ablated attention.
+        images: The user's images, (B, C, H, W).
+        convs: Convolutions that could be the patch embedding.
+        sites: The sites, with what is known of each.
+        mosaics: The grids that were tried.
+        reference: The tokens in the images of the first mosaic.
     """
 
     silent_model: SilentModel
-    images: Tensor  # the user's, (B, C, H, W)
+    images: Tensor
     convs: Sequence[PatchConv]
     sites: dict[SiteKey, SitePlaces]
     mosaics: list[Mosaic] = field(default_factory=list)
@@ -97,17 +121,17 @@ class PlaceSearch:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Return height and width of the images in pixels."""
         return self.images.shape[-2], self.images.shape[-1]
 
     def placed(self) -> Iterator[tuple[SiteKey, SitePlaces, TokenLayout]]:
-        """The sites whose keys have a layout so far."""
+        """Iterate over the sites with a layout so far."""
         for key, site in self.sites.items():
             if site.layout is not None:
                 yield key, site, site.layout
 
     def mosaic_of(self, layout: TokenLayout | None) -> Mosaic | None:
-        """The mosaic of a layout's grid, if there was one."""
+        """Return the mosaic of a layout's grid, None where there is none."""
         if layout is None:
             return None
         grid = layout.grid, layout.geometry

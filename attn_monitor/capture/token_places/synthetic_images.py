@@ -1,11 +1,12 @@
-"""Images made up to tell which token holds which part of them.
+"""Make images that show which token depends on which part of them; `decoding` evaluates the tokens.
 
-*Mosaics*: each cell of a grid shows one of k pictures in each of M images, so that the images which agree in a cell
-form a partition of the M images into exactly k classes, another one for every cell. A token that depends on one cell
-alone is equal in just those images, and so spells out its cell; a token that depends on two cells is equal in fewer,
-and no two such partitions agree with a third of k classes. *Ramps*: a small change of the whole image is scaled by the
-column, or the row; how much of a token's change is left tells the centre of what it holds, also where receptive fields
-overlap. `decoding` reads the answers.
+*Mosaics*: each cell of a grid shows one of k pictures in each of M images, so that the images that agree in a cell
+form a partition of the M images into exactly k classes, a different one for every cell. A token that depends on one
+cell alone is equal in exactly those images, which identifies the cell. A token that depends on two cells is equal in
+fewer images, and its partition has more than k classes.
+
+*Ramps*: a small change of the whole image is scaled by the column, or the row. How much of a token's change remains
+gives the centre of what it depends on, also where receptive fields overlap.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from attn_monitor.capture.patch_grids import PatchConv
 
 
 def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
-    """``count`` noise images of the same size, type and device, drawn without touching global random state."""
+    """Return (count, C, H, W) noise like ``images``, without touching the global random state."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((count, *images.shape[1:]), generator=generator)
     return noise.to(device=images.device, dtype=images.dtype)
@@ -29,9 +30,9 @@ def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def partition_codes(cells: int) -> tuple[tuple[int, ...], ...]:
-    """For each cell, which of k pictures it shows in each of M images; M is the smallest that tells all cells apart.
+    """Return for each cell the picture, 0 to k - 1, that it shows in each of M images, with the smallest possible M.
 
-    Every code uses all k pictures: a partition into k classes is never finer than another one.
+    Every code uses all k pictures, as a partition into k classes is never finer than another one.
     """
     images = 2
     while (best := max((_stirling(images, k), k) for k in range(2, images + 1)))[0] < cells:
@@ -43,14 +44,14 @@ def partition_codes(cells: int) -> tuple[tuple[int, ...], ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _stirling(n: int, k: int) -> int:
-    """How many partitions of n things into k classes there are."""
+    """Count the partitions of n elements into k classes."""
     if k in (1, n):
         return 1
     return 0 if k > n else k * _stirling(n - 1, k) + _stirling(n - 1, k - 1)
 
 
 def _partitions(n: int, k: int) -> Iterator[tuple[int, ...]]:
-    """Partitions of n things into k classes, classes numbered in the order in which they appear."""
+    """Iterate over the partitions of n elements into k classes, numbered in the order in which they appear."""
 
     def extend(head: tuple[int, ...], used: int) -> Iterator[tuple[int, ...]]:
         left = n - len(head)
@@ -66,19 +67,19 @@ def _partitions(n: int, k: int) -> Iterator[tuple[int, ...]]:
 
 
 def mosaic_codes(conv: PatchConv, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-    """`partition_codes` of the cells of a grid, and of the pixels that no cell sees behind them, where there are some.
+    """Return the `partition_codes` of the cells of a grid, then one for the pixels outside all cells, if any.
 
-    These have a code of their own, so that a token which sees them is not taken for one that sees its cell alone.
+    These pixels have their own code, so that a token that sees them is not taken for one that sees its cell alone.
     """
     return partition_codes(math.prod(conv.grid) + conv.has_remainder(size))
 
 
 def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
-    """Noise images (M, C, H, W) in which each cell of the grid shows the pictures of its `mosaic_codes`."""
+    """Return (M, C, H, W) noise images in which each cell of the grid shows the pictures of its `mosaic_codes`."""
     size = images.shape[-2], images.shape[-1]
     codes = mosaic_codes(conv, size)
     pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
-    # The first is bright and the others dark: an order that hangs on brightness is not the same in all images.
+    # The first is bright and the others dark: a token order that depends on brightness then differs between images.
     pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])]).to(pictures)[:, None, None, None]
     table = torch.tensor(codes, device=images.device)
     shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, H, W); -1 is the last code
@@ -87,21 +88,29 @@ def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
 
 
 def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
-    """(4, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by the row; by the column."""
+    """Add scaled noise to a (C, H, W) image.
+
+    Returns:
+        (4, C, H, W): the image; with noise; with that noise scaled from 0 to 1 by the row; by the column.
+    """
     height, width = image.shape[-2:]
     rows, cols = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     return _scaled_noise(image, [torch.ones(1, 1), rows[:, None], cols[None]], strength, seed)
 
 
 def cell_weighted_noise(image: Tensor, conv: PatchConv, strength: float, seed: int = 5) -> Tensor:
-    """(3, C, H, W): the (C, H, W) image; with a little noise; with that noise scaled by a weight for each cell."""
+    """Add noise with a weight for each cell to a (C, H, W) image.
+
+    Returns:
+        (3, C, H, W): the image; with noise; with that noise scaled by the `cell_weights`.
+    """
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
     weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
     return _scaled_noise(image, [torch.ones(1, 1), weights], strength, seed)
 
 
 def cell_weights(cells: int) -> Tensor:
-    """A number from 0 to 1 for each cell, in no order."""
+    """Return a fixed random number from 0 to 1 for each cell."""
     return torch.rand(cells, generator=torch.Generator().manual_seed(11))
 
 
@@ -111,12 +120,12 @@ def _scaled_noise(image: Tensor, scales: Sequence[Tensor], strength: float, seed
 
 
 def small_strength(dtype: torch.dtype) -> float:
-    """How strong noise is to be for a model of this precision to change in proportion to it, and to change at all."""
+    """Return a strength of noise to which a model of this precision responds, and nearly linearly."""
     return max(0.02, 25 * torch.finfo(dtype).eps)
 
 
 def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
-    """The quarter, 0…3, of what the image has of its cell that each pixel is in, (H, W); -1 outside of cells."""
+    """Return (H, W): the quarter, 0 to 3, of the visible part of its cell that each pixel is in; -1 outside cells."""
     halves = []
     for middles, cells in zip(conv.placed_grid.centres(size), conv.placed_grid.cells_of_pixels(size), strict=True):
         halves.append(torch.arange(len(cells)) + 0.5 > torch.tensor(middles)[cells])
@@ -125,13 +134,13 @@ def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
 
 
 def quarters_changed(image: Tensor, quarters: Tensor, seed: int = 6) -> Tensor:
-    """(4, C, H, W): the (C, H, W) image with other noise in one of the `quarters_of_cells`."""
+    """Return (4, C, H, W): the (C, H, W) image with other noise in one of the `quarters_of_cells` each."""
     other, quarters = noise_images(image[None], 1, seed)[0], quarters.to(image.device)
     return torch.stack([torch.where(quarters == q, other, image) for q in range(4)])
 
 
 def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
-    """(2, C, H, W): the (C, H, W) image with other noise in its first corner, and in the opposite one."""
+    """Return (2, C, H, W): the (C, H, W) image with other noise in its first corner, and in the opposite one."""
     height, width = (n // 4 for n in image.shape[-2:])
     other = noise_images(image[None], 1, seed)[0]
     first, last = image.clone(), image.clone()
@@ -141,7 +150,7 @@ def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
 
 
 def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """The (C, H, W) image with other noise in the middles of every second cell, as on a chessboard."""
+    """Return the (C, H, W) image with other noise in the middles of every second cell, as on a chessboard."""
     size = (image.shape[-2], image.shape[-1])
     cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
     middle = []
@@ -153,7 +162,7 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
 
 
 def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """(6, C, H, W): the (C, H, W) image with other noise in every third row of cells, from 0, 1, 2 on; and columns."""
+    """Return (6, C, H, W): the image with other noise in every third row of cells from 0, 1, 2 on, then in columns."""
     size, other = (image.shape[-2], image.shape[-1]), noise_images(image[None], 1, seed)[0]
     rows, cols = (torch.from_numpy(c).to(image.device) for c in conv.placed_grid.cells_of_pixels(size))
     lines = (rows[:, None].expand(size), cols[None].expand(size))
@@ -161,7 +170,7 @@ def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
 
 
 def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """The (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
+    """Return the (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
     edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()
     other = noise_images(image[None], 1, seed)[0]
     seen = [torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.placed_grid.cells_of_pixels(image.shape[-2:])]

@@ -1,7 +1,7 @@
-"""Parameters and buffers that could be tokens of their own (CLS, registers, a probe), by how a forward uses them.
+"""Find parameters and buffers that could be tokens (CLS, registers, a probe), by how a forward uses them.
 
-Whether one is a token is asked by changing it, a forward each. What scales, shifts or projects the image's tokens need
-not be asked: a token's parameter is repeated, put beside others, looked up or projected itself.
+Each candidate costs one forward in which it is changed. Parameters that scale, shift or project the image's tokens are
+no candidates: that of a token is expanded, concatenated, looked up or projected itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from attn_monitor.capture.isolation import may_be_sharded
 _LARGEST, _MOST = 65536, 8
 _BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")
 _LOOKUP = ("embedding", "index.Tensor", "index_select")
-_WITH_WEIGHTS = {"mm": 0, "bmm": 0, "convolution": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # where the data stands
+_WITH_WEIGHTS = {"mm": 0, "bmm": 0, "convolution": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # index of the data
 _CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
 
 
 class TokenParameter(NamedTuple):
-    """A parameter or buffer by its owner, its name there, and its path in the model."""
+    """Identify a parameter or buffer by its module, its name there, and its path in the model."""
 
     module: nn.Module
     name: str
@@ -30,27 +30,27 @@ class TokenParameter(NamedTuple):
 
     @property
     def tensor(self) -> Tensor | None:
-        """What it is now; under FSDP another tensor than before the forward."""
+        """Return the current tensor; under FSDP it is another one than before the forward."""
         found = getattr(self.module, self.name, None)
         return found if isinstance(found, Tensor) else None
 
     @property
     def is_class(self) -> bool:
-        """By its name, which counts only between several that were found to be tokens."""
+        """Check the name for a class token; names decide only between parameters that behave as tokens."""
         return _CLASS_NAME.search(self.path) is not None and not self.is_register
 
     @property
     def is_register(self) -> bool:
-        """Likewise."""
+        """Check the name for a register."""
         return _REGISTER_NAME.search(self.path) is not None
 
 
 class ParameterUses:
-    """Collects from the operations of a forward how small parameters are used."""
+    """Collect how the operations of a forward on ``batch`` images use small parameters."""
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.batch = batch
-        self._sharded = may_be_sharded()  # also by a unit around the model
+        self._sharded = may_be_sharded()  # an FSDP unit around the model counts too
         self._small = list(_small(model, self._sharded))
         self._at: dict[int, TokenParameter] = {}
         self._used: dict[str, TokenParameter] = {}
@@ -59,12 +59,12 @@ class ParameterUses:
 
     @property
     def tokens(self) -> list[TokenParameter]:
-        """Those that may be tokens, class tokens by name first, as a few of them only are asked about."""
+        """Return the parameters that may be tokens, at most ``_MOST``, class tokens by name first, then registers."""
         found = [p for path, p in self._used.items() if path not in self._excluded]
         return sorted(found, key=lambda p: (not p.is_class, not p.is_register))[:_MOST]
 
     def note(self, func: Any, args: Sequence[Any]) -> None:
-        """Take one operation into account."""
+        """Record how one operation uses small parameters."""
         operands = [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(x, Tensor)]
         for operand in operands:
             if operand.numel() > _LARGEST:
@@ -84,7 +84,7 @@ class ParameterUses:
     def _find(self, operand: Tensor) -> TokenParameter | None:
         pointer = _pointer(operand)
         if pointer not in self._at and (self._sharded or isinstance(operand, nn.Parameter)):
-            self._locate()  # FSDP has gathered it since
+            self._locate()  # FSDP may have gathered it since
         found = None if pointer is None else self._at.get(pointer)
         now = None if found is None else found.tensor
         return found if now is not None and now.numel() == operand.numel() else None
@@ -94,16 +94,16 @@ class ParameterUses:
         data = 0 if data is None and "norm" in name else data
         if data is not None:
             return args[data] is operand
-        if name.startswith(_LOOKUP):  # of a table, a few rows are no token of the model's own
+        if name.startswith(_LOOKUP):  # a few rows of a larger table are no token
             rows, asked = len(operand), next((x for x in operands if not x.is_floating_point()), None)
             return asked is not None and asked.numel() in (rows, rows * self.batch)
         if name.startswith(_BESIDE):
-            return operand.ndim > 1 or not name.startswith("cat")  # biases of q, k and v are put one behind the other
+            return operand.ndim > 1 or not name.startswith("cat")  # biases of q, k and v are concatenated too
         return all(other.numel() <= operand.numel() for other in operands)
 
 
 def _small(model: nn.Module, sharded: bool) -> Iterator[TokenParameter]:
-    """Under FSDP1 a parameter has any size before the forward, 0 too, and is looked at when it is used."""
+    """Iterate over small tensors; under FSDP over all, as sizes before the forward, even 0, are not the final ones."""
     for path, module in model.named_modules():
         for found in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for name, tensor in found:
@@ -116,5 +116,5 @@ def _small(model: nn.Module, sharded: bool) -> Iterator[TokenParameter]:
 def _pointer(x: Tensor) -> int | None:
     try:
         return x.data_ptr() or None
-    except RuntimeError:  # a subclass without storage of its own
+    except RuntimeError:  # a subclass without storage
         return None

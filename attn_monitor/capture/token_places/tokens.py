@@ -1,4 +1,4 @@
-"""What is read in silent forwards: sketches of the tokens at attention operations, and where modules begin and end."""
+"""Hold sketches of the tokens from ablated forwards: at attention operations, and where modules begin and end."""
 
 from __future__ import annotations
 
@@ -16,26 +16,33 @@ from attn_monitor.capture.token_places.attention_product import explains_scores
 from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
 
 Call = tuple[str, int]
-"""A module's path, and how many times it had been called before within the same forward."""
+"""A module's path, and the number of its earlier calls in the same forward."""
 
 
 @dataclass
 class SiteFormat:
-    """Layout of one site's tensors. ``scores_are_products``: of its queries and keys; None until it is known.
+    """Describe the layout of one site's tensors.
 
-    That takes two images: until then ``scores`` and the ``products`` they may be are kept, some rows of each image.
+    Attributes:
+        folding: How batch and heads are folded into one axis, None where they are not.
+        convention: How a kernel from outside PyTorch takes its arguments, None for other attention.
+        sums_to_1: Whether each row of the weights sums to 1.
+        mark_strength: Standard deviation of the marks in its results, None before the first ones.
+        scores_are_products: Whether scores are products of queries and keys; None until two images have shown it.
+        scores: Until then, for each image, some rows of the scores in each possible layout, (H, Q, K).
+        products: Until then, for each image, some rows of the products that the scores may be, (H, Q, K).
     """
 
     folding: Folding | None
     convention: CallingConvention | None
-    sums_to_1: bool = True  # each row
-    mark_strength: float | None = None  # of marks in its results
+    sums_to_1: bool = True
+    mark_strength: float | None = None
     scores_are_products: bool | None = None
-    scores: list[list[Tensor]] = field(default_factory=list)  # of each image, the (H, Q, K) that they may be
+    scores: list[list[Tensor]] = field(default_factory=list)
     products: list[list[Tensor]] = field(default_factory=list)
 
     def decide(self) -> bool:
-        """Settle what scores are made of, if that can be told; whether they are then no products."""
+        """Decide whether scores are products once two images were seen; return True where they turn out to be none."""
         if self.scores_are_products is not None or len(self.scores) < 2:
             return False
         pairs = itertools.product(zip(*self.scores[:2], strict=False), zip(*self.products[:2], strict=False))
@@ -51,43 +58,61 @@ def _explain(scores: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class SiteTokens:
-    """Sketches of the tokens at one attention operation: (B, T, S), and those of V by head, (B, H, K, S)."""
+    """Hold sketches of the tokens at one attention operation.
+
+    Attributes:
+        v: Values, (B, K, S), with S numbers in a sketch.
+        heads: Values of each head, (B, H, K, S), None where they were not kept.
+        q: Queries, (B, Q, S), None where they are not known.
+        k: Keys, (B, K, S), None likewise.
+        queries: Number of queries.
+        dtype: Precision of the tokens, the coarsest where it differs between tensors.
+        device: The device on which the tokens were computed.
+        within: Calls of the enclosing modules, the outermost first.
+    """
 
     v: Tensor
     heads: Tensor | None
     q: Tensor | None
     k: Tensor | None
     queries: int
-    dtype: torch.dtype  # the precision that they have, the coarsest where they differ
-    device: torch.device  # that they were computed on
-    within: tuple[Call, ...]  # calls of the modules around, the outermost first
+    dtype: torch.dtype
+    device: torch.device
+    within: tuple[Call, ...]
 
     @property
     def threshold(self) -> float:
-        """The relative change above which one of its tokens counts as changed."""
+        """Return the relative change above which a token of the site counts as changed."""
         return change_threshold(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one or several silent forwards."""
+    """Hold the tokens of one or several ablated forwards.
+
+    Attributes:
+        sites: Sketches at each site.
+        entries: (B, T, S) sketches of the tokens that enter each call of a module.
+        exits: (B, T, S) sketches of each tensor of tokens that a call returns.
+        again: (B, K, S) sketches of what the weights of a site multiply in a further product.
+        mixed: Sites where V is an operand of another product that is no attention.
+        parts: Sites where the softmax is used in a further product, for other keys or by other heads.
+        sums: Sites where the weights multiply the same number for all keys.
+        rivals: Sites after which a tensor that could be their weights multiplies other values.
+    """
 
     sites: dict[SiteKey, SiteTokens] = field(default_factory=dict)
-    entries: dict[Call, Tensor] = field(default_factory=dict)  # (B, T, S)
-    exits: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict)  # of each tensor that a call returns
-    again: dict[SiteKey, Tensor] = field(default_factory=dict)  # what the same weights met in a further product
-    mixed: set[SiteKey] = field(default_factory=set)  # sites whose V is in another product that is no attention
-    parts: set[SiteKey] = field(
-        default_factory=set
-    )  # sites whose softmax goes on in a further product, to other keys or by other heads
-    sums: set[SiteKey] = field(default_factory=set)  # sites whose weights meet the same number for all keys
-    rivals: set[SiteKey] = field(
-        default_factory=set
-    )  # sites after which what could be their weights meets other values
+    entries: dict[Call, Tensor] = field(default_factory=dict)
+    exits: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict)
+    again: dict[SiteKey, Tensor] = field(default_factory=dict)
+    mixed: set[SiteKey] = field(default_factory=set)
+    parts: set[SiteKey] = field(default_factory=set)
+    sums: set[SiteKey] = field(default_factory=set)
+    rivals: set[SiteKey] = field(default_factory=set)
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """The tokens of several batches as one: those that were there in each of them and in the same number."""
+    """Concatenate the tokens of several batches, leaving out those that differ in shape or are missing in a batch."""
     if len(parts) == 1:
         return parts[0]
     sites: dict[SiteKey, SiteTokens] = {}
@@ -98,9 +123,8 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
         tensors: dict[str, Any] = {}
         for name in ("v", "q", "k", "heads"):
             known = [t for t in (getattr(o, name) for o in all_parts) if t is not None]
-            alike = (
-                len(known) == len(parts) and len({t.shape[1:] for t in known}) == 1
-            )  # q may be seen otherwise in one
+            # One batch may have seen q otherwise.
+            alike = len(known) == len(parts) and len({t.shape[1:] for t in known}) == 1
             tensors[name] = torch.cat(known) if alike else None
         sites[key] = replace(first, **tensors, dtype=coarsest(*(o.dtype for o in all_parts)))
     return Tokens(

@@ -1,4 +1,4 @@
-"""A model and images become `LayerAttention`: what ran is observed, its places are found, its rows are read.
+"""Record a model's attention on images as `LayerAttention`: observe the operations, find the tokens, read the rows.
 
-Needs PyTorch alone, and knows nothing of metrics, files, pictures or loggers.
+This package needs PyTorch alone and does not depend on metrics, files, drawing or loggers.
 """

@@ -1,4 +1,4 @@
-"""Mean attention distance of a layer, from its whole attention matrix while it can still be read."""
+"""Compute a layer's mean attention distance while its attention matrix can still be read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from attn_monitor.grid import Grid
 
 
 def has_query_of_each_patch(site: ReadableSite) -> bool:
-    """Whether the distance is defined: every patch must be a query too."""
+    """Return whether every patch is a query too, without which the distance is undefined."""
     return len(site.places.patch_queries) == math.prod(site.layout.grid)
 
 
 class MeanDistance:
-    """Mean attention distance over all patches as queries, whose rows are added a few at a time."""
+    """Accumulate the mean attention distance of all patch queries from chunks of rows.
+
+    Args:
+        site: A site for which `has_query_of_each_patch` holds.
+        image_size: (height, width) in pixels.
+        device: The device of the rows.
+    """
 
     def __init__(self, site: ReadableSite, image_size: tuple[int, int], device: torch.device) -> None:
         grid = site.layout.grid
-        middles = Grid(grid, site.layout.geometry).centres(image_size)  # of what patches see
+        middles = Grid(grid, site.layout.geometry).centres(image_size)  # pixels
         axes = (torch.tensor(axis, dtype=torch.float32, device=device) for axis in middles)
         self._centres = torch.cartesian_prod(*axes)  # (N, 2) pixels
         self._patches = torch.tensor(site.layout.patches, device=device)
@@ -31,7 +37,7 @@ class MeanDistance:
         self._total = torch.zeros((), device=device)
 
     def add(self, chunk: Chunk) -> None:
-        """Take these rows into account, those of the prefix's queries not."""
+        """Add the rows of the patch queries in this chunk; rows of prefix tokens are ignored."""
         found = [(i, self._patch_of_query[q]) for i, q in enumerate(chunk.queries) if q in self._patch_of_query]
         if not found:
             return
@@ -41,5 +47,5 @@ class MeanDistance:
 
     @property
     def value(self) -> Tensor:
-        """(B, H) pixels."""
+        """Return the mean distance, (B, H), in pixels."""
         return self._total / len(self._patches)

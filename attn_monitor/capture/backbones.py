@@ -32,21 +32,28 @@ PARTS = {
     "momentum",
     "teacher",
 }
-"""Words beside "teacher" that say what the module is, and not which of several teachers."""
+"""Words beside "teacher" that name the kind of module, not one of several teachers."""
 
 
 def find_backbones(module: nn.Module, images: Tensor | None = None) -> dict[str, str]:
-    """Role to dotted path, such as ``{"student": "student.backbone", "teacher": "teacher.backbone"}``.
+    """Find the backbones of a module and map each role to a dotted path.
 
-    A backbone is the smallest module that holds a patch embedding and attention. Where no name tells one, modules are
-    run on ``images`` (B, C, H, W), if there are some: it is the smallest that attends to tokens which come from them.
-    Roles are read from the words in its path (teacher, momentum, ema, target, key; student, online, anchor, query).
-    Where these are silent, a teacher is a frozen backbone with the parameters of a trained one, or is called as that
-    with ``_m`` behind; one unnamed backbone beside a teacher is the student, beside a student the teacher if it is
-    frozen or of the same parameters; and one alone is called "backbone". A module reachable by two names counts once,
-    by its first name; a teacher may share its patch embedding with the student.
+    A backbone is the smallest module that holds a patch embedding and attention. If none is found by name, it is the
+    smallest module that attends to tokens of ``images`` when run. Its role follows from the words in its path (teacher,
+    momentum, ema, target, key; student, online, anchor, query). Without such words, a backbone is the teacher if it is
+    a frozen copy of a trained one, or has its name with the suffix ``_m``. A single unnamed backbone beside a teacher
+    is the student; beside a student it is the teacher if it is frozen or a copy; alone it is called "backbone". A
+    module with two names counts once, by its first name; a teacher may share its patch embedding with the student.
 
-    Raises `NoAttentionError`, listing what was looked at, when there is none.
+    Args:
+        module: The module to search, such as a LightningModule.
+        images: (B, C, H, W), to run modules on if no name identifies a backbone; None to search by name only.
+
+    Returns:
+        Role to path, such as ``{"student": "student.backbone", "teacher": "teacher.backbone"}``.
+
+    Raises:
+        NoAttentionError: No backbone was found; the message lists the modules that were searched.
     """
     named = list(module.named_modules())
     attention = [path for path, m in named if _is_attention(path, m)]
@@ -69,9 +76,9 @@ def find_backbones(module: nn.Module, images: Tensor | None = None) -> dict[str,
 
 
 def modules_to_run(module: nn.Module) -> list[str]:
-    """Paths of the modules that may be backbones though no name tells so, the innermost first.
+    """Return the paths of modules that may be backbones by structure instead of name, innermost first.
 
-    They are around attention or around lists of equal blocks; none in a convolutional network.
+    These modules contain attention or lists of equal blocks; a convolutional network has none.
     """
     known = dict(module.named_modules())
     attention = [path for path, m in known.items() if _is_attention(path, m)]
@@ -91,12 +98,12 @@ def modules_to_run(module: nn.Module) -> list[str]:
 
 
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, torch.Size], list[str]]] = weakref.WeakKeyDictionary()
-"""What was found by running, as long as the module's structure and the images' size stay the same."""
+"""Cached results of `_found_by_running`, valid while the module's structure and the image size stay the same."""
 
 
 def _found_by_running(module: nn.Module, images: Tensor) -> list[str]:
     known, conditions = dict(module.named_modules()), (structure_of(module), images.shape[1:])
-    if is_sharded(module):  # parts of it cannot run alone
+    if is_sharded(module):  # submodules under FSDP cannot run alone
         return []
     if _FOUND.get(module, (None, []))[0] != conditions:
         found = list[str]()
@@ -108,7 +115,7 @@ def _found_by_running(module: nn.Module, images: Tensor) -> list[str]:
 
 
 def teacher_is_missed(module: nn.Module, roles: Iterable[str]) -> bool:
-    """Whether no role is a teacher's though something in the module is called student, teacher, or an average."""
+    """Return whether no role is a teacher although a name in the module suggests one (student, teacher, EMA)."""
     if any(role.endswith("teacher") for role in roles):
         return False
     names = [
@@ -125,7 +132,7 @@ def _averages(module: nn.Module) -> bool:
 
 
 def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
-    """The paths under which a module holds a backbone, or its layers, if it is the teacher by some of them alone."""
+    """Return the paths that lead to a shared backbone, if only some of them name a teacher; else an empty list."""
     layers = [(name, m) for name, m in backbone.named_modules() if not m._modules and _has_parameters(m)]
     held = []
     for name, layer in (*layers[:1], *layers[-1:]):
@@ -136,7 +143,7 @@ def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
 
 
 def _is_teacher(path: str) -> bool:
-    """By all of its names: an average may hold the model that it is of, as in ``ema.online_model``."""
+    """Return whether a path names a teacher and no student: an EMA may wrap its model, as in ``ema.online_model``."""
     roles = [role_of(part) for part in path.split(".")]
     return "teacher" in roles and "student" not in roles
 
@@ -146,7 +153,10 @@ def _inside(path: str, ancestor: str) -> bool:
 
 
 def _holders(module: nn.Module, attention: list[str]) -> set[str]:
-    """Modules around patch embeddings, which others of their class may share; but none that merely refers to one."""
+    """Return the paths of modules that hold a patch embedding, perhaps shared with another module of their class.
+
+    A module of another class that merely refers to the embedding is excluded.
+    """
     known = dict(module.named_modules())
     first = {m: path for path, m in known.items()}
     holders = set[str]()
@@ -161,7 +171,7 @@ def _holders(module: nn.Module, attention: list[str]) -> set[str]:
 
 
 def _holder(patch_embedding: str, attention: list[str]) -> str | None:
-    """The closest module above a patch embedding with attention below it."""
+    """Return the closest ancestor of a patch embedding that also contains attention."""
     path = patch_embedding
     while path:
         path = path.rpartition(".")[0]
@@ -178,7 +188,7 @@ def _embeds_patches(name: str, module: nn.Module) -> bool:
 
 
 def _convolves(module: nn.Module) -> bool:
-    """Whether it is a convolution over overlapping places, as patch embeddings are not."""
+    """Return whether a module is a convolution with overlapping windows, unlike a patch embedding."""
     return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and module.kernel_size != module.stride
 
 
@@ -192,9 +202,9 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def name_roles(paths: list[str], modules: Mapping[str, nn.Module] | None = None) -> dict[str, str]:
-    """Role to path, by the rules of `find_backbones`; students and backbones before teachers.
+    """Map roles to paths by the rules of `find_backbones`, with students and backbones before teachers.
 
-    Without ``modules``, as for names in a checkpoint, by names alone.
+    Without ``modules``, as for names in a checkpoint, only the names decide.
     """
     roles: dict[str, str] = {}
     unnamed = []
@@ -220,7 +230,7 @@ def name_roles(paths: list[str], modules: Mapping[str, nn.Module] | None = None)
 
 
 def _is_teacher_of(teacher: str, student: str, modules: Mapping[str, nn.Module] | None) -> bool:
-    """By a name such as ``visual_encoder_m`` beside ``visual_encoder``, else by what it is: a frozen copy."""
+    """Return whether the teacher has the student's name with the suffix ``_m``, or is a frozen copy."""
     if re.sub(r"_m(?=\.|$)", "", teacher) == student:
         return True
     return modules is not None and _is_frozen(modules[teacher]) and _is_copy(modules[teacher], modules[student])
@@ -235,15 +245,15 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _is_copy(module: nn.Module, other: nn.Module) -> bool:
-    """Whether their parameters have the same names and shapes."""
+    """Return whether the parameters of two modules have the same names and shapes."""
     one, two = ({name: p.shape for name, p in m.named_parameters()} for m in (module, other))
     return one == two
 
 
 def role_of(path: str) -> str | None:
-    """Role by the first name in the path with a word that tells one; an additional teacher keeps its own name.
+    """Return the role that the first telling name in a path gives; an additional teacher keeps its own name.
 
-    Words are whole: there is no "ema" in ``semantic_encoder``. MoCo's encoders end in ``_q`` and ``_k``.
+    Only whole words count: ``semantic_encoder`` contains no "ema". MoCo's encoders end in ``_q`` and ``_k``.
     """
     for part in path.split("."):
         words = _words(part)
@@ -261,7 +271,7 @@ def _words(name: str) -> list[str]:
 
 
 def check_targets(module: nn.Module, targets: Mapping[str, str] | None) -> None:
-    """Raise where there are no such targets, or, without any given, surely no backbone; without running anything."""
+    """Raise if a target does not exist, or if no targets are given and no backbone is possible; nothing is run."""
     if targets is not None:
         resolve_targets(module, targets)
     elif not modules_to_run(module):
@@ -269,7 +279,7 @@ def check_targets(module: nn.Module, targets: Mapping[str, str] | None) -> None:
 
 
 def resolve_targets(module: nn.Module, targets: Mapping[str, str]) -> dict[str, nn.Module]:
-    """Role to module; ``targets`` says role to path."""
+    """Map each role to its module by the paths in ``targets``; raise `TargetError` for an unknown path."""
     known = dict(module.named_modules())
     if not targets:
         raise TargetError("targets={}: expected at least one role, such as {'backbone': 'encoder'}, or None to search")

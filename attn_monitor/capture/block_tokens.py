@@ -1,4 +1,4 @@
-"""The tokens that enter a layer's transformer block: norms, how alike CLS and the patches are, and the patches."""
+"""Measure the tokens that enter a transformer block: norms, similarity of CLS and patches, patch features."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of one layer's input: ``norms`` (B, T), prefix first and patches row by row; ``cosine`` (B,) if it has CLS.
+    """Hold statistics of the tokens that enter one layer.
 
-    Where they are asked for, ``patches`` (B, N, C) are its patch tokens at unit length, in float16.
+    Attributes:
+        norms: (B, T), prefix first and patches row by row.
+        cosine: (B,), the mean cosine similarity of the CLS token and the patches; None without a CLS token.
+        patches: (B, N, C) float16, the patch tokens at unit length; None unless requested.
     """
 
     norms: Tensor
@@ -30,10 +33,14 @@ class TokenStatistics:
 
 
 def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) -> str | None:
-    """Path of the transformer block that an attention module is in, None if it is in no list of modules.
+    """Return the path of the transformer block around an attention module; None if no list of modules contains it.
 
-    A block is an item of a list of which several items hold attention; with only one layer, an item of any list.
-    ``others`` are the paths of all attention modules.
+    A block is an item of a list in which several items hold attention; with only one layer, an item of any list.
+
+    Args:
+        path: The attention module.
+        others: The paths of all attention modules.
+        modules: Every module of the model by path.
     """
     parts, others = path.split("."), list(others)
     fallback = None
@@ -52,7 +59,7 @@ def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) ->
 
 
 def _callable_below(item: str, path: str, modules: dict[str, nn.Module]) -> str | None:
-    """The item, or where it is a mere list, the first module on the way to ``path`` that has a forward."""
+    """Return the item, or if it is a list, the first module with a forward on the way to ``path``."""
     below = path[len(item) :].strip(".").split(".") if path != item else []
     while isinstance(modules[item], (nn.ModuleList, nn.ModuleDict)):
         if not below:
@@ -65,9 +72,17 @@ def watch_tokens(
     stack: ExitStack, block: nn.Module, batch: int, order: Tensor, num_prefix: int, has_cls: bool, patches: bool,
     report: Callable[[TokenStatistics], object],
 ) -> None:  # fmt: skip
-    """Report the statistics of what enters a block as (B, T, C), or (T, B, C), tokens; nothing where there are none.
+    """Report statistics of the tokens that enter a block, if an argument is (B, T, C) or (T, B, C).
 
-    ``order`` (T,) puts the prefix first, and CLS first of all.
+    Args:
+        stack: Removes the hook when it is closed.
+        block: The transformer block.
+        batch: Number of images B.
+        order: (T,) token indices, CLS first, then the rest of the prefix, then the patches row by row.
+        num_prefix: Number of prefix tokens.
+        has_cls: Whether the first token in ``order`` is the CLS token.
+        patches: Whether to keep the patch tokens.
+        report: Called once for each run of the block.
     """
     shape = (batch, len(order))
 
@@ -83,7 +98,7 @@ def watch_tokens(
     stack.enter_context(block.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-@full_precision()  # what a hook computes in is the model's affair
+@full_precision()  # a hook runs under the model's autocast
 def _statistics(x: Tensor, order: Tensor, num_prefix: int, has_cls: bool, patches: bool) -> TokenStatistics:
     norms: Tensor = torch.linalg.vector_norm(widen(x), dim=-1)
     places = order[num_prefix:]

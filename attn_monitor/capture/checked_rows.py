@@ -1,4 +1,4 @@
-"""Rows of attention compared with what the operation computed for the same queries, as they pass."""
+"""Compare attention rows with the operation's own output while they are read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from attn_monitor.capture.tolerance import ManyRows, relative_error
 
 
 class CheckedRows:
-    """Rows of an attention over ``values`` (B, H, K, D), compared with its ``output`` (B, H, Q, D) as they are read.
+    """Read rows of an attention and compare row·V with its output.
 
-    ``error`` is the largest relative difference of those that have been read, on the device; None without an output.
+    Args:
+        source: The attention.
+        values: V, (B, H, K, D).
+        output: The operation's result, (B, H, Q, D); None to skip the comparison.
+
+    Attributes:
+        error: Largest relative error of the rows read so far, on the device; None without an output.
     """
 
     def __init__(self, source: AttentionSource, values: Tensor, output: Tensor | None) -> None:
@@ -24,7 +30,7 @@ class CheckedRows:
         self._many: ManyRows | None = None
 
     def read(self, query: Query) -> Tensor:
-        """One query's row, or the mean over several: (B, H, K)."""
+        """Return one query's row, or the mean over several, (B, H, K)."""
         if isinstance(query, int):
             row = self.source.row(query)
             if self.output is not None:
@@ -36,7 +42,7 @@ class CheckedRows:
         return total / count
 
     def chunks(self, wanted: Sequence[int] | None = None, *, logits: bool = False) -> Iterator[Chunk]:
-        """The rows of the ``wanted`` queries (ascending; None: of all), a few at a time."""
+        """Yield the rows of the ``wanted`` queries (ascending; None for all) in chunks."""
         for chunk in self.source.chunks(logits=logits):
             part = chunk if wanted is None else _of_those(chunk, wanted)
             if len(part.queries):
@@ -56,7 +62,7 @@ class CheckedRows:
         self.error = error if self.error is None else torch.maximum(self.error, error)
 
     def _values_like(self, rows: Tensor) -> Tensor:
-        """V in the type and number of heads of (B, H, …) rows."""
+        """Return V with the dtype and the number of heads of the rows (B, H, …)."""
         values = widen(self.values).to(rows.dtype)
         repeats = rows.shape[1] // values.shape[1]  # grouped queries
         return values.repeat_interleave(repeats, 1) if repeats > 1 else values

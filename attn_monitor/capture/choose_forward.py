@@ -1,4 +1,4 @@
-"""Choose how to call a model: by the first forward under which what is asked for can be read."""
+"""Choose how to call a model: take the first forward under which the requested rows can be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attn_monitor.errors import ArgumentError, AttentionError, LayerError, Query
 
 @dataclass(frozen=True)
 class ForwardOption:
-    """A way to call a model, and what has to be said about maps that were made so."""
+    """Pair a way to call a model with the note that its maps carry."""
 
     forward: Forward
     note: str = ""
@@ -41,11 +41,11 @@ FORWARD_OPTIONS = (
     ForwardOption(empty_flat_mask_forward, _EMPTY),
     ForwardOption(features_forward, "its own forward gives no map, so it is looked at by forward_features"),
 )
-"""Tried in this order where the user has not said how to call a model."""
+"""The forwards to try, in this order, if the user gives none."""
 
 
 def forward_options(forward: Forward | Sequence[ForwardOption] | None) -> tuple[ForwardOption, ...]:
-    """The ways to call a model that are tried: the user's one, several, or all that there are."""
+    """Return the forwards to try: those given, else `FORWARD_OPTIONS`; raise `ArgumentError` for anything else."""
     if forward is None:
         return FORWARD_OPTIONS
     options = [ForwardOption(forward)] if callable(forward) else forward
@@ -56,14 +56,14 @@ def forward_options(forward: Forward | Sequence[ForwardOption] | None) -> tuple[
 
 @dataclass(frozen=True)
 class Discovery:
-    """Every attention site of a model, under one way to call it and as long as the conditions stay the same."""
+    """Hold every attention site of a model under one forward, valid while the conditions stay the same."""
 
     option: ForwardOption
     known: Known
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """In order of execution."""
+        """Return all sites in order of execution."""
         return self.known.sites
 
 
@@ -75,12 +75,24 @@ def choose_forward(
     layers: Layers,
     query: QuerySpec,
 ) -> Discovery:
-    """The discovery by the first option that gives what is asked for, else by the first option."""
-    # Sharded models run together in all processes, and a failure may be one process's alone.
+    """Discover the sites by the first option under which the requested rows can be read, else by the first option.
+
+    Args:
+        model: The model to run.
+        images: (B, C, H, W) on the model's device, in its dtype.
+        options: The forwards to try, in order; only the first one for a sharded model.
+        conditions: Those under which the result stays valid.
+        layers: The requested layers.
+        query: The requested query.
+
+    Raises:
+        AttentionError: The first option found no site and no other option can read the requested rows.
+    """
+    # All processes must run a sharded model the same number of times, and a failure may be local to one of them.
     options = options[:1] if is_sharded(model) else options
     trials = (_try(model, images, option, conditions, layers, query) for option in options)
     first = next(trials)
-    others = trials if first.problem is not None else ()  # it cannot be read, or failed: it may want other arguments
+    others = trials if first.problem is not None else ()  # it may need other arguments
     chosen = next((trial for trial in itertools.chain([first], others) if trial.problem is None), first)
     if isinstance(chosen, _Failure):
         raise chosen.problem
@@ -89,14 +101,14 @@ def choose_forward(
 
 @dataclass(frozen=True)
 class _Failure:
-    """A forward under which no site could be discovered."""
+    """Hold the error of a forward under which no site was discovered."""
 
     problem: AttentionError
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a forward gave, and what is wrong with that."""
+    """Hold the sites that a forward gave, and the error if the requested rows cannot be read."""
 
     discovery: Discovery
     problem: AttentionError | None = None
@@ -116,7 +128,7 @@ def _try(
         return _Failure(error)
     try:
         select_sites(discovery.sites, layers, query)
-    except (LayerError, QueryError):  # another forward would not change that
+    except (LayerError, QueryError):  # independent of the forward
         return _Trial(discovery)
     except AttentionError as error:
         return _Trial(discovery, error)

@@ -1,4 +1,4 @@
-"""Tell the model's own exceptions from mistakes of this package, while a model runs under the observer."""
+"""Distinguish the model's own exceptions from bugs of this package while a model runs under the observer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ORIGIN = "_attn_monitor_origin"
 
 
 def errors_from(origin: Literal["model", "monitor"]) -> Callable[[Function], Function]:
-    """A decorator that marks exceptions with their origin; where calls are nested, the innermost mark counts."""
+    """Return a decorator that marks exceptions with their origin; in nested calls the innermost mark counts."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -29,7 +29,7 @@ def errors_from(origin: Literal["model", "monitor"]) -> Callable[[Function], Fun
 
 
 def is_monitor_error(error: BaseException | None) -> bool:
-    """Whether this, or what it was raised from, is a mistake of this package."""
+    """Return whether an error, or one in its chain of causes, is a bug of this package."""
     if error is None:
         return False
     return getattr(error, _ORIGIN, "") == "monitor" or is_monitor_error(error.__cause__ or error.__context__)

@@ -1,4 +1,4 @@
-"""What a layer's queries say together, while its attention can still be read: largest logits, sinks and distance."""
+"""Compute statistics over a layer's queries while its attention can still be read: logits, sinks, distance."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from attn_monitor.capture.recording_plan import SitePlan
 from attn_monitor.errors import ArgumentError
 
 EveryQueryOf = Literal["none", "last", "all"]
-"""Of which wanted layers every query is read: one layer costs about one percent of a forward."""
+"""The requested layers in which every query is read: one layer costs about one percent of a forward."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a layer beside its rows: ``logits``, ``sinks``; of the ``whole`` matrix or the read row alone.
+    """Select the statistics of a layer.
 
-    ``distance`` is of the whole matrix always. ``query`` is "cls" or "mean" where the row is that one's.
+    Attributes:
+        logits: Measure the largest logits.
+        sinks: Measure the norms of V and, with ``whole``, the attention that each key receives.
+        distance: Measure the mean attention distance, always over the whole matrix.
+        whole: Measure logits and sinks over every query too, not only for the recorded row.
+        query: The requested query, such as "cls" or "mean".
     """
 
     logits: bool
@@ -34,16 +39,19 @@ class Asked:
 
 
 def check_every_query(every_query: str) -> EveryQueryOf:
-    """The layers of which every query is read, if it is one of the choices."""
+    """Return ``every_query`` if it is valid; raise `ArgumentError` otherwise."""
     if every_query not in get_args(EveryQueryOf):
         raise ArgumentError(f'every_query={every_query!r}: expected "none", "last" (wanted layer) or "all"')
     return every_query  # type: ignore[return-value]
 
 
 class Statistics(NamedTuple):
-    """Optional tensors of `LayerAttention` by name, float32: what the read row says, and what many queries' rows say.
+    """Hold optional fields of `LayerAttention` by name, float32.
 
-    ``error`` is the largest relative difference of the many rows from the model's own output, see `CheckedRows`.
+    Attributes:
+        of_row: Statistics of the recorded row.
+        of_many: Statistics over many queries.
+        error: Largest relative error of the rows that were read, see `CheckedRows`; None if not compared.
     """
 
     of_row: dict[str, Tensor]
@@ -53,7 +61,14 @@ class Statistics(NamedTuple):
 
 @F.full_precision()
 def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked, image_size: tuple[int, int]) -> Statistics:
-    """Those that are asked for and can be known, in one pass over every query's row where any of them needs it."""
+    """Compute the requested statistics that are defined here, in at most one pass over all rows.
+
+    Args:
+        seen: The attention, while it can still be read.
+        planned: The site and its token order.
+        asked: The requested statistics.
+        image_size: (height, width) in pixels.
+    """
     of_row: dict[str, Tensor | None] = {}
     of_many: dict[str, Tensor | None] = {}
     if asked.logits and asked.query == "cls" and isinstance(planned.query, int):
@@ -90,14 +105,15 @@ def _in_order(per_key: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _value_norms(values: Tensor, weights: Tensor) -> Tensor:
-    """The norm of each key's V next to the median key's, (B, K): a mean over heads by ``weights`` (B, H, K).
+    """Return the norm of each key's V relative to the median key's, (B, K), averaged over heads.
 
-    A head counts by how much of its attention goes to that key, as its V is what reaches the queries.
+    The average is weighted by each head's attention to the key, ``weights`` (B, H, K), since V reaches the queries in
+    that proportion.
     """
     norms = torch.linalg.vector_norm(widen(values), dim=-1)  # (B, H, K), or fewer heads where queries are grouped
     norms = norms.repeat_interleave(weights.shape[1] // norms.shape[1], 1)
     tokens = norms.shape[-1]
-    median = norms.sort(-1).values[..., (tokens - 1) // 2, None]  # `median` raises on CUDA where runs are to repeat
+    median = norms.sort(-1).values[..., (tokens - 1) // 2, None]  # deterministic CUDA has no `median`
     relative = norms / median.clamp_min(torch.finfo(norms.dtype).tiny)
     weights = weights.abs().clamp_min(torch.finfo(norms.dtype).tiny)
     mean: Tensor = (relative * weights).sum(1) / weights.sum(1)

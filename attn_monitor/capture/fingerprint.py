@@ -1,9 +1,9 @@
-"""What the order of a model's tokens may depend on beside its trained weights, read to be compared with what it was.
+"""Fingerprint everything but trained weights that a model's token order may depend on, to detect changes.
 
-Read are buffers, integer parameters, plain attributes, hooks, methods and classes of every module, and the code,
-arguments, closure and globals of the forward that calls it. Tensors are read by value: DDP's broadcasts change versions
-and no value, and averages that write through ``.data`` the reverse. Trained weights are not read, as they change with
-every step; what follows from them is asked of the model, see `token_places.recheck`.
+The fingerprint covers buffers, integer parameters, plain attributes, hooks, methods and classes of every module, and
+the code, arguments, closure and globals of the forward that calls it. Tensors are compared by value: DDP's broadcasts
+change versions but no values, and an EMA that writes through ``.data`` does the reverse. Trained weights change with
+every step and are excluded; `token_places.recheck` tests their effect by running the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from attn_monitor.capture.isolation import all_modules, is_sharded
 
 Key = tuple[Any, ...]
-"""Where something was read, such as (number of the module, name of the attribute)."""
+"""The location of an item, such as (number of the module, name of the attribute)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What was read: "code", which people change; a "number" (or several), which training may; or something "other"."""
+    """Hold one fingerprinted value: "code" that users change, a "number" (or several) that training may, or "other"."""
 
     kind: Literal["code", "number", "other"]
     value: Any
@@ -39,19 +39,19 @@ State = Mapping[Key, Item]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_TABLES = {*vars(nn.Module()), "_compiled_call_impl"}  # what is no attribute of the user's
+_TABLES = {*vars(nn.Module()), "_compiled_call_impl"}  # not attributes of the user's
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _NUMBERS = (int, float, complex)
 _PLAIN = (*_SCALARS, list, tuple, dict, Set, Tensor, np.ndarray, np.generic)
-# Nothing may take long: values of this many bytes and items are known by where they are and how many there are; objects
-# within objects, and what is reached through this many functions, by what they are.
+# Limits on time: values with more bytes or items are compared by address and length; objects within objects, and those
+# reached through more functions, by identity.
 _BYTES, _ITEMS, _STEPS = 2**20, 1000, 8
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def state_of(model: nn.Module, forward: Callable[..., Any]) -> State:
-    """Everything that was read, by where it was found."""
+    """Fingerprint a model and the forward that calls it, by location."""
     modules, sharded = all_modules(model), is_sharded(model)
     reader = _Reader(sharded)
     for number, module in enumerate(modules):
@@ -75,21 +75,22 @@ def state_of(model: nn.Module, forward: Callable[..., Any]) -> State:
 
 
 class _Reader:
-    """Gathers items; the values of tensors are fetched once for each device, at the end.
+    """Collect items, and fetch the checksums of tensors once per device at the end.
 
-    ``sharded``: FSDP keeps an account of its own in attributes of modules and of the objects that its hooks belong to.
+    Args:
+        sharded: Skip attributes of hooks' objects, in which FSDP keeps its own state.
     """
 
     def __init__(self, sharded: bool) -> None:
         self._sharded = sharded
         self._items: dict[Key, Item] = {}
         self._sums: list[tuple[_Sum, Tensor]] = []
-        self._open: set[int] = set()  # ids of what is being looked into
-        self._objects: dict[int, Any] = {}  # what was seen of objects, such as a configuration that all modules hold
-        self._numbers = True  # whether what is being read is made of numbers alone
+        self._open: set[int] = set()  # ids of values being read, against cycles
+        self._objects: dict[int, Any] = {}  # results by id, for objects such as a configuration that all modules share
+        self._numbers = True  # whether the current value contains only numbers
 
     def finished(self) -> State:
-        """All items, with the values of tensors."""
+        """Fetch the checksums of tensors and return all items."""
         by_device: dict[torch.device, list[tuple[_Sum, Tensor]]] = {}
         for entry in self._sums:
             by_device.setdefault(entry[1].device, []).append(entry)
@@ -100,7 +101,7 @@ class _Reader:
         return self._items
 
     def anything(self, key: Key, value: Any) -> None:
-        """An attribute, or what a function can reach."""
+        """Read an attribute, or a value that a function can reach."""
         if type(value) in _SCALARS:
             self.value(key, value)
         elif isinstance(value, _FUNCTIONS):
@@ -112,26 +113,26 @@ class _Reader:
             self.value(key, value)
 
     def value(self, key: Key, value: Any) -> None:
-        """Values, in containers or objects too."""
+        """Read a value, including the contents of containers and objects."""
         self._numbers = True
         seen = self._seen(value, 4)
         self._items[key] = Item("number" if self._numbers else "other", seen)
 
     def attributes(self, key: Key, value: Any) -> None:
-        """Each by itself."""
+        """Read each attribute of an object as an item of its own."""
         own = vars(value)
         for name in own.keys() - _TABLES:
             self.anything((*key, name), own[name])
 
     def hooks(self, key: Key, table: Mapping[int, Any]) -> None:
-        """Hooks in order, without those of this package, which change nothing."""
+        """Read hooks in order, without those of this package, which change nothing."""
         hooks = [hook for hook in list(table.values()) if not _is_ours(hook)]
         self._items[key] = Item("other", len(hooks))
         for number, hook in enumerate(hooks):
             self.anything((*key, number), hook)
 
     def member(self, key: Key, value: Any) -> None:
-        """What a class defines: methods, and plain values."""
+        """Read a member of a class: a method or a plain value."""
         value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         value = value.fget if isinstance(value, property) else value
         if isinstance(value, _FUNCTIONS):
@@ -148,7 +149,7 @@ class _Reader:
             self._open.remove(id(value))
 
     def _function(self, key: Key, function: Any) -> None:
-        """Its code with the arguments given in advance; and each by itself, what it can reach."""
+        """Read a function's code and default arguments, then each value that it can reach as an item of its own."""
         if id(function) in self._open or len(key) > _STEPS:
             self._items[key] = Item("other", _Same(function))
             return
@@ -168,7 +169,7 @@ class _Reader:
 
     def _arguments(self, key: Key, arguments: Mapping[Any, Any]) -> None:
         for name, value in arguments.items():
-            if isinstance(value, _SCALARS):  # a constant is as good as code
+            if isinstance(value, _SCALARS):  # constants count as code
                 where = (*key, name)
                 self._items[where] = Item("code", self._seen(value, 0))
             else:
@@ -179,7 +180,7 @@ class _Reader:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 content = cell.cell_contents
-            except ValueError:  # empty as yet
+            except ValueError:  # not assigned yet
                 continue
             if isinstance(content, nn.Module) and of_user:
                 self._object((*key, name), content)
@@ -194,11 +195,11 @@ class _Reader:
                 self.value(where, value)
 
     def _seen(self, value: Any, budget: int) -> Any:
-        """Something to compare by, equal if the value is."""
+        """Return a key to compare a value by, equal if the value is equal."""
         kind = type(value)
         if kind in _SCALARS:
             self._numbers &= kind in _NUMBERS
-            return kind, repr(value) if kind is float or kind is complex else value  # NaN is equal to itself
+            return kind, repr(value) if kind is float or kind is complex else value  # the repr of NaN equals itself
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject and value.nbytes <= _BYTES:
@@ -248,7 +249,7 @@ class _Reader:
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
-    """A number that depends on every element and on its place."""
+    """Compute a checksum that depends on every element and its position."""
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     words = flat.view(_INTEGERS[flat.element_size()]).long()
     weights = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131  # the golden ratio's 64 bits
@@ -257,7 +258,7 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Sum:
-    """The checksum of a tensor, once it has been fetched."""
+    """Hold the checksum of a tensor once it has been fetched."""
 
     value: int = 0
 
@@ -266,7 +267,7 @@ class _Sum:
 
 
 class _Same:
-    """An object that is equal to itself alone, and is not kept alive."""
+    """Refer to an object by identity without keeping it alive."""
 
     __slots__ = ("_id", "_ref")
 
@@ -274,7 +275,7 @@ class _Same:
         self._id = id(value)
         try:
             self._ref: weakref.ref[Any] | None = weakref.ref(value)
-        except TypeError:  # functions written in C, and what has slots
+        except TypeError:  # functions written in C, and objects with slots
             self._ref = None
 
     def __eq__(self, other: object) -> bool:
@@ -287,7 +288,7 @@ class _Same:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether it is looked into: an object with attributes that is no part of PyTorch, Python or this package."""
+    """Return whether to read a value's attributes: it has some, and is not from PyTorch, Python or this package."""
     kept = isinstance(value, (type, types.ModuleType, types.FunctionType, logging.Logger, nn.Module))
     of_torch = type(value).__module__.partition(".")[0] == "torch"
     return hasattr(value, "__dict__") and not kept and not of_torch and not _is_ours(value)
@@ -301,6 +302,6 @@ def _is_ours(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals and attributes in a function and in those within it."""
+    """Return the names of globals and attributes in a function and in its inner functions."""
     inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
     return tuple(dict.fromkeys((*code.co_names, *inner)))

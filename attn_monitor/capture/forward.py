@@ -1,4 +1,4 @@
-"""Run a model's forward under the observer, isolated, with its failures named."""
+"""Run a model's forward under the observer, in isolation, and report its failures as `ForwardError`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Forward = Callable[[nn.Module, Tensor], Any]
 
 
 def default_forward(model: nn.Module, images: Tensor) -> Any:
-    """``model(images)``; Hugging Face models are told to accept sizes other than their own."""
-    scripted = isinstance(model, torch.jit.ScriptModule)  # without a Python signature
+    """Call ``model(images)``, with interpolated position embeddings where a Hugging Face model supports them."""
+    scripted = isinstance(model, torch.jit.ScriptModule)  # has no Python signature
     if not scripted and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         return model(images, interpolate_pos_encoding=True)
     return model(images)
 
 
 def check_materialised(model: nn.Module) -> None:
-    """Refuse a model whose weights have no values yet."""
+    """Raise `ForwardError` if a parameter has no values here (meta device, lazy module, ZeRO stage 3)."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ForwardError(
@@ -50,9 +50,19 @@ def run_forward(
     observer: AttentionObserver,
     watched: Iterable[tuple[str, nn.Module]],
 ) -> None:
-    """One isolated forward under the observer; a failure of the model becomes a `ForwardError` that names the size.
+    """Run one isolated forward under the observer.
 
-    A mistake of this package is raised as it is.
+    Args:
+        model: The model, left as it was found.
+        images: (B, C, H, W) on the model's device.
+        forward: How to call the model.
+        observer: Receives the attention operations.
+        watched: (path, module) pairs inside which operations are observed.
+
+    Raises:
+        ForwardError: The model failed; the message gives the image size.
+        torch.OutOfMemoryError: The model ran out of memory, on the CPU too.
+        Exception: A bug of this package, unchanged.
     """
     try:
         with isolated_forward(model), observer.watch(watched):
@@ -62,11 +72,11 @@ def run_forward(
     except (AttentionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if observer.stopped:  # the model has caught `StopForward`, and failed by it; what was wanted is observed
+        if observer.stopped:  # the model caught `StopForward` and failed later; the requested rows are complete
             return
-        if "DefaultCPUAllocator" in text_of(error):  # as type, the CPU's want of memory is any RuntimeError
+        if "DefaultCPUAllocator" in text_of(error):  # a plain RuntimeError on the CPU
             raise torch.OutOfMemoryError(text_of(error)) from error
-        if observer.failure is not None:  # not to be told as the model's
+        if observer.failure is not None:  # not the model's failure
             raise observer.failure from None
         if is_monitor_error(error):
             raise
@@ -80,7 +90,7 @@ def run_forward(
 
 
 def _in_one_line(error: Exception) -> str:
-    """The type of an error, and the first and the last line of its text, which may be pages long; it is chained."""
+    """Return an error's type and the first and last line of its text; the whole error is chained."""
     lines = [line.strip() for line in text_of(error).splitlines() if line.strip(" .")]
     ends = dict.fromkeys((*lines[:1], *lines[-1:]))
     text = " … ".join(textwrap.shorten(line, 300, placeholder=" …") for line in ends).rstrip(". ")

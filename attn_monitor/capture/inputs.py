@@ -1,4 +1,4 @@
-"""Check what a recording is given: a module, and images with values."""
+"""Validate the arguments of a recording: the module and the images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attn_monitor.errors import InputTypeError, ProbeError
 
 
 def check_model(model: Any) -> nn.Module:
-    """The module that is run, without the wrapper of ``torch.compile``. Raises `InputTypeError` for anything else."""
+    """Return the module without a ``torch.compile`` wrapper; raise `InputTypeError` if it is no module."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise InputTypeError(
@@ -22,7 +22,12 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_images(images: Any) -> Tensor:
-    """Images (B, C, H, W) of floats. Raises `InputTypeError` for another type or shape, `ProbeError` without values."""
+    """Return the images if they are a dense floating-point tensor (B, C, H, W).
+
+    Raises:
+        InputTypeError: The type, layout, dtype or number of dimensions is another.
+        ProbeError: The tensor is empty or on the meta device.
+    """
     expected = "expected a floating-point tensor (batch, channels, height, width)"
     if not isinstance(images, Tensor):
         raise InputTypeError(f"images: received {_kind(images)}, {expected}")
@@ -42,7 +47,7 @@ def check_images(images: Any) -> Tensor:
 
 
 def check_finite(images: Tensor) -> None:
-    """Raise `ProbeError` if images (B, C, H, W) hold NaN or infinity; the device is waited for."""
+    """Raise `ProbeError` if images (B, C, H, W) hold NaN or infinity; synchronises with the device."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not bool(finite.all()):
         broken = [i for i, whole in enumerate(finite.tolist()) if not whole]

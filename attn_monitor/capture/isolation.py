@@ -1,4 +1,4 @@
-"""Run a forward pass without leaving a trace: modes, flags, buffers and random state are as before afterwards."""
+"""Run a forward pass without side effects: modes, flags, buffers and random state are restored afterwards."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from attn_monitor.capture.parameter_writes import parameters_restored, was_watch
 
 @contextmanager
 def isolated_forward(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, in which nothing that training can see is changed for good.
+    """Run the body in evaluation mode without gradients, and restore the state that training can see.
 
-    Restored afterwards, also after an exception: the ``training`` flag of every submodule (each its own), the values of
-    every buffer, parameters that the forward writes to, what is held by the modules' attributes, hooks and classes (see
-    `HeldState`), the random state of torch, CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast
-    path. What changes and cannot be restored is named in one warning for each model.
+    After the body, or an exception in it, this restores: the ``training`` flag of every submodule, the values of every
+    buffer, parameters that the forward writes to, the modules' attributes, hook tables and classes (see `HeldState`),
+    the random state of torch, CUDA, NumPy and Python, the autocast cache and PyTorch's attention fast path. One warning
+    per model lists changes that cannot be restored.
     """
     with ExitStack() as stack:
         stack.enter_context(_known_to_be_isolated())
-        stack.enter_context(torch.inference_mode(False))  # in which no operation could be seen
-        stack.enter_context(torch.no_grad())  # not inference mode: a cache the model fills must stay usable
+        stack.enter_context(torch.inference_mode(False))  # operations cannot be observed in inference mode
+        stack.enter_context(torch.no_grad())  # a cache that the model fills must stay usable for training
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
-        if may_be_sharded() and is_sharded(model):  # FSDP keeps an account of its own in attributes and parameters
+        if may_be_sharded() and is_sharded(model):  # FSDP keeps its own state in attributes and parameters
             stack.enter_context(_values_restored(_buffers(modules)))
         else:
             stack.enter_context(_state_restored(model, modules))
@@ -44,7 +44,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(random_state_restored(model))
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
-        if "torch._dynamo" in sys.modules:  # only then can anything be compiled; importing it takes seconds
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing is compiled before
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_flex_attention_uncompiled())
         yield
@@ -54,7 +54,7 @@ _isolated = ContextVar("isolated", default=False)
 
 
 def is_isolated() -> bool:
-    """Whether what runs now is a probe, and no part of training."""
+    """Return whether the current forward is a probe instead of training."""
     return _isolated.get()
 
 
@@ -71,7 +71,7 @@ def _known_to_be_isolated() -> Iterator[None]:
 def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     modules = [m for m in modules if getattr(m, "training", False)]  # frozen TorchScript has no such flag
     for module in modules:
-        module.training = False  # not .eval(): methods overridden by users may do more than set the flag
+        module.training = False  # not .eval(), which users may override
     try:
         yield
     finally:
@@ -81,7 +81,7 @@ def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _state_restored(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What the modules hold: parameters, buffers, attributes and what can be reached from them."""
+    """Restore the modules' parameters, buffers and attributes, and warn once per model of what cannot be restored."""
     lost: list[str] = []
     held = HeldState(modules, thorough=not was_watched(model))
     try:
@@ -107,7 +107,7 @@ _report: ContextVar[Callable[[str], None]] = ContextVar("report", default=warnin
 
 @contextmanager
 def reporting(report: Callable[[str], None]) -> Iterator[None]:
-    """Give ``report`` the sentence on what cannot be restored, in place of Python's warnings."""
+    """Send the message on what cannot be restored to ``report`` instead of Python's warnings."""
     token = _report.set(report)
     try:
         yield
@@ -117,7 +117,7 @@ def reporting(report: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def _nothing_logged(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Calls of ``self.log`` in the forward of a LightningModule are training's, and a probe is no batch."""
+    """Ignore calls of ``self.log`` in a LightningModule's forward, since a probe is not a training batch."""
     loggers = [vars(m) for m in modules if hasattr(type(m), "log_dict") and hasattr(type(m), "configure_optimizers")]
     names = ("log", "log_dict")
     before: list[dict[str, Any]] = [{name: held[name] for name in names if name in held} for held in loggers]
@@ -145,10 +145,10 @@ def _buffers(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 @contextmanager
 def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The values of tensors, by whole storages, byte by byte.
+    """Restore the values of tensors by copying whole storages.
 
-    This sees what is written through ``.data`` or through another view, works for tensors made in inference mode, and
-    does not count as a change to autograd, which may hold a buffer for a backward that is still to come.
+    This covers writes through ``.data`` or another view, works for tensors made in inference mode, and does not change
+    the version that autograd checks, which may have saved a buffer for a pending backward.
     """
     storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
     others: list[tuple[Tensor, Tensor]] = []
@@ -163,7 +163,7 @@ def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         for storage, value in storages.values():
-            if storage.nbytes() == value.nbytes():  # else the model has resized it, and gave it up
+            if storage.nbytes() == value.nbytes():  # else the model has resized the storage
                 storage.copy_(value)
         for tensor, copy in others:
             tensor.copy_(copy)
@@ -171,7 +171,7 @@ def _values_restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def random_state_restored(model: nn.Module) -> Iterator[None]:
-    """The random state of torch, CUDA (on the model's devices), NumPy and Python is as it was afterwards."""
+    """Restore the random state of torch, CUDA (on the model's devices), NumPy and Python afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others use is kept
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
@@ -185,7 +185,7 @@ def random_state_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _autocast_cache_off() -> Iterator[None]:
-    # A weight cast without gradients must not be found in the cache by the training step.
+    # A training step must not reuse a weight that was cast without gradients.
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -196,7 +196,7 @@ def _autocast_cache_off() -> Iterator[None]:
 
 @contextmanager
 def _mha_fast_path_off() -> Iterator[None]:
-    # nn.MultiheadAttention's inference kernel computes attention where nothing can see it.
+    # nn.MultiheadAttention's inference kernel hides attention from the observer.
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -207,7 +207,7 @@ def _mha_fast_path_off() -> Iterator[None]:
 
 @contextmanager
 def _flex_attention_uncompiled() -> Iterator[None]:
-    # Called by itself it compiles a wrapper of its own, which fails where nothing may be compiled.
+    # Outside torch.compile it compiles its own wrapper, which fails under force_eager.
     flex, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
     before = getattr(flex, name, True)
     if not before:
@@ -220,7 +220,7 @@ def _flex_attention_uncompiled() -> Iterator[None]:
 
 
 def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating type that the model's first parameter has; float32 on the CPU for a model without any."""
+    """Return device and dtype of the first floating-point parameter; CPU and float32 for a model without one."""
     parameter: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return torch.device("cpu"), torch.float32
@@ -228,11 +228,11 @@ def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def may_be_sharded() -> bool:
-    """Whether processes train together, so that FSDP may hold a part of each parameter here."""
+    """Return whether torch.distributed is initialised, without which FSDP cannot shard parameters."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP manages parameters here: then every forward must run to its end, to shard them again."""
+    """Return whether FSDP manages the parameters, so that every forward must run to its end to reshard them."""
     bases = {base.__name__ for kind in {*map(type, all_modules(model))} for base in kind.__mro__}
     return any("FSDP" in name or "FullySharded" in name for name in bases)

@@ -1,4 +1,4 @@
-"""Choose layers and queries: turn what the user asks for into sites and token indices, or say why it can't be."""
+"""Resolve the requested layers and query to sites and token indices, or raise the reason why they cannot be read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from attn_monitor.errors import ArgumentError, AttentionError, LayerError, Query
 Layers = int | str | Sequence[int | str]
 QuerySpec = str | int | tuple[int, int]
 Selection = dict[SiteKey, tuple[ReadableSite, Query]]
-"""The sites that are wanted, each with the row to read there."""
+"""The requested sites, each with the row to read there."""
 
 
 def check_query(query: QuerySpec) -> QuerySpec:
-    """The query, if it is of a kind that exists; lists from YAML become tuples, and NumPy's numbers Python's."""
+    """Return a valid query, with lists as tuples and NumPy integers as int; raise `ArgumentError` otherwise."""
     if isinstance(query, (list, tuple)) and len(query) == 2 and all(map(_is_index, query)):
         return (int(query[0]), int(query[1]))
     if isinstance(query, str) and query in ("cls", "mean"):
@@ -29,7 +29,7 @@ def check_query(query: QuerySpec) -> QuerySpec:
 
 
 def check_layers(layers: Layers) -> Layers:
-    """The layers, if they are of a kind that exists; NumPy's numbers become Python's."""
+    """Return valid layers with NumPy integers as int; raise `ArgumentError` otherwise."""
     if isinstance(layers, str) and layers == "all":
         return layers
     given: list[Any] = list(layers) if isinstance(layers, (list, tuple)) else [layers]
@@ -46,18 +46,18 @@ def _is_index(value: Any) -> TypeGuard[int]:
 
 
 def counts_from_end(layers: Layers) -> bool:
-    """Whether layers are asked for by where they stand from the end, or all of them."""
+    """Return whether the request contains "all" or a negative index."""
     wanted = layers if isinstance(layers, (list, tuple)) else [layers]
     return "all" in wanted or any(isinstance(want, int) and want < 0 for want in wanted)
 
 
 def encoder_of(sites: Sequence[Site]) -> list[Site]:
-    """The layers that negative indices and "all" count: without those of a second stack, such as an MAE's decoder."""
+    """Return the layers that negative indices and "all" count, without a second stack such as an MAE's decoder."""
     return [site for site in sites if not site.stack]
 
 
 def stack_notes(sites: Sequence[Site]) -> list[str]:
-    """What to say of second stacks, each of which can be asked for by its path."""
+    """Return a note for each second stack, with the argument that selects it."""
     stacks: dict[str, list[int]] = {}
     for site in sites:
         if site.stack:
@@ -70,17 +70,26 @@ def stack_notes(sites: Sequence[Site]) -> list[str]:
 
 
 def left_out(sites: Sequence[Site], query: QuerySpec) -> dict[int, str]:
-    """The index of each layer that layers="all" leaves out, and why."""
+    """Map the index of each layer that layers="all" leaves out to the reason."""
     return {index: str(reason) for index, reason in _every_layer(sites, query)[1].items()}
 
 
 def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> Selection:
-    """The sites asked for, in order of execution, each with the row to read there; raises the reason if one can't."""
+    """Select the requested sites in order of execution, each with the row to read there.
+
+    Args:
+        sites: Every site of the model.
+        layers: The request; "all" skips encoder layers that cannot be read.
+        query: The requested query.
+
+    Raises:
+        AttentionError: A requested layer does not exist, cannot be read, or has no such query.
+    """
     if layers == "all":
         selected, reasons = _every_layer(sites, query)
         if reasons and not selected:
             last = list(reasons.values())[-1]
-            raise type(last)(str(last))  # a new one: a site's own would keep the model alive by its traceback
+            raise type(last)(str(last))  # a copy: the traceback on the site's own error would keep the model alive
         return selected
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     selected = {}
@@ -92,7 +101,7 @@ def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> Sel
 
 
 def _every_layer(sites: Sequence[Site], query: QuerySpec) -> tuple[Selection, dict[int, AttentionError]]:
-    """All of the encoder's layers that have this query, and for each other one, by index, why it has not."""
+    """Select the encoder's layers that have this query, and map the index of each other layer to the reason."""
     selected: Selection = {}
     reasons: dict[int, AttentionError] = {}
     for site in encoder_of(sites):
@@ -134,7 +143,7 @@ def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
 
 
 def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
-    """Token index of the query at this site, or "mean"."""
+    """Return the query's token index at this site, "mean", or the indices to average; raise `QueryError` if absent."""
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
         if places.partial_queries:

@@ -1,4 +1,4 @@
-"""Models that leave patches out, shuffle or mask them (MAE and its kin): how to run them on all, in order."""
+"""Run models that drop, shuffle or mask patches (such as MAE) on all patches in order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MASK = re.compile(r"^((bool|patch|token)_)?mask(s|ed_pos|_pos|ed_positions?)?$")
 
 
 def unmasked_forward(model: nn.Module, images: Tensor) -> Any:
-    """The model's own forward with every ``mask_ratio`` at 0 and its shuffles in order."""
+    """Call the model with every ``mask_ratio`` at 0 and without shuffling."""
     with unmasked(model):
         return default_forward(model, images)
 
 
 def empty_mask_forward(model: nn.Module, images: Tensor) -> Any:
-    """The model's own forward with a mask (B, gh, gw) in which no patch is masked, as iBOT and SimMIM ask for one."""
+    """Call the model with an empty mask (B, gh, gw), which iBOT and SimMIM require."""
     return model(images, **dict.fromkeys(_mask_arguments(model), _empty_mask(model, images)))
 
 
 def empty_flat_mask_forward(model: nn.Module, images: Tensor) -> Any:
-    """The same with a mask (B, gh · gw), as BEiT asks for one."""
+    """Call the model with an empty mask (B, gh · gw), which BEiT requires."""
     return model(images, **dict.fromkeys(_mask_arguments(model), _empty_mask(model, images).flatten(1)))
 
 
@@ -52,7 +52,7 @@ def _empty_mask(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def features_forward(model: nn.Module, images: Tensor) -> Any:
-    """``model.forward_features(images)``, as timm calls what comes before a head, without masks and shuffles."""
+    """Call ``model.forward_features(images)``, timm's name for the part before the head, without masks or shuffling."""
     features: Callable[[Tensor], Any] | None = getattr(model, "forward_features", None)
     if features is None:
         raise NotImplementedError(f"{type(model).__name__} has no forward_features")
@@ -62,11 +62,11 @@ def features_forward(model: nn.Module, images: Tensor) -> Any:
 
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
-    """No patch is left out at random, and none changes places.
+    """Run the body without random masks and shuffles.
 
-    Arguments of the forward and attributes of modules or of their ``config`` that are called ``mask_ratio`` are 0
-    meanwhile; ``torch.rand`` of two dimensions, whose order is what masks and shuffles are made of, gives ascending
-    numbers. Another random order is part of what the model computes, and such a model is refused.
+    ``mask_ratio`` is set to 0 in the forward's arguments, the modules' attributes and their ``config``. Two-dimensional
+    ``torch.rand``, which masks and shuffles sort, returns ascending numbers. Any other random order is part of what the
+    model computes, and such a model is unsupported.
     """
     with ExitStack() as stack:
         for attributes, name in _ratios(model):
@@ -84,14 +84,14 @@ def unmasked(model: nn.Module) -> Iterator[None]:
 
 
 def _ratios(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """(attributes of a module or a configuration, name) of every ratio; a shared configuration comes once."""
+    """Return (attributes of a module or configuration, name) for every mask ratio, without duplicates."""
     owners = {id(o): o for m in all_modules(model) for o in (m, getattr(m, "config", None)) if hasattr(o, "__dict__")}
     spaces = [vars(owner) for owner in owners.values()]
     return [(s, name) for s in spaces for name, v in s.items() if RATIO.search(name) and isinstance(v, (int, float))]
 
 
 class _InOrder(TorchFunctionMode):
-    """Random orders are the identity while this is on."""
+    """Make two-dimensional ``torch.rand`` return ascending numbers, so that sorting it gives the identity."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,10 +1,9 @@
-"""The state that a model holds outside its parameters and buffers: found from its modules' attributes, and restored.
+"""Save and restore the state that a model holds outside its parameters and buffers.
 
-`HeldState` walks from the attributes of every module, and of its class, through lists, dicts, sets, tuples and plain
-objects, methods and partials, to modules that are no submodules too. It copies containers (shallowly, each on its own),
-tensors, NumPy arrays, C values and the states of random generators, and puts back what has changed. What it can only
-compare is named by `HeldState.restore`. Closures are not walked, nor hooks: what a hook or a wrapper of a method keeps
-is its user's, who is free to observe every forward.
+`HeldState` walks from the attributes of every module and its class through lists, dicts, sets, tuples, plain objects,
+methods and partials, and also visits modules that are not submodules. It copies containers (each shallowly), tensors,
+NumPy arrays, C values and the states of random generators, and restores those that changed. `HeldState.restore` returns
+the paths of state that it can only compare. Closures and hooks are skipped: users may observe every forward in them.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LARGEST_COPIES = 2**26  # bytes of all tensors and arrays that are no buffers; beyond that they are compared only
-_LARGEST_WALK = 50_000  # objects; the rest of a larger graph is left as the model leaves it
-_LONGEST = 1_000  # items of one container that are looked into; all of them are restored
+_LARGEST_COPIES = 2**26  # bytes of all copied tensors and arrays outside buffers; larger ones are compared only
+_LARGEST_WALK = 50_000  # objects; the rest of a larger graph is not restored
+_LONGEST = 1_000  # items of one container that are walked; all of them are restored
 
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -39,7 +38,7 @@ _LEAVES = frozenset(
     | {torch.dtype, torch.device, torch.Size, nn.Parameter, np.dtype, slice, range, property, staticmethod, classmethod}
 )
 _LOCKS = frozenset({"_thread", "threading", "queue", "multiprocessing", "concurrent", "asyncio"})
-# Objects of these packages hold no state of the model: trainers, loggers, locks, optimizers, and what is ours.
+# Objects of these packages hold no state of the model: trainers, loggers, locks, optimizers, and our own.
 _FOREIGN = _LOCKS | {
     "torch",
     "lightning",
@@ -51,20 +50,20 @@ _FOREIGN = _LOCKS | {
     "_io",
     "weakref",
 }
-# Objects of these are compared by what they show: iterators, caches, files, queues.
+# Objects of these packages (iterators, caches, files, queues) are compared by their visible state.
 _OPAQUE = frozenset({"io", "_io", "functools", "itertools", "builtins", "queue", "_queue"})
 _C_VALUES = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
-# A module's tables that a forward may change; what stands in them is saved elsewhere, or is a function.
+# Tables of a module that a forward may change; their items are saved elsewhere, or are functions.
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}) | {
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 }
 _TABLES_LEFT_ALONE = vars(nn.Module()).keys() - _OWN_TABLES
-_Path = tuple[Any, ...]  # (path of the owner, name or key); spelled out only where something cannot be restored
+_Path = tuple[Any, ...]  # (path of the owner, name or key); formatted only for reports
 
 
 class _Saved(NamedTuple):
-    """A value that may change: how it is reached, whether it has changed, and how to restore it where possible."""
+    """Hold a value's path, a test whether it has changed, and a function that restores it (None if impossible)."""
 
     path: _Path
     changed: Callable[[], bool]
@@ -72,12 +71,16 @@ class _Saved(NamedTuple):
 
 
 class HeldState:
-    """What the modules of one model hold at the time of the call.
+    """Save the state that the modules of one model hold at construction.
 
-    ``tensors`` are those that are not registered as buffers, up to 64 MB together; the caller saves their values with
-    the buffers'. ``modules`` are those given and others that they hold in lists or objects. ``thorough`` also compares
-    what cannot be restored (large arrays, iterators, caches, files, what shares a lock with a thread); it costs more
-    than a snapshot should.
+    Args:
+        modules: The model's modules.
+        thorough: Also compare state that cannot be restored (large arrays, iterators, caches, files, objects with a
+            lock), which is too slow for every snapshot.
+
+    Attributes:
+        tensors: Tensors that are not registered as buffers, 64 MiB in total at most; the caller saves their values.
+        modules: The given modules and others that they hold in lists or objects.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, thorough: bool = False) -> None:
@@ -101,7 +104,7 @@ class HeldState:
         self._waiting.clear()
 
     def restore(self) -> list[str]:
-        """Put everything back; the paths of what has changed and cannot be."""
+        """Restore everything, and return the paths of state that has changed and cannot be restored."""
         for container, before in self._containers:
             if (container or before) and not _same_items(container, before):
                 _refill(container, before)
@@ -158,21 +161,21 @@ class HeldState:
             self._save_object(path, value)
 
     def _save_module(self, module: nn.Module) -> None:
-        """Most of a module's tables are empty, and there are thousands of them."""
+        """Save a module's attributes; its tables, thousands of them and mostly empty, are copied without a walk."""
         attributes = vars(module)
         self._containers.append((attributes, attributes.copy()))
         for name, item in attributes.items():
             if type(item) in _LEAVES or name in _TABLES_LEFT_ALONE:
                 continue
             if isinstance(item, (types.MethodType, functools.partial)) and hasattr(type(module), name):
-                continue  # a wrapper of the module's own method, which may observe what it likes
+                continue  # a user's wrapper of the module's own method
             if type(item) in _CONTAINERS and (name in _OWN_TABLES or not item):
                 self._containers.append((item, item.copy()))
-            elif name not in _OWN_TABLES:  # those of a ScriptModule are views of what is C++
+            elif name not in _OWN_TABLES:  # a ScriptModule's are views of C++ objects
                 self._later(((type(module).__name__,), name), item)
 
     def _save_dict(self, path: _Path, value: dict[Any, Any]) -> None:
-        before = dict(value)  # a copy of the items alone: a subclass may be made in ways of its own
+        before = dict(value)  # not .copy(): a subclass may have another constructor
         self._containers.append((value, before))
         for key, item in before.items() if len(before) <= _LONGEST else itertools.islice(before.items(), _LONGEST):
             self._later((path, key), item)
@@ -213,7 +216,7 @@ class HeldState:
         return fits
 
     def _save_class(self, cls: type) -> None:
-        """Attributes of a module's class, which a forward may count in."""
+        """Save the attributes of a module's class, which a forward may use as counters."""
         before = dict(vars(cls))
 
         def restore() -> None:
@@ -246,7 +249,7 @@ class HeldState:
         elif package in _FOREIGN:
             return
         elif any(type(item).__module__.partition(".")[0] in _LOCKS for item in held.values()):
-            # Shared with a thread, which may change it meanwhile: not restored.
+            # Another thread may change it meanwhile, so it is not restored.
             if self._thorough and isinstance(attributes, dict):
                 seen = _at_a_glance(attributes)
                 self._saved.append(_Saved(path, lambda: _at_a_glance(attributes) != seen, None))
@@ -284,16 +287,16 @@ def _is_foreign(module: str) -> bool:
 
 
 def _same_items(now: Any, before: Any) -> bool:
-    """Whether two containers hold the same objects in the same order, and under the same keys."""
+    """Return whether two containers hold the same objects in the same order, under the same keys."""
     if len(now) != len(before) or not all(map(operator.is_, now, before)):
         return False
     return not isinstance(now, dict) or all(map(operator.is_, now.values(), before.values()))
 
 
 def _refill(container: Any, items: Any) -> None:
-    """Fill a container again from the start, so that the order is restored too.
+    """Clear and refill a container, which restores the order too.
 
-    By the methods of the built-in type: a subclass may forbid them, as Transformers' ModelOutput does.
+    It calls the built-in type's methods because a subclass may forbid its own, as Transformers' ModelOutput does.
     """
     builtin: Any = next(base for base in _CONTAINERS if isinstance(container, base))
     builtin.clear(container)
@@ -305,7 +308,7 @@ def _refill(container: Any, items: Any) -> None:
 
 
 def _generator_state(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """How to read and how to set the state of a random generator."""
+    """Return the functions that get and set the state of a random generator."""
     if isinstance(generator, np.random.Generator):
         bits: Any = generator.bit_generator
         return lambda: bits.state, lambda state: setattr(bits, "state", state)
@@ -331,7 +334,7 @@ def _at_a_glance(attributes: dict[str, Any]) -> list[Any]:
 
 
 def _outward_state(value: Any) -> Any:
-    """What an object shows of a state that cannot be set: of a cache, a queue, a file, else its pickled bytes."""
+    """Return the visible state of a cache, queue or file, else the object's pickled bytes; None if there is neither."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pickling an iterator is deprecated from Python 3.12 on
         for look in ("cache_info", "qsize", "tell"):
@@ -343,7 +346,7 @@ def _outward_state(value: Any) -> Any:
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module once, in no order of use: what `model.modules()` gives, whose nested generators take far longer."""
+    """Return every module once, in arbitrary order; much faster than the nested generators of `model.modules()`."""
     found, waiting = {id(model): model}, [model]
     while waiting:
         for child in waiting.pop()._modules.values():

@@ -1,4 +1,4 @@
-"""Run a model on three noise images, of which two are the same: where attention runs, and how it lays out images."""
+"""Run a model on three noise images, two of them equal, to find where attention runs and how it orders images."""
 
 from __future__ import annotations
 
@@ -22,33 +22,41 @@ from attn_monitor.capture.token_places.random_projections import (
 )
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 
-IMAGES = 3  # of which the first two are the same
+IMAGES = 3  # the first two are equal
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What was observed at a site, before it is known what its tokens are."""
+    """Hold what was observed at a site before its tokens are assigned to patches."""
 
     key: SiteKey
     seen: ObservedRows | RefusedObservation
     folding: Folding | None = None
-    moving: int = 0  # keys that depend on the image, where no attention has mixed them yet
+    moving: int = 0  # keys that depend on the image; meaningful before attention mixes them
     repeatable: bool = True  # equal images gave equal tokens
-    reordered: bool = False  # they did so at other places in the batch
-    overlooked: bool = False  # it mixes tokens, and no attention was seen in it
-    sums_rows: bool = False  # a channel of V is the same for all keys, so that what it gives is the sum of each row
+    reordered: bool = False  # equal images gave equal tokens at other indices of the batch
+    overlooked: bool = False  # it mixes tokens, but no attention was observed in it
+    sums_rows: bool = False  # a channel of V is constant over keys, so that row·V contains each row's sum
 
     @property
     def convention(self) -> CallingConvention | None:
-        """Of an operation from outside PyTorch, if it was read."""
+        """Return the calling convention if a third-party operation was read, else None."""
         return self.seen.convention if isinstance(self.seen, ObservedRows) else None
 
 
 def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[list[Candidate], AttentionObserver]:
-    """Every site in order of execution, on noise of the images' size, and the observer of the last forward.
+    """Observe every site on noise images.
 
-    The three run together, which shows how operations lay out heads and images; where only one image is given they run
-    one by one, as there may be no memory for more.
+    The three images run as one batch, which shows how operations order heads and images. If only one image is given
+    they run one by one, since there may be no memory for more.
+
+    Args:
+        model: The model to run.
+        images: (B, C, H, W) that give the size, dtype and device of the noise.
+        forward: How to call the model.
+
+    Returns:
+        The candidates in order of execution, and the observer of the last forward.
     """
     one, other = noise_images(images, 2)
     candidates: list[Candidate] = []
@@ -72,7 +80,7 @@ def _observe(
 
 
 def _examine(key: SiteKey, seen: Observation) -> Candidate:
-    """In which order batch and heads are, and whether equal images give equal tokens."""
+    """Determine the order of batch and heads, and whether equal images give equal tokens."""
     if isinstance(seen, RefusedObservation):
         return Candidate(key, seen)
     foldings: list[Folding | None] = [None]
@@ -87,7 +95,7 @@ def _examine(key: SiteKey, seen: Observation) -> Candidate:
         limit = change_threshold(seen.values.dtype, seen.values.device)
         equal, moving = _compare_images(sketch(regrouped.values), regrouped.rows, limit)
         repeatable = (0, 1) in equal
-        if repeatable or folding is None:  # another order than the plain one must explain what is seen
+        if repeatable or folding is None:  # only a folding that makes equal images equal is accepted
             reordered = bool(equal) and not repeatable
             best = Candidate(
                 key, regrouped.rows_alone(), folding, moving, repeatable, reordered=reordered, sums_rows=sums
@@ -99,12 +107,12 @@ def _examine(key: SiteKey, seen: Observation) -> Candidate:
 
 @dataclass(frozen=True)
 class _Alone:
-    """What was observed at a site in one image by itself."""
+    """Hold what was observed at a site in a forward of one image."""
 
     seen: ObservedRows
     folding: Folding | None
     values: Tensor  # (windows, K, S) sketches of V
-    limit: float  # the relative change above which they count as changed
+    limit: float  # relative change above which a key counts as changed
     sums_rows: bool
 
 
@@ -112,7 +120,7 @@ def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey,
     if isinstance(seen, RefusedObservation):
         sites[key] = seen
         return
-    folding: Folding | None = "heads first" if seen.batch > 1 and seen.heads == 1 else None  # else they are windows
+    folding: Folding | None = "heads first" if seen.batch > 1 and seen.heads == 1 else None  # else windows
     seen = seen.regrouped(1, folding)
     rows = seen.rows_alone()
     error, mixed = (None if fact is None else off_device(fact) for fact in (rows.error, rows.mixed))
@@ -122,7 +130,7 @@ def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey,
 
 
 def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | None]) -> Candidate:
-    """What one forward of the images would have shown of a site."""
+    """Combine a site's observations of single images into those of one batch."""
     first = images[0]
     if isinstance(first, RefusedObservation):
         return Candidate(key, replace(first, batch=IMAGES * first.batch))
@@ -162,17 +170,23 @@ def _put_together(key: SiteKey, images: Sequence[_Alone | RefusedObservation | N
 
 
 def _sum_rows(values: Tensor) -> bool:
-    """Whether some channel of V (B, H, K, D) is one number for all keys and images, and not 0."""
+    """Return whether a channel of V (B, H, K, D) is the same nonzero number for all keys and images."""
     first = values[:1, :, :1]
     return bool(((values == first).all(2).all(0) & (first[0, :, 0] != 0)).any()) and values.shape[2] > 1
 
 
 def _compare_images(values: Tensor, rows: Tensor, limit: float) -> tuple[set[tuple[int, int]], int]:
-    """Which two images have equal tokens, and how many keys differ between the first image and the third.
+    """Compare the noise images.
 
-    From (3, K, S) sketches of V and (3, H, K) rows.
+    Args:
+        values: (3, K, S) sketches of V.
+        rows: (3, H, K).
+        limit: Relative change above which a key counts as changed.
+
+    Returns:
+        The pairs of images with equal tokens, and the number of keys that differ between the first and third image.
     """
-    # Equal images must be equal in what is read and in how much of it: V alone may be the same for all heads.
+    # Compare the rows too: V alone may be the same for all heads.
     compared = (values, rows.flatten(1)[:, None])
     equal = {
         (i, j)

@@ -1,4 +1,4 @@
-"""What was observed of one attention operation: the rows that were asked for, or the reason why there are none."""
+"""Hold what was observed of one attention operation: the requested rows, or the reason why they cannot be read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from attn_monitor.capture.attention_rows import AttentionSource, CallingConventi
 from attn_monitor.capture.checked_rows import CheckedRows
 
 SiteKey = tuple[str, int]
-"""Where attention ran: path of the module, and how many attentions had run in it before within the same forward."""
+"""The location of an attention: module path, and the number of earlier attentions in it within the same forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Operation:
-    """Name and shape of an attention operation; ``scope`` is the path of the innermost module around all of it."""
+    """Describe an attention operation; ``scope`` is the path of the innermost module around all of it."""
 
     op: str
     batch: int
@@ -27,45 +27,50 @@ class _Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class RefusedObservation(_Operation):
-    """An operation of which no row can be read."""
+    """Hold the reason why an operation's rows cannot be read."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedRows(_Operation):
-    """The rows that were asked for, and what they are checked by.
+    """Hold the requested rows and their checks.
 
-    Of a mean over queries, each of its rows is. ``error_of_all``, with the same ``tolerance``, is that of the rows that
-    statistics over many queries are made of, None where there are none.
-    ``error`` is the largest relative difference between row·V and what the model computed, None where they were not
-    compared. ``mixed`` marks weights that are not applied as a softmax gave them (talking heads, gated mixes), None for
-    fused operations. Both stay on the device until `verification.fetch_checks`, so that no GPU waits for them.
+    The checks stay on the device until `verification.fetch_checks`, to avoid a synchronisation.
+
+    Attributes:
+        rows: (B, H, K) float32, or float64 for float64.
+        error: Largest relative difference between row·V and the model's output, for a mean over queries that of every
+            row in it; None if not compared.
+        tolerance: The largest error that counts as agreement, for ``error_of_all`` too.
+        error_of_all: The same for the rows that statistics over many queries use; None if there are none.
+        mixed: Whether the applied weights differ from the softmax (talking heads, gates); None for fused operations.
+        convention: That of a third-party operation.
     """
 
-    rows: Tensor  # (B, H, K) float32, float64 for float64
+    rows: Tensor
     error: Tensor | None = None
     tolerance: float = 0.0
     error_of_all: Tensor | None = None
     mixed: Tensor | None = None
-    convention: CallingConvention | None = None  # of an operation from outside PyTorch
+    convention: CallingConvention | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadObservation(ObservedRows):
-    """Rows, with the values that they weight and the attention that they were read from: to be used as it runs."""
+    """Hold rows together with V, the output and the attention itself; use it while the attention runs."""
 
     values: Tensor  # (B, H, K, D)
-    output: Tensor | None  # (B, H, Q, D), what the operation computed; None where it is not to be compared
+    output: Tensor | None  # (B, H, Q, D); None to skip the comparison
     source: AttentionSource
 
     @property
     def checked_rows(self) -> CheckedRows:
-        """The rows of any of its queries, compared with its output as they are read."""
+        """Return a reader for the rows of any query that compares them with the output."""
         return CheckedRows(self.source, self.values, self.output)
 
     def regrouped(self, images: int, folding: Folding | None) -> ReadObservation:
-        """The same, read with batch and heads in another order; None leaves it as it is."""
+        """Return the observation with batch and heads regrouped for this many images; unchanged if folding is None."""
         if folding is None:
             return self
         return replace(
@@ -79,7 +84,7 @@ class ReadObservation(ObservedRows):
         )
 
     def rows_alone(self) -> ObservedRows:
-        """Without the model's own tensors, which would be kept alive."""
+        """Return the rows and checks without the model's own tensors, which it would keep alive."""
         return ObservedRows(**{f.name: getattr(self, f.name) for f in fields(ObservedRows)})
 
 

@@ -1,4 +1,4 @@
-"""Watch a forward pass: which module is running, and which attention operations it dispatches."""
+"""Observe a forward pass: track the running module and the attention operations that it dispatches."""
 
 from __future__ import annotations
 
@@ -24,30 +24,38 @@ from attn_monitor.grid import GridGeometry
 
 
 class StopForward(BaseException):
-    """Leaves a forward pass once all that was wanted has been observed; no `except Exception` of a model catches it."""
+    """Leave a forward pass once everything requested has been observed.
+
+    It is no `Exception`, so that a model's `except Exception` does not catch it.
+    """
 
 
 @errors_from("model")
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run what the model has dispatched."""
+    """Run an operation that the model has dispatched."""
     return func(*args, **kwargs)
 
 
 @errors_from("model")
 def run_in_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run what the model has dispatched as the operations that it is made of; NotImplemented where it is one itself."""
+    """Run a composite operation as the operations that it consists of; return NotImplemented for a primitive one."""
     return func.decompose(*args, **kwargs) if isinstance(func, torch._ops.OpOverload) else NotImplemented
 
 
 class AttentionObserver(TorchDispatchMode):
-    """Calls ``report(key, observation)`` for each attention operation run inside the watched modules.
+    """Report each attention operation that runs inside the watched modules.
 
-    ``query(key)`` says which row is wanted there, or None to let the operation pass unread; ``queries`` are all that it
-    may name. ``verify=False`` skips the comparison with the operation's output; ``last`` names the site after which
-    nothing is needed any more, except to see whether attention goes on where none of the ``known`` sites is, if they
-    are given: then it is ``beyond``;
-    ``conventions`` are those already known of operations from outside PyTorch; ``logits`` keeps the largest score of
-    each query, which of explicit attention can be had only before its softmax.
+    Args:
+        report: Called with (key, observation) for each operation that is read.
+        query: Returns the query to read at a site; None to skip the operation.
+        images: (B, C, H, W), those that the model runs on.
+        queries: Every query that ``query`` may return.
+        verify: Compare row·V with the operation's output.
+        last: The site after which the forward can be left; None to run to its end.
+        known: All sites, to detect attention elsewhere, which sets ``beyond``. If given, the forward goes on to the
+            next attention after ``last``.
+        conventions: Known calling conventions of third-party operations.
+        logits: Keep each query's largest score, which explicit attention has only before its softmax.
     """
 
     supports_higher_order_operators = True
@@ -69,27 +77,27 @@ class AttentionObserver(TorchDispatchMode):
         self.report, self.query, self.verify, self.last = report, query, verify, last
         self.queries, self.conventions, self.logits, self.known = queries, conventions or {}, logits, known
         self.passed_last, self.beyond = False, False
-        self.stopped = False  # the forward was left; where the model goes on in spite of that, nothing more is observed
+        self.stopped = False  # the forward was left; nothing more is observed if the model continues
         self.batch, self.channels, *self.size = images.shape
         self._images = images.data_ptr(), images.stride()
-        self.convs: list[PatchConv] = []  # convolutions on pixels, and on what they made of whole images
-        self._cropped = False  # the convolutions now running see a part of the images
+        self.convs: list[PatchConv] = []  # convolutions on pixels, and on features of whole images
+        self._cropped = False  # the current convolutions see a part of the images
         self.products = 0
-        self.failure: Exception | None = None  # what went wrong in the observer itself, which then observes no more
-        self.quantised = False  # linear layers in steps that depend on all that is in a tensor
-        self.elsewhere = ""  # path of a module that ran in another thread, where no operation is seen
+        self.failure: Exception | None = None  # a bug in the observer itself, which then stops observing
+        self.quantised = False  # linear layers are quantised by the range of the whole tensor
+        self.elsewhere = ""  # path of a module that ran in another thread, where operations are not observed
         self._thread = threading.get_ident()
-        self.entered: dict[str, int] = {}  # how many attentions had run when a module was first called
+        self.entered: dict[str, int] = {}  # number of attentions before a module's first call
         self._running: list[str] = []
         self._count: dict[str, int] = {}
         self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
         self._pending: list[Weights] = []  # softmaxes that have not met their V yet
-        self._met: list[tuple[Weights, str]] = []  # those that have, as long as they live, and where
+        self._met: list[tuple[Weights, str]] = []  # softmaxes that have and are not freed, and the module
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> ExitStack:
-        """Hooks on these (path, module) pairs; leaving the returned stack removes them.
+        """Hook these (path, module) pairs until the returned stack is closed.
 
-        The path "" is the whole forward, whichever of the model's methods it goes through.
+        The path "" stands for the whole forward, through any of the model's methods.
         """
         stack = ExitStack()
         stack.callback(self._unwind)
@@ -97,7 +105,7 @@ class AttentionObserver(TorchDispatchMode):
             if path == "":
                 self._enter(path)()
                 continue
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operations are seen all the same
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operations are observed anyway
                 continue
             stack.enter_context(module.register_forward_pre_hook(self._enter(path)))
             stack.enter_context(module.register_forward_hook(self._leave(path), always_call=True))
@@ -117,7 +125,7 @@ class AttentionObserver(TorchDispatchMode):
 
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            # Called even when another pre-hook failed before ours ran: then there is nothing to leave.
+            # always_call runs this even if another pre-hook failed before ours: then there is nothing to leave.
             here = threading.get_ident() == self._thread
             if here and self._running and self._running[-1] == path:
                 self._running.pop()
@@ -128,7 +136,7 @@ class AttentionObserver(TorchDispatchMode):
         return hook
 
     def _unwind(self) -> None:
-        # PyTorch calls no hooks for `StopForward`, which is no `Exception`: close what is still open.
+        # PyTorch calls no hooks after `StopForward`, which is no `Exception`.
         if self._running:
             self._running.clear()
             self._forget_weights()
@@ -146,15 +154,13 @@ class AttentionObserver(TorchDispatchMode):
             except Exception as error:
                 if not is_monitor_error(error):
                     raise
-                self.failure = (
-                    error  # raised when the forward has ended: TorchScript may not survive what is raised in it
-                )
+                self.failure = error  # raised after the forward: TorchScript may not survive an exception in it
         return run_operation(func, args, kwargs or {})
 
     @errors_from("monitor")
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = ops.kind_of(func)
-        if torch.is_inference_mode_enabled():  # in which operations made of others come whole
+        if torch.is_inference_mode_enabled():  # composite operations are not decomposed in it
             with self:
                 out = run_in_parts(func, args, kwargs)
             if out is not NotImplemented:
@@ -182,10 +188,10 @@ class AttentionObserver(TorchDispatchMode):
         return out
 
     def _weights(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        # Exponents are logits up to a number of each query's own.
+        # Inputs of exp are logits up to a constant per query, so their maximum is unknown.
         largest = args[0].amax(-1) if self.logits and func is not torch.ops.aten.exp.default else None
         weights = ops.read_weights(out, self._running[-1], self.queries, largest)
-        self._pending = [*self._pending[-31:], weights]  # gates' never meet a V
+        self._pending = [*self._pending[-31:], weights]  # bounded: softmaxes of gates never meet a V
 
     def _made_of_scores(self, out: Any) -> bool:
         return isinstance(out, Tensor) and any(
@@ -196,18 +202,18 @@ class AttentionObserver(TorchDispatchMode):
         before = dict(self._count)
         if self._pending or self._met:
             self._explicit(args, out)
-        if self._count == before:  # what attention gave is no scores: a gate of that shape is no attention
+        if self._count == before:  # not attention, whose output is never scores
             self._scores = [*self._scores[-3:], tuple(out.shape)]
 
     def _on_top_of(self, other: Tensor, args: tuple[Any, ...], beta: float = 1, alpha: float = 1) -> Tensor:
-        """A product with V that is added to something else, in two steps: attention's own result must be known."""
+        """Run a fused product and addition (baddbmm) as two operations, since the product's result is needed."""
         out: Tensor = run_operation(torch.ops.aten.bmm.default, args, {})
         self.products += 1
         self._product(args, out)
         return out * alpha + other * beta if beta else out * alpha
 
     def _nested(self, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Attention over sequences of several lengths in one tensor, which has no rows of one length."""
+        """Refuse attention on nested tensors, whose rows have different lengths."""
         if kind in ("fused", "softmax"):
             reason = "its tensors are nested (sequences of several lengths in one), and have no rows of one length"
             seen = RefusedObservation(op=str(func), batch=1, heads=1, queries=0, keys=0, reason=reason)
@@ -219,7 +225,7 @@ class AttentionObserver(TorchDispatchMode):
         return path, self._count.get(path, 0)
 
     def _finish(self, key: SiteKey, seen: Observation | None, scope: str | None = None) -> None:
-        """Count the attention that has just run, and report what was read of it."""
+        """Count an attention that has run, and report the observation if there is one."""
         self._count[key[0]] = key[1] + 1
         if seen is not None:
             self.report(key, replace(seen, scope=self._running[-1] if scope is None else scope))
@@ -230,7 +236,7 @@ class AttentionObserver(TorchDispatchMode):
             self.passed_last = True
             if not self.known:
                 self._stop()
-            self._running.insert(0, "")  # the mode stays on to the end of the forward, or to the next attention
+            self._running.insert(0, "")  # keeps the mode on until the forward ends or the next attention
 
     def _stop(self) -> NoReturn:
         self.stopped = True
@@ -239,7 +245,7 @@ class AttentionObserver(TorchDispatchMode):
     def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, call = self._key(), ops.fused_call(func, args, kwargs)
         query = self.query(key)
-        if query is not None and key == self.last and not self.verify and not self.known:  # nobody needs its result
+        if query is not None and key == self.last and not self.verify and not self.known:  # its result is not needed
             self._finish(key, ops.observe_fused(call, None, query))
         out = run_operation(func, args, kwargs)
         result = ops.fused_result(out) if self.verify else None
@@ -258,14 +264,14 @@ class AttentionObserver(TorchDispatchMode):
         self._finish(key, seen, scope)
 
     def _call(self, args: tuple[Any, ...]) -> ExplicitCall | None:
-        """A product as attention, by weights that have not met their V yet, else by those that have met another one."""
+        """Interpret a product as attention by softmaxes that have not met a V yet, else by those that have."""
         call = ops.explicit_call(self._pending, args, self.batch)
         if call is not None and any(w.memory.overlaps(call.applied) for w in call.weights):
             return call
         return ops.call_again(self._met, args, self._running[-1]) or call
 
     def _take_weights(self, args: tuple[Any, ...]) -> tuple[ExplicitCall, str] | None:
-        """The product as attention, and the module around all of it; others' softmaxes go on waiting for their V."""
+        """Return the product as attention and the module around all of it; keep other softmaxes pending."""
         call = self._call(args)
         if call is None:
             return None
@@ -274,7 +280,7 @@ class AttentionObserver(TorchDispatchMode):
         scope = common_path([self._running[-1], *(w.path for w in used)])
         met = [(w, p) for w, p in self._met if not w.memory.is_freed and w not in used]
         self._met = [*met, *((w, self._running[-1]) for w in used)]
-        logits = used[0].largest_logits if len(used) == 1 else None  # of several, none are the scores
+        logits = used[0].largest_logits if len(used) == 1 else None  # several are ambiguous
         logits = logits[..., call.part] if logits is not None and call.part is not None else logits
         return replace(call, weights=used, largest_logits=logits), scope
 
@@ -305,7 +311,7 @@ class AttentionObserver(TorchDispatchMode):
         if disjoint or not self._cropped:
             geometry = GridGeometry(tuple(-float(p) for p in padding), tuple(map(float, stride)))
             grid, size = (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3])
-            # An image that was mirrored first has its size; where that matters, only the image itself is as it is.
+            # A mirrored image has the same size; where orientation matters, accept only the image's own memory.
             tiled = geometry.unless_whole(grid, size) is None or (x.data_ptr(), x.stride()) == self._images
             seen = None if [*size] == self.size and tiled else size
             self.convs.append(PatchConv(grid, geometry, disjoint, seen))
@@ -313,10 +319,10 @@ class AttentionObserver(TorchDispatchMode):
                 self._saw_other_pixels(x)
 
     def _saw_other_pixels(self, x: Tensor) -> None:
-        """A convolution ran on pixels (B, C, H, W) that are not the images as they are."""
+        """Handle a convolution on pixels (B, C, H, W) that are not the unchanged images; subclasses override this."""
 
 
 def common_path(paths: Sequence[str]) -> str:
-    """Path of the innermost module that holds all of these."""
+    """Return the path of the innermost module that contains all of these."""
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
     return ".".join(parts[0] for parts in shared)

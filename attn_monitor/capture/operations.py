@@ -1,10 +1,9 @@
 """Recognise attention among the operations that PyTorch runs, and read single rows of it.
 
-Two forms exist once a model has been dispatched to ATen. *Fused* operations receive q, k and v; the rows asked
-for are recomputed from q and k in float32. *Explicit* attention is a softmax (or other weights made of scores) that
-later becomes the left operand of the product with V; the rows are sliced from that operand. Whatever came before
-(RoPE, q/k norm, masks, autocast) has been applied by then, so nothing here depends on the library that a model comes
-from.
+Two forms exist in ATen. *Fused* operations receive q, k and v; the requested rows are recomputed from q and k in
+float32. *Explicit* attention is a softmax (or another function of scores) that becomes the left operand of the product
+with V; the rows are sliced from that operand. RoPE, q/k norm, masks and autocast have been applied by then, so nothing
+here depends on a model's library.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from attn_monitor.capture.tolerance import tolerance
 aten = torch.ops.aten
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default, aten._softmax.out, aten.softmax.int_out}
-ELEMENTWISE = {aten.sigmoid.default, aten.relu.default, aten.exp.default}  # make weights of scores without a softmax
+ELEMENTWISE = {aten.sigmoid.default, aten.relu.default, aten.exp.default}  # turn scores into weights without a softmax
 PRODUCT = {aten.bmm.default, aten.bmm.out, aten.baddbmm.default}
 _OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 
@@ -48,11 +47,11 @@ def _argument_names(func: Any) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def kind_of(func: Any) -> str:
-    """Which part an operation may have in attention; empty where it has none.
+    """Classify an operation by its possible part in attention; "" if it has none.
 
-    "fused" are PyTorch's own attention operations, all of which are (B, H, N, D). "softmax", "elementwise" and
-    "product" are parts of explicit attention, "convolution" of a patch embedding. "foreign" operations are from outside
-    PyTorch, and may be somebody's attention kernel.
+    "fused" operations are PyTorch's own attention, on (B, H, N, D). "softmax", "elementwise" and "product" are parts of
+    explicit attention, "convolution" is part of a patch embedding. "foreign" operations are from outside PyTorch and
+    may be attention kernels.
     """
     if getattr(func, "namespace", "") not in _OWN:
         return "foreign"
@@ -83,13 +82,13 @@ def fused_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fuse
 
 
 def fused_result(out: Any) -> Tensor:
-    """What a fused operation computed; some return it in a tuple with statistics."""
+    """Return the result of a fused operation, which some return in a tuple with statistics."""
     result: Tensor = out if isinstance(out, Tensor) else out[0]
     return result
 
 
 def observe_fused(call: FusedCall, result: Tensor | None, query: Query) -> Observation:
-    """Rows of a fused operation, compared with its own result unless that is None."""
+    """Read rows of a fused operation and compare them with its result unless that is None."""
     if call.q.ndim != 4:
         reason = f"its q has {call.q.ndim} dimensions, not (batch, heads, tokens, channels)"
         queries, keys = call.q.shape[-2], call.k.shape[-2]
@@ -103,7 +102,7 @@ def observe_fused(call: FusedCall, result: Tensor | None, query: Query) -> Obser
 
 
 def _unreadable(query: Query, queries: int, *tensors: Tensor) -> str:
-    """Why an operation cannot be read, whatever it computes; empty if it can."""
+    """Return why an operation cannot be read; "" if it can."""
     for tensor in tensors:
         if tensor.is_complex():
             return "its weights are complex numbers, of which no map can be drawn"
@@ -121,7 +120,7 @@ def _foreign_type(tensor: Tensor) -> bool:
 def _read(
     source: AttentionSource, values: Tensor, output: Tensor | None, query: Query, shape: dict[str, Any]
 ) -> ReadObservation:
-    """Rows of an attention over values (B, H, K, D), each compared with the (B, H, Q, D) output unless that is None."""
+    """Read rows of an attention over values (B, H, K, D); compare each with the output (B, H, Q, D) unless None."""
     checked = CheckedRows(source, values, output)
     rows = checked.read(query)
     allowed = 0.0 if output is None else tolerance(output.dtype, output.device)
@@ -131,17 +130,17 @@ def _read(
 
 
 def is_same(a: Any, b: Tensor) -> bool:
-    """Whether both are the same numbers in memory, whatever their shape."""
+    """Return whether two tensors of any shape are exactly the same memory."""
     return Memory(b).holds(a)
 
 
 def attention_softmax(func: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Whether a softmax could be attention: at least (batch, queries, keys), over the last dimension."""
+    """Return whether a softmax could be attention: three or more dimensions, over the last one."""
     return isinstance(out, Tensor) and out.ndim >= 3 and args[1] in (-1, out.ndim - 1)
 
 
 def read_weights(weights: Tensor, path: str, queries: Collection[Query], logits: Tensor | None) -> Weights:
-    """What is kept of weights that may meet a V: the rows of ``queries``, as far as there are such."""
+    """Keep the rows of ``queries`` from weights (..., Q, K) that may meet a V; skip indices that do not exist."""
     last = {q: -1 if q == "mean" else max(q) if isinstance(q, tuple) else q for q in queries}
     known = [] if _foreign_type(weights) else [q for q in queries if last[q] < weights.shape[-2]]
     rows = {query: _row_of(weights, query) for query in known}
@@ -149,10 +148,10 @@ def read_weights(weights: Tensor, path: str, queries: Collection[Query], logits:
 
 
 def explicit_call(weights: Sequence[Weights], args: tuple[Any, ...], images: int) -> ExplicitCall | None:
-    """The batched product as attention, when its left operand has the shape of softmaxed scores before it.
+    """Interpret a batched product as attention if its left operand fits a softmax before it; None otherwise.
 
-    Heads that share one V may be folded into the queries: then the left operand is (L, H·Q, K). Columns of the softmax
-    that meet no V, such as a sink of their own, may have been cut off.
+    The left operand may have heads that share one V folded into the queries, (L, H·Q, K), or lack columns of the
+    softmax that meet no V, such as a sink, or hold some of its rows only.
     """
     for swapped, left, right in ((False, *args[:2]), (True, args[1].mT, args[0].mT)):  # einsum may put V first
         if fitting := [w for w in weights if w.shape[-2:] == left.shape[-2:] and _fits(w, left, images)]:
@@ -170,10 +169,10 @@ def explicit_call(weights: Sequence[Weights], args: tuple[Any, ...], images: int
 
 
 def call_again(met: Sequence[tuple[Weights, str]], args: tuple[Any, ...], path: str) -> ExplicitCall | None:
-    """A product with V of weights that have met another V, as attention of the module at this path.
+    """Interpret a product as attention by weights that have met another V before; None otherwise.
 
-    Either it is another item of a list than the one in which they met V (blocks that share a map), or these are other
-    queries' rows of them.
+    Either the module at ``path`` is another item of a list than the one where they met V (blocks that share a map), or
+    the left operand holds some of their rows only.
     """
     for swapped, left, right in ((False, *args[:2]), (True, args[1].mT, args[0].mT)):
         for weights, other in reversed(met):
@@ -185,13 +184,13 @@ def call_again(met: Sequence[tuple[Weights, str]], args: tuple[Any, ...], path: 
 
 
 def _other_item(path: str, other: str) -> bool:
-    """Whether two modules are in two items of one list."""
+    """Return whether two modules are in different items of one list."""
     names = zip(path.split("."), other.split("."), strict=False)
     return next((a.isdigit() and b.isdigit() for a, b in names if a != b), False)
 
 
 def _fits(weights: Weights, left: Tensor, images: int) -> bool:
-    """As many heads, or fewer where some were pruned."""
+    """Return whether the operand has as many heads as the softmax, or fewer because some were pruned."""
     heads, kept = (math.prod(t.shape[:-2]) for t in (weights, left))
     return heads == kept or (kept < heads and kept % images == 0)
 
@@ -213,7 +212,7 @@ def _are_some_rows(weights: Weights, left: Tensor) -> bool:
 
 
 def _which_rows(weights: Weights, left: Tensor) -> slice:
-    """Which queries these rows of a softmax belong to."""
+    """Return which queries of a softmax the rows of the operand belong to."""
     queries, keys = weights.shape[-2:]
     first, count = weights.memory.offset(left) // keys % queries, left.shape[-2]
     step = left.stride(-2) // keys if count > 1 else 1
@@ -221,7 +220,7 @@ def _which_rows(weights: Weights, left: Tensor) -> slice:
 
 
 def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, query: Query) -> Observation:
-    """Rows of the operand that meets V, whether or not it is a softmax; compared with the product unless it is None."""
+    """Read rows of the operand that meets V, softmax or not; compare them with the product unless that is None."""
     last = call.weights[-1].shape
     lead = last[:-2] if math.prod(last[:-2]) == math.prod(call.applied.shape[:-2]) else call.applied.shape[:-2]
     queries, keys = call.applied.shape[-2:]
@@ -239,7 +238,7 @@ def observe_explicit(call: ExplicitCall, result: Tensor | None, images: int, que
 
 
 def _is_mixed(call: ExplicitCall, query: Query) -> Tensor:
-    """Whether the row that is applied is none of the softmaxes before, up to rounding."""
+    """Return, on the device, whether the applied row equals no softmax before it up to rounding."""
     if call.part is not None:  # a view of the softmax itself
         return call.applied.new_zeros((), dtype=torch.bool)
     applied = _row_of(call.applied, query)  # (..., K)
@@ -255,7 +254,7 @@ def _is_mixed(call: ExplicitCall, query: Query) -> Tensor:
 
 
 def _row_of(weights: Tensor, query: Query) -> Tensor:
-    """One query's row, or the mean over several, (..., Q, K) to (..., K), which does not keep the matrix alive."""
+    """Copy one query's row, or the mean over several, from (..., Q, K) to (..., K)."""
     if isinstance(query, int):
         return widen(weights[..., query, :].clone())
     several = weights if query == "mean" else weights[..., list(query), :]
@@ -263,7 +262,7 @@ def _row_of(weights: Tensor, query: Query) -> Tensor:
 
 
 def _batch_and_heads(lead: Sequence[int], images: int) -> tuple[int, int]:
-    """(B, H) of the leading dimensions: (B, H), (B·H,), or more dimensions when attention is windowed."""
+    """Return (B, H) for leading dimensions (B, H), (B·H,), or more if attention is windowed."""
     total = math.prod(lead)
     if len(lead) == 1:
         return (images, total // images) if total % images == 0 else (total, 1)

@@ -1,4 +1,4 @@
-"""Restore parameters that a model's own forward writes to: weights that it normalises, decays or clamps."""
+"""Restore parameters that a model's forward writes to, such as weights that it normalises, decays or clamps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-"""Ids of the parameters that each model has written to, once a whole forward of it has been watched. A new parameter
-that has the id of an old one is copied for nothing.
+"""The ids of the parameters that each model writes to, known after one complete forward. If a new parameter reuses an
+id, it is copied needlessly.
 """
 
 
 def was_watched(model: nn.Module) -> bool:
-    """Whether a whole forward of this model has been watched, so that the parameters it writes to are known."""
+    """Return whether a complete forward has been watched, so that the parameters the model writes to are known."""
     return model in _WRITTEN
 
 
 @contextmanager
 def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Callable[[str], None]) -> Iterator[None]:
-    """Restore values, storages and ``requires_grad`` of the parameters of a model's modules, and of others it holds.
+    """Restore values, storages and ``requires_grad`` of a model's parameters after the body.
 
-    In the first forward, a parameter is copied when an operation is about to write to it; from then on those that were
-    written to are copied beforehand. ``lost`` is called with the name of a parameter that is first written to later:
-    its value before is not known.
+    In the first forward, a parameter is copied just before an operation writes to it; later forwards copy those
+    parameters beforehand.
+
+    Args:
+        model: The model.
+        modules: Its modules, and others that it holds.
+        lost: Called with the name of a parameter that is first written to in a later forward: its value is lost.
     """
     every = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
     plain = [p for p in every if p.layout is torch.strided and not p.is_meta and type(p.data) is Tensor]
@@ -41,7 +45,7 @@ def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Ca
     try:
         with _SaveBeforeWriting(copies) if known is None else nullcontext():
             yield
-        known = _WRITTEN.setdefault(model, set())  # not where the forward failed, or was left early
+        known = _WRITTEN.setdefault(model, set())  # skipped if the forward failed or was left early
     finally:
         copies.restore()
         for parameter, (data, requires_grad, version) in zip(plain, before, strict=True):
@@ -57,20 +61,20 @@ def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Ca
 
 
 class _Copies:
-    """Copies of the storages of some tensors, each made when it is asked for."""
+    """Copy the storages of tensors on request."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._storages = {_storage_id(t): t.untyped_storage() for t in tensors}
         self._copies: dict[int, torch.UntypedStorage] = {}
 
     def save(self, tensor: Tensor) -> None:
-        """Copy the storage of a tensor, if it is one of those and has not been copied yet."""
+        """Copy the storage of a tensor, once, if it is one of those given."""
         key = _storage_id(tensor)
         if key in self._storages and key not in self._copies:
             self._copies[key] = self._storages[key].clone()
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether the storage of a tensor was copied."""
+        """Return whether the storage of a tensor has been copied."""
         return _storage_id(tensor) in self._copies
 
     def restore(self) -> None:
@@ -81,7 +85,7 @@ class _Copies:
 
 
 class _SaveBeforeWriting(TorchDispatchMode):
-    """Copies a storage before the first operation that writes to it, also through a view or ``.data``."""
+    """Copy a storage before the first operation that writes to it, also through a view or ``.data``."""
 
     supports_higher_order_operators = True
 
@@ -103,7 +107,7 @@ class _SaveBeforeWriting(TorchDispatchMode):
 
 @functools.lru_cache(maxsize=1024)
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """(position, name) of the arguments that an operation writes to, by its schema."""
+    """Return (position, name) of the arguments that an operation writes to, by its schema."""
     schema = getattr(func, "_schema", None)
     arguments = () if schema is None else enumerate(schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)

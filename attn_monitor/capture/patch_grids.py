@@ -1,4 +1,4 @@
-"""Grids of patches: those of the convolutions that saw pixels, and others that tokens could form."""
+"""List the patch grids that tokens could form: those of convolutions on pixels, and others."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor
 
 from attn_monitor.grid import Grid, GridGeometry
 
-_MERGES = (2, 4, 8, 16)  # patches on a side that a coarser token of a pyramid is made of
+_MERGES = (2, 4, 8, 16)  # patches per side in a coarser token of a pyramid
 
 
 @dataclass(frozen=True)
 class PatchConv:
-    """A grid of patches, such as a convolution's output, and where its cells lie in the image's pixels.
+    """Describe a patch grid, such as a convolution's output, and the pixels of its cells.
 
-    ``disjoint``: the stride equals the kernel, so that every output sees its own pixels only. ``seen`` is the size of
-    what the convolution saw, where that is not the image as it is; then ``geometry`` is in pixels of that.
-    ``mirrored`` are the axes of the image along which the convolution's own cells follow one another backwards.
+    Attributes:
+        grid: (rows, columns).
+        geometry: Origin and size of the cells, in pixels of the image, or of the ``seen`` input if that is given.
+        disjoint: Whether the stride equals the kernel, so that every cell sees its own pixels only.
+        seen: (height, width) of the convolution's input if it is not the unchanged image, else None.
+        mirrored: Whether the convolution's cells run backwards along each axis of the image.
     """
 
     grid: tuple[int, int]
@@ -31,15 +34,15 @@ class PatchConv:
 
     @property
     def placed_grid(self) -> Grid:
-        """The grid with its geometry."""
+        """Return the grid together with its geometry."""
         return Grid(self.grid, self.geometry)
 
     def has_remainder(self, size: tuple[int, int]) -> bool:
-        """Whether there are pixels of an image of this size that no cell sees."""
+        """Return whether no cell covers some pixels of an image of this size (height, width)."""
         return any(bool((cells < 0).any()) for cells in self.placed_grid.cells_of_pixels(size))
 
     def cell_of_pixels(self, size: tuple[int, int]) -> Tensor:
-        """The cell that each pixel is in, (H, W), or -1 for those that no cell sees."""
+        """Return the cell index of each pixel, (H, W), or -1 where no cell covers it."""
         rows, cols = map(torch.from_numpy, self.placed_grid.cells_of_pixels(size))
         inside = (rows >= 0)[:, None] & (cols >= 0)
         return torch.where(inside, rows[:, None] * self.grid[1] + cols, -1)
@@ -48,16 +51,20 @@ class PatchConv:
 def candidate_grids(
     image_size: tuple[int, int], tokens: int, moving: int, convs: Sequence[PatchConv]
 ) -> Iterator[PatchConv]:
-    """Grids that this many tokens could form, of which ``moving`` depend on the image.
+    """Yield the grids that tokens could form, those of convolutions on pixels first.
 
-    Those of a convolution that saw the pixels come first, else the image's proportions decide.
+    Args:
+        image_size: (height, width) in pixels.
+        tokens: Number of tokens.
+        moving: Number of tokens that depend on the image.
+        convs: The convolutions that ran on the images.
     """
     height, width = image_size
     whole = [c for c in convs if c.disjoint]
     yield from (c for c in whole if math.prod(c.grid) == moving)
-    # Patches that a mask token replaces depend on no image, but keep their place.
+    # A mask token does not depend on the image, but stands for a patch.
     yield from (c for c in whole if moving < math.prod(c.grid) <= tokens)
-    # A token that is made of all patches, such as their mean, moves too.
+    # A token computed from all patches, such as their mean, depends on the image too.
     yield from (c for c in whole if moving - 8 <= math.prod(c.grid) < moving)
     if moving < 1 or any(math.prod(c.grid) == moving for c in whole):
         return
@@ -70,12 +77,12 @@ def candidate_grids(
 
 
 def _merged(convs: Sequence[PatchConv], size: tuple[int, int]) -> Iterator[PatchConv]:
-    """Coarser grids, where several patches on a side become one token, that do not tile the image."""
+    """Yield coarser grids that merge several patches per side into one token and do not tile the image."""
     for conv in convs:
         for times in _MERGES:
-            for up in (True, False):  # patches that make no whole token are padded, or left out
+            for up in (True, False):  # incomplete tokens are padded, or dropped
                 gh, gw = (-(-g // times) if up else g // times for g in conv.grid)
-                more = [n * times - g for n, g in zip((gh, gw), conv.grid, strict=True)]  # than there are patches
+                more = [n * times - g for n, g in zip((gh, gw), conv.grid, strict=True)]  # patches of padding
                 axes = zip(conv.geometry.origin, conv.geometry.cell, conv.mirrored, more, strict=True)
                 origin = tuple(o - c * n if backwards else o for o, c, backwards, n in axes)
                 geometry = GridGeometry(origin, tuple(c * times for c in conv.geometry.cell))

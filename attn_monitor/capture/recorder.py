@@ -1,7 +1,7 @@
-"""Run a model on images and record its attention: `record_attention`, and `AttentionRecorder` to do so repeatedly.
+"""Run a model on images and record its attention, once (`record_attention`) or repeatedly (`AttentionRecorder`).
 
-A first forward on noise images discovers every attention site, its token layout and what stands in the way of reading
-it. From then on only the wanted modules are watched, and the forward is left after the last of them.
+A first forward on noise images discovers every attention site, its token layout, or the reason why it cannot be read.
+Later forwards watch the requested modules only, and are left after the last of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
 
 
 def check_verify(verify: Verify | str) -> Verify:
-    """When to check rows, if it is one of the ways there are; "always", an older word for True, becomes True."""
+    """Return a valid ``verify``, with the older "always" as True; raise `ArgumentError` otherwise."""
     if isinstance(verify, bool):
         return verify
     if isinstance(verify, str) and verify in ("always", "first"):
@@ -67,17 +67,25 @@ def record_attention(
     forward: Forward | None = None,
     verify: bool = True,
 ) -> list[LayerAttention]:
-    """Attention of the model on images (B, C, H, W), one entry per layer asked for.
+    """Record a model's attention on images and leave the model as it was.
 
-    ``layers``: an index in order of execution (negative from the encoder's end), a module path, a list of these, or
-    "all" of the encoder's. A second stack of blocks, such as an MAE's decoder, is asked for by its path or by indices.
-    ``query``: "cls", "mean" (average over all queries), ``(row, col)`` of a patch, or a token index.
-    ``forward``: how to call the model when ``model(images)`` is not right. ``verify=False`` skips the comparison of
-    row·V with the model's own output. The model is left as it was found.
+    With layers="all", layers that cannot be read are left out, and a warning lists them with the reasons. Another
+    warning is given if a model that masks patches was run without masks.
 
-    Raises a subclass of `AttentionError` with the reason when a map would not be what the model computed. Under
-    layers="all", layers that cannot be read are left out, and a warning lists them with the reasons; another says so
-    where a model that masks patches was looked at without masks.
+    Args:
+        model: The model, on any device.
+        images: (B, C, H, W), normalised as for the model.
+        layers: An index in order of execution (negative from the encoder's end), a module path, a list of these, or
+            "all" layers of the encoder. Select a second stack, such as an MAE's decoder, by its path or by indices.
+        query: "cls", "mean" (average over all queries), ``(row, col)`` of a patch, or a token index.
+        forward: How to call the model if not as ``model(images)``.
+        verify: Compare row·V with the model's own output.
+
+    Returns:
+        One entry per requested layer.
+
+    Raises:
+        AttentionError: A map would not show what the model computed; a subclass gives the kind of reason.
     """
     recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
     recorded = recorder(images)
@@ -91,21 +99,29 @@ def record_attention(
 
 
 class AttentionRecorder:
-    """Records the same layers again and again, remembering what was discovered in the model.
+    """Record the same layers repeatedly, and reuse what was discovered in the model.
 
-    ``verify``: True checks every recording; "first" the first one and each after the model or the image size changed;
-    False none. ``nonfinite`` "raise" refuses rows with NaN or infinity, "keep" returns them.
-    ``distance`` also measures the mean attention distance over all queries, ``tokens`` what enters each block, and
-    ``patches`` keeps the patch tokens of it: of each layer that is asked for, of "all" those of the last.
-    ``logits`` measures the largest logit of the CLS query, ``sinks`` the norms of V, and both read every query of the
-    layers that ``every_query`` names.
-    ``forward`` is one, or several options of which the first is taken that gives what is asked for. ``or_mean`` reads
-    query="mean" where the model has no CLS token. ``notes`` say what was done so.
+    The discovery is repeated when the model's buffers, attributes, hooks, methods or forward change, or when the
+    token-to-patch assignment, which is checked after 1, 2, 4, 8, … recordings, has changed. The latter gives a warning,
+    since recordings after the previous check may be in the old order.
 
-    What was discovered is remembered until the model's buffers, attributes, hooks, methods or forward change, or the
-    places of its tokens, which are checked after 1, 2, 4, 8, … recordings, turn out to be others: that is a warning, as
-    recordings since the check before may be in the old order. ``follow=False`` leaves `doubt`, `check_places` and
-    `ask_again` to the caller, as several processes must agree on them.
+    Args:
+        model: The model to record.
+        layers: See `record_attention`.
+        query: See `record_attention`.
+        forward: How to call the model, or several options: the first that can read the requested rows is used.
+        or_mean: Read query="mean" if the model has no CLS token; see `notes`.
+        verify: True checks every recording, "first" the first one and each after the model or image size changed, False
+            none.
+        nonfinite: "raise" refuses rows with NaN or infinity, "keep" returns them.
+        distance: Measure the mean attention distance over all queries.
+        tokens: Measure the norms and cosine similarities of the tokens that enter each block.
+        patches: Keep the patch tokens of each requested layer, or of the last one for "all".
+        logits: Measure the largest logit of the CLS query, and of every query in the layers of ``every_query``.
+        sinks: Measure the norms of V, and the attention that keys receive in the layers of ``every_query``.
+        every_query: The layers in which every query is read: "none", "last" or "all".
+        follow: Check for changes before each recording. False leaves `doubt`, `check_places` and `ask_again` to the
+            caller, for processes that must agree on them.
     """
 
     def __init__(
@@ -140,12 +156,12 @@ class AttentionRecorder:
 
     @property
     def forward_note(self) -> str:
-        """How the model was called, if not as `model(images)`."""
+        """Return a note on how the model was called; "" for ``model(images)``."""
         return "" if self._discovery is None else self._discovery.option.note
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What has to be said about the maps: how a model that masks was called, another query for lack of CLS."""
+        """Return notes for readers of the maps: another forward, second stacks, "mean" for lack of a CLS token."""
         notes = [self.forward_note]
         if self._plan is not None and self._discovery is not None and not self._in_second_stacks():
             notes += stack_notes(self._discovery.sites)
@@ -158,24 +174,24 @@ class AttentionRecorder:
 
     @property
     def left_out(self) -> dict[int, str]:
-        """Under layers="all", the layers that are left out, each with the reason; known after the first look."""
+        """Return the layers that layers="all" leaves out, each with the reason; empty before the discovery."""
         if self._discovery is None or self._plan is None or self.layers != "all":
             return {}
         return left_out(self._discovery.sites, self._plan.query)
 
     @property
     def without_statistics(self) -> dict[int, str]:
-        """Layers that have no statistics over many queries as their rows are not what the model computed: why not."""
+        """Return the layers without statistics over many queries, because rows failed the check, with the reasons."""
         return dict(self._absent)
 
     @property
     def heads(self) -> dict[int, int]:
-        """How many heads each wanted layer has, by index; known after the first look."""
+        """Return the number of heads of each requested layer, by index; empty before the discovery."""
         planned = () if self._plan is None else self._plan.sites.values()
         return {one.site.index: one.site.heads for one in planned}
 
     def summary(self) -> ModelSummary:
-        """What was discovered in the model; known after `check` or a recording."""
+        """Summarise what was discovered; raise RuntimeError before the first `check` or recording."""
         if self._discovery is None:
             raise RuntimeError("the model has not been run yet, expected a call of check(images) before summary()")
         sites = [planned.site for planned in self._planned(self._discovery).sites.values()]
@@ -185,30 +201,30 @@ class AttentionRecorder:
         return ModelSummary(model, layers, count, last.heads, last.layout.grid, self.notes)
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
-        """Every attention site in order of execution, usable or not; found again when model or image size changed."""
+        """Return every attention site in order of execution, readable or not, for this image size."""
         return self._follow_model(images)[1].sites
 
     def check(self, images: Tensor) -> None:
-        """Raise the reason if a wanted layer cannot be read on images of this size."""
+        """Raise an `AttentionError` with the reason if a requested layer cannot be read on images of this size."""
         self._planned(self._follow_model(images)[1])
 
     def doubt(self, images: Tensor, *, last: bool = False) -> Doubt:
-        """Whether what was discovered still holds, to be asked before each recording; discovers what is not known yet.
+        """Return whether the discovery still holds, after making it if necessary; call this before each recording.
 
-        ``last``: the recording is the last one, before which the places are checked in any case.
+        ``last`` announces the final recording, before which a check of the tokens is always due.
         """
         discovery = self._look(images)[1]
         return discovery.known.doubt(self.model, discovery.option.forward, last=last)
 
     def check_places(self, images: Tensor) -> Doubt:
-        """Ask the model by a few coded images whether its tokens are where they were found."""
+        """Run the model on a few coded images to check the token-to-patch assignment."""
         images, discovery = self._look(images)
         known = discovery.known
         hold = places_hold(self.model, images, discovery.option.forward, known.sites, known.looks)
         return Doubt.NONE if hold else Doubt.MOVED
 
     def ask_again(self, images: Tensor, doubt: Doubt) -> bool:
-        """Discover the sites again; whether they had moved unnoticed, so that recordings may be in the old order."""
+        """Discover the sites again; return whether tokens had moved, so that recordings may be in the old order."""
         before = self._look(images)[1].sites
         if doubt == Doubt.MOVED:
             forget(self.model)
@@ -218,10 +234,18 @@ class AttentionRecorder:
         return doubt == Doubt.MOVED and (bool(lost) or not same_places(before, now))
 
     def __call__(self, images: Tensor, *, on_layer: OnLayer | None = None) -> list[LayerAttention]:
-        """Attention on (B, C, H, W) images, one entry per wanted layer, on the model's device.
+        """Record the requested layers.
 
-        ``on_layer`` is called with every wanted layer as it runs, when its whole matrix can still be read, and returns
-        the error of the rows that it has read, see `CheckedRows`: they must be right as the row that is recorded.
+        Args:
+            images: (B, C, H, W).
+            on_layer: Called with each requested layer while its whole matrix can still be read; returns the error of
+                the rows that it has read (see `CheckedRows`), which must pass the same check as the recorded row.
+
+        Returns:
+            One entry per requested layer, on the model's device.
+
+        Raises:
+            AttentionError: A requested layer cannot be read, or its row is not what the model computed.
         """
         images, discovery = self._follow_model(images, recording=True)
         verify = self.verify is True or (self.verify == "first" and not self._verified)
@@ -231,7 +255,7 @@ class AttentionRecorder:
         return recorded
 
     def _follow_model(self, images: Tensor, *, recording: bool = False) -> tuple[Tensor, Discovery]:
-        """As `_look`, after what is in doubt has been asked again; the places themselves only before a recording."""
+        """Repeat the discovery if it is in doubt, then return as `_look`; check the tokens only before a recording."""
         if self._follow:
             doubt = self.doubt(images)
             if doubt == Doubt.DUE and recording:
@@ -246,7 +270,7 @@ class AttentionRecorder:
         return self._look(images)
 
     def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
-        """The images as the model takes them; and its sites, discovered again when modules or image size changed."""
+        """Return images in the model's dtype and device, and its sites for the current modules and image size."""
         images = check_images(images)
         known, structure = self._discovery, structure_of(self.model)
         if known is None or structure != known.known.conditions.structure:
@@ -330,7 +354,7 @@ class AttentionRecorder:
         ]
 
     def _check_complete(self, plan: RecordingPlan, observed: dict[SiteKey, ObservedRows]) -> None:
-        """Every site that was planned must have run, in the shape in which it was discovered."""
+        """Raise `UnsupportedAttentionError` unless every planned site ran in the shape that was discovered."""
         missing = [planned.site for key, planned in plan.sites.items() if key not in observed]
         if missing:
             self._discovery = None  # discover again next time
@@ -378,8 +402,8 @@ class AttentionRecorder:
         )
 
     def _holds(self, site: ReadableSite, found: Statistics, check: CheckResult) -> bool:
-        """Whether the rows behind statistics over many queries are right, as far as was checked last."""
-        if math.isnan(check.error_of_all) or not check.finite:  # not compared, or NaN, which is what the model computed
+        """Return whether the rows behind statistics over many queries passed their latest check."""
+        if math.isnan(check.error_of_all) or not check.finite:  # not compared, or the model's own NaN
             return site.index not in self._absent
         if not check.all_reproduce_output and site.index not in self._absent:
             absent = found.of_many.keys() - found.of_row.keys()
@@ -390,9 +414,9 @@ class AttentionRecorder:
 def _watch_tokens(
     stack: ExitStack, batch: int, plan: RecordingPlan, kept: Collection[SiteKey]
 ) -> dict[SiteKey, TokenStatistics]:
-    """What enters each wanted layer's block, filled while the forward runs; of a block run twice the first time.
+    """Return the statistics of the tokens that enter each block, filled during the forward (first run of each block).
 
-    At the sites that are ``kept``, with the patch tokens themselves.
+    The sites in ``kept`` keep their patch tokens too.
     """
     seen: dict[SiteKey, TokenStatistics] = {}
     for key, planned in plan.sites.items():

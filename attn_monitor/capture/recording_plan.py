@@ -1,4 +1,4 @@
-"""What can be decided before a recording: which sites are read, which row of each, and which modules are watched."""
+"""Plan a recording: the sites to read, the row of each, and the modules to watch."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from attn_monitor.errors import AttentionError, UnsupportedAttentionError
 
 @dataclass(frozen=True)
 class Block:
-    """The transformer block around a site, and the order of the tokens that enter it."""
+    """Hold the transformer block around a site and the order of the tokens that enter it."""
 
     module: nn.Module
-    order: Tensor  # (T,): prefix first, CLS first of all, and patches row by row
+    order: Tensor  # (T,) token indices: CLS, the rest of the prefix, patches row by row
     num_prefix: int
     has_cls: bool
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How one site is recorded."""
+    """Describe how to record one site."""
 
     site: ReadableSite
     query: Query
-    order: Tensor | None  # token indices, prefix first and patches row by row; None where they stand so already
-    block: Block | None  # only where its tokens are asked for
+    order: Tensor | None  # token indices, prefix first and patches row by row; None if already in this order
+    block: Block | None  # None if its tokens are not requested
 
 
 @dataclass(frozen=True)
 class RecordingPlan:
-    """How the wanted layers of a model are recorded; valid while its modules and the images' size stay the same.
+    """Describe how to record the requested layers; valid while the modules and the image size stay the same.
 
-    ``query`` is what is read in all of them. ``watched`` are the (path, module) pairs inside which operations are
-    observed; after the site ``last`` the forward may be left (None: it must run to its end). Where layers were counted
-    from the end, ``known`` are all sites, and others that run after the last one are an error.
+    Attributes:
+        query: The query to read in every layer.
+        sites: The sites to record, in order of execution.
+        watched: (path, module) pairs inside which operations are observed.
+        last: The site after which the forward may be left; None if it must run to its end.
+        known: All sites if layers are counted from the end: attention elsewhere is then an error. Empty otherwise.
     """
 
     query: QuerySpec
@@ -63,31 +66,38 @@ def plan_recording(
     tokens: bool,
     from_end: bool,
 ) -> RecordingPlan:
-    """The plan for the ``wanted`` ones of all sites; ``tokens``: what enters their blocks is asked for too.
+    """Plan the recording of some sites.
 
-    ``from_end``: which ones they are hangs on how many layers the encoder has.
+    Args:
+        model: The model.
+        sites: All of its sites.
+        query: The query to read.
+        wanted: The sites to record, each with the row to read there.
+        device: The model's device.
+        tokens: Measure the tokens that enter the blocks too.
+        from_end: The layers were counted from the encoder's end, so the number of layers must be as discovered.
     """
     modules = dict(model.named_modules())
     planned = {
         key: SitePlan(site, index, _order(site, device), _block(site, sites, modules, device) if tokens else None)
         for key, (site, index) in wanted.items()
     }
-    sites = [site for site in sites if not site.overlooked]  # those that can be seen running
+    sites = [site for site in sites if not site.overlooked]  # the observable ones
     last = max(sites, key=lambda site: (site.key in wanted or (from_end and not site.stack), site.index))
     later = [site for site in sites if from_end and site.index >= last.index]
     roots, paths = {site.scope for site, _ in wanted.values()}, {site.key[0] for site in sites}
     roots |= {site.scope for site in later}
     roots = {_with_forward(path, modules) for path in roots}
-    # Modules without attention of their own need no hooks: what runs in them is credited to the watched one around.
+    # Modules without attention of their own need no hooks: their operations count for the watched module around them.
     watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
     if is_sharded(model) or any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
-        return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive what is raised in it
+        return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive an exception in it
     known = frozenset(key for site in sites for key in (site.key, *site.places.together) if from_end)
     return RecordingPlan(query, planned, watched, last.key, known)
 
 
 def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bool) -> AttentionError:
-    """More layers ran than were found on noise, or fewer: what was counted from the end is another layer."""
+    """Return the error for more or fewer layers than on noise images, when layers were counted from the end."""
     name, number, found = type(model).__name__, "more" if more else "fewer", len(plan.known)
     return UnsupportedAttentionError(
         f"{name} ran {number} attention layers on these images than on noise images of the same size ({found}): how "
@@ -97,7 +107,7 @@ def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bo
 
 
 def _with_forward(path: str, modules: dict[str, nn.Module]) -> str:
-    """The innermost module around that is called: blocks that share weights have but their list in common."""
+    """Return the path of the innermost module with a forward: around blocks that share weights there is only a list."""
     while path and isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
         path = path.rpartition(".")[0]
     return path
@@ -120,17 +130,17 @@ def _block(
     if path is None or entering is None:
         return None
     if (entering.grid, len(entering.prefix)) != (layout.grid, len(layout.prefix)):
-        return None  # its tokens are not those of the rows
+        return None  # other tokens than those of the rows
     order = torch.tensor(entering.order, device=device)
     return Block(modules[path], order, len(entering.prefix), "CLS" in site.places.prefix_names.values())
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What was discovered in one model, to be printed."""
+    """Hold what was discovered in one model, for printing."""
 
-    model: str  # name of its class
-    layers: tuple[int, ...]  # that are recorded
+    model: str  # class name
+    layers: tuple[int, ...]  # the recorded ones
     num_layers: int
     heads: int
     grid: tuple[int, int]

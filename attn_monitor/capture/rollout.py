@@ -1,4 +1,4 @@
-"""Attention rollout: where the tokens that a query reads from have themselves read from, down to the image."""
+"""Compute attention rollout: trace a query's attention through all layers down to the image."""
 
 from __future__ import annotations
 
@@ -28,14 +28,26 @@ def attention_rollout(
     residual: float = 0.5,
     forward: Forward | None = None,
 ) -> Tensor:
-    """The patch part of ``query``'s row of A_L · … · A_1 as images, (B, gh, gw) float32; all tokens sum to 1.
+    """Compute attention rollout, the query's row of A_L · … · A_1 (Abnar & Zuidema 2020, arXiv 2005.00928).
 
-    A_l is ``residual`` · identity + (1 - ``residual``) · the heads' attention, fused and scaled to rows of sum 1.
-    Only the row is carried, from the last layer down, so that fused attention takes O(tokens) memory for each layer;
-    explicit attention is kept as the model itself computed it, tokens² for each layer and head.
-    Source: Abnar & Zuidema 2020, arXiv 2005.00928.
+    A_l is ``residual`` · identity + (1 - ``residual``) · the heads' attention, fused and scaled to rows of sum 1. Only
+    one row is carried from the last layer down, so that fused attention takes O(tokens) memory per layer. Explicit
+    attention is kept as the model computed it, with tokens² numbers per layer and head.
 
-    Raises `UnsupportedAttentionError` when a layer cannot be read, mixes its heads, or is over other tokens.
+    Args:
+        model: The model, left as it was found.
+        images: (B, C, H, W).
+        query: See `record_attention`.
+        head_fusion: "mean", "max" or "min" over heads.
+        residual: Weight of the identity, in [0, 1).
+        forward: How to call the model if not as ``model(images)``.
+
+    Returns:
+        The patches' part of the row, (B, gh, gw) float32; it sums to 1 together with the other tokens.
+
+    Raises:
+        ArgumentError: ``head_fusion`` or ``residual`` is invalid.
+        UnsupportedAttentionError: A layer cannot be read, mixes its heads, or attends to other tokens.
     """
     if head_fusion not in ("mean", "max", "min"):
         raise ArgumentError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')
@@ -63,7 +75,7 @@ def attention_rollout(
 
 
 def _through(source: AttentionSource, row: Tensor, head_fusion: Fusion) -> Tensor:
-    """The (B, T) row times the fused attention matrix, a few of the matrix's rows at a time."""
+    """Multiply the (B, T) row by the head-fused attention matrix, chunk by chunk."""
     total = torch.zeros_like(row)
     for queries, rows, _ in source.chunks():
         fused: Tensor = rows.mean(1) if head_fusion == "mean" else getattr(rows, f"a{head_fusion}")(1)
@@ -73,7 +85,7 @@ def _through(source: AttentionSource, row: Tensor, head_fusion: Fusion) -> Tenso
 
 
 def _check_sites(sites: Sequence[Site]) -> list[ReadableSite]:
-    """All sites, if each reads from the same tokens as the last one, in the same order."""
+    """Return the sites if each has the tokens of the last one in the same order; raise otherwise."""
     readable = []
     for site in sites:
         if isinstance(site, RefusedSite):

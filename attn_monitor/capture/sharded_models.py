@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over devices: how to run a part of one, and which of them are refused."""
+"""Run a part of a model that FSDP shards, and refuse models with tensor parallelism."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ _METHOD = "_attn_monitor_forward"
 
 
 def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forward:
-    """How to call a model that is part of an FSDP module: through ``root``, the outermost one.
+    """Return a forward that calls a part of an FSDP module through ``root``, the outermost one.
 
-    FSDP gathers parameters at the entrance of its units and takes whichever unit runs first for the outermost. So the
-    units around the model are entered too, by their own forward hooks, with their mixed precision and offloading;
-    afterwards no unit holds gathered parameters. Anywhere else this is ``forward``.
+    FSDP gathers parameters when a unit's forward starts, and treats the first unit that runs as the outermost. The
+    returned function therefore enters the units around the model through their forward hooks, with their mixed
+    precision and offloading, and reshards all units afterwards. Without FSDP it is the same as ``forward``.
+
+    Args:
+        root: The outermost FSDP module.
+        forward: How to call the model inside.
     """
 
     def run(model: nn.Module, images: Tensor) -> Any:
@@ -35,7 +39,7 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
         def guarded(images: Tensor) -> None:
             try:
                 forward(model, images)
-            except (Exception, StopForward) as error:  # must not keep the units around from ending their forward
+            except (Exception, StopForward) as error:  # the units around must end their forward
                 failed.append(error)
 
         with _freed_afterwards(around, below):
@@ -61,7 +65,7 @@ def _units_in(model: nn.Module) -> list[nn.Module]:
 
 
 def _units_around(root: nn.Module, model: nn.Module) -> list[nn.Module]:
-    """FSDP units that the model is in, the outermost first and without the model itself."""
+    """Return the FSDP units around the model, outermost first, without the model itself."""
     known = dict(root.named_modules())
     path = next((p for p, module in known.items() if module is model), "")
     parts = path.split(".") if path else []
@@ -70,7 +74,7 @@ def _units_around(root: nn.Module, model: nn.Module) -> list[nn.Module]:
 
 
 def _through(units: list[nn.Module], action: Callable[[Tensor], None], images: Tensor) -> None:
-    """The action as the forward of the innermost unit, that as the forward of the one around it, and so on."""
+    """Run the action inside the nested forwards of these units, outermost first."""
     if not units:
         return action(images)
     return _as_forward(units[0], lambda x: _through(units[1:], action, x), images)
@@ -109,7 +113,7 @@ def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tenso
 
 @contextmanager
 def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterator[None]:
-    """FSDP keeps an outermost unit's parameters for a backward that does not come here: shard all of them again."""
+    """Reshard all units afterwards: FSDP keeps the outermost unit's parameters for a backward that never comes here."""
     try:
         yield
     except Exception:
@@ -122,7 +126,7 @@ def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterat
 
 
 def _end_forward(unit: nn.Module) -> None:
-    """Have FSDP2 forget a forward that was cut short."""
+    """Reset the FSDP2 state of a forward that was cut short."""
     from torch.distributed.fsdp import FSDPModule
 
     if not isinstance(unit, FSDPModule):
@@ -145,16 +149,16 @@ def _free(unit: nn.Module) -> None:
     if isinstance(unit, FSDPModule):
         unit.reshard()
         return
-    wrapper: Any = unit  # FullyShardedDataParallel, which has no public word for it
+    wrapper: Any = unit  # FullyShardedDataParallel, without a public method to reshard
     if wrapper._handle is not None and wrapper.sharding_strategy is not ShardingStrategy.NO_SHARD:
         _reshard(wrapper, wrapper._handle, True)
 
 
 def refuse_split_parameters(model: nn.Module) -> ExitStack:
-    """Until the returned stack is left, a module that runs while its parameters are split over devices is an error.
+    """Make modules raise `UnsupportedAttentionError` if they run with split parameters, until the stack is closed.
 
-    FSDP has gathered them by then. Under tensor parallelism each device computes a part of the heads only, in plain
-    tensors that look like a whole model's.
+    FSDP has gathered the parameters by then. Under tensor parallelism each device computes some of the heads only, in
+    plain tensors that look like a complete model's.
     """
     stack = ExitStack()
     if not _is_initialised():

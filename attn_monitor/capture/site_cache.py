@@ -1,4 +1,4 @@
-"""What each model was found to have, kept for as long as the model lives and nothing speaks against it."""
+"""Cache each model's attention sites until the model, its state or the forward changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from attn_monitor.capture.sites import Site
 
 
 class Conditions(NamedTuple):
-    """Under which a model's sites stay the same."""
+    """Hold the conditions under which a model's sites stay the same."""
 
-    together: bool  # several images run at once, of which is known how they are told apart
+    together: bool  # several images ran as one batch, which shows how it is ordered
     image_shape: tuple[int, ...]  # (C, H, W)
     dtype: torch.dtype
     device: torch.device
@@ -29,63 +29,63 @@ class Conditions(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor, structure: int) -> Conditions:
-        """Of images as the model takes them, and the model's `structure_of`."""
+        """Build the conditions from images in the model's dtype and device, and the model's `structure_of`."""
         return cls(len(images) > 1, tuple(images.shape[1:]), images.dtype, images.device, structure)
 
     def cover(self, other: Conditions) -> bool:
-        """Whether sites found under these are those under the others too."""
+        """Return whether sites that were found under these conditions hold under the others too."""
         return other in (self, self._replace(together=False))
 
 
 def structure_of(model: nn.Module) -> int:
-    """Changes when a submodule is replaced, added, removed, renamed, or given another class (as FSDP does)."""
+    """Return a hash that changes when a submodule is replaced, added, removed, renamed or given another class."""
     return hash(tuple((id(module), type(module), *module._modules.keys()) for module in all_modules(model)))
 
 
 class Doubt(IntEnum):
-    """Whether what is known of a model still holds; of several processes, the largest counts."""
+    """Grade the doubt about a model's known sites; the largest value of all processes counts."""
 
     NONE = 0
-    DUE = 1  # it is time to check the places
-    CHANGED = 2  # something that they may depend on is not as it was
-    MOVED = 3  # the check has shown other places
+    DUE = 1  # a check of the token-to-patch assignment is due
+    CHANGED = 2  # something that the assignment may depend on has changed
+    MOVED = 3  # the check has found another assignment
 
 
 @dataclass(eq=False)
 class Known:
-    """Every attention site of a model under one forward, and what it may depend on as it was then.
+    """Hold every attention site of a model under one forward, with a fingerprint of the state that it may depend on.
 
-    What changes in ordinary training and moves no token (BatchNorm's statistics, centres of a loss, counters) must not
-    be a reason to ask again for ever. So an item that has changed is ``ignored`` from then on if the sites were found
-    where they had been: a number at once, and anything else if it changes from look to look, since a switch that was
-    turned once is likely to be turned again. Functions are never ignored. For what is ignored and for trained weights
-    there is the check of the places, at growing distances.
+    State that changes in ordinary training and moves no token (BatchNorm statistics, centres of a loss, counters) must
+    not cause a discovery each time. An item that changed while the sites stayed the same is therefore ``ignored`` from
+    then on: a number at once, anything else (such as a switch, which may be turned again) if it changes twice in a row.
+    Functions are never ignored. Ignored items and trained weights are covered by the check of the tokens, at growing
+    intervals.
     """
 
     conditions: Conditions
     sites: tuple[Site, ...]
     state: State
     ignored: frozenset[Key] = frozenset()
-    changed: frozenset[Key] = frozenset()  # when the sites were found again where they had been
-    looks: int = 0  # recordings that were made of them
-    recorded: bool = field(default=False, repr=False)  # since the latest doubt
+    changed: frozenset[Key] = frozenset()  # since the previous discovery, with the same result
+    looks: int = 0  # number of recordings
+    recorded: bool = field(default=False, repr=False)  # since the latest call of `doubt`
 
     def doubt(self, model: nn.Module, forward: Forward, *, last: bool = False) -> Doubt:
-        """To be called before each recording. A check is due after 1, 2, 4, 8, … of them, and before the ``last``."""
+        """Return the doubt before a recording: a check is due after 1, 2, 4, 8, … of them, and before the ``last``."""
         self.looks, self.recorded = self.looks + self.recorded, False
         if self.changes(state_of(model, forward)):
             return Doubt.CHANGED
         return Doubt.DUE if last or (self.looks and self.looks & (self.looks - 1) == 0) else Doubt.NONE
 
     def changes(self, now: State) -> set[Key]:
-        """What is not as it was."""
+        """Return the keys of items that differ from the fingerprint, without the ignored ones."""
         if now == self.state:
             return set()
         keys = (self.state.keys() | now.keys()) - self.ignored
         return {key for key in keys if now.get(key) != self.state.get(key)}
 
     def follow(self, before: Known) -> None:
-        """Learn from what was known before, under other circumstances, what to ignore."""
+        """Ignore items that differ from an earlier discovery with the same result."""
         if not same_places(before.sites, self.sites):
             return
         self.changed = frozenset(before.changes(self.state))
@@ -95,7 +95,7 @@ class Known:
 
 
 def same_places(before: Sequence[Site], now: Sequence[Site]) -> bool:
-    """Whether the same sites were found, with tokens in the same places where both times these could be told."""
+    """Return whether both are the same sites, with the same token-to-patch assignment where both have one."""
     if [(site.key, site.queries, site.keys) for site in before] != [
         (site.key, site.queries, site.keys) for site in now
     ]:
@@ -108,18 +108,18 @@ def same_places(before: Sequence[Site], now: Sequence[Site]) -> bool:
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, list[Known]] = weakref.WeakKeyDictionary()
-_SIZE = 8  # entries a model: image sizes come and go
+_SIZE = 8  # entries per model, such as several image sizes
 
 
 def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Conditions) -> Known:
-    """Every attention site of the model, discovered once for the same conditions, state of the model and forward."""
+    """Return the model's sites, discovered once per conditions, state of the model and forward."""
     entries, state = _CACHE.setdefault(model, []), state_of(model, forward)
     alike = [known for known in reversed(entries) if known.conditions.cover(conditions)]
     for known in alike:
         if not known.changes(state):
             return known
     sites = discover(model, images, forward)
-    found = Known(conditions, sites, state_of(model, forward))  # as it is now: some models change as they run
+    found = Known(conditions, sites, state_of(model, forward))  # read again: some models change as they run
     before = next((known for known in alike if not _is_of_another_forward(known, state)), None)
     if before is not None:
         found.follow(before)
@@ -129,11 +129,11 @@ def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Con
 
 
 def forget(model: nn.Module) -> None:
-    """Discover the model's sites again the next time."""
+    """Drop the model's sites, so that they are discovered again the next time."""
     _CACHE.pop(model, None)
 
 
 def _is_of_another_forward(known: Known, now: State) -> bool:
-    """Whether the function itself is another one: then nothing is to be learned from what differs."""
+    """Return whether the forward's code differs, so that other differences show nothing about the model."""
     changed = [key for key in known.changes(now) if key[0] == "forward"]
     return any((now.get(key) or known.state[key]).kind == "code" for key in changed)

@@ -30,9 +30,20 @@ from attn_monitor.errors import (
 
 
 def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, ...]:
-    """Every attention site in order of execution, found by running the model on noise of the images' size.
+    """Discover every attention site by running the model on noise images, then assign its tokens to patches.
 
-    Then the places of the keys and queries of each are found, see `places`.
+    Args:
+        model: The model, left as it was found.
+        images: (B, C, H, W) that give the size, dtype and device of the noise.
+        forward: How to call the model.
+
+    Returns:
+        The sites in order of execution.
+
+    Raises:
+        NoAttentionError: No attention was observed.
+        UnsupportedAttentionError: The model runs in another thread, or with tensor parallelism.
+        ForwardError: The model failed.
     """
     with refuse_split_parameters(model):
         candidates, observer = look_at_noise(model, images, forward)
@@ -85,7 +96,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
 def _with_overlooked(
     model: nn.Module, images: Tensor, forward: Forward, seen: Sequence[Candidate], entered: Mapping[str, int]
 ) -> list[Candidate]:
-    """The candidates in order of execution, with modules like theirs in which tokens mix unrecognised."""
+    """Add sibling modules that mix tokens in unrecognised operations, in order of execution."""
     by_path = {c.seen.scope: c for c in reversed(seen)}
     others = overlooked(model, noise_images(images, 1), forward, by_path, entered)
     found = list(enumerate(seen))
@@ -98,17 +109,17 @@ def _with_overlooked(
 
 
 def attends_to_images(model: nn.Module, images: Tensor) -> bool:
-    """Whether the module runs on images and attends to tokens that come from them."""
+    """Return whether the module runs on images and attends to tokens that depend on them."""
     device, dtype = model_device_dtype(model)
     try:
         candidates, _ = look_at_noise(model, images.to(device=device, dtype=dtype), default_forward)
-    except AttentionError:  # it is not made for images
+    except AttentionError:  # not a module for images
         return False
     return max((candidate.moving for candidate in candidates), default=0) > 1
 
 
 def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
-    """Why the shape of an attention operation alone rules out a global row over patches; empty if it does not."""
+    """Return why the shape of an operation rules out a global row over patches; "" if it does not."""
     if isinstance(seen, RefusedObservation):
         return seen.reason
     if seen.batch % IMAGES:
@@ -149,7 +160,7 @@ def _site(index: int, candidate: Candidate, places: SitePlaces, check: CheckResu
 
 
 def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> AttentionError | None:
-    """Why no map is shown of a site, wherever its keys are."""
+    """Return why a site is unsupported whatever its token layout; None if it is supported."""
     if candidate.overlooked:
         return UnsupportedAttentionError(
             f"{where} mixes tokens in an operation that is not recognised as attention; use "

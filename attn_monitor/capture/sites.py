@@ -1,4 +1,4 @@
-"""The attention sites of a model, as found on noise images: each can be read, or is refused with the reason."""
+"""Describe the attention sites of a model: each can be read, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from attn_monitor.errors import AttentionError
 
 
 def site_name(key: SiteKey) -> str:
-    """Module path, with `#n` when the module runs attention more than once in a forward."""
+    """Return the module path, with ``#n`` for the module's n-th further attention in a forward."""
     path, count = key
     return f"{path or '(root)'}#{count}" if count else path or "(root)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Site:
-    """One place in the model where attention runs."""
+    """Describe one place in the model where attention runs."""
 
     index: int  # in order of execution
     key: SiteKey
@@ -28,24 +28,24 @@ class _Site:
     heads: int
     queries: int
     keys: int
-    mixed: bool  # what meets V is not a softmax as it was computed
-    error: float | None  # relative difference between row·V and the model's own output
-    folding: Folding | None  # of batch and heads, where the operation has them in one dimension
-    scope: str  # path of the module in which all of it ran
-    convention: CallingConvention | None  # of an operation from outside PyTorch
+    mixed: bool  # the weights that meet V differ from the softmax
+    error: float | None  # relative difference between row·V and the model's own output; None if not compared
+    folding: Folding | None  # of batch and heads, if they are folded or swapped
+    scope: str  # path of the innermost module around all of it
+    convention: CallingConvention | None  # of a third-party operation
     places: SitePlaces
-    overlooked: bool = False  # it mixes tokens, and no attention was seen in it
-    stack: str = ""  # path of a second stack of blocks that it is in, such as an MAE's decoder; "" in the encoder
+    overlooked: bool = False  # it mixes tokens, but no attention was observed in it
+    stack: str = ""  # path of the second stack around it, such as an MAE's decoder; "" in the encoder
 
     @property
     def name(self) -> str:
-        """See `site_name`."""
+        """Return the site's name, see `site_name`."""
         return site_name(self.key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadableSite(_Site):
-    """A site whose keys have known places."""
+    """Describe a site with a known token-to-patch assignment."""
 
     layout: TokenLayout
     refusal: ClassVar[None] = None
@@ -53,7 +53,7 @@ class ReadableSite(_Site):
 
 @dataclass(frozen=True, kw_only=True)
 class RefusedSite(_Site):
-    """A site of which no map is shown."""
+    """Describe a site that cannot be shown as a map."""
 
     refusal: AttentionError
     layout: ClassVar[None] = None
@@ -63,7 +63,7 @@ Site = ReadableSite | RefusedSite
 
 
 def prefix_names(site: ReadableSite) -> tuple[str, ...]:
-    """See `LayerAttention.prefix_names`."""
+    """Return the names of a site's prefix tokens, see `LayerAttention.prefix_names`."""
     names, registers = [], 0
     for token in site.layout.prefix:
         name = site.places.prefix_names.get(token, f"token {token}")

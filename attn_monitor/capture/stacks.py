@@ -1,4 +1,4 @@
-"""Which attention layers are the encoder's, where a model has a second stack of blocks, such as an MAE's decoder."""
+"""Separate the encoder's attention layers from a second stack of blocks, such as an MAE's decoder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ DECODER = {"decoder", "dec", "predictor"}
 
 
 class Ran(NamedTuple):
-    """Attention that ran: path of its module, and for how many queries of one image, those of all windows together."""
+    """Describe an attention that ran."""
 
-    path: str
-    queries: int
+    path: str  # of its module
+    queries: int  # per image, over all windows
 
 
 def second_stacks(ran: Sequence[Ran], modules: dict[str, nn.Module]) -> list[str]:
-    """For each attention, in order of execution, the path of the second stack that it is in; "" for the encoder's.
+    """Return the path of the second stack around each attention, in order of execution; "" for the encoder's.
 
-    The encoder's blocks are the longest list (of equal ones the first). A list that runs entirely after it is a second
-    stack, unless it has at most half as many queries, as the later stages of a pyramid and class attention do. What is
-    called a decoder or a predictor is a second stack beside anything else.
+    The encoder is the longest list of blocks (the first of equal ones). A list that runs entirely after it is a second
+    stack, unless it has at most half as many queries, like later stages of a pyramid or class attention. A decoder or
+    predictor by name is always a second stack, unless nothing else has attention.
     """
     paths = [path for path, _ in ran]
     named = [_named_decoder(path) for path in paths]
@@ -36,7 +36,7 @@ def second_stacks(ran: Sequence[Ran], modules: dict[str, nn.Module]) -> list[str
     lengths = {one: len({b for b, of in zip(blocks, lists, strict=True) if of == one}) for one in lists if one}
     if not lengths:
         return named
-    encoder = max(lengths, key=lambda one: lengths[one])  # the first of equal ones
+    encoder = max(lengths, key=lambda one: lengths[one])
     end = max(index for index, one in enumerate(lists) if one == encoder)
     queries, after = ran[end].queries, set[str]()
     for one in dict.fromkeys(lists[end + 1 :]):
@@ -49,7 +49,7 @@ def second_stacks(ran: Sequence[Ran], modules: dict[str, nn.Module]) -> list[str
 
 
 def _named_decoder(path: str) -> str:
-    """The path down to the first name with a word for a decoder; "" if none has one."""
+    """Return the path down to the first name with a word for a decoder; "" if there is none."""
     parts = path.split(".")
     for depth, part in enumerate(parts, 1):
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
@@ -59,7 +59,7 @@ def _named_decoder(path: str) -> str:
 
 
 def _list_of(path: str, others: Sequence[str], modules: dict[str, nn.Module]) -> str:
-    """The outermost list of which several items hold attention; "" if it is in none."""
+    """Return the outermost list around a path in which several items hold attention; "" if there is none."""
     parts = path.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])

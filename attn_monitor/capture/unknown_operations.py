@@ -1,7 +1,7 @@
-"""Attention kernels from outside PyTorch: find out by what convention they are called, and read their rows.
+"""Find the calling convention of third-party attention kernels, and read their rows.
 
-Nothing but the arguments is known of such an operation. Each way in which its tensors could be q, k and v is a
-candidate, and the one counts that explains what the kernel computes.
+Only the arguments of such an operation are known. Each way in which its tensors could be q, k and v is a candidate; the
+one that best explains the kernel's result is used.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from attn_monitor.capture.operations import observe_fused
 
 
 def looks_like_attention(args: tuple[Any, ...]) -> bool:
-    """Whether the first arguments look like q, k, v or like packed qkv."""
+    """Return whether the first arguments look like q, k, v or packed qkv."""
     return _separate_qkv(args) is not None or _packed_qkv(args) is not None
 
 
 def first_tensor(out: Any) -> Tensor | None:
-    """The tensor itself, or the first one of a tuple."""
+    """Return the tensor itself, or the first one of a tuple; None if there is none."""
     return out if isinstance(out, Tensor) else next((o for o in out or () if isinstance(o, Tensor)), None)
 
 
 def candidate_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> list[FusedCall]:
-    """The attention calls that this operation could be, from the size of its result: none if it is something else."""
+    """Return the attention calls that fit the size of an operation's result; empty if it is not attention."""
     return [
         call
         for call in _possible_calls(func, args, kwargs)
@@ -40,7 +40,7 @@ def candidate_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
 
 
 def call_by(convention: CallingConvention | None, calls: Sequence[FusedCall]) -> FusedCall:
-    """The candidate with this convention, else the first one."""
+    """Return the candidate with this convention, else the first one."""
     return next((call for call in calls if call.convention == convention), calls[0])
 
 
@@ -53,7 +53,17 @@ def observe_unknown(
     query: Query,
     convention: CallingConvention | None,
 ) -> Observation:
-    """Rows by the given convention, else by the one that explains best what the kernel makes of sharp q, k and v."""
+    """Read rows of a third-party operation.
+
+    Args:
+        func: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        calls: The candidates, see `candidate_calls`.
+        result: The tensor that it computed.
+        query: The query to read.
+        convention: Its convention if known; None to find the one that best explains its result on random q, k and v.
+    """
     convention = convention or _convention_of_kernel(func, args, kwargs) or _best_convention(calls, result)
     call = call_by(convention, calls)
     seen = observe_fused(call, result, query)
@@ -74,7 +84,7 @@ def _packed_qkv(args: tuple[Any, ...]) -> Tensor | None:
 
 
 def _possible_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[FusedCall]:
-    """Every convention that fits the arguments: layouts times scales times masks."""
+    """Yield every convention that fits the arguments: layouts times scales times masks."""
     separate, packed = _separate_qkv(args), _packed_qkv(args)
     if separate is not None:
         triples = {-1: separate}
@@ -83,7 +93,7 @@ def _possible_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         triples = {dim: (q, k, v) for dim, (q, k, v) in splits}
     else:
         return
-    # The scale, if the operation was given one, is among its float arguments.
+    # A scale may be among the float arguments.
     given = [a for a in (*args, *kwargs.values()) if isinstance(a, float) and a > 0]
     for (dim, triple), tokens_first in itertools.product(triples.items(), (False, True)):
         q, k, v = (t.transpose(1, 2) for t in triple) if tokens_first else triple
@@ -95,7 +105,7 @@ def _possible_calls(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _convention_of_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallingConvention | None:
-    """Call the kernel with made-up q, k and v: near-uniform attention would fit many conventions, sharp fits one."""
+    """Find the convention on random q, k and v: their sharp attention fits one, near-uniform attention fits many."""
     count = 1 if _separate_qkv(args) is None else 3
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)][:count]
     sharp = list(args)
@@ -104,14 +114,14 @@ def _convention_of_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         sharp[i] = torch.empty_like(args[i]).copy_(2 * noise)
     try:
         result = first_tensor(func(*sharp, **kwargs))
-    except Exception:  # a kernel may ask more of its tensors than their shapes; then the model's own have to do
+    except Exception:  # the kernel may reject random tensors; then the model's own are used
         return None
     return None if result is None else _best_convention(candidate_calls(func, tuple(sharp), kwargs, result), result)
 
 
 def _best_convention(calls: Sequence[FusedCall], result: Tensor) -> CallingConvention | None:
     def error(call: FusedCall) -> float:
-        # The first query counts as much as all together, as a mask that nobody can know may spare it alone.
+        # Weight the first query like all together: it may be the only one that an unknown mask leaves alone.
         seen = (observe_fused(call, result, query) for query in ("mean", 0))
         errors = [float(s.error) for s in seen if isinstance(s, ReadObservation) and s.error is not None]
         return sum(errors) if errors else math.inf

@@ -1,6 +1,6 @@
-"""Modules that mix tokens like their siblings, in operations that are not recognised as attention.
+"""Find modules that mix tokens like their siblings, but in operations that are not recognised as attention.
 
-Layers are numbered in order of execution, so a layer that is overlooked would give its number to another one.
+Layers are numbered in order of execution, so an overlooked layer would shift the numbers of later ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from attn_monitor.capture.isolation import isolated_forward
 def overlooked(
     model: nn.Module, images: Tensor, forward: Forward, seen: Iterable[str], entered: Iterable[str]
 ) -> dict[str, str]:
-    """Paths of modules in which tokens mix though no attention was seen there, each with that of a sibling's attention.
+    """Find modules that mix tokens without observed attention and have a sibling with attention.
 
-    ``seen`` are the paths of modules in which attention was seen, and ``entered`` of those that ran. A sibling is a
-    module of the same class at the same place in another item of the same list, or under another attribute. ``images``
-    (B, C, H, W) are run once if there are such modules.
+    A sibling is a module of the same class with a path that differs in one name: a list index or an attribute.
+
+    Args:
+        model: The model, left as it was found.
+        images: (B, C, H, W), run once if there are modules to test.
+        forward: How to call the model.
+        seen: Paths of modules in which attention was observed.
+        entered: Paths of modules that ran.
+
+    Returns:
+        The path of each such module, mapped to the path of its sibling.
     """
     modules, seen = dict(model.named_modules()), list(dict.fromkeys(seen))
     suspects: dict[str, str] = {}
@@ -40,14 +48,14 @@ def overlooked(
     with isolated_forward(model), ExitStack() as stack:
         for path in suspects:
             hook = _ask(path, mixing)
-            # Before other hooks, which may free the module's parameters or change its results.
+            # Other hooks may free the module's parameters or change its results.
             stack.enter_context(modules[path].register_forward_hook(hook, with_kwargs=True, prepend=True))
         forward(model, images)
     return {path: like for path, like in suspects.items() if path in mixing}
 
 
 def _are_siblings(path: str, other: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the paths differ in one name, of an item of a list or an attribute, and lead to modules of one class."""
+    """Return whether the paths differ in one name and lead to modules of the same class."""
     a, b = path.split("."), other.split(".")
     if len(a) != len(b) or path not in modules or type(modules[path]) is not type(modules.get(other)):
         return False
@@ -60,7 +68,7 @@ def _is_around(path: str, other: str) -> bool:
 
 
 def _ask(path: str, mixing: set[str]) -> Callable[..., None]:
-    """A forward hook that calls the module's forward again, each time with one token changed."""
+    """Return a forward hook that calls the module's forward again with single tokens changed."""
 
     @errors_from("monitor")
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -71,7 +79,7 @@ def _ask(path: str, mixing: set[str]) -> Callable[..., None]:
 
 
 def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a result of some token changes with another token among the module's arguments."""
+    """Return whether changing one token of the arguments changes the result of another token."""
     given, spec = tree_flatten((args, kwargs))
 
     def results(values: list[Any]) -> list[Tensor]:
@@ -91,7 +99,7 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             if before.shape != after.shape or before.ndim <= dim:
                 continue
             same_tokens = before.shape[dim] == given[number].shape[dim]
-            if not same_tokens and token == 0:  # some of the tokens may be all that is left
+            if not same_tokens and token == 0:  # the result may be a selection of tokens, such as CLS
                 continue
             difference = (after - before).abs()
             if same_tokens:
@@ -102,9 +110,9 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _tokens_of(given: list[Any]) -> Iterator[tuple[int, int, int]]:
-    """The first and the last token of each tensor that may hold tokens: (its number, dimension, index).
+    """Yield (tensor's number, dimension, index) of the first and last token of each tensor that may hold tokens.
 
-    The batch may be first or second, which does not matter: images do not mix. Of images, rows are asked about.
+    Treating the batch as tokens is harmless, because images do not mix. In four dimensions, rows count as tokens.
     """
     for number, value in enumerate(given):
         if not isinstance(value, Tensor) or not value.is_floating_point() or not 2 <= value.ndim <= 4:

@@ -1,4 +1,4 @@
-"""The checks of observed rows: are they finite, do they give the model's own output, and what kind of rows are they."""
+"""Check observed rows: whether they are finite, whether they reproduce the model's output, and their kind."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from attn_monitor.errors import VerificationError
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The checks of one observation as plain values."""
+    """Hold the checks of one observation as plain values."""
 
     finite: bool
-    error: float  # NaN: not compared
+    error: float  # NaN if not compared
     tolerance: float
     mixed: bool
     kind: RowKind
-    error_of_all: float  # of the rows that statistics over many queries are made of; NaN: not compared
+    error_of_all: float  # of the rows that statistics over many queries use; NaN if not compared
 
     @property
     def reproduces_output(self) -> bool:
-        """Whether row·V is the model's own output, as far as that was compared."""
+        """Return whether row·V equals the model's own output within the tolerance; True if not compared."""
         return not self.error > self.tolerance
 
     @property
     def all_reproduce_output(self) -> bool:
-        """The same of all rows that statistics over many queries are made of."""
+        """Return whether the rows behind statistics over many queries reproduce the output; True if not compared."""
         return not self.error_of_all > self.tolerance
 
 
 def fetch_checks(observations: Sequence[ObservedRows]) -> list[CheckResult]:
-    """Bring the checks of all observations from the device in one transfer."""
+    """Fetch the checks of all observations from the device in one transfer."""
     facts = []
     for seen in observations:
         unknown = seen.rows.new_full((), math.nan)
         known = (seen.error, seen.mixed, seen.error_of_all)
         facts += [seen.rows.isfinite().all(), *(unknown if f is None else f for f in known)]
-        explicit = seen.mixed is not None  # what a fused operation applies is a softmax
+        explicit = seen.mixed is not None  # fused operations always apply a softmax
         facts += [seen.rows.amin(), (seen.rows.sum(-1) - 1).abs().amax()] if explicit else [unknown, unknown]
     numbers = torch.stack([f.float() for f in facts]).tolist() if facts else []
     return [_check_result(seen.tolerance, *numbers[6 * i : 6 * i + 6]) for i, seen in enumerate(observations)]
@@ -56,7 +56,7 @@ def _check_result(
 
 
 def mismatch(layer: str, check: CheckResult) -> VerificationError:
-    """The refusal of rows that do not reproduce the model's output."""
+    """Return the error for rows that do not reproduce the model's output."""
     return VerificationError(
         f"{layer}: the attention row times V differs from the model's own output by {check.error:.2g} "
         f"(allowed: {check.tolerance:.2g}), so the row is not what the model computed and no map is shown. Please "
@@ -65,7 +65,7 @@ def mismatch(layer: str, check: CheckResult) -> VerificationError:
 
 
 def no_statistics(layer: str, check: CheckResult, absent: Collection[str]) -> str:
-    """Why a layer has a map and yet none of the numbers that are made of many queries' rows."""
+    """Return why a layer has a map but no statistics over many queries."""
     return (
         f"{layer}: the rows of other queries times V differ from the model's own output by {check.error_of_all:.2g} "
         f"(allowed: {check.tolerance:.2g}), so what is made of them is absent ({', '.join(sorted(absent))}). The row "

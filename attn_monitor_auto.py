@@ -1,6 +1,6 @@
-"""Entry point for Lightning's Trainer: gives it an `AttentionMapCallback` where the environment asks for one.
+"""Entry point for Lightning's Trainer: add an `AttentionMapCallback` if ``ATTN_MONITOR`` is set.
 
-Every Trainer in an environment with this package asks, so until ``ATTN_MONITOR`` is set nothing is imported here.
+Every Trainer in an environment with this package calls it, so nothing is imported unless the variable is set.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ OFF = ("", "0", "false", "no", "off")
 
 
 def callbacks() -> list[Any]:
-    """What `attn_monitor.environment` makes of ``ATTN_MONITOR=1``; whatever goes wrong there ends nobody's run."""
+    """Return the callback of `attn_monitor.environment` if ``ATTN_MONITOR`` is on; an error there is a warning."""
     if os.environ.get("ATTN_MONITOR", "").strip().lower() in OFF:
         return []
     try:

@@ -1,7 +1,6 @@
-"""TensorBoard's tab "Attention": archives below --logdir in the player, live while training goes on.
+"""TensorBoard's tab "Attention": show archives below --logdir in the player, live while training goes on.
 
-TensorBoard imports this whenever it starts. It stands outside of the package, whose import takes seconds, and loads it
-when the tab is opened.
+TensorBoard imports this module whenever it starts, so it imports the package only when the tab is opened.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 SNAPSHOT = re.compile(r"step-[0-9]{9,18}\.npz")
 NUMBER = re.compile(r"-?[0-9]{1,18}")
-FRESH = 3.0  # seconds for which a look at the log directory is good, or longer:
-SHARE = 0.1  # of the time is spent looking at most, where that directory is large or far away
+FRESH = 3.0  # seconds between two scans of the log directory, at least
+SHARE = 0.1  # of the time is spent scanning, at most, if the directory is large or remote
 
 HOST = """const page = new URL("page", import.meta.url);
 export function render() {
@@ -39,7 +38,7 @@ export function render() {
 
 
 class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no types
-    """Serves the player and the data of `attn_monitor.player.server`."""
+    """Serve the player and the data of `attn_monitor.player.server`."""
 
     plugin_name = "attention"
 
@@ -47,15 +46,15 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no 
         self._archives = Archives(context.logdir or None)
 
     def is_active(self) -> bool:
-        """Whether there is an archive."""
+        """Whether there is an archive to show."""
         return bool(self._archives.found())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """The tab. The player updates itself."""
+        """Describe the tab; the player updates itself, so TensorBoard does not reload it."""
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Attention", disable_reload=True)
 
     def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
-        """The tab's module, the page, and the data that the page requests."""
+        """Return the routes of the tab's module, the page, and the data that the page requests."""
         return {
             "/index.js": _answering(lambda query: (HOST, "text/javascript")),
             "/page": _answering(_page),
@@ -80,7 +79,7 @@ class AttentionPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no 
 
 
 class Archives:
-    """Archive folders below a log directory, by their paths from there; none that a link leads to."""
+    """Find archive folders below a log directory, by relative path; symbolic links are not followed."""
 
     def __init__(self, root: str | None) -> None:
         self._root = root
@@ -88,7 +87,7 @@ class Archives:
         self._lock, self._until = threading.Lock(), 0.0
 
     def found(self) -> dict[str, Path]:
-        """All that there are, as of a moment ago."""
+        """Return all archives, from a scan a moment ago."""
         with self._lock:
             if self._root is not None and (began := time.monotonic()) >= self._until:
                 self._found, now = self._look(Path(self._root)), time.monotonic()
@@ -109,7 +108,7 @@ class Archives:
 
 
 def _answering(answer: Callable[[Mapping[str, str]], tuple[Any, str]]) -> Callable[..., Any]:
-    """A WSGI application. Its responses never repeat what was requested, in the body or in a header."""
+    """Make a WSGI application; its responses never repeat parts of the request, in body or headers."""
 
     @wrappers.Request.application
     def app(request: wrappers.Request) -> wrappers.Response:
@@ -143,7 +142,7 @@ def _respond(content: Any, kind: str, status: int = 200) -> wrappers.Response:
     if kind == "text/html":
         from attn_monitor.player.page import policy_of
 
-        policy = policy_of(server=True)  # with frames anywhere: notebooks show TensorBoard in one of another origin
+        policy = policy_of(server=True)  # frames anywhere, as notebooks show TensorBoard in one of another origin
     headers = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",

@@ -1,4 +1,4 @@
-"""`LayerAttention`: what one layer's query token attends to. The value between capture and all that follows."""
+"""`LayerAttention`: what one layer's query token attends to, as a value."""
 
 from __future__ import annotations
 
@@ -14,41 +14,57 @@ from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.patch_colors import PatchColors
 
 RowKind = Literal["distribution", "weights", "signed"]
-"""Rows that sum to 1; that do not (heads scaled, weights dropped or added); that have negative entries."""
+"""Rows sum to 1, or do not (heads scaled, weights dropped or added), or have negative entries."""
 
 KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
-"""From the most regular to the least."""
+"""All kinds, from the most regular to the least."""
 
 OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls", "received", "value_norms")
-PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, one for each patch
+PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, patches only
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What one layer's query token attends to, for every image and head.
+    """Hold what one layer's query token attends to, for every image and head.
 
-    ``rows`` is (B, H, T) float32 on the model's device: the prefix tokens first (CLS, registers and whatever else is no
-    patch), then the patches row by row. They are what multiplies V. ``kind`` says what they are: a "distribution" that
-    sums to 1 over T, "weights" that do not (heads scaled, keys dropped after the softmax), or "signed" where some are
-    negative; ``mixed`` marks layers that do not apply a softmax as it is (talking heads, gated mixes).
-    ``verified_error`` is the relative difference between row·V and the model's own output, NaN when it was not checked.
-    ``places`` says how it is known which key is which patch: "exact", "exact but masked" or "centres", see
-    `capture.token_places`. ``model`` is the name of the model's class, ``query`` the query that was read.
-    ``prefix_names`` has a name for each prefix token: "CLS", "register 1" and so on where it was found to be that, else
-    "token 27" by its index in the model (padding, text, …); it is empty in archives from before names were kept.
+    Shapes: B images, H heads, T tokens in the order of ``rows``, N patches on a (gh, gw) grid, D channels. Optional
+    tensors are None if they were not requested or do not exist.
 
-    On demand: ``distance`` is the mean attention distance in pixels, (B, H). ``norms`` (B, T), in the rows' order, are
-    those of the tokens that enter the layer's block, and ``cosine`` (B,) is the mean cosine between its CLS token and
-    its patches; None where a block's input is not these tokens, or has no CLS token. ``max_logit`` (B, H) is the
-    largest of the logits, scale · q·k + bias of the pairs that are not masked, over all keys and the queries that are
-    patches or the model's own tokens (not padding); ``max_logit_cls`` that of the CLS query. ``received`` (B, T) is the
-    attention on each token, a mean over these queries and the heads; ``value_norms`` (B, T) the norm of its V next to
-    the median token's, over heads by their attention.
+    Args:
+        layer: index in order of execution.
+        name: module path.
+        rows: (B, H, T) float32 on the model's device, what multiplies V: prefix tokens first (CLS, registers and all
+            others that are no patch), then patches row by row.
+        num_prefix: number of prefix tokens.
+        grid: (gh, gw) of the patches, with their geometry if they do not tile the image.
+        mixed: whether the layer does not apply a plain softmax (talking heads, gated mixes).
+        verified_error: relative difference between row·V and the model's own output; NaN if it was not checked.
+        kind: "distribution" if rows sum to 1 over T, "weights" if they do not (heads scaled, keys dropped after the
+            softmax), "signed" if some entries are negative.
+        places: how the patch of each key was found: "exact", "exact but masked" or "centres", see
+            `capture.token_places`.
+        distance: (B, H), mean attention distance in pixels.
+        norms: (B, T), norms of the tokens that enter the layer's block.
+        cosine: (B,), mean cosine between the CLS token and the patches that enter the block.
+        max_logit: (B, H), largest logit, scale · q·k + bias, of pairs that are not masked, over all keys and the
+            queries that are no padding.
+        max_logit_cls: (B, H), largest logit of the CLS query.
+        received: (B, T), attention on each token, averaged over heads and the same queries.
+        value_norms: (B, T), norm of each token's V relative to the median token's, averaged over heads by attention.
+        model: name of the model's class.
+        query: the query that was read.
+        prefix_names: a name for each prefix token: "CLS", "register 1", …, else "token 27" by its index in the model
+            (padding, text, …); empty in old archives.
+        patches: (B, N, D) float16, the patch tokens that enter the block at unit length; not stored.
+        features: (B, N, K ≤ 32), the same reduced; their products approximate the tokens' cosines.
+        features_error: root mean square and maximum of the error of these products.
+        patch_colors: computes ``colors``.
 
-    Of the tokens that enter the block, those of patches alone: ``colors`` (B, N, 3) in 0…1, whose meaning stays from
-    snapshot to snapshot; ``features`` (B, N, K ≤ 32) at unit length, whose products are the tokens' cosines but for
-    ``features_error``, its root mean square and its maximum. ``patches`` (B, N, D), the tokens at unit length in
-    float16, are there between capture and these two, and not stored.
+    Example:
+        >>> rows = torch.full((1, 2, 5), 0.2)  # 1 image, 2 heads, CLS and 4 patches
+        >>> layer = LayerAttention(0, "blocks.0.attn", rows, 1, Grid((2, 2)), mixed=False, verified_error=0.0)
+        >>> layer.maps.shape
+        torch.Size([1, 2, 2, 2])
     """
 
     layer: int
@@ -76,59 +92,62 @@ class LayerAttention:
     patch_colors: PatchColors | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", Grid(self.grid))  # a tuple is a grid whose cells tile the image
+        object.__setattr__(self, "grid", Grid(self.grid))  # a plain tuple is a grid that tiles the image
 
     @property
     def geometry(self) -> GridGeometry | None:
-        """Where the patches lie in the image's pixels; None where they tile the whole image."""
+        """Return where the patches lie in the image's pixels; None if they tile the whole image."""
         return self.grid.geometry
 
     @property
     def maps(self) -> Tensor:
-        """The patch part as images, (B, H, gh, gw), not renormalised: DINO's numbers."""
+        """Return the patch part of ``rows`` as images, (B, H, gh, gw), not renormalised, as DINO's maps."""
         return self.grid.unflatten(self.rows[..., self.num_prefix :])
 
     @property
     def colors(self) -> Tensor | None:
-        """Colours of patches, (B, N, 3) float32, computed now if they are not yet; black where a token is NaN."""
+        """Return colours of patches, (B, N, 3) float32 in 0…1, computed at the first use; black where a token is NaN.
+
+        A colour keeps its meaning from snapshot to snapshot.
+        """
         return None if self.patch_colors is None else self.patch_colors.rgb
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What has one entry for each image, by name: ``rows``, and the optional ones that are known."""
+        """Return ``rows`` and the optional tensors that are not None, by name."""
         known = {name: getattr(self, name) for name in ("rows", *OPTIONAL_TENSORS, *PATCH_TENSORS)}
         return {name: tensor for name, tensor in known.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Return the bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerAttention:
-        """The same layer with other tensors; an optional one that is not among them is None."""
+        """Return a copy with other tensors; an optional one that is missing becomes None."""
         values: dict[str, Any] = {**dict.fromkeys((*OPTIONAL_TENSORS, *PATCH_TENSORS)), **tensors}
         return replace(self, **values)
 
     def to(self, device: torch.device | str) -> LayerAttention:
-        """The same with all tensors on a device."""
+        """Return a copy with all tensors on a device."""
         return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def rows_alone(self) -> LayerAttention:
-        """The same without the optional tensors."""
+        """Return a copy without the optional tensors."""
         return self.with_tensors({"rows": self.rows})
 
     @classmethod
     def cat(cls, parts: Sequence[LayerAttention]) -> LayerAttention:
-        """One layer's attention on all images, concatenated from its attention on some of them at a time.
+        """Concatenate one layer's attention on several sets of images.
 
-        What some of them have not been given is not known of the whole.
+        A tensor that some parts lack is None in the result; ``verified_error`` is the largest, or NaN if one is.
         """
         if len(parts) == 1:
             return parts[0]
         names = [name for name in parts[0].tensors if all(name in part.tensors for part in parts)]
         together = {name: torch.cat([part.tensors[name] for part in parts]) for name in names}
         kind = max((part.kind for part in parts), key=KINDS.index)
-        # NaN, not checked, is greater than any error.
+        # NaN (not checked) counts as the largest error.
         error = max((part.verified_error for part in parts), key=lambda error: (math.isnan(error), error))
         mixed = any(part.mixed for part in parts)
         joined = replace(parts[0], kind=kind, mixed=mixed, verified_error=error, patch_colors=None)

@@ -1,4 +1,4 @@
-"""`AttentionSnapshot`: a `Snapshot` that can be saved, loaded and shown."""
+"""`AttentionSnapshot`: a `Snapshot` that can be saved, loaded and plotted."""
 
 from __future__ import annotations
 
@@ -16,25 +16,41 @@ if TYPE_CHECKING:
 
 
 class AttentionSnapshot(Snapshot):
-    """Attention of every role and layer on the probe at one step, on the host, with the metrics made from it.
+    """Hold attention of every role and layer on the probe at one step, with its metrics and health flags.
 
-    ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` are values by
-    `MetricKey` (role, layer, metric, head); ``flags`` are the health flags raised at this step, ``flags_raised`` how
-    many the run has raised so far, these included. A notebook shows it as a sheet of its maps.
+    A notebook shows a snapshot as a sheet of its maps.
+
+    Args:
+        step: optimizer steps done.
+        epoch: from 0 on.
+        names: names of the probe's images.
+        layers: (role, layer) to a `LayerAttention` on the CPU.
+        metrics: values by `MetricKey` (role, layer, metric, head).
+        flags: the health flags raised at this step.
+        flags_raised: how many flags the run has raised so far, these included.
+
+    Example:
+        >>> import torch
+        >>> from attn_monitor import LayerAttention
+        >>> rows = torch.full((1, 2, 5), 0.2)
+        >>> layer = LayerAttention(11, "blocks.11.attn", rows, 1, (2, 2), mixed=False, verified_error=0.0)
+        >>> snapshot = AttentionSnapshot(0, 0, ("cat",), {("teacher", 11): layer})
+        >>> snapshot.roles, snapshot.maps("teacher").shape
+        (('teacher',), torch.Size([1, 2, 2, 2]))
     """
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> AttentionSnapshot:
-        """A snapshot with the methods of this class."""
+        """Convert a plain `Snapshot`."""
         return cls(**vars(snapshot))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a temporary name and rename, so that a reader never meets half a file."""
+        """Write the snapshot to a file by way of a temporary name, so that readers never see half a file."""
         write_snapshot(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionSnapshot:
-        """Read a snapshot.
+        """Read a snapshot from a file.
 
         Raises:
             ArchiveError: The file is not a snapshot, or its parts contradict each other.
@@ -42,7 +58,13 @@ class AttentionSnapshot(Snapshot):
         return cls.of(read_snapshot(Path(path)))
 
     def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1) -> Figure:
-        """A matplotlib figure of an image's maps, of the last role where none is named; matplotlib must be there."""
+        """Plot one image's maps; this requires matplotlib.
+
+        Args:
+            image: index of the image.
+            role: None is the last role.
+            layer: index of a captured layer; a negative one counts from the last.
+        """
         return snapshot_figure(self, image, role, layer)
 
     def _repr_png_(self) -> bytes:
@@ -50,14 +72,26 @@ class AttentionSnapshot(Snapshot):
 
 
 def load_snapshots(folder: str | os.PathLike[str]) -> list[AttentionSnapshot]:
-    """All snapshots of an archive folder, in order of steps.
+    """Read all snapshots of an archive folder, in order of steps.
 
     Args:
-        folder: The ``attn_monitor`` folder in the log directory of a run.
+        folder: the ``attn_monitor`` folder in the log directory of a run.
 
     Raises:
         FileNotFoundError: The folder holds no snapshots.
         ArchiveError: A file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from attn_monitor import LayerAttention
+        >>> layer = LayerAttention(0, "attn", torch.full((1, 2, 5), 0.2), 1, (2, 2), mixed=False, verified_error=0.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for step in (0, 100):
+        ...         snapshot = AttentionSnapshot(step, 0, ("cat",), {("teacher", 0): layer})
+        ...         snapshot.save(f"{folder}/step-{step:09d}.npz")
+        ...     [snapshot.step for snapshot in load_snapshots(folder)]
+        [0, 100]
     """
     paths = snapshot_paths(Path(folder))
     if not paths:

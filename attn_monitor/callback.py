@@ -1,4 +1,4 @@
-"""`AttentionMapCallback`: the hooks of Lightning's Trainer, and what a checkpoint holds. Lightning lives here."""
+"""`AttentionMapCallback`: connect a `Session` to the hooks of Lightning's Trainer and to its checkpoints."""
 
 from __future__ import annotations
 
@@ -45,53 +45,56 @@ from attn_monitor.train.session import Session
 if TYPE_CHECKING:
     Base = pl.Callback
 else:
-    # `pytorch_lightning`, the other name of the same package, has a class of its own, which its command line asks for.
+    # `pytorch_lightning`, the same package by its other name, has its own base class, which its CLI requires.
     _other = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
     Base = pl.Callback if _other is None else type("Base", (pl.Callback, _other), {})
 
 
 class AttentionMapCallback(Base):
-    """Logs what the CLS token attends to, on fixed probe images, while a vision transformer trains.
+    """Log what the CLS token attends to, on fixed probe images, while a vision transformer trains.
 
     Args:
         probe: the images: a folder, a tensor (images, channels, H, W) normalised as the model expects, or a
             `ProbeBatch`. None takes evenly spaced images of the validation data set, else of the training data.
-        targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches.
+        targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches for backbones.
         layers: index in order of execution (negative from the encoder's end), module path, a list of these, or "all" of
-            the encoder's; an MAE's decoder in the same module is asked for by its path.
-        query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, a token index. A
-            model without a CLS token is looked at by "mean".
-        threshold: share of attention mass that DINO's mask keeps.
-        metrics: names of metrics to log; None is all but "distance", with every query read in the last layer alone;
-            "all" is all, and reads every query of every layer, as do "distance", "max_logit" and "sinks" by name.
+            the encoder's layers. Select an MAE's decoder in the same module by its path.
+        query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, or a token index.
+            With "cls", a model without a CLS token is read by "mean".
+        threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
+        metrics: names of metrics to log. None is all but "distance", with every query of the last layer only; "all" is
+            all, with every query of every layer, which "distance", "max_logit" and "sinks" by name also read.
         health: when a health flag is raised, see `HealthLimits`.
-        every_n_train_steps, every_n_epochs: the schedule; with neither, about 50 snapshots over the run. There is
-            always one before the first step and one after the last. Steps are those of Lightning's loggers: batches
-            that ended in an optimizer step, of which there is one also where several optimizers step in it.
-        masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it: outlines in the
-            panels, and Jaccard curves.
+        every_n_train_steps: optimizer steps between snapshots. Steps are those of Lightning's loggers: batches that
+            ended in an optimizer step, each counted once even if several optimizers step in it.
+        every_n_epochs: epochs between snapshots. With neither, a run takes about 50 snapshots. There is always one
+            before the first step and one after the last.
+        masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it; they are outlined
+            in the panels, and Jaccard curves are logged.
         num_images: how many images to take from a folder or from the run's data; None is 8.
-        image_size: size of images from a folder, one number or (height, width), in pixels; None is 224.
-        mean, std: one number a channel, by which images are normalised. None finds out where they are the run's own or
-            a tensor, and is ImageNet's for a folder.
+        image_size: size of images from a folder in pixels, one number or (height, width); None is 224.
+        mean: one number a channel, by which images are normalised. None is ImageNet's for a folder, and is inferred for
+            a tensor and for the run's data.
+        std: one positive number a channel, given together with ``mean``.
         scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
         heads: heads to draw, from 0 on; None draws all.
-        features: keep the patch features of the layers that are drawn in the archive, in at most 32 dimensions, and log
-            ``gram_drift``, how far the patches' cosines to each other have moved.
-        gram_step: since when: it is measured against the first snapshot from this step on; None is the first of all.
-        verify: check row·V against the model's output: True (every snapshot), "first" (and after changes), False.
-        forward: how to call a model where ``model(images)`` is not right: a function of (model, images), or its import
+        features: whether to keep the patch features of the drawn layers in the archive, in at most 32 dimensions, and
+            to log ``gram_drift``, how far the cosines between patches have moved.
+        gram_step: the first snapshot from this step on is the reference of ``gram_drift``; None is the first of all.
+        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
+            or False.
+        forward: how to call a model if ``model(images)`` is not right: a function of (model, images), or its import
             path "package.module:function", as in YAML. Attention that runs in it is found.
-        dirpath: folder of the archive, as `ModelCheckpoint` has it; None is ``attn_monitor`` in the run's folder, False
+        dirpath: folder of the archive, as in `ModelCheckpoint`; None is ``attn_monitor`` in the run's folder, False
             keeps no archive.
-        name: tells several callbacks of one trainer apart, by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
-            Without, the first has plain tags and the second ``attn-2/…``. Lightning's checkpoints need names where
-            targets, layers and query are the same.
-        disk_reserve: bytes; while less is free on a disk, no pictures and no archive are written to it. None: the
+        name: distinguishes several callbacks of one trainer by tags such as ``attn-{name}/…``, ``attn_maps-{name}/…``.
+            Without names, the first has plain tags and the second ``attn-2/…``. Callbacks with the same targets, layers
+            and query need names for Lightning's checkpoints.
+        disk_reserve: bytes; while less is free on a disk, no pictures and no archive are written to it. None is the
             smaller of 1 GB and 1 % of the disk.
         on_error: "warn" (one warning, training goes on) or "raise".
 
-    Logged, with {role} student, teacher or backbone:
+    These are logged, with {role} student, teacher or backbone:
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics``
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
@@ -102,9 +105,9 @@ class AttentionMapCallback(Base):
           never written to
 
     Raises:
-        AttentionError, ProbeError, TargetError: before the first training step, with the argument, what was received,
-            what was expected and what to do. Where none of probe, targets, layers, query, forward and heads was given,
-            a model that cannot be watched is a warning, and trains without being watched.
+        ArgumentError: An argument is invalid.
+        AttentionError, ProbeError, TargetError: Before the first training step, if the model cannot be watched. If none
+            of probe, targets, layers, query, forward and heads was given, this is a warning, and training goes on.
     """
 
     def __init__(
@@ -168,11 +171,11 @@ class AttentionMapCallback(Base):
 
     @property
     def monitor(self) -> AttentionMonitor | None:
-        """What takes the snapshots, once there are images."""
+        """Return the object that takes the snapshots; None until there are images."""
         return self._session.monitor
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check everything that can be checked before training."""
+        """Check what can be checked before the model is on its device."""
         if stage != "fit":
             return
         name, rank_zero = self._name_in_tags(trainer), lightning_run.rank_zero(trainer)
@@ -183,7 +186,7 @@ class AttentionMapCallback(Base):
             _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or trainer.default_root_dir))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The model is on its device now: discover its attention, on images of the probe's size."""
+        """Find the model's attention, on images of the probe's size, now that it is on its device."""
         if self._session.run.active:
             self._session.run.root = trainer.strategy.model
             if self.monitor is not None or self.targets is not None:
@@ -197,12 +200,12 @@ class AttentionMapCallback(Base):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Look at the images of the sanity check, and at what the models get of them."""
+        """Observe the images of the sanity check, as batches hold them and as the models receive them."""
         if trainer.sanity_checking and self.monitor is None and self._session.run.active:
             try:
                 with self._find_targets(trainer, pl_module) as found:
                     seen = list(found.models.values())
-            except Exception:  # it is told at the first snapshot
+            except Exception:  # reported at the first snapshot
                 seen = []
             self._images.look(batch, seen, pl_module)
 
@@ -215,12 +218,12 @@ class AttentionMapCallback(Base):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep them, for a validation data set that cannot be asked for others."""
+        """Keep these images, in case the validation data set cannot be read by index."""
         if trainer.sanity_checking:
             self._images.keep()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out the schedule, now that Lightning knows how long the run is, and choose what is written to."""
+        """Set up the schedule, as Lightning knows the run's length now, and open the archive."""
         session, run = self._session, self._session.run
         if not run.active:
             return
@@ -233,15 +236,15 @@ class AttentionMapCallback(Base):
             session.find_probe(partial(self._images.of_data_sets, trainer, run.failures))
             run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
             self._images.forget()
-        run.budget = all_of(trainer)[0]._session.run.budget  # a minute for all of them together
-        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.check_ema), None) is self  # one tells
-        number = 1 if self.name is not None else int(run.name or 1)  # the same number as in its tags
+        run.budget = all_of(trainer)[0]._session.run.budget  # one budget for all callbacks
+        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.check_ema), None) is self  # only one reports
+        number = 1 if self.name is not None else int(run.name or 1)  # the number in its tags
         session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps: the last one is finished, averages of weights included, and the next has not begun."""
+        """Take a snapshot if one is due. The last step is finished, updates of an EMA included."""
         session, step = self._session, lightning_run.steps_done(trainer)
         due = session.run.active and self.schedule.due(step)
         find, targets = partial(self._images.of_batch, batch, trainer), partial(self._find_targets, trainer, pl_module)
@@ -254,17 +257,17 @@ class AttentionMapCallback(Base):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Before the module's own hook, in which most average the teacher."""
+        """Sample weights before the module's own hook, which often updates the teacher."""
         self._session.batch_ended()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Snapshots by epoch are taken before checkpoints are saved, so that these can monitor them."""
+        """Take a snapshot by epoch, before checkpoints are saved, as these may monitor its metrics."""
         step = lightning_run.steps_done(trainer)
         if self._session.run.active and self.schedule.due_at_epoch_end(trainer.current_epoch, step):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last snapshot, and everything written."""
+        """Take the last snapshot, and write everything."""
         if not self._session.run.active:
             return
         step = lightning_run.steps_done(trainer)
@@ -275,33 +278,33 @@ class AttentionMapCallback(Base):
         self._session.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write what was captured before the failure, for a few seconds, and say what is not written."""
+        """Write what was captured for a few seconds, and report what is not written."""
         self._session.abort()
         self._let_go()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the background threads, and let go of the model."""
+        """End the background threads, and release the model."""
         if stage == "fit":
             self._session.end()
             self._let_go()
 
     @property
     def state_key(self) -> str:
-        """Distinct for callbacks that look at different things, so that several can be used at once."""
+        """Return a key that differs between callbacks with other targets, layers, queries or names."""
         named = {} if self.name is None else {"name": self.name}
         return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query, **named)
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's state and the last step: a few megabytes at most, without pickled objects."""
+        """Return the monitor's state and the last step: a few megabytes at most, without pickled objects."""
         return self._session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same images from the step after the last snapshot; start afresh if it cannot be read."""
+        """Continue with the same images after the last snapshot; start afresh if the state cannot be read."""
         if not state_dict:
             return
         try:
             self._session.load_state_dict(state_dict)
-        except Exception as error:  # another version's may hold anything, and must not end a run
+        except Exception as error:  # another version's state may hold anything, and must not end a run
             _warn(
                 "what the checkpoint holds of attention cannot be read, and film strips start afresh. "
                 f"{type(error).__name__}: {error}"
@@ -310,7 +313,7 @@ class AttentionMapCallback(Base):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so when the checkpoint comes from a callback with other arguments, whose state cannot be used."""
+        """Warn if the checkpoint's callback had other arguments, so that its state cannot be used."""
         others = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__)]
         if others and self.state_key not in others:
             _warn(
@@ -321,7 +324,7 @@ class AttentionMapCallback(Base):
     def _snapshot(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, *, last: bool = False
     ) -> None:
-        """Take one; its metrics can be monitored by other callbacks from now on."""
+        """Take a snapshot, and let other callbacks monitor its metrics."""
         targets, step = partial(self._find_targets, trainer, pl_module), lightning_run.steps_done(trainer)
         snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last)
         if snapshot is not None:
@@ -336,7 +339,7 @@ class AttentionMapCallback(Base):
             yield Targets(models, paths, NO_TEACHER.format("targets={'teacher': 'path.of.it', …}") if missed else "")
 
     def _find_paths(self, pl_module: pl.LightningModule) -> Mapping[str, str]:
-        """By names, the same in all processes; where these fail, rank zero runs modules, which may fail there alone."""
+        """Find backbones by name, alike in all processes; if that fails, rank zero finds them by running modules."""
         images = None if self.monitor is None else self.monitor.probe.images
         try:
             return find_backbones(pl_module)
@@ -344,7 +347,7 @@ class AttentionMapCallback(Base):
             return self._session.run.rank_zero.run(lambda: find_backbones(pl_module, images))
 
     def _name_in_tags(self, trainer: pl.Trainer) -> str:
-        """What follows the first part of every tag: the name, else a number from the second callback without one on."""
+        """Return the name for tags: ``name``, else empty for the first callback without one, then "2", "3", …."""
         if self.name is not None:
             same = [c for c in all_of(trainer) if c.name == self.name]
             if len(same) > 1:
@@ -356,26 +359,26 @@ class AttentionMapCallback(Base):
         return "" if number == 1 else str(number)
 
     def _archive_folder(self, trainer: pl.Trainer, run_folder: Path) -> Path | None:
-        """The folder that is asked for; None for no archive."""
+        """Return the archive's folder before it is locked; None for no archive."""
         if self.dirpath is False or getattr(trainer, "fast_dev_run", False):
             return None
         return self.dirpath or run_folder / prefixed("attn_monitor", self.name or "")
 
     def _let_go(self) -> None:
-        """Between fits there are settings and state alone: no model, no thread, nothing that cannot be copied."""
+        """Drop images and the model's methods, so that the callback can be copied between fits."""
         self._images.forget()
         for name in ("log", "log_dict"):  # methods of the model, which Lightning gives to callbacks
             vars(self).pop(name, None)
 
 
 def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
-    """Every callback of this kind that a trainer has."""
+    """Return all callbacks of this kind in a trainer."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 
 
 def _means(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
-    """Metrics that are means over heads, by their tags."""
+    """Return the metrics that are means over heads, by their tags."""
     return {prefixed(tag, name): torch.tensor(value) for tag, value in snapshot.scalars(heads=False).items()}
 
 

@@ -1,8 +1,8 @@
-"""The callback from environment variables, for frameworks that hide Lightning's Trainer.
+"""Build the callback from environment variables, for frameworks that hide Lightning's Trainer.
 
-``ATTN_MONITOR=1 command ...`` adds it to any run without code.
-Arguments of `AttentionMapCallback` come from variables, such as ``ATTN_MONITOR_EVERY_N_TRAIN_STEPS=100``, and from a
-YAML file that ``ATTN_MONITOR_CONFIG`` names; variables take precedence. Lightning finds it by an entry point.
+``ATTN_MONITOR=1 command ...`` adds it to any run without code; Lightning finds it by an entry point. Arguments of
+`AttentionMapCallback` come from variables, such as ``ATTN_MONITOR_EVERY_N_TRAIN_STEPS=100``, and from a YAML file at
+``ATTN_MONITOR_CONFIG``; variables take precedence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREFIX = "ATTN_MONITOR"
 
 
 class AttentionMapFromEnvironment(AttentionMapCallback):
-    """Callback that does nothing in a run with a callback of its own."""
+    """Act as `AttentionMapCallback`, unless the Trainer already has one."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set up; become inactive if the Trainer has another callback of this package."""
@@ -28,7 +28,7 @@ class AttentionMapFromEnvironment(AttentionMapCallback):
 
 
 def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:
-    """Build the callback from environment variables and the YAML file that they name.
+    """Build the callback from environment variables and the YAML file at ``ATTN_MONITOR_CONFIG``.
 
     Raises:
         ValueError: A variable names no argument, or a value is invalid.
@@ -45,5 +45,5 @@ def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     given.pop("config", None)
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as older versions call it
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name in older versions
     return AttentionMapFromEnvironment(**instantiate(given).as_dict())

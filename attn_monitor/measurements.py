@@ -1,4 +1,4 @@
-"""What a snapshot holds beside attention: metrics by `MetricKey`, and health flags."""
+"""Define what a snapshot holds beside attention: metrics by `MetricKey`, and health flags."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
-HEALTH_TAG = "attn/health_flags"  # number of flags that a run has raised so far
+HEALTH_TAG = "attn/health_flags"  # the number of flags that a run has raised so far
 
 _TAG = re.compile(
     r"attn(?P<heads>_heads)?/(?P<role>.+)/layer(?P<layer>[0-9]+)/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
@@ -15,7 +15,7 @@ _TAG = re.compile(
 
 
 class MetricKey(NamedTuple):
-    """Role, layer and metric of a value, and its head: None for the mean over heads and images.
+    """Identify a value by role, layer, metric and head; head None is the mean over heads and images.
 
     The metrics in `measure.metrics.LARGEST` are the largest value instead of the mean.
 
@@ -33,14 +33,14 @@ class MetricKey(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """Its name in loggers."""
+        """Return the value's name in loggers."""
         if self.head is None:
             return f"attn/{self.role}/layer{self.layer}/{self.metric}"
         return f"attn_heads/{self.role}/layer{self.layer}/{self.metric}/head{self.head}"
 
     @classmethod
     def from_tag(cls, tag: str) -> MetricKey | None:
-        """The key of a logger's tag; None where it is not the tag of a metric."""
+        """Parse a logger's tag; None if it is not the tag of a metric."""
         found = _TAG.fullmatch(tag)
         if found is None:
             return None
@@ -49,7 +49,7 @@ class MetricKey(NamedTuple):
 
 
 class Metrics(dict[MetricKey, float]):
-    """Values by `MetricKey`, by a tuple like it, ``metrics["teacher", 11, "entropy", None]``, or by a logger's tag."""
+    """Map a `MetricKey`, a tuple as in ``metrics["teacher", 11, "entropy", None]``, or a logger's tag to a value."""
 
     def __getitem__(self, key: MetricKey | str) -> float:
         return super().__getitem__(_as_key(key))
@@ -58,18 +58,18 @@ class Metrics(dict[MetricKey, float]):
         return super().__contains__(_as_key(key))
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The value of a key or tag, ``default`` where there is none."""
+        """Return the value of a key or tag, ``default`` if there is none."""
         return super().get(_as_key(key), default)
 
     def by_layer(self) -> dict[tuple[str, int], Metrics]:
-        """The metrics of each (role, layer)."""
+        """Group the metrics by (role, layer)."""
         found: dict[tuple[str, int], Metrics] = {}
         for key, value in self.items():
             found.setdefault((key.role, key.layer), Metrics())[key] = value
         return found
 
     def of_layer(self, role: str, layer: int) -> dict[str, float]:
-        """Means over heads and images, by the metric's name."""
+        """Return one layer's means over heads and images, by the metric's name."""
         return {key.metric: value for key, value in self.items() if key[:2] == (role, layer) and key.head is None}
 
 
@@ -79,9 +79,20 @@ def _as_key(key: Any) -> Any:
 
 @dataclass(frozen=True)
 class HealthFlag:
-    """A finding: its ``kind``, the role, layer and heads that it is about, and the value that raised it.
+    """Hold a finding about the attention of a model.
 
-    ``layer`` is None where it is about the whole model.
+    Args:
+        kind: such as "low_entropy", "nan" or "order".
+        role: the model's role.
+        layer: index of the layer, None for the whole model.
+        heads: indices of the heads concerned; empty if it is not about single heads.
+        step: optimizer steps done.
+        value: the number that raised the flag, of the worst head; None if there is none.
+        text: the finding in words.
+
+    Example:
+        >>> str(HealthFlag("low_entropy", "teacher", 11, (0, 3), 2000, 0.01, "nearly all attention on one patch"))
+        'teacher, layer 11, heads 0, 3: nearly all attention on one patch (step 2,000)'
     """
 
     kind: str
@@ -89,7 +100,7 @@ class HealthFlag:
     layer: int | None
     heads: tuple[int, ...]
     step: int
-    value: float | None  # of the worst head; None when it is not a number
+    value: float | None
     text: str
 
     def __str__(self) -> str:
@@ -99,14 +110,14 @@ class HealthFlag:
 
     @property
     def where(self) -> str:
-        """The role, and the layer if it is about one."""
+        """Return the role, and the layer if there is one, in words."""
         return self.role if self.layer is None else f"{self.role}, layer {self.layer}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and checkpoints."""
+        """Return plain values for JSON and checkpoints."""
         return {**asdict(self), "heads": list(self.heads)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> HealthFlag:
-        """The flag that `state_dict` came from."""
+        """Restore a flag from its `state_dict`."""
         return cls(**{**{f.name: state[f.name] for f in fields(cls)}, "heads": tuple(state["heads"])})

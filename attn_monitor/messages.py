@@ -1,4 +1,4 @@
-"""How people are told: by a warning that ends no run, or on standard error."""
+"""Show messages by warnings that never end a run, or on standard error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import warnings
 
 
 def warn(text: str, *, stacklevel: int | None = None) -> None:
-    """Warn; where the user has turned warnings into exceptions, print instead, as training must go on.
+    """Warn; if the user has turned warnings into exceptions, print instead, as training must go on.
 
-    Without a ``stacklevel`` the warning has no place: no line of this package explains it, and none of the user's
-    caused it.
+    Args:
+        text: the message.
+        stacklevel: as in `warnings.warn`; None gives no line, as no line of the user's caused the warning.
     """
     try:
         if stacklevel is None:
@@ -22,10 +23,10 @@ def warn(text: str, *, stacklevel: int | None = None) -> None:
 
 
 def print_in_place_of(warning: UserWarning) -> None:
-    """Print what a warning says."""
+    """Print a warning's class and text."""
     inform(f"{type(warning).__name__}: {warning}")
 
 
 def inform(text: str) -> None:
-    """Tell how things go, where no framework's logging does: standard output is the loop's own."""
+    """Print a message on standard error, as standard output belongs to the training loop."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`AttentionMonitor`: probe, capture and metrics in one, for any training loop."""
+"""`AttentionMonitor`: capture attention on a probe and compute its metrics, in any training loop."""
 
 from __future__ import annotations
 
@@ -34,23 +34,42 @@ Result = TypeVar("Result")
 
 
 class AttentionMonitor:
-    """Takes snapshots of one or more models on a fixed probe.
+    """Take snapshots of one or more models on a fixed probe.
 
     ``previous`` is the latest snapshot, ``history`` the past of the drawn layers, thinned evenly to at most 24,
-    ``curves`` a few metrics of every layer over the run;
-    ``health.flags`` are the health flags so far. ``layers`` and ``query`` are those of `record_attention`;
-    ``threshold`` is the mass that DINO's mask keeps (0…1); ``metrics`` are names (None: all but "distance",
-    with every query of the last layer alone; "all"); ``health`` says when a flag is raised; ``verify`` is True (every
-    snapshot), "first" (and after changes) or False; ``forward`` calls a model when ``model(images)`` is not right;
-    ``or_mean`` reads query="mean" where a model has no CLS token.
-    ``features`` keeps the patch features of the layers that are drawn, in at most 32 dimensions, and measures Gram
-    drift against the first snapshot from step ``gram_step`` on (None: the first of all).
-    What is known of a model is asked again when it may have changed, as in `AttentionRecorder`, and a flag "order" is
-    raised where maps may have been drawn in an old order of tokens.
-    ``distributed=True``: every process of the group calls `snapshot` at the same steps, runs its share of the probe
-    and gets the whole; otherwise a process that calls it looks by itself.
-    ``alone=True``: a role that fails is left out of a look, and ``failed`` holds its error, unless all fail; otherwise
-    the first error is raised.
+    ``curves`` a few metrics of every layer over the run, and ``health.flags`` the health flags so far. A model that may
+    have changed is examined again, as in `AttentionRecorder`; a flag "order" is raised if maps may have been drawn in
+    an old order of tokens.
+
+    Args:
+        probe: the images.
+        layers: which layers to record, see `record_attention`.
+        query: which query to record, see `record_attention`.
+        threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
+        metrics: names of metrics; None is all but "distance", with every query of the last layer only; or "all".
+        health: when a health flag is raised.
+        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
+            or False.
+        forward: calls a model if ``model(images)`` is not right.
+        or_mean: whether to read query="mean" of a model without a CLS token.
+        features: whether to keep the patch features of the drawn layers, in at most 32 dimensions, and to measure Gram
+            drift.
+        gram_step: the first snapshot from this step on is the reference of Gram drift; None is the first of all.
+        distributed: whether the processes of the group share the probe. All must call `snapshot` at the same steps, and
+            each gets the whole result. Otherwise a process works alone.
+        alone: whether a role that fails is left out while others work; ``failed`` holds its error. Otherwise the first
+            error is raised.
+
+    Raises:
+        ArgumentError: An argument is invalid.
+
+    Example:
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> probe = ProbeBatch(torch.randn(3, 3, 32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+        >>> snapshot = AttentionMonitor(probe).snapshot({"backbone": model}, step=0)
+        >>> snapshot.maps("backbone").shape
+        torch.Size([3, 2, 4, 4])
     """
 
     def __init__(
@@ -73,20 +92,20 @@ class AttentionMonitor:
         self.probe, self.alone = probe, alone
         self.metrics, self.health = select_metrics(metrics), Health(health)
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name, of every layer
+        self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name: every layer
         self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
         self.features, self.gram_step = check_features(features, gram_step)
-        self.reference: Snapshot | None = None  # that Gram drift is measured against
+        self.reference: Snapshot | None = None  # of Gram drift
         self.previous: Snapshot | None = None
         self.history, self.curves = History(), Curves()
         self._chunk = len(probe)
-        self.failed: dict[str, Exception] = {}  # by role, at the latest look
+        self.failed: dict[str, Exception] = {}  # by role, of the latest call
         self._recorders: dict[str, AttentionRecorder] = {}
-        self._confirmed: dict[str, int] = {}  # step at which a role's tokens were last found in their places
-        self._reordered: list[HealthFlag] = []  # for the next snapshot
+        self._confirmed: dict[str, int] = {}  # role to the last step at which its order of tokens was checked
+        self._reordered: list[HealthFlag] = []  # flags for the next snapshot
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
-        """Find the wanted layers in each model on images of the probe's size, or raise why one cannot be read."""
+        """Find the wanted layers in each model on images of the probe's size; `AttentionError` if one is unreadable."""
 
         def look(role: str, model: nn.Module) -> None:
             self._in_chunks(role, lambda: self._recorder(role, model).check(self.probe.images[: self._chunk]))
@@ -94,16 +113,19 @@ class AttentionMonitor:
         self._of_each(models, look)
 
     def confirm(self, models: Mapping[str, nn.Module], *, step: int) -> tuple[HealthFlag, ...]:
-        """Check at the end of a run that the tokens are where they were found; flags where maps may be in an old order.
+        """Check at the end of a run which patch each token is.
 
-        A `snapshot` that is the last one does so by itself.
+        A `snapshot` with ``last=True`` includes this check.
+
+        Returns:
+            Flags for roles with maps that may have been drawn in an old order of tokens.
         """
         self._of_each(models, lambda role, model: self._follow(role, model, step, last=True))
         found, self._reordered = self.health.add(self._reordered), []
         return found
 
     def found(self) -> dict[str, ModelSummary]:
-        """What the latest look has found, by role."""
+        """Return what was found of each role's model."""
         return {role: recorder.summary() for role, recorder in self._recorders.items()}
 
     def snapshot(
@@ -117,8 +139,18 @@ class AttentionMonitor:
     ) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
 
-        ``flags`` are health flags that were found elsewhere and go with it, known or not. ``last``: the run ends with
-        it, and the places of tokens are checked in any case.
+        Args:
+            models: the models by role.
+            step: optimizer steps done.
+            epoch: from 0 on.
+            flags: health flags from elsewhere to store with the snapshot.
+            last: whether the run ends with it, so that the order of tokens is checked in any case.
+
+        Returns:
+            The snapshot, on the CPU.
+
+        Raises:
+            AttentionError: A model's attention cannot be read, or is not what the model computed.
         """
         layers = self._capture(models, step, last)
         before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
@@ -133,7 +165,7 @@ class AttentionMonitor:
             truth=self.probe.masks,
             reference=reference,
         )
-        if self._is_shared() and not distributed.is_rank_zero():  # which alone draws and writes
+        if self._is_shared() and not distributed.is_rank_zero():  # only rank zero draws and writes
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = {key: attention.to("cpu") for key, attention in layers.items()}
         layers = with_colors(layers, self._settled())
@@ -146,7 +178,7 @@ class AttentionMonitor:
         return snapshot
 
     def check_heads(self, heads: Sequence[int] | None) -> None:
-        """Raise `HeadError` if one of these is no head of a watched layer; known after the first look."""
+        """Raise `HeadError` if a watched layer lacks one of these heads; call it after `check` or `snapshot`."""
         for role, recorder in self._recorders.items():
             for layer, count in recorder.heads.items():
                 missing = [str(head) for head in heads or () if head >= count]
@@ -157,7 +189,7 @@ class AttentionMonitor:
                     )
 
     def left_out(self) -> list[str]:
-        """What layers="all" leaves out of each role, and numbers that layers lack, with the reasons."""
+        """Describe which layers layers="all" leaves out of each role, which lack statistics, and why."""
         texts = []
         for role, recorder in self._recorders.items():
             texts += [f"{role}, {reason}" for reason in recorder.without_statistics.values()]
@@ -167,34 +199,34 @@ class AttentionMonitor:
         return texts
 
     def let_go(self) -> None:
-        """Hold no model: the next look finds everything anew."""
+        """Release the models; the next snapshot finds their layers again."""
         self._recorders.clear()
         self._confirmed.clear()
 
     def forget(self) -> None:
-        """Drop the past: the next snapshot is the first one of a run."""
+        """Drop the past, so that the next snapshot is the first of a run."""
         self.previous, self.reference = None, None
         self.history, self.curves = History(), Curves()
         self.health = Health(self.health.limits)
 
     @property
     def images_at_a_time(self) -> int:
-        """How many images run together: the whole probe, fewer after memory ran out."""
+        """Return how many images run together: the whole probe, or fewer after memory ran out."""
         return self._chunk
 
     @property
     def draws_every_layer(self) -> bool:
-        """Whether each captured layer is worth drawing, as in a list of layers; else the last one is."""
+        """Whether each captured layer is drawn, as for a list of layers; otherwise the last one is."""
         return isinstance(self.layers, (list, tuple))
 
     def drawn_layers(self, snapshot: Snapshot) -> tuple[int, ...]:
-        """Layers that are drawn of a snapshot."""
+        """Return the layers of a snapshot that are drawn."""
         return snapshot.drawn_layers(self.draws_every_layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Probe, latest snapshot and film-strip history: tensors and text only, for ``weights_only`` loading.
+        """Return probe, latest snapshot and history as tensors and plain values, for ``weights_only`` loading.
 
-        At most 24 snapshots of the layers that are drawn, in float16, so its size does not grow with the run.
+        The history has at most 24 snapshots of the drawn layers in float16, so the size does not grow with the run.
         """
         return {
             "probe": self.probe.state_dict(),
@@ -206,7 +238,7 @@ class AttentionMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`: the same images, and the same past."""
+        """Restore the images and the past from `state_dict`."""
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
         self.previous, self.reference = _snapshot(state["previous"]), _snapshot(state["reference"])
@@ -215,7 +247,7 @@ class AttentionMonitor:
         self.curves = Curves.from_state_dict(state["curves"])
 
     def _capture(self, models: Mapping[str, nn.Module], step: int, last: bool) -> dict[tuple[str, int], LayerAttention]:
-        """The whole probe, on the models' device."""
+        """Record the whole probe by (role, layer), on the models' device."""
         part = distributed.share(len(self.probe)) if self._is_shared() else None
         images = self.probe.images if part is None else self.probe.images[list(part.indices)]
 
@@ -228,7 +260,7 @@ class AttentionMonitor:
         return captured if part is None else distributed.merge(captured, part)
 
     def _of_each(self, models: Mapping[str, nn.Module], look: Callable[[str, nn.Module], Result]) -> dict[str, Result]:
-        """What each role gives; one that fails is looked for anew the next time, in all processes."""
+        """Call ``look`` for each role; for one that fails, the next call finds the layers again, in all processes."""
         found: dict[str, Result] = {}
         self.failed = {}
         for role, model in models.items():
@@ -245,19 +277,19 @@ class AttentionMonitor:
         return found
 
     def _record(self, role: str, model: nn.Module, images: Tensor) -> list[LayerAttention]:
-        """One model on its images."""
+        """Record one model on its images."""
 
         def record() -> list[LayerAttention]:
             recorder = self._recorder(role, model)
             if self._is_shared():
-                recorder.check(self.probe.images[: self._chunk])  # all processes ask the same questions, and as many
+                recorder.check(self.probe.images[: self._chunk])  # all processes must run as many forwards
             parts = zip(*(recorder(chunk) for chunk in images.split(self._chunk)), strict=True)
             return [LayerAttention.cat(layer) for layer in parts]
 
         return self._in_chunks(role, record, len(images))
 
     def _follow(self, role: str, model: nn.Module, step: int, last: bool) -> None:
-        """Ask again what may have changed since the latest snapshot; all processes ask the same, and as much."""
+        """Check what may have changed since the latest snapshot; all processes run the same checks."""
         recorder = self._recorder(role, model)
 
         def images() -> Tensor:
@@ -276,15 +308,15 @@ class AttentionMonitor:
             self._confirmed[role] = step
 
     def _settled(self) -> Captured:
-        """Layers of the latest snapshot, whose colours are computed now if nobody has asked for them yet.
+        """Return the layers of the latest snapshot, with their colours computed.
 
-        Where all of them are black, as every token held NaN, the layer of an earlier snapshot.
+        A layer with black colours only, as every token held NaN, is replaced by that of an earlier snapshot.
         """
         layers = {} if self.previous is None else dict(self.previous.layers)
-        for key, attention in layers.items():  # else what colours are computed from would pile up
+        for key, attention in layers.items():  # frees the tokens that colours are computed from
             try:
                 colors = attention.colors
-            except Exception:  # told with this snapshot, which is lost; the next ones go on
+            except Exception:  # this snapshot fails, later ones must not
                 if attention.patch_colors is not None:
                     attention.patch_colors.give_up(torch.zeros(*attention.maps[:, 0].flatten(1).shape, 3))
                 raise
@@ -297,7 +329,7 @@ class AttentionMonitor:
         return self.distributed and distributed.is_distributed()
 
     def _in_chunks(self, role: str, action: Callable[[], Result], images: int | None = None) -> Result:
-        """Look at a role, again with half the images at a time whenever memory runs out."""
+        """Call ``action``, again with half the images at a time whenever memory runs out."""
         while True:
             try:
                 return self._with_one_outcome(role, action)
@@ -308,20 +340,20 @@ class AttentionMonitor:
                 self._chunk = (chunk + 1) // 2
 
     def _with_one_outcome(self, role: str, action: Callable[[], Result]) -> Result:
-        """Look at a role; where that fails in one of several processes, it fails in all."""
+        """Call ``action`` so that a failure in one process is one in all."""
         if not self._is_shared():
             return action()
         try:
             return distributed.run_in_all(action)
         except Exception:
-            self._recorders.pop(role, None)  # so that all look for the layers anew: sharded models do so together
+            self._recorders.pop(role, None)  # so that all processes find the layers again, as sharded models need
             raise
 
     def remember(self, snapshot: Snapshot) -> None:
-        """Make it the latest snapshot, which the next one is compared with."""
+        """Make a snapshot the latest one, which the next is compared with."""
         self.previous = snapshot
         if self.reference is not None and snapshot.step <= self.reference.step:
-            self.reference = None  # from before a run was resumed
+            self.reference = None  # it is from before the run was resumed
         stored = [a.features for a in snapshot.layers.values() if a.features is not None]
         whole = bool(stored) and all(bool(features.isfinite().all()) for features in stored)
         if self.features and self.reference is None and whole and snapshot.step >= self.gram_step:
@@ -353,7 +385,7 @@ class AttentionMonitor:
 
 
 def named(role: str, error: Exception) -> Exception:
-    """The error of a role beside others, in a sentence that says which."""
+    """Return a role's error with the role in its text."""
     if not isinstance(error, AttnMonitorError):
         return error
     same = type(error)(f"{role}: {error}")

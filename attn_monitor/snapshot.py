@@ -1,4 +1,4 @@
-"""`Snapshot`: the attention, metrics and flags of one step, as plain values."""
+"""`Snapshot`: attention, metrics and health flags of one step, as plain values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Attention of every role and layer on the probe at one step, on the host, with the metrics made from it.
+    """Hold attention of every role and layer on the probe at one step, with its metrics and health flags.
 
-    ``layers`` maps (role, layer) to a `LayerAttention`; ``names`` are the probe images'; ``metrics`` are values by
-    `MetricKey` (role, layer, metric, head); ``flags`` are the health flags raised at this step, ``flags_raised`` how
-    many the run has raised so far, these included.
+    Args:
+        step: optimizer steps done.
+        epoch: from 0 on.
+        names: names of the probe's images.
+        layers: (role, layer) to a `LayerAttention` on the CPU.
+        metrics: values by `MetricKey` (role, layer, metric, head).
+        flags: the health flags raised at this step.
+        flags_raised: how many flags the run has raised so far, these included.
     """
 
     step: int
@@ -30,20 +35,20 @@ class Snapshot:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles in the order of capture, such as ("student", "teacher")."""
+        """Return roles in the order of capture, such as ("student", "teacher")."""
         return tuple(dict.fromkeys(role for role, _ in self.layers))
 
     def layers_of(self, role: str) -> tuple[int, ...]:
-        """Layer indices captured for a role, in order."""
+        """Return the indices of a role's captured layers, in order."""
         return tuple(layer for r, layer in self.layers if r == role)
 
     def drawn_layers(self, every: bool = False) -> tuple[int, ...]:
-        """Layers that pictures show: the last one captured, or every one."""
+        """Return the layers that pictures show: the last captured layer, or with ``every`` all of them."""
         captured = self.layers_of(self.roles[-1])
         return captured if every else captured[-1:]
 
     def layer(self, role: str, layer: int = -1) -> LayerAttention:
-        """One layer's attention; a negative layer counts from the last one captured.
+        """Return one layer's attention; a negative layer counts from the last captured one.
 
         Raises:
             KeyError: The role or the layer is not in this snapshot.
@@ -58,23 +63,24 @@ class Snapshot:
         return self.layers[role, layer]
 
     def rows(self, role: str, layer: int = -1) -> Tensor:
-        """(B, H, T) float32: prefix tokens first, then patches row by row; sums to 1 unless the layer is mixed."""
+        """Return a layer's rows, (B, H, T) float32: prefix tokens first, then patches row by row."""
         return self.layer(role, layer).rows
 
     def maps(self, role: str, layer: int = -1) -> Tensor:
-        """(B, H, gh, gw) float32: the patch part of `rows`."""
+        """Return the patch part of `rows` as images, (B, H, gh, gw) float32."""
         return self.layer(role, layer).maps
 
     def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
-        """Values for loggers, by tag: ``attn/…`` means, ``attn/health_flags``, and ``attn_heads/…`` of each head.
+        """Return values for loggers by tag: means ``attn/…``, ``attn/health_flags`` and heads ``attn_heads/…``.
 
-        ``heads``: whether heads are included, or the layers whose heads are.
+        Args:
+            heads: whether to include single heads, or the layers to include the heads of.
         """
         layers = heads if isinstance(heads, Collection) else {key.layer for key in self.metrics} if heads else ()
         values = {key.tag: value for key, value in self.metrics.items() if key.head is None or key.layer in layers}
         return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def only(self, layers: Sequence[int]) -> Snapshot:
-        """The rows of some layers alone, without metrics: what a film strip needs."""
+        """Return a snapshot with only the rows of some layers, as film strips need, without metrics."""
         kept = {key: value.rows_alone() for key, value in self.layers.items() if key[1] in layers}
         return Snapshot(self.step, self.epoch, self.names, kept)

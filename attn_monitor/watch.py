@@ -1,4 +1,4 @@
-"""`Watch`: attention maps from a training loop of one's own, in three lines and as safe as in Lightning."""
+"""`Watch`: record attention maps in your own training loop, in three lines and as safely as in Lightning."""
 
 from __future__ import annotations
 
@@ -49,26 +49,45 @@ class Watch:
 
         watch = Watch({"student": student, "teacher": teacher}, loader, loggers=[writer], folder="runs/1")
         for step, batch in enumerate(loader):
-            watch.step(step)  # that many optimizer steps are done
+            watch.step(step)  # the number of optimizer steps done
             ...
         watch.close(step + 1)
 
-    What goes wrong is a warning, and training goes on; only ``on_error="raise"`` ends it. In a process group the first
-    process looks and the others do nothing.
+    A failure is a warning, and training goes on; only ``on_error="raise"`` ends it. In a process group, rank zero takes
+    the snapshots and the other processes do nothing.
 
     Args:
-        models: a module, in which backbones and their roles are searched, or role to module.
-        probe: a folder, a tensor of normalised images, a `ProbeBatch`, or a data set or its loader, of which evenly
-            spaced images are taken: anything with ``__len__`` and ``__getitem__``, else the first of the batches that
-            it gives. None takes the first ``batch`` that `step` is given.
+        models: a module to search for backbones and their roles, or role to module.
+        probe: a folder, a tensor (images, channels, H, W) of normalised images, a `ProbeBatch`, or a data set or its
+            loader. Data with ``__len__`` and ``__getitem__`` give evenly spaced images, others their first batch. None
+            takes the first ``batch`` that `step` receives.
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
-        folder: of the run; the archive is in ``attn_monitor`` below it. None: no archive.
-        every_n_train_steps: None: ``total_steps / 50``, or ever wider distances where that is not given either: from 50
-            steps on, and before at steps 1, 2, 4, …, 32 as long as that takes at most 5 % of the loop's time.
-        layers, query, threshold, metrics, health, verify, num_images, image_size, mean, std, scale, heads, features,
-            gram_step: as in `AttentionMapCallback`.
-        forward: calls a model when ``model(images)`` is not right.
+        folder: the run's folder; the archive is in ``attn_monitor`` below it. None keeps no archive.
+        every_n_train_steps: optimizer steps between snapshots; None is ``total_steps / 50``. Without ``total_steps``
+            the intervals grow from 50 steps on; before, snapshots are at steps 1, 2, 4, …, 32 while they take at most
+            5 % of the loop's time.
+        total_steps: length of the run in optimizer steps, None if unknown.
+        layers: index in order of execution, module path, a list of these, or "all"; more in `AttentionMapCallback`.
+        query: "cls", "mean" (over all queries), (row, col) of a patch, or a token index.
+        threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
+        metrics: names of metrics to log, None or "all", as in `AttentionMapCallback`.
+        health: when a health flag is raised, see `HealthLimits`.
+        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
+            or False.
+        forward: calls a model if ``model(images)`` is not right: a function of (model, images).
+        num_images: how many images to take from a folder or from data; None is 8.
+        image_size: size of images from a folder in pixels, one number or (height, width); None is 224.
+        mean: one number a channel, by which images are normalised. None is ImageNet's for a folder, else inferred.
+        std: one positive number a channel, given together with ``mean``.
+        scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
+        heads: heads to draw, from 0 on; None draws all.
+        features: whether to archive patch features in at most 32 dimensions, and to log ``gram_drift``.
+        gram_step: the first snapshot from this step on is the reference of ``gram_drift``; None is the first of all.
         on_error: "warn" or "raise".
+
+    Raises:
+        ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.
+        ProbeError: The images cannot be used.
     """
 
     def __init__(
@@ -123,22 +142,31 @@ class Watch:
             warn=_warn,
             inform=_inform,
         )
-        self._session.start(distributed.RankZero())  # the others do nothing
+        self._session.start(distributed.RankZero())  # of this process alone: the others do nothing
         self._session.run.active = distributed.is_rank_zero()
         self._session.run.root = models if isinstance(models, nn.Module) else None
 
     @property
     def monitor(self) -> AttentionMonitor | None:
-        """What takes the snapshots, once there are images."""
+        """Return the object that takes the snapshots; None until there are images."""
         return self._session.monitor
 
     @property
     def active(self) -> bool:
-        """Whether snapshots are taken: by rank zero, of a model that can be watched, until `close`."""
+        """Whether snapshots are taken, which is on rank zero, of a model that can be watched, until `close`."""
         return self._session.run.active
 
     def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
-        """Call it between two optimizer steps with how many are done; the snapshot, where one was due and taken."""
+        """Take a snapshot if one is due. Call this between any two optimizer steps.
+
+        Args:
+            step: optimizer steps done, from 0 on.
+            batch: what the next step receives, to take images of and to compare the probe with.
+            epoch: from 0 on.
+
+        Returns:
+            The snapshot, None if none was due or it failed.
+        """
         self._session.settle()
         early = self.schedule.due_early(step) and self._session.run.cost.allows_another()
         if self.active and (early or self.schedule.due(step)):
@@ -147,7 +175,7 @@ class Watch:
         return None
 
     def close(self, step: int | None = None) -> None:
-        """Take a last snapshot at this step, unless there is one, and write everything. Nothing is watched after."""
+        """Take a last snapshot at this step unless there is one, write everything, and stop watching."""
         try:
             self._session.settle()
             if step is not None and self.active and step != self.schedule.last_step:
@@ -160,11 +188,11 @@ class Watch:
             self._session.run.active = False
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: tensors and plain values, loadable with ``weights_only=True``."""
+        """Return tensors and plain values for a checkpoint, loadable with ``weights_only=True``."""
         return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the same images, in the same archive, from the step after the last snapshot."""
+        """Continue with the same images, in the same archive, from the step after the last snapshot."""
         if state:
             load = partial(self._session.load_state_dict, state)
             self._session.run.failures.attempt("reading the state of a checkpoint", load)
@@ -176,11 +204,11 @@ class Watch:
             return None
         if not session.run.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
-            session.open(self.loggers, folder, step=step, until=step - 1)  # this one is taken again
+            session.open(self.loggers, folder, step=step, until=step - 1)  # the snapshot of this step is retaken
         return session.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
 
     def _find_images(self, batch: Any) -> ProbeBatch:
-        """Those of the data set or the loader that was given, else of a batch."""
+        """Take images of the data set or loader that was given, else of a batch."""
         source, count = self._images.data, self._images.num_images
         if source is None:
             return probe_from_batch(batch, count, caption=TRAINING_CAPTION)
@@ -216,7 +244,7 @@ class Watch:
 
 
 def _shuffles(loader: Any) -> bool:
-    """Whether it is for training: what is shuffled is mostly augmented. accelerate wraps the samplers."""
+    """Whether a loader shuffles and so is for training, also if accelerate has wrapped its sampler."""
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
@@ -225,7 +253,7 @@ def _shuffles(loader: Any) -> bool:
 
 
 def _only_backbone(model: nn.Module, images: Tensor | None) -> str:
-    """Path of the one backbone in a module, such as a wrapper for multi-crops; the module where none is found."""
+    """Return the path of the one backbone in a module, such as a multi-crop wrapper; else empty, the module itself."""
     try:
         found = find_backbones(model, images)
     except NoAttentionError:

@@ -1,4 +1,4 @@
-"""Work behind training: a queue and a thread for each destination, how long may be waited for it, and what failed.
+"""Work in the background of training: a queue and a thread per destination, a wait budget, and failures.
 
-Knows nothing of attention: jobs are functions, and components are named by strings.
+This package knows nothing of attention: jobs are functions, and parts are named by strings.
 """

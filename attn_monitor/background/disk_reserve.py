@@ -1,4 +1,4 @@
-"""The part of a disk that is left to the user's own files."""
+"""Keep a part of each disk free for the user's own files."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 
 
 class DiskReserveError(OSError):
-    """Writing would take some of the space that is to stay free."""
+    """Writing would use disk space that is to stay free."""
 
 
 def check_reserve(reserve: int | None) -> int | None:
-    """Check the setting ``disk_reserve``.
+    """Return the setting ``disk_reserve``, or raise an error if it is invalid.
 
     Args:
-        reserve: bytes, or None for the smaller of 1 GB and 1 % of the disk.
-
-    Returns:
-        The same.
+        reserve: bytes from 0 on, or None for the smaller of 1 GB and 1 % of the disk.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: The value is neither.
     """
     if reserve is not None and (isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0):
         raise ValueError(
@@ -32,17 +29,22 @@ def check_reserve(reserve: int | None) -> int | None:
 
 
 def require_space(folder: Path | None, size: int, reserve: int | None) -> None:
-    """Check that ``size`` bytes can be written to a folder (None: to no disk) and ``reserve`` bytes stay free.
+    """Check that a disk has space for a file and its reserve.
+
+    Args:
+        folder: where to write; None, for no disk, passes.
+        size: bytes to write.
+        reserve: bytes to keep free, see `check_reserve`.
 
     Raises:
-        DiskReserveError: they cannot.
+        DiskReserveError: Less would stay free.
     """
     if folder is None or reserve == 0:
         return
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usage = shutil.disk_usage(place)
     if not usage.total or not os.access(place, os.W_OK):
-        return  # writing itself says why it cannot be done
+        return  # the write itself raises the right error
     kept = min(10**9, usage.total // 100) if reserve is None else reserve
     if usage.free - size < kept:
         raise DiskReserveError(

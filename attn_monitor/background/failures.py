@@ -1,4 +1,4 @@
-"""`Failures`: what people are warned of, each once and not too often, and when to retry what failed."""
+"""`Failures`: rate-limited warnings, each once, and when to retry a part that failed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from attn_monitor.errors import text_of
 Result = TypeVar("Result")
 
 LONGEST_PAUSE = 120.0  # seconds between two tries of a part that fails
-SILENCE = 60.0  # seconds between two warnings about a part, doubled each time
+SILENCE = 60.0  # seconds between two warnings about a part, which double each time
 
 
 @dataclass
 class _Part:
-    in_a_row: int = 0  # failures
+    in_a_row: int = 0  # failures since the last success
     due: float = 0.0  # when to try again, in `time.monotonic`
-    reported: bool = False  # the present failure
+    reported: bool = False  # whether the present failure was
     quiet_until: float = 0.0
     silence: float = SILENCE
-    missing: list[int] = field(default_factory=list)  # steps, until they are reported
+    missing: list[int] = field(default_factory=list)  # steps that were not reported yet
 
 
 class Failures:
-    """Knows for each part of the monitor, by name, whether it works, when to retry it, and which steps it lacks.
+    """Track for each part of the monitor, by name, whether it works, when to retry it, and which steps it lacks.
 
-    A part that fails is retried at growing distances, at most ``LONGEST_PAUSE`` apart, for ever. That it failed and
-    that it works again is one warning each; where that alternates, at growing distances too. All methods but `report`,
-    which warns or raises and is for the training thread, may be called on any thread.
+    A part that fails is retried for ever, at growing intervals of at most ``LONGEST_PAUSE``. A failure and the recovery
+    from it are one warning each; if they alternate, warnings come at growing intervals too. Call `report`, which warns
+    or raises, on the training thread; all other methods may be called on any thread.
 
     Args:
-        hint: added to each failure.
+        hint: added to the warning of each failure.
     """
 
     def __init__(self, hint: str = "") -> None:
@@ -53,7 +53,13 @@ class Failures:
         raising: type[Exception] | tuple[type[Exception], ...] = (),
         again: bool = True,
     ) -> bool:
-        """Call a function; what it raises waits for `report`, except errors of the types ``raising``.
+        """Call a function, and keep its exception for `report`.
+
+        Args:
+            part: the name under which a failure is recorded.
+            action: the function.
+            raising: types of exceptions to raise at once instead.
+            again: whether the warning says that the part will be retried.
 
         Returns:
             Whether it succeeded.
@@ -69,23 +75,30 @@ class Failures:
         return True
 
     def result_of(self, part: str, action: Callable[[], Result]) -> Result | None:
-        """The result of a function, which is called once; None where it fails, as in `attempt`."""
+        """Call a function once, and return its result; None if it fails, as in `attempt`."""
         found: list[Result] = []
         self.attempt(part, lambda: found.append(action()), again=False)
         return found[0] if found else None
 
     def pause(self, part: str) -> float:
-        """Seconds until this part is to be retried; 0 when it works or it is time."""
+        """Return the seconds until this part is to be retried; 0 if it works, or the time has come."""
         with self._lock:
             state = self._parts.get(part)
             return 0.0 if state is None or not state.in_a_row else max(0.0, state.due - time.monotonic())
 
     def fails(self, part: str) -> bool:
-        """Whether it failed the last time."""
+        """Whether this part failed the last time."""
         return part in self._parts and self._parts[part].in_a_row > 0
 
     def failed(self, part: str, error: BaseException, *, about: str = "", again: bool = True) -> None:
-        """Record a failure: the part is retried at once, then after 1, 2, 4, … seconds; never unless ``again``."""
+        """Record a failure; the part is to be retried at once, then after 1, 2, 4, … seconds.
+
+        Args:
+            part: what failed.
+            error: its exception.
+            about: text before the exception in the warning.
+            again: whether the warning says that the part will be retried.
+        """
         with self._lock:
             state, now = self._parts.setdefault(part, _Part()), time.monotonic()
             state.in_a_row += 1
@@ -100,7 +113,7 @@ class Failures:
             self._news.append((f"{part} failed, training goes on. {reason}{hint}", raised))
 
     def worked(self, part: str) -> None:
-        """Record a success, reported where the failure was."""
+        """Record a success, which is reported if the failure was."""
         with self._lock:
             state = self._parts.get(part)
             if state is None or not state.in_a_row:
@@ -112,7 +125,7 @@ class Failures:
                 state.reported, state.missing = False, []
 
     def lost(self, part: str, step: int | None, error: Exception | None = None) -> None:
-        """Record a step that this part will lack; ``error`` says why, unless the part is known to fail."""
+        """Record a step that this part lacks; ``error`` is the reason, unless the part fails already."""
         with self._lock:
             state = self._parts.setdefault(part, _Part())
             if step is not None:
@@ -121,14 +134,14 @@ class Failures:
                 self.failed(part, error)
 
     def is_new(self, key: Hashable) -> bool:
-        """Whether this is the first time that something is reported; true once for each key."""
+        """Whether a key is new; True once for each key."""
         with self._lock:
             new = key not in self._seen
             self._seen.add(key)
             return new
 
     def note(self, text: str) -> None:
-        """Warn of something that is no failure of the monitor."""
+        """Queue a warning that is no failure of the monitor."""
         self._news.append((text, None))
 
     def sum_up(self) -> None:
@@ -142,7 +155,7 @@ class Failures:
             self.note(f"the run has ended, and this was not done:{lines}")
 
     def report(self, warn: Callable[[str], None], *, reraise: bool = False) -> None:
-        """Warn of what happened since the last report, or raise the first failure of it."""
+        """Warn of everything since the last report; with ``reraise``, raise the first failure instead."""
         while self._news:
             message, error = self._news.popleft()
             if reraise and error is not None:
@@ -151,7 +164,7 @@ class Failures:
 
 
 def in_words(steps: Sequence[int]) -> str:
-    """Steps for people: "steps 3, 4", and of very many the first and the last."""
+    """List steps in words, such as "steps 3, 4"; a long list is cut in the middle."""
     few = sorted(set(steps))
     listed = [*map(str, few)] if len(few) <= 12 else [*map(str, few[:8]), "…", *map(str, few[-2:])]
     return f"step{'s' * (len(few) > 1)} {', '.join(listed)}" + (f" ({len(few)} in all)" if len(few) > 12 else "")

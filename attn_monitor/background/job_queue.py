@@ -1,4 +1,4 @@
-"""`JobQueue`: the jobs of one destination, done in order on a thread of its own."""
+"""`JobQueue`: do the jobs of one destination in order, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from attn_monitor.background.failures import Failures
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.workers import Cancelled, Worker, is_cancelled
 
-KEPT_BYTES = 64 * 2**20  # of jobs with retries that wait for one destination
-WAITING = 32  # jobs of a part without retries that wait
-TRIES = 10  # of a job with retries
+KEPT_BYTES = 64 * 2**20  # limit for the waiting jobs with retries of one destination
+WAITING = 32  # limit for the waiting jobs without retries of one part
+TRIES = 10  # limit for a job with retries
 UNANSWERED = 60.0  # seconds after which a destination counts as failing
 
 
 @dataclass(eq=False)
 class Job:
-    """Something to do at a destination.
+    """Hold something to do at a destination.
 
     Args:
-        part: what `Failures` calls it.
-        step: training step that it belongs to; None: the run as a whole.
-        action: does it, and raises where that fails.
-        size: bytes of memory that it holds.
-        retry: whether it is tried again when it fails.
+        part: its name in `Failures`.
+        step: training step that it belongs to; None is the run as a whole.
+        action: does the job, and raises an exception if that fails.
+        size: bytes of memory that the job holds.
+        retry: whether a failed job is retried.
+        tries: how often it has been tried so far.
     """
 
     part: str
@@ -39,32 +40,32 @@ class Job:
 
 
 class JobQueue:
-    """Does the jobs of one destination one after another: a destination that hangs holds up nothing else.
+    """Do the jobs of one destination one after another, so that one that hangs holds up nothing else.
 
-    Those with retries come first, so that metrics do not wait for pictures. `put` never waits: beyond ``KEPT_BYTES`` of
+    Jobs with retries come first, so that metrics do not wait for pictures. `put` never waits: beyond ``KEPT_BYTES`` of
     jobs with retries, and ``WAITING`` jobs of a part without, the oldest are dropped. ``seconds`` is the time spent on
-    jobs so far, ``last_step`` the step of the latest job done.
+    jobs so far, ``last_step`` the step of the latest finished job.
 
     Args:
-        name: of the destination, in messages.
-        failures: gets what fails, and says when to retry.
-        budget: of seconds that `close` may wait.
-        persistent: retry after an OSError for as long as the run lasts, not ``TRIES`` times.
+        name: the destination's name in messages.
+        failures: records what fails, and decides when to retry.
+        budget: how long `close` may wait.
+        persistent: whether to retry after an OSError for as long as the run lasts, not ``TRIES`` times.
     """
 
     def __init__(self, name: str, failures: Failures, budget: WaitBudget, *, persistent: bool = False) -> None:
         self.name, self.seconds = name, 0.0
         self.last_step: int | None = None
         self._failures, self._budget, self._persistent = failures, budget, persistent
-        self._jobs: list[Job] = []  # the one that runs included
+        self._jobs: list[Job] = []  # including the one that runs
         self._running: Job | None = None
-        self._since = 0.0  # when it began, in `time.monotonic`
+        self._since = 0.0  # start of the running job, in `time.monotonic`
         self._changed = threading.Condition()
         self._worker: Worker | None = None
         self._closing = False
 
     def put(self, job: Job) -> None:
-        """Queue a job."""
+        """Queue a job without waiting, and drop the oldest beyond the limits."""
         with self._changed:
             self._closing = False
             self._jobs.append(job)
@@ -79,7 +80,7 @@ class JobQueue:
             self._changed.notify_all()
 
     def drain(self, budget: WaitBudget) -> bool:
-        """Wait until all is done; False when that takes too long, or what is left fails at present."""
+        """Wait until all jobs are done; False if that takes too long, or the next job is failing."""
 
         def failing() -> bool:
             return (job := self._first()) is not None and self._failures.pause(job.part) > 0
@@ -89,9 +90,9 @@ class JobQueue:
             return not self._jobs
 
     def close(self) -> None:
-        """Try what is left once more, end the thread, and record what was not done.
+        """Try the remaining jobs once more, end the thread, and record what was not done.
 
-        A thread that takes too long is cancelled: it ends at its next `safe_point`, or when what it waits for answers.
+        A thread that takes too long is cancelled, which ends it at its next `safe_point`.
         """
         with self._changed, self._budget.spend() as seconds:
             self._closing, error = True, self._start()
@@ -104,7 +105,7 @@ class JobQueue:
                 self._worker.cancel()
 
     def _start(self) -> RuntimeError | None:
-        """Start the thread if there is something to do and none yet; why the system starts none, if it does not."""
+        """Start the thread if there are jobs and it does not run; return the error if the system starts none."""
         if self._worker is None and self._jobs:
             worker = Worker(self.name, self._work, self._wake)
             try:
@@ -122,7 +123,7 @@ class JobQueue:
         return next((job for job in self._jobs if job.retry), next(iter(self._jobs), None))
 
     def _surplus(self) -> Job | None:
-        """The oldest job that waits beyond a limit."""
+        """Return the oldest waiting job of a kind beyond its limit, None if no limit is exceeded."""
         waiting = [job for job in self._jobs if job is not self._running]
         full = sum(job.size for job in self._jobs) > KEPT_BYTES and sum(job.retry for job in waiting) > 1
         count = Counter(job.part for job in waiting)
@@ -142,10 +143,10 @@ class JobQueue:
                     elif job.step is not None:
                         self.last_step = job.step
                 self._changed.notify_all()
-            del job, error  # with the pictures they hold, until there is something to do again
+            del job, error  # free the pictures they hold before waiting
 
     def _next(self) -> Job | None:
-        """The job to do now; None when the queue is closed and empty, which ends the thread."""
+        """Wait for the next job to do; None, which ends the thread, if the queue is closed and empty."""
         with self._changed:
             while True:
                 job = self._first()
@@ -161,7 +162,7 @@ class JobQueue:
 
     def _try(self, job: Job) -> BaseException | None:
         if not self._closing and self._failures.pause(job.part):
-            return TimeoutError()  # without retries, and the part fails at present
+            return TimeoutError()  # a job without retries is skipped while its part fails
         try:
             job.action()
         except Cancelled as error:  # recorded by `close`

@@ -1,4 +1,4 @@
-"""`WaitBudget`: how long the training thread may wait for disks and loggers in one run."""
+"""`WaitBudget`: limit how long the training thread waits for disks and loggers in one run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 
 from attn_monitor.workers import Worker
 
-RUN_SECONDS = 60.0  # all waits of a run together
-EXCEPTION_SECONDS = 5.0  # of them, once an exception ends the run
-DISK_SECONDS = 20.0  # one call on a disk
+RUN_SECONDS = 60.0  # for all waits of a run together
+EXCEPTION_SECONDS = 5.0  # for the rest, once an exception ends the run
+DISK_SECONDS = 20.0  # for one call on a disk
 
 Result = TypeVar("Result")
 
 
 class WaitBudget:
-    """The seconds that a run may still be held up. Every wait is deducted.
+    """Hold the seconds that a run may still wait, ``left``; every wait is deducted.
 
     Args:
         seconds: the budget; None is ``RUN_SECONDS``.
@@ -29,12 +29,12 @@ class WaitBudget:
         self._for_the_end = self.left / 2
 
     def limit(self, seconds: float) -> None:
-        """Leave no more than this."""
+        """Reduce what is left to at most this many seconds."""
         self.left = min(self.left, seconds)
 
     @contextmanager
     def spend(self) -> Iterator[float]:
-        """Enter a wait: yields its timeout in seconds, and deducts what it took."""
+        """Yield the timeout of a wait in seconds, and deduct the time of the ``with`` block."""
         started = time.monotonic()
         try:
             yield self.left
@@ -42,19 +42,19 @@ class WaitBudget:
             self.left = max(0.0, self.left - (time.monotonic() - started))
 
     def call(self, action: Callable[[], Result], late: Callable[[Result], object] = lambda result: None) -> Result:
-        """Call a function that may hang, on a thread of its own; on this one where the system starts no thread.
+        """Call a function that may hang, on a thread of its own; on this one if the system starts no thread.
 
-        It gets ``DISK_SECONDS``, and no more than leaves half of the budget for the end of the run.
+        The timeout is ``DISK_SECONDS``, or less so that half of the budget stays for the end of the run.
 
         Args:
-            action: the function, which is cancelled when its time is over.
-            late: receives the result if it comes after that.
+            action: the function, which is cancelled after the timeout.
+            late: receives a result that comes after the timeout.
 
         Returns:
             The function's result.
 
         Raises:
-            TimeoutError: the result did not come in time. Else whatever the function raises.
+            TimeoutError: The result did not come in time. Other exceptions are those of the function.
         """
         future: Future[Result] = Future()
 

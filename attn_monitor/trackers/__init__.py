@@ -1,4 +1,4 @@
-"""Snapshots become events (pictures, tables, …), and each tracker, one file, takes the kinds that it can show.
+"""Turn snapshots into events (pictures, tables, …), and log the kinds that each tracker supports.
 
-What a snapshot holds goes in; event files, W&B runs, MLflow artifacts and an archive come out, behind training.
+Every tracker is one module. Event files, W&B runs, MLflow artifacts and an archive are written in the background.
 """

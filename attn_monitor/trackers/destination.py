@@ -1,4 +1,4 @@
-"""`Destination`: a tracker with its queue, which logs events behind training."""
+"""`Destination`: a tracker with its queue, which logs events in the background."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from attn_monitor.workers import safe_point
 
 
 class Destination:
-    """Logs to one tracker.
+    """Log events to one tracker in the background.
 
     Args:
-        tracker: it.
-        label: its name in messages.
-        failures: gets what fails.
-        budget: of seconds to wait at the end.
+        tracker: where to log.
+        label: the tracker's name in messages.
+        failures: records what fails.
+        budget: how long the queue may wait at the end.
         disk_reserve: bytes that pictures leave free, see `require_space`.
     """
 
@@ -31,11 +31,11 @@ class Destination:
     ) -> None:
         self.tracker, self.label, self.queue = tracker, label, JobQueue(label, failures, budget)
         self.first: list[Event[Any]] = []
-        """Events that are logged once, with the next others and until that succeeds."""
+        """Events to log once, together with the next ones; each is retried until it succeeds."""
         self._failures, self._reserve = failures, disk_reserve
 
     def put_scalars(self, scalars: Scalars, step: int) -> None:
-        """Queue numbers, which are tried again when they fail."""
+        """Queue numbers, which are retried when they fail."""
         if Scalars not in self.tracker.methods:
             return
         part, log = f"logging metrics to {self.label}", partial(self._log_scalars, scalars, step)
@@ -45,13 +45,13 @@ class Destination:
             self._failures.lost(part, step)
 
     def put(self, what: str, events: Sequence[Event[Any]], at: int, step: int | None) -> None:
-        """Queue events of the kinds that the tracker takes, which are not tried again.
+        """Queue events of the kinds that the tracker takes; they are not retried.
 
         Args:
-            what: names them in messages, such as "pictures".
-            events: all of one step.
-            at: the step.
-            step: the same where messages are to name it, None where they are of the whole run.
+            what: the events' name in messages, such as "pictures".
+            events: events of one step.
+            at: the step to log them at.
+            step: the step that messages name, None for events of the whole run.
         """
         taken = [event for event in events if type(event) in self.tracker.methods]
         if taken:
@@ -63,7 +63,7 @@ class Destination:
             log(scalars)
 
     def _log(self, part: str, events: Sequence[Event[Any]], step: int) -> None:
-        """One that fails does not keep back the others. Raises if all fail."""
+        """Log events, going on after one that fails; raise the first error if all fail."""
         tracker, some, together = self.tracker, f"logging some {part}", [*self.first, *events]
         large = any(isinstance(event, (Picture, Animation)) for event in together)
         errors: dict[Event[Any], Exception] = {}

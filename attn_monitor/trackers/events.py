@@ -1,4 +1,4 @@
-"""The kinds of events that a snapshot becomes. Each is drawn or computed when a tracker reads its content."""
+"""Define the kinds of events. Each draws or computes its content when a tracker first reads it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Array = np.ndarray[Any, Any]
 
 
 class Once(Generic[T]):
-    """A function that is called once: its result is kept for later calls, on whichever threads, until `forget`."""
+    """Call a function once and keep its result for later calls, on any thread, until `forget`."""
 
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute, self._lock, self._keeps = compute, threading.Lock(), True
         self._kept: list[T] = []
 
     def __call__(self) -> T:
-        """Return the result."""
+        """Return the result, computed now if it is not kept."""
         with self._lock:
             if self._kept:
                 return self._kept[0]
@@ -36,18 +36,18 @@ class Once(Generic[T]):
             return result
 
     def forget(self) -> None:
-        """Drop the result; from now on each call computes it."""
+        """Drop the result; each later call computes it."""
         self._keeps, self._kept = False, []
 
 
 @dataclass(frozen=True, eq=False)
 class Event(Generic[T]):
-    """One thing to show.
+    """Hold one thing to show.
 
     Args:
-        tag: what it is called, such as "attn_maps/cat".
+        tag: its name in trackers, such as "attn_maps/cat".
         make: computes the content, once for all trackers, on the thread of the first that reads it.
-        title: for people, where a kind has one.
+        title: for kinds that show one.
     """
 
     tag: str
@@ -60,15 +60,15 @@ class Event(Generic[T]):
 
     @property
     def content(self) -> T:
-        """What is shown, of the type that the class says."""
+        """Return what is shown, of the type in the class's brackets."""
         return self.make()
 
     def named(self, name: str) -> Event[T]:
-        """The same under the name of a callback, see `prefixed`."""
+        """Return the event with a callback's name in its tag, see `prefixed`."""
         return replace(self, tag=prefixed(self.tag, name), title=self.title and titled(self.title, name))
 
     def forget(self) -> None:
-        """Do not keep the content any more."""
+        """Stop keeping the content."""
         if isinstance(self.make, Once):
             self.make.forget()
 
@@ -77,7 +77,7 @@ class Scalars(Event[Mapping[str, float]]):
     """Numbers by tag."""
 
     def named(self, name: str) -> Scalars:
-        """With all their tags under the name."""
+        """Return the numbers with a callback's name in all their tags."""
         return Scalars(self.tag, lambda: {prefixed(tag, name): value for tag, value in self.content.items()})
 
 
@@ -89,7 +89,7 @@ class Picture(Event[Pixels]):
 
     @cached_property
     def jpeg(self) -> bytes:
-        """The picture as JPEG."""
+        """Encode the picture as JPEG."""
         return canvas.jpeg(self.content)
 
 
@@ -99,7 +99,7 @@ class Masks(Event[tuple[Pixels, Mapping[str, Array]]]):
 
 
 class Histogram(Event[Array]):
-    """Values, (n,) float32, of which the distribution is shown."""
+    """Values, (n,) float32, for a chart of their distribution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +110,14 @@ class Table(Event[Sequence[Sequence[Any]]]):
 
 
 class Lines(Event[tuple[Sequence[int], Sequence[Sequence[float]]]]):
-    """A chart with a title: steps, and for each head its values at these."""
+    """A chart with a title: steps, and for each head its values at these steps."""
 
 
 class Layout(Event[Mapping[tuple[str, str], str]]):
-    """Charts of scalars, by section and title: a regular expression for the tags of the scalars in it."""
+    """Charts of scalars: (section, title) to a regular expression for the tags of the scalars in the chart."""
 
     def named(self, name: str) -> Layout:
-        """With sections and tags under the name."""
+        """Return the layout with a callback's name in sections and tags."""
         charts = self.content.items
         return Layout(self.tag, lambda: {(titled(s, name), title): prefixed(tag, name) for (s, title), tag in charts()})
 
@@ -135,7 +135,7 @@ class Text(Event[str]):
 
 
 class Alert(Event[str]):
-    """Markdown with a title that somebody should read at once."""
+    """Markdown with a title, for a notification."""
 
 
 KINDS: tuple[type[Event[Any]], ...] = (

@@ -1,4 +1,4 @@
-"""Loggers that are known by their methods alone, and the CSV logger."""
+"""Log to loggers that are known by their methods alone, and to the CSV logger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WRITER_METHODS: Mapping[str, tuple[type[Event[Any]], Callable[[Any, Any, int], o
     "add_histogram": (Histogram, lambda add, event, step: add(event.tag, event.content, step)),
     "add_text": (Text, lambda add, event, step: add(event.tag, event.content, step)),
 }
-"""A SummaryWriter's methods, and how an event is passed to them."""
+"""A SummaryWriter's methods, the kind of event for each, and how it is passed."""
 
 LOGGER_METHODS: Mapping[str, tuple[type[Event[Any]], Callable[[Any, Any, int], object]]] = {
     "log_metrics": (Scalars, lambda log, event, step: log(dict(event.content), step=step)),
@@ -26,14 +26,14 @@ LOGGER_METHODS: Mapping[str, tuple[type[Event[Any]], Callable[[Any, Any, int], o
         ),
     ),
 }
-"""Those of Lightning's loggers."""
+"""The same for the methods of Lightning's loggers."""
 
 
 class Generic(Tracker):
-    """Any logger: what its methods take.
+    """Log to any logger by the methods that it has.
 
-    Those in ``LOGGER_METHODS``, those in ``WRITER_METHODS``, which its ``experiment`` may have instead, and
-    ``log_attention_event(event, step)``, which gets every event that none of these takes.
+    These are the methods in ``LOGGER_METHODS`` and ``WRITER_METHODS`` (also of its ``experiment``), and
+    ``log_attention_event(event, step)``, which receives every event that none of the others takes.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -48,21 +48,21 @@ class Generic(Tracker):
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """All."""
+        """Accept any logger."""
         return True
 
 
 class CSV(Generic):
-    """CSVLogger, which collects rows in a list that it writes and empties.
+    """Log to CSVLogger on the training thread.
 
-    Called from a second thread at that moment, it would lose the run's own rows. Others send each call on by itself.
+    It collects rows in a list that it writes and empties; a second thread could make it lose the run's own rows.
     """
 
     scalars_on_training_thread = True
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """CSVLogger and its subclasses."""
+        """Accept CSVLogger and its subclasses."""
         return is_lightning(logger, "CSVLogger")
 
 
@@ -74,5 +74,5 @@ def _method(owner: Any, name: str) -> Callable[..., Any] | None:
 def _attribute(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name, None)
-    except Exception:  # a property of somebody's logger, read on the training thread
+    except Exception:  # a property of the user's logger may raise anything
         return None

@@ -1,4 +1,4 @@
-"""A budget of metrics for loggers that advise one: curves of single heads are what there are thousands of."""
+"""Limit the metrics of single heads for loggers that advise a limit, as there may be thousands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attn_monitor.snapshot import Snapshot
 
 
 def layers_within(snapshot: Snapshot, budget: int) -> tuple[int, ...]:
-    """From the last layer back, those whose heads' curves together are at most ``budget`` metrics; one at least."""
+    """Return as many of the last layers as have at most ``budget`` metrics of single heads; at least one."""
     costs = head_keys(snapshot)
     kept: list[int] = []
     for layer in sorted(costs, reverse=True):
@@ -20,7 +20,7 @@ def layers_within(snapshot: Snapshot, budget: int) -> tuple[int, ...]:
 
 
 def head_keys(snapshot: Snapshot) -> Counter[int]:
-    """How many metrics of single heads each layer has in a run, with drift, which the first snapshot lacks."""
+    """Count each layer's metrics of single heads, including drift, which the first snapshot lacks."""
     costs = Counter(key.layer for key in snapshot.metrics if key.head is not None and key.metric != "drift")
     for (_, layer), attention in snapshot.layers.items():
         costs[layer] += attention.rows.shape[1]
@@ -28,7 +28,7 @@ def head_keys(snapshot: Snapshot) -> Counter[int]:
 
 
 def budget_text(label: str, kept: Sequence[int], snapshot: Snapshot) -> str:
-    """What is left out, why, and where it is."""
+    """Describe which curves a logger does not get, why, and where they are."""
     costs = head_keys(snapshot)
     return (
         f"{label} gets the curves of single heads of {len(kept)} of the {len(costs)} watched layers, {kept[0]} to "

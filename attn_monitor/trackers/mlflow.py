@@ -1,4 +1,4 @@
-"""MLflow: Lightning's logger. Pictures and flags are artifacts of the run."""
+"""Log to Lightning's MLflow logger. Pictures and flags are artifacts of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attn_monitor.trackers.tracker import Tracker, is_lightning
 
 
 class MLflow(Tracker):
-    """A run on a tracking server or in a local folder."""
+    """Log to a run on a tracking server or in a local folder."""
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
@@ -28,17 +28,17 @@ class MLflow(Tracker):
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """MLFlowLogger."""
+        """Accept MLFlowLogger."""
         return is_lightning(logger, "MLFlowLogger")
 
     @property
     def run_folder(self) -> Path | None:
-        """That of its artifacts, where they are local files."""
+        """Return the folder of the run's artifacts, None if they are not local files."""
         address = urlsplit(self.logger.experiment.get_run(self.logger.run_id).info.artifact_uri)
         return Path(url2pathname(address.path)) if address.scheme in ("", "file") else None
 
     def _scalars(self, scalars: Scalars, step: int) -> None:
-        """By Lightning's method, which replaces what MLflow does not take in names."""
+        """Log through Lightning's method, which replaces characters that MLflow forbids in names."""
         self.logger.log_metrics(dict(scalars.content), step=step)
 
     def _picture(self, picture: Picture, step: int) -> None:

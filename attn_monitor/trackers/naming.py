@@ -1,4 +1,4 @@
-"""The name of a callback, in tags and titles."""
+"""Validate a callback's name, and put it into tags and titles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from attn_monitor.record.file_names import MAX_NAME_BYTES
 
 
 def check_name(name: str | None) -> str | None:
-    """Check that a callback's name can stand in a tag and in a folder's name.
-
-    Returns:
-        The same.
+    """Return a callback's name if it can be part of a tag and of a folder's name.
 
     Raises:
-        ValueError: it cannot.
+        ArgumentError: It cannot; this is a `ValueError`.
     """
     if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
         allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
@@ -26,7 +23,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def prefixed(tag: str, name: str) -> str:
-    """A tag under a name, which follows its first part: ``attn/x`` becomes ``attn-early/x``. No name, no change."""
+    """Put a name after a tag's first part: ``attn/x`` becomes ``attn-early/x``; an empty name changes nothing."""
     if not name:
         return tag
     first, slash, rest = tag.partition("/")
@@ -34,5 +31,5 @@ def prefixed(tag: str, name: str) -> str:
 
 
 def titled(title: str, name: str) -> str:
-    """A title for people, with the name."""
+    """Put a name after a title, in brackets; an empty name changes nothing."""
     return f"{title} ({name})" if name else title

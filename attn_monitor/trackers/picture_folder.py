@@ -1,4 +1,4 @@
-"""The latest pictures as files, for runs without any logger; numbers are in the archive beside them."""
+"""Write the latest pictures as files for runs without a logger; the archive beside them holds the numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attn_monitor.trackers.tracker import Tracker
 
 
 class PictureFolder(Tracker):
-    """A folder of JPEG files."""
+    """Write pictures to a folder of JPEG files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -19,20 +19,20 @@ class PictureFolder(Tracker):
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """No logger: it stands in where there is none."""
+        """Accept no logger, as this tracker is for runs without one."""
         return False
 
     @property
     def label(self) -> str:
-        """No logger's."""
+        """Return the name in messages."""
         return "PictureFolder"
 
     @property
     def media_folder(self) -> Path:
-        """The folder itself."""
+        """Return the folder itself."""
         return Path(self.logger)
 
     def _picture(self, picture: Picture, step: int) -> None:
-        """In place of the one of the step before."""
+        """Overwrite the picture of the step before."""
         self.media_folder.mkdir(parents=True, exist_ok=True)
         (self.media_folder / file_name(picture.tag.replace("/", "-"), ".jpg")).write_bytes(picture.jpeg)

@@ -1,4 +1,4 @@
-"""`Publisher`: what happens to a snapshot after capture, off the training thread: archive and trackers."""
+"""`Publisher`: write snapshots to the archive and to trackers, in the background of training."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.trackers.snapshot_events import events_at_end, events_at_snapshot, events_at_start, events_of_flags
 from attn_monitor.trackers.tracker import Tracker
 
-ARCHIVE = "writing the archive"  # what failures call it
-DRAWN = 4  # latest snapshots of which drawings are kept for slower trackers: some 50 MB each
+ARCHIVE = "writing the archive"  # the part's name in `Failures`
+DRAWN = 4  # latest snapshots; their drawings, some 50 MB each, are kept for slower trackers
 
 WriteReport = Callable[[Path, Callable[[int], object]], str]
-"""Writes a page of an archive's folder beside it, after calling a function with its size in bytes; returns the page."""
+"""Write a page of an archive's folder after calling a function with its size in bytes, and return the page."""
 
 
 class Publisher:
-    """Writes snapshots to an archive folder and to any number of loggers.
+    """Write snapshots to an archive folder and to any number of loggers.
 
     A logger is a Lightning logger, a plain TensorBoard ``SummaryWriter``, a W&B run, or anything with ``log_metrics``.
     The archive and each logger have a queue and a thread of their own, so that one that hangs holds up neither training
@@ -48,20 +48,21 @@ class Publisher:
     step is not ahead of those already written, but put ``"trainer/global_step": step`` into your own rows.
 
     Args:
-        loggers: without any, and with a folder, the latest pictures are files in the folder.
+        loggers: where to log. Without any, the latest pictures are files in ``folder``.
         probe: the images.
-        folder: of the archive; None: no archive.
-        style: how pictures are drawn.
-        every_layer: whether to draw each captured layer, or the last one alone.
-        history: the run's past for film strips; snapshots are added to it.
-        curves: the run's past for charts; metrics are added to it.
+        folder: the archive's folder; None writes no archive.
+        style: how to draw pictures.
+        every_layer: whether to draw each captured layer, or the last one only.
+        history: the run's past for film strips, to which snapshots are added; None is empty.
+        curves: the run's past for charts, to which metrics are added; None is empty.
         settings: Markdown that records how the run is watched.
-        name: keeps several publishers of one run apart: tags start with ``attn-{name}``; the archive has plain tags.
-        failures: gets what fails, for the caller to report; None: warnings, at the next call of a method.
-        disk_reserve: bytes; while less is free on a disk, pictures and archive pause. None: 1 %, and at most 1 GB.
-        budget: how long closing may take; None: a minute.
-        before_writing: called before each snapshot is written to the archive, and may prevent it by raising.
-        write_report: writes a page of the complete archive at the end, which trackers get too; None: no page.
+        name: distinguishes several publishers of one run by tags such as ``attn-{name}/…``; the archive has plain tags.
+        failures: records failures for the caller to report; None warns at the next call of a method.
+        disk_reserve: bytes; while less is free on a disk, pictures and archive pause. None is the smaller of 1 GB and
+            1 % of the disk.
+        budget: how long closing may take; None is a minute.
+        before_writing: called before each snapshot is written to the archive, which an exception prevents.
+        write_report: writes a page of the complete archive at the end, also for trackers; None writes no page.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class Publisher:
         self._settings, self._name, self._reserve = settings, name, check_reserve(disk_reserve)
         self._before_writing, self._write_report = before_writing, write_report
         self._last: Snapshot | None = None
-        self._written: set[int] = set()  # steps that the archive holds, unless it is deleted
+        self._written: set[int] = set()  # steps in the archive
         self._drawn: deque[Sequence[Event[Any]]] = deque()
         budget = budget or WaitBudget()
         self._archive = JobQueue("archive", self.failures, budget, persistent=True)
         trackers: list[Tracker] = [tracker_for(logger) for logger in loggers]
-        if folder is not None and not loggers:  # then pictures themselves are what a user can look at
+        if folder is not None and not loggers:  # so that the user has pictures to look at
             trackers = [PictureFolder(folder / "pictures")]
         kinds = [tracker.label for tracker in trackers]
         self._destinations = [
@@ -104,12 +105,12 @@ class Publisher:
 
     @property
     def seconds(self) -> float:
-        """Time spent behind training so far."""
+        """Return the seconds spent in the background so far."""
         return sum(queue.seconds for queue in self._queues())
 
     @property
     def archived(self) -> int | None:
-        """Step of the last snapshot that was written to the archive; None when there is none."""
+        """Return the step of the last snapshot in the archive, None if there is none."""
         return self._archive.last_step
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -139,21 +140,21 @@ class Publisher:
         self._report()
 
     def alert(self, flags: Sequence[HealthFlag], step: int) -> None:
-        """Report health flags before the snapshot that they go with: as a warning, and to loggers that take them."""
+        """Report health flags before their snapshot, as a warning and to loggers that take them."""
         self._alert(flags, step)
         self._report()
 
     def drain(self, seconds: float | None = None) -> bool:
-        """Wait until everything is written, for a minute at most; False when not everything was."""
+        """Wait until everything is written; False if not everything is after ``seconds`` (None is a minute)."""
         budget = WaitBudget(seconds)
         drained = [queue.drain(budget) for queue in self._queues()]
         return all(drained)
 
     def close(self, *, finish: bool = True) -> None:
-        """Write what is left, end the threads, and report what could not be written. Returns whatever the loggers do.
+        """Write what is left, end the threads, and report what could not be written, whatever the loggers do.
 
         Args:
-            finish: log what belongs to the end of a run before: a time-lapse, tables, charts, and the report.
+            finish: whether the run is complete, so that a time-lapse, tables, charts and the report are logged first.
         """
         if finish and self._last is not None:
             past = list(self._history), self._curves.copy()
@@ -169,11 +170,11 @@ class Publisher:
         self._report()
 
     def _put_report(self, step: int) -> None:
-        """Write a page of all that is in the archive, once that is complete, for trackers that take it."""
+        """Write a page of the complete archive, and log it to trackers that take pages."""
         pages: list[str] = []
 
         def write(folder: Path, write_report: WriteReport) -> None:
-            if self._archive.last_step is not None and not self.failures.fails(ARCHIVE):  # else that is known
+            if self._archive.last_step is not None and not self.failures.fails(ARCHIVE):  # otherwise already reported
                 pages.append(write_report(folder, lambda size: require_space(folder, size, self._reserve)))
 
         if self.folder is not None and self._write_report is not None:
@@ -185,7 +186,7 @@ class Publisher:
                 destination.put("the report", [page], step, None)
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
-        """A snapshot to the archive, after its probe."""
+        """Write a snapshot to the archive, and first the probe if it is missing."""
         path = folder / "probe.npz"
         missing = not path.exists()
         if missing and self._written:
@@ -199,7 +200,7 @@ class Publisher:
         self._written.add(snapshot.step)
 
     def _report_deleted(self, folder: Path) -> None:
-        """Report the steps that an archive held which was deleted in mid-run."""
+        """Report the steps that are lost as the archive was deleted in mid-run."""
         gone = {step for step in self._written if not snapshot_path(folder, step).exists()}
         self._written -= gone
         if gone:
@@ -208,7 +209,7 @@ class Publisher:
             self.failures.lost(ARCHIVE, step)
 
     def _alert(self, flags: Sequence[HealthFlag], step: int) -> None:
-        """Each once."""
+        """Report each flag once."""
         news = [flag for flag in flags if self.failures.is_new(flag)]
         if news:
             for destination in self._destinations:
@@ -216,11 +217,11 @@ class Publisher:
             self.failures.note("attention health\n" + "\n".join(f"  {flag}" for flag in news))
 
     def _named(self, events: Iterable[Event[Any]]) -> list[Event[Any]]:
-        """Under the name of the publisher: the only place that adds it to tags."""
+        """Add the publisher's name to tags; no other place does."""
         return [event.named(self._name) for event in events]
 
     def _scalars(self, destination: Destination, snapshot: Snapshot) -> Scalars:
-        """All metrics; for a tracker with a budget, those of the heads of fewer layers, which is reported once."""
+        """Return all metrics; for a tracker with a budget, heads of fewer layers, which is reported once."""
         budget = destination.tracker.head_keys
         if budget is None or head_keys(snapshot).total() <= budget:
             return Scalars("attn", snapshot.scalars).named(self._name)
@@ -238,15 +239,15 @@ class Publisher:
 
 
 def _numbers(labels: Sequence[str]) -> list[int]:
-    """Of each label, which of its kind it is, from 1 on."""
+    """Number equal labels in order, from 1 on."""
     return [labels[: index + 1].count(label) for index, label in enumerate(labels)]
 
 
 def _warn(text: str) -> None:
-    # Four calls up is the line that called the publisher.
+    # The line that called the publisher is four calls up.
     warn(f"attn_monitor: {text}", stacklevel=5)
 
 
 def _size(snapshot: Snapshot) -> int:
-    """Bytes of its tensors."""
+    """Return the bytes of a snapshot's tensors."""
     return sum(attention.nbytes for attention in snapshot.layers.values())

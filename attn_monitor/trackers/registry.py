@@ -1,4 +1,4 @@
-"""`tracker_for`: which tracker a logger is. A new one is a module with a `Tracker`, and a line here."""
+"""`tracker_for`: choose the tracker of a logger. To add one, write a module with a `Tracker` and list it here."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ TRACKERS: tuple[type[Tracker], ...] = (TensorBoard, WeightsAndBiases, MLflow, CS
 
 
 def tracker_for(logger: Any) -> Tracker:
-    """The first that accepts it; `Generic` accepts all."""
+    """Return the first tracker that accepts a logger; `Generic` accepts all."""
     return next(kind for kind in TRACKERS if kind.accepts(logger))(logger)

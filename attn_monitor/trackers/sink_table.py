@@ -1,4 +1,4 @@
-"""The table of attention sinks at the end of a run: where attention collects, since when, and what that carries."""
+"""Make the table of attention sinks at the end of a run: where attention collects, since when, and to what effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 
 class AttentionSinkRow(NamedTuple):
-    """One place where attention collects, or a remark about a layer; None and empty where there is no value."""
+    """Hold one attention sink, or a remark about a layer; fields without a value are None or empty."""
 
     role: str
     layer: int
@@ -30,12 +30,12 @@ class AttentionSinkRow(NamedTuple):
     attention: float | None = None  # percent
     times_uniform: float | None = None
     value: float | None = None
-    since: int | None = None  # step of the first snapshot since which the layer has had sinks
+    since: int | None = None  # step from which on the layer has had sinks
     verdict: str = "no sink"
 
 
 def sink_rows(snapshot: Snapshot, curves: Curves) -> list[AttentionSinkRow]:
-    """The rows of every layer of a snapshot in which sinks were measured."""
+    """Return the rows of all layers of a snapshot with measured sinks."""
     measured = {key[:2] for key in snapshot.metrics if key.metric in SINK_SHARES}
     return [
         row
@@ -63,7 +63,7 @@ def _of_layer(role: str, attention: LayerAttention, curves: Curves) -> Iterator[
 
 
 def _since(curves: Curves, role: str, layer: int) -> int | None:
-    """The first step of those at the end of the run at which attention collected."""
+    """Return the step from which on a layer has had sinks until the end of the run, None if it has none now."""
     since = None
     for key, points in curves.of(SINK_SHARES).items():
         if key == MetricKey(role, layer, key.metric):
@@ -73,7 +73,7 @@ def _since(curves: Curves, role: str, layer: int) -> int | None:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
+    """Format a table as Markdown."""
     lines = [columns, ["---"] * len(columns), *(map(_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

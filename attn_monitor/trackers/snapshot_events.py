@@ -1,6 +1,6 @@
-"""What is shown of a run, as events: at its start, at each snapshot, at its end, and when health flags are raised.
+"""Make the events of a run: at its start, at each snapshot, at its end, and when health flags are raised.
 
-Pure functions of snapshots. Nothing is drawn here: events draw when a tracker reads them.
+These are pure functions of snapshots, and draw nothing: an event draws when a tracker reads it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,17 @@ HEAD_COLUMNS = ("image", "role", "layer", "head", "entropy", "mask area", "atten
 
 
 def events_at_start(snapshot: Snapshot, drawing: DrawingOptions, settings: str, name: str) -> Events:
-    """How to read the pictures, with the run's settings (Markdown), and a layout of charts of all heads."""
+    """Yield a text on how to read the pictures, and a layout of charts of all heads.
+
+    Args:
+        snapshot: the first snapshot.
+        drawing: how pictures are drawn.
+        settings: Markdown on how the run is watched, for the text.
+        name: of the callback in tags, empty for none.
+    """
     text = _how_to_read(drawing, settings, name)
     yield ev.Text("attn_monitor/how_to_read", lambda: text)
-    # There is no drift yet at the first snapshot.
+    # The first snapshot has no drift yet, but later ones do.
     charts = {
         (
             f"{metric.replace('_', ' ')} per head",
@@ -64,15 +71,15 @@ def events_at_snapshot(
     drawing: DrawingOptions,
     layers: Sequence[int],
 ) -> Events:
-    """Panels and film strips of each image, charts of the run so far, histograms, and switchable masks.
+    """Yield panels and film strips of each image, charts of the run so far, histograms, and switchable masks.
 
     Args:
-        snapshot: the latest one.
-        history: earlier ones and this, for film strips.
+        snapshot: the latest snapshot.
+        history: snapshots for film strips, the latest included.
         curves: metrics of the run so far.
         probe: the images.
-        drawing: how they are drawn.
-        layers: those of which each image has a panel and a film strip.
+        drawing: how to draw them.
+        layers: the layers with a panel and a film strip for each image.
     """
     for (index, image), layer in itertools.product(enumerate(snapshot.names), layers):
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
@@ -107,7 +114,15 @@ def events_at_end(
     probe: ProbeBatch,
     drawing: DrawingOptions,
 ) -> Events:
-    """A time-lapse, the table of attention sinks, and a table and line charts of all heads."""
+    """Yield a time-lapse, the table of attention sinks, and a table and line charts of all heads.
+
+    Args:
+        last: the last snapshot.
+        history: snapshots for the time-lapse and the line charts.
+        curves: metrics of the run.
+        probe: the images.
+        drawing: how to draw them.
+    """
     photos = list(probe.pixels)
     yield ev.Animation("attn_timelapse", lambda: animations.gif(animations.timelapse(history, photos, options=drawing)))
     if any(key.metric in SINK_SHARES for key in last.metrics):
@@ -121,7 +136,7 @@ def events_at_end(
 
 
 def events_of_flags(flags: Sequence[HealthFlag]) -> Events:
-    """Health flags in words."""
+    """Yield health flags as a text and as an alert."""
     text = "\n".join(f"- {flag}" for flag in flags)
     yield ev.Text("attn_monitor/health", lambda: text)
     yield ev.Alert("attn_health", lambda: text, "attention health")
@@ -156,7 +171,7 @@ def _heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels:
 
 
 def _entropies(attention: LayerAttention) -> ev.Array:
-    """Of every head on every image where it is known, (n,)."""
+    """Return the finite entropies of all heads on all images, (n,)."""
     values: ev.Array = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
     return values[np.isfinite(values)]
 
@@ -170,7 +185,7 @@ def _head_masks(
 
 
 def _head_rows(snapshot: Snapshot, photos: Sequence[Pixels], drawing: DrawingOptions) -> list[Sequence[Any]]:
-    """Every head on every image, in the last captured layer of each role."""
+    """Return a row for each head on each image, of the last captured layer of each role."""
     rows: list[Sequence[Any]] = []
     for role in snapshot.roles:
         attention = snapshot.layer(role)
@@ -185,7 +200,7 @@ def _head_rows(snapshot: Snapshot, photos: Sequence[Pixels], drawing: DrawingOpt
 
 
 def _entropy_lines(history: Sequence[Snapshot], role: str, layer: int) -> tuple[list[int], list[tuple[float, ...]]]:
-    """The mean entropy over images of every head, at every step."""
+    """Return the steps, and for each head its entropy at these, averaged over images."""
     layers = {s.step: s.layers[role, layer] for s in history if (role, layer) in s.layers}
     values = [F.entropy(attention.maps.flatten(-2)).mean(0).tolist() for attention in layers.values()]
     return list(layers), list(zip(*values, strict=True))

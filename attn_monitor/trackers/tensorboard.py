@@ -1,4 +1,4 @@
-"""TensorBoard: Lightning's logger or a plain `SummaryWriter`. Pictures are stored as JPEG, charts are laid out."""
+"""Log to TensorBoard, by Lightning's logger or a plain `SummaryWriter`, with pictures as JPEG."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from PIL import Image
 from attn_monitor.trackers.events import Animation, Event, Histogram, Layout, Picture, Scalars, Text
 from attn_monitor.trackers.tracker import Tracker, is_a, is_lightning, prefix_of
 
-# Of each writer. Only the last layout in a run is shown, so it has to hold the charts of all callbacks.
+# By writer. TensorBoard shows only the last layout of a run, so it has to hold the charts of all callbacks.
 _charts: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 _charts_lock = threading.Lock()
 
-# Of each queue of a writer. Held while something of ours is in it.
+# By queue of a writer: the lock that is held while a record of this package is in it.
 _ours: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
 
 class TensorBoard(Tracker):
-    """Event files."""
+    """Log to event files."""
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
@@ -40,21 +40,21 @@ class TensorBoard(Tracker):
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """TensorBoardLogger, and the SummaryWriters of torch and tensorboardX."""
+        """Accept TensorBoardLogger, and the SummaryWriters of torch and tensorboardX."""
         writer = is_a(logger, "torch", "SummaryWriter") or is_a(logger, "tensorboardX", "SummaryWriter")
         return writer or is_lightning(logger, "TensorBoardLogger")
 
     @property
     def writer(self) -> Any:
-        """The logger's SummaryWriter, or the logger itself when it is one."""
+        """Return the logger's SummaryWriter, or the logger itself if it is one."""
         return self.logger if hasattr(self.logger, "add_custom_scalars") else self.logger.experiment
 
     def stored_bytes(self, event: Event[Any]) -> int:
-        """Twice, as pictures before may wait in its buffer."""
+        """Return twice a picture's size, as earlier ones may wait in the writer's buffer."""
         return 2 * len(event.jpeg) if isinstance(event, Picture) else super().stored_bytes(event)
 
     def _scalars(self, scalars: Scalars, step: int) -> None:
-        """All in one record, which is ten times as fast as add_scalar for each."""
+        """Write all numbers in one record, ten times as fast as ``add_scalar`` for each."""
         prefix = prefix_of(self.logger)
         values = [{"tag": f"{prefix}{tag}", "simple_value": value} for tag, value in scalars.content.items()]
         self._add_summary(values, step)
@@ -63,7 +63,7 @@ class TensorBoard(Tracker):
         self._add_encoded_image(picture.tag, picture.jpeg, picture.content.shape[:2], step)
 
     def _animation(self, animation: Animation, step: int) -> None:
-        """As an image summary, which plays."""
+        """Log the GIF as an image summary, which TensorBoard plays."""
         width, height = Image.open(io.BytesIO(animation.content)).size
         self._add_encoded_image(animation.tag, animation.content, (height, width), step)
 
@@ -79,7 +79,7 @@ class TensorBoard(Tracker):
             self.writer.add_custom_scalars(together)
 
     def _add_encoded_image(self, tag: str, encoded: bytes, size: Sequence[int], step: int) -> None:
-        # add_image would encode as PNG, several times the bytes; TensorBoard serves whatever is stored.
+        # `add_image` would encode as PNG, several times the bytes; TensorBoard serves what is stored.
         image = {"height": size[0], "width": size[1], "colorspace": 3, "encoded_image_string": encoded}
         self._add_summary([{"tag": tag, "image": image}], step)
 
@@ -93,18 +93,18 @@ class TensorBoard(Tracker):
 
 @contextmanager
 def _room_for_others(writer: Any) -> Iterator[None]:
-    """Let others put what they like into a writer's queue while ours is put there and written; returns when it is.
+    """Lift the limit of a writer's queue during a ``with`` block, and until the records in the queue are written.
 
-    The queue of torch's writer holds ten records, and that of a picture takes long to write. While the queue is full,
-    whoever logs waits for room and holds the writer's lock. If that is the training thread and a signal comes, such as
-    the one by which Slurm announces the end of a job, its handler flushes the writer and needs that lock: a deadlock.
+    The queue of torch's writer holds ten records, and a picture takes long to write. While the queue is full, a thread
+    that logs waits for room and holds the writer's lock. If that is the training thread and a signal arrives, such as
+    Slurm's at the end of a job, its handler flushes the writer and needs that lock: a deadlock.
     """
     waiting = getattr(getattr(writer.event_writer, "_async_writer", None), "_byte_queue", None)
     if not isinstance(waiting, queue.Queue):  # tensorboardX waits without a lock
         yield
         return
     with _ours.setdefault(waiting, threading.Lock()):
-        room, waiting.maxsize = waiting.maxsize, sys.maxsize  # not 0: whoever waits would not be woken
+        room, waiting.maxsize = waiting.maxsize, sys.maxsize  # not 0, which would not wake waiting threads
         try:
             yield
             waiting.join()

@@ -1,4 +1,4 @@
-"""`Tracker`: the base of all trackers, each of which has one table of the kinds of events that it takes."""
+"""`Tracker`: the base class of all trackers, with one table of the kinds of events that it logs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from attn_monitor.trackers.events import KINDS, Animation, Event, Picture
 
 
 class Tracker(ABC):
-    """One logger.
+    """Log events to one logger.
 
     Args:
-        logger: the user's own.
+        logger: the user's logger.
     """
 
     scalars_on_training_thread = False
-    """Whether numbers must come from the training thread, as the run's own do."""
+    """Whether numbers must be logged on the training thread, as the run's own are."""
     head_keys: int | None = None
-    """How many metrics of single heads it gets at most, whole layers from the last one back; None: all."""
+    """How many metrics of single heads to log at most, by whole layers from the last one back; None logs all."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -31,36 +31,36 @@ class Tracker(ABC):
     @classmethod
     @abstractmethod
     def accepts(cls, logger: Any) -> bool:
-        """Whether it is a logger of this kind."""
+        """Whether this tracker is for a logger."""
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """Return the tracker's name in messages."""
         return type(self.logger).__name__
 
     @contextmanager
     def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
-        """Log several events at a step: yields a function that logs one, which raises where it is refused."""
+        """Yield a function that logs one event at a step, or raises an exception if the logger fails."""
         yield lambda event: self.methods[type(event)](event, step)
 
     @property
     def ignored(self) -> list[str]:
-        """Names of the kinds that it does not take."""
+        """Return the names of the kinds of events that this tracker does not take."""
         return [kind.__name__ for kind in KINDS if kind not in self.methods]
 
     @property
     def run_folder(self) -> Path | None:
-        """The local folder of the logger's run alone, None where it has none.
+        """Return the local folder of the logger's run alone, None if it has none.
 
-        Lightning's base class gives every logger a ``log_dir``, which is None unless there is one.
+        Every Lightning logger has a ``log_dir``, which may be None.
         """
         folder = getattr(self.logger, "log_dir", None)
         return Path(folder) if folder else None
 
     @property
     def media_folder(self) -> Path | None:
-        """A folder on the disk that pictures are written to, None where they go to none."""
-        # Of Lightning's loggers and SummaryWriter; of Lightning's W&B and MLflow loggers; of a W&B run.
+        """Return a folder on the disk that pictures are written to, None if there is no such disk."""
+        # In this order: Lightning's loggers and SummaryWriter, its W&B and MLflow loggers, a W&B run.
         for name in ("log_dir", "save_dir", "dir"):
             folder = getattr(self.logger, name, None)
             if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder):
@@ -68,24 +68,24 @@ class Tracker(ABC):
         return None
 
     def stored_bytes(self, event: Event[Any]) -> int:
-        """Bytes on disk that it makes of an event, at most, of the kinds that are large."""
+        """Return how many bytes an event takes on disk at most; 0 for kinds that are small."""
         if isinstance(event, Animation):
             return 2 * len(event.content)
         return event.content.nbytes if isinstance(event, Picture) else 0
 
 
 def is_a(logger: Any, package: str, *names: str) -> bool:
-    """Whether a class of this name and top-level package is among its bases, without importing the package."""
+    """Whether a base class has one of these names and this top-level package, without importing the package."""
     return any(b.__name__ in names and b.__module__.split(".")[0] == package for b in type(logger).__mro__)
 
 
 def is_lightning(logger: Any, name: str) -> bool:
-    """Whether it is a logger of Lightning's of this class name, in any of its namespaces."""
+    """Whether a logger is Lightning's class of this name, in any of its namespaces."""
     packages = ("lightning", "pytorch_lightning", "lightning_fabric")
     return any(is_a(logger, package, name) for package in packages)
 
 
 def prefix_of(logger: Any) -> str:
-    """What a Lightning logger puts before the names of metrics."""
+    """Return a Lightning logger's prefix for names of metrics, empty if it has none."""
     prefix = getattr(logger, "_prefix", "")
     return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""

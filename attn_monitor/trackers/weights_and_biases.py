@@ -1,4 +1,4 @@
-"""Weights & Biases: Lightning's logger or a plain run. Rows carry the step themselves."""
+"""Log to Weights & Biases, by Lightning's logger or a plain run. Each row holds its step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from attn_monitor.trackers.events import Alert, Animation, Event, Lines, Masks, Page, Picture, Scalars, Table
 from attn_monitor.trackers.tracker import Tracker, is_a, is_lightning, prefix_of
 
-AXIS = "trainer/global_step"  # Lightning's own name for it
+AXIS = "trainer/global_step"  # the same key as Lightning's logger
 
 
 class WeightsAndBiases(Tracker):
-    """A W&B run. All events of a batch are one row, so that its slider shows them together."""
+    """Log to a W&B run. All events of a batch are one row, so that the slider shows them together."""
 
     head_keys = 2_000  # W&B advises fewer than 10,000 distinct metrics in a project, the run's own among them
 
@@ -37,17 +37,17 @@ class WeightsAndBiases(Tracker):
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:
-        """WandbLogger, and runs of the wandb package."""
+        """Accept WandbLogger, and runs of the wandb package."""
         return is_a(logger, "wandb", "Run") or is_lightning(logger, "WandbLogger")
 
     @property
     def run(self) -> Any:
-        """The logger's run, or the logger itself when it is one."""
+        """Return the logger's run, or the logger itself if it is one."""
         return self.logger.experiment if hasattr(self.logger, "experiment") else self.logger
 
     @property
     def run_folder(self) -> Path | None:
-        """The first folder of this run: a run that is resumed gets another one, and its archive stays."""
+        """Return the run's first folder, which keeps the archive: W&B makes another one when a run is resumed."""
         run = self.run
         if run.disabled:
             return None
@@ -57,18 +57,18 @@ class WeightsAndBiases(Tracker):
 
     @contextmanager
     def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
-        """One row for all."""
+        """Log all events as one row."""
         row: dict[str, Any] = {}
         yield lambda event: row.update(self.methods[type(event)](event))
         if row:
             self._define_axis()
-            # Without W&B's own step: it must not go back, and the background thread logs later than training.
+            # Without W&B's own step, which must not decrease: this thread logs later than training.
             self.run.log({**row, AXIS: step})
 
     def _define_axis(self) -> None:
         """Draw charts and pictures of attention over the global step.
 
-        Lightning says so only for runs that it starts itself, and not when W&B follows TensorBoard.
+        Lightning defines this axis only for runs that it starts itself, and not with ``sync_tensorboard``.
         """
         if not self._has_axis:
             self.run.define_metric(AXIS)
@@ -77,7 +77,7 @@ class WeightsAndBiases(Tracker):
             self._has_axis = True
 
     def _scalars(self, scalars: Scalars) -> Mapping[str, float]:
-        """Not by the logger's log_metrics, which drops the step when W&B follows TensorBoard."""
+        """Prefix the tags; the logger's ``log_metrics`` would drop the step with ``sync_tensorboard``."""
         prefix = prefix_of(self.logger)
         return {f"{prefix}{tag}": value for tag, value in scalars.content.items()}
 
@@ -118,7 +118,7 @@ class WeightsAndBiases(Tracker):
         return {animation.tag: wandb.Video(io.BytesIO(animation.content), format="gif")}
 
     def _page(self, page: Page) -> Mapping[str, Any]:
-        """In a frame. Nothing is put into it, as its policy would refuse that."""
+        """Show the page in a frame, without W&B's injected styles, which its content policy forbids."""
         import wandb
 
         return {page.tag: wandb.Html(page.content, inject=False, data_is_not_path=True)}

@@ -1,1 +1,1 @@
-"""Facts of a training run: when to look, on which images, in which folder, and what is told about it."""
+"""Follow a training run: when to take snapshots, which images to watch, where to write, and what to report."""

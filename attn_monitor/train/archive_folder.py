@@ -1,4 +1,4 @@
-"""The archive folder of a run: locked, the same one when the run is resumed, and never waited for without a limit."""
+"""Lock the archive folder of a run, find it again when the run is resumed, and never wait for it without a limit."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from attn_monitor.record.folder_claim import Claim, claim_again, claim_free, cla
 
 @dataclass(frozen=True)
 class ArchiveId:
-    """What a checkpoint keeps: the folder's name and the run's id in its claim; None before there is one."""
+    """Identify an archive in a checkpoint by its folder's name and the run's id in its lock; None before it is open."""
 
     name: str | None = None
     run: str | None = None
 
 
 def claim_archive(known: ArchiveId, wanted: Path, number: int, budget: WaitBudget) -> tuple[Claim, bool]:
-    """Claim the folder that this run has written to before, else the first free one.
+    """Lock the folder that this run has written to before, else the first free one.
 
     Args:
-        known: the folder that the run's checkpoint names.
-        wanted: the folder to take where that is not free; ``wanted-2``, ``wanted-3``, … where this is not either.
-        number: from which of these on folders are tried.
-        budget: what the run may still wait.
+        known: the archive in the run's checkpoint, which is preferred.
+        wanted: the folder to take otherwise; if another run has it, ``wanted-2``, ``wanted-3``, … are tried.
+        number: the first of these numbers to try; 1 is ``wanted`` itself.
+        budget: how long the run may still wait.
 
     Returns:
-        The claim, and whether it is that of the run's own folder. Where the disk does not answer in time, the claim
-        is of a folder that is made when it does.
+        The lock, and whether the run continues in its own folder. If the disk does not answer in time, the folder is
+        made and locked as soon as it does.
     """
 
     def claim() -> tuple[Claim, bool]:
@@ -48,16 +48,16 @@ def claim_archive(known: ArchiveId, wanted: Path, number: int, budget: WaitBudge
 
 
 def release(claim: Claim) -> None:
-    """Unlock the folder, within seconds; it goes on in the background where the disk does not answer."""
+    """Unlock the folder within seconds; a disk that does not answer is left to a background thread."""
     with suppress(TimeoutError):
         WaitBudget(2 * wait_budget.EXCEPTION_SECONDS).call(claim.release)
 
 
 def tidy(folder: Path, step: int) -> str:
-    """Remove the unfinished files of a killed process, and set snapshots after ``step`` aside.
+    """Remove the unfinished files of a killed process, and move snapshots after ``step`` aside.
 
     Returns:
-        A sentence on what was set aside; empty where nothing was.
+        A sentence on what was moved, empty if nothing was.
     """
     remove_unfinished(folder)
     return set_aside(folder, step)

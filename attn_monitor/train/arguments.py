@@ -1,4 +1,4 @@
-"""Arguments of the callback and of `Watch`: what they may be, told at once when they are not."""
+"""Validate the arguments of the callback and of `Watch` as soon as they are given."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 Probe = str | os.PathLike[str] | Tensor | ProbeBatch
 OnError = Literal["warn", "raise"]
 
-NUM_IMAGES, IMAGE_SIZE = 8, 224  # where nothing is said
+NUM_IMAGES, IMAGE_SIZE = 8, 224  # defaults; the size is in pixels
 
 
 class MonitorSettings:
-    """What to record of a model and how to judge it: arguments of `AttentionMonitor`, checked."""
+    """Hold arguments of `AttentionMonitor`, which documents them, after validation.
+
+    Raises:
+        ArgumentError: An argument is invalid.
+    """
 
     def __init__(
         self,
@@ -48,9 +52,19 @@ class MonitorSettings:
 
 
 class ProbeSettings:
-    """Which images to watch, and by which statistics to show them; checked, not yet loaded.
+    """Hold which images to watch and by which statistics to show them, validated but not yet loaded.
 
-    ``data`` is whether a data set or its loader may be given in place of images.
+    Args:
+        probe: a folder, a tensor (images, channels, H, W), a `ProbeBatch`, data (see ``data``), or None.
+        num_images: how many images to take from a folder or from data; None is 8.
+        image_size: size of a folder's images in pixels, one number or (height, width); None is 224.
+        masks: folder of ground-truth masks for a folder of images.
+        mean: one number a channel, by which images are normalised; None infers it.
+        std: one positive number a channel, given together with ``mean``.
+        data: whether ``probe`` may be a data set or its loader.
+
+    Raises:
+        ArgumentError: An argument is invalid, or could have no effect.
     """
 
     def __init__(
@@ -71,7 +85,7 @@ class ProbeSettings:
         self.masks = masks
 
     def load(self) -> ProbeBatch | None:
-        """The images that were given; None where they are to be found in data. Raises `ProbeError`."""
+        """Load the images that were given; None if they come from data. Raises `ProbeError`."""
         if self.probe is None:
             return None
         mean, std = self.statistics or (None, None)
@@ -80,19 +94,19 @@ class ProbeSettings:
         )
 
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
-        """Images that were found, with the mean and std that were given, if any were."""
+        """Apply the user's mean and std, if any, to images that were found in data."""
         return probe.with_statistics(*self.statistics) if self.statistics else probe
 
 
 def is_data(probe: object) -> bool:
-    """Whether it is a data set or a loader, by what it can do: it has samples with indices, or gives batches."""
+    """Whether an object acts as a data set or a loader: it has samples with indices, or yields batches."""
     if isinstance(probe, (str, bytes, os.PathLike, Tensor, ProbeBatch, Mapping, nn.Module, type)):
         return False
     return hasattr(probe, "__iter__") or (hasattr(probe, "__len__") and hasattr(probe, "__getitem__"))
 
 
 def check_on_error(on_error: str) -> OnError:
-    """What to do about failures, if it is one of the two."""
+    """Return ``on_error`` if it is "warn" or "raise"; `ArgumentError` otherwise."""
     if on_error not in get_args(OnError):
         raise ArgumentError(f'on_error={on_error!r}: expected "warn" or "raise"')
     return on_error  # type: ignore[return-value]
@@ -101,7 +115,7 @@ def check_on_error(on_error: str) -> OnError:
 def check_statistics(
     probe: object, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The mean and std by which the user's images are normalised, if both are given and could be."""
+    """Return mean and std as floats, None if neither is given; `ArgumentError` if they are invalid."""
     if mean is None and std is None:
         return None
     if mean is None or std is None or len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
@@ -119,9 +133,13 @@ def check_probe(
     *,
     data: bool = False,
 ) -> tuple[int, int | tuple[int, int]]:
-    """How many images to take and of which size; an error where one of these is given and could have no effect.
+    """Validate the arguments about images, see `ProbeSettings`.
 
-    ``data`` is whether a data set or its loader may be given in place of images.
+    Returns:
+        How many images to take, and their size in pixels.
+
+    Raises:
+        ArgumentError: An argument is invalid, or could have no effect.
     """
     if not (isinstance(probe, (str, os.PathLike, Tensor, ProbeBatch, type(None))) or (data and is_data(probe))):
         raise ArgumentError(
@@ -156,7 +174,7 @@ def check_probe(
 
 
 def check_heads(heads: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Heads to draw, if they are numbers of heads; whether the model has them is seen at the discovery."""
+    """Return the heads to draw, None for all; whether the model has them is checked once its layers are known."""
     if heads is None:
         return None
     numbers = isinstance(heads, (list, tuple)) and all(isinstance(h, int) and not isinstance(h, bool) for h in heads)
@@ -166,7 +184,7 @@ def check_heads(heads: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def check_dirpath(dirpath: str | os.PathLike[str] | Literal[False] | None) -> Path | Literal[False] | None:
-    """The folder of the archive (None: that of the run), or False for no archive."""
+    """Return the archive's folder, None for one in the run's folder, or False for no archive."""
     if dirpath is None or dirpath is False:
         return dirpath
     if not isinstance(dirpath, (str, os.PathLike)) or os.fspath(dirpath) == "" or "://" in os.fspath(dirpath):
@@ -177,7 +195,7 @@ def check_dirpath(dirpath: str | os.PathLike[str] | Literal[False] | None) -> Pa
 
 
 def import_forward(forward: Forward | str | None) -> Forward | None:
-    """The function itself, or the one at an import path: "package.module:function" or "package.module.function"."""
+    """Return a function, imported if it is given as "package.module:function" or "package.module.function"."""
     if forward is None or callable(forward):
         return forward
     if not isinstance(forward, str):

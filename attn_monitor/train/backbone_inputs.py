@@ -1,4 +1,4 @@
-"""What enters a backbone while a batch is trained or validated on, and what has become of the batch until then."""
+"""Observe the images that enter a backbone during a step, and infer how the step prepares its batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
 from attn_monitor.train.wiring_watch import can_read, compiles
 
-FORWARDS = 8  # that are looked at in a batch
+FORWARDS = 8  # forwards of the models to look at in a batch
 NO_SPREAD = 1e-12
-ALIKE = 5.0  # times: how far apart the spreads of the same channel in two sets of images may be
+ALIKE = 5.0  # largest ratio between the spreads of a channel in two sets of images that were prepared alike
 
 
 class BackboneInputs:
-    """The first images of a batch, and those that enter some models until `stop`, up to ``count`` of each.
+    """Keep the first images of a batch, and those that enter some models until `stop`.
 
-    PyTorch's hooks on all modules, for one batch: no copy of a model that is made in it holds them. Where anything is
-    compiled there are none, as it would be compiled again.
+    Global module hooks observe one batch: copies of a model that are made in it do not hold them. If anything is
+    compiled no hook is set, as it would cause a recompilation, and ``can_see`` is False.
+
+    Args:
+        models: the backbones to observe.
+        batch: what the step receives, in any container.
+        count: how many images to keep of each tensor.
+        root: the module around all models, if there is one.
     """
 
     def __init__(self, models: Iterable[nn.Module], batch: Any, count: int, root: nn.Module | None = None) -> None:
@@ -35,16 +41,16 @@ class BackboneInputs:
         self.can_see = bool(models) and not compiles(m for model in around for m in all_modules(model))
         self.given = [_first(t, count) for t in pytree.tree_leaves(batch) if self.can_see and _may_be_images(t)]
         self.entered: list[Tensor] = []
-        self.error: Exception | None = None  # of a hook, which must not end the step
+        self.error: Exception | None = None  # raised in a hook, which must not end the step
         self._count = count
-        self._models = {id(m._forward_pre_hooks) for m in models}  # which a model's replicas on other devices share
+        self._models = {id(m._forward_pre_hooks) for m in models}  # replicas on other devices share them
         self._handles: list[RemovableHandle] = []
         if self.can_see:
             self._handles.append(register_module_forward_pre_hook(self._enters))
             self._handles.append(register_module_forward_hook(self._has_entered, with_kwargs=True))
 
     def stop(self) -> None:
-        """Remove the hooks."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -52,7 +58,7 @@ class BackboneInputs:
         self._see(module, lambda: find_images(args))
 
     def _has_entered(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Images given by name, which hooks before a module do not see."""
+        """Find images passed by keyword, which pre-forward hooks do not receive."""
         if kwargs:
             self._see(module, lambda: find_images([kwargs]) if find_images(args) is None else None)
 
@@ -69,7 +75,7 @@ class BackboneInputs:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A map for each channel, from what a batch holds to what enters the model: images · scale + offset."""
+    """Map each channel from what a batch holds to what enters the model: images · scale + offset."""
 
     scale: tuple[float, ...]
     offset: tuple[float, ...]
@@ -80,11 +86,11 @@ class Preparation:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the model is given the batch as it is."""
+        """Whether the model receives the batch unchanged."""
         return set(self.scale) == {1.0} and set(self.offset) == {0.0}
 
     def of(self, probe: ProbeBatch) -> ProbeBatch:
-        """The images as the model gets them, shown in the colours that they have now."""
+        """Return the probe as the model receives it; its mean and std change too, so that it looks the same."""
         scale, offset = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.scale, self.offset))
         images = (probe.images.double() * scale + offset).float()
         std = [s / a for s, a in zip(probe.std, self.scale, strict=True)]
@@ -94,16 +100,16 @@ class Preparation:
 
 
 def find_preparation(given: Sequence[Tensor], entered: Sequence[Tensor]) -> Preparation | None:
-    """What the step does to its batch, by least squares on that batch; None where no such map is exact."""
+    """Fit how a step prepares its batch, by least squares on that batch; None if no map per channel is exact."""
     pairs = [(before, after) for after in entered for tensor in given for before in _channels_first(tensor)]
     maps = [found for before, after in pairs if (found := _fit(before, after)) is not None]
     return next((m for m in maps if m.changes_nothing), maps[0] if maps else None)
 
 
 def alike(images: Tensor, others: Tensor) -> bool:
-    """Whether two sets of images could have been prepared in one way, by mean and spread of their channels.
+    """Whether two sets of images (B, C, H, W) may be prepared alike, by mean and spread of their channels.
 
-    Channels of one value tell nothing.
+    Constant channels are ignored.
     """
     if images.shape[1] != others.shape[1]:
         return False
@@ -131,7 +137,7 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(before: Tensor, after: Tensor) -> Preparation | None:
-    """Over the images that both have."""
+    """Fit the map on the images that both tensors have."""
     count = min(len(before), len(after))
     before, after = before[:count], after[:count]
     if before.shape != after.shape:
@@ -154,7 +160,7 @@ def _fit(before: Tensor, after: Tensor) -> Preparation | None:
 
 
 def _channels_first(images: Tensor) -> list[Tensor]:
-    """As they are, and as they would be if their channels were last."""
+    """Return the images as they are, and with the last axis as channels if it is short enough."""
     return [images, images.permute(0, 3, 1, 2)] if images.shape[3] <= MAX_CHANNELS else [images]
 
 
@@ -164,14 +170,15 @@ def _may_be_images(tensor: Any) -> bool:
 
 
 def _first(images: Tensor, count: int) -> Tensor:
-    """A copy on the CPU: steps change batches in place."""
+    """Copy the first images to the CPU, as steps change batches in place."""
     return images.detach()[:count].as_subclass(Tensor).to("cpu", copy=True)
 
 
 def prepared_probe(probe: ProbeBatch, inputs: BackboneInputs) -> ProbeBatch | None:
-    """A probe of a run's own data as the models get it, where they get it as it is or by a map that is known.
+    """Prepare a probe of the run's own data as the step prepares its batch, if that is a known map per channel.
 
-    None where the images are changed otherwise, and are unlike those that enter.
+    Returns:
+        The probe as the models receive it; None if they receive other images by an unknown preparation.
     """
     if not inputs.entered:
         return probe

@@ -12,22 +12,23 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 IMAGE_WORDS = ("global", "image", "pixel", "img", "view", "x")
-"""What keys and attributes that hold images have in their names, the most telling first."""
+"""Words in the keys and attributes that hold images, the most reliable first."""
 
-MAX_CHANNELS = 32  # of images; feature maps and weights have more
+MAX_CHANNELS = 32  # feature maps and weights have more channels than images
 
 
 def find_images(batch: Any, _seen: dict[int, Any] | None = None) -> Tensor | None:
-    """The floating-point images (B, C, H, W) of a batch, None where it holds none.
+    """Find the floating-point images (B, C, H, W) of a batch; None if it holds none.
 
-    Of several in one container, those whose name is first in `IMAGE_WORDS`; of these the largest, else the first.
+    If a container holds several, the name that comes first in `IMAGE_WORDS` wins, then the larger images, then the
+    first.
     """
     if isinstance(batch, Tensor):
         return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= MAX_CHANNELS else None
     seen = {} if _seen is None else _seen  # objects may refer to each other
     if id(batch) in seen:
         return None
-    seen[id(batch)] = batch  # held, so that nothing else gets its id
+    seen[id(batch)] = batch  # keeps it alive, so that its id is not reused
     parts = sorted(((_rank(name), part) for name, part in _parts(batch)), key=itemgetter(0))
     for _, alike in groupby(parts, key=itemgetter(0)):
         found = [images for _, part in alike if (images := find_images(part, seen)) is not None]
@@ -37,7 +38,7 @@ def find_images(batch: Any, _seen: dict[int, Any] | None = None) -> Tensor | Non
 
 
 def describe_batch(batch: Any) -> str:
-    """What a batch holds, for error messages: shapes and types of its first parts."""
+    """Describe a batch in error messages, by the shapes and types of its first parts."""
     if isinstance(batch, Tensor):
         return f"a tensor {tuple(batch.shape)} {batch.dtype}"
     if isinstance(batch, Mapping):
@@ -48,12 +49,12 @@ def describe_batch(batch: Any) -> str:
 
 
 def _rank(name: str) -> int:
-    """Place of the first of `IMAGE_WORDS` in a name, their number where there is none."""
+    """Return the index of the first of `IMAGE_WORDS` in a name, their number if there is none."""
     return next((rank for rank, word in enumerate(IMAGE_WORDS) if word in name.lower()), len(IMAGE_WORDS))
 
 
 def _parts(container: Any) -> list[tuple[str, Any]]:
-    """What a container holds itself, with the key or attribute that it is below; none where it is no container."""
+    """Return a container's own items with their key or attribute; none if it is no container."""
     node = _as_pytree(container) if pytree.tree_is_leaf(container) else container
     registered = pytree.SUPPORTED_NODES.get(type(node))
     if registered is not None and registered.flatten_with_keys_fn is None:
@@ -63,15 +64,15 @@ def _parts(container: Any) -> list[tuple[str, Any]]:
 
 
 def _name(key: Any) -> str:
-    """That of an attribute or of a mapping's key; places in a sequence have none."""
+    """Return the name of an attribute or a mapping's key, empty for an index in a sequence."""
     return str(getattr(key, "name", getattr(key, "key", "")))
 
 
 def _as_pytree(value: Any) -> Any:
-    """A container that pytree does not know as a dictionary or list, an object as its attributes; else as it is."""
+    """Convert containers that pytree does not know to a dict or list, and objects to their attributes."""
     if isinstance(value, Mapping):  # UserDict, and so Hugging Face's BatchEncoding and BatchFeature
         return dict(value)
-    if isinstance(value, (list, tuple)):  # a class of its own
+    if isinstance(value, (list, tuple)):  # a subclass, which pytree takes for a leaf
         return list(value)
     if isinstance(value, (Tensor, nn.Module, type, ModuleType)):
         return value
@@ -79,7 +80,7 @@ def _as_pytree(value: Any) -> Any:
 
 
 def _declared_fields(value: Any) -> dict[str, Any]:
-    """Those of a dataclass or of an attrs class, which may have slots and so no `__dict__`."""
+    """Return the fields of a dataclass or an attrs class, which may have slots and so no ``__dict__``."""
     names = [
         *getattr(type(value), "__dataclass_fields__", ()),
         *(field.name for field in getattr(type(value), "__attrs_attrs__", ())),

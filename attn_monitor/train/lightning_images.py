@@ -1,4 +1,4 @@
-"""Images of a Lightning run's own data, where no probe is given: of its data sets, its sanity check, or a batch."""
+"""Take images of a Lightning run's own data if no probe is given: its data sets, its sanity check, or a batch."""
 
 from __future__ import annotations
 
@@ -26,24 +26,30 @@ from attn_monitor.train.probe_search import (
 
 
 class LightningImages:
-    """Up to ``count`` images of one run."""
+    """Find up to ``count`` images in the data of one run."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.are_known = False  # to be what the model gets
+        self.are_known = False  # whether these images are known to be what the model receives
         self._checked: Tensor | None = None  # images of the sanity check
-        self._batch: Tensor | None = None  # those of the batch that is checked now
-        self._inputs: BackboneInputs | None = None  # in the same batch
-        self._seen: BackboneInputs | None = None  # in the first batch that was seen to enter the models
+        self._batch: Tensor | None = None  # images of the present batch of the sanity check
+        self._inputs: BackboneInputs | None = None  # observed in the same batch
+        self._seen: BackboneInputs | None = None  # of the first batch that was seen to enter the models
 
     def look(self, batch: Any, models: Iterable[nn.Module], root: nn.Module) -> None:
-        """Look at a batch of the sanity check, for a validation data set that cannot be asked for others."""
+        """Observe a batch of the sanity check, in case the validation data set cannot be read by index.
+
+        Args:
+            batch: the batch, before its step.
+            models: the backbones that it may enter.
+            root: the module around them.
+        """
         lacking = self.count - (0 if self._checked is None else len(self._checked))
         if lacking > 0:
             self._batch, self._inputs = find_images(batch), BackboneInputs(models, batch, self.count, root)
 
     def keep(self) -> None:
-        """When its step is over: remember its images as the model got them, or else as they are."""
+        """After the step, keep the images as the model received them, else as the batch holds them."""
         inputs, batch = self._inputs, self._batch
         self._inputs = self._batch = None
         if inputs is None:
@@ -61,15 +67,15 @@ class LightningImages:
             self._checked = torch.cat([self._checked, images])[: self.count]
 
     def forget(self) -> None:
-        """Drop what was kept."""
+        """Drop all images and hooks."""
         if self._inputs is not None:
             self._inputs.stop()
         self._checked = self._batch = self._inputs = self._seen = None
 
     def of_data_sets(self, trainer: pl.Trainer, failures: Failures) -> ProbeBatch | None:
-        """Validation images, else those of the sanity check, else of the training data set; None where all fail."""
+        """Return validation images, else those of the sanity check, else training images; None if all fail."""
         validation, training = trainer.val_dataloaders, trainer.train_dataloader
-        # Images are changed on the way to the model: those of the data set are not what it sees.
+        # Where a hook changes batches on their way to the device, the data set's images are not what the model sees.
         as_is = not changes_batches(trainer)
 
         def ask(loaders: Any, caption: str) -> ProbeBatch | None:
@@ -90,6 +96,6 @@ class LightningImages:
         return probe
 
     def of_batch(self, batch: Any, trainer: pl.Trainer) -> ProbeBatch:
-        """Those of a training batch. Raises `ProbeError` where it holds none."""
+        """Take the images of a training batch. Raises `ProbeError` if it holds none."""
         declared = declared_statistics(trainer.train_dataloader)
         return probe_from_batch(batch, self.count, caption=TRAINING_CAPTION, declared=declared)

@@ -1,4 +1,4 @@
-"""What a Lightning run is to the callback: where it writes, how far it is, how long it will be."""
+"""Read from a Lightning Trainer where its run writes, how many steps are done, and how many there will be."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from attn_monitor.trackers.registry import tracker_for
 
 
 def rank_zero(trainer: pl.Trainer) -> RankZero:
-    """The first of the run's processes."""
+    """Return the run's `RankZero`, by which its first process decides for all."""
     return RankZero(trainer.strategy.broadcast, trainer.global_rank)
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where this run keeps its files, as rank zero has it: beside the first logger that keeps them locally."""
+    """Return the run's local folder, that of the first logger that has one; for rank zero."""
     for logger in trainer.loggers:
         folder = tracker_for(logger).run_folder
         if folder is not None:
             return folder
     if trainer.logger is None:
         return Path(trainer.default_root_dir)
-    # A run that is kept elsewhere: the folder that ModelCheckpoint takes for it.
+    # No logger has a local folder: use the one that ModelCheckpoint uses.
     logger, version = trainer.logger, trainer.logger.version
     version = version if version is None or isinstance(version, str) else f"version_{version}"
     parts = [str(part) for part in (logger.name, version) if part not in (None, "")]
@@ -34,19 +34,19 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 
 def steps_done(trainer: pl.Trainer) -> int:
-    """How many batches have ended in an optimizer step: the step under which Lightning's loggers have everything.
+    """Count the batches that have ended in an optimizer step, which is the step axis of Lightning's loggers.
 
-    With manual optimization that is every batch, however many optimizers step in it and `global_step` counts.
+    With manual optimization every batch counts once, though ``global_step`` counts each optimizer's step.
     """
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    # What loggers use, `_batches_that_stepped`, lags behind in checkpoints, until the first batch after them.
+    # Loggers use `_batches_that_stepped`, which after a checkpoint is loaded lags until the next batch.
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(batches.processed)
 
 
 def changes_batches(trainer: pl.Trainer) -> bool:
-    """Whether the module or the data module has hooks that batches go through on their way to the device."""
+    """Whether the module or the data module overrides a hook that changes batches on their way to the device."""
     hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
     sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
@@ -59,11 +59,11 @@ def configures_late(pl_module: pl.LightningModule) -> bool:
 
 
 def total_steps(trainer: pl.Trainer) -> float:
-    """Length of the run in `steps_done`, infinite where Lightning cannot tell."""
+    """Return the run's length in the unit of `steps_done`, infinite if Lightning does not know it."""
     try:
         total = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
         return math.inf
     if not trainer.lightning_module.automatic_optimization and total == trainer.max_steps:
-        return total / max(1, len(trainer.optimizers))  # max_steps counts the steps of each
+        return total / max(1, len(trainer.optimizers))  # max_steps counts the steps of each optimizer
     return total

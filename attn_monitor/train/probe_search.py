@@ -1,4 +1,4 @@
-"""Make a probe where none was given: of evenly spaced images of a data set, else of those in a batch."""
+"""Make a probe from evenly spaced images of a data set, else from a batch, if the user gave none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,17 @@ TRAINING_CAPTION, VALIDATION_CAPTION = "training crop", "validation image"
 def probe_from_batch(
     batch: Any, num_images: int, *, caption: str = "original", declared: Sequence[Statistics] = ()
 ) -> ProbeBatch:
-    """Of the first images in a batch, see `find_images`; `NoImagesError` where it holds none."""
+    """Make a probe of the first images in a batch.
+
+    Args:
+        batch: images in any container, see `find_images`.
+        num_images: how many to take at most.
+        caption: what the images are, for pictures.
+        declared: candidates for mean and std, found in transforms.
+
+    Raises:
+        NoImagesError: The batch holds no floating-point images.
+    """
     images = find_images(batch)
     if images is None:
         raise NoImagesError(
@@ -38,17 +48,31 @@ def probe_from_batch(
 
 
 def probe_from_images(images: Tensor, *, caption: str = "original", declared: Sequence[Statistics] = ()) -> ProbeBatch:
-    """Of images (B, C, H, W) as the model takes them; mean and std are inferred, see `infer_statistics`."""
+    """Make a probe of images as the model takes them; `infer_statistics` finds mean and std.
+
+    Args:
+        images: (B, C, H, W), normalised.
+        caption: what the images are, for pictures.
+        declared: candidates for mean and std, found in transforms.
+    """
     images = images.detach().float().cpu().clone()
     found = infer_statistics(images, declared)
     return ProbeBatch(images, mean=found.mean, std=found.std, caption=caption, source=str(found))
 
 
 def probe_from_loaders(loaders: Any, num_images: int, *, caption: str = "original") -> ProbeBatch | None:
-    """Of evenly spaced images of the first data set in these loaders that has a length; None where there is none.
+    """Make a probe of evenly spaced images of the first data set with indices in these loaders; None without one.
 
-    A copy of this process is asked, see `ask_a_copy`: neither the run's loader nor anything that its data set and its
-    ``collate_fn`` hold moves, and no random state.
+    The data set is read in a copy of this process, see `ask_a_copy`, so that neither the run's loader, nor its data
+    set, nor any random state changes.
+
+    Args:
+        loaders: loaders in any container.
+        num_images: how many images to take at most.
+        caption: what the images are, for pictures.
+
+    Raises:
+        CopyError: This process cannot be copied, or the copy does not answer.
     """
     if not pytree.tree_leaves(loaders):
         return None
@@ -57,14 +81,24 @@ def probe_from_loaders(loaders: Any, num_images: int, *, caption: str = "origina
 
 
 def probe_from_first_batch(data: Any, num_images: int, *, caption: str = "original") -> ProbeBatch:
-    """Of the first that a loader, or a stream of samples, gives to a copy of this process; `ProbeError` without any."""
+    """Make a probe of what a loader or a stream of samples yields first, in a copy of this process.
+
+    Args:
+        data: an iterable of batches or samples.
+        num_images: how many images to take at most.
+        caption: what the images are, for pictures.
+
+    Raises:
+        NoImagesError: It yields no floating-point images.
+        CopyError: This process cannot be copied, or the copy does not answer.
+    """
 
     def first() -> ProbeBatch:
         stream = iter(data)
         batch = next(stream, None)
         if find_images(batch) is None:
             samples = [batch, *islice(stream, num_images - 1)]
-            with suppress(TypeError, RuntimeError):  # what is no sample is described as the batch that it is
+            with suppress(TypeError, RuntimeError):  # then `probe_from_batch` describes the object as it is
                 batch = default_collate(samples)
         return probe_from_batch(batch, num_images, caption=caption)
 
@@ -72,9 +106,15 @@ def probe_from_first_batch(data: Any, num_images: int, *, caption: str = "origin
 
 
 def what_to_watch(watched: ProbeBatch | None, inputs: BackboneInputs, *, given: bool) -> tuple[ProbeBatch | None, str]:
-    """After a step: the images to watch from now on, None for those that are ``watched``; and what to say of it.
+    """Decide after a step whether the watched images are what the models receive.
 
-    Images that the user has ``given`` stay. Raises what a hook met.
+    Args:
+        watched: the present probe, if there is one.
+        inputs: what entered the models in the step; an error in its hooks is raised here.
+        given: whether the user gave the probe, which is then never replaced.
+
+    Returns:
+        The images to watch from now on, None to keep ``watched``; and a message, empty if there is nothing to report.
     """
     if inputs.error is not None:
         raise inputs.error
@@ -127,7 +167,7 @@ def _evenly_spaced_images(loaders: Any, num_images: int) -> tuple[Tensor, list[S
 
 
 def _length(dataset: Any) -> int:
-    """That of a data set with indices, 0 where it has none."""
+    """Return the length of a data set with indices, 0 for others."""
     try:
         return len(dataset) if hasattr(dataset, "__getitem__") else 0
     except (TypeError, NotImplementedError):
@@ -135,7 +175,7 @@ def _length(dataset: Any) -> int:
 
 
 def _evenly_spaced_indices(loader: Any, count: int) -> list[int]:
-    """Indices at even distances over what the loader draws from, first and last included."""
+    """Return evenly spaced indices of the samples that the loader draws from, first and last included."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         known: Sequence[int] = sorted(int(i) for i in sampler.indices)
@@ -145,12 +185,12 @@ def _evenly_spaced_indices(loader: Any, count: int) -> list[int]:
 
 
 def _load(loader: Any, indices: Sequence[int]) -> Any:
-    """One batch of these indices, with what the run's workers do first, if it has any."""
+    """Load the samples of these indices as one batch, set up as in a worker of the loader if it has any."""
     dataset = loader.dataset
     if getattr(loader, "num_workers", 0):
         worker._worker_info = worker.WorkerInfo(id=0, num_workers=1, seed=torch.initial_seed(), dataset=dataset)
         if loader.worker_init_fn is not None:
             loader.worker_init_fn(0)
     samples = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
-    worker._worker_info = None  # with which batches are made in shared memory
+    worker._worker_info = None  # with it, collating would use shared memory
     return loader.collate_fn(samples)

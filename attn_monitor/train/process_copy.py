@@ -1,8 +1,7 @@
-"""Ask a copy of this process, so that whatever the question changes in other people's objects changes nothing here.
+"""Run a function in a fork of this process, so that it changes nothing in the user's objects here.
 
-A fork is the one copy that is always whole: of counters, generators and caches in objects, closures, modules and
-libraries, of arrays of any size, of what cannot be pickled. What processes share in spite of it is taken from the copy
-before it is asked: memory, open files, connections.
+Only a fork copies everything: counters, generators and caches in objects, closures, modules and libraries, arrays of
+any size, and what cannot be pickled. What a fork still shares (memory, open files, connections) is detached first.
 """
 
 from __future__ import annotations
@@ -27,26 +26,33 @@ import torch
 
 Result = TypeVar("Result")
 
-SECONDS = 60.0  # for an answer, as a copy can wait for ever for a lock that a thread held when it was made
-COPIED = 1 << 26  # bytes: larger pieces of shared memory cannot be written to, as copying them takes too long
+SECONDS = 60.0  # timeout, as a fork hangs on a lock that another thread held when it was made
+COPIED = 1 << 26  # bytes; larger pieces of shared memory become read-only, as copying them takes too long
 MREMAP_MAYMOVE_FIXED = 3
 
 
 class CopyError(RuntimeError):
-    """There is no copy of this process that could be asked, or it has not answered."""
+    """This process could not be forked, or its fork has not answered."""
 
 
 def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> Result:
-    """What ``question`` returns, or raises, in a copy of this process; what it returns must be possible to pickle.
+    """Call ``question`` in a fork of this process and return its result.
 
-    The copy can read and draw what it likes, and can print, write to files or use a device to no effect but an error
-    of its own. Raises `CopyError` where the system has no such copy, and where it dies or does not answer in time.
+    In the fork, reading and random draws work. Printing has no effect; writing to files and using a device fail.
+
+    Args:
+        question: a function; its result is pickled.
+        seconds: how long to wait for the result.
+
+    Raises:
+        CopyError: The system cannot fork, or the fork dies, does not answer in time or cannot read the data. Any other
+            exception of ``question`` is raised as it is.
     """
     if sys.platform != "linux":
         raise CopyError(f"data can be asked without changing them on Linux only, and this is {sys.platform}")
     receiving, sending = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that other threads may hold locks: see SECONDS
+        warnings.simplefilter("ignore")  # of locks that other threads may hold: see SECONDS
         process = os.fork()
     if process == 0:
         _answer(question, sending)
@@ -72,7 +78,7 @@ def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> R
 
 
 def _read_all(receiving: int, deadline: float) -> bytes:
-    """Up to the end of a pipe. Raises `TimeoutError`."""
+    """Read a pipe to its end. Raises `TimeoutError`."""
     parts: list[bytes] = []
     poll = select.poll()
     poll.register(receiving, select.POLLIN)
@@ -85,13 +91,13 @@ def _read_all(receiving: int, deadline: float) -> bytes:
 
 
 def _end(process: int) -> int:
-    """Its exit status. It has answered by now, or never will."""
+    """Kill the fork if it still runs, and return its exit status."""
     try:
         ended, status = os.waitpid(process, os.WNOHANG)
         if not ended:
             os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
-    except ChildProcessError:  # somebody waits for all processes
+    except ChildProcessError:  # other code waits for all child processes
         return 0
     return status
 
@@ -101,7 +107,7 @@ def _signal_name(status: int) -> str:
 
 
 def _answer(question: Callable[[], Any], sending: int) -> NoReturn:
-    """In the copy: leaves it without any of the clean-up that is this process's own."""
+    """Answer in the fork, and exit without the clean-up handlers of the parent process."""
     try:
         _keep_to_itself(sending)
         try:
@@ -115,7 +121,7 @@ def _answer(question: Callable[[], Any], sending: int) -> NoReturn:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling, else one with its words."""
+    """Return the error itself if it can be pickled, else a `CopyError` with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -124,13 +130,13 @@ def _portable(error: Exception) -> Exception:
 
 
 def _keep_to_itself(sending: int) -> None:
-    """Nothing that this process does from here on reaches another, except what it writes to ``sending``."""
-    import resource  # Unix alone has it
+    """Isolate the fork: only what it writes to ``sending`` reaches another process from here on."""
+    import resource  # exists on Unix only
 
-    for number in signal.valid_signals():  # handlers are the run's: a requeue, a checkpoint
+    for number in signal.valid_signals():  # the run's handlers requeue jobs or save checkpoints
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    gc.disable()  # finalizers are the run's, too
+    gc.disable()  # finalizers belong to the run, too
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.dont_write_bytecode, logging.raiseExceptions = True, False
@@ -139,12 +145,12 @@ def _keep_to_itself(sending: int) -> None:
     _take_files(sending)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     _take_rights(libc)
-    sys.addaudithook(_refuse_to_write)  # where the kernel is too old to do it, and for sockets
-    torch.set_num_threads(1)  # OpenMP's others were not copied
+    sys.addaudithook(_refuse_to_write)  # for kernels without Landlock, and for sockets
+    torch.set_num_threads(1)  # OpenMP's other threads were not forked
 
 
 def _take_memory(libc: ctypes.CDLL) -> None:
-    """Copies in the places of shared memory; of large pieces the process can only read, and dies where it writes."""
+    """Replace shared memory by private copies; large pieces become read-only, and writing to them ends the fork."""
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
     libc.mmap.argtypes = [pointer, size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -165,7 +171,7 @@ def _take_memory(libc: ctypes.CDLL) -> None:
 
 
 def _shared_memory() -> list[tuple[int, int]]:
-    """Start and size of what can be written to and is seen elsewhere, without that of devices."""
+    """List start and size of writable shared mappings, without those of devices."""
     found = []
     with open("/proc/self/maps") as file:
         for line in file:
@@ -179,12 +185,12 @@ def _shared_memory() -> list[tuple[int, int]]:
 
 
 def _take_files(sending: int) -> None:
-    """Open files get a position of their own, and can only be read; pipes and connections lead nowhere."""
+    """Reopen files read-only with a position of their own, and redirect pipes and connections to the null device."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in map(int, os.listdir("/proc/self/fd")):
         try:
             mode = os.fstat(number).st_mode
-        except OSError:  # that of the listing itself
+        except OSError:  # the descriptor of the listing itself
             continue
         if number in (sending, nowhere) or (number > 2 and (stat.S_ISDIR(mode) or stat.S_ISCHR(mode))):
             continue
@@ -193,7 +199,7 @@ def _take_files(sending: int) -> None:
             try:
                 opened = os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
                 os.lseek(opened, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
-            except OSError:  # may be written only
+            except OSError:  # may not be read
                 opened = nowhere
         os.dup2(opened, number, inheritable=False)
         if opened != nowhere:
@@ -201,7 +207,7 @@ def _take_files(sending: int) -> None:
 
 
 def _take_rights(libc: ctypes.CDLL) -> None:
-    """By Landlock, where the kernel has it: compiled code cannot make, change or remove files either."""
+    """Forbid compiled code too to make, change or remove files, by Landlock if the kernel has it."""
     create, restrict, version_asked, no_new_privileges = 444, 446, 1, 38
     version = libc.syscall(create, None, 0, version_asked)
     write_remove_make, truncate = 0b1_1111_1111_0010, (1 << 14 if version >= 3 else 0)
@@ -214,7 +220,7 @@ _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.sym
 
 
 def _refuse_to_write(event: str, arguments: tuple[Any, ...]) -> None:
-    """For the files of caches, which the run would find, and for the servers of shared dictionaries."""
+    """Refuse to write cache files, which the run would find, and to reach the servers of shared dictionaries."""
     if event == "open":
         path, _, flags = arguments
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)

@@ -1,4 +1,4 @@
-"""Texts for users: what was found, how it is watched, what that has cost, and what a logger does not get."""
+"""User-facing texts: what was found, how it is watched, what that has cost, and what loggers do not get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.train.arguments import MonitorSettings
 from attn_monitor.train.schedule import Schedule
 
-SHARE = 0.05  # of the loop's time, which snapshots that nobody asked for may take
+SHARE = 0.05  # of the loop's time, for snapshots beyond the schedule
 
 
 def found_text(
@@ -31,7 +31,17 @@ def found_text(
     folder: Path | None,
     note: str = "",
 ) -> str:
-    """One line: roles with their paths, layers, heads, grid, images and their statistics, schedule, cost, archive."""
+    """Describe in one line what is watched and how.
+
+    Args:
+        found: what was found of each role's model.
+        paths: role to the model's path in the module.
+        probe: the images.
+        schedule: when snapshots are taken.
+        seconds: what the first snapshot took.
+        folder: of the archive, None without one.
+        note: what was not found, empty if nothing is missing.
+    """
     groups: dict[str, list[str]] = {}
     for role, one in found.items():
         groups.setdefault(str(one), []).append(role)
@@ -52,7 +62,7 @@ def found_text(
 
 
 def images_text(probe: ProbeBatch) -> str:
-    """How many images, from where, and the statistics by which they are shown."""
+    """Describe the probe: number and size of its images, their origin, mean and std."""
     kind = {"original": "given image"}.get(probe.caption, probe.caption)
     numbers = (", ".join(f"{v:.4g}" for v in values) for values in (probe.mean, probe.std))
     source = probe.source or "mean {}; std {}".format(*numbers)
@@ -61,7 +71,7 @@ def images_text(probe: ProbeBatch) -> str:
 
 
 def named(role: str, paths: Mapping[str, str]) -> str:
-    """A role, with its path where that says more."""
+    """Name a role, with its path if that differs."""
     return role if paths.get(role, role) in ("", role) else f"{role} ({paths[role]})"
 
 
@@ -73,18 +83,18 @@ def _seconds(value: float) -> str:
 
 @dataclass
 class Cost:
-    """Seconds that watching has taken on the training thread so far, discovery apart from snapshots."""
+    """Measure the seconds that watching takes on the training thread, discovery apart from snapshots."""
 
     snapshots: int = 0
     discovery: float = 0.0
     blocked: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     _latest: float = 0.0  # seconds of the latest snapshot
-    _loop: tuple[float, float] | None = None  # the time when the first one was over, and what was blocked by then
+    _loop: tuple[float, float] | None = None  # when the first snapshot ended, and ``blocked`` at that time
 
     @contextmanager
     def of_discovery(self) -> Iterator[None]:
-        """Count what happens inside."""
+        """Count the time of a ``with`` block as discovery."""
         started = time.perf_counter()
         try:
             yield
@@ -93,7 +103,7 @@ class Cost:
 
     @contextmanager
     def of_a_snapshot(self) -> Iterator[None]:
-        """Count what happens inside, without the discovery in it."""
+        """Count the time of a ``with`` block as a snapshot, without the discovery in it."""
         started, discovery, snapshots = time.perf_counter(), self.discovery, self.snapshots
         try:
             yield
@@ -105,14 +115,20 @@ class Cost:
                 self._latest, self._loop = seconds, self._loop or (ended, self.blocked)
 
     def allows_another(self) -> bool:
-        """Whether one more snapshot keeps watching, after the first of them, within a share of the loop's time."""
+        """Whether all snapshots after the first would, with one more, stay within ``SHARE`` of the loop's time."""
         if self._loop is None:
             return False
         began, before = self._loop
         return self.blocked - before + self._latest <= SHARE * (time.perf_counter() - began)
 
     def text(self, waited: float, behind: float, folder: Path | None) -> str:
-        """One line, with the seconds of waiting at the end, those on other threads, and where the archive is."""
+        """Summarise in one line what watching has cost.
+
+        Args:
+            waited: seconds that the run waited at its end.
+            behind: seconds spent on background threads.
+            folder: of the archive, None without one.
+        """
         wall = time.perf_counter() - self.started
         return (
             f"{self.snapshots} snapshots, {self.blocked:.1f} s on the training thread "
@@ -123,13 +139,13 @@ class Cost:
 
 
 def health_text(flags: Sequence[HealthFlag]) -> str:
-    """How many health flags were raised, and each of them."""
+    """List the health flags that were raised, with their number."""
     many = "" if len(flags) == 1 else "s"
     return f"{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
 
 
 def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule: Schedule) -> str:
-    """Markdown that records how a run is watched."""
+    """Record in Markdown how a run is watched."""
     shown = {
         "targets": dict(paths),
         **vars(settings),
@@ -141,7 +157,7 @@ def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule:
 
 
 def ignored_text(loggers: Sequence[Any]) -> str:
-    """What loggers do not get for want of a method, if anything; of others it is documented."""
+    """Name what loggers of unknown classes do not get, as they lack a method; empty if nothing."""
     generic = [tracker for tracker in map(tracker_for, loggers) if type(tracker) is Generic and tracker.ignored]
     return "; ".join(
         f"{tracker.label} gets no {', '.join(map(str.lower, tracker.ignored))}: it has no methods for "
@@ -151,7 +167,7 @@ def ignored_text(loggers: Sequence[Any]) -> str:
 
 
 def no_logger_text(archive: bool, folder: Path | str) -> str:
-    """The warning for a run without any logger."""
+    """Warn of a run without any logger; ``archive`` is whether it has an archive, in or below ``folder``."""
     where = f"only written to the archive and as pictures, in {folder}" if archive else ""
     return (
         f"this trainer has no logger, so attention is {where or 'written nowhere, with dirpath=False'}. "

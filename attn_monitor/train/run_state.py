@@ -1,4 +1,4 @@
-"""`RunState`: what watching holds while one run lasts, and nothing between runs."""
+"""`RunState`: what watching holds during one run and drops between runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.reports import Cost
 from attn_monitor.train.wiring_watch import WiringWatch
 
-HINT = 'on_error="raise" shows the traceback'  # said with each failure
+HINT = 'on_error="raise" shows the traceback'  # ends the warning of each failure
 
 
 NO_TEACHER = "no teacher was found; name it by {}"
 
 
 class Targets(NamedTuple):
-    """What is watched now: role to model, and role to the model's path for people."""
+    """Hold the watched models by role, and their paths for messages."""
 
     models: Mapping[str, nn.Module]
     paths: Mapping[str, str]
@@ -35,37 +35,37 @@ class Targets(NamedTuple):
 
 
 FindTargets = Callable[[], AbstractContextManager[Targets]]
-"""Finds them each time, as modules may be replaced, and holds the precision in which they run."""
+"""A context manager that finds the models at each use, as modules may be replaced, in the run's precision."""
 
 
 @dataclass
 class RunState:
-    """What lives for one run. A copy is as new: threads, locks, models and claims are not copied, nor pickled."""
+    """Hold what lives for one run. A copy or a pickle starts empty, without threads, locks and models."""
 
     rank_zero: RankZero = field(default_factory=RankZero)
-    name: str = ""  # in tags, beside other callbacks of the run
+    name: str = ""  # of this callback in tags
     failures: Failures = field(default_factory=lambda: Failures(HINT))
     budget: WaitBudget = field(default_factory=WaitBudget)
     cost: Cost = field(default_factory=Cost)
-    active: bool = True  # False: attention is not watched in this run
-    not_found: bool = False  # no model was, in the latest look
-    looks_again: bool = True  # after the first batch, which may build models
-    training: bool = False  # the first step has begun, so that errors end the run no more
+    active: bool = True  # whether attention is watched in this run
+    not_found: bool = False  # whether the latest search found no model
+    looks_again: bool = True  # whether to search once more after the first batch, which may build models
+    training: bool = False  # whether the first step has begun: from then on no error ends the run
     opened: bool = False
     loggers: list[Any] = field(default_factory=list)
     folder: Path | None = None  # of the archive
-    claim: Claim | None = None  # on it, by rank zero
-    publisher: Publisher | None = None  # of rank zero, from the first snapshot on
-    roles: set[str] = field(default_factory=set)  # that were watched so far
-    failing: set[str] = field(default_factory=set)  # roles that were left out of the latest look
+    claim: Claim | None = None  # rank zero's lock on it
+    publisher: Publisher | None = None  # on rank zero, from the first snapshot on
+    roles: set[str] = field(default_factory=set)  # roles that have been watched so far
+    failing: set[str] = field(default_factory=set)  # roles that failed in the latest snapshot
     root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
     looks_at_wiring: bool = True
-    wiring: WiringWatch | None = None  # of rank zero, from the first snapshot on
-    findings: list[HealthFlag] = field(default_factory=list)  # of it, for the next snapshot
-    inputs: BackboneInputs | None = None  # of the batch that is looked at
-    inputs_known: bool = False  # the images that are watched are known to be what the models get
+    wiring: WiringWatch | None = None  # on rank zero, from the first snapshot on
+    findings: list[HealthFlag] = field(default_factory=list)  # flags of ``wiring``, stored with the next snapshot
+    inputs: BackboneInputs | None = None  # hooks on the present batch, if it is observed
+    inputs_known: bool = False  # whether the probe is known to be what the models receive
     batches_looked_at: int = 0
-    held: Callable[[], None] | None = None  # publishes the first snapshot, once they are known to be that
+    held: Callable[[], None] | None = None  # publishes the first snapshot, once ``inputs`` confirm its probe
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunState, ()

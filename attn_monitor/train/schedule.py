@@ -1,4 +1,4 @@
-"""When to take a snapshot, in ModelCheckpoint's words."""
+"""Decide when to take a snapshot, with the arguments of Lightning's `ModelCheckpoint`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import math
 
 from attn_monitor.errors import ArgumentError
 
-SNAPSHOTS = 50  # over a run, when no schedule is given
-OPEN_ENDED = 50  # steps between the first snapshots of a run whose length is unknown
+SNAPSHOTS = 50  # per run without a schedule
+OPEN_ENDED = 50  # steps between the first snapshots of a run of unknown length
 
 
 class Schedule:
-    """Decides from the step alone, so that a resumed run goes on as if it had never stopped."""
+    """Decide from the step alone, so that a resumed run goes on as if it had never stopped.
+
+    Args:
+        every_n_train_steps: optimizer steps between snapshots, at least 1.
+        every_n_epochs: epochs between snapshots, at least 1. With neither, a run has about 50 snapshots; one of unknown
+            length takes them at growing intervals.
+
+    Raises:
+        ArgumentError: A number is invalid, or both are given.
+    """
 
     def __init__(self, every_n_train_steps: int | None = None, every_n_epochs: int | None = None) -> None:
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
@@ -27,7 +36,7 @@ class Schedule:
         self._total_steps = math.inf
 
     def start(self, total_steps: float) -> None:
-        """Learn the length of the run; infinite when it is not known."""
+        """Set the length of the run in steps, infinite if it is unknown."""
         self._total_steps = total_steps
         if self.every_n_train_steps is None and self.every_n_epochs is None:
             self._interval = max(1, round(total_steps / SNAPSHOTS)) if math.isfinite(total_steps) else None
@@ -40,34 +49,34 @@ class Schedule:
         return "every step" if self._interval == 1 else f"every {self._interval} steps"
 
     def count(self) -> float | None:
-        """How many snapshots the run has, where that can be told."""
+        """Return how many snapshots the run will take, None if that is unknown."""
         total = self._total_steps
         if self._interval is None or not math.isfinite(total):
             return None
         return total // self._interval + 1 + (total % self._interval > 0)
 
     def due(self, step: int) -> bool:
-        """Whether to take one before the batch that follows this many optimizer steps."""
+        """Whether to take a snapshot after this many optimizer steps, before the next batch."""
         if self.last_step is None:
             return True
         if step <= self.last_step or self.every_n_epochs is not None:
             return False
-        if self._interval is None:  # unknown length: ever wider, so that an endless run stays readable
+        if self._interval is None:  # unknown length: at growing intervals, so that an endless run stays readable
             return step >= self.last_step + max(OPEN_ENDED, self.last_step // 10)
         # Not a remainder: with several optimizers the step counter skips numbers.
         return step // self._interval > self.last_step // self._interval
 
     def due_early(self, step: int) -> bool:
-        """Whether there may be one besides, where that is cheap: early in a run of unknown length, which may be short.
+        """Whether to take an extra snapshot, if that is cheap, as a run of unknown length may be short.
 
-        At steps 1, 2, 4, …, 32.
+        Extra snapshots are at steps 1, 2, 4, …, 32.
         """
         if self.last_step is None or self._interval is not None or self.every_n_epochs is not None:
             return False
         return max(1, 2 * self.last_step) <= step < OPEN_ENDED
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
-        """Whether to take one at the end of this epoch (counted from 0)."""
+        """Whether to take a snapshot at the end of this epoch (counted from 0)."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
 
     def taken(self, step: int) -> None:

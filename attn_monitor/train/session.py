@@ -1,4 +1,4 @@
-"""`Session`: what Lightning's callback and `Watch` share, from the discovery of attention to the report at the end."""
+"""`Session`: the engine of Lightning's callback and `Watch`, from finding attention to the report at the end."""
 
 from __future__ import annotations
 
@@ -36,22 +36,34 @@ from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.wiring_watch import WiringWatch
 
-SNAPSHOT = "taking a snapshot"  # what failures call it
+SNAPSHOT = "taking a snapshot"  # names of parts in `Failures`
 STATE = "keeping attention's past in a checkpoint"
 PLACES = "checking the places of tokens"
 WIRING = "looking at how student and teacher are wired"
-USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # to be mended by the user
+USER_ERRORS: tuple[type[Exception], ...] = (AttentionError, ProbeError, TargetError)  # that the user can fix
 STATE_VERSION = 1
-BATCHES = 8  # in which to look for images that enter the models
+BATCHES = 8  # to observe at most in search of images that enter the models
 
 
 class Session:
-    """Watches one run after another. Between runs it is settings and what a checkpoint holds, and can be copied.
+    """Watch one run after another. Between runs it holds settings and checkpoint state only, and can be copied.
 
-    Before the first step, errors that the user can mend end the run if ``strict``; else it goes on unwatched. All
-    other failures are warnings, and tried again; with ``on_error="raise"`` the next report raises them. A role that
-    fails beside others is left out alone, unless the user has named the roles (``named``) and can mend it before the
-    first step. ``warn`` and ``inform`` are for rank zero to tell people.
+    Before the first step, errors that the user can fix end the run if ``strict``; else it goes on unwatched. All other
+    failures are warnings, and the part is retried; with ``on_error="raise"`` the next report raises them. If one role
+    fails, the others are still recorded.
+
+    Args:
+        settings: what to record, and how to judge it.
+        probe_settings: which images to watch.
+        schedule: when to take snapshots.
+        drawing: how to draw maps.
+        forward: calls a model, None for ``model(images)``.
+        on_error: "warn" or "raise".
+        warn: shows a warning on rank zero.
+        inform: shows a message on rank zero.
+        strict: whether errors that the user can fix end the run before its first step.
+        named: whether the user named the roles: then a role that fails before the first step is an error.
+        disk_reserve: bytes to keep free, see `check_reserve`.
     """
 
     def __init__(
@@ -75,15 +87,21 @@ class Session:
         self.warn, self.inform, self.named = warn, inform, named
         self.monitor: AttentionMonitor | None = None
         self.archive = ArchiveId()
-        self.run_folder: Path | None = None  # of the latest run
-        self.resumed = False  # from a checkpoint
+        self.run_folder: Path | None = None  # folder of the latest run
+        self.resumed = False  # whether the run was resumed from a checkpoint
         self.distributed = False  # whether several processes share the probe
         self.run = RunState()
 
     def start(self, rank_zero: RankZero, *, name: str = "", distributed: bool = False) -> None:
-        """A run begins, with the images that were given; of an earlier one there is what a checkpoint holds.
+        """Begin a run with the images that were given; only checkpoint state of an earlier run stays.
 
-        Raises `ProbeError` where the images cannot be used.
+        Args:
+            rank_zero: decides for all processes.
+            name: of the callback in tags, empty for none.
+            distributed: whether the processes share the probe.
+
+        Raises:
+            ProbeError: The images cannot be used.
         """
         self.end()
         self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
@@ -94,14 +112,23 @@ class Session:
             self.monitor = self._make_monitor(probe)
 
     def find_probe(self, find: Callable[[], ProbeBatch | None]) -> None:
-        """Watch images that rank zero finds, if it finds any, unless there are some already."""
+        """Watch the images that rank zero finds, unless there are some already."""
         if self.monitor is None and (probe := self.run.rank_zero.run(find)) is not None:
             self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
 
     def ensure_probe(self, find: Callable[[], ProbeBatch], step: int, targets: FindTargets, batch: Any) -> bool:
-        """Whether there are images to watch, found now if need be; where that fails, again at the next snapshot.
+        """Find images to watch if there are none yet; a failure is retried at the next snapshot.
 
-        Where this batch holds none, those are watched that enter the models in its step, from the next one on.
+        If the batch holds no images, those that enter the models in its step are watched from the next step on.
+
+        Args:
+            find: finds a probe on rank zero.
+            step: optimizer steps done.
+            targets: finds the models.
+            batch: what the next step receives.
+
+        Returns:
+            Whether there are images now.
         """
 
         def find_or_look() -> None:
@@ -119,9 +146,9 @@ class Session:
         return self.monitor is not None
 
     def settle(self) -> None:
-        """After a batch that was looked at: whether what is watched is what the models get.
+        """After an observed batch, compare the probe with what the models received.
 
-        If so, or if nothing is known, the first snapshot is published; else it is taken again, of what they get.
+        If they agree, or nothing was seen, the first snapshot is published; else it is retaken of what they receive.
         """
         run = self.run
         if run.inputs is None:
@@ -133,7 +160,7 @@ class Session:
         self.report()
 
     def discover(self, targets: FindTargets) -> None:
-        """Find the attention of the models on images of the probe's size, if there are any."""
+        """Find the models' attention on images of the probe's size, if there is a probe."""
 
         def find() -> None:
             with targets() as (models, *_):
@@ -145,7 +172,7 @@ class Session:
             self.report()
 
     def begin_or_continue(self, step: int, run_folder: Path) -> None:
-        """Forget the past, unless this run goes on from it: resumed, or trained further in the same folder."""
+        """Drop the past, unless this run continues it: resumed, or trained further in the same folder."""
 
         def goes_on() -> bool:
             ahead = self.schedule.last_step is not None and self.schedule.last_step > step
@@ -160,10 +187,14 @@ class Session:
     def open(
         self, loggers: Sequence[Any], folder: Path | None, *, number: int = 1, step: int, until: int | None = None
     ) -> None:
-        """Choose the archive as `claim_archive` does (``folder`` None: there is none), and catch up with it.
+        """Open the archive, and read the snapshots that were written after the checkpoint of a resumed run.
 
-        A run that goes on in its archive takes over what was written there up to step ``until`` (None: ``step``) after
-        the checkpoint that it is resumed from, and need not take those snapshots again.
+        Args:
+            loggers: the run's loggers.
+            folder: of the archive; None for no archive.
+            number: which of the numbered folders to try first, see `claim_archive`.
+            step: optimizer steps done; later snapshots in the archive are moved aside.
+            until: the last step to read, which need not be taken again; None is ``step``.
         """
         run = self.run
         run.opened, run.loggers = True, list(loggers)
@@ -180,16 +211,24 @@ class Session:
     def snapshot(
         self, targets: FindTargets, *, step: int, epoch: int, batch: Any = None, last: bool = False
     ) -> AttentionSnapshot | None:
-        """Take one and publish it; None where that fails.
+        """Take a snapshot and publish it.
 
-        ``batch`` is what the next step is about to take; ``last``: the run ends with it.
+        Args:
+            targets: finds the models.
+            step: optimizer steps done.
+            epoch: from 0 on.
+            batch: what the next step receives.
+            last: whether the run ends with this snapshot.
+
+        Returns:
+            The snapshot, None if it failed.
         """
         run, taken = self.run, list[AttentionSnapshot]()
         self.report()
         with run.cost.of_a_snapshot():
             if (wiring := run.wiring) is not None:
                 self._find(lambda: wiring.end(step), step)
-            # All processes must agree on it, and their clocks differ.
+            # Rank zero decides, as all processes must agree and their clocks differ.
             now, flags, paused = run.rank_zero.run(
                 lambda: (
                     not run.failures.pause(SNAPSHOT),
@@ -205,12 +244,12 @@ class Session:
                 return None
             if not taken and run.active:
                 run.failures.lost(SNAPSHOT, step)
-            self.schedule.taken(step)  # not where Ctrl-C came between: then it is taken when the run is resumed
+            self.schedule.taken(step)  # after Ctrl-C in it, a resumed run takes it
         self.report()
         return taken[0] if taken else None
 
     def confirm(self, targets: FindTargets, *, step: int) -> None:
-        """The run ends at the step of the latest snapshot: check the places of its tokens once more."""
+        """Check once more which patch each token is, if the run ends at the step of the latest snapshot."""
 
         def check() -> None:
             with targets() as (models, *_):
@@ -224,7 +263,7 @@ class Session:
             self.report()
 
     def between_steps(self, step: int) -> None:
-        """Called between batches where no snapshot is due: after some snapshots, a few steps are looked at."""
+        """Check how the teacher is updated, between batches without a snapshot; a few steps are checked at times."""
         wiring = self.run.wiring
         if wiring is not None and wiring.wants(step):
             with self.run.cost.of_a_snapshot():
@@ -232,13 +271,13 @@ class Session:
             self.report()
 
     def batch_ended(self) -> None:
-        """Called where averages may have been updated already, and others may still be, if there is such a place."""
+        """Sample the weights at the end of a batch: some loops have updated an EMA by now, others do so later."""
         if self.run.wiring is not None:
             self._find(self.run.wiring.batch_ended, self.schedule.last_step or 0)
         self.settle()
 
     def close(self) -> None:
-        """Write everything, and tell what watching has cost and found."""
+        """Write everything, and report what watching has cost and found."""
         self.settle()
         run = self.run
         if run.publisher is not None:
@@ -256,20 +295,20 @@ class Session:
         self.report()
 
     def abort(self) -> None:
-        """After an exception: write what was captured, for a few seconds, and say what is not written."""
+        """After an exception, write what was captured for a few seconds, and report what is not written."""
         run = self.run
-        self.attempt(SNAPSHOT, self._publish_held)  # nothing is known against it
+        self.attempt(SNAPSHOT, self._publish_held)  # its probe is not known to be wrong
         run.budget.limit(wait_budget.EXCEPTION_SECONDS)
         if run.publisher is not None:
             run.publisher.close(finish=False)
         run.failures.sum_up()
-        self.report(reraise=False)  # the exception that there is comes first
+        self.report(reraise=False)  # must not hide the run's own exception
         if run.publisher is not None and run.folder is not None and run.publisher.archived is not None:
             self.inform(f"the archive in {run.folder} ends with step {run.publisher.archived}")
         self.end()
 
     def end(self) -> None:
-        """Let go of the run: no model, no thread, no folder that others could not have."""
+        """Release the run's models, threads and folder lock."""
         if self.run.publisher is not None:
             self.run.publisher.close(finish=False)
         if self.run.claim is not None:
@@ -282,9 +321,10 @@ class Session:
         self.run = RunState()
 
     def attempt(self, part: str, action: Callable[[], object]) -> bool:
-        """Do it; whether it was done. What the user can mend ends, before the first step, the run or its watching.
+        """Call ``action`` as a part of `Failures`, and return whether it succeeded.
 
-        Models that are not found may be built in the first step: they are looked for once more after it.
+        Before the first step, an error that the user can fix ends the run if ``strict``, else only its watching. Models
+        that are not found may be built in the first step, so they are searched once more after it.
         """
         run = self.run
         later = () if self.strict or run.cost.snapshots else (NoAttentionError,)
@@ -303,7 +343,7 @@ class Session:
             return False
 
     def _is_first_miss(self) -> bool:
-        """Whether no model was found for the first time: nothing counts as taken, and the next batch looks again."""
+        """Whether no model was found for the first time: nothing counts as taken then, and the next batch retries."""
         self.run.looks_again = self.run.looks_again and not self.run.not_found
         return self.run.not_found
 
@@ -312,9 +352,9 @@ class Session:
         self.run.failures.report(self.warn, reraise=reraise and self.on_error == "raise")
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's state, the last step and the archive: a few megabytes at most, without pickled objects.
+        """Return the monitor's state, the last step and the archive: a few megabytes, without pickled objects.
 
-        Empty where there is none, or it cannot be made: a checkpoint of the training is worth more.
+        It is empty if there is no monitor, or if it fails, as the training's checkpoint matters more.
         """
         state = None if self.monitor is None else self.run.failures.result_of(STATE, self.monitor.state_dict)
         if state is None:
@@ -328,11 +368,11 @@ class Session:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the same images from the step after the last snapshot.
+        """Continue with the same images from the step after the last snapshot.
 
-        Raises whatever a state of another version may cause, and leaves all as it is.
+        A state that cannot be read raises any exception, and changes nothing.
         """
-        version = state.get("version", 1)  # the first had no number
+        version = state.get("version", 1)  # version 1 had no number
         if not isinstance(version, int) or version > STATE_VERSION:
             raise ValueError(f"its version is {version!r}, expected up to {STATE_VERSION}")
         monitor, given = self._make_monitor(ProbeBatch.from_state_dict(state["monitor"]["probe"])), self.monitor
@@ -341,7 +381,7 @@ class Session:
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.schedule.last_step, self.resumed = monitor, last_step, True
-        self.archive = ArchiveId(archive, state.get("run"))  # the first had no id
+        self.archive = ArchiveId(archive, state.get("run"))  # version 1 had no id
         if given is not None and not given.probe.has_same_images_as(monitor.probe):
             self.warn(
                 f"the probe images of the checkpoint are shown ({', '.join(monitor.probe.names)}) and not those of the "
@@ -355,11 +395,11 @@ class Session:
         )
 
     def _call(self, forward: Forward, model: nn.Module, images: Tensor) -> Any:
-        """The model called so, through the FSDP units around it where there are some."""
+        """Call a model by ``forward``, through the FSDP units around it if there are any."""
         return forward_within(model if self.run.root is None else self.run.root, forward)(model, images)
 
     def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
-        """Discover attention; heads that a model has not are a mistake."""
+        """Find the models' attention; `HeadError` if a head to draw does not exist."""
         monitor.check(models)
         for role, error in monitor.failed.items():
             if self.named and not self.run.training and isinstance(error, USER_ERRORS):
@@ -381,7 +421,7 @@ class Session:
         return claim.folder
 
     def _written_since(self, until: int) -> list[Snapshot]:
-        """Snapshots of this run that were archived after the latest one that is known."""
+        """Read the snapshots of this run that were archived after the latest one in the checkpoint."""
         last, folder = self.schedule.last_step, self.run.folder
         if folder is None or self.monitor is None or last is None:
             return []
@@ -403,7 +443,7 @@ class Session:
         self.run.wiring = None
 
     def _find(self, look: Callable[[], Sequence[HealthFlag]], step: int) -> None:
-        """Tell at once how models are wrongly wired, if they are; it is stored with the next snapshot."""
+        """Report at once what ``look`` finds wrong with the EMA; the next snapshot stores it."""
         run = self.run
         try:
             found = look()
@@ -421,7 +461,7 @@ class Session:
         return self.run.failures.pause(_part_of(role)) > 0
 
     def _failed(self, role: str, error: Exception) -> None:
-        """It was left out of a look at all roles."""
+        """Record that a role failed while others were recorded."""
         self.run.failing.add(role)
         self.run.failures.failed(_part_of(role), error)
 
@@ -474,7 +514,7 @@ class Session:
         if run.publisher is None and run.rank_zero.is_here:
             run.publisher = self._open_publisher(monitor, paths, seconds, note)
             run.publisher.publish(snapshot)
-            run.publisher.alert(run.findings, snapshot.step)  # since the snapshot was taken
+            run.publisher.alert(run.findings, snapshot.step)  # found since the snapshot was taken
         elif run.publisher is not None:
             run.publisher.publish(snapshot)
 
@@ -484,7 +524,7 @@ class Session:
             held()
 
     def _look_at_inputs(self, models: Mapping[str, nn.Module], batch: Any) -> bool:
-        """See what enters the models in the step that follows; whether that can be seen, in all processes alike."""
+        """Observe what enters the models in the next step; False, in all processes alike, if that is not possible."""
         run = self.run
         run.batches_looked_at += 1
         if run.batches_looked_at > BATCHES:
@@ -495,7 +535,7 @@ class Session:
         return run.inputs is not None
 
     def _compare(self, inputs: BackboneInputs) -> None:
-        """Make another monitor where the models get other images than those that are watched."""
+        """Replace the monitor if the models receive other images than the probe."""
         run, watched = self.run, None if self.monitor is None else self.monitor.probe
         given = self.probe_settings.probe is not None
         probe, text = run.rank_zero.run(lambda: what_to_watch(watched, inputs, given=given))
@@ -509,7 +549,7 @@ class Session:
     def _open_publisher(
         self, monitor: AttentionMonitor, paths: Mapping[str, str], seconds: float, note: str
     ) -> Publisher:
-        """Tell what was found, which the loggers get with the first snapshot. ``seconds`` are those it has taken."""
+        """Report what was found, and pass it to the loggers. The first snapshot took ``seconds``."""
         run = self.run
         found = reports.found_text(
             monitor.found(), paths, monitor.probe, schedule=self.schedule, seconds=seconds, folder=run.folder, note=note

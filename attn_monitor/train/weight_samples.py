@@ -1,4 +1,4 @@
-"""Which weights of a student and its teacher are sampled, and how: views of a few values, copied where they are."""
+"""Choose and sample weights of a student and its teacher: views of a few values, copied on their device."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor, nn
 from attn_monitor.capture.backbones import role_of
 from attn_monitor.measure.ema_checks import Sampled
 
-LENGTH = 32  # values of each sampled parameter
-SCALES, VECTORS, MATRICES, BUFFERS = 3, 4, 5, 3  # how many of each kind
-ALIKE = 0.9  # of their parameters must have a partner in the other model
+LENGTH = 32  # values per sampled parameter
+SCALES, VECTORS, MATRICES, BUFFERS = 3, 4, 5, 3  # number of sampled tensors of each kind
+ALIKE = 0.9  # share of parameters that must exist in both models
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Pair(NamedTuple):
-    """Tensors of the student, and the teacher's of the same names."""
+    """Hold tensors of the student, and the teacher's of the same names."""
 
     student: list[Tensor]
     teacher: list[Tensor]
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """Values of each, (N,) on its device; what this process holds of tensors that are spread over several."""
+        """Copy values of each model, (N,) on its device; of sharded tensors, the part of this process."""
         with torch.no_grad():
             return _copied(self.student), _copied(self.teacher)
 
 
 @dataclass(frozen=True)
 class WeightSamples:
-    """Places of the parameters and buffers that are sampled of a student and a teacher of the same architecture."""
+    """Hold the names of the sampled parameters and buffers of a student and a teacher of one architecture."""
 
     student: nn.Module
     teacher: nn.Module
@@ -42,14 +42,14 @@ class WeightSamples:
 
     @classmethod
     def of(cls, student: nn.Module, teacher: nn.Module) -> WeightSamples | None:
-        """Spread evenly over the depth, of what is trained if anything is; None where the two differ."""
+        """Choose samples evenly over the depth, of trained parameters if there are any; None if the models differ."""
         ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
         common = [n for n, p in ours.items() if n in theirs and _comparable(p, theirs[n])]
         if not common or len(common) < ALIKE * max(len(ours), len(theirs)):
             return None
-        common = [n for n in common if theirs[n] is not ours[n]] or common  # a patch embedding may be one of both
+        common = [n for n in common if theirs[n] is not ours[n]] or common  # some parameters may be shared
         common = [n for n in common if ours[n].requires_grad] or common
-        common = [n for n in common if ours[n].device == ours[common[0]].device]  # of a model on several devices
+        common = [n for n in common if ours[n].device == ours[common[0]].device]  # a model may be on several devices
         scales = [n for n in common if ours[n].ndim == 1 and n.endswith("weight")]
         vectors = [n for n in common if ours[n].ndim == 1 and n not in scales]
         matrices = [n for n in common if ours[n].ndim > 1]
@@ -57,20 +57,20 @@ class WeightSamples:
         return cls(student, teacher, names, tuple(_spread(_buffers_in_common(student, teacher), BUFFERS)))
 
     def are_there(self) -> bool:
-        """Whether the models have them still: blocks may be taken out while training goes on."""
+        """Whether both models still have the sampled tensors, as training may remove blocks."""
         names = (*self.names, *self.buffers)
         return all(_at(model, name) is not None for model in (self.student, self.teacher) for name in names)
 
     def parameters(self) -> Pair:
-        """Those that the models have now."""
+        """Return the sampled parameters that the models have now."""
         return self._find(self.names)
 
     def sample_of_buffers(self) -> tuple[Tensor, Tensor]:
-        """Values of each; empty where there are no buffers to average."""
+        """Copy values of both models' buffers, (N,) each; empty if there are none to average."""
         return self._find(self.buffers).sample()
 
     def described(self, pair: Pair) -> Sampled:
-        """What the values of a sample are."""
+        """Describe the values of a sample: their precision, and the slices that are scales of a normalisation."""
         lengths = [len(_some(p)) for p in pair.teacher]
         precision = [torch.full((n,), torch.finfo(p.dtype).eps) for n, p in zip(lengths, pair.teacher, strict=True)]
         ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -83,7 +83,7 @@ class WeightSamples:
         return Sampled(torch.cat(precision).double(), tuple(scales), next(iter(self.buffers), ""))
 
     def sharing_memory(self) -> tuple[int, int]:
-        """How many of the trained parameters are in the same memory in both, and of how many."""
+        """Count the trained parameters that both models hold in the same memory, and all trained parameters."""
         theirs = dict(self.teacher.named_parameters())
         ours = {n: p for n, p in self.student.named_parameters() if p.requires_grad and n in theirs}
         return sum(_memory(p) == _memory(theirs[n]) != 0 for n, p in ours.items()), len(ours)
@@ -94,7 +94,10 @@ class WeightSamples:
 
 
 def student_and_teacher(models: Mapping[str, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
-    """The two by role, else by words in it; a backbone beside a teacher is the student. None without one of each."""
+    """Find student and teacher by role, else by words in it; None without exactly one of each.
+
+    A backbone beside a teacher is the student.
+    """
     found = []
     for wanted, also in (("student", "backbone"), ("teacher", "teacher")):
         named = [model for role, model in models.items() if role_of(role) == wanted or role == also]
@@ -107,7 +110,7 @@ def student_and_teacher(models: Mapping[str, nn.Module]) -> tuple[nn.Module, nn.
 
 
 def random_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Dropout, stochastic depth and the like, at a rate above 0, by name with their class: random in training mode."""
+    """Find modules that are random in training mode (dropout, stochastic depth, …), by name with their class."""
     return {f"{name} ({type(m).__name__})": m for name, m in model.named_modules() if _is_random(m)}
 
 
@@ -120,7 +123,7 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def _at(model: nn.Module, path: str) -> Tensor | None:
-    """The parameter or buffer that is there now, if there is one: it may be replaced while training goes on."""
+    """Return the parameter or buffer at a path now, as training may replace it; None if there is none."""
     *owners, name = path.split(".")
     owner: nn.Module | None = model
     for part in owners:
@@ -134,7 +137,7 @@ def _comparable(one: Tensor, other: Tensor) -> bool:
 
 
 def _buffers_in_common(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Those that checkpoints hold: what a model keeps for itself is no part of an average."""
+    """Name the persistent buffers of both models; others are no part of an EMA."""
     theirs, kept = dict(teacher.named_buffers()), student.state_dict().keys()
     return [n for n, b in student.named_buffers() if n in kept and n in theirs and _comparable(b, theirs[n])]
 
@@ -149,7 +152,7 @@ def _copied(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Up to `LENGTH` values from the middle, (n,): a view."""
+    """Return a view of up to `LENGTH` values from the middle, (n,)."""
     values = _local(tensor.detach())
     while values.ndim > 1 and values.numel():
         values = values[len(values) // 2]
@@ -158,11 +161,11 @@ def _some(tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor."""
+    """Return the local part of a DTensor, and other tensors as they are."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
 
 
 def _memory(tensor: Tensor) -> int:
-    """The address of its first value; 0 where it holds none here, as when FSDP has freed it."""
+    """Return the address of the first value; 0 if there is none here, as after FSDP has freed it."""
     return _local(tensor.detach()).data_ptr()

@@ -1,8 +1,8 @@
-"""Looks at student and teacher around a few training steps after snapshots, for `measure.ema_checks` to judge.
+"""Sample student and teacher around a few training steps after snapshots, for `measure.ema_checks` to judge.
 
-For those steps a hook on modules and one on optimizers copy a few hundred values, on their device; they are fetched
-once, when the step is over. Both hooks are global, so that no copy of a model holds them. About eleven of the first
-steps are looked at, and one after the second, fourth, eighth, … snapshot.
+In those steps a hook on modules and one on optimizers copy a few hundred values on their device; they are fetched once,
+after the step. Both hooks are global, so that no copy of a model holds them. About eleven of the first steps are
+watched, and one after the second, fourth, eighth, … snapshot.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
 
-FIRST, AGAIN, LATER = 8, 3, 1  # optimizer steps to watch: after the first snapshot, once later, after some snapshots
-BATCHES = 16  # to wait for each of them, as gradients may be accumulated
-MOMENTS = 16  # in a batch; what has more is not followed
+FIRST, AGAIN, LATER = 8, 3, 1  # steps to watch: after the first snapshot, once later, after some snapshots
+BATCHES = 16  # to wait for each of these steps, as gradients may be accumulated
+MOMENTS = 16  # samples per batch; a batch with more is dropped
 
 
 class WiringWatch:
-    """Watches a student and a teacher, by role; ``root`` is the module around all models, where there is one.
+    """Watch how a teacher follows its student.
 
-    `watch` begins, at a snapshot. From then on `between_steps` is to be called wherever one batch is over and the next
-    has not begun while it `wants` to be, and returns what was found. `stop` leaves nothing behind.
+    Call `watch` at a snapshot, then `between_steps` between batches while it `wants` that. `stop` removes all hooks.
+
+    Args:
+        models: the models by role; without one student and one teacher nothing is watched.
+        root: the module around all models, if there is one.
+        limits: when a health flag is raised.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], root: nn.Module | None, limits: HealthLimits) -> None:
@@ -45,10 +49,10 @@ class WiringWatch:
         self._wiring: EmaChecker | None = None
         self._batch: _Batch | None = None
         self._left = self._tries = self._snapshots = 0
-        self._again_at = math.inf  # step
+        self._again_at = math.inf  # step at which to watch again
 
     def watch(self, step: int) -> list[HealthFlag]:
-        """Watch some of the steps that follow; what is known without."""
+        """Begin to watch some of the next steps; return flags that need no watching."""
         if self._shared:
             return [HealthFlag("shared_weights", "teacher", None, (), step, None, self._shared)]
         if self._samples is not None:
@@ -68,13 +72,13 @@ class WiringWatch:
         return self._batch is not None or step >= self._again_at
 
     def between_steps(self, step: int) -> list[HealthFlag]:
-        """End the batch that was watched, and watch the next if more is to be seen; what was found."""
+        """End the watched batch, watch the next one if more are needed, and return the flags that were found."""
         flags = self.end(step)
         self._begin(step)
         return flags
 
     def end(self, step: int) -> list[HealthFlag]:
-        """End the batch that was watched; what was found."""
+        """End the watched batch, and return the flags that were found."""
         flags, batch = list[HealthFlag](), self._batch
         self.stop()
         if batch is not None and self._wiring is not None:
@@ -86,7 +90,7 @@ class WiringWatch:
         return flags
 
     def batch_ended(self) -> list[HealthFlag]:
-        """A moment within what follows the optimizer's step, where averages may be updated twice; tells nothing yet."""
+        """Sample at the end of the batch, between two places where loops update an EMA; no flags come of it yet."""
         if self._batch is not None:
             self._batch.moment("batch end")
         return []
@@ -101,15 +105,15 @@ class WiringWatch:
         if step >= self._again_at:
             self._again_at, self._left, self._tries = math.inf, max(self._left, AGAIN), BATCHES * AGAIN
         if self._samples is not None and not self._samples.are_there():
-            self._samples = None  # of what these models are now, nothing is known
+            self._samples = None  # the models have changed, and these names do not fit them
         if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
-            # Not in the first batch, which shows whether training compiles: what it compiles would be so anew.
+            # Not in the first batch, which shows whether training compiles: the hook would cause a recompilation.
             layer = self._layer if self._wiring.begun and not compiles(()) else None
             self._batch = _Batch(self._samples, layer, self._random, self._wiring.student_moved, step)
 
 
 class _Batch:
-    """What is seen of one batch."""
+    """Samples of one batch."""
 
     def __init__(
         self,
@@ -120,7 +124,7 @@ class _Batch:
         step: int,
     ) -> None:
         self._samples, self._layer, self._random, self._begun = samples, layer, random, step
-        self._pair: Pair = samples.parameters()  # held, as FSDP puts others in their places while modules run
+        self._pair: Pair = samples.parameters()  # held, as FSDP replaces them while modules run
         self._moments: list[tuple[At, Tensor, Tensor]] = []
         self._optimizers: list[tuple[OptimizerStep, Tensor | None]] = []
         self._with_gradient = not student_moved
@@ -131,14 +135,14 @@ class _Batch:
         self._handles.append(register_optimizer_step_post_hook(self._hook(self._after_step)))
 
     def moment(self, at: At) -> None:
-        """Sample, up to a number of times."""
+        """Sample the weights, at most `MOMENTS` times."""
         if len(self._moments) < MOMENTS:
             self._moments.append((at, *self._pair.sample()))
 
     def seen(self, step: int) -> WatchedStep | None:
-        """What the batch was, now that it is over; None where no optimizer stepped, or too much has happened.
+        """Return the samples of the finished batch; None if no optimizer stepped, or there were too many samples.
 
-        Raises what a hook met.
+        An error in a hook is raised here.
         """
         if self._error is not None:
             raise self._error
@@ -161,12 +165,12 @@ class _Batch:
         )
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _hook(self, read: Callable[..., None]) -> Callable[..., None]:
-        """What fails in it waits for `seen`: it must not end the step."""
+        """Keep an error of a hook for `seen`, as it must not end the step."""
 
         def call(*args: Any) -> None:
             try:
@@ -178,7 +182,7 @@ class _Batch:
         return call
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
-        """The teacher begins to run: the last time before the step counts."""
+        """Sample as the teacher begins to run; the last time before the step counts."""
         if module is not self._layer or is_isolated() or any(o.holds_student for o, _ in self._optimizers):
             return
         self._moments = [moment for moment in self._moments if moment[0] != "forward"]
@@ -186,7 +190,7 @@ class _Batch:
         self._noisy = tuple(name for name, m in self._random.items() if m.training)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if len(self._moments) >= MOMENTS:  # not followed: nothing more is kept
+        if len(self._moments) >= MOMENTS:  # the batch is dropped
             return
         students, teachers = ({id(p) for p in tensors} for tensors in self._pair)
         ids = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
@@ -203,13 +207,13 @@ class _Batch:
 
 
 def can_read() -> bool:
-    """Whether a hook may read tensors: not while a function is compiled, or a CUDA graph captured."""
+    """Whether a hook may read tensors: not while a function is compiled or a CUDA graph is captured."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return not (torch.compiler.is_compiling() or capturing)
 
 
 def compiles(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of these modules, or any function so far, is compiled: with a hook it would be compiled again."""
+    """Whether any of these modules, or any function so far, is compiled: a hook would cause a recompilation."""
     if any(
         m._compiled_call_impl is not None or "_orig_mod" in m._modules or isinstance(m, torch.jit.ScriptModule)
         for m in modules
@@ -225,7 +229,7 @@ def _with_gradient(step: OptimizerStep, gradient: Tensor | None) -> OptimizerSte
 
 
 def _number(lr: Any) -> float:
-    """A learning rate; NaN where it is on a device that would have to be waited for."""
+    """Return a learning rate as a float; NaN if reading it would synchronise with a device."""
     return math.nan if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr or 0)
 
 
@@ -235,7 +239,7 @@ def _shared(
     pair: tuple[nn.Module, nn.Module] | None,
     samples: WeightSamples | None,
 ) -> str:
-    """What to say where student and teacher are one, and that one is trained."""
+    """Describe how a trained student and its teacher share weights; empty if they do not."""
     if pair is not None and pair[0] is pair[1]:
         return _same("") if _is_trained(pair[0]) else ""
     if pair is None and root is not None:
@@ -263,7 +267,7 @@ def _is_trained(model: nn.Module) -> bool:
 
 
 def _first_layer(samples: WeightSamples | None, root: nn.Module | None) -> nn.Module | None:
-    """Of the teacher's own: runs whenever it does, by whichever of its methods; None where a hook would be seen."""
+    """Find the first layer of the teacher alone, which runs whenever it does; None if anything is compiled."""
     if samples is None:
         return None
     around = [] if root is None else all_modules(root)

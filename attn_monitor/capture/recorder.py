@@ -45,16 +45,14 @@ from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatc
 from attn_monitor.errors import ArgumentError, NonFiniteAttentionError, QueryError, UnsupportedAttentionError
 from attn_monitor.grid import Grid
 
-Verify = bool | Literal["first", "always"]
+Verify = bool | Literal["first"]
 OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
 
 
 def check_verify(verify: Verify | str) -> Verify:
-    """Return a valid ``verify``, with the older "always" as True; raise `ArgumentError` otherwise."""
-    if isinstance(verify, bool):
-        return verify
-    if isinstance(verify, str) and verify in ("always", "first"):
-        return verify == "always" or "first"
+    """Return a valid ``verify``; raise `ArgumentError` otherwise."""
+    if isinstance(verify, bool) or (isinstance(verify, str) and verify == "first"):
+        return verify  # type: ignore[return-value]
     raise ArgumentError(f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False')
 
 
@@ -144,6 +142,8 @@ class AttentionRecorder:
     ) -> None:
         self.model = check_model(model)
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
+        if nonfinite not in ("raise", "keep"):
+            raise ArgumentError(f'nonfinite={nonfinite!r}: expected "raise" or "keep"')
         self.verify, self.nonfinite = check_verify(verify), nonfinite
         self.distance, self.tokens, self.patches = distance, tokens, patches
         self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)

@@ -53,7 +53,7 @@ def attention_rollout(
         raise ArgumentError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')
     if not 0 <= residual < 1:
         raise ArgumentError(f"residual={residual}: expected the identity's share, from 0 and below 1, such as 0.5")
-    recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify="always")
+    recorder = AttentionRecorder(model, layers="all", query=query, forward=forward, verify=True)
     last = _check_sites(encoder_of(recorder.sites(images)))[-1]
     sources: list[AttentionSource] = []
 

@@ -372,16 +372,15 @@ class Session:
 
         A state that cannot be read raises any exception, and changes nothing.
         """
-        version = state.get("version", 1)  # version 1 had no number
-        if not isinstance(version, int) or version > STATE_VERSION:
-            raise ValueError(f"its version is {version!r}, expected up to {STATE_VERSION}")
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"its version is {state.get('version')!r}, expected {STATE_VERSION}")
         monitor, given = self._make_monitor(ProbeBatch.from_state_dict(state["monitor"]["probe"])), self.monitor
         monitor.load_state_dict(state["monitor"])
-        last_step, archive = state["last_step"], state["archive"]
+        last_step, archive, run = state["last_step"], state["archive"], state["run"]
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.schedule.last_step, self.resumed = monitor, last_step, True
-        self.archive = ArchiveId(archive, state.get("run"))  # version 1 had no id
+        self.archive = ArchiveId(archive, run)
         if given is not None and not given.probe.has_same_images_as(monitor.probe):
             self.warn(
                 f"the probe images of the checkpoint are shown ({', '.join(monitor.probe.names)}) and not those of the "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_monitor import AttnMonitorError, record_attention
+from attn_monitor import AttentionRecorder, AttnMonitorError, record_attention
 from attn_monitor.errors import ArgumentError
 from tests.support.helpers import tiny_vit
 
@@ -34,6 +34,12 @@ def test_a_malformed_argument_is_an_error_of_our_own(argument: str, value: Any) 
     assert isinstance(error.value, ValueError)
     assert isinstance(error.value, TypeError)
     assert repr(value)[:20] in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["rais", None, True])
+def test_what_to_do_about_numbers_that_are_not_finite(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r'nonfinite=.*: expected "raise" or "keep"'):
+        AttentionRecorder(tiny_vit(), nonfinite=value)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_mean_attention_distance(fused: bool) -> None:
 @pytest.mark.parametrize("arguments", [{}, {"query": "mean"}, {"distance": True}], ids=["cls", "mean", "distance"])
 def test_memory_is_linear_in_tokens(arguments: dict[str, Any]) -> None:
     model, images = vit(img_size=256, depth=1), torch.randn(1, 3, 256, 256)
-    recorder = AttentionRecorder(model, verify="always", **arguments)
+    recorder = AttentionRecorder(model, verify=True, **arguments)
     for _ in range(3):  # before the second and the third, places are checked
         recorder(images)
     with Watch() as watch:

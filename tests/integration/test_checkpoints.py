@@ -479,7 +479,7 @@ def test_objects_beside_weights_are_left_out(tmp_path: Path, capsys: pytest.Capt
     assert_same(load_model(MODEL, checkpoint=str(path)), source)
     assert "objects in it that were left out: omegaconf" in capsys.readouterr().err
     torch.save({"model": source.state_dict(), "mode": Mode.FAST}, path)
-    with pytest.raises(CheckpointError, match=r"would call tests\.test_checkpoints\.Mode.*--trust"):
+    with pytest.raises(CheckpointError, match=r"would call tests\.integration\.test_checkpoints\.Mode.*--trust"):
         load_model(MODEL, checkpoint=str(path))
     assert_same(load_model(MODEL, checkpoint=str(path), trust=True), source)
 

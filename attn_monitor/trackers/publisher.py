@@ -87,7 +87,9 @@ class Publisher:
         self._reports = failures is None
         self._probe, self._style, self._every_layer = probe, style, every_layer
         self._history, self._curves = History() if history is None else history, Curves() if curves is None else curves
-        self._settings, self._name, self._reserve = settings, name, check_reserve(disk_reserve)
+        # A path in it may hold bytes that are no UTF-8, which trackers cannot store.
+        self._settings = settings.encode("utf-8", "backslashreplace").decode()
+        self._name, self._reserve = name, check_reserve(disk_reserve)
         self._before_writing, self._write_report = before_writing, write_report
         self._last: Snapshot | None = None
         self._written: set[int] = set()  # steps in the archive

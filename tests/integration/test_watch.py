@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,14 @@ def test_a_loader_of_a_stream_gives_its_first_batch(tmp_path: Path) -> None:
     assert snapshot is not None
     assert len(snapshot.names) == 3
     watch.close()
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    writer = SummaryWriter(str(tmp_path / "events"))
+    watch = Watch(tiny_vit(), torch.randn(2, 3, 32, 32), loggers=[writer], folder=folder, every_n_train_steps=1)
+    watch.step(0)
+    watch.close(1)
+    writer.close()
+    assert [s.step for s in load_snapshots(folder / "attn_monitor")] == [0, 1]
+    assert (folder / "attn_monitor" / "report.html").exists()

@@ -191,14 +191,14 @@ class Publisher:
         """Write a snapshot to the archive, and first the probe if it is missing."""
         path = folder / "probe.npz"
         missing = not path.exists()
-        if missing and self._written:
-            self._report_deleted(folder)
         require_space(folder, _size(snapshot) + missing * self._probe.images.nbytes, self._reserve)
         if self._before_writing is not None:
             self._before_writing()
         if missing:
             self._probe.save(path)
         write_snapshot(snapshot, snapshot_path(folder, snapshot.step))
+        if missing:
+            self._report_deleted(folder)
         self._written.add(snapshot.step)
 
     def _report_deleted(self, folder: Path) -> None:

@@ -22,14 +22,14 @@ class DrawingOptions:
         colormap: Colour table, "inferno" or "viridis".
 
     Raises:
-        ValueError: A value is unknown or out of its range.
+        ArgumentError: A value is unknown or out of its range.
 
     Example:
         >>> DrawingOptions(heads=(0, 3), scale="minmax").threshold
         0.6
-        >>> DrawingOptions(threshold=60)
+        >>> DrawingOptions(threshold=60)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: threshold=60: expected a share of attention mass above 0 and up to 1, such as 0.6
+        attn_monitor.errors.ArgumentError: threshold=60: expected a share of attention mass above 0 ...
     """
 
     threshold: float = 0.6

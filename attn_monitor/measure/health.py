@@ -43,14 +43,14 @@ class HealthLimits:
         stall_steps: Flag a student or a teacher that has never changed after this many optimizer steps.
 
     Raises:
-        ValueError: A threshold is out of its range.
+        ArgumentError: A threshold is out of its range.
 
     Example:
         >>> HealthLimits(peak=0.5).peak
         0.5
         >>> HealthLimits(snapshots=0)
         Traceback (most recent call last):
-        ValueError: health: snapshots=0; expected at least 1
+        attn_monitor.errors.ArgumentError: health: snapshots=0; expected at least 1
     """
 
     low_entropy: float = 0.05

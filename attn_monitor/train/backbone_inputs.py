@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
-from attn_monitor.train.wiring_watch import can_read, compiles
+from attn_monitor.train.global_hooks import add_global_hook, compiles
 
 FORWARDS = 8  # forwards of the models to look at in a batch
 NO_SPREAD = 1e-12
@@ -46,8 +46,8 @@ class BackboneInputs:
         self._models = {id(m._forward_pre_hooks) for m in models}  # replicas on other devices share them
         self._handles: list[RemovableHandle] = []
         if self.can_see:
-            self._handles.append(register_module_forward_pre_hook(self._enters))
-            self._handles.append(register_module_forward_hook(self._has_entered, with_kwargs=True))
+            self._handles.append(add_global_hook(register_module_forward_pre_hook, self._enters))
+            self._handles.append(add_global_hook(register_module_forward_hook, self._has_entered, with_kwargs=True))
 
     def stop(self) -> None:
         """Remove all hooks."""
@@ -65,12 +65,9 @@ class BackboneInputs:
     def _see(self, module: nn.Module, find: Callable[[], Tensor | None]) -> None:
         if id(vars(module).get("_forward_pre_hooks")) not in self._models or is_isolated():
             return
-        try:
-            images = find() if len(self.entered) < FORWARDS and can_read() else None
-            if images is not None:
-                self.entered.append(_first(images, self._count))
-        except Exception as error:
-            self.error = error
+        images = find() if len(self.entered) < FORWARDS else None
+        if images is not None:
+            self.entered.append(_first(images, self._count))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ watched, and one after the second, fourth, eighth, … snapshot.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.measure.ema_checks import At, EmaChecker, Moment, OptimizerStep, WatchedStep
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measurements import HealthFlag
+from attn_monitor.train.global_hooks import add_global_hook, compiles
 from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
 
 FIRST, AGAIN, LATER = 8, 3, 1  # steps to watch: after the first snapshot, once later, after some snapshots
@@ -129,10 +129,11 @@ class _Batch:
         self._optimizers: list[tuple[OptimizerStep, Tensor | None]] = []
         self._with_gradient = not student_moved
         self._noisy: tuple[str, ...] = ()
-        self._error: Exception | None = None
+        self.error: Exception | None = None  # of a hook
         self.moment("start")
-        self._handles = [] if layer is None else [register_module_forward_pre_hook(self._hook(self._before_forward))]
-        self._handles.append(register_optimizer_step_post_hook(self._hook(self._after_step)))
+        self._handles = [add_global_hook(register_optimizer_step_post_hook, self._after_step)]
+        if layer is not None:
+            self._handles.append(add_global_hook(register_module_forward_pre_hook, self._before_forward))
 
     def moment(self, at: At) -> None:
         """Sample the weights, at most `MOMENTS` times."""
@@ -144,8 +145,8 @@ class _Batch:
 
         An error in a hook is raised here.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         self.moment("end")
         if not self._optimizers or len(self._moments) >= MOMENTS:
             return None
@@ -168,18 +169,6 @@ class _Batch:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-
-    def _hook(self, read: Callable[..., None]) -> Callable[..., None]:
-        """Keep an error of a hook for `seen`, as it must not end the step."""
-
-        def call(*args: Any) -> None:
-            try:
-                if can_read():
-                    read(*args)
-            except Exception as error:
-                self._error = error
-
-        return call
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         """Sample as the teacher begins to run; the last time before the step counts."""
@@ -204,23 +193,6 @@ class _Batch:
     def _gradient(self) -> Tensor | None:
         gradients = [p.grad for p in self._pair.student if p.grad is not None]
         return Pair(gradients, []).sample()[0] if gradients else None
-
-
-def can_read() -> bool:
-    """Whether a hook may read tensors: not while a function is compiled or a CUDA graph is captured."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or capturing)
-
-
-def compiles(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of these modules, or any function so far, is compiled: a hook would cause a recompilation."""
-    if any(
-        m._compiled_call_impl is not None or "_orig_mod" in m._modules or isinstance(m, torch.jit.ScriptModule)
-        for m in modules
-    ):
-        return True
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
-    return dynamo is not None and any(map(callable, dynamo.cached_backends.values()))
 
 
 def _with_gradient(step: OptimizerStep, gradient: Tensor | None) -> OptimizerStep:

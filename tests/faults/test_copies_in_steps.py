@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback
@@ -106,3 +108,14 @@ def test_what_enters_is_seen_however_a_model_is_called() -> None:
     assert inputs.error is None
     for found, wanted in zip(inputs.entered, (BATCH, BATCH + 1, BATCH + 3), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_run_that_is_dropped_in_a_watched_step_leaves_no_hook_behind() -> None:
+    gc.collect()
+    model, seen = nn.Linear(2, 2), len(module_hooks._global_forward_pre_hooks)
+    inputs = BackboneInputs([model], torch.rand(2, 3, 8, 8), 2)
+    assert len(module_hooks._global_forward_pre_hooks) == seen + 1
+    del inputs
+    gc.collect()
+    assert len(module_hooks._global_forward_pre_hooks) == seen
+    assert not module_hooks._global_forward_hooks

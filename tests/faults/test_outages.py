@@ -436,7 +436,9 @@ def test_the_last_of_a_disk_is_not_the_monitors(tmp_path: Path, disk: Path) -> N
             if 5 < trainer.global_step <= 15:
                 free.append(shutil.disk_usage(disk).free)
 
-    at = At(step5=lambda: (time.sleep(1), fill(disk, reserve)), step15=(disk / "ballast").unlink)
+    at = At(
+        step5=lambda: (time.sleep(1), fill(disk, reserve)), step15=lambda: (time.sleep(4), (disk / "ballast").unlink())
+    )
     watch = AttentionMapCallback(num_images=2, every_n_train_steps=1, disk_reserve=reserve)
     told, _ = fit(disk, TensorBoardLogger(disk, name="run", version=0), at, Looks(), steps=60, watch=watch)
     assert min(free) > reserve - 1_000_000  # scalars are still written, and what was begun before the disk was full

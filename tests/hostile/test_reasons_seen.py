@@ -71,7 +71,6 @@ class Rounded(ViT):
         (heads_in_queries, {}, "2 of its queries could be the CLS token, [0, 25], and nothing tells which is"),
         (heads_in_queries, {"query": "mean"}, "has more queries (50) than tokens"),
         (with_scores_before, {}, "its scores do not follow from one product of queries and keys"),
-        (in_chunks, {}, "has 4 queries, all of them patches, so there is no CLS token. Choose another layer"),
         (in_chunks, {"query": "mean"}, "has some of the queries: there is no mean over the tokens here"),
         (sparse, {}, "batched products, none of them of a softmax over the last dimension with values"),
     ],

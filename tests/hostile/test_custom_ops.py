@@ -101,7 +101,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_unlisted_kernel_is_read(way: str, query: str, grid: tuple[int, int]) -> None:
     model = enliven(PlainViT(Packed(WAYS[way]), Packed(WAYS[way]), grid=grid)).eval()
     images = torch.randn(2, 3, grid[0] * 8, grid[1] * 8)
-    recorder = AttentionRecorder(model, query=query, verify="always")
+    recorder = AttentionRecorder(model, query=query, verify=True)
     (attention,) = recorder(images)
     assert "attn_monitor_tests" in recorder.sites(images)[-1].op
     with torch.no_grad():

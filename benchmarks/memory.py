@@ -36,6 +36,6 @@ def measure_memory(size: Size) -> Memory:
         tokens=size.tokens,
         plain=peak_bytes(no_grad(model, images)),
         ours=peak_bytes(recorder(model, images, "all")),
-        verified=peak_bytes(recorder(model, images, "all", "always")),
+        verified=peak_bytes(recorder(model, images, "all", True)),
         matrices=size.depth * size.matrix_bytes,
     )

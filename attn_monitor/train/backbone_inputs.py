@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
-from attn_monitor.train.global_hooks import add_global_hook, compiles
+from attn_monitor.train.weak_hooks import add_hook, compiles
 
 FORWARDS = 8  # forwards of the models to look at in a batch
 NO_SPREAD = 1e-12
@@ -25,8 +23,8 @@ ALIKE = 5.0  # largest ratio between the spreads of a channel in two sets of ima
 class BackboneInputs:
     """Keep the first images of a batch, and those that enter some models until `stop`.
 
-    Global module hooks observe one batch: copies of a model that are made in it do not hold them. If anything is
-    compiled no hook is set, as it would cause a recompilation, and ``can_see`` is False.
+    Hooks on the models observe one batch. If anything is compiled no hook is set, as it would cause a recompilation,
+    and ``can_see`` is False.
 
     Args:
         models: the backbones to observe.
@@ -43,29 +41,18 @@ class BackboneInputs:
         self.entered: list[Tensor] = []
         self.error: Exception | None = None  # raised in a hook, which must not end the step
         self._count = count
-        self._models = {id(m._forward_pre_hooks) for m in models}  # replicas on other devices share them
-        self._handles: list[RemovableHandle] = []
-        if self.can_see:
-            self._handles.append(add_global_hook(register_module_forward_pre_hook, self._enters))
-            self._handles.append(add_global_hook(register_module_forward_hook, self._has_entered, with_kwargs=True))
+        hooked = models if self.can_see else []
+        self._handles = [add_hook(m.register_forward_pre_hook, self._enters, with_kwargs=True) for m in hooked]
 
     def stop(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _enters(self, module: nn.Module, args: Any) -> None:
-        self._see(module, lambda: find_images(args))
-
-    def _has_entered(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Find images passed by keyword, which pre-forward hooks do not receive."""
-        if kwargs:
-            self._see(module, lambda: find_images([kwargs]) if find_images(args) is None else None)
-
-    def _see(self, module: nn.Module, find: Callable[[], Tensor | None]) -> None:
-        if id(vars(module).get("_forward_pre_hooks")) not in self._models or is_isolated():
+    def _enters(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_isolated() or len(self.entered) >= FORWARDS:
             return
-        images = find() if len(self.entered) < FORWARDS else None
+        images = find_images([*args, kwargs])
         if images is not None:
             self.entered.append(_first(images, self._count))
 

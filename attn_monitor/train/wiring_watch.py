@@ -1,8 +1,8 @@
 """Sample student and teacher around a few training steps after snapshots, for `measure.ema_checks` to judge.
 
-In those steps a hook on modules and one on optimizers copy a few hundred values on their device; they are fetched once,
-after the step. Both hooks are global, so that no copy of a model holds them. About eleven of the first steps are
-watched, and one after the second, fourth, eighth, … snapshot.
+In those steps a hook on the teacher's first layer and one on optimizers copy a few hundred values on their device; they
+are fetched once, after the step. About eleven of the first steps are watched, and one after the second, fourth, eighth,
+… snapshot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from attn_monitor.capture.backbones import paths_of_both_roles
@@ -21,7 +20,7 @@ from attn_monitor.capture.isolation import all_modules, is_isolated
 from attn_monitor.measure.ema_checks import At, EmaChecker, Moment, OptimizerStep, WatchedStep
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.measurements import HealthFlag
-from attn_monitor.train.global_hooks import add_global_hook, compiles
+from attn_monitor.train.weak_hooks import add_hook, compiles
 from attn_monitor.train.weight_samples import Pair, WeightSamples, random_modules, student_and_teacher
 
 FIRST, AGAIN, LATER = 8, 3, 1  # steps to watch: after the first snapshot, once later, after some snapshots
@@ -131,9 +130,9 @@ class _Batch:
         self._noisy: tuple[str, ...] = ()
         self.error: Exception | None = None  # of a hook
         self.moment("start")
-        self._handles = [add_global_hook(register_optimizer_step_post_hook, self._after_step)]
+        self._handles = [add_hook(register_optimizer_step_post_hook, self._after_step)]
         if layer is not None:
-            self._handles.append(add_global_hook(register_module_forward_pre_hook, self._before_forward))
+            self._handles.append(add_hook(layer.register_forward_pre_hook, self._before_forward))
 
     def moment(self, at: At) -> None:
         """Sample the weights, at most `MOMENTS` times."""

@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
 
 from attn_monitor import AttentionMapCallback, HealthLimits, Watch, load_snapshots
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.commands.summary import summary
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
+from attn_monitor.train.weak_hooks import WeakHook
 from attn_monitor.train.weight_samples import WeightSamples
 from attn_monitor.train.wiring_watch import MOMENTS
 from tests.faults.test_harmless import assert_equal
@@ -83,10 +83,12 @@ def test_an_average_may_hold_the_model_that_it_is_of() -> None:
     assert paths_of_both_roles(held, model) == ["model", "ema.online_model", "ema.ema_model"]
 
 
-def wiring_hooks() -> int:
-    """Count the global hooks that read weights."""
-    hooks = [*modules._global_forward_pre_hooks.values(), *optimizers._global_optimizer_post_hooks.values()]
-    return sum(hook.__module__ == "attn_monitor.train.wiring_watch" for hook in hooks)
+def wiring_hooks(module: nn.Module) -> int:
+    """Count the hooks that read weights: one on a layer of the teacher, one on optimizers."""
+    hooks = [hook for m in module.modules() for hook in m._forward_pre_hooks.values()]
+    hooks = [*hooks, *optimizers._global_optimizer_post_hooks.values()]
+    methods = [hook._method() for hook in hooks if isinstance(hook, WeakHook)]
+    return sum(method is not None and "wiring_watch" in method.__module__ for method in methods)
 
 
 def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +171,7 @@ class Copied(BeforeStep):
         self.hooks: list[int] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.hooks.append(wiring_hooks())
+        self.hooks.append(wiring_hooks(self))
         if len(self.copies) < 2:
             watch = self.trainer.callbacks[0]
             copies = (copy.deepcopy(self.teacher_backbone), copy.deepcopy(watch))
@@ -181,7 +183,7 @@ def test_copies_are_made_and_nothing_stays(tmp_path: Path) -> None:
     module, watch = Copied(), AttentionMapCallback(PROBE, dirpath=False, health=LIMITS, every_n_train_steps=20)
     assert [f.kind for f in fit(tmp_path, module, watch, max_steps=14)] == ["average_before_step"]
     assert module.hooks == [1] + [2] * 8 + [0] * 5  # eight after the first snapshot, after six of them three more
-    assert wiring_hooks() == 0
+    assert wiring_hooks(module) == 0
     for model, other in (*module.copies, (module, pickle.loads(pickle.dumps(watch))), (module, copy.deepcopy(watch))):
         model.to("cpu")(PROBE) if model is not module else None
         assert [f.kind for f in fit(tmp_path, BeforeStep(), other, max_steps=4)][-1:] == ["average_before_step"]
@@ -190,13 +192,13 @@ def test_copies_are_made_and_nothing_stays(tmp_path: Path) -> None:
 def test_a_run_that_fails_leaves_no_hook(tmp_path: Path) -> None:
     class Failing(Averaged):
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            assert wiring_hooks() == 1
+            assert wiring_hooks(self) == 1
             raise RuntimeError("the user's own mistake")
 
     module = Failing()
     with pytest.raises(RuntimeError, match="own mistake"):
         fit(tmp_path, module)
-    assert wiring_hooks() == 0
+    assert wiring_hooks(module) == 0
 
 
 @pytest.mark.parametrize("where", ["_after_step", "_before_forward", "seen", "moment"])

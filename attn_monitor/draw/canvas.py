@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,9 +66,19 @@ def _font(size: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
+def _drawable(character: str) -> str:
+    """Return a character, or a plainer one for a character that Pillow's font lacks: x for ×, o for ö."""
+    font = _font(16)
+    if bytes(font.getmask(character)) != bytes(font.getmask("\ue000")):  # which no font has
+        return character
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return {"×": "x", "−": "-", "–": "-"}.get(character, plain or character)
+
+
+@functools.lru_cache(maxsize=4096)
 def _rendered_word(word: str, size: int) -> tuple[Image.Image, float]:
     """Render a word: its coverage, 0 to 255, from the top of the line, and its advance width in pixels."""
-    font = _font(size)
+    font, word = _font(size), "".join(map(_drawable, word))
     _, _, right, bottom = font.getbbox(word)
     coverage = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))))
     ImageDraw.Draw(coverage).text((0, 0), word, 255, font)

@@ -17,7 +17,7 @@ from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.draw.animations import gif
-from attn_monitor.draw.canvas import GAP, HEADER, MASK, MISSING, TRUTH, draw_outline, jpeg
+from attn_monitor.draw.canvas import GAP, HEADER, MASK, MISSING, TRUTH, blank_picture, draw_outline, draw_text, jpeg
 from attn_monitor.draw.cells import CellPainter, overlay
 from attn_monitor.draw.colormap import COLORMAPS, colour_table
 from attn_monitor.draw.frame import Frame
@@ -223,3 +223,14 @@ def test_pictures_say_the_numbers_of_the_metrics() -> None:
     torch.testing.assert_close(said.entropy, measured["entropy"], rtol=0, atol=0)
     torch.testing.assert_close(said.mask_area, measured["mask_area"], rtol=0, atol=0)
     torch.testing.assert_close(said.mask.float().mean((-2, -1)), said.mask_area)
+
+
+def test_characters_that_the_font_lacks_are_drawn_plainer() -> None:
+    """A box in place of × stands for nothing."""
+
+    def drawn(text: str) -> np.ndarray:
+        canvas = Image.fromarray(blank_picture(40, 400))
+        draw_text(canvas, (4, 4), text, 15)
+        return np.asarray(canvas)
+
+    np.testing.assert_array_equal(drawn("× uniform · für – 1 − é"), drawn("x uniform · fur - 1 - e"))

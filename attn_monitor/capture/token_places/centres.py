@@ -14,7 +14,7 @@ from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, p
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
+from attn_monitor.capture.token_places.synthetic_images import middles_changed, mosaics, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 from attn_monitor.grid import Grid, GridGeometry
 
@@ -67,7 +67,33 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
         waiting = still
         if not waiting:
             break
+    _refuse_changing_orders(search, unplaced, strength)
     return Ranked(clear, noise[0], on_noise[0])
+
+
+def _refuse_changing_orders(search: PlaceSearch, keys: Sequence[SiteKey], strength: float) -> None:
+    """Refuse sites where the centres of many tokens in one image of the mosaics are elsewhere than in the others.
+
+    Only sites that the mosaics leave in doubt are asked about, with the `ramps` of every image of the mosaics.
+    """
+    for mosaic in search.mosaics:
+        doubtful = [
+            (key, layout)
+            for key, _, layout in search.placed()
+            if key in keys and search.mosaic_of(layout) is mosaic and _may_permute(mosaic, key, layout.places, search)
+        ]
+        bases = mosaics(search.images, mosaic.conv) if doubtful else ()
+        after = search.silent_model(torch.cat([ramps(b, strength) for b in bases]), 1).sites if doubtful else {}
+        for key, layout in doubtful:
+            sketches = after[key].v[:, list(layout.patches)].unflatten(0, (-1, 4)).transpose(0, 1)  # (4, M, N, S)
+            centre = centres(sketches, mosaic.conv, search.size, after[key].threshold / 4)  # (2, M, N)
+            off = (centre - centre.nanmedian(1, keepdim=True).values).abs().amax(0)  # (M, N)
+            moved = float((off > 0.7).double().mean(1).max())
+            if moved > 0.25:
+                search.sites[key].refuse(
+                    f"{moved:.0%} of its tokens hold another part of the image in one of the images that are made up "
+                    "than in the others, so its tokens have no one order"
+                )
 
 
 def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
@@ -162,11 +188,6 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
             continue
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
             site.reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
-        elif any(m.conv == conv and _exchanges_tokens(m, key, places, 4 * limit) for m in search.mosaics):
-            site.reason = (
-                "its tokens are not ordered in one way: between some images that are alike in a patch's place its "
-                "token does not change, and between others as much as any token"
-            )
         else:
             site.layout = layout_of(places, conv.grid, "centres", geometry)
             if site.layout is not None:
@@ -181,12 +202,13 @@ def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:
     return float((one == other).double().mean()) if len(one) == len(other) else 0.0
 
 
-def _exchanges_tokens(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
-    """Check whether tokens change between images as if the model permuted them, not as if their fields overlapped.
+def _may_permute(mosaic: Mosaic, key: SiteKey, places: Places, search: PlaceSearch) -> bool:
+    """Check whether tokens change between the mosaics as where the model permutes them in some of the images.
 
-    In two images that agree in a token's own cell, a token with an overlapping field changes a little, or always. One
-    that is permuted in some of the images does not change in some pairs, and changes as much as any token in others.
+    In two images that agree in a token's own cell, a token that is permuted does not change in some pairs, and changes
+    as much as any token in others. So does one with a field of few other cells, each as large as its own.
     """
+    limit = search.reference.sites[key].threshold
     tokens = [t for t, p in enumerate(places) if p >= 0]
     changes = mosaic.changes[key].permute(2, 0, 1)[tokens]  # (N, M, M)
     codes = torch.tensor(mosaic.codes, device=changes.device)[[places[t] for t in tokens]]

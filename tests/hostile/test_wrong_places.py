@@ -116,7 +116,7 @@ REASONS = (
     "the order of its keys could not be told",
     "no grid of patches",
     "two of its keys change about as much with one another's patch",
-    "have no one order",
+    "may not be in one order",
 )
 
 

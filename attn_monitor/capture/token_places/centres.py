@@ -14,7 +14,7 @@ from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, p
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
-from attn_monitor.capture.token_places.synthetic_images import middles_changed, mosaics, noise_images, ramps
+from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 from attn_monitor.grid import Grid, GridGeometry
 
@@ -67,33 +67,7 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
         waiting = still
         if not waiting:
             break
-    _refuse_changing_orders(search, unplaced, strength)
     return Ranked(clear, noise[0], on_noise[0])
-
-
-def _refuse_changing_orders(search: PlaceSearch, keys: Sequence[SiteKey], strength: float) -> None:
-    """Refuse sites where the centres of many tokens in one image of the mosaics are elsewhere than in the others.
-
-    Only sites that the mosaics leave in doubt are asked about, with the `ramps` of every image of the mosaics.
-    """
-    for mosaic in search.mosaics:
-        doubtful = [
-            (key, layout)
-            for key, _, layout in search.placed()
-            if key in keys and search.mosaic_of(layout) is mosaic and _may_permute(mosaic, key, layout.places, search)
-        ]
-        bases = mosaics(search.images, mosaic.conv) if doubtful else ()
-        after = search.silent_model(torch.cat([ramps(b, strength) for b in bases]), 1).sites if doubtful else {}
-        for key, layout in doubtful:
-            sketches = after[key].v[:, list(layout.patches)].unflatten(0, (-1, 4)).transpose(0, 1)  # (4, M, N, S)
-            centre = centres(sketches, mosaic.conv, search.size, after[key].threshold / 4)  # (2, M, N)
-            off = (centre - centre.nanmedian(1, keepdim=True).values).abs().amax(0)  # (M, N)
-            moved = float((off > 0.7).double().mean(1).max())
-            if moved > 0.25:
-                search.sites[key].refuse(
-                    f"{moved:.0%} of its tokens hold another part of the image in one of the images that are made up "
-                    "than in the others, so its tokens have no one order"
-                )
 
 
 def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
@@ -188,6 +162,11 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
             continue
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
             site.reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
+        elif any(m.conv == conv and _in_several_orders(m, key, places, 4 * limit) for m in search.mosaics):
+            site.reason = (
+                "between some of the images that are made up, most of its tokens do not change where their patches do "
+                "not, and between others they do, so its tokens may not be in one order"
+            )
         else:
             site.layout = layout_of(places, conv.grid, "centres", geometry)
             if site.layout is not None:
@@ -202,22 +181,20 @@ def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:
     return float((one == other).double().mean()) if len(one) == len(other) else 0.0
 
 
-def _may_permute(mosaic: Mosaic, key: SiteKey, places: Places, search: PlaceSearch) -> bool:
-    """Check whether tokens change between the mosaics as where the model permutes them in some of the images.
+def _in_several_orders(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
+    """Check whether tokens change between images as if the model permuted them, not as if their fields overlapped.
 
-    In two images that agree in a token's own cell, a token that is permuted does not change in some pairs, and changes
-    as much as any token in others. So does one with a field of few other cells, each as large as its own.
+    Between two images in the same order, the tokens whose own cells agree do not change; between other images, most of
+    them change as much as any token. A field of several cells changes between almost any two images.
     """
-    limit = search.reference.sites[key].threshold
     tokens = [t for t, p in enumerate(places) if p >= 0]
     changes = mosaic.changes[key].permute(2, 0, 1)[tokens]  # (N, M, M)
     codes = torch.tensor(mosaic.codes, device=changes.device)[[places[t] for t in tokens]]
-    same = (codes[:, :, None] == codes[:, None]) & ~torch.eye(codes.shape[1], dtype=torch.bool, device=changes.device)
-    own, other = changes[same], changes[codes[:, :, None] != codes[:, None]]
-    still = own <= limit
-    if not 0.05 < float(still.double().mean()) < 0.95:
+    same, still = codes[:, :, None] == codes[:, None], changes <= limit
+    share = ((same & still).sum(0) / same.sum(0)).fill_diagonal_(torch.nan)  # (M, M): of the tokens whose cells agree
+    if not float(share.nan_to_num(0).max()) > 0.5 > float(share.nan_to_num(1).min()):
         return False
-    return float(own[~still].median()) > 0.8 * float(other.median())
+    return float(changes[same & ~still].median()) > 0.8 * float(changes[~same].median())
 
 
 def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: Sequence[TokenLayout]) -> Places | None:

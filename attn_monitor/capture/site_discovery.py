@@ -55,7 +55,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     if not candidates:
         hint = (
             "batched products, none of them of a softmax over the last dimension with values"
-            if observer.products
+            if observer.state.products
             else "no batched product in its own thread"
         )
         raise NoAttentionError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMonitor, record_attention
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture import operations
+from attn_monitor.capture.kinds.fused import FusedCall
 from attn_monitor.errors import AttentionError, ForwardError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.helpers import tiny_vit
@@ -309,10 +309,10 @@ def test_in_torchscript_our_failure_is_ours_and_the_models_is_the_models(monkeyp
         record_attention(script, torch.randn(1, 3, 40, 40))
     assert "\n" not in str(refused.value)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(operations, "observe_fused", broken)
+    monkeypatch.setattr(FusedCall, "read", broken)
     with pytest.raises(KeyError, match="a mistake of ours"):
         record_attention(script, IMAGES)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
 from attn_monitor.capture import block_tokens as tokens
-from attn_monitor.capture import operations
+from attn_monitor.capture import kinds
+from attn_monitor.capture.kinds.fused import FusedCall
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import ForwardError
 from attn_monitor.train import lightning_run
@@ -71,7 +72,7 @@ def test_lack_of_memory_for_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("probe", [None, PROBE], ids=["adopted", "given"])
-@pytest.mark.parametrize("place", ["operations.observe_fused", "operations.kind_of", "tokens._statistics"])
+@pytest.mark.parametrize("place", ["FusedCall.read", "kinds.kind_of", "tokens._statistics"])
 def test_a_mistake_of_ours_is_told_as_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, probe: Tensor | None
 ) -> None:
@@ -81,7 +82,7 @@ def test_a_mistake_of_ours_is_told_as_ours(
         raise TypeError("a slip of the pen")
 
     module, name = place.split(".")
-    monkeypatch.setattr({"operations": operations, "tokens": tokens}[module], name, broken)
+    monkeypatch.setattr({"FusedCall": FusedCall, "kinds": kinds, "tokens": tokens}[module], name, broken)
     with pytest.raises(TypeError, match="slip of the pen"):
         AttentionRecorder(tiny_vit(), tokens=True)(PROBE)
     _, told = fit(tmp_path, probe=probe)
@@ -116,7 +117,7 @@ def test_an_operation_that_fails_is_the_models() -> None:
 
 
 def test_a_mistake_of_ours_never_reaches_a_model_that_would_catch_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "observe_fused", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(FusedCall, "read", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         record_attention(Catching(MemEffAttention()), IMAGES)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
-from attn_monitor.capture import operations as ops
-from attn_monitor.capture.attention_rows import FusedCall, Memory, Weights, widen
+from attn_monitor.capture.attention_rows import widen
 from attn_monitor.capture.error_origin import errors_from
+from attn_monitor.capture.kinds.attention_product import AttentionProduct, by_image_and_head
+from attn_monitor.capture.kinds.explicit import ExplicitAttention, ExplicitCall
+from attn_monitor.capture.kinds.kind import AttentionCall, Operation
+from attn_monitor.capture.kinds.memory import is_same
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.observer import AttentionObserver, run_operation
-from attn_monitor.capture.token_places.attention_product import (
-    AttentionProduct,
-    by_image_and_head,
-    some_queries,
-)
+from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.token_places.random_projections import (
     coarsest,
     noise_like,
@@ -36,40 +34,7 @@ from attn_monitor.capture.token_places.random_projections import (
 )
 from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteTokens, Tokens
-from attn_monitor.capture.unknown_operations import call_by
-
-
-@dataclass(eq=False)
-class _Factors:
-    """Hold the operands of a product that may become scores, and samples of its (..., Q, K) result.
-
-    Attributes:
-        q: The left operand, (..., Q, D).
-        k: The right operand, transposed to (..., K, D).
-        count: Number of elements of the result.
-        shape: (Q, K).
-        samples: Some rows of the result and, where Q = K, of its transpose.
-        used: Whether an attention used it; then it is dropped at the next product, to free memory.
-    """
-
-    q: Tensor
-    k: Tensor
-    count: int
-    shape: torch.Size
-    samples: list[Tensor]
-    used: bool = False
-
-    def may_become(self, weights: Tensor) -> bool:
-        """Check that the result fits the shape of ``weights``, up to heads among its queries or missing columns."""
-        (queries, keys), rows = self.shape, weights.numel() // weights.shape[-1]
-        same_rows = self.count == rows * keys and queries % weights.shape[-2] == 0
-        return same_rows and weights.shape[-1] >= keys
-
-    def laid_out(self, scores: Tensor) -> list[Tensor]:
-        """Reshape scores to (L, Q, K) like the result; with more columns, return their first K and their last K."""
-        (queries, keys), more = self.shape, scores.shape[-1] > self.shape[1]
-        ends = [scores[..., :keys], scores[..., -keys:]] if more else [scores]
-        return [end.reshape(-1, queries, keys) for end in ends]
+from attn_monitor.capture.token_places.traced_products import TracedProducts
 
 
 class SilentObserver(AttentionObserver):
@@ -102,12 +67,7 @@ class SilentObserver(AttentionObserver):
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.exchanged = exchanged or {}
         self.tokens = Tokens()
-        self._factors: list[_Factors] = []  # the last few products that are no attention
-        self._operands: list[Memory] = []  # their operands
-        self._made_of: dict[Weights, tuple[list[Tensor], _Factors | None]] = {}  # some rows of the scores; q and k
-        self._spent: list[tuple[Memory, SiteKey]] = []  # used weights, which another product may use
-        self._cut: list[tuple[Memory, SiteKey]] = []  # weights used without some of their keys or heads
-        self._values: list[tuple[Memory, SiteKey]] = []  # the last few V
+        self._products = self._kinds[ExplicitAttention] = TracedProducts(self.state, formats, self.tokens)
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
         self._precision = torch.float64
@@ -164,12 +124,12 @@ class SilentObserver(AttentionObserver):
         return not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]
 
     @errors_from("monitor")
-    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _dispatched(self, operation: Operation) -> Any:
         if self.uses is not None:
-            self.uses.note(func, args)
+            self.uses.note(operation.func, operation.args)
         if self.nudged:
-            args = tuple(self._nudge(a) for a in args)
-        return super()._dispatched(func, args, kwargs)
+            operation = replace(operation, args=tuple(self._nudge(a) for a in operation.args))
+        return super()._dispatched(operation)
 
     def _nudge(self, argument: Any) -> Any:
         if isinstance(argument, (list, tuple)):
@@ -177,124 +137,23 @@ class SilentObserver(AttentionObserver):
         if isinstance(argument, Tensor):
             for parameter in self.nudged:
                 now = parameter.tensor
-                if now is not None and ops.is_same(argument, now):
+                if now is not None and is_same(argument, now):
                     with torch.inference_mode(False):  # the model may take views of it, as of a parameter
                         return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument
 
-    def _fused(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, call, out = self._key(), ops.fused_call(func, args, kwargs), run_operation(func, args, kwargs)
-        self._silence(key, AttentionProduct(ops.fused_result(out), call.q.shape[:-1], call.q, call.k, call.v))
-        return out
-
-    def _unknown(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[FusedCall], result: Tensor
-    ) -> None:
+    def _attended(self, call: AttentionCall) -> None:
         key = self._key()
-        call = call_by(self.formats[key].convention if key in self.formats else None, calls)
-        self._silence(key, AttentionProduct(result, call.q.shape[:-1], call.q, call.k, call.v, call.heads_first))
-
-    def _weights(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-        super()._weights(func, args, out)
-        possible = [f for f in reversed(self._factors) if f.may_become(out)]
-        queries, keys = out.shape[-2:]  # prefer complete columns, no heads among the queries, then the latest
-        factors = min(possible, key=lambda f: (keys - f.shape[1], f.shape[0] != queries), default=None)
-        known = factors is not None and self._undecided()
-        made_of = [some_queries(part) for part in factors.laid_out(args[0])] if factors and known else [], factors
-        known_weights = {*self._pending, *(w for w, _ in self._met)}
-        self._made_of = {w: m for w, m in self._made_of.items() if w in known_weights} | {self._pending[-1]: made_of}
-
-    def _product(self, args: tuple[Any, ...], out: Tensor) -> None:
-        seen = dict(self._count)
-        super()._product(args, out)
-        if seen == self._count:
-            self._used_again(args, out)
-        if seen == self._count and not out.is_complex():
-            turned = [out, out.mT] if out.shape[-1] == out.shape[-2] else [out]  # scores may be k · q
-            samples = [some_queries(m) for m in turned] if self._undecided() else []
-            unused = [f for f in self._factors if not f.used]
-            self._factors = [*unused[-3:], _Factors(args[0], args[1].mT, out.numel(), out.shape[-2:], samples)]
-            self._operands = [*self._operands[-6:], Memory(args[0]), Memory(args[1])]
-
-    def _undecided(self) -> bool:
-        return any(site.scores_are_products is None for site in self.formats.values())
-
-    def _used_again(self, args: tuple[Any, ...], out: Tensor) -> None:
-        """Ablate a further product of weights already multiplied with V, or of a V already multiplied with weights."""
-        for left, right in (args, (args[1].mT, args[0].mT)):
-            for weights, key in self._spent:
-                if weights.holds(left) and key in self.formats:
-                    if torch.equal(right, right[..., :1, :].expand_as(right)):  # it only sums the weights
-                        self.tokens.sums.add(key)
-                    grouped = by_image_and_head(right, self.batch, self.formats[key].folding)
-                    if grouped is not None:
-                        self.tokens.again[key] = off_device(sketch(grouped))
-                    out.zero_()
-                    return
-            for weights, key in self._cut:
-                if weights.overlaps(left):
-                    self.tokens.parts.add(key)
-                    out.zero_()
-                    return
-            for values, key in self._values:
-                if values.holds(right):
-                    self.tokens.mixed.add(key)
-                    out.zero_()
-                    return
-            for met, path in self._met:
-                if (
-                    path == self._running[-1]
-                    and left.shape[-2:] == met.shape[-2:]
-                    and left.numel() == met.shape.numel()
-                ):
-                    self.tokens.rivals.add((path, self._count[path] - 1))
-
-    def _explicit(self, args: tuple[Any, ...], out: Tensor) -> None:
-        taken = self._take_weights(args)
-        if taken is None:
-            return
-        call, key = taken[0], self._key()
-        met = [*(w.memory for w in call.weights), Memory(call.applied)]
-        self._spent = [*self._spent, *((memory, key) for memory in met)][-32:]
-        cut = [w.memory for w in call.weights if call.part is None and w.shape.numel() > call.applied.numel()]
-        self._cut = [*self._cut, *((memory, key) for memory in cut)][-8:]
-        made = [self._made_of[w] for w in reversed(call.weights) if w in self._made_of]
-        scores, factors = next((m for m in made if m[1] is not None), ([], None))
-        q = k = None
-        if factors is not None and self._are_products(key, scores, factors):
-            factors.used = True
-            q, k = factors.q, factors.k
-            if call.part is not None and q.shape[-2] == call.weights[-1].shape[-2]:
-                q = q[..., call.part, :]
-        result = call.result(out)
-        if call.folded_heads and q is not None and q.shape[:-1] != result.shape[:-1]:
-            q = q.reshape(*result.shape[:-1], -1)
-        self._silence(key, AttentionProduct(result, result.shape[:-1], q, k, call.values))
-
-    def _are_products(self, key: SiteKey, scores: list[Tensor], factors: _Factors) -> bool:
-        """Check that scores are the products, up to a mix of heads and a part that is the same for all images.
-
-        This is assumed until `SiteFormat.decide` has seen two images.
-        """
-        site = self.formats.get(key)
-        if site is None:
-            return True
-        if site.scores_are_products is None:
-            for kept, samples in ((site.scores, scores), (site.products, factors.samples)):
-                by_image = [by_image_and_head(sample, self.batch, site.folding) for sample in samples]
-                known = [t[:2] for t in by_image if t is not None]
-                if len(known) < len(samples):
-                    site.scores_are_products = False
-                kept += map(list, zip(*known, strict=True))
-        return site.scores_are_products is not False
+        product = call.product(self.formats[key].convention if key in self.formats else None)
+        if isinstance(call, ExplicitCall):
+            product = self._products.with_operands(key, call, product)
+        self._silence(key, product)
 
     def _silence(self, key: SiteKey, product: AttentionProduct) -> None:
         """Overwrite the result, and keep sketches of the operands."""
         site = self.formats.get(key)
         self._count[key[0]] = key[1] + 1
-        if any(operand.holds(product.v) for operand in self._operands):
-            self.tokens.mixed.add(key)
-        self._values = [*self._values[-7:], (Memory(product.v), key)]
+        self._products.see_attention(key, product)
         if site is not None:
             self._keep_tokens(key, site, product)
         content = None

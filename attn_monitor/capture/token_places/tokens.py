@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.attention_rows import CallingConvention, Folding
+from attn_monitor.capture.kinds.attention_product import explains_scores
 from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.attention_product import explains_scores
 from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
 
 Call = tuple[str, int]

@@ -1,0 +1,24 @@
+"""List the kinds of attention that are recognised; see `attn_monitor.capture.kinds.kind` for what a kind does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from attn_monitor.capture.kinds.explicit import SOFTMAX, ExplicitAttention
+from attn_monitor.capture.kinds.foreign import ForeignAttention
+from attn_monitor.capture.kinds.fused import FusedAttention
+from attn_monitor.capture.kinds.kind import AttentionKind
+
+KINDS: tuple[type[AttentionKind], ...] = (FusedAttention, ExplicitAttention, ForeignAttention)
+
+
+@functools.lru_cache(maxsize=1024)
+def kind_of(func: Any) -> type[AttentionKind] | None:
+    """Return the kind of attention that calls of an operation concern; None if none."""
+    return next((kind for kind in KINDS if kind.concerns(func)), None)
+
+
+def is_attention_alone(func: Any) -> bool:
+    """Return whether an operation is attention, or its softmax, whatever its arguments are."""
+    return kind_of(func) is FusedAttention or func in SOFTMAX

@@ -134,7 +134,8 @@ def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:
         raise LayerError(
             f"layers={want}: expected {-len(encoder)} to {len(sites) - 1}; this model has {len(sites)} layers{beside}"
         )
-    named = [s.index for s in sites if s.name == want or s.key[0] == want or s.key[0].startswith(f"{want}.")]
+    paths = {s.index: (s.key[0], *s.others) for s in sites}
+    named = [s.index for s in sites if s.name == want or any(f"{p}.".startswith(f"{want}.") for p in paths[s.index])]
     if not named:
         raise LayerError(
             f"layers={want!r}: no attention ran there. Attention ran in: {', '.join(s.name for s in sites)}"

@@ -46,7 +46,7 @@ def _empty_mask(model: nn.Module, images: Tensor) -> Tensor:
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     patches = next((c.kernel_size for c in convolutions if c.kernel_size == c.stride and max(c.kernel_size) > 1), None)
     if patches is None:
-        raise NotImplementedError(f"{type(model).__name__} has no convolution that tells the size of its patches")
+        raise NotImplementedError(f"{type(model).__name__} has no convolution with the size of its patches")
     grid = [size // patch for size, patch in zip(images.shape[2:], patches, strict=True)]
     return torch.zeros(len(images), *grid, dtype=torch.bool, device=images.device)
 

@@ -86,9 +86,10 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         [Ran(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates], dict(model.named_modules())
     )
     parts = {key for site in places.values() for key in site.together}
+    others = _other_paths(model)
     layers = [(c, stack) for c, stack in zip(candidates, stacks, strict=True) if c.key not in parts]
     return tuple(
-        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack)
+        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack, others)
         for index, (candidate, stack) in enumerate(layers)
     )
 
@@ -130,7 +131,22 @@ def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
     return ""
 
 
-def _site(index: int, candidate: Candidate, places: SitePlaces, check: CheckResult | None, stack: str) -> Site:
+def _other_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return, for each module's first path, its further paths: ALBERT's blocks are one module."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return {first: tuple(others) for first, *others in paths.values()}
+
+
+def _site(
+    index: int,
+    candidate: Candidate,
+    places: SitePlaces,
+    check: CheckResult | None,
+    stack: str,
+    others: Mapping[str, tuple[str, ...]],
+) -> Site:
     seen, layout = candidate.seen, places.layout
     compared = isinstance(seen, ObservedRows) and seen.error is not None
     facts: dict[str, Any] = {
@@ -147,6 +163,7 @@ def _site(index: int, candidate: Candidate, places: SitePlaces, check: CheckResu
         "convention": candidate.convention,
         "places": places,
         "overlooked": candidate.overlooked,
+        "others": others.get(candidate.key[0], ()),
         "stack": stack,
     }
     where = f"layer {index} ({site_name(candidate.key)}{'' if candidate.overlooked else f', {seen.op}'})"

@@ -35,6 +35,7 @@ class _Site:
     convention: CallingConvention | None  # of a third-party operation
     places: SitePlaces
     overlooked: bool = False  # it mixes tokens, but no attention was observed in it
+    others: tuple[str, ...] = ()  # further paths of the module, where it is in the model several times
     stack: str = ""  # path of the second stack around it, such as an MAE's decoder; "" in the encoder
 
     @property

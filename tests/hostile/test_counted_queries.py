@@ -169,14 +169,14 @@ def test_naflex_counts_its_patches_alone() -> None:
     (seen,) = record_attention(model, IMAGES, layers=1, query="mean", forward=forward)
     expected = matrix[:, :, :PATCHES].mean(2)[..., :PATCHES].unflatten(-1, GRID)
     torch.testing.assert_close(seen.maps.double(), expected, rtol=1e-3, atol=1e-5)
-    with pytest.raises(QueryError, match="nothing tells which is the CLS token"):
+    with pytest.raises(QueryError, match="none was found to be the CLS token"):
         record_attention(model, IMAGES, layers=1, forward=forward)
     (head,) = record_attention(model, IMAGES, forward=forward)  # the probe of its head
     assert head.prefix_names == tuple(f"token {t}" for t in range(PATCHES, 30))
 
 
 def test_a_padded_token_is_no_cls_token() -> None:
-    with pytest.raises(QueryError, match="nothing tells which is the CLS token"):
+    with pytest.raises(QueryError, match="none was found to be the CLS token"):
         record_attention(made(Model("plain", cls=False, padding=1)), IMAGES)
 
 

@@ -68,7 +68,7 @@ class Rounded(ViT):
 @pytest.mark.parametrize(
     ("core", "arguments", "seen"),
     [
-        (heads_in_queries, {}, "2 of its queries could be the CLS token, [0, 25], and nothing tells which is"),
+        (heads_in_queries, {}, "2 of its queries could be the CLS token, [0, 25]: they change together with cls"),
         (heads_in_queries, {"query": "mean"}, "has more queries (50) than tokens"),
         (with_scores_before, {}, "its scores do not follow from one product of queries and keys"),
         (in_chunks, {"query": "mean"}, "has some of the queries: there is no mean over the tokens here"),

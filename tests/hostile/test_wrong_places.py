@@ -113,7 +113,7 @@ def test_images_that_are_mirrored_or_turned(name: str, linear: bool) -> None:
 
 
 REASONS = (
-    "the order of its keys could not be told",
+    "the order of its keys is not known",
     "no grid of patches",
     "two of its keys change about as much with one another's patch",
     "may not be in one order",

@@ -177,22 +177,24 @@ def _choose_cls(
     if len(tokens) > 1:
         return (
             None,
-            f"{len(tokens)} of its queries could be the CLS token, {sorted(tokens)}, and nothing tells which is",
+            f"{len(tokens)} of its queries could be the CLS token, {sorted(tokens)}: each changes with a parameter of "
+            "its own, and the names of these parameters do not decide between them",
         )
-    several = max((m.queries for m in moved if not m.parameter.is_register), key=len, default=frozenset())
-    if len(several) > 1:
+    several = max((m for m in moved if not m.parameter.is_register), key=lambda m: len(m.queries), default=None)
+    if several is not None and len(several.queries) > 1:
         return None, (
-            f"{len(several)} of its queries could be the CLS token, {sorted(several)}, and nothing tells which is"
+            f"{len(several.queries)} of its queries could be the CLS token, {sorted(several.queries)}: they change "
+            f"together with {several.parameter.path}"
         )
     if before.queries == 1 and 0 not in part:
         return 0, ""  # the only query; `check_outputs` refuses it if its result goes to patches
     if before.q is None:
-        return None, "its scores do not follow from one product of queries and keys, by which queries are told apart"
+        return None, "its scores do not follow from one product of queries and keys, by which queries are distinguished"
     if len(others) == 1 and set(others) <= whole:
         return others[0], ""  # the mean of the patches, as in CLIP's pooling
     return None, (
-        f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and nothing tells which is the "
-        "CLS token: no parameter was found to move one of them alone (registers, padding and pooled tokens are not CLS)"
+        f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and none was found to be the CLS "
+        "token: no parameter changes one of them alone (registers, padding and pooled tokens are not CLS)"
     )
 
 

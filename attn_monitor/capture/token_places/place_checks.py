@@ -96,7 +96,7 @@ def refuse_partial_views(search: PlaceSearch) -> None:
                 search.sites[key].refuse("some of its keys do not change with all parts of their patch")
             elif layout.evidence == "centres" and _in_other_lines(seen[key], layout):
                 search.sites[key].refuse(
-                    "the order of its keys could not be told: some hardly change with the row or the column of patches "
+                    "the order of its keys is not known: some hardly change with the row or the column of patches "
                     "where the centre of what they hold seems to be"
                 )
 

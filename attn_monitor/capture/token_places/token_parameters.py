@@ -55,12 +55,15 @@ class ParameterUses:
         self._at: dict[int, TokenParameter] = {}
         self._used: dict[str, TokenParameter] = {}
         self._excluded: set[str] = set()
+        self._tables: set[str] = set()
         self._locate()
 
     @property
     def tokens(self) -> list[TokenParameter]:
         """Return the parameters that may be tokens, at most ``_MOST``, class tokens by name first, then registers."""
         found = [p for path, p in self._used.items() if path not in self._excluded]
+        if any(p.is_class and p.path not in self._tables for p in found):  # then the row of a table is a label
+            found = [p for p in found if p.path not in self._tables]
         return sorted(found, key=lambda p: (not p.is_class, not p.is_register))[:_MOST]
 
     def note(self, func: Any, args: Sequence[Any]) -> None:
@@ -72,7 +75,10 @@ class ParameterUses:
             found = self._find(operand)
             if found is not None:
                 self._used[found.path] = found
-                if not self._may_be_token(str(func).removeprefix("aten."), operand, args, operands):
+                name = str(func).removeprefix("aten.")
+                if name.startswith(_LOOKUP):
+                    self._tables.add(found.path)
+                if not self._may_be_token(name, operand, args, operands):
                     self._excluded.add(found.path)
 
     def _locate(self) -> None:
@@ -94,9 +100,9 @@ class ParameterUses:
         data = 0 if data is None and "norm" in name else data
         if data is not None:
             return args[data] is operand
-        if name.startswith(_LOOKUP):  # a few rows of a larger table are no token
+        if name.startswith(_LOOKUP):  # all rows of a table, or one for each image; a few of a larger one are no token
             rows, asked = len(operand), next((x for x in operands if not x.is_floating_point()), None)
-            return asked is not None and asked.numel() in (rows, rows * self.batch)
+            return asked is not None and asked.numel() in (rows, rows * self.batch, 1, self.batch)
         if name.startswith(_BESIDE):
             return operand.ndim > 1 or not name.startswith("cat")  # biases of q, k and v are concatenated too
         return all(other.numel() <= operand.numel() for other in operands)

@@ -19,16 +19,6 @@ Folding = Literal["batch first", "heads first"]
 """The order of batch and heads where they share one dimension: (B·H, …) or (H·B, …)."""
 
 
-class CallingConvention(NamedTuple):
-    """Describe how a third-party attention kernel takes its arguments and lays out its result."""
-
-    packed_dim: int  # the dimension of length 3 that holds q, k and v; -1 where they are separate tensors
-    tokens_first: bool  # (B, N, H, D), else (B, H, N, D)
-    scale: float
-    causal: bool
-    heads_first_out: bool  # the result is (B, H, N, D), else (B, N, H, D)
-
-
 _CHUNK = 64  # queries per chunk: memory stays O(tokens)
 
 

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.attention_rows import CallingConvention, Folding
+from attn_monitor.capture.attention_rows import Folding
+from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.kinds.kind import AttentionCall, Operation
+from attn_monitor.capture.kinds.unwritten_memory import UnwrittenMemory
 from attn_monitor.capture.observation import Observation, ObservedRows, RefusedObservation, SiteKey
 from attn_monitor.capture.observer import AttentionObserver
 from attn_monitor.capture.token_places.random_projections import (
@@ -38,13 +42,33 @@ class Candidate:
     overlooked: bool = False  # it mixes tokens, but no attention was observed in it
     sums_rows: bool = False  # a channel of V is constant over keys, so that row·V contains each row's sum
 
-    @property
-    def convention(self) -> CallingConvention | None:
-        """Return the calling convention if a third-party operation was read, else None."""
-        return self.seen.convention if isinstance(self.seen, ObservedRows) else None
+
+class DiscoveringObserver(AttentionObserver):
+    """Observe a forward of which nothing is known; see `AttentionObserver`.
+
+    Attributes:
+        memory: What unseen kernels leave.
+    """
+
+    discovers = True
+
+    def __init__(self, report: Callable[[SiteKey, Observation], None], images: Tensor) -> None:
+        super().__init__(report, lambda key: 0, images=images, queries=(0,))
+        self.memory = UnwrittenMemory()
+
+    @errors_from("monitor")
+    def _dispatched(self, operation: Operation) -> Any:
+        self.memory.used(operation)
+        out = super()._dispatched(operation)
+        self.memory.allocated(operation, out, self.state.path)
+        return out
+
+    def _attended(self, call: AttentionCall) -> None:
+        self.memory.written(call.product().out)
+        super()._attended(call)
 
 
-def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[list[Candidate], AttentionObserver]:
+def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[list[Candidate], DiscoveringObserver]:
     """Observe every site on noise images.
 
     The three images run as one batch, which shows how operations order heads and images. If only one image is given
@@ -73,8 +97,8 @@ def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[l
 
 def _observe(
     model: nn.Module, noise: Tensor, forward: Forward, report: Callable[[SiteKey, Observation], None]
-) -> AttentionObserver:
-    observer = AttentionObserver(report, lambda key: 0, images=noise, queries=(0,))
+) -> DiscoveringObserver:
+    observer = DiscoveringObserver(report, noise)
     run_forward(model, noise, forward, observer, model.named_modules())
     return observer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, CallingConvention, Folding, Regrouped, regroup
+from attn_monitor.capture.attention_rows import AttentionSource, Folding, Regrouped, regroup
 from attn_monitor.capture.checked_rows import CheckedRows
 
 SiteKey = tuple[str, int]
@@ -45,7 +45,6 @@ class ObservedRows(_Operation):
         tolerance: The largest error that counts as agreement, for ``error_of_all`` too.
         error_of_all: The same for the rows that statistics over many queries use; None if there are none.
         mixed: Whether the applied weights differ from the softmax (talking heads, gates); None for fused operations.
-        convention: That of a third-party operation.
     """
 
     rows: Tensor
@@ -53,7 +52,6 @@ class ObservedRows(_Operation):
     tolerance: float = 0.0
     error_of_all: Tensor | None = None
     mixed: Tensor | None = None
-    convention: CallingConvention | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

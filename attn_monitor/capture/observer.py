@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from attn_monitor.capture import kinds
-from attn_monitor.capture.attention_rows import CallingConvention, Query
+from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.error_origin import errors_from, is_monitor_error
-from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, ForwardState, Operation
+from attn_monitor.capture.kinds.functions import observed_functions
+from attn_monitor.capture.kinds.kernels import kernel_call
+from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, ForwardState, Operation, receives_no_context
 from attn_monitor.capture.kinds.memory import Memory
 from attn_monitor.capture.observation import Observation, RefusedObservation, SiteKey
 from attn_monitor.capture.patch_grids import PatchConv
@@ -42,11 +45,12 @@ class AttentionObserver(TorchDispatchMode):
         last: The site after which the forward can be left; None to run to its end.
         known: All sites, to detect attention elsewhere, which sets ``beyond``. If given, the forward goes on to the
             next attention after ``last``.
-        conventions: Known calling conventions of third-party operations.
         logits: Keep each query's largest score, which explicit attention has only before its softmax.
     """
 
     supports_higher_order_operators = True
+    discovers = False
+    """Whether attention may be found that earlier forwards have not shown."""
 
     def __init__(
         self,
@@ -58,12 +62,11 @@ class AttentionObserver(TorchDispatchMode):
         verify: bool = True,
         last: SiteKey | None = None,
         known: Collection[SiteKey] = (),
-        conventions: Mapping[SiteKey, CallingConvention] | None = None,
         logits: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.conventions, self.known = conventions or {}, known
+        self.known = known
         self.passed_last, self.beyond = False, False
         self.stopped = False  # the forward was left; nothing more is observed if the model continues
         self.batch, self.channels, *self.size = images.shape
@@ -76,6 +79,7 @@ class AttentionObserver(TorchDispatchMode):
         self._thread = threading.get_ident()
         self.entered: dict[str, int] = {}  # number of attentions before a module's first call
         self._count: dict[str, int] = {}
+        self._examines = False  # an autograd function, which runs again meanwhile
         self.state = ForwardState(len(images), queries, logits)
         self._kinds: dict[type[AttentionKind], AttentionKind] = {kind: kind(self.state) for kind in kinds.KINDS}
 
@@ -86,6 +90,7 @@ class AttentionObserver(TorchDispatchMode):
         """
         stack = ExitStack()
         stack.callback(self._unwind)
+        stack.enter_context(observed_functions(self._function, known=not self.discovers))
         for path, module in modules:
             if path == "":
                 self._enter(path)()
@@ -164,6 +169,33 @@ class AttentionObserver(TorchDispatchMode):
             self.quantised = True
         return out
 
+    def _function(self, cls: type[Function], forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run the forward of an autograd function; it is attention itself if none is seen among its operations."""
+        if threading.get_ident() != self._thread or not self.state.modules or self._examines or self.stopped:
+            return forward(*args)
+        before = dict(self._count)
+        out = forward(*args)
+        if self._count != before or self.failure is not None:
+            return out
+        given = args if receives_no_context(cls) else args[1:]
+        self._examines = True
+        try:
+            with _disable_current_modes():  # what is computed here is not the model's
+                self._see_function(Operation(cls, given, {}), out)
+        except Exception as error:
+            if not is_monitor_error(error):
+                raise
+            self.failure = error
+        finally:
+            self._examines = False
+        return out
+
+    @errors_from("monitor")
+    def _see_function(self, operation: Operation, out: Any) -> None:
+        call = kernel_call(operation, out)
+        if call is not None:
+            self._attended(call)
+
     def _nested(self, operation: Operation) -> Any:
         """Refuse attention on nested tensors, whose rows have different lengths."""
         out = operation.run()
@@ -182,7 +214,7 @@ class AttentionObserver(TorchDispatchMode):
         key = self._key()
         query, seen = self.query(key), None
         if query is not None:
-            seen = call.read(query, verify=self.verify, convention=self.conventions.get(key))
+            seen = call.read(query, verify=self.verify)
             seen = replace(seen, scope=common_path([key[0], *call.paths]))
         self._finish(key, seen)
 

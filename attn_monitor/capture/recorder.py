@@ -335,7 +335,6 @@ class AttentionRecorder:
             verify=verify,
             last=plan.last,
             known=plan.known,
-            conventions={k: p.site.convention for k, p in plan.sites.items() if p.site.convention is not None},
             logits=self.logits,
         )
         with ExitStack() as stack:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, default_forward
 from attn_monitor.capture.isolation import model_device_dtype
-from attn_monitor.capture.noise_look import IMAGES, Candidate, look_at_noise
+from attn_monitor.capture.noise_look import IMAGES, Candidate, DiscoveringObserver, look_at_noise
 from attn_monitor.capture.observation import ObservedRows, RefusedObservation, SiteKey
 from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
@@ -52,17 +52,9 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             f"{type(model).__name__} runs {observer.elsewhere} in a thread of its own, where its operations cannot be "
             "seen. Pass a forward=lambda model, images: ... that stays in the thread that it is called in"
         )
-    if not candidates:
-        hint = (
-            "batched products, none of them of a softmax over the last dimension with values"
-            if observer.state.products
-            else "no batched product in its own thread"
-        )
-        raise NoAttentionError(
-            f"no attention was observed in {type(model).__name__}: its forward ran {hint}. If it has attention, use "
-            "F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V by @"
-        )
-    candidates = _with_overlooked(model, images, forward, candidates, observer.entered)
+    candidates = _with_overlooked(model, images, forward, candidates, observer)
+    if all(candidate.overlooked for candidate in candidates):
+        raise _no_attention(model, candidates, observer.state.products)
     read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
     checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
@@ -73,7 +65,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             model,
             images,
             forward,
-            {c.key: SiteFormat(c.folding, c.convention, checks[c.key].kind == "distribution") for c in global_sites},
+            {c.key: SiteFormat(c.folding, checks[c.key].kind == "distribution") for c in global_sites},
             keys=first.seen.keys,
             moving={c.key: c.moving for c in global_sites},
             convs=observer.convs,
@@ -88,23 +80,56 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     parts = {key for site in places.values() for key in site.together}
     others = _other_paths(model)
     layers = [(c, stack) for c, stack in zip(candidates, stacks, strict=True) if c.key not in parts]
+    for index, (candidate, _) in enumerate(layers):
+        if candidate.overlooked:  # it mixes tokens in the forwards that ask for places too
+            for later, _ in layers[index + 1 :]:
+                if later.key in places and places[later.key].layout is None:
+                    where = f"layer {index} ({site_name(candidate.key)})"
+                    places[later.key].reason = f"its tokens are mixed before, by {where}, which cannot be ablated"
     return tuple(
         _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack, others)
         for index, (candidate, stack) in enumerate(layers)
     )
 
 
+def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], products: int) -> NoAttentionError:
+    """Return the error for a model in which no attention was observed."""
+    name = type(model).__name__
+    if overlooked:
+        paths = [site_name(candidate.key) for candidate in overlooked]
+        listed = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} modules"
+        return NoAttentionError(f"no attention was observed in {name}: {listed} {_UNSEEN_KERNEL}")
+    ran = "batched products, none of them of a softmax over the last dimension with values"
+    return NoAttentionError(
+        f"no attention was observed in {name}: its forward ran {ran if products else 'no batched product'}. If it has "
+        "attention, use F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V "
+        "by @"
+    )
+
+
+_UNSEEN_KERNEL = (
+    "mixes tokens in a kernel that PyTorch's dispatcher does not see (Triton, CuTe or a C++ extension). Use "
+    'F.scaled_dot_product_attention, or what the library has for it, such as attn_implementation="sdpa" or '
+    "XFORMERS_DISABLED=1"
+)
+
+
 def _with_overlooked(
-    model: nn.Module, images: Tensor, forward: Forward, seen: Sequence[Candidate], entered: Mapping[str, int]
+    model: nn.Module,
+    images: Tensor,
+    forward: Forward,
+    seen: Sequence[Candidate],
+    observer: DiscoveringObserver,
 ) -> list[Candidate]:
-    """Add sibling modules that mix tokens in unrecognised operations, in order of execution."""
-    by_path = {c.seen.scope: c for c in reversed(seen)}
-    others = overlooked(model, noise_images(images, 1), forward, by_path, entered)
+    """Add modules that mix tokens in unseen kernels, or like siblings with attention, in order of execution."""
+    by_path, entered, kernels = {c.seen.scope: c for c in reversed(seen)}, observer.entered, observer.memory.kernels
+    others = overlooked(model, noise_images(images, 1), forward, by_path, entered, kernels)
     found = list(enumerate(seen))
-    for path in others:
-        like = by_path[others[path]].seen
-        shape: dict[str, Any] = {name: getattr(like, name) for name in ("batch", "heads", "queries", "keys")}
-        observation = RefusedObservation(op="not recognised", scope=path, reason="it is not recognised", **shape)
+    for path, sibling in others.items():
+        like = by_path[sibling].seen if sibling else None
+        shape = {name: getattr(like, name, 0) for name in ("batch", "heads", "queries", "keys")}
+        op = "not seen" if path in kernels else "not recognised"
+        observation = RefusedObservation(op=op, scope=path, reason=f"it is {op}", **shape)
         found.append((entered[path] - 1, Candidate((path, 0), observation, overlooked=True)))
     return [candidate for _, candidate in sorted(found, key=lambda one: one[0])]
 
@@ -160,7 +185,6 @@ def _site(
         "error": check.error if check is not None and compared else None,
         "folding": candidate.folding,
         "scope": seen.scope,
-        "convention": candidate.convention,
         "places": places,
         "overlooked": candidate.overlooked,
         "others": others.get(candidate.key[0], ()),
@@ -178,6 +202,8 @@ def _site(
 
 def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> AttentionError | None:
     """Return why a site is unsupported whatever its token layout; None if it is supported."""
+    if candidate.overlooked and candidate.seen.op == "not seen":
+        return UnsupportedAttentionError(f"{where} {_UNSEEN_KERNEL}")
     if candidate.overlooked:
         return UnsupportedAttentionError(
             f"{where} mixes tokens in an operation that is not recognised as attention; use "

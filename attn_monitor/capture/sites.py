@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_monitor.capture.attention_rows import CallingConvention, Folding
+from attn_monitor.capture.attention_rows import Folding
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.token_places.layout import TokenLayout
 from attn_monitor.capture.token_places.site_places import SitePlaces
@@ -32,7 +32,6 @@ class _Site:
     error: float | None  # relative difference between row·V and the model's own output; None if not compared
     folding: Folding | None  # of batch and heads, if they are folded or swapped
     scope: str  # path of the innermost module around all of it
-    convention: CallingConvention | None  # of a third-party operation
     places: SitePlaces
     overlooked: bool = False  # it mixes tokens, but no attention was observed in it
     others: tuple[str, ...] = ()  # further paths of the module, where it is in the model several times

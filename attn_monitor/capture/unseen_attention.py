@@ -5,7 +5,7 @@ Layers are numbered in order of execution, so an overlooked layer would shift th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,11 +20,18 @@ from attn_monitor.capture.isolation import isolated_forward
 
 
 def overlooked(
-    model: nn.Module, images: Tensor, forward: Forward, seen: Iterable[str], entered: Iterable[str]
+    model: nn.Module,
+    images: Tensor,
+    forward: Forward,
+    seen: Iterable[str],
+    entered: Iterable[str],
+    kernels: Collection[str],
 ) -> dict[str, str]:
     """Find modules that mix tokens without observed attention and have a sibling with attention.
 
-    A sibling is a module of the same class with a path that differs in one name: a list index or an attribute.
+    A sibling is a module of the same class with a path that differs in one name: a list index or an attribute. Where a
+    module runs an unseen kernel, it is enough that a module around it is a sibling of one around attention, or that no
+    attention was observed at all.
 
     Args:
         model: The model, left as it was found.
@@ -32,14 +39,18 @@ def overlooked(
         forward: How to call the model.
         seen: Paths of modules in which attention was observed.
         entered: Paths of modules that ran.
+        kernels: Paths of modules in which a kernel ran that the dispatcher does not see.
 
     Returns:
-        The path of each such module, mapped to the path of its sibling.
+        The path of each such module, mapped to the path of its sibling, or "" if it has none.
     """
     modules, seen = dict(model.named_modules()), list(dict.fromkeys(seen))
     suspects: dict[str, str] = {}
     for path in entered:
-        like = next((other for other in seen if _are_siblings(path, other, modules)), None)
+        related = _are_related if path in kernels else _are_siblings
+        like = next((other for other in seen if related(path, other, modules)), None)
+        if not seen and path in kernels:
+            like = ""
         if like is not None and not any(_is_around(path, other) or _is_around(other, path) for other in seen):
             suspects[path] = like
     if not suspects:
@@ -47,7 +58,7 @@ def overlooked(
     mixing: set[str] = set()
     with isolated_forward(model), ExitStack() as stack:
         for path in suspects:
-            hook = _ask(path, mixing)
+            hook = _ask(path, mixing, 1 if path in kernels else 2)
             # Other hooks may free the module's parameters or change its results.
             stack.enter_context(modules[path].register_forward_hook(hook, with_kwargs=True, prepend=True))
         forward(model, images)
@@ -63,23 +74,32 @@ def _are_siblings(path: str, other: str, modules: Mapping[str, nn.Module]) -> bo
     return differing == 1 and not isinstance(modules[path], (CONTAINERS, torch.jit.ScriptModule))
 
 
+def _are_related(path: str, other: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether two modules are siblings, or are in modules that are."""
+    a, b = path.split("."), other.split(".")
+    return any(_are_siblings(".".join(a[:n]), ".".join(b[:n]), modules) for n in range(1, min(len(a), len(b)) + 1))
+
+
 def _is_around(path: str, other: str) -> bool:
     return path in ("", other) or other.startswith(f"{path}.")
 
 
-def _ask(path: str, mixing: set[str]) -> Callable[..., None]:
-    """Return a forward hook that calls the module's forward again with single tokens changed."""
+def _ask(path: str, mixing: set[str], axis: int) -> Callable[..., None]:
+    """Return a forward hook that calls the module's forward again with single tokens changed, see `_mixes_tokens`."""
 
     @errors_from("monitor")
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        if path not in mixing and _mixes_tokens(module, args, kwargs):
+        if path not in mixing and _mixes_tokens(module, args, kwargs, axis):
             mixing.add(path)
 
     return hook
 
 
-def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether changing one token of the arguments changes the result of another token."""
+def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> bool:
+    """Return whether changing one token of the arguments changes the result of another token.
+
+    In four dimensions, tokens are along those from ``axis`` to 2, as in (B, H, N, D) and (B, N, H, D).
+    """
     given, spec = tree_flatten((args, kwargs))
 
     def results(values: list[Any]) -> list[Tensor]:
@@ -92,7 +112,7 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if [t.shape for t in plain] != [t.shape for t in repeated]:
         return False
     chance = [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(plain, repeated, strict=True)]
-    for number, dim, token in _tokens_of(given):
+    for number, dim, token in _tokens_of(given, axis):
         changed = list(given)
         changed[number] = _with_other_token(given[number], dim, token)
         for before, after, by_chance in zip(plain, results(changed), chance, strict=True):
@@ -109,15 +129,15 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return False
 
 
-def _tokens_of(given: list[Any]) -> Iterator[tuple[int, int, int]]:
+def _tokens_of(given: list[Any], axis: int) -> Iterator[tuple[int, int, int]]:
     """Yield (tensor's number, dimension, index) of the first and last token of each tensor that may hold tokens.
 
-    Treating the batch as tokens is harmless, because images do not mix. In four dimensions, rows count as tokens.
+    Treating the batch as tokens is harmless, because images do not mix.
     """
     for number, value in enumerate(given):
         if not isinstance(value, Tensor) or not value.is_floating_point() or not 2 <= value.ndim <= 4:
             continue
-        for dim in (2,) if value.ndim == 4 else range(value.ndim - 1):
+        for dim in range(axis, 3) if value.ndim == 4 else range(value.ndim - 1):
             if value.shape[dim] > 1:
                 yield number, dim, 0
                 yield number, dim, value.shape[dim] - 1

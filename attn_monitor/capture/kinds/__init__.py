@@ -6,11 +6,11 @@ import functools
 from typing import Any
 
 from attn_monitor.capture.kinds.explicit import SOFTMAX, ExplicitAttention
-from attn_monitor.capture.kinds.foreign import ForeignAttention
 from attn_monitor.capture.kinds.fused import FusedAttention
+from attn_monitor.capture.kinds.kernels import KernelAttention
 from attn_monitor.capture.kinds.kind import AttentionKind
 
-KINDS: tuple[type[AttentionKind], ...] = (FusedAttention, ExplicitAttention, ForeignAttention)
+KINDS: tuple[type[AttentionKind], ...] = (FusedAttention, ExplicitAttention, KernelAttention)
 
 
 @functools.lru_cache(maxsize=1024)

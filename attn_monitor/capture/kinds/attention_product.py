@@ -22,7 +22,6 @@ class AttentionProduct:
         q: Queries (…, Q, D), None where the scores are not known to be products of queries and keys.
         k: Keys (…, K, D), None likewise.
         v: Values (…, K, D).
-        heads_first: Whether ``out`` has its heads before its tokens, as ``lead`` does.
     """
 
     out: Tensor
@@ -30,7 +29,6 @@ class AttentionProduct:
     q: Tensor | None
     k: Tensor | None
     v: Tensor
-    heads_first: bool = True
 
     @property
     def width(self) -> int:
@@ -75,7 +73,7 @@ class AttentionProduct:
         if content is None:
             self.out.zero_()
         else:
-            self.out.copy_((content if self.heads_first else content.transpose(1, 2)).reshape(self.out.shape))
+            self.out.copy_(content.reshape(self.out.shape))
 
 
 def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import CallingConvention, Chunk, Query, chunks_of, widen
+from attn_monitor.capture.attention_rows import Chunk, Query, chunks_of, widen
 from attn_monitor.capture.kinds.attention_product import AttentionProduct
 from attn_monitor.capture.kinds.kind import (
     AttentionCall,
@@ -155,7 +155,7 @@ class ExplicitCall(AttentionCall):
         """Return the paths of the modules in which the softmaxes ran."""
         return tuple(w.path for w in self.weights)
 
-    def read(self, query: Query, *, verify: bool, convention: CallingConvention | None = None) -> Observation:
+    def read(self, query: Query, *, verify: bool) -> Observation:
         """Read rows of the operand that meets V, softmax or not; compare them with the product."""
         batch, heads, queries, keys = self._shape
         shape: dict[str, Any] = {
@@ -172,7 +172,7 @@ class ExplicitCall(AttentionCall):
         output = self._result().reshape(batch, heads, queries, -1) if verify else None
         return replace(read_rows(self, values, output, query, shape), mixed=_is_mixed(self, query))
 
-    def product(self, convention: CallingConvention | None = None) -> AttentionProduct:
+    def product(self) -> AttentionProduct:
         """Return V and the result; queries and keys are not known here."""
         result = self._result()
         return AttentionProduct(result, result.shape[:-1], None, None, self.values)

@@ -6,12 +6,12 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import CallingConvention, Chunk, Query, chunks_of, widen
+from attn_monitor.capture.attention_rows import Chunk, Query, chunks_of, widen
 from attn_monitor.capture.kinds.attention_product import AttentionProduct
 from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
 from attn_monitor.capture.observation import Observation, RefusedObservation
@@ -23,15 +23,14 @@ class FusedAttention(AttentionKind):
     @staticmethod
     def concerns(func: Any) -> bool:
         """Return whether the operation is one of the backends, on (B, H, N, D)."""
-        return "_scaled_dot_product_" in str(func)
+        return "_scaled_dot_product_" in str(func) and "backward" not in str(func)
 
     def run(self, operation: Operation) -> tuple[Any, FusedCall]:
         """Run the operation, whose arguments are read by their names in its schema."""
-        given = zip(_argument_names(operation.func), operation.args, strict=False)
-        named = {**dict(given), **operation.kwargs}
+        named = operation.named
         out = operation.run()
         call = FusedCall(
-            op=str(operation.func),
+            op=operation.name,
             q=named["query"],
             k=named["key"],
             v=named["value"],
@@ -40,13 +39,33 @@ class FusedAttention(AttentionKind):
             causal=bool(named.get("is_causal")),
             scale=named.get("scale"),
         )
-        return out, call
+        return out, split_images(call, self.state.images)
 
 
-@functools.lru_cache(maxsize=256)
-def _argument_names(func: Any) -> tuple[str, ...]:
-    schema = getattr(func, "_schema", None)
-    return tuple(a.name for a in schema.arguments) if schema is not None else ()
+def split_images(call: FusedCall, images: int) -> FusedCall:
+    """Give a batch dimension to images that are packed into one sequence, where a mask keeps them apart."""
+    tokens, bias = call.q.shape[-2], call.bias
+    packed = images > 1 and call.q.ndim == 4 and call.q.shape[0] == 1 and tokens == call.k.shape[-2]
+    if bias is None or not packed or tokens % images or bias.shape[-2:] != (tokens, tokens):
+        return call
+    visible = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
+    blocks = visible.unflatten(-1, (images, -1)).unflatten(-3, (images, -1)).any(-1).any(-2)  # (…, images, images)
+    if bool((blocks & ~torch.eye(images, dtype=torch.bool, device=blocks.device)).any()):
+        return call
+    q, k, v, result = (t[0].unflatten(1, (images, -1)).transpose(0, 1) for t in (call.q, call.k, call.v, call.result))
+    of_images = bias.expand(1, *bias.shape[-3:] if bias.ndim > 2 else (1, *bias.shape))[0]  # (1 or H, T, T)
+    apart = of_images.unflatten(-1, (images, -1)).unflatten(1, (images, -1)).diagonal(dim1=1, dim2=3)
+    return replace(call, q=q, k=k, v=v, result=result, bias=apart.permute(3, 0, 1, 2))
+
+
+class CallingConvention(NamedTuple):
+    """Describe how a third-party attention kernel takes its arguments and lays out its result."""
+
+    packed_dim: int  # the dimension of length 3 that holds q, k and v; -1 where they are separate tensors
+    tokens_first: bool  # (B, N, H, D), else (B, H, N, D)
+    scale: float
+    causal: bool
+    heads_first_out: bool  # the result is (B, H, N, D), else (B, N, H, D)
 
 
 @dataclass
@@ -58,12 +77,15 @@ class FusedCall(AttentionCall):
         q: Queries, (B, H, Q, D).
         k: Keys, (B, H, K, D), with fewer heads where queries are grouped.
         v: Values, likewise.
-        result: What the operation returned.
+        result: What the operation returned, (B, H, Q, D), in the memory that the model reads.
         bias: Added to the scores, or False where a key is masked.
         causal: Whether each query sees only the keys up to its own index.
         scale: Factor of q·k; None for 1/√D.
-        heads_first: Whether the result is (B, H, N, D), else (B, N, H, D).
-        convention: That of a third-party operation.
+        window: How many keys before and after its own index a query sees, -1 for all.
+        softcap: Scores are softcap · tanh(score / softcap); 0 for none.
+        alibi: (H,) or (B, H), slopes of a bias that falls with the distance between query and key.
+        sinks: (H,) scores of a further column that takes part in the softmax and meets no V.
+        convention: That of a kernel whose layout had to be found.
     """
 
     op: str
@@ -74,11 +96,14 @@ class FusedCall(AttentionCall):
     bias: Tensor | None = None
     causal: bool = False
     scale: float | None = None
-    heads_first: bool = True
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: Tensor | None = None
+    sinks: Tensor | None = None
     convention: CallingConvention | None = None
     _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # scores of one query
 
-    def read(self, query: Query, *, verify: bool, convention: CallingConvention | None = None) -> Observation:
+    def read(self, query: Query, *, verify: bool) -> Observation:
         """Read rows and compare them with the result, see `AttentionCall.read`."""
         if self.q.ndim != 4:
             reason = f"its q has {self.q.ndim} dimensions, not (batch, heads, tokens, channels)"
@@ -95,22 +120,22 @@ class FusedCall(AttentionCall):
         reason = unreadable(query, queries, self.q, self.k, self.v)
         if reason:
             return RefusedObservation(**shape, reason=reason)
-        return read_rows(self, self.v, self._output() if verify else None, query, shape)
+        return read_rows(self, self.v, self.result if verify else None, query, shape)
 
-    def product(self, convention: CallingConvention | None = None) -> AttentionProduct:
+    def product(self) -> AttentionProduct:
         """Return the operands and the result."""
-        return AttentionProduct(self.result, self.q.shape[:-1], self.q, self.k, self.v, self.heads_first)
+        return AttentionProduct(self.result, self.q.shape[:-1], self.q, self.k, self.v)
 
     def row(self, query: int) -> Tensor:
         """Return one query's attention weights, (B, H, K)."""
-        return self._scores_of(query).softmax(-1)[:, :, 0]
+        return self._weights(self._scores_of(query))[:, :, 0]
 
     def chunks(self, *, logits: bool = False) -> Iterator[Chunk]:
         """Yield the rows of all queries in chunks."""
         laid_out = replace(self, k=self._keys.contiguous())  # copy once instead of in every chunk's product
         for queries in chunks_of(self.q.shape[2]):
             scores = laid_out._scores(slice(queries.start, queries.stop))
-            yield Chunk(queries, scores.softmax(-1), scores.amax(-1) if logits else None)
+            yield Chunk(queries, self._weights(scores), scores.amax(-1) if logits else None)
 
     def largest_logit(self, query: int) -> Tensor:
         """Return one query's largest logit, (B, H)."""
@@ -134,17 +159,30 @@ class FusedCall(AttentionCall):
         q = q * scale
         # For a single query compute k · q: q · kᵀ would copy and transpose the keys of several images.
         scores = (k @ q.mT).mT if q.shape[2] == 1 else q @ k.mT  # (B, H, queries, K)
+        if self.softcap:
+            scores = self.softcap * (scores / self.softcap).tanh()
         if self.bias is not None:
             bias = self.bias[..., queries, :] if self.bias.ndim > 1 and self.bias.shape[-2] > 1 else self.bias
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        if self.causal:
-            index = torch.arange(self.q.shape[2], device=q.device)[queries]
-            scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > index[:, None], -math.inf)
-        return scores
+        if not self.causal and self.window == (-1, -1) and self.alibi is None:
+            return scores
+        distance = self._distances(queries)
+        if self.alibi is not None:
+            scores = scores - self.alibi.reshape(-1, scores.shape[1], 1, 1) * distance.abs()
+        left, right = self.window
+        hidden = distance > 0 if self.causal else distance != distance
+        hidden = hidden | (distance < -left if left >= 0 else False) | (distance > right if right >= 0 else False)
+        return scores.masked_fill(hidden, -math.inf)
 
-    def _output(self) -> Tensor:
-        """View the operation's own result as (B, H, Q, D)."""
-        batch, heads, length, _ = self.q.shape
-        if self.heads_first:
-            return self.result.reshape(batch, heads, length, -1)
-        return self.result.reshape(batch, length, heads, -1).transpose(1, 2)
+    def _distances(self, queries: slice) -> Tensor:
+        """Return how far each key is behind each query, (queries, K); the last query is at the last key in kernels."""
+        keys = torch.arange(self.k.shape[2], device=self.q.device)
+        index = torch.arange(self.q.shape[2], device=self.q.device)[queries]
+        return keys - index[:, None] - (self.k.shape[2] - self.q.shape[2] if self.convention is not None else 0)
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """Return the softmax of scores (B, H, queries, K), in which sinks take part."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]

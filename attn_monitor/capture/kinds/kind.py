@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, CallingConvention, Query
+from attn_monitor.capture.attention_rows import AttentionSource, Query
 from attn_monitor.capture.checked_rows import CheckedRows
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.kinds.attention_product import AttentionProduct
@@ -23,7 +25,7 @@ from attn_monitor.capture.tolerance import tolerance
 
 @dataclass(frozen=True)
 class Operation:
-    """Hold an operation that the model has dispatched, and its arguments."""
+    """Hold an operation that the model has dispatched, or a `torch.autograd.Function`, and its arguments."""
 
     func: Any
     args: tuple[Any, ...]
@@ -32,7 +34,8 @@ class Operation:
     @errors_from("model")
     def run(self) -> Any:
         """Run the operation."""
-        return self.func(*self.args, **self.kwargs)
+        call = self.func.apply if isinstance(self.func, type) else self.func  # type: ignore[attr-defined]
+        return call(*self.args, **self.kwargs)
 
     @errors_from("model")
     def run_in_parts(self) -> Any:
@@ -40,6 +43,53 @@ class Operation:
         if not isinstance(self.func, torch._ops.OpOverload):
             return NotImplemented
         return self.func.decompose(*self.args, **self.kwargs)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the operation, or the path of the class."""
+        return f"{self.func.__module__}.{self.func.__qualname__}" if isinstance(self.func, type) else str(self.func)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by name; those without one are named by number."""
+        return {**dict(zip(self._names, self.args, strict=False)), **self.kwargs}
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Return the names of the arguments that the operation writes to."""
+        return _written(self.func)
+
+    def with_arguments(self, named: Mapping[str, Any]) -> Operation:
+        """Return the operation with other arguments of the same names."""
+        args = tuple(named[name] for name in self._names[: len(self.args)])
+        return Operation(self.func, args, {name: named[name] for name in self.kwargs})
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        known = _argument_names(self.func)
+        return *known, *map(str, range(len(known), len(self.args)))
+
+
+@functools.lru_cache(maxsize=256)
+def _argument_names(func: Any) -> tuple[str, ...]:
+    if hasattr(func, "_schema"):
+        return tuple(a.name for a in func._schema.arguments)
+    if not isinstance(func, type):
+        return ()
+    parameters = inspect.signature(func.forward).parameters.values()  # type: ignore[attr-defined]
+    names = tuple(p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
+    return names if receives_no_context(func) else names[1:]
+
+
+def receives_no_context(function: Any) -> bool:
+    """Return whether the forward of an autograd function takes the arguments of `apply` alone."""
+    return function.setup_context is not torch.autograd.Function.setup_context
+
+
+@functools.lru_cache(maxsize=256)
+def _written(func: Any) -> tuple[str, ...]:
+    arguments = func._schema.arguments if hasattr(func, "_schema") else ()
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @dataclass
@@ -73,17 +123,11 @@ class AttentionCall(ABC):
     """Paths of other modules in which a part of it ran."""
 
     @abstractmethod
-    def read(self, query: Query, *, verify: bool, convention: CallingConvention | None) -> Observation:
-        """Read the row of one query, or the mean over several.
-
-        Args:
-            query: The query.
-            verify: Compare row·V with the result.
-            convention: That of a third-party operation, if it is known already.
-        """
+    def read(self, query: Query, *, verify: bool) -> Observation:
+        """Read the row of one query, or the mean over several; ``verify`` compares row·V with the result."""
 
     @abstractmethod
-    def product(self, convention: CallingConvention | None) -> AttentionProduct:
+    def product(self) -> AttentionProduct:
         """Return the operands, and the result to be overwritten."""
 
     def returned(self, out: Any) -> Any:

@@ -47,7 +47,7 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
         False where a token changes that should not, or tokens do not follow the order of their patches.
     """
     readable = [site for site in sites if isinstance(site, ReadableSite)]
-    formats = {site.key: SiteFormat(site.folding, site.convention) for site in readable}
+    formats = {site.key: SiteFormat(site.folding) for site in readable}
     silent_model = SilentModel(model, forward, formats, set(), images.device, min(len(images), 8))
     images = images.cpu()
     by_conv: dict[PatchConv, list[ReadableSite]] = {}

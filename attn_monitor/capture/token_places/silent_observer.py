@@ -144,7 +144,7 @@ class SilentObserver(AttentionObserver):
 
     def _attended(self, call: AttentionCall) -> None:
         key = self._key()
-        product = call.product(self.formats[key].convention if key in self.formats else None)
+        product = call.product()
         if isinstance(call, ExplicitCall):
             product = self._products.with_operands(key, call, product)
         self._silence(key, product)

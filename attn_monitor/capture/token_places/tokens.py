@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import CallingConvention, Folding
+from attn_monitor.capture.attention_rows import Folding
 from attn_monitor.capture.kinds.attention_product import explains_scores
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
@@ -25,7 +25,6 @@ class SiteFormat:
 
     Attributes:
         folding: How batch and heads are folded into one axis, None where they are not.
-        convention: How a kernel from outside PyTorch takes its arguments, None for other attention.
         sums_to_1: Whether each row of the weights sums to 1.
         mark_strength: Standard deviation of the marks in its results, None before the first ones.
         scores_are_products: Whether scores are products of queries and keys; None until two images have shown it.
@@ -34,7 +33,6 @@ class SiteFormat:
     """
 
     folding: Folding | None
-    convention: CallingConvention | None
     sums_to_1: bool = True
     mark_strength: float | None = None
     scores_are_products: bool | None = None

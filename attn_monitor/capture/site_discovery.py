@@ -101,7 +101,7 @@ def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], products: i
         return NoAttentionError(f"no attention was observed in {name}: {listed} {_UNSEEN_KERNEL}")
     ran = "batched products, none of them of a softmax over the last dimension with values"
     return NoAttentionError(
-        f"no attention was observed in {name}: its forward ran {ran if products else 'no batched product'}. If it has "
+        f"no attention was observed in {name}: its forward ran {ran if products else 'no batched product in its own thread'}. If it has "
         "attention, use F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V "
         "by @"
     )

@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any],
         W,
         {"forward": lambda m, x: m.forward_features([x, x], [None, None])},
         unsupported,
-        ["blocks.1.1.attn", "1 sequence for 3 images"],
+        ["blocks.1.1.attn", "2 sequences of 25 tokens for each image"],
     ),
     "no such layer": (
         lambda: plain(styles.MemEffAttention),

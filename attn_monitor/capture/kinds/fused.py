@@ -39,22 +39,26 @@ class FusedAttention(AttentionKind):
             causal=bool(named.get("is_causal")),
             scale=named.get("scale"),
         )
-        return out, split_images(call, self.state.images)
+        return out, split_sequences(call)
 
 
-def split_images(call: FusedCall, images: int) -> FusedCall:
-    """Give a batch dimension to images that are packed into one sequence, where a mask keeps them apart."""
+def split_sequences(call: FusedCall) -> FusedCall:
+    """Give a batch dimension to sequences of one length that are packed into one, where a mask keeps them apart."""
     tokens, bias = call.q.shape[-2], call.bias
-    packed = images > 1 and call.q.ndim == 4 and call.q.shape[0] == 1 and tokens == call.k.shape[-2]
-    if bias is None or not packed or tokens % images or bias.shape[-2:] != (tokens, tokens):
+    packed = call.q.ndim == 4 and call.q.shape[0] == 1 and tokens == call.k.shape[-2]
+    if bias is None or not packed or bias.shape[-2:] != (tokens, tokens):
         return call
     visible = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
-    blocks = visible.unflatten(-1, (images, -1)).unflatten(-3, (images, -1)).any(-1).any(-2)  # (…, images, images)
-    if bool((blocks & ~torch.eye(images, dtype=torch.bool, device=blocks.device)).any()):
+    visible = visible.flatten(0, -3).any(0) if visible.ndim > 2 else visible
+    count = int((~visible.diagonal(1)).sum()) + 1  # neighbours that do not see each other are of two sequences
+    if count == 1 or tokens % count:
         return call
-    q, k, v, result = (t[0].unflatten(1, (images, -1)).transpose(0, 1) for t in (call.q, call.k, call.v, call.result))
-    of_images = bias.expand(1, *bias.shape[-3:] if bias.ndim > 2 else (1, *bias.shape))[0]  # (1 or H, T, T)
-    apart = of_images.unflatten(-1, (images, -1)).unflatten(1, (images, -1)).diagonal(dim1=1, dim2=3)
+    blocks = visible.unflatten(-1, (count, -1)).unflatten(0, (count, -1)).any(-1).any(1)  # (count, count)
+    if bool((blocks & ~torch.eye(count, dtype=torch.bool, device=blocks.device)).any()):
+        return call
+    q, k, v, result = (t[0].unflatten(1, (count, -1)).transpose(0, 1) for t in (call.q, call.k, call.v, call.result))
+    of_heads = bias.reshape(-1, tokens, tokens)  # (1 or H, T, T)
+    apart = of_heads.unflatten(-1, (count, -1)).unflatten(1, (count, -1)).diagonal(dim1=1, dim2=3)
     return replace(call, q=q, k=k, v=v, result=result, bias=apart.permute(3, 0, 1, 2))
 
 

@@ -99,9 +99,10 @@ def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], products: i
         paths = [site_name(candidate.key) for candidate in overlooked]
         listed = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} modules"
         return NoAttentionError(f"no attention was observed in {name}: {listed} {_UNSEEN_KERNEL}")
-    ran = "batched products, none of them of a softmax over the last dimension with values"
+    of_what = "batched products, none of them of a softmax over the last dimension with values"
+    ran = of_what if products else "no batched product in its own thread"
     return NoAttentionError(
-        f"no attention was observed in {name}: its forward ran {ran if products else 'no batched product in its own thread'}. If it has "
+        f"no attention was observed in {name}: its forward ran {ran}. If it has "
         "attention, use F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V "
         "by @"
     )

@@ -142,7 +142,8 @@ class AttentionObserver(TorchDispatchMode):
         operation = Operation(func, args, kwargs or {})
         if self.failure is None and not self.stopped:
             try:
-                return self._dispatched(operation)
+                in_backward = torch._C._current_graph_task_id() != -1  # of gradients that the forward itself takes
+                return self._backward(operation) if in_backward else self._dispatched(operation)
             except Exception as error:
                 if not is_monitor_error(error):
                     raise
@@ -195,6 +196,10 @@ class AttentionObserver(TorchDispatchMode):
         call = kernel_call(operation, out)
         if call is not None:
             self._attended(call)
+
+    def _backward(self, operation: Operation) -> Any:
+        """Run an operation of a backward pass, which is no attention; subclasses may change its result."""
+        return operation.run()
 
     def _nested(self, operation: Operation) -> Any:
         """Refuse attention on nested tensors, whose rows have different lengths."""

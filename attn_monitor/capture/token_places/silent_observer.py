@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
+from attn_monitor.capture import kinds
 from attn_monitor.capture.attention_rows import widen
 from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.kinds.attention_product import AttentionProduct, by_image_and_head
@@ -130,6 +131,14 @@ class SilentObserver(AttentionObserver):
         if self.nudged:
             operation = replace(operation, args=tuple(self._nudge(a) for a in operation.args))
         return super()._dispatched(operation)
+
+    @errors_from("monitor")
+    def _backward(self, operation: Operation) -> Any:
+        out = super()._backward(operation)
+        if kinds.kind_of(operation.func) is not None:  # gradients of attention mix no tokens either
+            for gradient in _tensors(out):
+                gradient.zero_()
+        return out
 
     def _nudge(self, argument: Any) -> Any:
         if isinstance(argument, (list, tuple)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.forward import Forward, default_forward
 from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.capture.kinds.kind import ForwardState
 from attn_monitor.capture.noise_look import IMAGES, Candidate, DiscoveringObserver, look_at_noise
 from attn_monitor.capture.observation import ObservedRows, RefusedObservation, SiteKey
 from attn_monitor.capture.sharded_models import refuse_split_parameters
@@ -54,7 +55,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         )
     candidates = _with_overlooked(model, images, forward, candidates, observer)
     if all(candidate.overlooked for candidate in candidates):
-        raise _no_attention(model, candidates, observer.state.products)
+        raise _no_attention(model, candidates, observer.state)
     read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
     checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
@@ -92,7 +93,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     )
 
 
-def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], products: int) -> NoAttentionError:
+def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], state: ForwardState) -> NoAttentionError:
     """Return the error for a model in which no attention was observed."""
     name = type(model).__name__
     if overlooked:
@@ -100,7 +101,9 @@ def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], products: i
         listed = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} modules"
         return NoAttentionError(f"no attention was observed in {name}: {listed} {_UNSEEN_KERNEL}")
     of_what = "batched products, none of them of a softmax over the last dimension with values"
-    ran = of_what if products else "no batched product in its own thread"
+    ran = of_what if state.products else "no batched product in its own thread"
+    if state.unknown:
+        ran += f", and operations that are not known as attention ({', '.join(sorted(state.unknown)[:3])})"
     return NoAttentionError(
         f"no attention was observed in {name}: its forward ran {ran}. If it has "
         "attention, use F.scaled_dot_product_attention, or a softmax over the last dimension that is multiplied with V "

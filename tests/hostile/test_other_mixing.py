@@ -66,7 +66,7 @@ REFUSED = {
     divided_by_a_channel: "a channel of V is one number for all keys",
     plus_mean: "its weights are not all that mixes them there",
     cls_plus_mean: "its weights are not all that mixes them there",
-    plus_a_uniform_product_before: r"meets the same values in two products \(a mixture\)",
+    plus_a_uniform_product_before: r"meet the same values in two products",
 }
 
 

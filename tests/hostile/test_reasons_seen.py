@@ -58,6 +58,33 @@ def sparse(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (raw - raw.mean(-1, keepdim=True)).clamp_min(0) @ v
 
 
+def thrown_away(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores(k, q).softmax(-1) @ v
+    return scores(q, k).softmax(-1) @ v
+
+
+def values_compared(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.shared["covariance"] = v.mT @ v
+    return scores(q, k).softmax(-1) @ v
+
+
+def summed(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).softmax(-1)
+    out = weights @ v
+    block.shared["sums"] = weights @ torch.ones_like(v)
+    return out
+
+
+@torch.library.custom_op("attn_monitor_tests::transposed_keys", mutates_args=())
+def transposed_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k).softmax(-1) @ v
+
+
+def in_one_operation(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result: Tensor = transposed_keys(q, k.mT.contiguous(), v)
+    return result
+
+
 class Rounded(ViT):
     """Images in steps, as of int8."""
 
@@ -72,6 +99,10 @@ class Rounded(ViT):
         (heads_in_queries, {"query": "mean"}, "has more queries (50) than tokens"),
         (with_scores_before, {}, "its scores do not follow from one product of queries and keys"),
         (in_chunks, {"query": "mean"}, "has some of the queries: there is no mean over the tokens here"),
+        (thrown_away, {}, "have the same values and some of the same queries"),
+        (values_compared, {}, "what it reads (V) is an operand of another product too"),
+        (summed, {}, "its weights are summed up in a further product"),
+        (in_one_operation, {}, "not known as attention (attn_monitor_tests.transposed_keys.default)"),
         (sparse, {}, "batched products, none of them of a softmax over the last dimension with values"),
     ],
 )

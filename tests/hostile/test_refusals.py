@@ -120,20 +120,20 @@ unsupported = errors.UnsupportedAttentionError
 W, S = (32, 48), (32, 32)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], type[Exception], list[str]]] = {
     "windows": (swin, (64, 64), {"layers": 0}, unsupported, ["layers.0.blocks.0.attn", "16 sequences of 16 tokens"]),
-    "channels": (davit, (56, 56), {}, unsupported, ["stages.1.blocks.0.1.attn", "many parts of the image"]),
+    "channels": (davit, (56, 56), {}, unsupported, ["stages.1.blocks.0.1.attn", "several parts of the image"]),
     "channels as many as patches": (
         lambda: xcit(64),
         S,
         {"layers": 1},
         unsupported,
-        ["blocks.1.attn", "many parts of the image", "can be read: [2"],
+        ["blocks.1.attn", "several parts of the image", "can be read: [2"],
     ),
     "channels as many as tokens": (
         lambda: xcit(68),
         S,
         {"layers": 0},
         unsupported,
-        ["blocks.0.attn", "many parts of the image", "can be read: [2"],
+        ["blocks.0.attn", "several parts of the image", "can be read: [2"],
     ),
     "pooled hierarchy": (
         lambda: plain(PooledKeys),
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any],
         S,
         {"query": "mean"},
         unsupported,
-        ["blocks.1.attn", "softmax -> bmm", "many parts of the image"],
+        ["blocks.1.attn", "softmax -> bmm", "several parts of the image"],
     ),
     "which is CLS": (
         two_plausible,

@@ -118,7 +118,7 @@ def test_layers_in_one_call_of_a_module_are_read() -> None:
 @pytest.mark.parametrize("attend", [difference, unused, overwritten])
 def test_two_products_of_one_v_are_refused(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     for layer in (0, 1):
-        with pytest.raises(UnsupportedAttentionError, match="combined for the same queries"):
+        with pytest.raises(UnsupportedAttentionError, match="some of the same queries"):
             record_attention(Functional(attend).eval(), IMAGES, layers=layer)
 
 

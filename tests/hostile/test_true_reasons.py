@@ -89,7 +89,7 @@ def test_what_learned_queries_have_gathered() -> None:
 def test_channels_are_not_called_patches() -> None:
     text = refusal(PlainViT(ChannelAttention()), layers=0)
     assert "32 keys" in text
-    assert "many parts of the image, so none of them is a patch" in text
+    assert "several parts of the image, so none of them is a patch" in text
     assert "32 patches" not in text
 
 

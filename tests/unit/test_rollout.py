@@ -60,7 +60,7 @@ def test_rollout_refuses_what_it_cannot_follow() -> None:
     with pytest.raises(UnsupportedAttentionError, match=r"layer 0 \(blocks.0.attn.*mixes its heads.*record_attention"):
         attention_rollout(class_attention, IMAGES[..., :32, :32])
     channels = enliven(timm_model("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=1, num_heads=4))
-    with pytest.raises(UnsupportedAttentionError, match=r"layer 0 \(blocks.0.attn.*many parts of the image"):
+    with pytest.raises(UnsupportedAttentionError, match=r"layer 0 \(blocks.0.attn.*several parts of the image"):
         attention_rollout(channels, IMAGES[..., :32, :48])
     with pytest.raises(QueryError, match='query="mean"'):
         attention_rollout(vit(class_token=False, global_pool="avg"), IMAGES[..., :32, :48])

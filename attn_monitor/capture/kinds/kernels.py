@@ -40,7 +40,10 @@ class KernelAttention(AttentionKind):
     def run(self, operation: Operation) -> tuple[Any, AttentionCall | None]:
         """Run the operation and interpret it as attention."""
         out = operation.run()
-        return out, kernel_call(operation, out)
+        call = kernel_call(operation, out)
+        if call is None:
+            self.state.unknown.add(str(operation.func))
+        return out, call
 
 
 def kernel_call(operation: Operation, out: Any) -> AttentionCall | None:

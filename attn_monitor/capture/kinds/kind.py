@@ -102,6 +102,7 @@ class ForwardState:
         logits: Whether the largest score of each query is wanted, which is known only before a softmax.
         modules: Paths of the running modules, the innermost last.
         products: Number of batched products so far.
+        unknown: Names of operations from outside PyTorch that were taken for no attention.
     """
 
     images: int
@@ -109,6 +110,7 @@ class ForwardState:
     logits: bool = False
     modules: list[str] = field(default_factory=list)
     products: int = 0
+    unknown: set[str] = field(default_factory=set)
 
     @property
     def path(self) -> str:

@@ -100,7 +100,7 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
     if not moving:
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
     if all(p == SEVERAL for p in places):
-        return "each of its keys changes with many parts of the image, so none of them is a patch"
+        return "each of its keys changes with several parts of the image, so none of them is a patch"
     (rows, cols), held = best.conv.grid, [p for p in places if p >= 0]
     cells = f"the {rows} × {cols} cells of a grid that was tried"
     changing = (

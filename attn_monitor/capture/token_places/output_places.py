@@ -26,14 +26,21 @@ def refuse_mixtures(search: PlaceSearch) -> None:
     """
     found, reference = search.sites, search.reference
     for key in reference.mixed & set(found):
-        found[key].refuse("what it reads is also combined with other weights (a mixture)")
+        found[key].refuse(
+            "what it reads (V) is an operand of another product too, so its weights may not be all that is applied"
+        )
     for key in reference.parts & set(found):
         found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
     for key in reference.sums & set(found):
-        found[key].refuse("its weights are summed up in a further product, as where they are normalised after V")
+        found[key].refuse(
+            "its weights are summed up in a further product, so the rows that are applied in the end may be others"
+        )
     for key in reference.again.keys() & found.keys() & reference.sites.keys():
         if torch.equal(reference.again[key], reference.sites[key].v):
-            found[key].refuse("what could be its weights meets the same values in two products (a mixture)")
+            found[key].refuse(
+                "its weights, or what could be, meet the same values in two products, so its rows may not be all that "
+                "is applied to these values"
+            )
     sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
     for (site, a), (other, b) in combinations(sites, 2):
         if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
@@ -42,7 +49,10 @@ def refuse_mixtures(search: PlaceSearch) -> None:
         shared = shared or (site.cls is not None and other.cls is not None)
         if shared or _same_single_query(a, b):
             for one in (site, other):
-                one.refuse("two attentions over the same values are combined for the same queries")
+                one.refuse(
+                    "two attentions in one call of a module have the same values and some of the same queries, so the "
+                    "rows of one may not be all that is applied, or may not be applied"
+                )
         else:
             site.partial_queries = other.partial_queries = True
 

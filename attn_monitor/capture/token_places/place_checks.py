@@ -45,9 +45,13 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
                 weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
                 seen = search.silent_model(weighted, 2 + number).sites if waiting else {}
                 for key in waiting:
-                    if key not in seen or seen[key].v.shape[1] != len(mosaic.v[key]):
+                    keys_here = seen[key].v.shape[1] if key in seen else 0
+                    if keys_here != len(mosaic.v[key]):
                         search.sites[key].refuse(
-                            "it runs with other shapes on the images given than on images that are made up"
+                            f"it ran on {len(mosaic.v[key])} keys for images that are made up, and on {keys_here} for "
+                            "an image that was given"
+                            if keys_here
+                            else "it ran for images that are made up, and did not run for an image that was given"
                         )
                 waiting = [k for k in waiting if search.sites[k].layout and _holds_other_patches(seen[k], k, mosaic)]
             for key in waiting:

@@ -16,7 +16,7 @@ class Memory:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._numel, self._offset, self._storage = tensor.numel(), tensor.storage_offset(), _storage(tensor)
+        self._numel, self._offset, self._storage = tensor.numel(), tensor.storage_offset(), storage_of(tensor)
 
     def holds(self, tensor: Any) -> bool:
         """Return whether a tensor of any shape is exactly this memory, which has not been freed since."""
@@ -37,7 +37,7 @@ class Memory:
         """Return whether the tensor shares this storage, which has not been freed since."""
         if self._storage is None or self._storage.expired():
             return False
-        other = _storage(tensor)
+        other = storage_of(tensor)
         return other is not None and bool(other.cdata == self._storage.cdata)
 
 
@@ -46,7 +46,8 @@ def is_same(a: Any, b: Tensor) -> bool:
     return Memory(b).holds(a)
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """Return a weak reference to the storage of a tensor; None where it has none, or an empty one."""
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a tensor without storage, such as a sparse one

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_monitor.capture.kinds.kind import Operation
+from attn_monitor.capture.kinds.memory import storage_of
 
 aten = torch.ops.aten
 _ALLOCATE = {
@@ -36,8 +37,8 @@ class UnwrittenMemory:
 
     def allocated(self, operation: Operation, out: Any, path: str) -> None:
         """Take note of an operation's result if it is memory to be filled."""
-        if operation.func in _ALLOCATE and isinstance(out, Tensor) and out.numel():
-            memory = StorageWeakRef(out.untyped_storage())
+        memory = storage_of(out) if operation.func in _ALLOCATE and isinstance(out, Tensor) else None
+        if memory is not None:
             self._unwritten[memory.cdata] = memory, path
 
     def used(self, operation: Operation) -> None:
@@ -49,8 +50,8 @@ class UnwrittenMemory:
         foreign = getattr(operation.func, "namespace", "") != "aten"  # its schema may leave out what it writes to
         for name, argument in operation.named.items():
             tensors = argument if isinstance(argument, (list, tuple)) else [argument]
-            for tensor in (t for t in tensors if isinstance(t, Tensor) and not t.is_sparse):
-                known = self._unwritten.get(StorageWeakRef(tensor.untyped_storage()).cdata)
+            for memory in [storage_of(t) for t in tensors if isinstance(t, Tensor)]:
+                known = None if memory is None else self._unwritten.get(memory.cdata)
                 if known is None or returns_views:
                     continue
                 del self._unwritten[known[0].cdata]
@@ -59,7 +60,8 @@ class UnwrittenMemory:
 
     def written(self, tensor: Tensor) -> None:
         """Take note of what a kernel has written that was recognised otherwise."""
-        self._unwritten.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
+        if (memory := storage_of(tensor)) is not None:
+            self._unwritten.pop(memory.cdata, None)
 
 
 def _returns(func: Any) -> list[Any]:

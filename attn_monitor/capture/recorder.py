@@ -6,22 +6,16 @@ Later forwards watch the requested modules only, and are left after the last of 
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.choose_forward import Discovery, ForwardOption, choose_forward, forward_options
-from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, check_every_query, query_statistics
-from attn_monitor.capture.forward import Forward, check_materialised, run_forward
+from attn_monitor.capture.every_query import EveryQueryOf, check_every_query
+from attn_monitor.capture.forward import Forward, check_materialised
 from attn_monitor.capture.inputs import check_finite, check_images, check_model
 from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import (
@@ -35,18 +29,14 @@ from attn_monitor.capture.layer_selection import (
     select_sites,
     stack_notes,
 )
-from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
-from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, SitePlan, other_number, plan_recording
+from attn_monitor.capture.recording import OnLayer, OtherLayersError, Recording
+from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, plan_recording
 from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_places, structure_of
-from attn_monitor.capture.sites import ReadableSite, Site, prefix_names
+from attn_monitor.capture.sites import Site
 from attn_monitor.capture.token_places.recheck import places_hold
-from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
-from attn_monitor.errors import ArgumentError, NonFiniteAttentionError, QueryError, UnsupportedAttentionError
-from attn_monitor.grid import Grid
+from attn_monitor.errors import ArgumentError, QueryError
 
 Verify = bool | Literal["first"]
-OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
 
 
 def check_verify(verify: Verify | str) -> Verify:
@@ -144,15 +134,15 @@ class AttentionRecorder:
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         if nonfinite not in ("raise", "keep"):
             raise ArgumentError(f'nonfinite={nonfinite!r}: expected "raise" or "keep"')
-        self.verify, self.nonfinite = check_verify(verify), nonfinite
-        self.distance, self.tokens, self.patches = distance, tokens, patches
-        self.logits, self.sinks, self.every_query = logits, sinks, check_every_query(every_query)
+        self.verify = check_verify(verify)
+        self._recording = Recording(
+            self.layers, nonfinite, distance, tokens, patches, logits, sinks, check_every_query(every_query)
+        )
         self._follow = follow
         self._options = forward_options(forward)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
         self._verified = False
-        self._absent: dict[int, str] = {}
 
     @property
     def forward_note(self) -> str:
@@ -182,7 +172,7 @@ class AttentionRecorder:
     @property
     def without_statistics(self) -> dict[int, str]:
         """Return the layers without statistics over many queries, because rows failed the check, with the reasons."""
-        return dict(self._absent)
+        return dict(self._recording.without_statistics)
 
     @property
     def heads(self) -> dict[int, int]:
@@ -250,7 +240,12 @@ class AttentionRecorder:
         images, discovery = self._follow_model(images, recording=True)
         verify = self.verify is True or (self.verify == "first" and not self._verified)
         plan = self._planned(discovery)
-        recorded = self._record(images, discovery.option.forward, plan, verify, on_layer)
+        try:
+            recorded = self._recording(self.model, images, discovery.option.forward, plan, verify, on_layer)
+        except OtherLayersError:
+            self._discovery = None  # discover again next time
+            forget(self.model)
+            raise
         self._verified, discovery.known.recorded = self._verified or verify, True
         return recorded
 
@@ -281,7 +276,8 @@ class AttentionRecorder:
         if known is None or not known.known.conditions.cover(conditions):
             check_finite(images)
             known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
-            self._discovery, self._plan, self._verified, self._absent = known, None, False, {}
+            self._discovery, self._plan, self._verified = known, None, False
+            self._recording.without_statistics.clear()
         return images, known
 
     def _planned(self, discovery: Discovery) -> RecordingPlan:
@@ -294,132 +290,8 @@ class AttentionRecorder:
                     raise
                 query = "mean"
                 wanted = select_sites(discovery.sites, self.layers, query)
-            device, tokens = discovery.known.conditions.device, self.tokens or self.patches
+            device, tokens = discovery.known.conditions.device, self._recording.tokens or self._recording.patches
             self._plan = plan_recording(
                 self.model, discovery.sites, query, wanted, device, tokens=tokens, from_end=counts_from_end(self.layers)
             )
         return self._plan
-
-    def _record(
-        self,
-        images: Tensor,
-        forward: Forward,
-        plan: RecordingPlan,
-        verify: bool,
-        on_layer: OnLayer | None,
-    ) -> list[LayerAttention]:
-        observed: dict[SiteKey, ObservedRows] = {}
-        measured: dict[SiteKey, Statistics] = {}
-        last = list(plan.sites)[-1]
-
-        def report(key: SiteKey, seen: Observation) -> None:
-            site = plan.sites[key].site
-            if isinstance(seen, RefusedObservation):
-                return
-            seen = seen.regrouped(len(images), site.folding)
-            if seen.rows.shape != (len(images), site.heads, site.keys):
-                return
-            whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-            asked = Asked(self.logits, self.sinks, self.distance, whole, plan.query)
-            measured[key] = query_statistics(seen, plan.sites[key], asked, (images.shape[-2], images.shape[-1]))
-            error = seen.error
-            if on_layer is not None and (others := on_layer(site, seen)) is not None:
-                error = others if error is None else torch.maximum(error, others)
-            observed[key] = replace(seen.rows_alone(), error=error, error_of_all=measured[key].error)
-
-        observer = AttentionObserver(
-            report,
-            lambda key: plan.sites[key].query if key in plan.sites else None,
-            images=images,
-            queries={planned.query for planned in plan.sites.values()},
-            verify=verify,
-            last=plan.last,
-            known=plan.known,
-            logits=self.logits,
-        )
-        with ExitStack() as stack:
-            kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
-            tokens = _watch_tokens(stack, len(images), plan, kept if self.patches else ())
-            run_forward(self.model, images, forward, observer, plan.watched)
-        if observer.beyond or (plan.known and not observer.passed_last):
-            self._discovery = None  # discover again next time
-            forget(self.model)
-            raise other_number(self.model, self.layers, plan, more=observer.beyond)
-        self._check_complete(plan, observed)
-        checks = fetch_checks([observed[key] for key in plan.sites])
-        return [
-            self._layer_attention(planned, plan.query, observed[key], check, measured[key], tokens.get(key))
-            for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
-        ]
-
-    def _check_complete(self, plan: RecordingPlan, observed: dict[SiteKey, ObservedRows]) -> None:
-        """Raise `UnsupportedAttentionError` unless every planned site ran in the shape that was discovered."""
-        missing = [planned.site for key, planned in plan.sites.items() if key not in observed]
-        if missing:
-            self._discovery = None  # discover again next time
-            forget(self.model)
-            raise UnsupportedAttentionError(
-                f"layer {missing[0].index} ({missing[0].name}): attention was not where it had been found on the first "
-                "look; the model takes another path for these images"
-            )
-
-    def _layer_attention(
-        self,
-        planned: SitePlan,
-        query: QuerySpec,
-        seen: ObservedRows,
-        check: CheckResult,
-        found: Statistics,
-        tokens: TokenStatistics | None,
-    ) -> LayerAttention:
-        site = planned.site
-        if self.nonfinite == "raise" and not check.finite:
-            raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
-        if check.finite and not check.reproduces_output:
-            raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
-        measured: dict[str, Any] = {**found.of_row, **(found.of_many if self._holds(site, found, check) else {})}
-        if check.kind == "signed":
-            measured.pop("distance", None)
-        rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
-        return LayerAttention(
-            layer=site.index,
-            name=site.name,
-            rows=rows,
-            num_prefix=len(site.layout.prefix),
-            grid=Grid(site.layout.grid, site.layout.geometry),
-            mixed=check.mixed,
-            verified_error=check.error,
-            kind=check.kind,
-            places=site.layout.evidence,
-            norms=tokens.norms.float() if tokens is not None and self.tokens else None,
-            cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
-            model=type(self.model).__name__,
-            query=str(query),
-            prefix_names=prefix_names(site),
-            patches=None if tokens is None else tokens.patches,
-            **measured,
-        )
-
-    def _holds(self, site: ReadableSite, found: Statistics, check: CheckResult) -> bool:
-        """Return whether the rows behind statistics over many queries passed their latest check."""
-        if math.isnan(check.error_of_all) or not check.finite:  # not compared, or the model's own NaN
-            return site.index not in self._absent
-        if not check.all_reproduce_output and site.index not in self._absent:
-            absent = found.of_many.keys() - found.of_row.keys()
-            self._absent[site.index] = no_statistics(f"layer {site.index} ({site.name}, {site.op})", check, absent)
-        return check.all_reproduce_output
-
-
-def _watch_tokens(
-    stack: ExitStack, batch: int, plan: RecordingPlan, kept: Collection[SiteKey]
-) -> dict[SiteKey, TokenStatistics]:
-    """Return the statistics of the tokens that enter each block, filled during the forward (first run of each block).
-
-    The sites in ``kept`` keep their patch tokens too.
-    """
-    seen: dict[SiteKey, TokenStatistics] = {}
-    for key, planned in plan.sites.items():
-        block, report = planned.block, partial(seen.setdefault, key)
-        if block is not None:
-            watch_tokens(stack, block.module, batch, block.order, block.num_prefix, block.has_cls, key in kept, report)
-    return seen

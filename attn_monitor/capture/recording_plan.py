@@ -14,7 +14,6 @@ from attn_monitor.capture.forward import is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
-from attn_monitor.errors import AttentionError, UnsupportedAttentionError
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ def plan_recording(
     return RecordingPlan(query, planned, watched, last.key, known)
 
 
-def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bool) -> AttentionError:
-    """Return the error for more or fewer layers than on noise images, when layers were counted from the end."""
+def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bool) -> str:
+    """Return the message for more or fewer layers than on noise images, when layers were counted from the end."""
     name, number, found = type(model).__name__, "more" if more else "fewer", len(plan.known)
-    return UnsupportedAttentionError(
+    return (
         f"{name} ran {number} attention layers on these images than on noise images of the same size ({found}): how "
         f"many run depends on the images, and layers={layers!r} names no layer in particular. Choose a layer by its "
         "path, or by its index from the front"

@@ -1,0 +1,188 @@
+"""Run one forward of a model by a plan, and turn what was observed into `LayerAttention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_monitor.attention import LayerAttention
+from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
+from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, query_statistics
+from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.layer_selection import Layers, QuerySpec
+from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
+from attn_monitor.capture.observer import AttentionObserver
+from attn_monitor.capture.recording_plan import RecordingPlan, SitePlan, other_number
+from attn_monitor.capture.sites import ReadableSite, prefix_names
+from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
+from attn_monitor.errors import NonFiniteAttentionError, UnsupportedAttentionError
+from attn_monitor.grid import Grid
+
+OnLayer = Callable[[ReadableSite, ReadObservation], Tensor | None]
+
+
+class OtherLayersError(UnsupportedAttentionError):
+    """Other layers ran than were discovered, so the discovery is void."""
+
+
+@dataclass
+class Recording:
+    """Record the layers of a plan, once for each call.
+
+    Attributes:
+        layers: The requested layers, for messages and for which tokens are kept.
+        nonfinite: "raise" refuses rows with NaN or infinity, "keep" returns them.
+        distance: Measure the mean attention distance over all queries.
+        tokens: Measure the tokens that enter each block.
+        patches: Keep the patch tokens of each layer, or of the last one for layers="all".
+        logits: Measure the largest logits.
+        sinks: Measure the norms of V and the attention that keys receive.
+        every_query: The layers in which every query is read.
+        without_statistics: The layers without statistics over many queries, because rows failed the check, with the
+            reasons.
+    """
+
+    layers: Layers
+    nonfinite: str
+    distance: bool
+    tokens: bool
+    patches: bool
+    logits: bool
+    sinks: bool
+    every_query: EveryQueryOf
+    without_statistics: dict[int, str] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        forward: Forward,
+        plan: RecordingPlan,
+        verify: bool,
+        on_layer: OnLayer | None,
+    ) -> list[LayerAttention]:
+        """Run the model on images (B, C, H, W) and return an entry for each site of the plan.
+
+        Raises:
+            OtherLayersError: Not the sites that were discovered have run.
+            AttentionError: A row is not what the model computed.
+        """
+        observed: dict[SiteKey, ObservedRows] = {}
+        measured: dict[SiteKey, Statistics] = {}
+        last = list(plan.sites)[-1]
+
+        def report(key: SiteKey, seen: Observation) -> None:
+            site = plan.sites[key].site
+            if isinstance(seen, RefusedObservation):
+                return
+            seen = seen.regrouped(len(images), site.folding)
+            if seen.rows.shape != (len(images), site.heads, site.keys):
+                return
+            whole = self.every_query == "all" or (self.every_query == "last" and key == last)
+            asked = Asked(self.logits, self.sinks, self.distance, whole, plan.query)
+            measured[key] = query_statistics(seen, plan.sites[key], asked, (images.shape[-2], images.shape[-1]))
+            error = seen.error
+            if on_layer is not None and (others := on_layer(site, seen)) is not None:
+                error = others if error is None else torch.maximum(error, others)
+            observed[key] = replace(seen.rows_alone(), error=error, error_of_all=measured[key].error)
+
+        observer = AttentionObserver(
+            report,
+            lambda key: plan.sites[key].query if key in plan.sites else None,
+            images=images,
+            queries={planned.query for planned in plan.sites.values()},
+            verify=verify,
+            last=plan.last,
+            known=plan.known,
+            logits=self.logits,
+        )
+        with ExitStack() as stack:
+            kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
+            tokens = _watch_tokens(stack, len(images), plan, kept if self.patches else ())
+            run_forward(model, images, forward, observer, plan.watched)
+        if observer.beyond or (plan.known and not observer.passed_last):
+            raise OtherLayersError(other_number(model, self.layers, plan, more=observer.beyond))
+        missing = [planned.site for key, planned in plan.sites.items() if key not in observed]
+        if missing:
+            raise OtherLayersError(
+                f"layer {missing[0].index} ({missing[0].name}): attention was not where it had been found on the first "
+                "look; the model takes another path for these images"
+            )
+        checks = fetch_checks([observed[key] for key in plan.sites])
+        return [
+            self._layer_attention(
+                type(model).__name__, planned, plan.query, observed[key], check, measured[key], tokens.get(key)
+            )
+            for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
+        ]
+
+    def _layer_attention(
+        self,
+        model: str,
+        planned: SitePlan,
+        query: QuerySpec,
+        seen: ObservedRows,
+        check: CheckResult,
+        found: Statistics,
+        tokens: TokenStatistics | None,
+    ) -> LayerAttention:
+        site = planned.site
+        if self.nonfinite == "raise" and not check.finite:
+            raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
+        if check.finite and not check.reproduces_output:
+            raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
+        measured: dict[str, Any] = {**found.of_row, **(found.of_many if self._holds(site, found, check) else {})}
+        if check.kind == "signed":
+            measured.pop("distance", None)
+        rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
+        return LayerAttention(
+            layer=site.index,
+            name=site.name,
+            rows=rows,
+            num_prefix=len(site.layout.prefix),
+            grid=Grid(site.layout.grid, site.layout.geometry),
+            mixed=check.mixed,
+            verified_error=check.error,
+            kind=check.kind,
+            places=site.layout.evidence,
+            norms=tokens.norms.float() if tokens is not None and self.tokens else None,
+            cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
+            model=model,
+            query=str(query),
+            prefix_names=prefix_names(site),
+            patches=None if tokens is None else tokens.patches,
+            **measured,
+        )
+
+    def _holds(self, site: ReadableSite, found: Statistics, check: CheckResult) -> bool:
+        """Return whether the rows behind statistics over many queries passed their latest check."""
+        if math.isnan(check.error_of_all) or not check.finite:  # not compared, or the model's own NaN
+            return site.index not in self.without_statistics
+        if not check.all_reproduce_output and site.index not in self.without_statistics:
+            absent = found.of_many.keys() - found.of_row.keys()
+            self.without_statistics[site.index] = no_statistics(
+                f"layer {site.index} ({site.name}, {site.op})", check, absent
+            )
+        return check.all_reproduce_output
+
+
+def _watch_tokens(
+    stack: ExitStack, batch: int, plan: RecordingPlan, kept: Collection[SiteKey]
+) -> dict[SiteKey, TokenStatistics]:
+    """Return the statistics of the tokens that enter each block, filled during the forward (first run of each block).
+
+    The sites in ``kept`` keep their patch tokens too.
+    """
+    seen: dict[SiteKey, TokenStatistics] = {}
+    for key, planned in plan.sites.items():
+        block, report = planned.block, partial(seen.setdefault, key)
+        if block is not None:
+            watch_tokens(stack, block.module, batch, block.order, block.num_prefix, block.has_cls, key in kept, report)
+    return seen

@@ -12,26 +12,33 @@ import ctypes
 import functools
 import itertools
 import operator
-import pickle
 import random
 import threading
 import types
-import warnings
 import zlib
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.held_values import (
+    CONTAINERS,
+    at_a_glance,
+    equal,
+    generator_state,
+    outward_state,
+    refill,
+    same_items,
+    slots_of,
+)
+
 _LARGEST_COPIES = 2**26  # bytes of all copied tensors and arrays outside buffers; larger ones are compared only
 _LARGEST_WALK = 50_000  # objects; the rest of a larger graph is not restored
 _LONGEST = 1_000  # items of one container that are walked; all of them are restored
 
-_CONTAINERS = (OrderedDict, dict, list, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _LEAVES = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType}
@@ -106,8 +113,8 @@ class HeldState:
     def restore(self) -> list[str]:
         """Restore everything, and return the paths of state that has changed and cannot be restored."""
         for container, before in self._containers:
-            if (container or before) and not _same_items(container, before):
-                _refill(container, before)
+            if (container or before) and not same_items(container, before):
+                refill(container, before)
         lost = []
         for path, changed, restore in self._saved:
             if changed():
@@ -137,9 +144,9 @@ class HeldState:
         elif isinstance(value, np.ndarray):
             self._save_array(path, value)
         elif isinstance(value, _GENERATORS):
-            get, put = _generator_state(value)
+            get, put = generator_state(value)
             before = get()
-            self._saved.append(_Saved(path, lambda: not _equal(get(), before), lambda: put(before)))
+            self._saved.append(_Saved(path, lambda: not equal(get(), before), lambda: put(before)))
         elif isinstance(value, nn.Module):
             for module in all_modules(value):
                 if module is value or id(module) not in self._seen:
@@ -169,7 +176,7 @@ class HeldState:
                 continue
             if isinstance(item, (types.MethodType, functools.partial)) and hasattr(type(module), name):
                 continue  # a user's wrapper of the module's own method
-            if type(item) in _CONTAINERS and (name in _OWN_TABLES or not item):
+            if type(item) in CONTAINERS and (name in _OWN_TABLES or not item):
                 self._containers.append((item, item.copy()))
             elif name not in _OWN_TABLES:  # a ScriptModule's are views of C++ objects
                 self._later(((type(module).__name__,), name), item)
@@ -227,7 +234,7 @@ class HeldState:
                 if name not in now or now[name] is not value:
                     setattr(cls, name, value)
 
-        self._saved.append(_Saved((cls.__name__,), lambda: not _same_items(dict(vars(cls)), before), restore))
+        self._saved.append(_Saved((cls.__name__,), lambda: not same_items(dict(vars(cls)), before), restore))
         for name, value in before.items():
             if not name.startswith("__"):
                 self._later(((cls.__name__,), name), value)
@@ -241,18 +248,18 @@ class HeldState:
     def _save_object(self, path: _Path, value: Any) -> None:
         package = type(value).__module__.partition(".")[0]
         attributes = getattr(value, "__dict__", None)
-        slots = [s for c in type(value).__mro__ for s in _slots_of(c) if hasattr(value, s)]
+        slots = [s for c in type(value).__mro__ for s in slots_of(c) if hasattr(value, s)]
         held = {**(attributes or {}), **{s: getattr(value, s) for s in slots}}
         if package in _OPAQUE or (package not in _FOREIGN and not isinstance(attributes, dict) and not slots):
-            if self._thorough and (before := _outward_state(value)) is not None:
-                self._saved.append(_Saved(path, lambda: _outward_state(value) != before, None))
+            if self._thorough and (before := outward_state(value)) is not None:
+                self._saved.append(_Saved(path, lambda: outward_state(value) != before, None))
         elif package in _FOREIGN:
             return
         elif any(type(item).__module__.partition(".")[0] in _LOCKS for item in held.values()):
             # Another thread may change it meanwhile, so it is not restored.
             if self._thorough and isinstance(attributes, dict):
-                seen = _at_a_glance(attributes)
-                self._saved.append(_Saved(path, lambda: _at_a_glance(attributes) != seen, None))
+                seen = at_a_glance(attributes)
+                self._saved.append(_Saved(path, lambda: at_a_glance(attributes) != seen, None))
         else:
             if isinstance(attributes, dict):
                 self._save_dict(path, attributes)
@@ -274,75 +281,9 @@ def _spelled(path: _Path) -> str:
     return f"{_spelled(owner)}.{name}" if isinstance(name, str) else f"{_spelled(owner)}[{name!r}]"
 
 
-def _slots_of(cls: type) -> Iterator[str]:
-    slots = vars(cls).get("__slots__", ())
-    for slot in (slots,) if isinstance(slots, str) else slots:
-        if slot not in ("__dict__", "__weakref__"):
-            yield slot
-
-
 @functools.lru_cache(maxsize=1024)
 def _is_foreign(module: str) -> bool:
     return module.partition(".")[0] in _FOREIGN
-
-
-def _same_items(now: Any, before: Any) -> bool:
-    """Return whether two containers hold the same objects in the same order, under the same keys."""
-    if len(now) != len(before) or not all(map(operator.is_, now, before)):
-        return False
-    return not isinstance(now, dict) or all(map(operator.is_, now.values(), before.values()))
-
-
-def _refill(container: Any, items: Any) -> None:
-    """Clear and refill a container, which restores the order too.
-
-    It calls the built-in type's methods because a subclass may forbid its own, as Transformers' ModelOutput does.
-    """
-    builtin: Any = next(base for base in _CONTAINERS if isinstance(container, base))
-    builtin.clear(container)
-    if issubclass(builtin, dict):
-        for key, item in items.items():
-            builtin.__setitem__(container, key, item)
-    else:
-        (builtin.update if builtin is set else builtin.extend)(container, items)
-
-
-def _generator_state(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return the functions that get and set the state of a random generator."""
-    if isinstance(generator, np.random.Generator):
-        bits: Any = generator.bit_generator
-        return lambda: bits.state, lambda state: setattr(bits, "state", state)
-    if isinstance(generator, random.Random):
-        return generator.getstate, generator.setstate
-    return generator.get_state, generator.set_state
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return all(_equal(value, b[key]) for key, value in a.items())
-    if isinstance(a, tuple):
-        return all(map(_equal, a, b))
-    return bool(a == b)
-
-
-def _at_a_glance(attributes: dict[str, Any]) -> list[Any]:
-    return [(name, id(v), len(v) if isinstance(v, _CONTAINERS) else 0) for name, v in attributes.items()]
-
-
-def _outward_state(value: Any) -> Any:
-    """Return the visible state of a cache, queue or file, else the object's pickled bytes; None if there is neither."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pickling an iterator is deprecated from Python 3.12 on
-        for look in ("cache_info", "qsize", "tell"):
-            with suppress(Exception):
-                return getattr(value, look)()
-        with suppress(Exception):
-            return pickle.dumps(value)
-    return None
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:

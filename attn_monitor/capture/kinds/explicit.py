@@ -23,7 +23,7 @@ from attn_monitor.capture.kinds.kind import (
     read_rows,
     unreadable,
 )
-from attn_monitor.capture.kinds.weights import Weights, both_ways, row_of
+from attn_monitor.capture.kinds.weights import Weights, are_maps, both_ways, row_of
 from attn_monitor.capture.observation import Observation, RefusedObservation
 
 aten = torch.ops.aten
@@ -94,6 +94,8 @@ class ExplicitAttention(AttentionKind):
 
     def _call(self, operands: tuple[Tensor, Tensor]) -> ExplicitCall | None:
         """Interpret a product as attention by softmaxes that have not met a V yet, else by those that have."""
+        if are_maps(operands):  # as in a rollout
+            return None
         call = _first_product(self.pending, operands, self.state.images)
         if call is not None and any(w.memory.overlaps(call.applied) for w in call.weights):
             return call

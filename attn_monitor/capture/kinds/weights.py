@@ -79,6 +79,17 @@ def row_of(matrix: Tensor, query: Query) -> Tensor:
     return several.mean(-2, dtype=widened_dtype(matrix.dtype))
 
 
+def are_maps(operands: tuple[Tensor, Tensor]) -> bool:
+    """Return whether both are square (..., K, K) with distributions over keys in rows or columns: maps, and no V."""
+    if any(m.shape[-1] != m.shape[-2] or is_foreign_type(m) or m.is_complex() for m in operands):
+        return False
+    return all(bool((m >= 0).all()) and any(_sum_to_1(m, dim) for dim in (-1, -2)) for m in operands)
+
+
+def _sum_to_1(matrix: Tensor, dim: int) -> bool:
+    return bool(((widen(matrix).sum(dim) - 1).abs() < 0.02).all())
+
+
 def both_ways(operands: tuple[Tensor, Tensor]) -> Iterator[tuple[bool, Tensor, Tensor]]:
     """Yield the operands of a product as (swapped, left, right): einsum may put V first."""
     yield False, *operands

@@ -165,22 +165,23 @@ def _choose_cls(
     """
     if not others:
         return None, ""
-    alone: dict[int, list[TokenParameter]] = {}
-    for m in moved:
-        if len(m.queries) == 1 and not m.queries & part:
-            alone.setdefault(min(m.queries), []).append(m.parameter)
-    tokens = [t for t, owners in alone.items() if not all(p.is_register for p in owners)]
-    if len(tokens) > 1:  # names decide only between parameters that behave as tokens
-        tokens = [t for t in tokens if any(p.is_class for p in alone[t])] or tokens
-    if len(tokens) == 1:
+    moves = [m for m in moved if not m.queries & part]
+    alone = {min(m.queries) for m in moves if len(m.queries) == 1}
+    owners = {t: [m.parameter for m in moves if t in m.queries] for t in others}
+    named = [t for t in others if owners[t] and all(p.is_no_class for p in owners[t])]
+    # A mean of the patches could be CLS too. Names decide only between what behaves as a token.
+    tokens = [t for t in others if t in alone | whole and t not in named]
+    if len(tokens) > 1:
+        tokens = [t for t in tokens if t in alone and any(p.is_class for p in owners[t])] or tokens
+    if len(tokens) == 1 and (tokens[0] in alone or len(others) == 1 + len(named)):
         return tokens[0], ""
     if len(tokens) > 1:
         return (
             None,
             f"{len(tokens)} of its queries could be the CLS token, {sorted(tokens)}: each changes with a parameter of "
-            "its own, and the names of these parameters do not decide between them",
+            f"its own{' or holds the whole image' * bool({*tokens} - alone)}, and names do not decide between them",
         )
-    several = max((m for m in moved if not m.parameter.is_register), key=lambda m: len(m.queries), default=None)
+    several = max((m for m in moved if not m.parameter.is_no_class), key=lambda m: len(m.queries), default=None)
     if several is not None and len(several.queries) > 1:
         return None, (
             f"{len(several.queries)} of its queries could be the CLS token, {sorted(several.queries)}: they change "
@@ -190,11 +191,13 @@ def _choose_cls(
         return 0, ""  # the only query; `check_outputs` refuses it if its result goes to patches
     if before.q is None:
         return None, "its scores do not follow from one product of queries and keys, by which queries are distinguished"
-    if len(others) == 1 and set(others) <= whole:
-        return others[0], ""  # the mean of the patches, as in CLIP's pooling
+    names = ", ".join(sorted({p.path for t in named for p in owners[t]}))
     return None, (
         f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and none was found to be the CLS "
-        "token: no parameter changes one of them alone (registers, padding and pooled tokens are not CLS)"
+        "token: "
+        + (f"by the names of their parameters ({names}), {named[:20]} are others, and " if named else "")
+        + f"no {'other ' * bool(named)}parameter changes one of them alone (registers, padding and pooled tokens are "
+        "not CLS)"
     )
 
 
@@ -218,18 +221,20 @@ def _put_cls_first_in_entries(
     site: SitePlaces, before: SiteTokens, nudges: Sequence[_Nudge], reference: Tokens
 ) -> None:
     """Put the token that the class parameter changes first in the prefix of what enters the modules around."""
-    entries = {}
+    entries, cls_at = {}, {}
     for call in before.within:
-        layout, entering = site.entries.get(call[0]), reference.entries.get(call)
-        if layout is None or entering is None:
+        if (entering := reference.entries.get(call)) is None:
             continue
         changed: set[int] = set()
         for nudge in nudges:
             after = nudge.tokens.entries.get(call)
             if after is not None and after.shape[1:] == entering.shape[1:]:
                 changed.update(_changed(after, entering, before.threshold))
-        entries[call[0]] = _with_first(layout, changed & set(layout.prefix))
-    site.entries = entries
+        if len(changed) == 1:
+            cls_at[call[0]] = min(changed)
+        if (layout := site.entries.get(call[0])) is not None:
+            entries[call[0]] = _with_first(layout, changed & set(layout.prefix))
+    site.entries, site.cls_at = entries, cls_at
 
 
 def _with_first(layout: TokenLayout, cls: set[int]) -> TokenLayout:

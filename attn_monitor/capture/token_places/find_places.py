@@ -18,8 +18,12 @@ from attn_monitor.capture.token_places.borders import place_by_borders
 from attn_monitor.capture.token_places.centres import rank_centres, refuse_shared_cells
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
 from attn_monitor.capture.token_places.mosaics import describe_keys, read_mosaics
-from attn_monitor.capture.token_places.other_mixing import refuse_other_mixing, refuse_side_by_side
-from attn_monitor.capture.token_places.output_places import check_outputs, refuse_mixtures
+from attn_monitor.capture.token_places.other_mixing import (
+    refuse_mixtures,
+    refuse_other_mixing,
+    refuse_side_by_side,
+)
+from attn_monitor.capture.token_places.output_places import check_outputs
 from attn_monitor.capture.token_places.pixel_maps import locate_convs
 from attn_monitor.capture.token_places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
 from attn_monitor.capture.token_places.silent_model import SilentModel

@@ -1,6 +1,8 @@
-"""Refuse attention where its module also mixes tokens in another way."""
+"""Refuse attention where values or tokens are also mixed in another way."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -13,6 +15,49 @@ from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, SiteTokens
 
 _MOST = 0.9  # share of the tokens; a convolution, such as a position encoding, reaches fewer from one corner
+
+
+def refuse_mixtures(search: PlaceSearch) -> None:
+    """Refuse sites with weights or values that occur in further products.
+
+    Two products of one V in one call of a module are a mixture where they have the same queries, and parts of one
+    layer where they have different ones.
+    """
+    found, reference = search.sites, search.reference
+    for key in reference.mixed & set(found):
+        found[key].refuse(
+            "what it reads (V) is an operand of another product too, so its weights may not be all that is applied"
+        )
+    for key in reference.parts & set(found):
+        found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
+    for key in reference.sums & set(found):
+        found[key].refuse(
+            "its weights are summed up in a further product, so the rows that are applied in the end may be others"
+        )
+    for key in reference.again.keys() & found.keys() & reference.sites.keys():
+        if torch.equal(reference.again[key], reference.sites[key].v):
+            found[key].refuse(
+                "its weights, or what could be, meet the same values in two products, so its rows may not be all that "
+                "is applied to these values"
+            )
+    sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
+    for (site, a), (other, b) in combinations(sites, 2):
+        if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
+            continue
+        shared = not set(site.patch_queries).isdisjoint(other.patch_queries)
+        shared = shared or (site.cls is not None and other.cls is not None)
+        if shared or _same_single_query(a, b):
+            for one in (site, other):
+                one.refuse(
+                    "two attentions in one call of a module have the same values and some of the same queries, so the "
+                    "rows of one may not be all that is applied, or may not be applied"
+                )
+        else:
+            site.partial_queries = other.partial_queries = True
+
+
+def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
+    return a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
 
 
 def refuse_other_mixing(search: PlaceSearch) -> None:

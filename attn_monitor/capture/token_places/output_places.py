@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -15,50 +14,12 @@ from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
+from attn_monitor.capture.token_places.tokens import Call, Tokens
 
-
-def refuse_mixtures(search: PlaceSearch) -> None:
-    """Refuse sites with weights or values that occur in further products.
-
-    Two products of one V in one call of a module are a mixture where they have the same queries, and parts of one
-    layer where they have different ones.
-    """
-    found, reference = search.sites, search.reference
-    for key in reference.mixed & set(found):
-        found[key].refuse(
-            "what it reads (V) is an operand of another product too, so its weights may not be all that is applied"
-        )
-    for key in reference.parts & set(found):
-        found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
-    for key in reference.sums & set(found):
-        found[key].refuse(
-            "its weights are summed up in a further product, so the rows that are applied in the end may be others"
-        )
-    for key in reference.again.keys() & found.keys() & reference.sites.keys():
-        if torch.equal(reference.again[key], reference.sites[key].v):
-            found[key].refuse(
-                "its weights, or what could be, meet the same values in two products, so its rows may not be all that "
-                "is applied to these values"
-            )
-    sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
-    for (site, a), (other, b) in combinations(sites, 2):
-        if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
-            continue
-        shared = not set(site.patch_queries).isdisjoint(other.patch_queries)
-        shared = shared or (site.cls is not None and other.cls is not None)
-        if shared or _same_single_query(a, b):
-            for one in (site, other):
-                one.refuse(
-                    "two attentions in one call of a module have the same values and some of the same queries, so the "
-                    "rows of one may not be all that is applied, or may not be applied"
-                )
-        else:
-            site.partial_queries = other.partial_queries = True
-
-
-def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
-    return a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
+_OTHER_RESULTS = (
+    "the token of query {} also gets results of other queries, which are mixed after the product with V, so that the "
+    "row of one query is not all that its token gets"
+)
 
 
 def check_outputs(search: PlaceSearch) -> None:
@@ -71,7 +32,8 @@ def check_outputs(search: PlaceSearch) -> None:
     }
     if not any(search.placed()):
         return
-    check = _OutputCheck(search, marks, lone)
+    spared = _choose_spared(search)
+    check = _OutputCheck(search, marks, lone, spared, dict.fromkeys(spared, 0))
     two_hops = check.two_hops()
     doubtful = []
     for key, site, layout in search.placed():
@@ -85,14 +47,25 @@ def check_outputs(search: PlaceSearch) -> None:
             site.refuse("its weights are applied to more than one set of values")
         elif key in lone and check.goes_to_patches(key, search.mosaic_of(layout), layout):
             site.refuse("the result of its query goes to the patches, so that it is not the CLS token")
-    if not doubtful:
+        elif check.spared_gets_others(key):
+            site.refuse(_OTHER_RESULTS.format(spared[key]))
+    unknown = [key for key, *_ in search.placed() if check.spared_gets_others(key) is None]
+    if not doubtful and not unknown:
         return
     # A module may return tokens of earlier layers too; with one site per image, these show no marks.
-    alone = _OutputCheck(search, {key: replace(marks[key], slot=n) for n, key in enumerate(doubtful)})
+    alone = _OutputCheck(
+        search,
+        {key: replace(marks[key], slot=n) for n, key in enumerate(doubtful)},
+        spared=spared,
+        images_of_spared={key: n for n, key in enumerate(key for key in spared if key in (*doubtful, *unknown))},
+    )
     for key in doubtful:
         site = search.sites[key]
         if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(site.layout)):
             site.refuse("not all results of its queries go to the tokens that its queries are")
+    for key, site, _ in search.placed():
+        if alone.spared_gets_others(key):
+            site.refuse(_OTHER_RESULTS.format(spared[key]))
 
 
 @dataclass(frozen=True)
@@ -103,6 +76,17 @@ class _Marked:
     grid: tuple[int, int]
     places: frozenset[int]
     queries: tuple[int, ...]
+
+
+def _choose_spared(search: PlaceSearch) -> dict[SiteKey, int]:
+    """Choose a query of every site that gets no result of another: CLS, or the only one that is no patch."""
+    spared: dict[SiteKey, int] = {}
+    for key, site, _ in search.placed():
+        queries = search.reference.sites[key].queries if key in search.reference.sites else 1
+        others = [site.cls] if site.cls is not None else [*{*range(queries)} - {*site.patch_queries.values()}]
+        if len(others) == 1 < queries:
+            spared[key] = others[0]
+    return spared
 
 
 def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
@@ -133,17 +117,25 @@ class _OutputCheck:
 
     Attributes:
         tokens: Sketches in the base image without marks, in the base image with the marks of each slot, with marks at
-            the CLS queries of the sites without other marks (``lone``), if any, and in another image.
+            the CLS queries of the sites without other marks (``lone``), if any, with marks at all queries but one
+            (``spared``; one image for all sites or more, as ``images_of_spared`` numbers them), and in another image.
         order: The sites in the order in which they run.
     """
 
     def __init__(
-        self, search: PlaceSearch, marks: dict[SiteKey, _Marked], lone: Mapping[SiteKey, int] | None = None
+        self,
+        search: PlaceSearch,
+        marks: dict[SiteKey, _Marked],
+        lone: Mapping[SiteKey, int] | None = None,
+        spared: Mapping[SiteKey, int] | None = None,
+        images_of_spared: Mapping[SiteKey, int] | None = None,
     ) -> None:
         slots = 1 + max((m.slot for m in marks.values()), default=-1)
         base, other = noise_images(search.images, 2, seed=8)
-        shown = torch.stack([base, *(base for _ in range(slots)), *([base] if lone else []), other])
-        self._slot_of_lone = slots
+        self._slot_of_lone, first = slots, 1 + slots + bool(lone)
+        self._spared = spared or {}
+        self._image_of_spared = {key: first + n for key, n in (images_of_spared or {}).items()}
+        shown = torch.stack([base] * (1 + max([first - 1, *self._image_of_spared.values()])) + [other])
         marked_queries = {}
         for key, tokens in search.reference.sites.items():
             marked_queries[key] = torch.zeros(len(shown), tokens.queries, dtype=torch.bool, device=shown.device)
@@ -151,6 +143,8 @@ class _OutputCheck:
                 marked_queries[key][1 + marks[key].slot, list(marks[key].queries)] = True
             elif lone and key in lone:
                 marked_queries[key][1 + slots, lone[key]] = True
+            if key in self._image_of_spared:
+                marked_queries[key][self._image_of_spared[key]] = torch.arange(tokens.queries) != self._spared[key]
         self.search, self.marks = search, marks
         self.tokens = search.silent_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]
@@ -209,6 +203,32 @@ class _OutputCheck:
                     places = layout.places
                 return places is not None and any(m and p >= 0 for m, p in zip(moved, places, strict=True))
         return False
+
+    def spared_gets_others(self, key: SiteKey) -> bool | None:
+        """Check whether the spared token changes with the marks of other queries, where the innermost module ends.
+
+        Returns:
+            None where the token had already changed when it entered that module, by an earlier layer's marks.
+        """
+        if key not in self._image_of_spared or key not in self.tokens.sites:
+            return False
+        site, seen = self.search.sites[key], self.tokens.sites[key]
+        for call in reversed(seen.within):
+            if any(call in o.within and o.within != seen.within for o in self.tokens.sites.values()):
+                break
+            for leaving in self.tokens.exits.get(call, ()):
+                entering = self.tokens.entries.get(call, leaving[..., :0, :])
+                as_entered = entering.shape[1] == leaving.shape[1]
+                token = self._spared[key] if leaving.shape[1] == seen.queries else None
+                token = site.cls_at.get(call[0], token) if as_entered else token
+                moved = self._moved_with_others(key, leaving)
+                if token is not None and any(moved):
+                    return None if as_entered and self._moved_with_others(key, entering)[token] else moved[token]
+        return False
+
+    def _moved_with_others(self, key: SiteKey, sketches: Tensor) -> list[bool]:
+        moved = relative_change(sketches[self._image_of_spared[key]], sketches[0]) > self.tokens.sites[key].threshold
+        return [bool(m) for m in moved]
 
     def is_right(self, key: SiteKey, mosaic: Mosaic | None) -> bool:
         """Check the marks of a site in the tokens that leave the modules around, and in the V that they reach next."""

@@ -38,6 +38,7 @@ class SitePlaces:
         prefix_names: Names of keys in the prefix, "CLS" or "register".
         partial_queries: Whether the queries are not exactly the tokens, so that their mean is no mean over the tokens.
         entries: Layouts of the tokens that enter the modules around, by path.
+        cls_at: Index of the CLS token among the tokens that enter the modules around, by path.
         held: The exact assignment to check again, None where the layout is by centres.
         together: The other operations of a layer that consists of several, such as heads in a loop; the layer is
             counted by its first operation.
@@ -52,6 +53,7 @@ class SitePlaces:
     prefix_names: Mapping[int, str] = field(default_factory=dict)
     partial_queries: bool = False
     entries: Mapping[str, TokenLayout] = field(default_factory=dict)
+    cls_at: Mapping[str, int] = field(default_factory=dict)
     held: Held | None = None
     together: tuple[SiteKey, ...] = ()
 

@@ -18,7 +18,8 @@ _LARGEST, _MOST = 65536, 8
 _BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")
 _LOOKUP = ("embedding", "index.Tensor", "index_select")
 _WITH_WEIGHTS = {"mm": 0, "bmm": 0, "convolution": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # index of the data
-_CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"reg_|register|storage")
+_CLASS_NAME, _REGISTER_NAME = re.compile(r"cls|class"), re.compile(r"\bregs?\b|reg_|register|storage")
+_OTHER_NAME = re.compile(r"(?:^|\.)(?:prompt|pad|sep|mask|null|query)[^.]*(?:\.weight|\.original\d*)?$")
 
 
 class TokenParameter(NamedTuple):
@@ -43,6 +44,11 @@ class TokenParameter(NamedTuple):
     def is_register(self) -> bool:
         """Check the name for a register."""
         return _REGISTER_NAME.search(self.path) is not None
+
+    @property
+    def is_no_class(self) -> bool:
+        """Check the name for a token that is no class token: a register, a prompt, a mask token, padding, …."""
+        return self.is_register or (not self.is_class and _OTHER_NAME.search(self.path) is not None)
 
 
 class ParameterUses:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
+from attn_monitor.capture.layer_selection import QuerySpec
 from attn_monitor.errors import AttentionError, UnsupportedAttentionError
-from tests.hostile.test_unseen_attention import IMAGES, Core, ViT, check_layers, plain
+from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
 
 REASON = "also gets results of other queries|not all results of its queries go to the tokens"
 
@@ -109,3 +111,19 @@ def test_results_that_cls_alone_gets(change: str) -> None:
 
 def test_cls_is_mixed_with_patches_between_blocks() -> None:
     check_layers(MeanBetween(plain, plain, plain).eval(), {0: 0, 1: 1, -1: 2})
+
+
+def agents(_: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Pooled agents attend to the keys, and queries to agents; the product of both maps comes first."""
+    pooled = F.adaptive_avg_pool2d(q[:, :, 1:].mT.flatten(0, 1).unflatten(2, (4, 6)), (2, 3)).flatten(2).mT
+    pooled = pooled.unflatten(0, q.shape[:2])
+    of_agents, of_queries = scores(pooled, k).softmax(-1), scores(q, pooled).softmax(-1)
+    of_queries @ of_agents
+    return of_queries @ (of_agents @ v)
+
+
+@pytest.mark.parametrize("query", ["mean", 0, (0, 1)])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_agents_beside_the_product_of_their_maps(layer: int, query: QuerySpec) -> None:
+    with pytest.raises(AttentionError):
+        record_attention(ViT(agents).eval(), IMAGES, layers=layer, query=query)

@@ -156,10 +156,12 @@ class _OutputCheck:
         sites are marked in one more forward, in which only a V that contains these results changes.
         """
         suspects: list[tuple[Tensor, SiteKey, list[SiteKey]]] = []  # V, its site, possible sources
-        for number, key in enumerate(self.order):
+        for key in self.order:
             seen = self.tokens.sites[key]
-            before = [k for k in self.order[:number] if seen.within and self.tokens.sites[k].within == seen.within]
-            for of_site, sources in ((seen.v, before), (self.tokens.again.get(key), [key])):
+            beside = [k for k in self.order if k == key or (seen.within and self.tokens.sites[k].within == seen.within)]
+            # Weights may meet other results in a further product, as those of the queries do in agent attention.
+            again = self.tokens.again.get(key)
+            for of_site, sources in ((seen.v, beside[: beside.index(key)]), (again, beside)):
                 if sources and of_site is not None and not _depends_on_image(of_site, seen.threshold):
                     suspects.append((of_site, key, sources))
         if not suspects:
@@ -167,7 +169,7 @@ class _OutputCheck:
         marked = self._with_all_marked({k for *_, sources in suspects for k in sources})
         chained: set[SiteKey] = set()
         for of_site, key, sources in suspects:
-            after = marked.sites[key].v if sources != [key] else marked.again.get(key)
+            after = marked.again.get(key) if key in sources else marked.sites[key].v
             limit, alone = self.tokens.sites[key].threshold, of_site[0]
             if after is None or not bool((relative_change(after[0], alone) > limit).any()):
                 continue

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
+from attn_monitor.capture.token_places.decoding import is_warped
 from tests.support.hostile_parts import Block, Net, Stem, conv
 from tests.support.styles import DIM
 from tests.support.zoo import enliven
@@ -71,3 +73,34 @@ def test_grids_of_two_rows(seed: int) -> None:
     alone = sites("GroupNorm", seed, rows=2)
     assert [site.layout.order if site.layout else () for site in alone] == [tuple(range(13))] * 2
     assert [site.layout for site in sites("GroupNorm", seed, Share(2 + seed, 3 + seed), rows=2)] == [None, None]
+
+
+class Warped(nn.Module):
+    """Patches of an image that is magnified in the middle: z becomes ±|z|^power, from -1 to 1."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power, self.conv = power, conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (torch.linspace(-1, 1, n) for n in x.shape[-2:])
+        height, width = (z.sign() * z.abs() ** self.power for z in (height, width))
+        seen = torch.stack([width.expand(len(height), -1), height[:, None].expand(-1, len(width))], -1)
+        out: Tensor = self.conv(F.grid_sample(x, seen.expand(len(x), -1, -1, -1), align_corners=True))
+        return out
+
+
+@pytest.mark.parametrize(("power", "rows"), [(2.0, 4), (2.0, 6), (1.6, 8)])
+def test_a_warped_image_is_not_drawn_as_equal_cells(power: float, rows: int) -> None:
+    torch.manual_seed(0)
+    model = enliven(Net(Stem("C*", embed=Warped(power), grid=(rows, 6)), Block())).eval()
+    (found,) = AttentionRecorder(model).sites(torch.randn(2, 3, 8 * rows, 48))
+    assert found.layout is None
+
+
+def test_spacing_of_centres() -> None:
+    lines = torch.arange(8).double()
+    shrunk, warped = 0.8 * lines + 0.7, 3.5 + 3.5 * ((lines - 3.5) / 3.5).abs() ** 1.6 * (lines - 3.5).sign()
+    for columns, expected in ((lines, False), (lines - 0.5, False), (shrunk, False), (warped, True)):
+        centre = torch.stack([torch.zeros(8).double(), columns])
+        assert is_warped(centre, tuple(range(8)), (1, 8)) is expected

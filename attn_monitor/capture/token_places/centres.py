@@ -10,7 +10,13 @@ from torch import Tensor
 
 from attn_monitor.capture.observation import SiteKey
 from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
-from attn_monitor.capture.token_places.decoding import cells_by_rank, centres, places_by_centre, share_far_from
+from attn_monitor.capture.token_places.decoding import (
+    cells_by_rank,
+    centres,
+    is_warped,
+    places_by_centre,
+    share_far_from,
+)
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
@@ -166,6 +172,11 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
             site.reason = (
                 "between some of the images that are made up, most of its tokens do not change where their patches do "
                 "not, and between others they do, so its tokens may not be in one order"
+            )
+        elif is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):
+            site.reason = (
+                "the centres of what its keys hold are unevenly spaced over the image, more than half a cell beside "
+                "the equal cells of a grid"
             )
         else:
             site.layout = layout_of(places, conv.grid, "centres", geometry)

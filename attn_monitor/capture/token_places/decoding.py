@@ -96,6 +96,26 @@ def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
     return tuple(next(found) if alive else STATIC for alive in live.tolist())
 
 
+def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:
+    """Check whether (2, T) centres are off their cells because rows or columns are unevenly spaced, as by a warp.
+
+    Large fields move the outermost centres inwards, and all of them by up to half a cell, but leave the spacing alike
+    in each third of an axis. Fewer than six rows or columns are too few to tell.
+    """
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    cells = torch.tensor([places[t] for t in tokens], device=centre.device)
+    for positions, lines, count in zip(centre[:, tokens], (cells // grid[1], cells % grid[1]), grid, strict=True):
+        if count < 6:
+            continue
+        middle = torch.stack([positions[lines == line].nanmedian() for line in range(count)]).cpu()
+        spacing, third = middle.diff(), (count - 1) // 3
+        thirds = [float(part.mean()) for part in (spacing[:third], spacing[third:-third], spacing[-third:])]
+        off = float((middle - torch.arange(count)).abs().max())
+        if off > 0.5 and max(thirds) > 1.8 * min(thirds):
+            return True
+    return False
+
+
 def share_of_wrong_weight(share: Tensor, places: Places, cells: int, slack: float) -> float:
     """Return the share of assigned tokens that do not change by the weight of their cell.
 

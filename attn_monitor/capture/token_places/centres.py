@@ -175,8 +175,8 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
             )
         elif is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):
             site.reason = (
-                "the centres of what its keys hold are unevenly spaced over the image, more than half a cell beside "
-                "the equal cells of a grid"
+                "the centres of what its keys hold lie closer together in the middle of the image, more than half a "
+                "cell beside the equal cells of a grid"
             )
         else:
             site.layout = layout_of(places, conv.grid, "centres", geometry)

@@ -97,10 +97,10 @@ def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
 
 
 def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:
-    """Check whether (2, T) centres are off their cells because rows or columns are unevenly spaced, as by a warp.
+    """Check whether (2, T) centres are off their cells because they lie closer in the middle of an axis, as by a warp.
 
-    Large fields move the outermost centres inwards, and all of them by up to half a cell, but leave the spacing alike
-    in each third of an axis. Fewer than six rows or columns are too few to tell.
+    Large fields move all centres by up to half a cell, and the outermost ones inwards, so that they lie closer there.
+    Fewer than six rows or columns are too few to tell.
     """
     tokens = [t for t, p in enumerate(places) if p >= 0]
     cells = torch.tensor([places[t] for t in tokens], device=centre.device)
@@ -109,9 +109,9 @@ def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:
             continue
         middle = torch.stack([positions[lines == line].nanmedian() for line in range(count)]).cpu()
         spacing, third = middle.diff(), (count - 1) // 3
-        thirds = [float(part.mean()) for part in (spacing[:third], spacing[third:-third], spacing[-third:])]
+        ends = min(float(spacing[:third].mean()), float(spacing[-third:].mean()))
         off = float((middle - torch.arange(count)).abs().max())
-        if off > 0.5 and max(thirds) > 1.8 * min(thirds):
+        if off > 0.5 and ends > 1.5 * float(spacing[third:-third].mean()):
             return True
     return False
 

@@ -18,7 +18,7 @@ from attn_monitor.capture import kinds
 from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.error_origin import errors_from, is_monitor_error
 from attn_monitor.capture.kinds.functions import observed_functions
-from attn_monitor.capture.kinds.kernels import kernel_call
+from attn_monitor.capture.kinds.kernels import function_call
 from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, ForwardState, Operation, receives_no_context
 from attn_monitor.capture.kinds.memory import Memory
 from attn_monitor.capture.observation import Observation, RefusedObservation, SiteKey
@@ -193,7 +193,7 @@ class AttentionObserver(TorchDispatchMode):
 
     @errors_from("monitor")
     def _see_function(self, operation: Operation, out: Any) -> None:
-        call = kernel_call(operation, out)
+        call = function_call(operation, out)
         if call is not None:
             self._attended(call)
 

@@ -18,6 +18,8 @@ from attn_monitor.capture.error_origin import errors_from
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import isolated_forward
 
+_EQUAL = 1e-2  # relative difference of results that rounding explains
+
 
 def overlooked(
     model: nn.Module,
@@ -58,7 +60,7 @@ def overlooked(
     mixing: set[str] = set()
     with isolated_forward(model), ExitStack() as stack:
         for path in suspects:
-            hook = _ask(path, mixing, 1 if path in kernels else 2)
+            hook = _ask(path, mixing, path in kernels)
             # Other hooks may free the module's parameters or change its results.
             stack.enter_context(modules[path].register_forward_hook(hook, with_kwargs=True, prepend=True))
         forward(model, images)
@@ -84,21 +86,26 @@ def _is_around(path: str, other: str) -> bool:
     return path in ("", other) or other.startswith(f"{path}.")
 
 
-def _ask(path: str, mixing: set[str], axis: int) -> Callable[..., None]:
+def _ask(path: str, mixing: set[str], kernel: bool) -> Callable[..., None]:
     """Return a forward hook that calls the module's forward again with single tokens changed, see `_mixes_tokens`."""
 
     @errors_from("monitor")
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        if path not in mixing and _mixes_tokens(module, args, kwargs, axis):
+        if path not in mixing and _mixes_tokens(module, args, kwargs, kernel):
             mixing.add(path)
 
     return hook
 
 
-def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> bool:
+def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: bool) -> bool:
     """Return whether changing one token of the arguments changes the result of another token.
 
-    In four dimensions, tokens are along those from ``axis`` to 2, as in (B, H, N, D) and (B, N, H, D).
+    Args:
+        module: The module to call.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+        kernel: Whether it runs an unseen kernel. Then tokens may be along dimension 1 of four, as in (B, N, H, D), and
+            equal tokens must have equal results, as in a weighted mean; scans and convolutions mix tokens too.
     """
     given, spec = tree_flatten((args, kwargs))
 
@@ -112,7 +119,7 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if [t.shape for t in plain] != [t.shape for t in repeated]:
         return False
     chance = [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(plain, repeated, strict=True)]
-    for number, dim, token in _tokens_of(given, axis):
+    for number, dim, token in _tokens_of(given, 1 if kernel else 2):
         changed = list(given)
         changed[number] = _with_other_token(given[number], dim, token)
         for before, after, by_chance in zip(plain, results(changed), chance, strict=True):
@@ -124,9 +131,23 @@ def _mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             difference = (after - before).abs()
             if same_tokens:
                 difference.select(dim, token).zero_()
-            if float(difference.max()) > 10 * by_chance:
+            if float(difference.max()) > 10 * by_chance and not (kernel and _parts_equal(given, number, dim, results)):
                 return True
     return False
+
+
+def _parts_equal(given: list[Any], number: int, dim: int, results: Callable[[list[Any]], list[Tensor]]) -> bool:
+    """Return whether tokens that are all equal in the arguments differ in the results."""
+    count = given[number].shape[dim]
+
+    def over_tokens(x: Any) -> bool:
+        tokens = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == given[number].ndim
+        return tokens and x.shape[dim] == count
+
+    equal = [x.narrow(dim, 0, 1).expand_as(x) if over_tokens(x) else x for x in given]
+    outs = [out for out in results(equal) if out.ndim > dim and out.shape[dim] == count]
+    spread = [float((out - out.narrow(dim, 0, 1)).abs().max()) > _EQUAL * float(out.abs().max()) for out in outs]
+    return any(spread)
 
 
 def _tokens_of(given: list[Any], axis: int) -> Iterator[tuple[int, int, int]]:

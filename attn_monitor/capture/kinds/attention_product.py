@@ -73,7 +73,7 @@ class AttentionProduct:
         if content is None:
             self.out.zero_()
         else:
-            self.out.copy_(content.reshape(self.out.shape))
+            self.out.copy_(content.reshape(self.out.shape).clone())  # an operation may write its result to q
 
 
 def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:

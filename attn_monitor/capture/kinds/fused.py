@@ -67,9 +67,10 @@ class CallingConvention(NamedTuple):
 
     packed_dim: int  # the dimension of length 3 that holds q, k and v; -1 where they are separate tensors
     tokens_first: bool  # (B, N, H, D), else (B, H, N, D)
-    scale: float
+    scale: int  # its number among the factors that it could be
     causal: bool
     heads_first_out: bool  # the result is (B, H, N, D), else (B, N, H, D)
+    result: int  # its number among the tensors returned
 
 
 @dataclass

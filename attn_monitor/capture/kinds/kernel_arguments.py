@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attn_monitor.capture.kinds.kind import Operation
 
 _QKV = (("query", "key", "value"), ("q", "k", "v"))
 _SCALE = ("scale", "softmax_scale", "sm_scale")
@@ -44,7 +45,7 @@ class KernelOptions:
         softcap: Scores are softcap · tanh(score / softcap); 0 for none.
         alibi: (H,) or (B, H), slopes of a bias that falls with the distance between query and key.
         sinks: (H,) scores of a further column that takes part in the softmax and meets no V.
-        lengths: Cumulative lengths of the queries' and the keys' sequences, where they are packed into one.
+        lengths: Lengths of the queries' and the keys' sequences, where they are packed into one.
         not_read: What the kernel is given that is not read, in words; "" for nothing.
     """
 
@@ -55,16 +56,13 @@ class KernelOptions:
     softcap: float = 0.0
     alibi: Tensor | None = None
     sinks: Tensor | None = None
-    lengths: tuple[Tensor, Tensor] | None = None
+    lengths: tuple[Sequence[int], Sequence[int]] | None = None
     not_read: str = ""
 
     @staticmethod
     def of(named: Mapping[str, Any]) -> KernelOptions:
         """Read the options from a kernel's arguments by their names."""
         scale, bias, sinks = (_first(named, names) for names in (_SCALE, _BIAS, _SINKS))
-        lengths = next(((named[q], named[k]) for q, k in _LENGTHS if isinstance(named.get(q), Tensor)), None)
-        if lengths is not None and lengths[1] is None:
-            lengths = (lengths[0], lengths[0])
         return KernelOptions(
             scale=float(scale) if isinstance(scale, (int, float)) and scale else None,
             causal=_causal(named),
@@ -73,13 +71,24 @@ class KernelOptions:
             softcap=float(named.get("softcap") or 0.0),
             alibi=named.get("alibi_slopes"),
             sinks=sinks if isinstance(sinks, Tensor) else None,
-            lengths=lengths,
+            lengths=_lengths(named),
             not_read=next((words for name, words in _NOT_READ.items() if named.get(name) is not None), ""),
         )
 
 
 def _first(named: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((named[name] for name in names if named.get(name) is not None), None)
+
+
+def _lengths(named: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Fetch the lengths from the device, in one transfer."""
+    for of_queries, of_keys in _LENGTHS:
+        if isinstance(q := named.get(of_queries), Tensor):
+            k = named.get(of_keys)
+            both = [*dict.fromkeys(cumulative for cumulative in (q, k) if isinstance(cumulative, Tensor))]
+            lengths = torch.cat([cumulative.diff() for cumulative in both]).tolist()
+            return lengths[: len(q) - 1], lengths[-(len(both[-1]) - 1) :]
+    return None
 
 
 def _causal(named: Mapping[str, Any]) -> bool | None:
@@ -101,12 +110,14 @@ def _window(named: Mapping[str, Any]) -> tuple[int, int]:
     return left, right
 
 
-def possible_qkv(named: Mapping[str, Any], options: KernelOptions) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def possible_qkv(operation: Operation, options: KernelOptions) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Yield (dimension of length 3, (q, k, v)) of separate (-1) or packed tensors, with four dimensions each.
 
     Sequences that are packed into one, (T, H, D), are unpacked to (B, N, H, D).
     """
-    tensors = [a for a in named.values() if isinstance(a, Tensor)]
+    named, written = operation.named, operation.written
+    read = [a for name, a in named.items() if isinstance(a, Tensor) and name not in written]
+    tensors = read if len(read) >= 3 else [a for a in named.values() if isinstance(a, Tensor)]
     found = next(([named[n] for n in names] for names in _QKV if all(named.get(n) is not None for n in names)), None)
     separate = tuple(found or tensors[:3])
     dims = 4 if options.lengths is None else 3
@@ -130,25 +141,20 @@ def _are_qkv(tensors: tuple[Any, ...], dims: int) -> bool:
 
 
 def _unpacked(qkv: tuple[Tensor, ...], options: KernelOptions) -> tuple[Tensor, ...]:
+    """View (T, …) tokens of sequences of one length as (B, N, …); sequences of several lengths as one sequence."""
     if options.lengths is None:
         return qkv
     of_queries, of_keys = options.lengths
-    return tuple(unpack(t, cu) for t, cu in zip(qkv, (of_queries, of_keys, of_keys), strict=True))
-
-
-def unpack(packed: Tensor, cumulative: Tensor) -> Tensor:
-    """View (T, …) tokens of sequences of one length as (B, N, …); sequences of several lengths as one sequence."""
-    ends = cumulative.tolist()
-    lengths = {b - a for a, b in itertools.pairwise(ends)}
-    tokens = packed[: ends[-1]]
-    return tokens.unflatten(0, (-1, lengths.pop())) if len(lengths) == 1 else tokens[None]
+    count = 1 if several_lengths(options) else len(of_queries)
+    used = (sum(of_queries), sum(of_keys), sum(of_keys))
+    return tuple(t[:n].unflatten(0, (count, -1)) for t, n in zip(qkv, used, strict=True))
 
 
 def several_lengths(options: KernelOptions) -> str:
     """Return why packed sequences have no rows of one length; "" if they have, or are not packed."""
-    for cumulative in options.lengths or ():
-        lengths = cumulative.diff()
-        low, high = torch.stack([lengths.min(), lengths.max()]).tolist()
-        if low != high:
-            return f"it runs on packed sequences of {low} to {high} tokens, and has no rows of one length"
+    for lengths in options.lengths or ():
+        if min(lengths) != max(lengths):
+            return (
+                f"it runs on packed sequences of {min(lengths)} to {max(lengths)} tokens, and has no rows of one length"
+            )
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.patch_colors import PatchColors
 
+Key = TypeVar("Key")
 RowKind = Literal["distribution", "weights", "signed"]
 """Rows sum to 1, or do not (heads scaled, weights dropped or added), or have negative entries."""
 
@@ -152,3 +153,25 @@ class LayerAttention:
         mixed = any(part.mixed for part in parts)
         joined = replace(parts[0], kind=kind, mixed=mixed, verified_error=error, patch_colors=None)
         return joined.with_tensors(together)
+
+
+def on_host(layers: Mapping[Key, LayerAttention]) -> dict[Key, LayerAttention]:
+    """Return the layers with their tensors on the host, copied in one transfer from each device."""
+    tensors = {(key, name): tensor for key, layer in layers.items() for name, tensor in layer.tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()} - {torch.device("cpu")}:
+        there = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
+        tensors |= dict(zip(there, unpacked(packed([*there.values()]).cpu(), [*there.values()]), strict=True))
+    return {
+        key: layer.with_tensors({name: tensors[key, name] for name in layer.tensors}) for key, layer in layers.items()
+    }
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Join the bytes of tensors, (n,) uint8."""
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+
+
+def unpacked(data: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Take tensors of the types and shapes of others from their joined bytes, each in memory of its own."""
+    parts = data.split([tensor.nbytes for tensor in like])
+    return [part.clone().view(one.dtype).view(one.shape) for part, one in zip(parts, like, strict=True)]

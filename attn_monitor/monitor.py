@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import distributed
-from attn_monitor.attention import LayerAttention
+from attn_monitor.attention import LayerAttention, on_host
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.choose_forward import ForwardOption
 from attn_monitor.capture.every_query import EveryQueryOf
@@ -167,7 +167,7 @@ class AttentionMonitor:
         )
         if self._is_shared() and not distributed.is_rank_zero():  # only rank zero draws and writes
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
-        layers = {key: attention.to("cpu") for key, attention in layers.items()}
+        layers = on_host(layers)
         layers = with_colors(layers, self._settled())
         self.health.add(flags)
         found = (*flags, *self.health.add(self._reordered), *self.health.examine(step, layers, measured))

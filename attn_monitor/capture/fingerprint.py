@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.isolation import all_modules, is_sharded
+from attn_monitor.capture.kinds.memory import place_of
 
 Key = tuple[Any, ...]
 """The location of an item, such as (number of the module, name of the attribute)."""
@@ -240,7 +241,7 @@ class _Reader:
             return facts
         storage = tensor.untyped_storage()
         if tensor.nbytes > _BYTES:
-            return *facts, storage.data_ptr(), None if tensor.is_inference() else tensor._version
+            return *facts, place_of(tensor), None if tensor.is_inference() else tensor._version
         if tensor.is_quantized or not tensor.nbytes or not storage.nbytes():  # FSDP frees what it has sharded
             return facts
         self._sums.append((_Sum(), _checksum(tensor)))

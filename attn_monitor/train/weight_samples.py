@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import role_of
+from attn_monitor.capture.kinds.memory import place_of
 from attn_monitor.measure.ema_checks import Sampled
 
 LENGTH = 32  # values per sampled parameter
@@ -86,7 +87,7 @@ class WeightSamples:
         """Count the trained parameters that both models hold in the same memory, and all trained parameters."""
         theirs = dict(self.teacher.named_parameters())
         ours = {n: p for n, p in self.student.named_parameters() if p.requires_grad and n in theirs}
-        return sum(_memory(p) == _memory(theirs[n]) != 0 for n, p in ours.items()), len(ours)
+        return sum(_is_shared(p, theirs[n]) for n, p in ours.items()), len(ours)
 
     def _find(self, names: Iterable[str]) -> Pair:
         found = [[_at(model, name) for name in names] for model in (self.student, self.teacher)]
@@ -166,6 +167,7 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return the address of the first value; 0 if there is none here, as after FSDP has freed it."""
-    return _local(tensor.detach()).data_ptr()
+def _is_shared(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors start in the same memory; not if there is none here, as after FSDP has freed it."""
+    place = place_of(_local(one.detach()))
+    return place is not None and place == place_of(_local(other.detach()))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attn_monitor.capture.kinds.memory import place_of
+
 POSITIONS = re.compile(r"pos(ition(al)?)?_emb")
 MOST_PREFIX_TOKENS = 16  # CLS, distillation, registers
 
@@ -62,8 +64,8 @@ def _by_timm(model: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     if rules is None:
         return {}, list(tensors)
     converted = rules(dict(tensors), model)
-    taken = {tensor.data_ptr() for tensor in converted.values()}  # under another name
-    lost = [n for n, t in tensors.items() if n not in converted and t.data_ptr() not in taken]
+    taken = {place_of(tensor) for tensor in converted.values()}  # under another name
+    lost = [n for n, t in tensors.items() if n not in converted and place_of(t) not in taken]
     return converted, [name for name in lost if tensors[name].any()]  # a bias of zeros has no effect
 
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attn_monitor.capture.attention_rows import Chunk, Query, chunks_of, widen
 from attn_monitor.capture.kinds.attention_product import AttentionProduct
 from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
+from attn_monitor.capture.kinds.memory import fetched_once
 from attn_monitor.capture.observation import Observation, RefusedObservation
+
+_HIDES = 5e3  # no score makes up for such a bias; masks hold -1e4, -1e9, the smallest number or -inf
 
 
 class FusedAttention(AttentionKind):
@@ -48,18 +52,26 @@ def split_sequences(call: FusedCall) -> FusedCall:
     packed = call.q.ndim == 4 and call.q.shape[0] == 1 and tokens == call.k.shape[-2]
     if bias is None or not packed or bias.shape[-2:] != (tokens, tokens):
         return call
-    visible = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
-    visible = visible.flatten(0, -3).any(0) if visible.ndim > 2 else visible
-    count = int((~visible.diagonal(1)).sum()) + 1  # neighbours that do not see each other are of two sequences
-    if count == 1 or tokens % count:
-        return call
-    blocks = visible.unflatten(-1, (count, -1)).unflatten(0, (count, -1)).any(-1).any(1)  # (count, count)
-    if bool((blocks & ~torch.eye(count, dtype=torch.bool, device=blocks.device)).any()):
+    count = _sequences(bias)
+    if count == 1:
         return call
     q, k, v, result = (t[0].unflatten(1, (count, -1)).transpose(0, 1) for t in (call.q, call.k, call.v, call.result))
     of_heads = bias.reshape(-1, tokens, tokens)  # (1 or H, T, T)
     apart = of_heads.unflatten(-1, (count, -1)).unflatten(1, (count, -1)).diagonal(dim1=1, dim2=3)
     return replace(call, q=q, k=k, v=v, result=result, bias=apart.permute(3, 0, 1, 2))
+
+
+@fetched_once
+def _sequences(bias: Tensor) -> int:
+    """Return how many sequences of one length a mask (…, T, T) keeps apart; 1 if it is no such mask."""
+    visible = bias if bias.dtype == torch.bool else bias > -_HIDES
+    visible = visible.flatten(0, -3).any(0) if visible.ndim > 2 else visible
+    ends = ~visible.diagonal(1)  # neighbours that do not see each other are of two sequences
+    sequence = F.pad(ends.cumsum(0), (1, 0))  # (T,), its number for each token
+    in_parts = torch.arange(len(visible), device=bias.device) * (sequence[-1] + 1) // len(visible)
+    other = (visible & (sequence[:, None] != sequence)).any() | (sequence != in_parts).any()
+    count, differs = torch.stack([sequence[-1] + 1, other.long()]).tolist()
+    return 1 if differs else int(count)
 
 
 class CallingConvention(NamedTuple):

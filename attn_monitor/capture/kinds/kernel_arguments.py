@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attn_monitor.capture.kinds.kind import Operation
+from attn_monitor.capture.kinds.memory import fetched_once
 
 _QKV = (("query", "key", "value"), ("q", "k", "v"))
 _SCALE = ("scale", "softmax_scale", "sm_scale")
@@ -80,14 +80,17 @@ def _first(named: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((named[name] for name in names if named.get(name) is not None), None)
 
 
+@fetched_once
+def _host_lengths(cumulative: Tensor) -> list[int]:
+    lengths: list[int] = cumulative.diff().tolist()
+    return lengths
+
+
 def _lengths(named: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]] | None:
-    """Fetch the lengths from the device, in one transfer."""
     for of_queries, of_keys in _LENGTHS:
         if isinstance(q := named.get(of_queries), Tensor):
             k = named.get(of_keys)
-            both = [*dict.fromkeys(cumulative for cumulative in (q, k) if isinstance(cumulative, Tensor))]
-            lengths = torch.cat([cumulative.diff() for cumulative in both]).tolist()
-            return lengths[: len(q) - 1], lengths[-(len(both[-1]) - 1) :]
+            return _host_lengths(q), _host_lengths(k if isinstance(k, Tensor) else q)
     return None
 
 

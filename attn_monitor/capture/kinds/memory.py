@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+Value = TypeVar("Value")
 
 
 class Memory:
@@ -44,6 +47,30 @@ class Memory:
 def is_same(a: Any, b: Tensor) -> bool:
     """Return whether two tensors of any shape are exactly the same memory."""
     return Memory(b).holds(a)
+
+
+def fetched_once(fetch: Callable[[Tensor], Value]) -> Callable[[Tensor], Value]:
+    """Keep what ``fetch`` reads from the device of the latest tensors, as all layers share masks and lengths."""
+    kept: list[tuple[Memory, tuple[Any, ...], Value]] = []
+
+    def fetched(tensor: Tensor) -> Value:
+        if tensor.is_inference():  # nothing says whether it was written to since
+            return fetch(tensor)
+        facts = tensor.shape, tensor.stride(), tensor._version
+        for memory, known, value in kept:
+            if facts == known and memory.holds(tensor):
+                return value
+        value = fetch(tensor)
+        kept[:] = [*kept[-3:], (Memory(tensor), facts, value)]
+        return value
+
+    return fetched
+
+
+def place_of(tensor: Tensor) -> tuple[int, int] | None:
+    """Return a key of where a tensor starts, (storage, offset), good while it lives; None if it has no memory."""
+    storage = storage_of(tensor)
+    return None if storage is None else (int(storage.cdata), int(tensor.storage_offset()))
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from attn_monitor.capture.isolation import may_be_sharded
+from attn_monitor.capture.kinds.memory import place_of
 
 _LARGEST, _MOST = 65536, 8
 _BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")
@@ -58,7 +59,7 @@ class ParameterUses:
         self.batch = batch
         self._sharded = may_be_sharded()  # an FSDP unit around the model counts too
         self._small = list(_small(model, self._sharded))
-        self._at: dict[int, TokenParameter] = {}
+        self._at: dict[tuple[int, int], TokenParameter] = {}
         self._used: dict[str, TokenParameter] = {}
         self._excluded: set[str] = set()
         self._tables: set[str] = set()
@@ -90,14 +91,14 @@ class ParameterUses:
     def _locate(self) -> None:
         for parameter in self._small:
             tensor = parameter.tensor
-            if tensor is not None and (pointer := _pointer(tensor)) is not None:
-                self._at[pointer] = parameter
+            if tensor is not None and (place := place_of(tensor)) is not None:
+                self._at[place] = parameter
 
     def _find(self, operand: Tensor) -> TokenParameter | None:
-        pointer = _pointer(operand)
-        if pointer not in self._at and (self._sharded or isinstance(operand, nn.Parameter)):
+        place = place_of(operand)
+        if place not in self._at and (self._sharded or isinstance(operand, nn.Parameter)):
             self._locate()  # FSDP may have gathered it since
-        found = None if pointer is None else self._at.get(pointer)
+        found = None if place is None else self._at.get(place)
         now = None if found is None else found.tensor
         return found if now is not None and now.numel() == operand.numel() else None
 
@@ -123,10 +124,3 @@ def _small(model: nn.Module, sharded: bool) -> Iterator[TokenParameter]:
                     continue
                 if sharded or 1 < tensor.numel() <= _LARGEST:
                     yield TokenParameter(module, name, f"{path}.{name}" if path else name)
-
-
-def _pointer(x: Tensor) -> int | None:
-    try:
-        return x.data_ptr() or None
-    except RuntimeError:  # a subclass without storage
-        return None

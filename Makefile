@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
 
-.PHONY: demo test test-oldest check docs bench clean
+.PHONY: demo test test-oldest test-gpu check docs bench clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
@@ -17,6 +17,11 @@ test: $(VENV)/.setup-dev
 # The quick part of the suite on the oldest releases that pyproject.toml promises.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt PYTEST='-m "not slow" $(PYTEST)'
+
+# What only a GPU can show; kernels of flash-attn and xFormers where they are installed. The figures are printed.
+test-gpu: $(VENV)/.setup-dev
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu -rs -s $(PYTEST)
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(VENV)/.setup-dev
 	$(BIN)/ruff check .

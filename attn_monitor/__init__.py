@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from attn_monitor.measure.health import HealthLimits as HealthLimits
     from attn_monitor.measurements import HealthFlag as HealthFlag
     from attn_monitor.measurements import MetricKey as MetricKey
+    from attn_monitor.metric_options import MetricOptions as MetricOptions
     from attn_monitor.monitor import AttentionMonitor as AttentionMonitor
+    from attn_monitor.probe.options import ProbeOptions as ProbeOptions
     from attn_monitor.probe.probe_batch import ProbeBatch as ProbeBatch
     from attn_monitor.trackers.publisher import Publisher as Publisher
     from attn_monitor.watch import Watch as Watch
@@ -45,8 +47,10 @@ _MODULES = {
     "HealthLimits": "measure.health",
     "LayerAttention": "attention",
     "MetricKey": "measurements",
+    "MetricOptions": "metric_options",
     "ProbeBatch": "probe.probe_batch",
     "ProbeError": "errors",
+    "ProbeOptions": "probe.options",
     "Publisher": "trackers.publisher",
     "TargetError": "errors",
     "Watch": "watch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,28 +16,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from attn_monitor import messages
-from attn_monitor.background.disk_reserve import check_reserve
 from attn_monitor.capture.backbones import check_targets, find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.recorder import Verify
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import NoAttentionError
+from attn_monitor.errors import ArgumentError, NoAttentionError
 from attn_monitor.measure.health import HealthLimits
+from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.options import ProbeOptions
+from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.naming import check_name, prefixed
 from attn_monitor.train import lightning_run, reports
-from attn_monitor.train.arguments import (
-    MonitorSettings,
-    OnError,
-    Probe,
-    ProbeSettings,
-    check_dirpath,
-    check_heads,
-    check_on_error,
-    import_forward,
-)
 from attn_monitor.train.lightning_images import LightningImages
+from attn_monitor.train.options import OnError, RunOptions, check_dirpath
 from attn_monitor.train.run_state import NO_TEACHER, Targets
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.session import Session
@@ -54,35 +46,24 @@ class AttentionMapCallback(Base):
     """Log what the CLS token attends to, on fixed probe images, while a vision transformer trains.
 
     Args:
-        probe: the images: a folder, a tensor (images, channels, H, W) normalised as the model expects, or a
-            `ProbeBatch`. None takes evenly spaced images of the validation data set, else of the training data.
+        probe: the images: a folder, a tensor (images, channels, H, W) normalised as the model expects, a `ProbeBatch`,
+            or `ProbeOptions`, which also hold masks, mean and std. None takes evenly spaced images of the validation
+            data set, else of the training data.
         targets: role to path of a backbone, such as ``{"student": "student.backbone"}``. None searches for backbones.
         layers: index in order of execution (negative from the encoder's end), module path, a list of these, or "all" of
             the encoder's layers. Select an MAE's decoder in the same module by its path.
         query: "cls", "mean" (attention received, averaged over all queries), (row, col) of a patch, or a token index.
             With "cls", a model without a CLS token is read by "mean".
-        threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
-        metrics: names of metrics to log. None is all but "distance", with every query of the last layer only; "all" is
-            all, with every query of every layer, which "distance", "max_logit" and "sinks" by name also read.
-        health: when a health flag is raised, see `HealthLimits`.
+        metrics: names of metrics to log, or `MetricOptions`. None is all but "distance", with every query of the last
+            layer only; "all" is all, with every query of every layer.
+        features: whether to keep the patch features of the drawn layers in the archive, in at most 32 dimensions, and
+            to log ``gram_drift``, how far the cosines between patches have moved.
         every_n_train_steps: optimizer steps between snapshots. Steps are those of Lightning's loggers: batches that
             ended in an optimizer step, each counted once even if several optimizers step in it.
         every_n_epochs: epochs between snapshots. With neither, a run takes about 50 snapshots. There is always one
             before the first step and one after the last.
-        masks: folder of ground-truth masks for a probe folder, as `ProbeBatch.from_folder` reads it; they are outlined
-            in the panels, and Jaccard curves are logged.
-        num_images: how many images to take from a folder or from the run's data; None is 8.
-        image_size: size of images from a folder in pixels, one number or (height, width); None is 224.
-        mean: one number a channel, by which images are normalised. None is ImageNet's for a folder, and is inferred for
-            a tensor and for the run's data.
-        std: one positive number a channel, given together with ``mean``.
-        scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
-        heads: heads to draw, from 0 on; None draws all.
-        features: whether to keep the patch features of the drawn layers in the archive, in at most 32 dimensions, and
-            to log ``gram_drift``, how far the cosines between patches have moved.
-        gram_step: the first snapshot from this step on is the reference of ``gram_drift``; None is the first of all.
-        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
-            or False.
+        drawing: colours, heads and sizes of pictures, see `DrawingOptions`.
+        health: when a health flag is raised, see `HealthLimits`.
         forward: how to call a model if ``model(images)`` is not right: a function of (model, images), or its import
             path "package.module:function", as in YAML. Attention that runs in it is found.
         dirpath: folder of the archive, as in `ModelCheckpoint`; None is ``attn_monitor`` in the run's folder, False
@@ -93,6 +74,9 @@ class AttentionMapCallback(Base):
         disk_reserve: bytes; while less is free on a disk, no pictures and no archive are written to it. None is the
             smaller of 1 GB and 1 % of the disk.
         on_error: "warn" (one warning, training goes on) or "raise".
+        num_images: number of images, in place of `ProbeOptions.num_images`.
+        image_size: size of a folder's images, in place of `ProbeOptions.image_size`.
+        threshold: share of attention mass in DINO's mask, in place of `DrawingOptions.threshold`.
 
     These are logged, with {role} student, teacher or backbone:
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics``
@@ -107,66 +91,62 @@ class AttentionMapCallback(Base):
     Raises:
         ArgumentError: An argument is invalid.
         AttentionError, ProbeError, TargetError: Before the first training step, if the model cannot be watched. If none
-            of probe, targets, layers, query, forward and heads was given, this is a warning, and training goes on.
+            of probe, targets, layers, query, forward and drawn heads was given, this is a warning and training goes on.
     """
 
     def __init__(
         self,
-        probe: Probe | None = None,
+        probe: ProbeOptions | str | os.PathLike[str] | Tensor | ProbeBatch | None = None,
         *,
         targets: Mapping[str, str] | None = None,
         layers: int | str | list[int | str] = -1,
         query: Literal["cls", "mean"] | int | tuple[int, int] = "cls",
-        threshold: float = 0.6,
-        metrics: list[str] | str | None = None,
-        health: HealthLimits = HealthLimits(),
+        metrics: list[str] | str | MetricOptions | None = None,
+        features: bool = False,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
-        masks: str | os.PathLike[str] | None = None,
-        num_images: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        scale: Literal["uniform", "minmax"] = "uniform",
-        heads: list[int] | None = None,
-        features: bool = False,
-        gram_step: int | None = None,
-        verify: Verify = True,
+        drawing: DrawingOptions = DrawingOptions(),
+        health: HealthLimits = HealthLimits(),
         forward: Forward | str | None = None,
         dirpath: str | os.PathLike[str] | Literal[False] | None = None,
         name: str | None = None,
         disk_reserve: int | None = None,
         on_error: OnError = "warn",
+        num_images: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        threshold: float | None = None,
     ) -> None:
-        images = ProbeSettings(probe, num_images=num_images, image_size=image_size, masks=masks, mean=mean, std=std)
-        settings = MonitorSettings(
+        self.options = RunOptions(
+            probe,
+            num_images=num_images,
+            image_size=image_size,
+            threshold=threshold,
             layers=layers,
             query=query,
-            threshold=threshold,
             metrics=metrics,
-            health=health,
-            verify=verify,
             features=features,
-            gram_step=gram_step,
+            drawing=drawing,
+            health=health,
+            forward=forward,
+            on_error=on_error,
+            disk_reserve=disk_reserve,
         )
-        self.probe, self.num_images, self.targets = probe, images.num_images, targets
-        self.layers, self.query, self.health = settings.layers, settings.query, settings.health
-        self.forward, self.dirpath, self.name = import_forward(forward), check_dirpath(dirpath), check_name(name)
+        if self.options.probe.data is not None:
+            raise ArgumentError(
+                f"probe: received a {type(probe).__name__}, expected a folder, a tensor, a ProbeBatch, or None to take "
+                "images of the trainer's own data"
+            )
+        self.targets, self.dirpath, self.name = targets, check_dirpath(dirpath), check_name(name)
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
-        chosen = any(given is not None for given in (probe, targets, self.forward, heads))
-        self._images = LightningImages(self.num_images)
+        self._images = LightningImages(self.options.probe.count)
+        chosen = any(given is not None for given in (probe, targets, forward, self.options.drawing.drawn_heads))
         self._session = Session(
-            settings,
-            images,
+            self.options,
             self.schedule,
-            DrawingOptions(threshold, scale, check_heads(heads)),
-            forward=self.forward,
-            on_error=check_on_error(on_error),
             warn=_warn,
             inform=_inform,
             strict=chosen or (layers, query) != (-1, "cls"),
             named=targets is not None,
-            disk_reserve=check_reserve(disk_reserve),
         )
 
     @property
@@ -237,7 +217,8 @@ class AttentionMapCallback(Base):
             run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
             self._images.forget()
         run.budget = all_of(trainer)[0]._session.run.budget  # one budget for all callbacks
-        run.looks_at_wiring = next((c for c in all_of(trainer) if c.health.check_ema), None) is self  # only one reports
+        checking = (c for c in all_of(trainer) if c.options.health.check_ema)
+        run.looks_at_wiring = next(checking, None) is self  # only one reports
         number = 1 if self.name is not None else int(run.name or 1)  # the number in its tags
         session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
 
@@ -291,8 +272,8 @@ class AttentionMapCallback(Base):
     @property
     def state_key(self) -> str:
         """Return a key that differs between callbacks with other targets, layers, queries or names."""
-        named = {} if self.name is None else {"name": self.name}
-        return self._generate_state_key(targets=self.targets, layers=self.layers, query=self.query, **named)
+        given, named = self.options, {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(targets=self.targets, layers=given.layers, query=given.query, **named)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state and the last step: a few megabytes at most, without pickled objects."""

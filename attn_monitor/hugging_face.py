@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from attn_monitor.messages import warn
+from attn_monitor.probe.options import ProbeOptions, is_data
 from attn_monitor.record.atomic_file import atomic_file
-from attn_monitor.train.arguments import is_data
 from attn_monitor.watch import Watch
 
 STATE = "attn_monitor.pt"  # in each checkpoint
@@ -125,6 +126,8 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 def _in_batches(probe: Any, loader: Any) -> Any:
     """Batch a data set with the collator of the Trainer's loader; return anything else unchanged."""
+    if isinstance(probe, ProbeOptions):
+        return replace(probe, images=loader if probe.images is None else _in_batches(probe.images, loader))
     is_samples = is_data(probe) and hasattr(probe, "__getitem__") and not hasattr(probe, "collate_fn")
     if not is_samples or not hasattr(loader, "collate_fn"):
         return probe

@@ -16,14 +16,15 @@ from attn_monitor.capture.choose_forward import ForwardOption
 from attn_monitor.capture.every_query import EveryQueryOf
 from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
-from attn_monitor.capture.recorder import AttentionRecorder, Verify, check_verify
+from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.capture.site_cache import Doubt
 from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthLimits
-from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, select_metrics, summarise
-from attn_monitor.measure.patch_features import check_features, with_colors, with_features
+from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, summarise
+from attn_monitor.measure.patch_features import with_colors, with_features
 from attn_monitor.measurements import HealthFlag
+from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
 from attn_monitor.record.history import History
@@ -46,15 +47,13 @@ class AttentionMonitor:
         layers: which layers to record, see `record_attention`.
         query: which query to record, see `record_attention`.
         threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
-        metrics: names of metrics; None is all but "distance", with every query of the last layer only; or "all".
+        metrics: names of metrics, "all", or `MetricOptions`; None is all but "distance", with every query of the last
+            layer only.
         health: when a health flag is raised.
-        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
-            or False.
         forward: calls a model if ``model(images)`` is not right.
         or_mean: whether to read query="mean" of a model without a CLS token.
         features: whether to keep the patch features of the drawn layers, in at most 32 dimensions, and to measure Gram
             drift.
-        gram_step: the first snapshot from this step on is the reference of Gram drift; None is the first of all.
         distributed: whether the processes of the group share the probe. All must call `snapshot` at the same steps, and
             each gets the whole result. Otherwise a process works alone.
         alone: whether a role that fails is left out while others work; ``failed`` holds its error. Otherwise the first
@@ -79,22 +78,21 @@ class AttentionMonitor:
         layers: Layers = -1,
         query: QuerySpec = "cls",
         threshold: float = 0.6,
-        metrics: Sequence[str] | str | None = None,
+        metrics: MetricOptions | Sequence[str] | str | None = None,
         health: HealthLimits = HealthLimits(),
-        verify: Verify = True,
         forward: Forward | Sequence[ForwardOption] | None = None,
         or_mean: bool = False,
         features: bool = False,
-        gram_step: int | None = None,
         distributed: bool = False,
         alone: bool = False,
     ) -> None:
         self.probe, self.alone = probe, alone
-        self.metrics, self.health = select_metrics(metrics), Health(health)
+        options = MetricOptions.of(metrics, features=features)
+        self.metrics, self.verify, self.health = options.selected, options.verify, Health(health)
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.every_query: EveryQueryOf = "last" if metrics is None else "all"  # by name: every layer
-        self.verify, self.forward, self.or_mean, self.distributed = check_verify(verify), forward, or_mean, distributed
-        self.features, self.gram_step = check_features(features, gram_step)
+        self.every_query: EveryQueryOf = "last" if options.names is None else "all"  # by name: every layer
+        self.forward, self.or_mean, self.distributed = forward, or_mean, distributed
+        self.features, self.gram_step = features, options.gram_step or 0
         self.reference: Snapshot | None = None  # of Gram drift
         self.previous: Snapshot | None = None
         self.history, self.curves = History(), Curves()

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
 from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
-from attn_monitor.capture.recorder import Verify
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits
+from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.train.arguments import (
-    MonitorSettings,
-    OnError,
-    ProbeSettings,
-    check_heads,
-    check_on_error,
-    import_forward,
-)
+from attn_monitor.train.options import OnError, RunOptions
 from attn_monitor.train.probe_search import (
     TRAINING_CAPTION,
     probe_from_batch,
@@ -58,32 +52,26 @@ class Watch:
 
     Args:
         models: a module to search for backbones and their roles, or role to module.
-        probe: a folder, a tensor (images, channels, H, W) of normalised images, a `ProbeBatch`, or a data set or its
-            loader. Data with ``__len__`` and ``__getitem__`` give evenly spaced images, others their first batch. None
-            takes the first ``batch`` that `step` receives.
+        probe: a folder, a tensor (images, channels, H, W) of normalised images, a `ProbeBatch`, a data set or its
+            loader, or `ProbeOptions`. Data with ``__len__`` and ``__getitem__`` give evenly spaced images, others their
+            first batch. None takes the first ``batch`` that `step` receives.
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: the run's folder; the archive is in ``attn_monitor`` below it. None keeps no archive.
         every_n_train_steps: optimizer steps between snapshots; None is ``total_steps / 50``. Without ``total_steps``
             the intervals grow from 50 steps on; before, snapshots are at steps 1, 2, 4, …, 32 while they take at most
             5 % of the loop's time.
         total_steps: length of the run in optimizer steps, None if unknown.
-        layers: index in order of execution, module path, a list of these, or "all"; more in `AttentionMapCallback`.
-        query: "cls", "mean" (over all queries), (row, col) of a patch, or a token index.
-        threshold: share of attention mass that DINO's mask keeps, from 0 to 1.
-        metrics: names of metrics to log, None or "all", as in `AttentionMapCallback`.
-        health: when a health flag is raised, see `HealthLimits`.
-        verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
-            or False.
-        forward: calls a model if ``model(images)`` is not right: a function of (model, images).
-        num_images: how many images to take from a folder or from data; None is 8.
-        image_size: size of images from a folder in pixels, one number or (height, width); None is 224.
-        mean: one number a channel, by which images are normalised. None is ImageNet's for a folder, else inferred.
-        std: one positive number a channel, given together with ``mean``.
-        scale: colours in units of "uniform" attention (comparable between steps) or "minmax" (DINO's look).
-        heads: heads to draw, from 0 on; None draws all.
-        features: whether to archive patch features in at most 32 dimensions, and to log ``gram_drift``.
-        gram_step: the first snapshot from this step on is the reference of ``gram_drift``; None is the first of all.
-        on_error: "warn" or "raise".
+        layers: this and all arguments below are those of `AttentionMapCallback`.
+        query: likewise.
+        metrics: likewise.
+        features: likewise.
+        drawing: likewise.
+        health: likewise.
+        forward: likewise.
+        on_error: likewise.
+        num_images: likewise.
+        image_size: likewise.
+        threshold: likewise.
 
     Raises:
         ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.
@@ -93,7 +81,7 @@ class Watch:
     def __init__(
         self,
         models: nn.Module | Mapping[str, nn.Module],
-        probe: str | os.PathLike[str] | Tensor | ProbeBatch | Dataset[Any] | Iterable[Any] | None = None,
+        probe: ProbeOptions | Images | None = None,
         *,
         loggers: Sequence[Any] = (),
         folder: str | os.PathLike[str] | None = None,
@@ -101,47 +89,36 @@ class Watch:
         total_steps: float | None = None,
         layers: Layers = -1,
         query: QuerySpec = "cls",
-        threshold: float = 0.6,
-        metrics: Sequence[str] | str | None = None,
+        metrics: MetricOptions | Sequence[str] | str | None = None,
+        features: bool = False,
+        drawing: DrawingOptions = DrawingOptions(),
         health: HealthLimits = HealthLimits(),
-        verify: Verify = True,
         forward: Forward | None = None,
+        on_error: OnError = "warn",
         num_images: int | None = None,
         image_size: int | tuple[int, int] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        scale: str = "uniform",
-        heads: Sequence[int] | None = None,
-        features: bool = False,
-        gram_step: int | None = None,
-        on_error: OnError = "warn",
+        threshold: float | None = None,
     ) -> None:
         if not loggers and folder is None:
             raise ArgumentError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
+        self.options = RunOptions(
+            probe,
+            num_images=num_images,
+            image_size=image_size,
+            threshold=threshold,
+            layers=layers,
+            query=query,
+            metrics=metrics,
+            features=features,
+            drawing=drawing,
+            health=health,
+            forward=forward,
+            on_error=on_error,
+        )
         self.models, self.loggers, self.folder = models, list(loggers), None if folder is None else Path(folder)
         self.schedule = Schedule(every_n_train_steps)
         self.schedule.start(total_steps or float("inf"))
-        self._images = ProbeSettings(probe, num_images=num_images, image_size=image_size, mean=mean, std=std, data=True)
-        settings = MonitorSettings(
-            layers=layers,
-            query=query,
-            threshold=threshold,
-            metrics=metrics,
-            health=health,
-            verify=verify,
-            features=features,
-            gram_step=gram_step,
-        )
-        self._session = Session(
-            settings,
-            self._images,
-            self.schedule,
-            DrawingOptions(threshold, scale, check_heads(heads)),
-            forward=import_forward(forward),
-            on_error=check_on_error(on_error),
-            warn=_warn,
-            inform=_inform,
-        )
+        self._session = Session(self.options, self.schedule, warn=_warn, inform=_inform)
         self._session.start(distributed.RankZero())  # of this process alone: the others do nothing
         self._session.run.active = distributed.is_rank_zero()
         self._session.run.root = models if isinstance(models, nn.Module) else None
@@ -209,7 +186,7 @@ class Watch:
 
     def _find_images(self, batch: Any) -> ProbeBatch:
         """Take images of the data set or loader that was given, else of a batch."""
-        source, count = self._images.data, self._images.num_images
+        source, count = self.options.probe.data, self.options.probe.count
         if source is None:
             return probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 

@@ -142,7 +142,7 @@ def _watched(size: Size, steps: int, every: int, *, wait: bool) -> tuple[float, 
 
     def callbacks(images: Tensor) -> list[pl.Callback]:
         probe = ProbeBatch(images, mean=(0.5,) * 3, std=(0.5,) * 3)
-        watch = AttentionMapCallback(probe, every_n_train_steps=every, verify=True)
+        watch = AttentionMapCallback(probe, every_n_train_steps=every)
         parts.append(PlainForwards(images, every))
         return [*([Drained(watch)] if wait else []), parts[0], watch]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from attn_monitor.commands.support.devices import choose_device, fitting_size, m
 from attn_monitor.commands.support.results import notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
+from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.player.report import write_report
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -65,7 +66,7 @@ def backfill_run(
     allow_missing: bool = False,
     trust: bool = False,
     loggers: LoggerName | Sequence[Any] = "tensorboard",
-    scale: str = "uniform",
+    drawing: DrawingOptions = DrawingOptions(),
     notify: Notify = notify,
 ) -> Backfilled:
     """Add what a callback would have recorded at the checkpoints' steps to an archive, and log it.
@@ -81,7 +82,7 @@ def backfill_run(
         allow_missing: as in `load_checkpoint`.
         trust: as in `load_checkpoint`.
         loggers: "tensorboard" or "wandb" to open one in ``out``, "none", or loggers of the caller.
-        scale: "uniform" or "minmax" for pictures.
+        drawing: how to draw, with the threshold of the monitor.
         notify: takes notes, one line each; by default they go to stderr.
 
     Returns:
@@ -120,7 +121,7 @@ def backfill_run(
             if publish is None:  # loggers are opened where there is something to log
                 opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
                 archive.note_settings()
-                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, scale, notify))
+                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, drawing, notify))
             publish(snapshot)
     added = [step for step in missing if snapshot_path(archive.folder, step).exists()]
     for step in missing:
@@ -144,11 +145,10 @@ def backfill(
     masks: str | None = None,
     layers: Any = -1,
     query: Any = "cls",
-    threshold: float = 0.6,
-    scale: str = "uniform",
     metrics: Any = None,
     features: bool = False,
     gram_step: int | None = None,
+    drawing: DrawingOptions = DrawingOptions(),
     device: str = "cpu",
 ) -> None:
     """Run `attn-monitor backfill`, which this module describes.
@@ -169,11 +169,10 @@ def backfill(
         masks: folder of ground-truth masks, PNGs with the images' names.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
-        threshold: share of attention mass inside the outline.
-        scale: "uniform" (comparable) or "minmax" (each map for itself).
         metrics: names of metrics; by default all but distance, "all" for that too.
         features: keep patch features in at most 32 dimensions, and measure Gram drift.
         gram_step: against the first snapshot from this step on; by default the first of all.
+        drawing: how to draw; its values are options of their own.
         device: where the model runs, such as cuda.
     """
     chosen_device = choose_device(device)
@@ -183,15 +182,14 @@ def backfill(
         images,
         layers=layers,
         query=query,
-        threshold=threshold,
-        metrics=metrics,
+        threshold=drawing.threshold,
+        metrics=MetricOptions(metrics, gram_step),
         or_mean=True,
         features=features,
-        gram_step=gram_step,
     )
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     move_to(chosen_device, backbone)
-    filled = backfill_run(checkpoints, backbone, monitor, out, loggers=logger, scale=scale, **choice)
+    filled = backfill_run(checkpoints, backbone, monitor, out, loggers=logger, drawing=drawing, **choice)
     for step in filled.added:
         print(snapshot_path(filled.archive, step))
     print(f"{filled.archive}: {len(filled.added)} snapshots added, {len(filled.there)} were there")
@@ -263,7 +261,7 @@ def _wandb_run(folder: Path, run: str) -> Any:
 
 @contextmanager
 def _publishing(
-    loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, scale: str, notify: Notify
+    loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, drawing: DrawingOptions, notify: Notify
 ) -> Iterator[Callable[[Snapshot], None]]:
     """Yield a function that publishes a snapshot while the next one is taken, and never leaves pictures out."""
     failures = Failures()
@@ -271,7 +269,7 @@ def _publishing(
         loggers,
         monitor.probe,
         folder=archive,
-        style=DrawingOptions(monitor.threshold, scale),
+        style=replace(drawing, threshold=monitor.threshold),
         every_layer=monitor.draws_every_layer,
         history=monitor.history,
         curves=monitor.curves,

@@ -8,6 +8,7 @@ import re
 import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from attn_monitor.commands.report import report
 from attn_monitor.commands.show import show
 from attn_monitor.commands.summary import summary
 from attn_monitor.commands.video import video
+from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary]
+DRAWING = "drawing"  # the parameter of a command whose values are options of their own
 MAY_BE_EMPTY = {"key"}  # the prefix of names in a checkpoint that have none
 
 
@@ -59,12 +62,14 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
         values = parsed[parsed.subcommand].as_dict()
         if empty := [name for name, value in values.items() if value == "" and name not in MAY_BE_EMPTY]:
             raise ArgumentError(None, f"{empty[0]} is empty")
+        if DRAWING in inspect.signature(run := _named(parsed.subcommand)).parameters:
+            values[DRAWING] = DrawingOptions(**{f.name: values.pop(f.name) for f in fields(DrawingOptions)})
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         name = "attn-monitor" if command is None else f"attn-monitor {command.__name__}"
         print(f"{name}: {' '.join(str(error).split())} (see {name} --help)", file=sys.stderr)
         sys.exit(2)
     del values["config"]
-    return next(c for c in COMMANDS if c.__name__ == parsed.subcommand), values
+    return run, values
 
 
 def _in_words(error: OSError) -> str:
@@ -96,6 +101,10 @@ def spelled_out(words: Sequence[str]) -> list[str]:
                 equals, value = "=", "true"
         spelled.append(option + equals + value)
     return spelled
+
+
+def _named(name: str) -> Callable[..., None]:
+    return next(c for c in COMMANDS if c.__name__ == name)
 
 
 def _command(words: Sequence[str]) -> Callable[..., None] | None:
@@ -131,7 +140,9 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
     for name in sorted(map(str, optional)):  # jsonargparse would make an option of it
         about = re.search(rf"^ *{name}: (.+)$", inspect.getdoc(command) or "", re.MULTILINE)
         parser.add_argument(name, nargs="?", help="" if about is None else about[1])
-    parser.add_function_arguments(command, skip=positional, as_group=False)
+    parser.add_function_arguments(command, skip={*positional, DRAWING}, as_group=False)
+    if DRAWING in options:
+        parser.add_class_arguments(DrawingOptions, None, as_group=False)
     return parser
 
 

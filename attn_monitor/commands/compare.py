@@ -124,7 +124,9 @@ def compare_runs(a: str | Path, b: str | Path) -> Comparison:
     return Comparison(first, second, tuple(steps), *map(tuple, _common_layers(first, second, last)))
 
 
-def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = False, threshold: float = 0.6) -> None:
+def compare(
+    a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = False, drawing: DrawingOptions = DrawingOptions()
+) -> None:
     """Run `attn-monitor compare`, which this module describes.
 
     Args:
@@ -134,7 +136,7 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
         out: folder for the pictures.
         steps: how many of the matched steps are drawn, evenly spaced, first and last included.
         every_layer: draw each layer that both have, not only the last one of each role.
-        threshold: share of attention mass inside the outline.
+        drawing: how to draw; its values are options of their own.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1")
@@ -145,7 +147,7 @@ def compare(a: str, b: str, *, out: str, steps: int = 4, every_layer: bool = Fal
     with results_in(Path(out)) as results:
         for number in progress(chosen, "drawing"):
             step = "-".join(map(str, dict.fromkeys(found.steps[number])))
-            pictures = found.pictures(number, every_layer=every_layer, options=DrawingOptions(threshold))
+            pictures = found.pictures(number, every_layer=every_layer, options=drawing)
             for name, picture in pictures:
                 results.save(results.folder / file_name(f"{name}-step{step}", ".png"), picture)
         if found.table():

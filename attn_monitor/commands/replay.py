@@ -39,9 +39,7 @@ def replay(
     *,
     out: str | None = None,
     format: Literal["webp", "mp4", "gif"] = "webp",
-    scale: str = "uniform",
-    threshold: float = 0.6,
-    colormap: str = "inferno",
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Run `attn-monitor replay`, which this module describes.
 
@@ -50,12 +48,10 @@ def replay(
         out: folder for the pictures; by default `pictures` inside the archive.
         format: of the animations; mp4 needs PyAV (pip install attn_monitor[video]) and shows every snapshot, webp and
             gif up to 100, evenly spaced.
-        scale: "uniform" (comparable) or "minmax" (each map for itself).
-        threshold: share of attention mass inside the outline.
-        colormap: "inferno" or "viridis".
+        drawing: how to draw; its values are options of their own.
     """
     found = Run(run)
-    panels = _Panels(found, DrawingOptions(threshold, scale, colormap=colormap))
+    panels = _Panels(found, drawing)
     with results_in(found.folder / "pictures" if out is None else Path(out)) as results:
         folder = results.folder
         animated = [check_ending(folder / f"{name}.{format}") for name in panels.probe.names]

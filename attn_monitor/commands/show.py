@@ -25,7 +25,6 @@ from attn_monitor.measure.outliers import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
-from attn_monitor.train.arguments import check_heads
 from attn_monitor.weights.models import load_model
 
 ROLE = "backbone"
@@ -45,12 +44,9 @@ def show(
     num_images: int = 8,
     layers: Any = -1,
     query: Any = "cls",
-    threshold: float = 0.6,
-    scale: str = "uniform",
-    colormap: str = "inferno",
-    heads: Any = "all",
     masks: str | None = None,
     metrics: Any = None,
+    drawing: DrawingOptions = DrawingOptions(),
     separate: bool = False,
     raw: bool = False,
     drop_artifacts: bool = False,
@@ -75,12 +71,9 @@ def show(
         num_images: how many images of a folder.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
-        threshold: share of attention mass inside the outline.
-        scale: "uniform" (comparable) or "minmax" (each map for itself).
-        colormap: "inferno" or "viridis".
-        heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
         masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
         metrics: names of metrics; by default all but distance, "all" for that too.
+        drawing: how to draw; its values are options of their own.
         separate: also write single pictures of the input's size: img.png, and for each layer heatmap.png and
             overlay.png (the mean over heads), attn-head{j}.png, mask_th{t}_mean.png and mask_th{t}_head{j}.png. Several
             images have a folder each, of the image's name, and several layers folders layer{L} in it.
@@ -90,17 +83,16 @@ def show(
         device: where the model runs; by default a GPU if there is one. When memory runs out, images are taken a few at
             a time, then on the CPU.
     """
-    options = DrawingOptions(threshold, scale, drawn_heads(heads), colormap=colormap)
     chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     with doing(f"loading {model}"):
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
     probe = ProbeBatch.from_path(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
-    monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=threshold, metrics=metrics)
+    monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
         snapshot = with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded)
-    monitor.check_heads(options.heads)
+    monitor.check_heads(drawing.drawn_heads)
     for text in _notes(monitor):
         notify(text)
     captured, outliers = snapshot.layers_of(ROLE), {}
@@ -111,7 +103,7 @@ def show(
         _print_outliers(outliers, probe.names)
     with results_in(Path(out)) as results:
         folder = results.folder
-        for name, picture in _pictures(without_outliers(snapshot, outliers), probe, outliers, options, separate):
+        for name, picture in _pictures(without_outliers(snapshot, outliers), probe, outliers, drawing, separate):
             results.save(folder / name, picture)
         probe.save(folder / "probe.npz")  # `compare` needs it to know that two results show the same images
         snapshot.save(folder / SHOWN)
@@ -122,16 +114,6 @@ def show(
             for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):
                 results.add(path)
     print_metrics(snapshot, "metrics, means over heads and images")
-
-
-def drawn_heads(heads: Any) -> tuple[int, ...] | None:
-    """Return the heads to draw beside their mean: None for "all", () for "mean", or the given ones."""
-    named = {"all": None, "mean": ()}
-    if isinstance(heads, str) and heads in named:
-        return named[heads]
-    if isinstance(heads, str):
-        raise ValueError(f'heads={heads!r}: expected "all", "mean", the number of a head, or a list of numbers')
-    return check_heads([heads] if isinstance(heads, int) else heads)
 
 
 def _notes(monitor: AttentionMonitor) -> list[str]:

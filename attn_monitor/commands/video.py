@@ -20,7 +20,6 @@ from torch import nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.commands.show import drawn_heads
 from attn_monitor.commands.support.devices import choose_device, move_to, patch_size, with_memory_for
 from attn_monitor.commands.support.frames import read_frames
 from attn_monitor.commands.support.results import notify, progress, writing_to
@@ -29,7 +28,6 @@ from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
-from attn_monitor.measure.metrics import check_threshold
 from attn_monitor.probe.image_folder import check_size
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
 from attn_monitor.weights.models import load_model
@@ -52,11 +50,8 @@ def video(
     fps: float | None = None,
     layers: Any = -1,
     query: Any = "cls",
-    heads: Any = "all",
-    threshold: float = 0.6,
     outside: str = "attention",
-    scale: str = "uniform",
-    colormap: str = "inferno",
+    drawing: DrawingOptions = DrawingOptions(),
     batch: int = 8,
     device: str | None = None,
 ) -> None:
@@ -78,18 +73,14 @@ def video(
         fps: frames per second of a folder, 25 by default.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
-        heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
-        threshold: share of attention mass inside the outline.
         outside: what is shown outside the outline: "attention", "photo" in grey, or "black".
-        scale: "uniform" (comparable) or "minmax" (each map for itself).
-        colormap: "inferno" or "viridis".
+        drawing: how to draw; its values are options of their own.
         batch: frames that go through the model together.
         device: where the model runs; by default a GPU if there is one. When memory runs out, frames are taken a few at
             a time, then on the CPU.
     """
     path = check_ending(Path(out))
-    options = DrawingOptions(check_threshold(threshold), scale, drawn_heads(heads), None, colormap)
-    drawing = FrameDrawing(options, outside)
+    draw = FrameDrawing(drawing, outside)
     frames = read_frames(Path(video), fps)
     chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
@@ -102,7 +93,7 @@ def video(
             seconds.append(frame.seconds)
             yield frame.pixels
 
-    pictures = attention_video(loaded, pixels(), layers=layers, query=query, size=size, batch=batch, drawing=drawing)
+    pictures = attention_video(loaded, pixels(), layers=layers, query=query, size=size, batch=batch, drawing=draw)
     first = next(pictures, None)
     if first is None:
         raise ValueError(frames.missing or f"{video}: has no frames")
@@ -145,7 +136,7 @@ def attention_video(
     """
     drawing = FrameDrawing() if drawing is None else drawing
     for photos, recorded in recorded_batches(model, frames, layers=layers, query=query, size=size, batch=batch):
-        _check_heads(drawing.options.heads, recorded)
+        _check_heads(drawing.options.drawn_heads, recorded)
         for image, photo in enumerate(photos):
             yield drawing.draw(photo, recorded, image)
 

@@ -120,7 +120,7 @@ def _section(
     options: DrawingOptions,
 ) -> Section:
     attention = pair[0].layer(*key)
-    both = [mean_and_heads(snapshot.maps(*key)[image], options.heads) for snapshot in pair]
+    both = [mean_and_heads(snapshot.maps(*key)[image], options.drawn_heads) for snapshot in pair]
     labels = both[0][1]
     side = min(CELL, SHEET_WIDTH // (len(labels) + 1))
     painter = CellPainter(photo, attention.grid, options, side, truth)

@@ -29,7 +29,7 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
     """
     role = snapshot.roles[-1]
     attention = snapshot.layer(role)
-    rows = [mean_and_heads(maps, options.heads) for maps in attention.maps[:SHEET_IMAGES]]
+    rows = [mean_and_heads(maps, options.drawn_heads) for maps in attention.maps[:SHEET_IMAGES]]
     labels = rows[0][1]
     painter = CellPainter(blank_picture(8, 8), attention.grid, options, min(CELL, SHEET_WIDTH // len(labels)))
     height, width = painter.size

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from attn_monitor.draw.colormap import COLORMAPS
 from attn_monitor.draw.scales import SCALES
 from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.metrics import check_threshold
+
+Heads = tuple[int, ...] | int | Literal["all", "mean"]
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,13 @@ class DrawingOptions:
     """Options of all pictures.
 
     Args:
-        threshold: Share of attention that an outlined mask holds, above 0 and up to 1.
-        scale: Colour scale: "uniform" is fixed, so that steps can be compared; "minmax" stretches each map.
-        heads: Heads that are drawn beside their mean; None for all.
-        cell: Approximate side of a map in pixels; None makes few maps large and many small.
-        colormap: Colour table, "inferno" or "viridis".
+        threshold: share of attention mass, above 0 and up to 1, that an outlined mask holds. Metrics of masks use it
+            too.
+        scale: "uniform" (in units of uniform attention, so that steps can be compared) or "minmax" (each map for
+            itself, DINO's look).
+        heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
+        cell: approximate side of a map in pixels; by default few maps are large and many small.
+        colormap: "inferno" or "viridis".
 
     Raises:
         ArgumentError: A value is unknown or out of its range.
@@ -33,10 +38,10 @@ class DrawingOptions:
     """
 
     threshold: float = 0.6
-    scale: str = "uniform"
-    heads: tuple[int, ...] | None = None
+    scale: Literal["uniform", "minmax"] = "uniform"
+    heads: Heads = "all"
     cell: int | None = None
-    colormap: str = "inferno"
+    colormap: Literal["inferno", "viridis"] = "inferno"
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -45,3 +50,22 @@ class DrawingOptions:
             raise ArgumentError(f"scale={self.scale!r}: expected {expected}")
         if self.colormap not in COLORMAPS:
             raise ArgumentError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")
+        if self.cell is not None and (not isinstance(self.cell, int) or self.cell < 1):
+            raise ArgumentError(f"cell={self.cell!r}: expected a number of pixels of at least 1, or None")
+        if isinstance(self.heads, list):
+            object.__setattr__(self, "heads", tuple(self.heads))
+        numbers = self.heads if isinstance(self.heads, tuple) else (self.heads,)
+        known = self.heads in ("all", "mean") or all(type(h) is int and h >= 0 for h in numbers)
+        if not known or not numbers or len(set(numbers)) < len(numbers):
+            given = list(self.heads) if isinstance(self.heads, tuple) else self.heads
+            raise ArgumentError(
+                f'heads={given!r}: expected "all", "mean", the number of a head, or a list of different numbers from 0 '
+                "on"
+            )
+
+    @property
+    def drawn_heads(self) -> tuple[int, ...] | None:
+        """Return the heads to draw beside their mean; None for all."""
+        if isinstance(self.heads, str):
+            return None if self.heads == "all" else ()
+        return (self.heads,) if isinstance(self.heads, int) else self.heads

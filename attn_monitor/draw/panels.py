@@ -77,7 +77,7 @@ def panel(
         if not has_layer(snapshot, role, layer):
             continue
         attention = snapshot.layer(role, layer)
-        maps, labels = mean_and_heads(attention.maps[image], options.heads)
+        maps, labels = mean_and_heads(attention.maps[image], options.drawn_heads)
         count = len(labels) + 1 + (attention.colors is not None)
         side = options.cell or round(math.sqrt(pixels / count / len(snapshot.roles)))
         side = min(side, LARGEST_CELL)

@@ -49,7 +49,7 @@ def filmstrip(
     chosen = [history[i] for i in thin([s.step for s in history], STRIP_COLUMNS)]
     main = last.roles[-1]
     attention = last.layer(main, layer)
-    heads = _most_concentrated(attention, image, options.heads)
+    heads = _most_concentrated(attention, image, options.drawn_heads)
     rows: list[tuple[str, int | None]] = [(role, None) for role in last.roles] + [(main, head) for head in heads]
     labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
     missing = torch.full(attention.grid, math.nan)

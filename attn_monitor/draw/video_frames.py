@@ -58,7 +58,7 @@ class FrameDrawing:
             if key not in painters:
                 painters[key] = CellPainter(photo, attention.grid, self.options, layout.side)
             painter = painters[key]
-            maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.heads)
+            maps, _ = mean_and_heads(attention.maps[image].cpu(), self.options.drawn_heads)
             masks = map_statistics(maps, self.options.threshold).mask.numpy()
             pictures = painter.paint(maps.numpy(), masks)
             unmasked = ~masks.any((-2, -1), keepdims=True)  # uniform or missing
@@ -86,7 +86,7 @@ class _Layout:
 
 
 def _lay_out(layers: Sequence[LayerAttention], options: DrawingOptions, image: tuple[int, int]) -> _Layout:
-    labels = [["original", *mean_and_heads(a.maps[0], options.heads)[1]] for a in layers]
+    labels = [["original", *mean_and_heads(a.maps[0], options.drawn_heads)[1]] for a in layers]
     side = options.cell or _side(sum(map(len, labels)), layers[0].grid)
     sizes = [Frame.of(attention.grid, side, image).size for attention in layers]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)

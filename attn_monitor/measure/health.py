@@ -65,6 +65,9 @@ class HealthLimits:
     stall_steps: int = 20
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)):
+                raise ArgumentError(f"health: {name}={value!r}; expected a number")
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
             raise ArgumentError(
                 f"health: low_entropy={self.low_entropy}, high_entropy={self.high_entropy}; expected "

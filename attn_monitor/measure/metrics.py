@@ -169,9 +169,9 @@ METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logi
 
 def check_threshold(threshold: float) -> float:
     """Return ``threshold``; `ArgumentError` if it is not a share above 0 and up to 1."""
-    if not 0 < threshold <= 1:
+    if not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ArgumentError(
-            f"threshold={threshold}: expected a share of attention mass above 0 and up to 1, such as 0.6"
+            f"threshold={threshold!r}: expected a share of attention mass above 0 and up to 1, such as 0.6"
         )
     return threshold
 

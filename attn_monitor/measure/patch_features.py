@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.errors import ArgumentError
 from attn_monitor.patch_colors import PatchColors
 
 Layers = Mapping[tuple[str, int], LayerAttention]
@@ -28,19 +27,6 @@ LEAST_SCALE = 0.25  # of a token's length: smaller differences are not stretched
 PACE = 0.25  # of the way that the scale goes towards what a snapshot by itself would have
 NOTHING = 1e-6  # variance, as a share of all or of a token's length, that is rounding (tokens are float16)
 COMPARED = 2048  # patches, evenly spaced, of which all pairs tell the error of the cosine
-
-
-def check_features(features: bool, gram_step: int | None) -> tuple[bool, int]:
-    """Whether to keep features, and the step that Gram drift is measured against, if they can be these."""
-    if not isinstance(features, bool):
-        raise ArgumentError(f"features={features!r}: expected True or False")
-    if gram_step is None:
-        return features, 0
-    if not features:
-        raise ArgumentError(f"gram_step={gram_step!r}: features is False, and Gram drift is measured on features=True")
-    if not isinstance(gram_step, int) or isinstance(gram_step, bool) or gram_step < 0:
-        raise ArgumentError(f"gram_step={gram_step!r}: expected a step of at least 0, or None for the first snapshot")
-    return features, gram_step
 
 
 def with_colors(layers: Layers, before: Layers) -> dict[tuple[str, int], LayerAttention]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
-from attn_monitor.measure.metrics import select_metrics
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.generic import Generic
 from attn_monitor.trackers.registry import tracker_for
-from attn_monitor.train.arguments import MonitorSettings
+from attn_monitor.train.options import RunOptions
 from attn_monitor.train.schedule import Schedule
 
 SHARE = 0.05  # of the loop's time, for snapshots beyond the schedule
@@ -144,12 +143,18 @@ def health_text(flags: Sequence[HealthFlag]) -> str:
     return f"{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
 
 
-def settings_text(settings: MonitorSettings, paths: Mapping[str, str], schedule: Schedule) -> str:
+def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Schedule) -> str:
     """Record in Markdown how a run is watched."""
     shown = {
         "targets": dict(paths),
-        **vars(settings),
-        "metrics": ", ".join(select_metrics(settings.metrics)),
+        "layers": options.layers,
+        "query": options.query,
+        "metrics": ", ".join(options.metrics.selected),
+        "gram_step": options.metrics.gram_step,
+        "verify": options.metrics.verify,
+        "features": options.features,
+        "health": options.health,
+        **vars(options.drawing),
         "every_n_train_steps": schedule.every_n_train_steps,
         "every_n_epochs": schedule.every_n_epochs,
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, record_attention
+from attn_monitor import AttentionMonitor, AttentionSnapshot, MetricOptions, ProbeBatch, record_attention
 from attn_monitor.capture.rollout import attention_rollout
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.errors import VerificationError
@@ -106,9 +106,9 @@ def test_what_the_cls_query_says_remains() -> None:
 
 
 def test_numbers_stay_absent_where_only_the_first_recording_is_checked() -> None:
-    monitor, first = snapshot_of(with_kernel(patchy), verify="first", metrics="all")
+    monitor, first = snapshot_of(with_kernel(patchy), metrics=MetricOptions("all", verify="first"))
     model = with_kernel(patchy)
-    second = AttentionMonitor(ProbeBatch(IMAGES), verify="first", metrics="all")
+    second = AttentionMonitor(ProbeBatch(IMAGES), metrics=MetricOptions("all", verify="first"))
     names = [
         {key.metric for key in second.snapshot({"backbone": model}, step=step).metrics} - {"drift"} for step in (0, 1)
     ]

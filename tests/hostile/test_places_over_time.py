@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, HealthLimits, ProbeBatch, Watch, load_snapshots
+from attn_monitor import (
+    AttentionMapCallback,
+    AttentionMonitor,
+    HealthLimits,
+    ProbeBatch,
+    ProbeOptions,
+    Watch,
+    load_snapshots,
+)
 from attn_monitor.capture import site_cache
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.capture.observer import AttentionObserver
@@ -167,7 +175,10 @@ def drawn(folder: Path, model: Ordered, order: Tensor) -> str:
 
 def watching(**settings: Any) -> AttentionMapCallback:
     return AttentionMapCallback(
-        images(), mean=[0.0] * 3, std=[1.0] * 3, every_n_train_steps=1, health=HealthLimits(peak=1.0), **settings
+        ProbeOptions(images(), mean=[0.0] * 3, std=[1.0] * 3),
+        every_n_train_steps=1,
+        health=HealthLimits(peak=1.0),
+        **settings,
     )
 
 
@@ -218,7 +229,7 @@ def test_ordinary_training_of_student_and_teacher_asks_nothing_again(tmp_path: P
     images_run = []
     for steps in (2, 6):
         watch = AttentionMapCallback(
-            torch.randn(8, 3, 32, 32), mean=[0.0] * 3, std=[1.0] * 3, every_n_train_steps=1, dirpath=False
+            ProbeOptions(torch.randn(8, 3, 32, 32), mean=[0.0] * 3, std=[1.0] * 3), every_n_train_steps=1, dirpath=False
         )
         counts.update(discoveries=0, images=0)
         trainer(tmp_path / str(steps), watch, max_steps=steps).fit(Distillation(), loader(64))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from attn_monitor import AttentionMapCallback, ProbeBatch
+from attn_monitor import AttentionMapCallback, ProbeBatch, ProbeOptions
 from attn_monitor.train.probe_search import probe_from_loaders
 from tests.support.helpers import Distillation, NoiseImages, loader, trainer
 
@@ -126,7 +126,7 @@ def test_neither_random_states_nor_the_loader_move(workers: int) -> None:
 
 @pytest.mark.parametrize("validation", [None, DataLoader(Numbered(100), batch_size=1)])
 def test_statistics_can_be_set(tmp_path: Path, validation: Any) -> None:
-    callback = AttentionMapCallback(mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    callback = AttentionMapCallback(ProbeOptions(mean=[0.1, 0.2, 0.3], std=[1, 2, 3]))
     data = loader() if validation is None else DataLoader(Stream(), batch_size=3)
     trainer(tmp_path, callback, max_steps=1).fit(Distillation(), data, validation)
     assert callback.monitor is not None
@@ -140,9 +140,9 @@ def test_statistics_can_be_set(tmp_path: Path, validation: Any) -> None:
 )
 def test_wrong_statistics_fail_at_once(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"mean=.*std=.*expected both"):
-        AttentionMapCallback(**given)
+        ProbeOptions(**given)
     with pytest.raises(ValueError, match="a ProbeBatch, which takes mean and std of its own"):
-        AttentionMapCallback(ProbeBatch(torch.zeros(1, 3, 8, 8)), mean=[0, 0, 0], std=[1, 1, 1])
+        ProbeOptions(ProbeBatch(torch.zeros(1, 3, 8, 8)), mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def test_a_batch_without_images_leaves_the_run_alone(tmp_path: Path) -> None:

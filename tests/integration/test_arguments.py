@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, load_snapshots
+from attn_monitor import (
+    AttentionMapCallback,
+    AttentionMonitor,
+    DrawingOptions,
+    MetricOptions,
+    ProbeBatch,
+    ProbeOptions,
+    load_snapshots,
+)
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import HeadError
 from tests.integration.test_trainer_features import files
@@ -26,13 +34,13 @@ TENSOR = torch.zeros(4, 3, 32, 32)
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"verify": "alway"}, "verify='alway': expected True"),
-        ({"verify": None}, "verify=None"),
-        ({"heads": [-1]}, r"heads=\[-1\]: expected a list"),
-        ({"heads": []}, r"heads=\[\]"),
-        ({"heads": [0, 0]}, r"heads=\[0, 0\]"),
-        ({"heads": 3}, "heads=3"),
-        ({"heads": [True]}, r"heads=\[True\]"),
+        ({"drawing": {"heads": [0]}}, r"drawing: received a dict, expected DrawingOptions\(\.\.\.\)"),
+        ({"health": None}, r"health: received a NoneType, expected HealthLimits\(\.\.\.\)"),
+        ({"metrics": MetricOptions(gram_step=3)}, "gram_step=3: features is False"),
+        ({"features": 1}, "features=1: expected True or False"),
+        ({"threshold": "half"}, "threshold='half': expected a share"),
+        ({"probe": [TENSOR]}, "probe: received a list, expected a folder.*images of the trainer's own data"),
+        ({"probe": ProbeOptions("x", masks="m"), "image_size": 0}, "image_size=0"),
         ({"num_images": 4, "probe": TENSOR}, r"num_images=4: probe is a Tensor.*probe\[:4\]"),
         ({"num_images": 8, "probe": ProbeBatch(TENSOR)}, "num_images=8: probe is a ProbeBatch"),
         ({"image_size": 32, "probe": TENSOR}, "image_size=32: probe is a Tensor"),
@@ -43,7 +51,6 @@ TENSOR = torch.zeros(4, 3, 32, 32)
         ({"num_images": -2}, "num_images=-2"),
         ({"num_images": 2.5}, "num_images=2.5"),
         ({"probe": 7}, "probe: received a int"),
-        ({"scale": "Uniform"}, "scale='Uniform'"),
         ({"layers": 1.5}, "layers=1.5: expected an index"),
         ({"layers": []}, r"layers=\[\]"),
         ({"layers": None}, "layers=None"),
@@ -72,7 +79,7 @@ def test_the_constructor_refuses(arguments: dict[str, Any], text: str) -> None:
         AttentionMapCallback(**arguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [("verify", "alway"), ("layers", []), ("query", "CLS")])
+@pytest.mark.parametrize(("name", "value"), [("layers", []), ("query", "CLS")])
 def test_other_entrances_refuse_too(name: str, value: Any) -> None:
     wrong: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name}="):
@@ -83,11 +90,12 @@ def test_other_entrances_refuse_too(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_a_head_that_the_model_lacks_is_told_before_the_first_step(tmp_path: Path, probe: Tensor | None) -> None:
-    running = trainer(tmp_path, AttentionMapCallback(probe, heads=[0, 7]), max_steps=4)
+    running = trainer(tmp_path, AttentionMapCallback(probe, drawing=DrawingOptions(heads=[0, 7])), max_steps=4)
     with pytest.raises(HeadError, match=r"heads=\[0, 7\]: layer 1 of student has heads 0 to 3, so no 7"):
         running.fit(Distillation(), loader(), loader(8))
     assert running.global_step == 0
-    trainer(tmp_path / "b", AttentionMapCallback(probe, heads=[0, 3]), max_steps=1).fit(Distillation(), loader())
+    watch = AttentionMapCallback(probe, drawing=DrawingOptions(heads=[0, 3]))
+    trainer(tmp_path / "b", watch, max_steps=1).fit(Distillation(), loader())
 
 
 CLI = """
@@ -107,20 +115,29 @@ def by_command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "argument", ["verify=alway", "scale=log", "on_error=ignore", "query=CLS", "every_n_epochs=often"]
+    "argument",
+    [
+        "metrics.verify=alway",
+        "drawing.scale=log",
+        "on_error=ignore",
+        "query=CLS",
+        "every_n_epochs=often",
+        "drawing.x=1",
+    ],
 )
 def test_lightning_cli_refuses(argument: str) -> None:
     ran = by_command_line(argument)
     assert ran.returncode != 0
-    assert argument.split("=")[0] in ran.stderr
+    assert argument.split("=")[0].split(".")[-1] in ran.stderr
     assert "accepted" not in ran.stdout
 
 
 @pytest.mark.slow
 def test_lightning_cli_accepts() -> None:
     ran = by_command_line(
-        "verify=first", "scale=minmax", "on_error=raise", "query=mean", "forward=tests.support.forwards.with_flag",
-        "dirpath=false", "layers=[0,1]", "heads=[0]",
+        "metrics.verify=first", "drawing.scale=minmax", "probe.images=folder", "probe.masks=masks",
+        "on_error=raise", "query=mean", "forward=tests.support.forwards.with_flag",
+        "dirpath=false", "layers=[0,1]", "drawing.heads=[0]", "drawing.threshold=0.5", "health.peak=0.5",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "accepted" in ran.stdout
@@ -157,7 +174,7 @@ def test_forward_calls_the_model(tmp_path: Path, forward: Any) -> None:
     trainer(tmp_path, watch, max_steps=1).fit(Told(), loader())
     assert [s.step for s in load_snapshots(tmp_path / RUN / "attn_monitor")] == [0, 1]
     assert (8, 3, 32, 32) in forwards.CALLS
-    assert AttentionMapCallback(forward=forward).forward is forwards.with_flag
+    assert AttentionMapCallback(forward=forward).options.forward is forwards.with_flag
 
 
 def test_dirpath_is_the_archive(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from attn_monitor import (
     AttentionMapCallback,
     AttentionMonitor,
     AttentionSnapshot,
+    DrawingOptions,
     HealthLimits,
     ProbeBatch,
     load_snapshots,
@@ -184,6 +185,7 @@ def test_a_broken_checkpoint_is_named_and_skipped(
             logger="none",
             features=True,
             gram_step=4,
+            drawing=DrawingOptions(scale="minmax"),
         )
     said = capsys.readouterr()
     filled = load_snapshots(tmp_path / "out" / "attn_monitor")

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from attn_monitor import AttentionMapCallback, load_snapshots
+from attn_monitor import AttentionMapCallback, DrawingOptions, load_snapshots
 from attn_monitor.train.session import STATE_VERSION
 from tests.support import forwards
 from tests.support.helpers import Distillation, loader, trainer
@@ -64,7 +64,7 @@ WAYS = ["finished", "failed", "failed at the start"]
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_after_any_fit_it_can_be_copied_and_trained_with(tmp_path: Path, how: str, probe: Tensor | None) -> None:
-    watch = AttentionMapCallback(probe, every_n_train_steps=1, layers="all", heads=[0])
+    watch = AttentionMapCallback(probe, every_n_train_steps=1, layers="all", drawing=DrawingOptions(heads=[0]))
     fit(tmp_path / "a", watch, how)
     for number, other in enumerate([copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))]):
         trainer(tmp_path / str(number), other, max_steps=2).fit(Distillation(), loader(), loader(8))
@@ -82,7 +82,7 @@ def test_after_any_fit_the_model_is_gone_and_so_are_the_threads(tmp_path: Path, 
 
 
 def test_before_any_fit_it_can_be_copied() -> None:
-    watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), forward=forwards.with_flag, masks=None)
+    watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), forward=forwards.with_flag)
     for other in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
         assert other.state_key == watch.state_key
         assert other.forward is forwards.with_flag

@@ -320,6 +320,7 @@ def test_a_reader_that_has_had_enough_is_no_mistake(archive: Path) -> None:
 
 
 def test_replay_refuses_an_impossible_threshold(archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"threshold=2: expected a share of attention mass above 0 and up to 1"):
-        cli.replay(str(archive), out=str(tmp_path / "o"), threshold=2)
+    ran = command("replay", str(archive), "--out", str(tmp_path / "o"), "--threshold", "2")
+    assert ran.returncode == 2
+    assert "threshold=2.0: expected a share of attention mass above 0 and up to 1" in ran.stderr
     assert not (tmp_path / "o").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from attn_monitor import AttentionMapCallback, load_snapshots
+from attn_monitor import AttentionMapCallback, DrawingOptions, MetricOptions, load_snapshots
 from attn_monitor.environment import callback_from
 from attn_monitor_auto import callbacks
 from tests.support.helpers import Distillation, loader, trainer
@@ -66,19 +66,26 @@ def test_a_run_with_a_callback_of_its_own_is_left_to_that(tmp_path: Path, monkey
 
 def test_arguments_from_a_file_and_from_variables(tmp_path: Path) -> None:
     """Of the right types; a variable goes before the file."""
-    (tmp_path / "watch.yaml").write_text("num_images: 4\nquery: mean\nhealth:\n  snapshots: 7\ntargets: {a: b.c}\n")
+    (tmp_path / "watch.yaml").write_text(
+        "num_images: 4\nquery: mean\nhealth:\n  snapshots: 7\ntargets: {a: b.c}\n"
+        "features: true\nmetrics: {gram_step: 9}\ndrawing: {threshold: 0.4, heads: [1]}\n"
+    )
     made = callback_from(
         {
             "ATTN_MONITOR": "1",
             "ATTN_MONITOR_CONFIG": str(tmp_path / "watch.yaml"),
             "ATTN_MONITOR_NUM_IMAGES": "3",
+            "ATTN_MONITOR_DRAWING__THRESHOLD": "0.5",
+            "ATTN_MONITOR_DRAWING__SCALE": "minmax",
             "ATTN_MONITOR_LAYERS": "[0, -1]",
             "ATTN_MONITOR_PROBE": str(tmp_path),
         }
     )
-    assert (made.num_images, made.query, made.layers, made.probe) == (3, "mean", [0, -1], str(tmp_path))
-    assert made.health.snapshots == 7
-    assert made.targets == {"a": "b.c"}
+    assert (made.options.query, made.options.layers, made.targets) == ("mean", [0, -1], {"a": "b.c"})
+    assert (made.options.probe.images, made.options.probe.count) == (str(tmp_path), 3)
+    assert made.options.drawing == DrawingOptions(0.5, heads=[1], scale="minmax")
+    assert made.options.metrics == MetricOptions(gram_step=9)
+    assert made.options.health.snapshots == 7
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,8 @@ def test_arguments_from_a_file_and_from_variables(tmp_path: Path) -> None:
         ("NUM_IMAGES", "0", "num_images=0"),
         ("LAYER", "1", "ATTN_MONITOR_LAYER: expected one of .*ATTN_MONITOR_LAYERS"),
         ("CONFIG", "/nowhere.yaml", "nowhere.yaml"),
+        ("DRAWING__THRESHOLD", "60", "threshold=60"),
+        ("METRICS__GRAM", "60", "gram"),
     ],
 )
 def test_a_mistake_is_a_warning_and_ends_nothing(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from attn_monitor import DrawingOptions
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.attention_snapshot import AttentionSnapshot
@@ -120,7 +121,7 @@ def test_single_pictures_of_one_image(tmp_path: Path, photographs: Path) -> None
 def test_single_pictures_of_several_images_and_layers(
     tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = show(tmp_path, photographs, separate=True, layers="all", num_images=2, heads="mean")
+    files = show(tmp_path, photographs, separate=True, layers="all", num_images=2, drawing=DrawingOptions(heads="mean"))
     mean = {name for name in SINGLE if "head" not in name}
     assert files == {"attention.npz", "probe.npz"} | {
         path
@@ -141,7 +142,7 @@ def test_masks_and_maps_are_those_of_dino(tmp_path: Path, photographs: Path, thr
     from matplotlib import colormaps
 
     coffee = photographs / "coffee.png"
-    show(tmp_path, coffee, separate=True, threshold=threshold, scale="minmax", colormap="viridis")
+    show(tmp_path, coffee, separate=True, drawing=DrawingOptions(threshold, scale="minmax", colormap="viridis"))
     probe = ProbeBatch.from_path(coffee, size=(32, 48))
     (attention,) = record_attention(lively(), probe.images)
     photo = pixels(tmp_path / "img.png")
@@ -157,7 +158,6 @@ def test_masks_and_maps_are_those_of_dino(tmp_path: Path, photographs: Path, thr
 
 
 def test_patches_that_are_no_whole_pixels() -> None:
-    from attn_monitor.draw.options import DrawingOptions
     from attn_monitor.draw.single import PixelPictures
 
     photo, weights = np.full((30, 31, 3), 200, np.uint8), np.eye(4, 6, dtype=np.float32)
@@ -171,7 +171,7 @@ def test_patches_that_are_no_whole_pixels() -> None:
 
 @pytest.mark.parametrize(("heads", "drawn"), [("all", {0, 1, 2, 3}), ("mean", set()), (2, {2}), ([0, 3], {0, 3})])
 def test_heads(tmp_path: Path, photographs: Path, heads: Any, drawn: set[int]) -> None:
-    files = show(tmp_path, photographs / "coffee.png", heads=heads, separate=True)
+    files = show(tmp_path, photographs / "coffee.png", drawing=DrawingOptions(heads=heads), separate=True)
     assert {file for file in files if "attn-head" in file} == {f"attn-head{head}.png" for head in drawn}
     assert pixels(tmp_path / "heatmap.png").std() > 1
     panel = tmp_path / "coffee-layer1.png"
@@ -180,11 +180,11 @@ def test_heads(tmp_path: Path, photographs: Path, heads: Any, drawn: set[int]) -
 
 
 @pytest.mark.parametrize(
-    ("heads", "text"), [("median", 'expected "all", "mean"'), ([-1], "different head numbers"), (4, "heads 0 to 3")]
+    ("heads", "text"), [("median", 'expected "all", "mean"'), ([-1], "different numbers from 0"), (4, "heads 0 to 3")]
 )
 def test_heads_that_are_not_there(tmp_path: Path, photographs: Path, heads: Any, text: str) -> None:
     with pytest.raises((ValueError, HeadError), match=text):
-        show(tmp_path, photographs / "coffee.png", heads=heads)
+        show(tmp_path, photographs / "coffee.png", drawing=DrawingOptions(heads=heads))
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "explicit"])
@@ -466,11 +466,11 @@ def test_what_an_earlier_call_has_left_is_told(
     tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = photographs / "coffee.png"
-    show(tmp_path, image, separate=True, threshold=0.6)
+    show(tmp_path, image, separate=True, drawing=DrawingOptions(0.6))
     (tmp_path / "notes.txt").write_text("of another kind")
-    show(tmp_path, image, separate=True, threshold=0.6)
+    show(tmp_path, image, separate=True, drawing=DrawingOptions(0.6))
     assert capsys.readouterr().err == ""
-    show(tmp_path, image, separate=True, threshold=0.7)
+    show(tmp_path, image, separate=True, drawing=DrawingOptions(0.7))
     assert f"{tmp_path} also holds 5 files that are not of this call, such as mask_th0.6_" in capsys.readouterr().err
 
 

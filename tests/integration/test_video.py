@@ -180,11 +180,10 @@ def test_wrong_arguments(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> Non
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"out": str(tmp_path / "x.avi")}, r"x\.avi: expected a name that ends in \.webp, \.mp4, \.gif"),
         ({"outside": "white"}, "outside='white': expected one of attention, photo, black"),
-        ({"heads": [0, 4]}, r"heads=\[4\]: expected heads from 0 to 3"),
+        ({"drawing": DrawingOptions(heads=[0, 4])}, r"heads=\[4\]: expected heads from 0 to 3"),
         ({"device": "toaster"}, "device='toaster': "),
         ({"batch": 0}, "batch=0: expected at least 1 frame"),
         ({"fps": 0}, r"fps=0: expected frames per second"),
-        ({"threshold": 60}, "threshold=60: expected a share"),
         ({"size": -64}, r"size=-64: expected pixels of at least 1, one number or \[height, width\]"),
         ({"size": 4}, r"size=4: frames of 64 × 99 become 4 × 6 pixels, expected at least one patch of 8 × 8"),
     ]

@@ -35,12 +35,12 @@ MAY_IMPORT = {
     "trackers": {"background", "draw", "probe", "record", "measure"},
     "train": {
         *("background", "trackers", "player", "draw", "probe", "record", "measure", "capture"),
-        *("distributed", "monitor", "attention_snapshot"),
+        *("distributed", "metric_options", "monitor", "attention_snapshot"),
     },
     "weights": {"capture"},
     "commands": {
         *("weights", "train", "player", "background", "trackers", "draw", "probe", "record", "measure", "capture"),
-        *("distributed", "monitor"),
+        *("distributed", "metric_options", "monitor"),
     },
 }
 

@@ -14,7 +14,14 @@ import vit_pytorch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionRecorder, AttentionSnapshot, ProbeBatch
+from attn_monitor import (
+    AttentionMapCallback,
+    AttentionMonitor,
+    AttentionRecorder,
+    AttentionSnapshot,
+    MetricOptions,
+    ProbeBatch,
+)
 from attn_monitor.measure.metrics import METRICS, select_metrics
 from tests.support.helpers import tiny_vit
 from tests.support.oracle import attention_matrices
@@ -264,7 +271,7 @@ def test_metrics_of_halved_probes_are_the_same() -> None:
     """When memory runs out, the probe is run in parts: every value must come out in the order of the images."""
     torch.manual_seed(0)
     model, probe = tiny_vit(), ProbeBatch(torch.randn(3, 3, 32, 32))
-    whole, parts = (AttentionMonitor(probe, metrics="all", verify=False) for _ in range(2))
+    whole, parts = (AttentionMonitor(probe, metrics=MetricOptions("all", verify=False)) for _ in range(2))
     parts._chunk = 2
     one, other = (m.snapshot({"backbone": model}, step=0) for m in (whole, parts))
     assert one.metrics.keys() == other.metrics.keys()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Watch, load_snapshots
+from attn_monitor import AttentionMapCallback, AttentionMonitor, MetricOptions, ProbeBatch, Watch, load_snapshots
 from attn_monitor import functional as F
 from attn_monitor.measure.patch_features import patch_features
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
@@ -99,7 +99,9 @@ def test_gram_drift_is_the_root_of_the_gram_loss(tokens: Tensor) -> None:
 
 def test_a_run_stores_features_and_logs_gram_drift(tmp_path: Path) -> None:
     """From the chosen step on, of the numbers that are in the files; a resumed monitor has the same reference."""
-    callback = AttentionMapCallback(torch.randn(2, 3, 32, 32), every_n_train_steps=2, features=True, gram_step=1)
+    callback = AttentionMapCallback(
+        torch.randn(2, 3, 32, 32), every_n_train_steps=2, features=True, metrics=MetricOptions(gram_step=1)
+    )
     trainer(tmp_path, callback).fit(Distillation(), loader())
     archived = {s.step: s for s in load_snapshots(tmp_path / "run" / "version_0" / "attn_monitor")}
     with np.load(next((tmp_path / "run").rglob("step-*8.npz")), allow_pickle=False) as file:
@@ -131,8 +133,7 @@ def test_features_on_request_alone(tmp_path: Path) -> None:
     assert snapshot.layer("backbone").features is None
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"features": 32}, "features=32: expected True or False"),
-        ({"gram_step": 5}, "gram_step=5: features is False"),
-        ({"features": True, "gram_step": -1}, "gram_step=-1: expected a step of at least 0"),
+        ({"metrics": MetricOptions(gram_step=5)}, "gram_step=5: features is False"),
     ]
     for arguments, text in wrong:
         with pytest.raises(ValueError, match=text):

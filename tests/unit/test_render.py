@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,9 +199,17 @@ def test_encodings_are_what_they_say() -> None:
     [
         ({"scale": "log"}, r"scale='log': expected \"uniform\" \(fixed, comparable\) or \"minmax\" \(DINO's look\)"),
         ({"colormap": "jet"}, "colormap='jet': expected one of inferno, viridis"),
+        ({"heads": [-1]}, r"heads=\[-1\]: expected "),
+        ({"heads": []}, r"heads=\[\]: "),
+        ({"heads": [0, 0]}, r"heads=\[0, 0\]: "),
+        ({"heads": -3}, "heads=-3: "),
+        ({"heads": [True]}, r"heads=\[True\]: "),
+        ({"heads": "some"}, "heads='some': "),
+        ({"heads": None}, "heads=None: "),
+        ({"cell": 0}, "cell=0: expected "),
     ],
 )
-def test_unknown_options(options: dict[str, str], text: str) -> None:
+def test_unknown_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         DrawingOptions(**options)
 

@@ -44,7 +44,7 @@ def separate_pictures(
 
 def _pictures(maps: Tensor, drawing: PixelPictures) -> Iterator[tuple[str, Pixels]]:
     """Yield the stems of file names, and pictures of one image's maps (H, gh, gw)."""
-    shown, labels = mean_and_heads(maps, drawing.options.heads)
+    shown, labels = mean_and_heads(maps, drawing.options.drawn_heads)
     masks = F.mass_mask(shown.flatten(1), drawing.options.threshold).view_as(shown).numpy()
     for label, weights, mask in zip(labels, shown.numpy(), masks, strict=True):
         name = label.replace(" ", "")

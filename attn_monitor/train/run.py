@@ -18,7 +18,6 @@ from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.isolation import reporting
 from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
-from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import AttentionError, NoAttentionError, NoImagesError, ProbeError, TargetError
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
@@ -29,8 +28,8 @@ from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
-from attn_monitor.train.arguments import MonitorSettings, OnError, ProbeSettings
 from attn_monitor.train.backbone_inputs import BackboneInputs
+from attn_monitor.train.options import RunOptions
 from attn_monitor.train.probe_search import what_to_watch
 from attn_monitor.train.run_state import FindTargets, RunState
 from attn_monitor.train.schedule import Schedule
@@ -53,37 +52,25 @@ class Session:
     fails, the others are still recorded.
 
     Args:
-        settings: what to record, and how to judge it.
-        probe_settings: which images to watch.
+        options: what to watch and how.
         schedule: when to take snapshots.
-        drawing: how to draw maps.
-        forward: calls a model, None for ``model(images)``.
-        on_error: "warn" or "raise".
         warn: shows a warning on rank zero.
         inform: shows a message on rank zero.
         strict: whether errors that the user can fix end the run before its first step.
         named: whether the user named the roles: then a role that fails before the first step is an error.
-        disk_reserve: bytes to keep free, see `check_reserve`.
     """
 
     def __init__(
         self,
-        settings: MonitorSettings,
-        probe_settings: ProbeSettings,
+        options: RunOptions,
         schedule: Schedule,
-        drawing: DrawingOptions,
         *,
-        forward: Forward | None,
-        on_error: OnError,
         warn: Callable[[str], None],
         inform: Callable[[str], None],
         strict: bool = False,
         named: bool = False,
-        disk_reserve: int | None = None,
     ) -> None:
-        self.settings, self.probe_settings, self.schedule, self.drawing = settings, probe_settings, schedule, drawing
-        self.forward_options = FORWARD_OPTIONS if forward is None else (ForwardOption(forward),)
-        self.on_error, self.strict, self.disk_reserve = on_error, strict or on_error == "raise", disk_reserve
+        self.options, self.schedule, self.strict = options, schedule, strict or options.on_error == "raise"
         self.warn, self.inform, self.named = warn, inform, named
         self.monitor: AttentionMonitor | None = None
         self.archive = ArchiveId()
@@ -105,16 +92,16 @@ class Session:
         """
         self.end()
         self.run, self.resumed, self.distributed = RunState(rank_zero, name), False, distributed
-        self.run.looks_at_wiring = self.settings.health.check_ema
+        self.run.looks_at_wiring = self.options.health.check_ema
         if self.monitor is not None:
             self.monitor.distributed = distributed
-        elif (probe := rank_zero.run(self.probe_settings.load)) is not None:
+        elif (probe := rank_zero.run(self.options.probe.load)) is not None:
             self.monitor = self._make_monitor(probe)
 
     def find_probe(self, find: Callable[[], ProbeBatch | None]) -> None:
         """Watch the images that rank zero finds, unless there are some already."""
         if self.monitor is None and (probe := self.run.rank_zero.run(find)) is not None:
-            self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
+            self.monitor = self._make_monitor(self.options.probe.with_statistics(probe))
 
     def ensure_probe(self, find: Callable[[], ProbeBatch], step: int, targets: FindTargets, batch: Any) -> bool:
         """Find images to watch if there are none yet; a failure is retried at the next snapshot.
@@ -349,7 +336,7 @@ class Session:
 
     def report(self, *, reraise: bool = True) -> None:
         """Warn of failures since the last report; with ``on_error="raise"`` raise the first."""
-        self.run.failures.report(self.warn, reraise=reraise and self.on_error == "raise")
+        self.run.failures.report(self.warn, reraise=reraise and self.options.on_error == "raise")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, the last step and the archive: a few megabytes, without pickled objects.
@@ -388,10 +375,10 @@ class Session:
             )
 
     def _make_monitor(self, probe: ProbeBatch) -> AttentionMonitor:
-        options = [replace(o, forward=partial(self._call, o.forward)) for o in self.forward_options]
-        return AttentionMonitor(
-            probe, **vars(self.settings), forward=options, or_mean=True, distributed=self.distributed, alone=True
-        )
+        given = self.options.forward
+        ways = FORWARD_OPTIONS if given is None else (ForwardOption(given),)
+        forward = [replace(way, forward=partial(self._call, way.forward)) for way in ways]
+        return self.options.monitor(probe, forward=forward, or_mean=True, distributed=self.distributed, alone=True)
 
     def _call(self, forward: Forward, model: nn.Module, images: Tensor) -> Any:
         """Call a model by ``forward``, through the FSDP units around it if there are any."""
@@ -404,7 +391,7 @@ class Session:
             if self.named and not self.run.training and isinstance(error, USER_ERRORS):
                 raise named(role, error)
             self._failed(role, error)
-        monitor.check_heads(self.drawing.heads)
+        monitor.check_heads(self.options.drawing.drawn_heads)
 
     def _claim(self, folder: Path, number: int, step: int) -> Path:
         claim, continued = claim_archive(self.archive, folder, number, self.run.budget)
@@ -433,7 +420,7 @@ class Session:
         run = self.run
         if run.wiring is None or run.wiring.models != models:
             self._stop_wiring()
-            run.wiring = WiringWatch(models, run.root, self.settings.health)
+            run.wiring = WiringWatch(models, run.root, self.options.health)
         return run.wiring.watch(step)
 
     def _stop_wiring(self) -> None:
@@ -501,7 +488,7 @@ class Session:
         run.cost.snapshots, run.training, run.findings = run.cost.snapshots + 1, True, []
         run.held = partial(self._publish, snapshot, paths, seconds, note)
         looks = first and not run.inputs_known and not self.resumed and self._look_at_inputs(models, batch)
-        if not (looks and self.probe_settings.probe is None):
+        if not (looks and not self.options.probe.are_given):
             self._publish_held()
         if run.looks_at_wiring and run.rank_zero.is_here:
             self._find(lambda: self._watch_wiring(models, step), step)
@@ -529,19 +516,19 @@ class Session:
         if run.batches_looked_at > BATCHES:
             return False
         here = models.values() if run.rank_zero.is_here else ()
-        inputs = BackboneInputs(here, batch, self.probe_settings.num_images, run.root)
+        inputs = BackboneInputs(here, batch, self.options.probe.count, run.root)
         run.inputs = inputs if run.rank_zero.run(lambda: inputs.can_see) else None
         return run.inputs is not None
 
     def _compare(self, inputs: BackboneInputs) -> None:
         """Replace the monitor if the models receive other images than the probe."""
         run, watched = self.run, None if self.monitor is None else self.monitor.probe
-        given = self.probe_settings.probe is not None
+        given = self.options.probe.are_given
         probe, text = run.rank_zero.run(lambda: what_to_watch(watched, inputs, given=given))
         if text:
             run.failures.note(text)
         if probe is not None:
-            self.monitor = self._make_monitor(self.probe_settings.with_statistics(probe))
+            self.monitor = self._make_monitor(self.options.probe.with_statistics(probe))
             run.inputs_known, run.held = True, None
             run.cost.snapshots, self.schedule.last_step = 0, None
 
@@ -559,14 +546,14 @@ class Session:
             monitor.probe,
             folder=run.folder,
             before_writing=None if run.claim is None else run.claim.renew,
-            style=self.drawing,
+            style=self.options.drawing,
             every_layer=monitor.draws_every_layer,
             history=monitor.history,
             curves=monitor.curves,
-            settings=f"{found}\n\n{reports.settings_text(self.settings, paths, self.schedule)}",
+            settings=f"{found}\n\n{reports.settings_text(self.options, paths, self.schedule)}",
             name=run.name,
             failures=run.failures,
-            disk_reserve=self.disk_reserve,
+            disk_reserve=self.options.disk_reserve,
             budget=run.budget,
             write_report=write_report,
         )

@@ -1,0 +1,136 @@
+"""`ProbeOptions`: which images to watch, and how to normalise and show them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from attn_monitor.errors import ArgumentError
+from attn_monitor.probe.probe_batch import ProbeBatch
+
+NUM_IMAGES, IMAGE_SIZE = 8, 224  # defaults; the size is in pixels
+
+Images = str | os.PathLike[str] | Tensor | ProbeBatch | Dataset[Any] | Iterable[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeOptions:
+    """Which images to watch, and the statistics by which they are normalised.
+
+    Args:
+        images: a folder; a tensor (images, channels, H, W), normalised as the model expects; a `ProbeBatch`; or, for
+            `Watch` alone, a data set or its loader. None takes images of the run's own data.
+        num_images: how many images to take from a folder or from data; None is 8.
+        image_size: size of a folder's images in pixels, one number or (height, width); None is 224.
+        masks: folder of ground-truth masks for a folder of images, as `ProbeBatch.from_folder` reads it. They are
+            outlined in the panels, and Jaccard curves are logged.
+        mean: one number a channel, by which images are normalised. None is ImageNet's for a folder; for a tensor and
+            for data it is inferred.
+        std: one positive number a channel, given together with ``mean``.
+
+    Raises:
+        ArgumentError: A value is invalid, or could have no effect.
+
+    Example:
+        >>> ProbeOptions("photos", image_size=96).count
+        8
+        >>> ProbeOptions(masks="masks")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        attn_monitor.errors.ArgumentError: masks='masks': probe is None, expected the folder of images ...
+    """
+
+    images: Images | None = None
+    num_images: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    masks: str | os.PathLike[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        images, size = self.images, self.image_size
+        received = "None" if images is None else f"a {type(images).__name__}"
+        is_folder = isinstance(images, (str, os.PathLike))
+        if not (images is None or is_folder or isinstance(images, (Tensor, ProbeBatch)) or is_data(images)):
+            raise ArgumentError(
+                f"probe: received {received}, expected a folder, a tensor (images, channels, H, W), a ProbeBatch, a "
+                "data set or its loader (for Watch), or None to take images of the run's own data"
+            )
+        if self.masks is not None and not is_folder:
+            raise ArgumentError(
+                f"masks={os.fspath(self.masks)!r}: probe is {received}, expected the folder of images that the masks "
+                "are for; a ProbeBatch takes masks of its own"
+            )
+        if size is not None and not is_folder:
+            raise ArgumentError(
+                f"image_size={size!r}: probe is {received}, whose images have a size already; expected a folder of "
+                "images. Leave image_size out"
+            )
+        if self.num_images is not None and isinstance(images, (Tensor, ProbeBatch)):
+            raise ArgumentError(
+                f"num_images={self.num_images!r}: probe is {received}, all of which is shown; expected a folder, or "
+                "None. Leave num_images out, and pass a part of the images, such as probe[:4] of a tensor"
+            )
+        if self.num_images is not None and not _is_count(self.num_images):
+            raise ArgumentError(f"num_images={self.num_images!r}: expected a whole number of at least 1")
+        pair = size if isinstance(size, (list, tuple)) else (size, size)
+        if size is not None and (len(pair) != 2 or not all(map(_is_count, pair))):
+            raise ArgumentError(f"image_size={size!r}: expected a number of pixels of at least 1, or (height, width)")
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        mean, std, text = self.mean, self.std, f"mean={self.mean!r}, std={self.std!r}"
+        if mean is None and std is None:
+            return
+        if mean is None or std is None or len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
+            raise ArgumentError(f"{text}: expected both, one number a channel, and no std of 0")
+        if isinstance(self.images, ProbeBatch):
+            raise ArgumentError(f"{text}: probe is a ProbeBatch, which takes mean and std of its own")
+
+    @classmethod
+    def of(cls, probe: ProbeOptions | Images | None, **others: Any) -> ProbeOptions:
+        """Return images as options; ``others``, unless they are None, replace values of these."""
+        given = {name: value for name, value in others.items() if value is not None}
+        return replace(probe, **given) if isinstance(probe, ProbeOptions) else cls(probe, **given)
+
+    @property
+    def data(self) -> Any:
+        """Return the data set or loader to take images of; None without one."""
+        return self.images if is_data(self.images) else None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether the images themselves are given, and not to be found in data."""
+        return self.images is not None and self.data is None
+
+    @property
+    def count(self) -> int:
+        """Return how many images to take."""
+        return self.num_images or NUM_IMAGES
+
+    def load(self) -> ProbeBatch | None:
+        """Load the images that were given; None if they come from data. Raises `ProbeError`."""
+        images: Any = self.images
+        if not self.are_given:
+            return None
+        size: Any = IMAGE_SIZE if self.image_size is None else self.image_size
+        return ProbeBatch.of(images, size=size, num_images=self.count, masks=self.masks, mean=self.mean, std=self.std)
+
+    def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
+        """Apply ``mean`` and ``std``, if any, to images that were found in data."""
+        return probe if self.mean is None or self.std is None else probe.with_statistics(self.mean, self.std)
+
+
+def is_data(images: object) -> bool:
+    """Whether an object acts as a data set or a loader: it has samples with indices, or yields batches."""
+    if isinstance(images, (str, bytes, os.PathLike, Tensor, ProbeBatch, Mapping, nn.Module, type)):
+        return False
+    return hasattr(images, "__iter__") or (hasattr(images, "__len__") and hasattr(images, "__getitem__"))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

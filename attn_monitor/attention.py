@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from attn_monitor.grid import Grid, GridGeometry
-from attn_monitor.patch_colors import PatchColors
 
 Key = TypeVar("Key")
 RowKind = Literal["distribution", "weights", "signed"]
@@ -22,6 +21,18 @@ KINDS: tuple[RowKind, ...] = ("distribution", "weights", "signed")
 
 OPTIONAL_TENSORS = ("norms", "cosine", "distance", "max_logit", "max_logit_cls", "received", "value_norms")
 PATCH_TENSORS = ("patches", "features")  # of the tokens that enter the block, patches only
+
+
+class PatchColors(NamedTuple):
+    """Hold colours of a layer's patch tokens, which keep their meaning from snapshot to snapshot.
+
+    Args:
+        rgb: (B, N, 3) float32 in 0…1 on the CPU, in steps of 1/255; black where a token held NaN.
+        scale: distance from grey to a full colour along a channel, in units of a token's length.
+    """
+
+    rgb: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class LayerAttention:
         patches: (B, N, D) float16, the patch tokens that enter the block at unit length; not stored.
         features: (B, N, K ≤ 32), the same reduced; their products approximate the tokens' cosines.
         features_error: root mean square and maximum of the error of these products.
-        patch_colors: computes ``colors``.
+        patch_colors: colours of ``patches``, which `AttentionMonitor.colored` adds.
 
     Example:
         >>> rows = torch.full((1, 2, 5), 0.2)  # 1 image, 2 heads, CLS and 4 patches
@@ -107,10 +118,7 @@ class LayerAttention:
 
     @property
     def colors(self) -> Tensor | None:
-        """Return colours of patches, (B, N, 3) float32 in 0…1, computed at the first use; black where a token is NaN.
-
-        A colour keeps its meaning from snapshot to snapshot.
-        """
+        """Return colours of patches, (B, N, 3) float32 in 0…1, black where a token is NaN; None if there are none."""
         return None if self.patch_colors is None else self.patch_colors.rgb
 
     @property

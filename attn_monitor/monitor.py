@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from attn_monitor import distributed
@@ -19,17 +18,17 @@ from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.capture.site_cache import Doubt
+from attn_monitor.draw.history import History
 from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthLimits
-from attn_monitor.measure.metrics import TOKEN_METRICS, Captured, check_threshold, measure, summarise
-from attn_monitor.measure.patch_features import with_colors, with_features
+from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, summarise
+from attn_monitor.measure.patch_features import with_features
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
-from attn_monitor.record.history import History
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
-from attn_monitor.snapshot import Snapshot
+from attn_monitor.snapshot import Same, Snapshot
 
 Result = TypeVar("Result")
 
@@ -166,7 +165,6 @@ class AttentionMonitor:
         if self._is_shared() and not distributed.is_rank_zero():  # only rank zero draws and writes
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
         layers = on_host(layers)
-        layers = with_colors(layers, self._settled())
         self.health.add(flags)
         found = (*flags, *self.health.add(self._reordered), *self.health.examine(step, layers, measured))
         self._reordered = []
@@ -174,6 +172,13 @@ class AttentionMonitor:
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
         self.remember(snapshot)
         return snapshot
+
+    def colored(self, snapshot: Same) -> Same:
+        """Return a snapshot of this run with colours of its patches, which continue those of the snapshots before.
+
+        This takes a decomposition of the patch tokens. The callback leaves it to the threads that draw and write.
+        """
+        return self.history.colored(snapshot)
 
     def check_heads(self, heads: Sequence[int] | None) -> None:
         """Raise `HeadError` if a watched layer lacks one of these heads; call it after `check` or `snapshot`."""
@@ -230,7 +235,7 @@ class AttentionMonitor:
             "probe": self.probe.state_dict(),
             "previous": _state(self.previous),
             "reference": _state(self.reference),
-            "history": [snapshot_state(s) for s in self.history],
+            "history": [snapshot_state(s, patches=True) for s in self.history],
             "health": self.health.state_dict(),
             "curves": self.curves.state_dict(),
         }
@@ -304,24 +309,6 @@ class AttentionMonitor:
             self._reordered.append(_reordered(role, self._confirmed.get(role, step), step))
         if first or role not in self._confirmed:
             self._confirmed[role] = step
-
-    def _settled(self) -> Captured:
-        """Return the layers of the latest snapshot, with their colours computed.
-
-        A layer with black colours only, as every token held NaN, is replaced by that of an earlier snapshot.
-        """
-        layers = {} if self.previous is None else dict(self.previous.layers)
-        for key, attention in layers.items():  # frees the tokens that colours are computed from
-            try:
-                colors = attention.colors
-            except Exception:  # this snapshot fails, later ones must not
-                if attention.patch_colors is not None:
-                    attention.patch_colors.give_up(torch.zeros(*attention.maps[:, 0].flatten(1).shape, 3))
-                raise
-            if colors is not None and not colors.any():
-                past = (s.layers[key] for s in reversed(self.history) if key in s.layers)
-                layers[key] = next((a for a in past if a.colors is not None and a.colors.any()), attention)
-        return layers
 
     def _is_shared(self) -> bool:
         return self.distributed and distributed.is_distributed()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics
+
+Same = TypeVar("Same", bound="Snapshot")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,20 @@ class Snapshot:
         return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def only(self, layers: Sequence[int]) -> Snapshot:
-        """Return a snapshot with only the rows of some layers, as film strips need, without metrics."""
-        kept = {key: value.rows_alone() for key, value in self.layers.items() if key[1] in layers}
+        """Return a snapshot with only the rows and patches of some layers, as film strips need, without metrics."""
+        kept = {
+            key: replace(value.rows_alone(), patches=value.patches)
+            for key, value in self.layers.items()
+            if key[1] in layers
+        }
         return Snapshot(self.step, self.epoch, self.names, kept)
+
+    def with_colors(self: Same, other: Snapshot) -> Same:
+        """Return this snapshot with the patch colours of the same snapshot, in place of the tokens."""
+        layers = {
+            key: replace(value, patches=None, patch_colors=other.layers[key].patch_colors)
+            if value.patches is not None and key in other.layers
+            else value
+            for key, value in self.layers.items()
+        }
+        return replace(self, layers=layers)

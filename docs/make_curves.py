@@ -22,7 +22,7 @@ from attn_monitor.draw.canvas import GAP, HEADER, blank_picture, draw_text, past
 from attn_monitor.draw.cells import color_cell
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.measurements import MetricKey
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "curves"

@@ -21,7 +21,7 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measurements import Metrics
 from attn_monitor.record.file_names import file_name
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
 Pair = tuple[Snapshot, Snapshot]

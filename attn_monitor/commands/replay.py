@@ -27,7 +27,7 @@ from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.record.archive import step_of
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
 ANIMATED_PIXELS = PANEL_PIXELS // 2  # of a panel's cells together: half of those that stand still

@@ -91,7 +91,7 @@ def show(
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
-        snapshot = with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded)
+        snapshot = monitor.colored(with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded))
     monitor.check_heads(drawing.drawn_heads)
     for text in _notes(monitor):
         notify(text)

@@ -20,7 +20,7 @@ from attn_monitor.commands.support.results import print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measurements import HealthFlag
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 
 BEST = {
     "jaccard": "highest",

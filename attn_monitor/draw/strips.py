@@ -16,7 +16,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import colors_or_missing, map_or_missing
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4

@@ -19,7 +19,7 @@ from attn_monitor.player import blocks
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.workers import safe_point
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from attn_monitor.measure.metrics import LARGEST, SINK_SHARES
 from attn_monitor.measurements import MetricKey, Metrics
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 
 MAX_POINTS = 96  # of a curve
 CHARTED = (*LARGEST, *SINK_SHARES)

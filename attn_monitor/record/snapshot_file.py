@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention
+from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention, PatchColors
 from attn_monitor.errors import ArchiveError
 from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
-from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import Shape, TensorReader, header_text, open_npz, parse_header, tensor_reader, write_npz
 from attn_monitor.snapshot import Snapshot
@@ -41,9 +40,17 @@ def read_snapshot(path: Path) -> Snapshot:
         return _from_stored(file.header, file.tensor)
 
 
-def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
-    """Return a snapshot as float16 tensors and JSON, loadable with ``weights_only=True``."""
+def snapshot_state(snapshot: Snapshot, *, patches: bool = False) -> dict[str, Any]:
+    """Return a snapshot as float16 tensors and JSON, loadable with ``weights_only=True``.
+
+    Args:
+        snapshot: the snapshot.
+        patches: whether to keep patch tokens that have no colours yet.
+    """
     header, arrays = _stored(snapshot)
+    for (role, layer), a in snapshot.layers.items() if patches else ():
+        if a.patches is not None:
+            arrays[f"patches/{role}/{layer}"] = a.patches
     return {"header": header_text(header), "arrays": arrays}
 
 
@@ -164,7 +171,8 @@ def _patches(entry: Fields, shape: tuple[int, int], read: TensorReader) -> dict[
         scale = entry.number("color_scale")
         if not scale > 0:
             raise ArchiveError(f"color_scale of layer {index} of {role!r} is {scale}, expected a number above 0")
-        found["patch_colors"] = PatchColors.of(colors.float() / 255, scale)
+        found["patch_colors"] = PatchColors(colors.float() / 255, scale)
+    found["patches"] = read(f"patches/{role}/{index}", ("float16",), (*shape, None))
     features = read(f"features/{role}/{index}", ("float16",), (*shape, None)) if "features_error" in entry else None
     if features is not None:
         error = entry.numbers("features_error", missing=True)

@@ -12,13 +12,13 @@ from attn_monitor.background.disk_reserve import check_reserve, require_space
 from attn_monitor.background.failures import Failures
 from attn_monitor.background.job_queue import Job, JobQueue
 from attn_monitor.background.wait_budget import WaitBudget
+from attn_monitor.draw.history import Entry, History
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.messages import warn
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import snapshot_path
 from attn_monitor.record.curves import Curves
-from attn_monitor.record.history import History
 from attn_monitor.record.snapshot_file import write_snapshot
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.destination import Destination
@@ -127,11 +127,10 @@ class Publisher:
         self._last = snapshot
         self._alert(snapshot.flags, step)
         if self.folder is not None:
-            write = partial(self._write, self.folder, snapshot)
+            write = partial(self._write, self.folder, snapshot, self._history.entries[-1])
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
-        pictures = self._named(
-            events_at_snapshot(snapshot, list(self._history), self._curves.copy(), self._probe, self._style, layers)
-        )
+        past = list(self._history.entries), self._curves.copy()
+        pictures = self._named(events_at_snapshot(snapshot, *past, self._probe, self._style, layers))
         self._drawn.append(pictures)
         if len(self._drawn) > DRAWN:
             for event in self._drawn.popleft():
@@ -187,7 +186,7 @@ class Publisher:
             for destination in self._destinations:
                 destination.put("the report", [page], step, None)
 
-    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+    def _write(self, folder: Path, snapshot: Snapshot, entry: Entry) -> None:
         """Write a snapshot to the archive, and first the probe if it is missing."""
         path = folder / "probe.npz"
         missing = not path.exists()
@@ -196,7 +195,7 @@ class Publisher:
             self._before_writing()
         if missing:
             self._probe.save(path)
-        write_snapshot(snapshot, snapshot_path(folder, snapshot.step))
+        write_snapshot(snapshot.with_colors(entry.colored()), snapshot_path(folder, snapshot.step))
         if missing:
             self._report_deleted(folder)
         self._written.add(snapshot.step)

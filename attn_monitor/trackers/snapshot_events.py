@@ -19,6 +19,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.draw import animations, panels, strips
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.history import Entry
 from attn_monitor.draw.layer_heat_map import HEAT_SCALES, HeatScale, layer_heat_map
 from attn_monitor.draw.logit_chart import logit_chart
 from attn_monitor.draw.maps import map_statistics
@@ -65,7 +66,7 @@ def events_at_start(snapshot: Snapshot, drawing: DrawingOptions, settings: str, 
 
 def events_at_snapshot(
     snapshot: Snapshot,
-    history: Sequence[Snapshot],
+    history: Sequence[Entry],
     curves: Curves,
     probe: ProbeBatch,
     drawing: DrawingOptions,
@@ -75,7 +76,7 @@ def events_at_snapshot(
 
     Args:
         snapshot: the latest snapshot.
-        history: snapshots for film strips, the latest included.
+        history: the past for film strips, the latest snapshot included.
         curves: metrics of the run so far.
         probe: the images.
         drawing: how to draw them.
@@ -85,9 +86,9 @@ def events_at_snapshot(
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
         settings: dict[str, Any] = {"layer": layer, "options": drawing}
         photo, truth = probe.pixels[index], None if probe.masks is None else probe.masks[index].numpy()
-        panel = partial(panels.panel, snapshot, index, photo, truth=truth, caption=probe.caption, **settings)
+        panel = partial(_panel, history[-1], index, photo, truth=truth, caption=probe.caption, **settings)
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
-        strip = partial(strips.filmstrip, history, index, photo, **settings)
+        strip = partial(_filmstrip, history, index, photo, **settings)
         yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption)
     if logits := curves.of(LARGEST):
         caption = f"largest logits, step {snapshot.step}"
@@ -162,6 +163,14 @@ def _how_to_read(drawing: DrawingOptions, settings: str, name: str) -> str:
         "layer over the run. Charts of all heads of a layer are under *Custom Scalars*; "
         f"`{health_tag}` counts health flags.\n\n{settings}"
     )
+
+
+def _panel(entry: Entry, *settings: Any, **more: Any) -> Pixels:
+    return panels.panel(entry.colored(), *settings, **more)
+
+
+def _filmstrip(entries: Sequence[Entry], *settings: Any, **more: Any) -> Pixels:
+    return strips.filmstrip([entry.colored() for entry in entries], *settings, **more)
 
 
 def _heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels:

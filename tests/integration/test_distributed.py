@@ -185,12 +185,11 @@ def test_uneven_shares_give_the_whole(shares: list[Seen], count: int) -> None:
         for key, attention in together["layers"].items():
             for name, value in vars(alone["layers"][key]).items():
                 mine = getattr(attention, name)
-                if isinstance(value, torch.Tensor):
+                if name == "patches" and rank is not shares[0]:  # process 0 draws
+                    assert mine is None
+                elif isinstance(value, torch.Tensor):
                     assert value.shape[0] == count
-                    torch.testing.assert_close(mine, value, atol=1e-5, rtol=1e-4)
-                elif name == "patch_colors":  # of process 0, which draws
-                    assert (mine is not None) == (rank is shares[0] and value is not None)
-                    assert mine is None or (mine.rgb - value.rgb).abs().max() < 0.01
+                    torch.testing.assert_close(mine, value, atol=1e-3 if name == "patches" else 1e-5, rtol=1e-4)
                 elif name == "verified_error":
                     assert 0 <= mine < 1e-4
                 else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
+import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots
-from attn_monitor.attention import LayerAttention
+from attn_monitor.attention import LayerAttention, PatchColors
+from attn_monitor.draw import patch_colors as module
+from attn_monitor.draw.history import MAX_SNAPSHOTS
 from attn_monitor.draw.panels import panel
+from attn_monitor.draw.patch_colors import FULL_COLOUR, LEAST_SCALE, PACE, patch_colors
 from attn_monitor.draw.strips import filmstrip
-from attn_monitor.measure import patch_features
-from attn_monitor.measure.patch_features import FULL_COLOUR, LEAST_SCALE, PACE, patch_colors
-from attn_monitor.patch_colors import PatchColors
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 LEVEL = 1 / 255
@@ -32,7 +35,7 @@ def unit(tokens: Tensor) -> Tensor:
 
 
 def colors_of(tokens: Tensor, before: PatchColors | None = None) -> PatchColors:
-    return PatchColors.of(*patch_colors(unit(tokens).half(), before))
+    return patch_colors(unit(tokens).half(), before)
 
 
 def oracle(tokens: Tensor, before: PatchColors | None = None) -> np.ndarray:
@@ -113,7 +116,7 @@ def test_an_axis_that_is_overtaken_does_not_jump(monkeypatch: pytest.MonkeyPatch
         changes = [float((b.rgb - a.rgb).abs().mean()) for a, b in itertools.pairwise(shown)]
         return max(changes), float((shown[-1].rgb - shown[0].rgb).abs().mean())
 
-    (smooth, total), _ = largest_change(), monkeypatch.setattr(patch_features, "AXES", 3)
+    (smooth, total), _ = largest_change(), monkeypatch.setattr(module, "AXES", 3)
     jump, total_of_three = largest_change()
     assert smooth < 0.5 * jump
     assert total == pytest.approx(total_of_three, rel=0.1)  # and ends at the same three
@@ -167,7 +170,7 @@ def test_black_is_no_color_to_turn_onto(tokens: Tensor) -> None:
     before, turn = colors_of(tokens), torch.linalg.qr(torch.randn(40, 40))[0]
     black = before.rgb.clone()
     black[:2] = 0
-    part = PatchColors.of(black, before.scale)
+    part = PatchColors(black, before.scale)
     expected = colors_of(tokens @ turn, before).rgb
     assert (colors_of(tokens @ turn, part).rgb - expected).abs().mean() < 0.07
 
@@ -177,14 +180,15 @@ def test_colors_come_back_after_a_snapshot_of_nan() -> None:
     found = []
     for broken in (False, True):
         looking, monitor = copy.deepcopy(model), AttentionMonitor(probe)
-        monitor.snapshot({"backbone": looking}, step=0)
+        monitor.colored(monitor.snapshot({"backbone": looking}, step=0))
         if broken:
             bias = looking.patch_embed.proj.bias.detach().clone()
             looking.patch_embed.proj.bias.data.fill_(torch.nan)
-            assert not monitor.snapshot({"backbone": looking}, step=1).layer("backbone").colors.any()
+            black = monitor.colored(monitor.snapshot({"backbone": looking}, step=1))
+            assert not black.layer("backbone").colors.any()
             looking.patch_embed.proj.bias.data.copy_(bias)
         looking.blocks[0].mlp.fc2.weight.data.mul_(40)
-        found.append(monitor.snapshot({"backbone": looking}, step=2).layer("backbone").colors)
+        found.append(monitor.colored(monitor.snapshot({"backbone": looking}, step=2)).layer("backbone").colors)
     assert torch.equal(*found)
 
 
@@ -193,7 +197,8 @@ def test_colors_are_of_the_patches_that_enter_the_block(layers: Any) -> None:
     """CLS and registers are left out, on a grid that is no square; of all layers those of the last are kept."""
     model, images, entering = tiny_vit(reg_tokens=2), torch.randn(3, 3, 32, 48), list[Tensor]()
     model.blocks[-1].register_forward_pre_hook(lambda _, args: entering.append(args[0].detach().clone()))
-    snapshot = AttentionMonitor(ProbeBatch(images), layers=layers).snapshot({"backbone": model}, step=0)
+    monitor = AttentionMonitor(ProbeBatch(images), layers=layers)
+    snapshot = monitor.colored(monitor.snapshot({"backbone": model}, step=0))
     last = snapshot.layer("backbone")
     assert last.grid == (4, 6)
     assert last.patches is None
@@ -209,17 +214,18 @@ def test_probe_in_pieces_and_teacher_like_student() -> None:
         teacher.blocks[0].attn.qkv.weight.mul_(1.05)
     whole, pieces = AttentionMonitor(ProbeBatch(images)), AttentionMonitor(ProbeBatch(images))
     pieces._chunk = 3
-    a, b = (m.snapshot({"student": student, "teacher": teacher}, step=0) for m in (whole, pieces))
+    a, b = (m.colored(m.snapshot({"student": student, "teacher": teacher}, step=0)) for m in (whole, pieces))
     assert (a.layer("student").colors - b.layer("student").colors).abs().max() < 2 * LEVEL
     assert (a.layer("student").colors - a.layer("teacher").colors).abs().mean() < 0.05
 
 
 @pytest.mark.filterwarnings("ignore:AttentionMapCallback. .*(failed|works again|has ended)")
 def test_colors_that_cannot_be_computed_cost_one_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are black in the archive, and neither training nor its checkpoints fail."""
+    """They are black in the archive, and neither training nor its checkpoints fail, nor does training compute any."""
     failing, states = list[Tensor](), list[dict[str, Any]]()
 
-    def colors(patches: Tensor, before: PatchColors | None) -> tuple[Tensor, float]:
+    def colors(patches: Tensor, before: PatchColors | None) -> PatchColors:
+        threads.add(threading.current_thread())
         failing[:] = failing or [patches]
         if patches is failing[0]:
             raise torch.linalg.LinAlgError("eigh did not converge")
@@ -229,33 +235,54 @@ def test_colors_that_cannot_be_computed_cost_one_snapshot(tmp_path: Path, monkey
         def on_train_batch_end(self, *_: Any) -> None:
             states.append(watch.state_dict())
 
-    monkeypatch.setattr(patch_features, "patch_colors", colors)
+    threads = set[threading.Thread]()
+    monkeypatch.setattr(module, "patch_colors", colors)
     watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), every_n_train_steps=2)
     with pytest.warns(UserWarning, match="eigh did not converge"):
         trainer(tmp_path, watch, max_steps=8).fit(Checkpoints(), loader())
     archived = load_snapshots(next(tmp_path.rglob("attn_monitor")))
     shown = {s.step: all(bool(a.colors.any()) for a in s.layers.values()) for s in archived}
-    assert shown == {0: False, 4: True, 6: True, 8: True}
-    assert (states[0], "monitor" in states[-1]) == ({}, True)
+    assert shown == {0: False, 2: True, 4: True, 6: True, 8: True}
+    assert all("monitor" in state for state in states)
+    assert threading.main_thread() not in threads
 
 
 def test_a_resumed_run_keeps_its_colors(tmp_path: Path) -> None:
-    """From a checkpoint's state, and from files of the archive, the next snapshot is the same to the bit."""
+    """From a checkpoint before or after the colours were computed, and from an archive, to the bit."""
     probe, model = ProbeBatch(torch.randn(3, 3, 32, 32)), tiny_vit()
-    models, monitors = {"backbone": model}, [AttentionMonitor(probe) for _ in range(3)]
+    models, monitors = {"backbone": model}, [AttentionMonitor(probe) for _ in range(5)]
     first = monitors[0].snapshot(models, step=0)
-    first.save(tmp_path / "step.npz")
     monitors[1].load_state_dict(pickle.loads(pickle.dumps(monitors[0].state_dict())))
-    monitors[2].remember(AttentionSnapshot.load(tmp_path / "step.npz"))
+    monitors[2] = copy.deepcopy(monitors[0])
+    first = monitors[0].colored(first)
+    first.save(tmp_path / "step.npz")
+    monitors[3].load_state_dict(pickle.loads(pickle.dumps(monitors[0].state_dict())))
+    monitors[4].remember(AttentionSnapshot.load(tmp_path / "step.npz"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    live, *resumed = (m.snapshot(models, step=1).layer("backbone") for m in monitors)
+    live, *resumed = (m.colored(m.snapshot(models, step=1)).layer("backbone") for m in monitors)
+    assert (live.colors - first.layer("backbone").colors).abs().mean() > LEVEL
     for attention in resumed:
         assert torch.equal(attention.colors, live.colors)
         assert attention.patch_colors.scale == live.patch_colors.scale
     assert torch.equal(monitors[1].history[0].layer("backbone").colors, first.layer("backbone").colors)
     assert torch.equal(copy.deepcopy(live).colors, live.colors)
+
+
+def test_nobody_draws_for_long() -> None:
+    """Tokens that wait for their colours are those of the history, and colours then continue each other."""
+    monitor, model = AttentionMonitor(ProbeBatch(torch.randn(2, 3, 32, 32))), tiny_vit()
+    tokens = [
+        weakref.ref(monitor.snapshot({"backbone": model}, step=step).layer("backbone").patches) for step in range(60)
+    ]
+    gc.collect()
+    assert sum(reference() is not None for reference in tokens) <= MAX_SNAPSHOTS + 1
+    shown = [entry.colored().layer("backbone") for entry in monitor.history.entries]
+    assert all((b.colors - a.colors).abs().mean() < 0.05 for a, b in itertools.pairwise(shown))
+    gc.collect()
+    assert monitor.previous is not None
+    assert [r() for r in tokens if r() is not None] == [monitor.previous.layer("backbone").patches]
 
 
 def test_colors_of_a_training(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ VALUES = {
     "errors",
     "functional",
     "attention",
-    "patch_colors",
     "workers",
     "grid",
     "measurements",

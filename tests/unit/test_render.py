@@ -28,7 +28,7 @@ from attn_monitor.draw.panels import panel
 from attn_monitor.draw.scales import SCALES
 from attn_monitor.draw.strips import filmstrip, short_step
 from attn_monitor.measure.metrics import measure
-from attn_monitor.record.history import thin
+from attn_monitor.record.thinning import thin
 
 
 def snapshot(

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, ProbeBatch, load_snapshots
-from attn_monitor.attention import LayerAttention
+from attn_monitor.attention import LayerAttention, PatchColors
 from attn_monitor.grid import Grid
 from attn_monitor.measurements import MetricKey, Metrics
-from attn_monitor.patch_colors import PatchColors
 from attn_monitor.record import npz
 from attn_monitor.record.archive import snapshot_path
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
@@ -150,6 +149,6 @@ def test_parts_that_were_not_checked_leave_the_whole_unchecked(errors: tuple[flo
 
 
 def test_parts_put_together_have_no_colours_of_one_of_them() -> None:
-    colors = PatchColors.of(torch.ones(1, 4, 3), 1.0)
+    colors = PatchColors(torch.ones(1, 4, 3), 1.0)
     part = LayerAttention(0, "x", torch.ones(1, 1, 4), 0, Grid((2, 2)), False, 0.0, patch_colors=colors)
     assert LayerAttention.cat([part, part]).colors is None

@@ -1,0 +1,102 @@
+"""`History`: earlier snapshots of a run, for film strips, and the colours of their patches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from attn_monitor.attention import PatchColors
+from attn_monitor.draw.patch_colors import with_colors
+from attn_monitor.measure.patch_features import Layers
+from attn_monitor.record.thinning import thin
+from attn_monitor.snapshot import Same, Snapshot
+
+MAX_SNAPSHOTS = 24
+
+
+class Entry:
+    """A snapshot of the past, which gets its colours on the thread that first draws or writes it.
+
+    Colours continue those of the entry before, so they are computed in order; nothing else waits for that.
+
+    Args:
+        snapshot: the snapshot, with patch tokens or colours.
+        before: the entry whose colours are continued; None at the start of a run.
+    """
+
+    def __init__(self, snapshot: Snapshot, before: Entry | None) -> None:
+        self.snapshot, self.before = snapshot, before
+        self._lock = threading.Lock()
+        self._reference: Layers | None = None  # what later entries continue
+        self._error: Exception | None = None
+
+    def colored(self) -> Snapshot:
+        """Return the snapshot with colours.
+
+        Raises:
+            Exception: The colours cannot be computed. They are black then, and only the first call raises.
+        """
+        self._settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self.snapshot
+
+    def _settle(self) -> Layers:
+        """Compute the colours unless they are known, and return those that the next entry continues."""
+        with self._lock:
+            if self._reference is None:
+                past: Layers = {} if self.before is None else self.before._settle()
+                try:
+                    layers = with_colors(self.snapshot.layers, past)
+                except Exception as error:
+                    self._error, layers = error, {}
+                    for key, one in self.snapshot.layers.items():
+                        if one.patches is not None:
+                            black = PatchColors(torch.zeros(*one.patches.shape[:2], 3), 1.0)
+                            one = replace(one, patches=None, patch_colors=black)
+                        layers[key] = one
+                self.snapshot = replace(self.snapshot, layers=layers)
+                shown = {key: one for key, one in layers.items() if one.colors is not None and one.colors.any()}
+                self._reference, self.before = {**past, **shown}, None  # black is no colour to continue
+            return self._reference
+
+
+class History:
+    """Earlier snapshots of the drawn layers in order of steps, thinned evenly to `MAX_SNAPSHOTS`."""
+
+    def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
+        self.entries: list[Entry] = []
+        for snapshot in snapshots:
+            self.entries.append(Entry(snapshot, self.entries[-1] if self.entries else None))
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter([entry.snapshot for entry in self.entries])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Snapshot:
+        return self.entries[index].snapshot
+
+    def __reduce__(self) -> tuple[type[History], tuple[list[Snapshot]]]:
+        return History, (list(self),)
+
+    def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
+        """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed."""
+        kept = [entry for entry in self.entries if entry.snapshot.step < snapshot.step]
+        kept.append(Entry(snapshot.only(layers), kept[-1] if kept else None))
+        if len(kept) > MAX_SNAPSHOTS:
+            kept = [kept[i] for i in thin([entry.snapshot.step for entry in kept], MAX_SNAPSHOTS * 3 // 4)]
+            for entry, following in pairwise(kept):  # so that nothing holds those that are left out
+                following.before = entry
+        self.entries = kept
+
+    def colored(self, snapshot: Same) -> Same:
+        """Return a snapshot of the history with all its layers and the colours of its patches."""
+        entry = next((e for e in self.entries if e.snapshot.step == snapshot.step), None) or Entry(snapshot, None)
+        return snapshot.with_colors(entry.colored())

@@ -1,11 +1,10 @@
-"""`AttentionMapCallback`: connect a `Session` to the hooks of Lightning's Trainer and to its checkpoints."""
+"""`AttentionMapCallback`: connect a `Run` to the hooks of Lightning's Trainer and to its checkpoints."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,23 +15,24 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from attn_monitor import messages
-from attn_monitor.capture.backbones import check_targets, find_backbones, resolve_targets, teacher_is_missed
+from attn_monitor.background.failures import Failures
+from attn_monitor.capture.backbones import check_targets
 from attn_monitor.capture.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import ArgumentError, NoAttentionError
+from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.naming import check_name, prefixed
 from attn_monitor.train import lightning_run, reports
+from attn_monitor.train.kept import Kept
 from attn_monitor.train.lightning_images import LightningImages
 from attn_monitor.train.options import OnError, RunOptions, check_dirpath
-from attn_monitor.train.run_state import NO_TEACHER, Targets
+from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.session import Session
+from attn_monitor.train.targets import FindTargets
 
 if TYPE_CHECKING:
     Base = pl.Callback
@@ -137,40 +137,51 @@ class AttentionMapCallback(Base):
                 "images of the trainer's own data"
             )
         self.targets, self.dirpath, self.name = targets, check_dirpath(dirpath), check_name(name)
-        self.schedule = Schedule(every_n_train_steps, every_n_epochs)
-        self._images = LightningImages(self.options.probe.count)
         chosen = any(given is not None for given in (probe, targets, forward, self.options.drawing.drawn_heads))
-        self._session = Session(
-            self.options,
-            self.schedule,
-            warn=_warn,
-            inform=_inform,
-            strict=chosen or (layers, query) != (-1, "cls"),
-            named=targets is not None,
-        )
+        self._strict = chosen or (layers, query) != (-1, "cls")
+        self._images = LightningImages(self.options.probe.count)
+        self.kept = Kept(self.options, Schedule(every_n_train_steps, every_n_epochs))
+        self.run: Run | None = None  # from `setup` to `teardown`
 
     @property
     def monitor(self) -> AttentionMonitor | None:
         """Return the object that takes the snapshots; None until there are images."""
-        return self._session.monitor
+        return self.kept.monitor
+
+    @property
+    def active(self) -> bool:
+        """Whether attention is watched in the present run."""
+        return self.run is not None and self.run.active
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the model is on its device."""
         if stage != "fit":
             return
-        name, rank_zero = self._name_in_tags(trainer), lightning_run.rank_zero(trainer)
-        self._session.start(rank_zero, name=name, distributed=trainer.world_size > 1)
+        self._drop_run()
+        others = all_of(trainer)
+        self.run = Run(
+            self.kept,
+            lightning_run.rank_zero(trainer),
+            warn=_warn,
+            inform=_inform,
+            name=_name_in_tags(self, others),
+            strict=self._strict,
+            roles_given=self.targets is not None,
+            distributed=trainer.world_size > 1,
+            checks_ema=next((c for c in others if c.options.health.check_ema), None) is self,  # only one reports
+            budget=None if others[0].run is None else others[0].run.budget,  # one for all callbacks
+        )
         if not lightning_run.configures_late(pl_module):
-            self._session.attempt("finding backbones", lambda: check_targets(pl_module, self.targets))
+            self.run.errors.attempt("finding backbones", lambda: check_targets(pl_module, self.targets))
         if not trainer.loggers:
             _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or trainer.default_root_dir))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's attention, on images of the probe's size, now that it is on its device."""
-        if self._session.run.active:
-            self._session.run.root = trainer.strategy.model
+        if self.run is not None and self.run.active:
+            self.kept.within(trainer.strategy.model)
             if self.monitor is not None or self.targets is not None:
-                self._session.discover(partial(self._find_targets, trainer, pl_module))
+                self.run.discover(self._find(trainer, pl_module))
 
     def on_validation_batch_start(
         self,
@@ -181,13 +192,8 @@ class AttentionMapCallback(Base):
         dataloader_idx: int = 0,
     ) -> None:
         """Observe the images of the sanity check, as batches hold them and as the models receive them."""
-        if trainer.sanity_checking and self.monitor is None and self._session.run.active:
-            try:
-                with self._find_targets(trainer, pl_module) as found:
-                    seen = list(found.models.values())
-            except Exception:  # reported at the first snapshot
-                seen = []
-            self._images.look(batch, seen, pl_module)
+        if trainer.sanity_checking and self.monitor is None and self.active:
+            self._images.look(batch, self._find(trainer, pl_module), pl_module)
 
     def on_validation_batch_end(
         self,
@@ -204,70 +210,68 @@ class AttentionMapCallback(Base):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up the schedule, as Lightning knows the run's length now, and open the archive."""
-        session, run = self._session, self._session.run
-        if not run.active:
+        run = self.run
+        if run is None or not run.active:
             return
-        self.schedule.start(lightning_run.total_steps(trainer))
+        self.kept.schedule.start(lightning_run.total_steps(trainer))
         find_folder = partial(lightning_run.run_folder, trainer)
         found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(find_folder))
         run_folder, step = found or Path(trainer.default_root_dir), lightning_run.steps_done(trainer)
-        session.begin_or_continue(step, run_folder)
-        with run.cost.of_discovery():
-            session.find_probe(partial(self._images.of_data_sets, trainer, run.failures))
-            run.inputs_known = run.rank_zero.run(lambda: self._images.are_known)
-            self._images.forget()
-        run.budget = all_of(trainer)[0]._session.run.budget  # one budget for all callbacks
-        checking = (c for c in all_of(trainer) if c.options.health.check_ema)
-        run.looks_at_wiring = next(checking, None) is self  # only one reports
+        self.kept.begin_or_continue(step, run_folder, run.rank_zero)
+        run.adopt_probe(partial(self._images.of_data_sets, trainer, run.failures), lambda: self._images.are_known)
+        self._images.forget()
         number = 1 if self.name is not None else int(run.name or 1)  # the number in its tags
-        session.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
+        run.output.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Take a snapshot if one is due. The last step is finished, updates of an EMA included."""
-        session, step = self._session, lightning_run.steps_done(trainer)
-        due = session.run.active and self.schedule.due(step)
-        find, targets = partial(self._images.of_batch, batch, trainer), partial(self._find_targets, trainer, pl_module)
-        if due and session.ensure_probe(find, step, targets, batch):
+        if self.run is None:
+            return
+        step = lightning_run.steps_done(trainer)
+        due = self.run.active and self.kept.schedule.due(step)
+        find, targets = partial(self._images.of_batch, batch, trainer), self._find(trainer, pl_module)
+        if due and self.run.ensure_probe(find, step, targets, batch):
             self._snapshot(trainer, pl_module, batch)
         else:
-            session.between_steps(step)
-        session.run.training = True
+            self.run.between_steps(step)
+        self.run.errors.begin_step()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample weights before the module's own hook, which often updates the teacher."""
-        self._session.batch_ended()
+        if self.run is not None:
+            self.run.batch_ended()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot by epoch, before checkpoints are saved, as these may monitor its metrics."""
-        step = lightning_run.steps_done(trainer)
-        if self._session.run.active and self.schedule.due_at_epoch_end(trainer.current_epoch, step):
+        epoch, step = trainer.current_epoch, lightning_run.steps_done(trainer)
+        if self.active and self.kept.schedule.due_at_epoch_end(epoch, step):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the last snapshot, and write everything."""
-        if not self._session.run.active:
+        if self.run is None or not self.run.active:
             return
         step = lightning_run.steps_done(trainer)
-        if self.monitor is not None and self.schedule.last_step != step:
+        if self.monitor is not None and self.kept.schedule.last_step != step:
             self._snapshot(trainer, pl_module, last=True)
         elif self.monitor is not None:
-            self._session.confirm(partial(self._find_targets, trainer, pl_module), step=step)
-        self._session.close()
+            self.run.confirm(self._find(trainer, pl_module), step=step)
+        self.run.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write what was captured for a few seconds, and report what is not written."""
-        self._session.abort()
-        self._let_go()
+        if self.run is not None:
+            self.run.abort()
+        self._drop_run()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End the background threads, and release the model."""
         if stage == "fit":
-            self._session.end()
-            self._let_go()
+            self._drop_run()
 
     @property
     def state_key(self) -> str:
@@ -277,19 +281,19 @@ class AttentionMapCallback(Base):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state and the last step: a few megabytes at most, without pickled objects."""
-        return self._session.state_dict()
+        return self.kept.state_dict(Failures() if self.run is None else self.run.failures)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the same images after the last snapshot; start afresh if the state cannot be read."""
         if not state_dict:
             return
         try:
-            self._session.load_state_dict(state_dict)
+            text = self.kept.load_state_dict(state_dict)
         except Exception as error:  # another version's state may hold anything, and must not end a run
-            _warn(
-                "what the checkpoint holds of attention cannot be read, and film strips start afresh. "
-                f"{type(error).__name__}: {error}"
-            )
+            text = "what the checkpoint holds of attention cannot be read, and film strips start afresh. "
+            text += f"{type(error).__name__}: {error}"
+        if text:
+            _warn(text)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -306,38 +310,12 @@ class AttentionMapCallback(Base):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, *, last: bool = False
     ) -> None:
         """Take a snapshot, and let other callbacks monitor its metrics."""
-        targets, step = partial(self._find_targets, trainer, pl_module), lightning_run.steps_done(trainer)
-        snapshot = self._session.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last)
+        assert self.run is not None
+        targets, step = self._find(trainer, pl_module), lightning_run.steps_done(trainer)
+        snapshot = self.run.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last)
         if snapshot is not None:
-            trainer.callback_metrics.update(_means(snapshot, self._session.run.name))
-
-    @contextmanager
-    def _find_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Targets]:
-        with trainer.precision_plugin.forward_context():
-            paths = self._find_paths(pl_module) if self.targets is None else self.targets
-            models = resolve_targets(pl_module, paths)
-            missed = self.targets is None and teacher_is_missed(pl_module, paths)
-            yield Targets(models, paths, NO_TEACHER.format("targets={'teacher': 'path.of.it', …}") if missed else "")
-
-    def _find_paths(self, pl_module: pl.LightningModule) -> Mapping[str, str]:
-        """Find backbones by name, alike in all processes; if that fails, rank zero finds them by running modules."""
-        images = None if self.monitor is None else self.monitor.probe.images
-        try:
-            return find_backbones(pl_module)
-        except NoAttentionError:
-            return self._session.run.rank_zero.run(lambda: find_backbones(pl_module, images))
-
-    def _name_in_tags(self, trainer: pl.Trainer) -> str:
-        """Return the name for tags: ``name``, else empty for the first callback without one, then "2", "3", …."""
-        if self.name is not None:
-            same = [c for c in all_of(trainer) if c.name == self.name]
-            if len(same) > 1:
-                raise ValueError(
-                    f"name={self.name!r}: {len(same)} AttentionMapCallbacks have it, expected different ones"
-                )
-            return self.name
-        number = 1 + [c for c in all_of(trainer) if c.name is None].index(self)
-        return "" if number == 1 else str(number)
+            means = snapshot.scalars(heads=False).items()
+            trainer.callback_metrics.update({prefixed(t, self.run.name): torch.tensor(value) for t, value in means})
 
     def _archive_folder(self, trainer: pl.Trainer, run_folder: Path) -> Path | None:
         """Return the archive's folder before it is locked; None for no archive."""
@@ -345,8 +323,16 @@ class AttentionMapCallback(Base):
             return None
         return self.dirpath or run_folder / prefixed("attn_monitor", self.name or "")
 
-    def _let_go(self) -> None:
-        """Drop images and the model's methods, so that the callback can be copied between fits."""
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FindTargets:
+        assert self.run is not None
+        images = None if self.monitor is None else self.monitor.probe.images
+        return partial(lightning_run.find_targets, trainer, pl_module, self.targets, images, self.run.rank_zero)
+
+    def _drop_run(self) -> None:
+        """Drop the run, images and the model's methods, so that the callback can be copied between fits."""
+        if self.run is not None:
+            self.run.end()
+        self.run = None
         self._images.forget()
         for name in ("log", "log_dict"):  # methods of the model, which Lightning gives to callbacks
             vars(self).pop(name, None)
@@ -358,9 +344,15 @@ def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
 
 
-def _means(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
-    """Return the metrics that are means over heads, by their tags."""
-    return {prefixed(tag, name): torch.tensor(value) for tag, value in snapshot.scalars(heads=False).items()}
+def _name_in_tags(callback: AttentionMapCallback, others: Sequence[AttentionMapCallback]) -> str:
+    """Return the name for tags: ``name``, else empty for the first callback without one, then "2", "3", …."""
+    if callback.name is None:
+        number = 1 + [c for c in others if c.name is None].index(callback)
+        return "" if number == 1 else str(number)
+    same = sum(c.name == callback.name for c in others)
+    if same > 1:
+        raise ValueError(f"name={callback.name!r}: {same} AttentionMapCallbacks have it, expected different ones")
+    return callback.name
 
 
 @rank_zero_only

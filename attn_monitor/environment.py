@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]  # it is public
 
 from attn_monitor.callback import AttentionMapCallback, all_of
+from attn_monitor.train.run_errors import Stage
 
 PREFIX = "ATTN_MONITOR"
 
@@ -23,8 +24,8 @@ class AttentionMapFromEnvironment(AttentionMapCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set up; become inactive if the Trainer has another callback of this package."""
         super().setup(trainer, pl_module, stage)
-        if any(type(other) is not type(self) for other in all_of(trainer)):
-            self._session.run.active = False
+        if self.run is not None and any(type(other) is not type(self) for other in all_of(trainer)):
+            self.run.errors.enter(Stage.UNWATCHED)
 
 
 def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:

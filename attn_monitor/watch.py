@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
+from attn_monitor.background.failures import Failures
 from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
 from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
@@ -24,6 +25,7 @@ from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
 from attn_monitor.train.probe_search import (
     TRAINING_CAPTION,
@@ -31,9 +33,9 @@ from attn_monitor.train.probe_search import (
     probe_from_first_batch,
     probe_from_loaders,
 )
-from attn_monitor.train.run_state import NO_TEACHER, Targets
+from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.session import Session
+from attn_monitor.train.targets import NO_TEACHER, Targets
 
 
 class Watch:
@@ -116,22 +118,22 @@ class Watch:
             on_error=on_error,
         )
         self.models, self.loggers, self.folder = models, list(loggers), None if folder is None else Path(folder)
-        self.schedule = Schedule(every_n_train_steps)
-        self.schedule.start(total_steps or float("inf"))
-        self._session = Session(self.options, self.schedule, warn=_warn, inform=_inform)
-        self._session.start(distributed.RankZero())  # of this process alone: the others do nothing
-        self._session.run.active = distributed.is_rank_zero()
-        self._session.run.root = models if isinstance(models, nn.Module) else None
+        self.kept = Kept(self.options, Schedule(every_n_train_steps))
+        self.kept.schedule.start(total_steps or float("inf"))
+        # Rank zero of this process alone: the others do nothing.
+        rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
+        self.run: Run | None = Run(self.kept, rank_zero, warn=_warn, inform=_inform, watched=watched)
+        self.kept.within(models if isinstance(models, nn.Module) else None)
 
     @property
     def monitor(self) -> AttentionMonitor | None:
         """Return the object that takes the snapshots; None until there are images."""
-        return self._session.monitor
+        return self.kept.monitor
 
     @property
     def active(self) -> bool:
         """Whether snapshots are taken, which is on rank zero, of a model that can be watched, until `close`."""
-        return self._session.run.active
+        return self.run is not None and self.run.active
 
     def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
         """Take a snapshot if one is due. Call this between any two optimizer steps.
@@ -144,47 +146,52 @@ class Watch:
         Returns:
             The snapshot, None if none was due or it failed.
         """
-        self._session.settle()
-        early = self.schedule.due_early(step) and self._session.run.cost.allows_another()
-        if self.active and (early or self.schedule.due(step)):
-            return self._snapshot(step, batch, epoch)
-        self._session.between_steps(step)
+        if self.run is None:
+            return None
+        self.run.settle()
+        schedule = self.kept.schedule
+        early = schedule.due_early(step) and self.run.cost.allows_another()
+        if self.run.active and (early or schedule.due(step)):
+            return self._snapshot(self.run, step, batch, epoch)
+        self.run.between_steps(step)
         return None
 
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step unless there is one, write everything, and stop watching."""
+        run, self.run = self.run, None
+        if run is None:
+            return
         try:
-            self._session.settle()
-            if step is not None and self.active and step != self.schedule.last_step:
-                self._snapshot(step, None, 0, last=True)
-            elif step is not None and self.active:
-                self._session.confirm(self._find_targets, step=step)
-            self._session.close()
+            run.settle()
+            if step is not None and run.active and step != self.kept.schedule.last_step:
+                self._snapshot(run, step, None, 0, last=True)
+            elif step is not None and run.active:
+                run.confirm(self._find_targets, step=step)
+            run.close()
         finally:
-            self._session.end()
-            self._session.run.active = False
+            run.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values for a checkpoint, loadable with ``weights_only=True``."""
-        return self._session.state_dict()
+        return self.kept.state_dict(Failures() if self.run is None else self.run.failures)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the same images, in the same archive, from the step after the last snapshot."""
-        if state:
-            load = partial(self._session.load_state_dict, state)
-            self._session.run.failures.attempt("reading the state of a checkpoint", load)
-            self._session.report()
+        if state and self.run is not None:
+            load = partial(self.kept.load_state_dict, state)
+            if text := self.run.failures.result_of("reading the state of a checkpoint", load):
+                _warn(text)
+            self.run.errors.report()
 
-    def _snapshot(self, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
-        session = self._session
-        if not session.ensure_probe(partial(self._find_images, batch), step, self._find_targets, batch):
+    def _snapshot(self, run: Run, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
+        if not run.ensure_probe(partial(self._find_images, run, batch), step, self._find_targets, batch):
             return None
-        if not session.run.opened:
+        if not run.output.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
-            session.open(self.loggers, folder, step=step, until=step - 1)  # the snapshot of this step is retaken
-        return session.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
+            run.output.open(self.loggers, folder, step=step, until=step - 1)  # the snapshot of this step is retaken
+        return run.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
 
-    def _find_images(self, batch: Any) -> ProbeBatch:
+    def _find_images(self, run: Run, batch: Any) -> ProbeBatch:
         """Take images of the data set or loader that was given, else of a batch."""
         source, count = self.options.probe.data, self.options.probe.count
         if source is None:
@@ -198,7 +205,7 @@ class Watch:
 
         if batch is None:
             return ask()
-        found = self._session.run.failures.result_of("finding images of the data", ask)
+        found = run.failures.result_of("finding images of the data", ask)
         return found or probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 
     @contextmanager

@@ -107,7 +107,7 @@ class Drained(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """The publisher is there once training has begun."""
-        publisher = self.watch._session.run.publisher
+        publisher = self.watch.run.output.publisher
         if publisher is not None:
             publisher.drain()
 

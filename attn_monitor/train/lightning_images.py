@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from attn_monitor.train.probe_search import (
     probe_from_images,
     probe_from_loaders,
 )
+from attn_monitor.train.targets import FindTargets
 
 
 class LightningImages:
@@ -36,16 +36,21 @@ class LightningImages:
         self._inputs: BackboneInputs | None = None  # observed in the same batch
         self._seen: BackboneInputs | None = None  # of the first batch that was seen to enter the models
 
-    def look(self, batch: Any, models: Iterable[nn.Module], root: nn.Module) -> None:
+    def look(self, batch: Any, targets: FindTargets, root: nn.Module) -> None:
         """Observe a batch of the sanity check, in case the validation data set cannot be read by index.
 
         Args:
             batch: the batch, before its step.
-            models: the backbones that it may enter.
+            targets: finds the backbones that it may enter.
             root: the module around them.
         """
         lacking = self.count - (0 if self._checked is None else len(self._checked))
         if lacking > 0:
+            try:
+                with targets() as found:
+                    models = list(found.models.values())
+            except Exception:  # reported at the first snapshot
+                models = []
             self._batch, self._inputs = find_images(batch), BackboneInputs(models, batch, self.count, root)
 
     def keep(self) -> None:

@@ -1,16 +1,22 @@
-"""Read from a Lightning Trainer where its run writes, how many steps are done, and how many there will be."""
+"""Read from a Lightning Trainer where its run writes, how many steps it has, and which models it trains."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
+from attn_monitor.capture.backbones import find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.distributed import RankZero
+from attn_monitor.errors import NoAttentionError
 from attn_monitor.trackers.registry import tracker_for
+from attn_monitor.train.targets import NO_TEACHER, Targets
 
 
 def rank_zero(trainer: pl.Trainer) -> RankZero:
@@ -67,3 +73,34 @@ def total_steps(trainer: pl.Trainer) -> float:
     if not trainer.lightning_module.automatic_optimization and total == trainer.max_steps:
         return total / max(1, len(trainer.optimizers))  # max_steps counts the steps of each optimizer
     return total
+
+
+@contextmanager
+def find_targets(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    given: Mapping[str, str] | None,
+    images: Tensor | None,
+    rank_zero: RankZero,
+) -> Iterator[Targets]:
+    """Find the models to watch, in the run's precision.
+
+    Backbones are found by name, alike in all processes; if that fails, rank zero finds them by running modules.
+
+    Args:
+        trainer: the trainer.
+        pl_module: the module that holds the models.
+        given: role to path, as the user named them; None searches.
+        images: images to run modules on; None for noise.
+        rank_zero: decides for all processes.
+    """
+    with trainer.precision_plugin.forward_context():
+        paths = given
+        if paths is None:
+            try:
+                paths = find_backbones(pl_module)
+            except NoAttentionError:
+                paths = rank_zero.run(lambda: find_backbones(pl_module, images))
+        missed = given is None and teacher_is_missed(pl_module, paths)
+        note = NO_TEACHER.format("targets={'teacher': 'path.of.it', …}") if missed else ""
+        yield Targets(resolve_targets(pl_module, paths), paths, note)

@@ -35,27 +35,27 @@ class CopyError(RuntimeError):
     """This process could not be forked, or its fork has not answered."""
 
 
-def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> Result:
-    """Call ``question`` in a fork of this process and return its result.
+def call_in_fork(function: Callable[[], Result], *, seconds: float = SECONDS) -> Result:
+    """Call a function in a fork of this process and return its result.
 
     In the fork, reading and random draws work. Printing has no effect; writing to files and using a device fail.
 
     Args:
-        question: a function; its result is pickled.
+        function: a function; its result is pickled.
         seconds: how long to wait for the result.
 
     Raises:
         CopyError: The system cannot fork, or the fork dies, does not answer in time or cannot read the data. Any other
-            exception of ``question`` is raised as it is.
+            exception of the function is raised as it is.
     """
     if sys.platform != "linux":
-        raise CopyError(f"data can be asked without changing them on Linux only, and this is {sys.platform}")
+        raise CopyError(f"data can be read without changing them on Linux only, and this is {sys.platform}")
     receiving, sending = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of locks that other threads may hold: see SECONDS
         process = os.fork()
     if process == 0:
-        _answer(question, sending)
+        _answer(function, sending)
     os.close(sending)
     try:
         answer = _read_all(receiving, time.monotonic() + seconds)
@@ -65,12 +65,12 @@ def ask_a_copy(question: Callable[[], Result], *, seconds: float = SECONDS) -> R
         os.close(receiving)
         status = _end(process)
     if not answer:
-        raise CopyError(f"the process that asked was ended by {_signal_name(status)}")
+        raise CopyError(f"the fork was ended by {_signal_name(status)}")
     worked, result = pickle.loads(answer)
     if isinstance(result, (OSError, EOFError)) and not worked:
         raise CopyError(
-            f"{type(result).__name__}: {result}. So says a copy of this process that asked the data: in it no file can "
-            "be written, and pipes and connections lead nowhere"
+            f"{type(result).__name__}: {result}. This was raised in a fork of this process that reads the data: in it "
+            "no file can be written, and pipes and connections lead nowhere"
         )
     if not worked:
         raise result
@@ -106,12 +106,12 @@ def _signal_name(status: int) -> str:
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {status}"
 
 
-def _answer(question: Callable[[], Any], sending: int) -> NoReturn:
+def _answer(function: Callable[[], Any], sending: int) -> NoReturn:
     """Answer in the fork, and exit without the clean-up handlers of the parent process."""
     try:
         _keep_to_itself(sending)
         try:
-            answer = pickle.dumps((True, question()))
+            answer = pickle.dumps((True, function()))
         except Exception as error:
             answer = pickle.dumps((False, _portable(error)))
         with open(sending, "wb", closefd=False) as pipe:
@@ -229,4 +229,4 @@ def _refuse_to_write(event: str, arguments: tuple[Any, ...]) -> None:
         path = arguments[1] if event == "socket.connect" else arguments[:1]
         refused = event in _CHANGES or (event == "socket.connect" and isinstance(path, (str, bytes)))
     if refused:
-        raise PermissionError(f"the data write to {path!r} when they are asked")
+        raise PermissionError(f"the data write to {path!r} when they are read")

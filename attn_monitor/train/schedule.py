@@ -79,6 +79,6 @@ class Schedule:
         """Whether to take a snapshot at the end of this epoch (counted from 0)."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
 
-    def taken(self, step: int) -> None:
-        """Remember the step of the latest snapshot."""
+    def taken(self, step: int | None) -> None:
+        """Remember the step of the latest snapshot; None if there is none."""
         self.last_step = step

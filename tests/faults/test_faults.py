@@ -61,7 +61,7 @@ def fit(
 def written(running: pl.Trainer) -> None:
     """Wait until nothing is being written, so that what follows happens between two snapshots."""
     (watch,) = (c for c in running.callbacks if isinstance(c, AttentionMapCallback))
-    publisher = watch._session.run.publisher
+    publisher = watch.run.output.publisher
     assert publisher is not None
     publisher.drain()
 

@@ -186,7 +186,7 @@ def test_two_callbacks_share_the_patience(tmp_path: Path, release: threading.Eve
     hung = Mine(lambda what, step: release.wait(120))
     first, second = (AttentionMapCallback(num_images=2, every_n_train_steps=1, name=name) for name in ("a", "b"))
     patience: list[wait_budget.WaitBudget] = []
-    at = At(step1=lambda: patience.extend(c._session.run.budget for c in (first, second)))
+    at = At(step1=lambda: patience.extend(c.run.budget for c in (first, second)))
     fit(tmp_path, hung, first, at, steps=3, watch=second)
     assert patience[0] is patience[1]
     assert patience[0].left == 0
@@ -527,7 +527,7 @@ def test_an_interrupted_snapshot_was_not_taken(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         trainer(tmp_path, Saves(), first, logger=logger, max_steps=6).fit(Interrupted(), loader())
     assert archived(tmp_path / RUN / "attn_monitor") == [0, 1, 2]
-    assert first.schedule.last_step == 2
+    assert first.kept.schedule.last_step == 2
     assert not monitors_threads()
     again = AttentionMapCallback(num_images=2, every_n_train_steps=1)
     trainer(tmp_path, again, max_steps=6).fit(Distillation(), loader(), ckpt_path=tmp_path / "last.ckpt")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from attn_monitor import AttentionMapCallback, Watch
 from attn_monitor.train import process_copy
 from attn_monitor.train.probe_search import probe_from_loaders
-from attn_monitor.train.process_copy import CopyError, ask_a_copy
+from attn_monitor.train.process_copy import CopyError, call_in_fork
 from tests.support.helpers import Distillation, NoiseImages, tiny_vit, trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no copy of a process to ask")
@@ -312,10 +312,10 @@ def test_what_a_copy_says_and_does_stays_there(tmp_path: Path, capfd: pytest.Cap
     def write() -> None:
         log.write("x"), log.flush()
 
-    assert ask_a_copy(question) != os.getpid()
+    assert call_in_fork(question) != os.getpid()
     for harmful in (send, write):
         with pytest.raises(CopyError, match=r"Errno"):
-            ask_a_copy(harmful)
+            call_in_fork(harmful)
     right.setblocking(False)
     with pytest.raises(BlockingIOError):
         right.recv(1)
@@ -333,11 +333,11 @@ def children() -> set[str]:
 def test_no_answer_and_no_process_left() -> None:
     before = children()
     with pytest.raises(CopyError, match="no answer within 0 s"):
-        ask_a_copy(lambda: time.sleep(60), seconds=0.2)
+        call_in_fork(lambda: time.sleep(60), seconds=0.2)
     with pytest.raises(CopyError, match="ended by SIGKILL"):
-        ask_a_copy(lambda: os.kill(os.getpid(), 9))
+        call_in_fork(lambda: os.kill(os.getpid(), 9))
     with pytest.raises(CopyError, match="OddError: no pickle"):
-        ask_a_copy(raise_odd)
+        call_in_fork(raise_odd)
     assert children() == before
 
 

@@ -28,7 +28,7 @@ class Deletes(pl.Callback):
 
     def on_train_batch_end(self, running: pl.Trainer, *_: Any) -> None:
         if running.global_step == 3:
-            publisher = self.watch._session.run.publisher
+            publisher = self.watch.run.output.publisher
             assert publisher is not None
             assert publisher.drain()
             shutil.rmtree(self.folder)

@@ -110,4 +110,4 @@ def test_resumed_with_two_optimizers(tmp_path: Path, stop: int, end: int | None)
     expected = sorted({s for s in (0, 2, 4, 6, 8) if s <= (end or stop)} | {stop})
     assert [s.step for s in load_snapshots(tmp_path / RUN / "attn_monitor")] == expected
     assert logged(tmp_path, ENTROPY) == expected
-    assert again.schedule.last_step == (expected[-1] if end else [s for s in expected if s < stop][-1])  # not run
+    assert again.kept.schedule.last_step == (expected[-1] if end else [s for s in expected if s < stop][-1])  # not run

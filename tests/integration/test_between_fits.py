@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from attn_monitor import AttentionMapCallback, DrawingOptions, load_snapshots
-from attn_monitor.train.session import STATE_VERSION
+from attn_monitor.train.kept import STATE_VERSION
 from tests.support import forwards
 from tests.support.helpers import Distillation, loader, trainer
 
@@ -85,7 +85,7 @@ def test_before_any_fit_it_can_be_copied() -> None:
     watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), forward=forwards.with_flag)
     for other in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
         assert other.state_key == watch.state_key
-        assert other.forward is forwards.with_flag
+        assert other.options.forward is forwards.with_flag
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ class Counts(pl.Callback):
         self.watch, self.found = watch, found
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.found.append(self.watch._session.run.active)
+        self.found.append(self.watch.active)
 
 
 def test_what_was_asked_for_must_be_there_at_once(tmp_path: Path) -> None:

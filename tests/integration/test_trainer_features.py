@@ -146,7 +146,7 @@ def test_tuners_leave_the_callback_as_it_was(tmp_path: Path, tune: Any, probe: T
     callback, module = watch(probe=probe), Tunable()
     running = trainer(tmp_path, callback, max_steps=3)
     tune(running, module)
-    assert callback.schedule.last_step is None
+    assert callback.kept.schedule.last_step is None
     assert callback.monitor is None or len(callback.monitor.history) == 0
     assert not [path for path in files(tmp_path) if "attn_monitor" in str(path)]
     assert not [key for key in running.callback_metrics if "attn" in key]

@@ -59,9 +59,9 @@ def run(folder: Path, logger: str, number: int, count: int, checkpoint: str = ""
     running.fit(Distillation(), loader(), ckpt_path=checkpoint or None)
     if not checkpoint:
         running.save_checkpoint(folder / f"{number}.ckpt")
-    assert callback._session.archive.name is not None
+    assert callback.kept.archive.name is not None
     return {
-        "archive": str(Path(running.log_dir or folder) / callback._session.archive.name),
+        "archive": str(Path(running.log_dir or folder) / callback.kept.archive.name),
         "name": f"of run {number}",
     }
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -164,7 +163,7 @@ class AttentionMapCallback(Base):
             lightning_run.rank_zero(trainer),
             warn=_warn,
             inform=_inform,
-            name=_name_in_tags(self, others),
+            name=lightning_run.name_in_tags([c.name for c in others], others.index(self)),
             strict=self._strict,
             roles_given=self.targets is not None,
             distributed=trainer.world_size > 1,
@@ -184,47 +183,24 @@ class AttentionMapCallback(Base):
                 self.run.discover(self._find(trainer, pl_module))
 
     def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Observe the images of the sanity check, as batches hold them and as the models receive them."""
         if trainer.sanity_checking and self.monitor is None and self.active:
             self._images.look(batch, self._find(trainer, pl_module), pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Keep these images, in case the validation data set cannot be read by index."""
         if trainer.sanity_checking:
             self._images.keep()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up the schedule, as Lightning knows the run's length now, and open the archive."""
-        run = self.run
-        if run is None or not run.active:
-            return
-        self.kept.schedule.start(lightning_run.total_steps(trainer))
-        find_folder = partial(lightning_run.run_folder, trainer)
-        found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(find_folder))
-        run_folder, step = found or Path(trainer.default_root_dir), lightning_run.steps_done(trainer)
-        self.kept.begin_or_continue(step, run_folder, run.rank_zero)
-        run.adopt_probe(partial(self._images.of_data_sets, trainer, run.failures), lambda: self._images.are_known)
-        self._images.forget()
-        number = 1 if self.name is not None else int(run.name or 1)  # the number in its tags
-        run.output.open(trainer.loggers, self._archive_folder(trainer, run_folder), number=number, step=step)
+        if self.run is not None and self.run.active:
+            lightning_run.open_output(trainer, self.run, self._images, self.dirpath, self.name)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Take a snapshot if one is due. The last step is finished, updates of an EMA included."""
         if self.run is None:
@@ -238,9 +214,7 @@ class AttentionMapCallback(Base):
             self.run.between_steps(step)
         self.run.errors.begin_step()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Sample weights before the module's own hook, which often updates the teacher."""
         if self.run is not None:
             self.run.batch_ended()
@@ -317,12 +291,6 @@ class AttentionMapCallback(Base):
             means = snapshot.scalars(heads=False).items()
             trainer.callback_metrics.update({prefixed(t, self.run.name): torch.tensor(value) for t, value in means})
 
-    def _archive_folder(self, trainer: pl.Trainer, run_folder: Path) -> Path | None:
-        """Return the archive's folder before it is locked; None for no archive."""
-        if self.dirpath is False or getattr(trainer, "fast_dev_run", False):
-            return None
-        return self.dirpath or run_folder / prefixed("attn_monitor", self.name or "")
-
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FindTargets:
         assert self.run is not None
         images = None if self.monitor is None else self.monitor.probe.images
@@ -342,17 +310,6 @@ def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
     """Return all callbacks of this kind in a trainer."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
-
-
-def _name_in_tags(callback: AttentionMapCallback, others: Sequence[AttentionMapCallback]) -> str:
-    """Return the name for tags: ``name``, else empty for the first callback without one, then "2", "3", …."""
-    if callback.name is None:
-        number = 1 + [c for c in others if c.name is None].index(callback)
-        return "" if number == 1 else str(number)
-    same = sum(c.name == callback.name for c in others)
-    if same > 1:
-        raise ValueError(f"name={callback.name!r}: {same} AttentionMapCallbacks have it, expected different ones")
-    return callback.name
 
 
 @rank_zero_only

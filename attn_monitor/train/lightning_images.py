@@ -14,7 +14,6 @@ from attn_monitor.probe.normalisation import declared_statistics
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.backbone_inputs import BackboneInputs, prepared_probe
 from attn_monitor.train.batch_images import find_images
-from attn_monitor.train.lightning_run import changes_batches
 from attn_monitor.train.probe_search import (
     TRAINING_CAPTION,
     VALIDATION_CAPTION,
@@ -81,7 +80,7 @@ class LightningImages:
         """Return validation images, else those of the sanity check, else training images; None if all fail."""
         validation, training = trainer.val_dataloaders, trainer.train_dataloader
         # Where a hook changes batches on their way to the device, the data set's images are not what the model sees.
-        as_is = not changes_batches(trainer)
+        as_is = not _changes_batches(trainer)
 
         def ask(loaders: Any, caption: str) -> ProbeBatch | None:
             find = partial(probe_from_loaders, loaders, self.count, caption=caption)
@@ -104,3 +103,11 @@ class LightningImages:
         """Take the images of a training batch. Raises `ProbeError` if it holds none."""
         declared = declared_statistics(trainer.train_dataloader)
         return probe_from_batch(batch, self.count, caption=TRAINING_CAPTION, declared=declared)
+
+
+def _changes_batches(trainer: pl.Trainer) -> bool:
+    """Whether the module or the data module overrides a hook that changes batches on their way to the device."""
+    hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
+    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
+    return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace

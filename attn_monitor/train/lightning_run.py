@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +15,10 @@ from torch import Tensor
 from attn_monitor.capture.backbones import find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import NoAttentionError
+from attn_monitor.trackers.naming import prefixed
 from attn_monitor.trackers.registry import tracker_for
+from attn_monitor.train.lightning_images import LightningImages
+from attn_monitor.train.run import Run
 from attn_monitor.train.targets import NO_TEACHER, Targets
 
 
@@ -49,14 +52,6 @@ def steps_done(trainer: pl.Trainer) -> int:
     # Loggers use `_batches_that_stepped`, which after a checkpoint is loaded lags until the next batch.
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(batches.processed)
-
-
-def changes_batches(trainer: pl.Trainer) -> bool:
-    """Whether the module or the data module overrides a hook that changes batches on their way to the device."""
-    hooks = ("on_before_batch_transfer", "on_after_batch_transfer")
-    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
-    owners = (getattr(type(source), hook) for source in sources if source is not None for hook in hooks)
-    return any(not owner.__module__.endswith(".core.hooks") for owner in owners)  # in either Lightning namespace
 
 
 def configures_late(pl_module: pl.LightningModule) -> bool:
@@ -104,3 +99,38 @@ def find_targets(
         missed = given is None and teacher_is_missed(pl_module, paths)
         note = NO_TEACHER.format("targets={'teacher': 'path.of.it', …}") if missed else ""
         yield Targets(resolve_targets(pl_module, paths), paths, note)
+
+
+def name_in_tags(names: Sequence[str | None], index: int) -> str:
+    """Return a callback's name for tags: its own, else empty for the first without one, then "2", "3", …."""
+    name = names[index]
+    if name is None:
+        number = 1 + names[:index].count(None)
+        return "" if number == 1 else str(number)
+    if (same := names.count(name)) > 1:
+        raise ValueError(f"name={name!r}: {same} AttentionMapCallbacks have it, expected different ones")
+    return name
+
+
+def open_output(
+    trainer: pl.Trainer, run: Run, images: LightningImages, dirpath: Path | Literal[False] | None, name: str | None
+) -> None:
+    """Set up the schedule, find images, and open the archive and the loggers.
+
+    Args:
+        trainer: the trainer, which knows the run's length now.
+        run: the run to begin.
+        images: finds images if none are given, and forgets them.
+        dirpath: the archive's folder; None for one in the run's folder, False for no archive.
+        name: the callback's own name.
+    """
+    run.kept.schedule.start(total_steps(trainer))
+    found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(lambda: run_folder(trainer)))
+    folder, step = found or Path(trainer.default_root_dir), steps_done(trainer)
+    run.kept.begin_or_continue(step, folder, run.rank_zero)
+    run.adopt_probe(lambda: images.of_data_sets(trainer, run.failures), lambda: images.are_known)
+    images.forget()
+    archive = None if dirpath is False else dirpath or folder / prefixed("attn_monitor", name or "")
+    number = 1 if name is not None else int(run.name or 1)  # the number in its tags
+    fast = getattr(trainer, "fast_dev_run", False)
+    run.output.open(trainer.loggers, None if fast else archive, number=number, step=step)

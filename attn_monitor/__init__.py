@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from attn_monitor.capture.recorder import record_attention as record_attention
     from attn_monitor.capture.rollout import attention_rollout as attention_rollout
     from attn_monitor.capture.sharded_models import forward_within as forward_within
-    from attn_monitor.commands.report import snapshot_player as snapshot_player
     from attn_monitor.draw.options import DrawingOptions as DrawingOptions
     from attn_monitor.errors import ArchiveError as ArchiveError
     from attn_monitor.errors import AttentionError as AttentionError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from attn_monitor.monitor import AttentionMonitor as AttentionMonitor
     from attn_monitor.probe.options import ProbeOptions as ProbeOptions
     from attn_monitor.probe.probe_batch import ProbeBatch as ProbeBatch
-    from attn_monitor.trackers.publisher import Publisher as Publisher
     from attn_monitor.watch import Watch as Watch
 
 # Each is imported when it is asked for: the callback imports Lightning, others PyTorch, which takes seconds.
@@ -51,7 +49,6 @@ _MODULES = {
     "ProbeBatch": "probe.probe_batch",
     "ProbeError": "errors",
     "ProbeOptions": "probe.options",
-    "Publisher": "trackers.publisher",
     "TargetError": "errors",
     "Watch": "watch",
     "attention_rollout": "capture.rollout",
@@ -59,7 +56,6 @@ _MODULES = {
     "forward_within": "capture.sharded_models",
     "load_snapshots": "attention_snapshot",
     "record_attention": "capture.recorder",
-    "snapshot_player": "commands.report",
 }
 
 __all__ = ["functional", *_MODULES]

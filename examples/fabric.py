@@ -16,8 +16,9 @@ from plain_pytorch import PROTOTYPES, cut, global_crop, local_crop, network, pro
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, ProbeBatch
 from attn_monitor.player.report import write_report
+from attn_monitor.trackers.publisher import Publisher
 
 
 def train(fabric: Fabric, options: argparse.Namespace) -> None:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots, snapshot_player
+from attn_monitor import AttentionSnapshot, HealthLimits, LayerAttention, ProbeBatch, load_snapshots
 from attn_monitor import functional as F
 from attn_monitor.commands.cli import main
 from attn_monitor.commands.report import report
 from attn_monitor.errors import ArchiveError
+from attn_monitor.offline import snapshot_player
 from attn_monitor.player.blocks import blocks, layout_of
 from attn_monitor.player.contents import Contents, Step, images_of, step_facts
 from attn_monitor.player.page import code_size, page_of_runs

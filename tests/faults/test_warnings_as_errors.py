@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Publisher, Watch
+from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Watch
 from attn_monitor.messages import inform
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor_auto import callbacks
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 

@@ -13,10 +13,11 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch
 from attn_monitor.measure.sinks import AttentionSink, find_sinks
 from attn_monitor.measurements import MetricKey, Metrics
 from attn_monitor.record.curves import Curves
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.trackers.sink_table import COLUMNS, markdown, sink_rows
 from tests.support.events import Events
 from tests.support.helpers import tiny_vit

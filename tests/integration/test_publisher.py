@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, ProbeBatch, Publisher, load_snapshots
+from attn_monitor import AttentionMonitor, ProbeBatch, load_snapshots
 from attn_monitor.background.failures import Failures
+from attn_monitor.trackers.publisher import Publisher
 from tests.support.events import Events
 from tests.support.helpers import tiny_vit
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, ProbeBatch
 from attn_monitor.background.failures import Failures
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.draw.options import DrawingOptions
@@ -19,6 +19,7 @@ from attn_monitor.trackers.destination import Destination
 from attn_monitor.trackers.events import KINDS, Event, Histogram, Layout, Lines, Once, Picture, Scalars, Text
 from attn_monitor.trackers.generic import CSV, Generic
 from attn_monitor.trackers.mlflow import MLflow
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.trackers.snapshot_events import events_at_start
 from attn_monitor.trackers.tensorboard import TensorBoard

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, Publisher, load_snapshots
+from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, load_snapshots
 from attn_monitor import functional as F
+from attn_monitor.trackers.publisher import Publisher
 from tests.support import wandb_runs
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 

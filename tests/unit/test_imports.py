@@ -86,7 +86,8 @@ def loaded_by(code: str) -> set[str]:
 def test_capture_needs_no_lightning_and_no_optional_package() -> None:
     code = """
 import attn_monitor.commands.cli
-from attn_monitor import record_attention, AttentionMonitor, Publisher, Watch
+from attn_monitor import record_attention, AttentionMonitor, Watch
+from attn_monitor.trackers.publisher import Publisher
 """
     heavy = {"lightning", "pytorch_lightning", "torchvision", "tensorboard", "wandb", "matplotlib", "timm"}
     assert not loaded_by(code) & (heavy | {"transformers", "mlflow", "scipy", "av"})

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch
 from attn_monitor.draw.colormap import colour_table
 from attn_monitor.draw.layer_heat_map import CELL, HEAT_SCALES, LEAST_WIDTH, LEFT, layer_heat_map
 from attn_monitor.trackers.head_budget import head_keys, layers_within
+from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.trackers.tensorboard import TensorBoard
 from attn_monitor.trackers.weights_and_biases import WeightsAndBiases
 from tests.support.events import Events

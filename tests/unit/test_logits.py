@@ -14,13 +14,14 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor, nn
 
-from attn_monitor import AttentionMonitor, AttentionRecorder, HealthFlag, HealthLimits, ProbeBatch, Publisher
+from attn_monitor import AttentionMonitor, AttentionRecorder, HealthFlag, HealthLimits, ProbeBatch
 from attn_monitor.capture.forward import default_forward
 from attn_monitor.draw.charts import MARK
 from attn_monitor.measure.health import Health
 from attn_monitor.measure.logit_growth import LogitGrowth
 from attn_monitor.measure.metrics import LARGEST
 from attn_monitor.measurements import MetricKey, Metrics
+from attn_monitor.trackers.publisher import Publisher
 from tests.support.helpers import tiny_vit
 from tests.support.oracle import logit_matrices
 from tests.support.zoo import CASES, Case

@@ -43,6 +43,9 @@ class Kept:
         self._folder: Path | None = None  # of the latest run
         self._distributed = False  # whether several processes share the probe
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "root": None}
+
     def start(self, *, distributed: bool) -> None:
         """Begin a run, which loads a checkpoint later if it does."""
         self.resumed, self._distributed = False, distributed

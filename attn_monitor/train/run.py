@@ -81,6 +81,9 @@ class Run:
         if kept.monitor is None and (probe := rank_zero.run(options.probe.load)) is not None:
             kept.watch(probe)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy or a pickle of what holds a run has none: no threads, locks and models
+
     @property
     def active(self) -> bool:
         """Whether attention is watched in this run."""

@@ -81,6 +81,24 @@ def test_after_any_fit_the_model_is_gone_and_so_are_the_threads(tmp_path: Path, 
     assert watch.monitor is None or watch.monitor._recorders == {}
 
 
+def test_in_a_step_it_can_be_copied(tmp_path: Path) -> None:
+    """A copy has no run, and can watch one of its own."""
+    copies: list[AttentionMapCallback] = []
+
+    class Copying(Distillation):
+        def on_train_batch_end(self, *_: Any) -> None:
+            super().on_train_batch_end()
+            copies.append(copy.deepcopy(watch))
+
+    watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), every_n_train_steps=1)
+    trainer(tmp_path / "a", watch, max_steps=2).fit(Copying(), loader())
+    assert [other.run for other in copies] == [None, None]
+    assert all(other.kept.root is None for other in copies)
+    trainer(tmp_path / "b", copies[0], max_steps=2).fit(Distillation(), loader())
+    assert copies[0].monitor is not None
+    assert [s.step for s in copies[0].monitor.history] == [0, 1, 2]
+
+
 def test_before_any_fit_it_can_be_copied() -> None:
     watch = AttentionMapCallback(torch.randn(2, 3, 32, 32), forward=forwards.with_flag)
     for other in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):

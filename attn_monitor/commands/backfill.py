@@ -200,7 +200,7 @@ def backfill(
 
 def _probe(path: str, model: nn.Module, size: int | tuple[int, int], num_images: int, masks: str | None) -> ProbeBatch:
     if Path(path).suffix != ".npz":
-        return ProbeBatch.from_path(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
+        return ProbeBatch.from_folder(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
     return ProbeBatch.load(path)

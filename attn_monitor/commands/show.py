@@ -87,7 +87,7 @@ def show(
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     with doing(f"loading {model}"):
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
-    probe = ProbeBatch.from_path(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
+    probe = ProbeBatch.from_folder(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):

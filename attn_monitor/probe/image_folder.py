@@ -38,13 +38,13 @@ class Photographs:
     names: list[str]
 
 
-def read_folder(
-    folder: str | os.PathLike[str], *, size: Size, num_images: int, masks: str | os.PathLike[str] | None = None
+def read_images(
+    path: str | os.PathLike[str], *, size: Size, num_images: int, masks: str | os.PathLike[str] | None = None
 ) -> Photographs:
-    """Read evenly spaced images of a folder, or of a folder of class folders one of each class in turn.
+    """Read one image, evenly spaced images of a folder, or of a folder of class folders one of each class in turn.
 
     Args:
-        folder: Folder of images, or of folders of images.
+        path: An image, a folder of images, or a folder of folders of images.
         size: Size of the images; each is resized to cover it and cropped at the centre.
         num_images: Largest number of images, at least 1.
         masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
@@ -52,12 +52,10 @@ def read_folder(
     Raises:
         ProbeError: A folder, image or mask is missing or unreadable.
     """
-    return _read(_choose_files(Path(folder), num_images), f"probe folder {folder}", size, masks)
-
-
-def read_file(file: str | os.PathLike[str], *, size: Size, masks: str | os.PathLike[str] | None = None) -> Photographs:
-    """Read one image file; arguments and errors are those of `read_folder`."""
-    return _read([Path(file)], "image", size, masks)
+    check_count(num_images)
+    if Path(path).is_file():
+        return _read([Path(path)], "image", size, masks)
+    return _read(_choose_files(Path(path), num_images), f"probe folder {path}", size, masks)
 
 
 def check_size(size: Size) -> tuple[int, int]:
@@ -95,10 +93,8 @@ def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[s
 
 
 def _choose_files(folder: Path, count: int) -> list[Path]:
-    check_count(count)
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise ProbeError(f"probe folder {folder}: {found}; expected a folder of images")
+        raise ProbeError(f"images {folder}: does not exist; expected an image or a folder of images")
     files = _images_in(folder)
     if files:
         return _evenly_spaced(files, count)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attn_monitor.errors import ArgumentError
-from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.probe.normalisation import infer_statistics
+from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch
 
 NUM_IMAGES, IMAGE_SIZE = 8, 224  # defaults; the size is in pixels
 
@@ -23,8 +24,8 @@ class ProbeOptions:
     """Which images to watch, and the statistics by which they are normalised.
 
     Args:
-        images: a folder; a tensor (images, channels, H, W), normalised as the model expects; a `ProbeBatch`; or, for
-            `Watch` alone, a data set or its loader. None takes images of the run's own data.
+        images: a folder or one image; a tensor (images, channels, H, W), normalised for the model; a `ProbeBatch`; or,
+            for `Watch` alone, a data set or its loader. None takes images of the run's own data.
         num_images: how many images to take from a folder or from data; None is 8.
         image_size: size of a folder's images in pixels, one number or (height, width); None is 224.
         masks: folder of ground-truth masks for a folder of images, as `ProbeBatch.from_folder` reads it. They are
@@ -114,11 +115,24 @@ class ProbeOptions:
 
     def load(self) -> ProbeBatch | None:
         """Load the images that were given; None if they come from data. Raises `ProbeError`."""
-        images: Any = self.images
-        if not self.are_given:
+        images, mean, std = self.images, self.mean, self.std
+        if isinstance(images, ProbeBatch):
+            return images
+        if isinstance(images, Tensor):
+            if mean is None and images.ndim == 4 and images.is_floating_point() and images.numel():
+                found = infer_statistics(images.detach().cpu())
+                return ProbeBatch(images, mean=found.mean, std=found.std, source=str(found))
+            return ProbeBatch(images, mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)  # raises for other tensors
+        if not isinstance(images, (str, os.PathLike)):
             return None
-        size: Any = IMAGE_SIZE if self.image_size is None else self.image_size
-        return ProbeBatch.of(images, size=size, num_images=self.count, masks=self.masks, mean=self.mean, std=self.std)
+        return ProbeBatch.from_folder(
+            images,
+            size=self.image_size or IMAGE_SIZE,
+            num_images=self.count,
+            masks=self.masks,
+            mean=mean or IMAGENET_MEAN,
+            std=std or IMAGENET_STD,
+        )
 
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
         """Apply ``mean`` and ``std``, if any, to images that were found in data."""

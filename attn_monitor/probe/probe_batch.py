@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
-from attn_monitor.probe.image_folder import Photographs, Size, check_count, read_file, read_folder
-from attn_monitor.probe.normalisation import infer_statistics
+from attn_monitor.probe.image_folder import Size, read_images
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import TensorReader, open_npz, tensor_reader, write_npz
@@ -89,42 +88,6 @@ class ProbeBatch:
         """Return True if the images are bit-identical."""
         return self.images.shape == other.images.shape and torch.equal(self.images, other.images)
 
-    @classmethod
-    def of(
-        cls,
-        probe: str | os.PathLike[str] | Tensor | ProbeBatch,
-        *,
-        size: Size = 224,
-        num_images: int = 8,
-        masks: str | os.PathLike[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> ProbeBatch:
-        """Make a probe from a folder of images or a tensor of normalised images; return a probe unchanged.
-
-        Args:
-            probe: Folder, tensor (B, C, H, W) or probe.
-            size: Size of a folder's images, a square's side or (height, width).
-            num_images: Largest number of a folder's images.
-            masks: Folder of a folder's masks, see `from_folder`.
-            mean: One number per channel; inferred from a tensor, and ImageNet's for a folder.
-            std: One number per channel; likewise.
-
-        Raises:
-            ProbeError: The images cannot be used.
-        """
-        if isinstance(probe, ProbeBatch):
-            return probe
-        if isinstance(probe, Tensor):
-            if mean is None or std is None:
-                if probe.ndim != 4 or not probe.is_floating_point() or not probe.numel():
-                    return cls(probe)  # raises the error
-                found = infer_statistics(probe.detach().cpu())
-                return cls(probe, mean=found.mean, std=found.std, source=str(found))
-            return cls(probe, mean=mean, std=std)
-        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-        return cls.from_folder(probe, size=size, num_images=num_images, masks=masks, mean=mean, std=std)
-
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
         """Return the same images with another mean and std."""
         images, masks, names = self.images, self.masks, self.names
@@ -141,10 +104,10 @@ class ProbeBatch:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> ProbeBatch:
-        """Read images of a folder, resized to cover ``size`` and cropped at the centre.
+        """Read one image or those of a folder, resized to cover ``size`` and cropped at the centre.
 
         Args:
-            path: Folder of images, or of class folders.
+            path: An image, a folder of images, or of class folders.
             size: A square's side or (height, width), in pixels.
             num_images: Largest number of images; more are thinned evenly in the order of their names.
             masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored), all 0 for an
@@ -155,28 +118,7 @@ class ProbeBatch:
         Raises:
             ProbeError: A folder, image or mask is missing or unreadable; the message names every unreadable file.
         """
-        read = read_folder(path, size=size, num_images=num_images, masks=masks)
-        return cls._from_photographs(read, mean, std)
-
-    @classmethod
-    def from_path(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        size: Size = 224,
-        num_images: int = 8,
-        masks: str | os.PathLike[str] | None = None,
-    ) -> ProbeBatch:
-        """Read one image file, or a folder with `from_folder`."""
-        check_count(num_images)
-        if not Path(path).exists():
-            raise ProbeError(f"images {path}: does not exist; expected an image file or a folder of images")
-        if Path(path).is_file():
-            return cls._from_photographs(read_file(path, size=size, masks=masks), IMAGENET_MEAN, IMAGENET_STD)
-        return cls.from_folder(path, size=size, num_images=num_images, masks=masks)
-
-    @classmethod
-    def _from_photographs(cls, read: Photographs, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
+        read = read_images(path, size=size, num_images=num_images, masks=masks)
         _check_statistics(mean, std, read.pixels.shape[1])
         images = _normalise(read.pixels, mean, std)
         return cls(images, mean=mean, std=std, masks=read.masks, names=read.names)

@@ -117,4 +117,4 @@ def test_damaged_masks_are_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ProbeError, match=named):
         ProbeBatch.from_folder(images, size=32, masks=masks)
     with pytest.raises(ProbeError, match=r"cannot read a\.png \([^;]*; expected"):
-        ProbeBatch.from_path(images / "a.png", size=32, masks=masks)
+        ProbeBatch.from_folder(images / "a.png", size=32, masks=masks)

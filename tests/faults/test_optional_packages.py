@@ -44,7 +44,7 @@ from attn_monitor.draw.panels import panel
 from attn_monitor.draw.strips import filmstrip
 (last,) = record_attention(VisionTransformer().eval(), images)
 assert last.maps.shape == (8, 4, 4, 4)
-probe = ProbeBatch.of(images)
+probe = ProbeBatch(images)
 snapshot = AttentionMonitor(probe).snapshot({"backbone": VisionTransformer().eval()}, step=0)
 for colormap in ("inferno", "viridis"):
     assert jpeg(panel(snapshot, 0, probe.pixels[0], options=DrawingOptions(colormap=colormap)))

@@ -143,7 +143,7 @@ def test_masks_and_maps_are_those_of_dino(tmp_path: Path, photographs: Path, thr
 
     coffee = photographs / "coffee.png"
     show(tmp_path, coffee, separate=True, drawing=DrawingOptions(threshold, scale="minmax", colormap="viridis"))
-    probe = ProbeBatch.from_path(coffee, size=(32, 48))
+    probe = ProbeBatch.from_folder(coffee, size=(32, 48))
     (attention,) = record_attention(lively(), probe.images)
     photo = pixels(tmp_path / "img.png")
     assert (photo == probe.pixels[0]).all()
@@ -294,7 +294,7 @@ def test_outliers_by_norm(tmp_path: Path, photographs: Path, capsys: pytest.Capt
 def test_outliers_by_attention_where_norms_are_unknown(
     capsys: pytest.CaptureFixture[str], photographs: Path, tmp_path: Path
 ) -> None:
-    model, images = attracting(), ProbeBatch.from_path(photographs, size=(32, 48)).images
+    model, images = attracting(), ProbeBatch.from_folder(photographs, size=(32, 48)).images
     assert all(a.norms is None for a in record_attention(model, images))
     found = find_outliers(model, images, [0], "cls")[0]
     assert found.quantity == "attention received"

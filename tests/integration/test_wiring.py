@@ -299,7 +299,7 @@ def test_a_loop_that_asks_once_an_epoch(tmp_path: Path) -> None:
     watch.step(0)
     for _ in range(50):
         optimizer.step()
-    batch = watch.run._ema._watch._batch  # type: ignore[union-attr]
+    batch = watch.run._ema.watch._batch  # type: ignore[union-attr]
     assert len(batch._optimizers) <= len(batch._moments) == MOMENTS  # type: ignore[union-attr]
     watch.step(50)
     watch.close()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
-from attn_monitor import ProbeBatch
+from attn_monitor import ProbeBatch, ProbeOptions
 from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
 from attn_monitor.train.probe_search import probe_from_images
 
@@ -110,9 +110,9 @@ def test_noise_one_channel_and_many(pixels: Tensor) -> None:
 
 
 def test_a_tensor_without_a_word_and_with_one(pixels: Tensor, photographs: Path) -> None:
-    assert error(ProbeBatch.of(normalised(pixels, *CLIP)), pixels) < 0.1
-    assert error(ProbeBatch.of(normalised(pixels, *OWN), mean=OWN[0], std=OWN[1]), pixels) < 0.1
-    folder = ProbeBatch.of(photographs, size=96, mean=CLIP[0], std=CLIP[1])
+    assert error(ProbeOptions(normalised(pixels, *CLIP)).load(), pixels) < 0.1
+    assert error(ProbeOptions(normalised(pixels, *OWN), mean=OWN[0], std=OWN[1]).load(), pixels) < 0.1
+    folder = ProbeOptions(photographs, image_size=96, mean=CLIP[0], std=CLIP[1]).load()
     torch.testing.assert_close(folder.images, normalised(pixels, *CLIP))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class HealthLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, (int, float)):
+            if not isinstance(value, Real):
                 raise ArgumentError(f"health: {name}={value!r}; expected a number")
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
             raise ArgumentError(

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logi
 
 def check_threshold(threshold: float) -> float:
     """Return ``threshold``; `ArgumentError` if it is not a share above 0 and up to 1."""
-    if not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+    if not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise ArgumentError(
             f"threshold={threshold!r}: expected a share of attention mass above 0 and up to 1, such as 0.6"
         )

@@ -13,16 +13,11 @@ from attn_monitor.train.wiring_watch import WiringWatch
 
 WIRING = "looking at how student and teacher are wired"  # the part's name in `Failures`
 
-Look = Callable[[WiringWatch], Sequence[HealthFlag]]
-
 
 class EmaWatch:
     """Watch student and teacher of one run on rank zero; after a failure, again from the next snapshot on.
 
-    Args:
-        limits: when a health flag is raised.
-        failures: records failures.
-        found: takes flags as soon as they are found.
+    ``found`` takes flags, and the step, as soon as they are found.
     """
 
     def __init__(
@@ -33,12 +28,16 @@ class EmaWatch:
 
     def begin(self, models: Mapping[str, nn.Module], root: nn.Module | None, step: int) -> None:
         """Begin to watch at a snapshot of these models, within the module ``root``."""
-        if self.watch is None or self.watch.models != models:
-            self.stop()
-            self._try(lambda: self._renew(models, root))
-        self.look(lambda watch: watch.watch(step), step)
 
-    def look(self, look: Look, step: int) -> None:
+        def begin() -> None:
+            if self.watch is None or self.watch.models != models:
+                self.stop()
+                self.watch = WiringWatch(models, root, self._limits)
+            self._found(self.watch.watch(step), step)
+
+        self._try(begin)
+
+    def look(self, look: Callable[[WiringWatch], Sequence[HealthFlag]], step: int) -> None:
         """Report what ``look`` finds at a step, if anything is watched."""
         if (watch := self.watch) is not None:
             self._try(lambda: self._found(look(watch), step))
@@ -48,9 +47,6 @@ class EmaWatch:
         if self.watch is not None:
             self.watch.stop()
         self.watch = None
-
-    def _renew(self, models: Mapping[str, nn.Module], root: nn.Module | None) -> None:
-        self.watch = WiringWatch(models, root, self._limits)
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

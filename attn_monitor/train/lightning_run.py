@@ -115,15 +115,7 @@ def name_in_tags(names: Sequence[str | None], index: int) -> str:
 def open_output(
     trainer: pl.Trainer, run: Run, images: LightningImages, dirpath: Path | Literal[False] | None, name: str | None
 ) -> None:
-    """Set up the schedule, find images, and open the archive and the loggers.
-
-    Args:
-        trainer: the trainer, which knows the run's length now.
-        run: the run to begin.
-        images: finds images if none are given, and forgets them.
-        dirpath: the archive's folder; None for one in the run's folder, False for no archive.
-        name: the callback's own name.
-    """
+    """Set up the schedule, find images, and open the archive, at ``dirpath`` if there is one, and the loggers."""
     run.kept.schedule.start(total_steps(trainer))
     found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(lambda: run_folder(trainer)))
     folder, step = found or Path(trainer.default_root_dir), steps_done(trainer)

@@ -201,13 +201,7 @@ def _load(loader: Any, indices: Sequence[int]) -> Any:
 
 
 class ObservedInputs:
-    """Observe some first batches of one run.
-
-    Args:
-        options: which images are watched.
-        rank_zero: observes for all processes.
-        failures: takes notes.
-    """
+    """Observe some first batches of one run, on rank zero for all processes."""
 
     def __init__(self, options: ProbeOptions, rank_zero: RankZero, failures: Failures) -> None:
         self._options, self._rank_zero, self._failures = options, rank_zero, failures

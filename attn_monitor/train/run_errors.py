@@ -92,12 +92,7 @@ class RunErrors:
 
 
 class WatchedRoles:
-    """Follow the roles of one run.
-
-    Args:
-        failures: records failures of roles.
-        inform: shows a message on rank zero.
-    """
+    """Follow the roles of one run."""
 
     def __init__(self, failures: Failures, inform: Callable[[str], None]) -> None:
         self._failures, self._inform = failures, inform
@@ -121,14 +116,7 @@ class WatchedRoles:
         models: Mapping[str, nn.Module],
         paths: Mapping[str, str],
     ) -> None:
-        """Report roles that failed, work again, or are watched for the first time, and layers that are left out.
-
-        Args:
-            snapshot: the latest snapshot.
-            monitor: took it.
-            models: all models by role.
-            paths: role to the model's path.
-        """
+        """Report roles that failed, work again, or are watched for the first time, and layers that are left out."""
         self.failed(monitor.failed)
         for role in self._failing & models.keys():
             if role in snapshot.roles:

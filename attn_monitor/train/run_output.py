@@ -24,17 +24,7 @@ from attn_monitor.train.kept import Kept
 
 
 class RunOutput:
-    """Open a run's archive and its loggers on rank zero, and write its snapshots there.
-
-    Args:
-        kept: what the run continues.
-        rank_zero: writes for all processes.
-        failures: records failures.
-        budget: how long the run may wait.
-        name: of the callback in tags, empty for none.
-        warn: shows a warning on rank zero.
-        inform: shows a message on rank zero.
-    """
+    """Open a run's archive and its loggers on rank zero, and write its snapshots there. Arguments are `Run`'s."""
 
     def __init__(
         self,
@@ -83,14 +73,7 @@ class RunOutput:
             self._kept.remember(snapshot)
 
     def hold(self, snapshot: Snapshot, paths: Mapping[str, str], seconds: float, note: str) -> None:
-        """Keep a snapshot until `publish`.
-
-        Args:
-            snapshot: the snapshot.
-            paths: role to the model's path.
-            seconds: what it took.
-            note: what was not found, empty if nothing is missing.
-        """
+        """Keep a snapshot, which took these seconds, until `publish`; ``note`` says what was not found."""
         self._held = partial(self._publish, snapshot, paths, seconds, note)
 
     def publish(self, findings: Sequence[HealthFlag]) -> None:

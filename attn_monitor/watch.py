@@ -158,7 +158,7 @@ class Watch:
 
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step unless there is one, write everything, and stop watching."""
-        run, self.run = self.run, None
+        run = self.run
         if run is None:
             return
         try:
@@ -170,6 +170,7 @@ class Watch:
             run.close()
         finally:
             run.end()
+            self.run = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values for a checkpoint, loadable with ``weights_only=True``."""
@@ -184,14 +185,14 @@ class Watch:
             self.run.errors.report()
 
     def _snapshot(self, run: Run, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
-        if not run.ensure_probe(partial(self._find_images, run, batch), step, self._find_targets, batch):
+        if not run.ensure_probe(partial(self._find_images, batch), step, self._find_targets, batch):
             return None
         if not run.output.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
             run.output.open(self.loggers, folder, step=step, until=step - 1)  # the snapshot of this step is retaken
         return run.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
 
-    def _find_images(self, run: Run, batch: Any) -> ProbeBatch:
+    def _find_images(self, batch: Any) -> ProbeBatch:
         """Take images of the data set or loader that was given, else of a batch."""
         source, count = self.options.probe.data, self.options.probe.count
         if source is None:
@@ -203,9 +204,9 @@ class Watch:
             found = probe_from_loaders([loader], count, caption=caption)
             return found or probe_from_first_batch(source, count, caption=caption)
 
-        if batch is None:
+        if batch is None or self.run is None:
             return ask()
-        found = run.failures.result_of("finding images of the data", ask)
+        found = self.run.failures.result_of("finding images of the data", ask)
         return found or probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 
     @contextmanager

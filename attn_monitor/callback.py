@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_monitor import messages
 from attn_monitor.background.failures import Failures
 from attn_monitor.capture.backbones import check_targets
-from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits

@@ -13,8 +13,8 @@ from attn_monitor.attention import LayerAttention, on_host
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.choose_forward import ForwardOption
 from attn_monitor.capture.every_query import EveryQueryOf
-from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
+from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.capture.site_cache import Doubt

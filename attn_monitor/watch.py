@@ -16,8 +16,8 @@ from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.failures import Failures
 from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
-from attn_monitor.capture.forward import Forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
+from attn_monitor.capture.observe.forward import Forward, is_sharded
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits

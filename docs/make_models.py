@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402 - the repository's root must be importable first
 
-from attn_monitor.capture.forward import default_forward  # noqa: E402
+from attn_monitor.capture.observe.forward import default_forward  # noqa: E402
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention  # noqa: E402
 from attn_monitor.errors import AttentionError  # noqa: E402
 from tests import test_refusals  # noqa: E402

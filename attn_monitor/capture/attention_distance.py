@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor import functional as F
-from attn_monitor.capture.attention_rows import Chunk
+from attn_monitor.capture.observe.attention_rows import Chunk
 from attn_monitor.capture.sites import ReadableSite
 from attn_monitor.grid import Grid
 

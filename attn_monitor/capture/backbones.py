@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.block_tokens import CONTAINERS, block_of
-from attn_monitor.capture.isolation import is_sharded
+from attn_monitor.capture.observe.isolation import is_sharded
 from attn_monitor.capture.site_cache import structure_of
 from attn_monitor.capture.site_discovery import attends_to_images
 from attn_monitor.errors import NoAttentionError, TargetError

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.attention_rows import widen
-from attn_monitor.capture.error_origin import errors_from
+from attn_monitor.capture.observe.attention_rows import widen
+from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.functional import full_precision
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)

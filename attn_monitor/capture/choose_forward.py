@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward, default_forward, is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, select_sites
 from attn_monitor.capture.masked_models import (
     empty_flat_mask_forward,
@@ -16,6 +15,7 @@ from attn_monitor.capture.masked_models import (
     features_forward,
     unmasked_forward,
 )
+from attn_monitor.capture.observe.forward import Forward, default_forward, is_sharded
 from attn_monitor.capture.site_cache import Conditions, Known, sites_of
 from attn_monitor.capture.sites import Site
 from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError

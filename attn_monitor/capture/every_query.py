@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attn_monitor import functional as F
 from attn_monitor.capture.attention_distance import MeanDistance, has_query_of_each_patch
-from attn_monitor.capture.attention_rows import widen
-from attn_monitor.capture.observation import ReadObservation
+from attn_monitor.capture.observe.attention_rows import widen
+from attn_monitor.capture.observe.observation import ReadObservation
 from attn_monitor.capture.recording_plan import SitePlan
 from attn_monitor.errors import ArgumentError
 
@@ -20,7 +20,7 @@ EveryQueryOf = Literal["none", "last", "all"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class WantedStatistics:
     """Select the statistics of a layer.
 
     Attributes:
@@ -60,7 +60,9 @@ class Statistics(NamedTuple):
 
 
 @F.full_precision()
-def query_statistics(seen: ReadObservation, planned: SitePlan, asked: Asked, image_size: tuple[int, int]) -> Statistics:
+def query_statistics(
+    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: tuple[int, int]
+) -> Statistics:
     """Compute the requested statistics that are defined here, in at most one pass over all rows.
 
     Args:

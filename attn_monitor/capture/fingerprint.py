@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.isolation import all_modules, is_sharded
-from attn_monitor.capture.kinds.memory import place_of
+from attn_monitor.capture.observe.isolation import all_modules, is_sharded
+from attn_monitor.capture.observe.kinds.memory import place_of
 
 Key = tuple[Any, ...]
 """The location of an item, such as (number of the module, name of the attribute)."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeGuard
 
-from attn_monitor.capture.attention_rows import Query
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.attention_rows import Query
+from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attn_monitor.capture.forward import default_forward
-from attn_monitor.capture.isolation import all_modules
+from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.capture.observe.isolation import all_modules
 
 RATIO = re.compile(r"mask(ing)?_ratio$")
 MASK = re.compile(r"^((bool|patch|token)_)?mask(s|ed_pos|_pos|ed_positions?)?$")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.attention_rows import Folding
-from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.forward import Forward, run_forward
-from attn_monitor.capture.kinds.kind import AttentionCall, Operation
-from attn_monitor.capture.kinds.unwritten_memory import UnwrittenMemory
-from attn_monitor.capture.observation import Observation, ObservedRows, RefusedObservation, SiteKey
-from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.token_places.random_projections import (
+from attn_monitor.capture.observe.attention_rows import Folding
+from attn_monitor.capture.observe.error_origin import errors_from
+from attn_monitor.capture.observe.forward import Forward, run_forward
+from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
+from attn_monitor.capture.observe.kinds.unwritten_memory import UnwrittenMemory
+from attn_monitor.capture.observe.observation import Observation, ObservedRows, RefusedObservation, SiteKey
+from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.observe.random_projections import (
     change_threshold,
     off_device,
     relative_change,

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.choose_forward import Discovery, ForwardOption, choose_forward, forward_options
 from attn_monitor.capture.every_query import EveryQueryOf, check_every_query
-from attn_monitor.capture.forward import Forward, check_materialised
 from attn_monitor.capture.inputs import check_finite, check_images, check_model
-from attn_monitor.capture.isolation import model_device_dtype
 from attn_monitor.capture.layer_selection import (
     Layers,
     QuerySpec,
@@ -29,11 +27,13 @@ from attn_monitor.capture.layer_selection import (
     select_sites,
     stack_notes,
 )
+from attn_monitor.capture.observe.forward import Forward, check_materialised
+from attn_monitor.capture.observe.isolation import model_device_dtype
+from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recording import OnLayer, OtherLayersError, Recording
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, plan_recording
 from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_places, structure_of
 from attn_monitor.capture.sites import Site
-from attn_monitor.capture.token_places.recheck import places_hold
 from attn_monitor.errors import ArgumentError, QueryError
 
 Verify = bool | Literal["first"]

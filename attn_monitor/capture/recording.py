@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.every_query import Asked, EveryQueryOf, Statistics, query_statistics
-from attn_monitor.capture.forward import Forward, run_forward
+from attn_monitor.capture.every_query import EveryQueryOf, Statistics, WantedStatistics, query_statistics
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
-from attn_monitor.capture.observation import Observation, ObservedRows, ReadObservation, RefusedObservation, SiteKey
-from attn_monitor.capture.observer import AttentionObserver
+from attn_monitor.capture.observe.forward import Forward, run_forward
+from attn_monitor.capture.observe.observation import (
+    Observation,
+    ObservedRows,
+    ReadObservation,
+    RefusedObservation,
+    SiteKey,
+)
+from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.recording_plan import RecordingPlan, SitePlan, other_number
 from attn_monitor.capture.sites import ReadableSite, prefix_names
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
@@ -86,7 +92,7 @@ class Recording:
             if seen.rows.shape != (len(images), site.heads, site.keys):
                 return
             whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-            asked = Asked(self.logits, self.sinks, self.distance, whole, plan.query)
+            asked = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
             measured[key] = query_statistics(seen, plan.sites[key], asked, (images.shape[-2], images.shape[-1]))
             error = seen.error
             if on_layer is not None and (others := on_layer(site, seen)) is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.attention_rows import Query
 from attn_monitor.capture.block_tokens import block_of
-from attn_monitor.capture.forward import is_sharded
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.attention_rows import Query
+from attn_monitor.capture.observe.forward import is_sharded
+from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
 
 

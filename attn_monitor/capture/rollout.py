@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.attention_rows import AttentionSource
-from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import QuerySpec, encoder_of, resolve_query
-from attn_monitor.capture.observation import ReadObservation
+from attn_monitor.capture.observe.attention_rows import AttentionSource
+from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import ArgumentError, UnsupportedAttentionError

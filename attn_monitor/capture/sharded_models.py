@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward, default_forward
-from attn_monitor.capture.observer import StopForward
+from attn_monitor.capture.observe.forward import Forward, default_forward
+from attn_monitor.capture.observe.observer import StopForward
 from attn_monitor.errors import UnsupportedAttentionError
 
 _METHOD = "_attn_monitor_forward"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.fingerprint import Key, State, state_of
-from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.isolation import all_modules
+from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.isolation import all_modules
 from attn_monitor.capture.site_discovery import discover
 from attn_monitor.capture.sites import Site
 

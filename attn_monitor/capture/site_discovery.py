@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward, default_forward
-from attn_monitor.capture.isolation import model_device_dtype
-from attn_monitor.capture.kinds.kind import ForwardState
 from attn_monitor.capture.noise_look import IMAGES, Candidate, DiscoveringObserver, look_at_noise
-from attn_monitor.capture.observation import ObservedRows, RefusedObservation, SiteKey
+from attn_monitor.capture.observe.forward import Forward, default_forward
+from attn_monitor.capture.observe.isolation import model_device_dtype
+from attn_monitor.capture.observe.kinds.kind import ForwardState
+from attn_monitor.capture.observe.observation import ObservedRows, RefusedObservation, SiteKey
 from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
 from attn_monitor.capture.stacks import Ran, second_stacks

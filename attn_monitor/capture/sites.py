@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_monitor.capture.attention_rows import Folding
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.attention_rows import Folding
+from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.token_places.layout import TokenLayout
 from attn_monitor.capture.token_places.site_places import SitePlaces
 from attn_monitor.errors import AttentionError

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attn_monitor.capture.block_tokens import CONTAINERS
-from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.observe.error_origin import errors_from
+from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.isolation import isolated_forward
 
 _EQUAL = 1e-2  # relative difference of results that rounding explains
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from attn_monitor.attention import RowKind
-from attn_monitor.capture.observation import ObservedRows
+from attn_monitor.capture.observe.observation import ObservedRows
 from attn_monitor.errors import VerificationError
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from attn_monitor.capture.backbones import find_backbones
-from attn_monitor.capture.forward import default_forward
-from attn_monitor.capture.isolation import isolated_forward
 from attn_monitor.capture.layer_selection import stack_notes
+from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.capture.observe.isolation import isolated_forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
 from attn_monitor.commands.support.devices import fitting_size

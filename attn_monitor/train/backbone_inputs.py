@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from attn_monitor.capture.isolation import all_modules, is_isolated
+from attn_monitor.capture.observe.isolation import all_modules, is_isolated
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
 from attn_monitor.train.weak_hooks import add_hook, compiles

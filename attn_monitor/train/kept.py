@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attn_monitor.background.failures import Failures
 from attn_monitor.capture.choose_forward import FORWARD_OPTIONS, ForwardOption
-from attn_monitor.capture.forward import Forward
+from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.capture.sharded_models import forward_within
 from attn_monitor.distributed import RankZero
 from attn_monitor.monitor import AttentionMonitor

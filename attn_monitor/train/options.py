@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from attn_monitor.background.disk_reserve import check_reserve
-from attn_monitor.capture.forward import Forward
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
+from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits

@@ -8,7 +8,7 @@ from enum import Enum
 from torch import nn
 
 from attn_monitor.background.failures import Failures
-from attn_monitor.capture.isolation import reporting
+from attn_monitor.capture.observe.isolation import reporting
 from attn_monitor.errors import AttentionError, NoAttentionError, ProbeError, TargetError
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.snapshot import Snapshot

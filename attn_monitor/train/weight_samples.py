@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import role_of
-from attn_monitor.capture.kinds.memory import place_of
+from attn_monitor.capture.observe.kinds.memory import place_of
 from attn_monitor.measure.ema_checks import Sampled
 
 LENGTH = 32  # values per sampled parameter

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.isolation import isolated_forward
+from attn_monitor.capture.observe.isolation import isolated_forward
 from attn_monitor.capture.recorder import record_attention
 from attn_monitor.errors import ForwardError
 from tests.support.helpers import tiny_vit

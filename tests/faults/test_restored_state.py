@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback
-from attn_monitor.capture import model_state
+from attn_monitor.capture.observe import model_state
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.styles import MemEffAttention, PlainViT

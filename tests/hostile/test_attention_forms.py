@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMonitor, record_attention
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.kinds.fused import FusedCall
+from attn_monitor.capture.observe.kinds.fused import FusedCall
 from attn_monitor.errors import AttentionError, ForwardError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.helpers import tiny_vit

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
+from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.capture.token_places.recheck import places_hold
 from tests.hostile.test_wrong_places import Change, assert_map, changed, noise, unchanged
 from tests.support.styles import DIM
 

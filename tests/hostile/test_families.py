@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.capture.sites import Site
-from attn_monitor.capture.token_places.silent_model import SilentModel
+from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.errors import AttentionError
 from tests.support.families import FAMILIES, Family
 from tests.support.oracle import _method, _replaced, attention_matrices
@@ -183,14 +183,14 @@ def moved_by_class_token(case: Family) -> list[set[int] | None]:
 def sites_asked(case: Family) -> tuple[tuple[Site, ...], int]:
     """The sites of a model, and how many images were asked about."""
     asked = 0
-    original = SilentModel.__call__
+    original = AblatedModel.__call__
 
     def counted(self: Any, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal asked
         asked += len(images)
         return original(self, images, *args, **kwargs)
 
-    with mock.patch.object(SilentModel, "__call__", counted):
+    with mock.patch.object(AblatedModel, "__call__", counted):
         sites = AttentionRecorder(case.model(), query="mean", forward=case.forward).sites(case.images())
     return sites, asked
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMonitor, record_attention
 from attn_monitor.capture import noise_look
-from attn_monitor.capture.isolation import is_isolated
-from attn_monitor.capture.kinds import attention_product
+from attn_monitor.capture.observe import random_projections
+from attn_monitor.capture.observe.isolation import is_isolated
+from attn_monitor.capture.observe.kinds import attention_product
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.capture.token_places import random_projections, silent_observer, traced_products
+from attn_monitor.capture.token_places import ablating_observer, traced_products
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.helpers import tiny_vit
 from tests.support.live_bytes import LiveBytes
@@ -49,7 +50,7 @@ def counted() -> Iterator[LiveBytes]:
         return moved
 
     with ExitStack() as stack:
-        for module in (noise_look, silent_observer, traced_products, attention_product):
+        for module in (noise_look, ablating_observer, traced_products, attention_product):
             stack.enter_context(mock.patch.object(module, "off_device", off_device))
         yield stack.enter_context(bytes_alive)
 

@@ -22,11 +22,11 @@ from attn_monitor import (
     load_snapshots,
 )
 from attn_monitor.capture import site_cache
-from attn_monitor.capture.forward import default_forward
-from attn_monitor.capture.observer import AttentionObserver
+from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.site_discovery import discover
-from attn_monitor.capture.token_places.recheck import places_hold
 from attn_monitor.errors import UnsupportedAttentionError
 from tests.hostile.test_changed_orders import CELLS, MIRRORED, Ordered, expected, images, off_by, ordered
 from tests.support.families import FAMILIES

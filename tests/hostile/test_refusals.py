@@ -279,7 +279,7 @@ def test_sharded_tensors_are_refused() -> None:
 
 def test_rows_that_do_not_give_the_output_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heart of the matter: were our reading of the operation wrong by 5 %, no map would be shown."""
-    from attn_monitor.capture.kinds.fused import FusedCall
+    from attn_monitor.capture.observe.kinds.fused import FusedCall
 
     model, images = enliven(timm_vit("vit_tiny_patch16_224")).eval(), torch.randn(2, 3, *W)
     record_attention(model, images)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.capture.token_places.random_projections import precision_of
+from attn_monitor.capture.observe.random_projections import precision_of
 from tests.support import hostile_attention as at
 from tests.support.hostile_judge import Hostile, judge
 from tests.support.hostile_orders import fixed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests.support.oracle import attention_matrices
 from tests.support.zoo import CASES, Case

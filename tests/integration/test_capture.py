@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_monitor import record_attention
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import LayerError
 from tests.support import styles

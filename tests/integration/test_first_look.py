@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
 from attn_monitor.capture import block_tokens as tokens
-from attn_monitor.capture import kinds
-from attn_monitor.capture.kinds.fused import FusedCall
+from attn_monitor.capture.observe import kinds
+from attn_monitor.capture.observe.kinds.fused import FusedCall
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import ForwardError
 from attn_monitor.train import lightning_run

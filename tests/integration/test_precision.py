@@ -103,8 +103,8 @@ def test_the_cosine_of_tokens_is_measured_outside_autocast() -> None:
 
 TF32 = """
 import sys, torch
-from attn_monitor.capture.tolerance import TOLERANCE
-from attn_monitor.capture.tolerance import tolerance
+from attn_monitor.capture.observe.tolerance import TOLERANCE
+from attn_monitor.capture.observe.tolerance import tolerance
 exec(sys.argv[1])
 for device in ("cuda", "cpu"):
     print([str(d)[6:] for d, t in TOLERANCE.items() if t == tolerance(torch.float32, torch.device(device))][0])

@@ -19,7 +19,7 @@ from attn_monitor import DrawingOptions
 from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.attention_snapshot import AttentionSnapshot
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import record_attention
 from attn_monitor.commands import cli
 from attn_monitor.commands.support.devices import DeviceError, choose_device, fitting_size, move_to, with_memory_for

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from tests.support.zoo import enliven, hugging_face, vit_pytorch
 
 

@@ -66,6 +66,16 @@ def test_folders_import_in_one_direction(folder: str) -> None:
     assert not wrong
 
 
+def test_capture_has_three_floors() -> None:
+    """Observation at the bottom, token places on it, and the recording of layers on both."""
+    inside = PACKAGE / "capture"
+    for floor, below in (("observe", ("observe",)), ("token_places", ("observe", "token_places"))):
+        for path in (inside / floor).rglob("*.py"):
+            modules = [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+            names = {m.split(".")[2] for m in modules if m.startswith("attn_monitor.capture.")}
+            assert names <= set(below), path
+
+
 def test_every_folder_is_in_the_picture() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == MAY_IMPORT.keys()
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMonitor, AttentionRecorder, HealthFlag, HealthLimits, ProbeBatch
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.draw.charts import MARK
 from attn_monitor.measure.health import Health
 from attn_monitor.measure.logit_growth import LogitGrowth

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import default_forward
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.rollout import attention_rollout
 from attn_monitor.errors import QueryError, UnsupportedAttentionError
 from tests.integration.test_capture import Watch, vit

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import TokenLayout
 from attn_monitor.capture.token_places.mosaics import read_mosaics
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import SiteTokens
@@ -69,12 +69,12 @@ def _first_pixels(
 ) -> list[int]:
     """Return for each (axis, index) the first pixel that a row (axis 0) or a column (axis 1) of patches depends on."""
     one, other = noise_images(search.images, 2, seed=12)
-    before = search.silent_model(one[None], _SEED).sites[key]
+    before = search.ablated_model(one[None], _SEED).sites[key]
     low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # the pixel is in low ... high - 1
     while any(b - a > 1 for a, b in zip(low, high, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
         images = torch.stack([_begun(one, other, axis, end) for (axis, _), end in zip(asked, middle, strict=True)])
-        after = search.silent_model(images, _SEED).sites[key]
+        after = search.ablated_model(images, _SEED).sites[key]
         moved = _moved(before, after)[:, list(layout.patches)].unflatten(1, layout.grid)
         for number, (axis, index) in enumerate(asked):
             if bool(moved[number].select(axis, index).any()):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.decoding import (
     cells_by_rank,
     centres,
@@ -18,7 +19,6 @@ from attn_monitor.capture.token_places.decoding import (
     share_far_from,
 )
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
@@ -67,7 +67,7 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
     for number in range(_ROUNDS):
         for tokens, base in ((on_user_image, image), (on_noise, noise[number])):
             changed = ramps(base, strength, seed=10 + number)
-            tokens.append(search.silent_model(changed, 4 + number, by_head=coarsest))
+            tokens.append(search.ablated_model(changed, 4 + number, by_head=coarsest))
         still = [key for key in waiting if not _rank_site(search, key, (on_user_image, on_noise))]
         clear += [key for key in waiting if key not in still and number + 1 < _ROUNDS]
         waiting = still
@@ -90,7 +90,7 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
             grids.setdefault((layout.grid, layout.geometry), []).append(key)
     for (grid, geometry), alike in grids.items():
         conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)
-        after = search.silent_model(middles_changed(ranked.base, conv)[None], 4).sites
+        after = search.ablated_model(middles_changed(ranked.base, conv)[None], 4).sites
         for key in alike:
             layout, before = search.sites[key].layout, ranked.seen.sites[key].v
             mosaic = next((m for m in search.mosaics if m.conv.grid == grid and key in m.changes), None)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import STATIC, TokenLayout, is_whole, layout_of, mostly_single
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import corners_changed, mosaics, noise_images
 from attn_monitor.capture.token_places.token_parameters import TokenParameter
@@ -70,7 +70,7 @@ class _Moved:
 
 def find_cls(search: PlaceSearch) -> None:
     """Find the CLS token and the registers at every site: they change with a parameter while the patches do not."""
-    silent, reference = search.silent_model, search.reference
+    silent, reference = search.ablated_model, search.reference
     first = mosaics(search.images, search.mosaics[0].conv)[:1]
     nudges = [_Nudge(p, silent(first, 1, nudged=[p])) for p in silent.token_parameters or ()]
     parts = _parts_of_the_image(search)
@@ -132,7 +132,7 @@ def _parts_of_the_image(search: PlaceSearch) -> dict[SiteKey, tuple[set[int], se
             several[key] = depend
     if several:
         base = noise_images(search.images, 1, seed=4)[0]
-        seen = search.silent_model(torch.cat([base[None], corners_changed(base)]), 3).sites
+        seen = search.ablated_model(torch.cat([base[None], corners_changed(base)]), 3).sites
         for key, tokens in several.items():
             q = seen[key].q if key in seen else None
             if q is not None and q.shape[1] > max(tokens):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.synthetic_images import cell_weights
 
 

@@ -1,6 +1,6 @@
 """Assign the keys and queries of every attention operation to patches, by running the model.
 
-A few forwards with ablated attention (`silent_model`) on `synthetic_images` are enough. The place of a token is the
+A few forwards with ablated attention (`ablated_model`) on `synthetic_images` are enough. The place of a token is the
 part of the image that it depends on, so neither names nor positions in the sequence are trusted.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.borders import place_by_borders
 from attn_monitor.capture.token_places.centres import rank_centres, refuse_shared_cells
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
@@ -26,7 +27,6 @@ from attn_monitor.capture.token_places.other_mixing import (
 from attn_monitor.capture.token_places.output_places import check_outputs
 from attn_monitor.capture.token_places.pixel_maps import locate_convs
 from attn_monitor.capture.token_places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
-from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat
@@ -60,10 +60,10 @@ def find_places(
     """
     around = {path for key in formats for path in _ancestors(key[0])}
     paths = around & dict(model.named_modules()).keys()
-    silent_model = SilentModel(model, forward, formats, paths, images.device, batch_size)
+    ablated_model = AblatedModel(model, forward, formats, paths, images.device, batch_size)
     images = images.cpu()  # images derived from these wait on the host too
-    convs = locate_convs(silent_model, images, convs)
-    search = PlaceSearch(silent_model, images, convs, {key: SitePlaces() for key in formats})
+    convs = locate_convs(ablated_model, images, convs)
+    search = PlaceSearch(ablated_model, images, convs, {key: SitePlaces() for key in formats})
     grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]
     # Where the first attention is coarser than the patches, these show whether its heads read the same part of them.
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]

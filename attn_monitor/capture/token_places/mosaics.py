@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.decoding import places_in_mosaics
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places, is_whole, layout_of
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import mosaic_codes, mosaics
 from attn_monitor.capture.token_places.tokens import Tokens
@@ -27,7 +27,7 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
         conv = waiting.pop(0)
         if any(m.conv == conv for m in search.mosaics) or any(o.grid == conv.grid for _, _, o in search.placed()):
             continue
-        tokens = search.silent_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid))
+        tokens = search.ablated_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid))
         mosaic = _read(tokens, conv, search.size)
         search.mosaics.append(mosaic)
         if not search.reference.sites:

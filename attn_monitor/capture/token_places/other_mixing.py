@@ -7,9 +7,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, SiteTokens
@@ -75,7 +75,7 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
         return
     exchanged: dict[Call, Tensor] = {}
     # Other tokens can scale the results only where rows do not sum to 1.
-    held_at = [False] if all(search.silent_model.formats[key].sums_to_1 for key in calls) else [False, True]
+    held_at = [False] if all(search.ablated_model.formats[key].sums_to_1 for key in calls) else [False, True]
     count = 2 * len(held_at)
     for key, call in calls.items():
         entry = search.sites[key].entries[call[0]]
@@ -84,7 +84,7 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
     marked = torch.tensor(held_at, device=search.images.device).repeat_interleave(2)
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
     images = noise_images(search.images, 1, seed=8).expand(count, -1, -1, -1)
-    tokens = search.silent_model(images, 1, marks=marks, exchanged=exchanged)
+    tokens = search.ablated_model(images, 1, marks=marks, exchanged=exchanged)
     for key, call in calls.items():
         site, left = search.sites[key], tokens.exits.get(call, ())
         if key not in tokens.sites or not left or not len(left[0]):
@@ -120,7 +120,7 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
         second = torch.tensor([False, True], device=search.images.device)
         sites = search.reference.sites.items()
         marks = {key: (second & (key == first))[:, None].expand(-1, seen.queries) for key, seen in sites}
-        after = search.silent_model(images, 1, marks=marks).sites
+        after = search.ablated_model(images, 1, marks=marks).sites
         beside = [key for key in others if key in after and not _differs(after[key])]
         if not beside:
             continue
@@ -151,7 +151,7 @@ def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
         if entry is None or not exits or len(exits[0]) not in (len(entry.order), seen.queries):
             continue
         as_entered = exits[0] == mosaic.entries.get(call) and SEVERAL not in exits[0]
-        known = seen.q is not None and search.silent_model.formats[key].sums_to_1
+        known = seen.q is not None and search.ablated_model.formats[key].sums_to_1
         return None if as_entered and known else call
     return None
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, is_whole
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, Tokens
@@ -146,7 +146,7 @@ class _OutputCheck:
             if key in self._image_of_spared:
                 marked_queries[key][self._image_of_spared[key]] = torch.arange(tokens.queries) != self._spared[key]
         self.search, self.marks = search, marks
-        self.tokens = search.silent_model(shown, 1, marks=marked_queries)
+        self.tokens = search.ablated_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
     def two_hops(self) -> set[SiteKey]:
@@ -186,7 +186,7 @@ class _OutputCheck:
             key: torch.full((1, seen.queries), key in keys, device=base.device)
             for key, seen in self.search.reference.sites.items()
         }
-        return self.search.silent_model(base, 1, marks=marks)
+        return self.search.ablated_model(base, 1, marks=marks)
 
     def goes_to_patches(self, key: SiteKey, mosaic: Mosaic | None, layout: TokenLayout) -> bool:
         """Check whether a lone query's result changes patches, where the innermost module that it changes ends."""

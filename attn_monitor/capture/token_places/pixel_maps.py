@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.forward import run_forward
-from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.patch_grids import PatchConv
-from attn_monitor.capture.token_places.silent_model import SilentModel
+from attn_monitor.capture.observe.forward import run_forward
+from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.grid import GridGeometry
 
@@ -46,13 +46,13 @@ class _PixelObserver(AttentionObserver):
         self.changed[len(self.convs) - 1] = [[_extent(d), _extent(d.T)] for d in differences]
 
 
-def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[PatchConv]) -> list[PatchConv]:
+def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[PatchConv]) -> list[PatchConv]:
     """Convert the cells of the convolutions to the image's own pixels, in one forward on three images if needed.
 
     Cells that see only padding are removed from the grid.
 
     Args:
-        silent_model: The model to run.
+        ablated_model: The model to run.
         images: The user's images, (B, C, H, W).
         convs: The convolutions, with ``seen`` set where the input is not the image itself.
 
@@ -69,10 +69,10 @@ def locate_convs(silent_model: SilentModel, images: Tensor, convs: Sequence[Patc
     middle = one.clone()
     rows, cols = (slice(n // 4, n - n // 4) for n in size)
     middle[:, rows, cols] = other[:, rows, cols]
-    asked = torch.stack([one, middle, other]).to(silent_model.device)
+    asked = torch.stack([one, middle, other]).to(ablated_model.device)
     observer = _PixelObserver(asked)
-    model = silent_model.model
-    run_forward(model, asked, silent_model.forward, observer, dict(model.named_modules()).items())
+    model = ablated_model.model
+    run_forward(model, asked, ablated_model.forward, observer, dict(model.named_modules()).items())
     located = []
     for index, conv in enumerate(convs):
         if conv.disjoint and conv.seen is not None:

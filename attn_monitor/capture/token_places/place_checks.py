@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.decoding import share_of_wrong_weight, shares
 from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout, is_whole, mostly_single
-from attn_monitor.capture.token_places.random_projections import relative_change
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import (
     border_changed,
@@ -43,7 +43,7 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
             waiting = [key for key in keys if search.sites[key].layout is not None]
             for times in (1, 10):  # models that round their images need more
                 weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
-                seen = search.silent_model(weighted, 2 + number).sites if waiting else {}
+                seen = search.ablated_model(weighted, 2 + number).sites if waiting else {}
                 for key in waiting:
                     keys_here = seen[key].v.shape[1] if key in seen else 0
                     if keys_here != len(mosaic.v[key]):
@@ -86,7 +86,7 @@ def refuse_partial_views(search: PlaceSearch) -> None:
         ranked = any(layout.evidence == "centres" for _, layout in keys)
         changed = [border_changed(base, conv)[None], quarters_changed(base, quarters)]
         changed += [thirds_changed(base, conv)] * ranked
-        seen = search.silent_model(torch.cat([base[None], *changed]), 3).sites
+        seen = search.ablated_model(torch.cat([base[None], *changed]), 3).sites
         for key, layout in keys:
             moved = _moved(seen[key])[:, list(layout.patches)].cpu()
             border = torch.ones(grid, dtype=torch.bool)
@@ -129,7 +129,7 @@ def refuse_overlaps(search: PlaceSearch) -> None:
     if not doubtful:
         return
     base = noise_images(search.images, 1, seed=4)[0]
-    seen = search.silent_model(torch.cat([base[None], corners_changed(base)]), 3).sites
+    seen = search.ablated_model(torch.cat([base[None], corners_changed(base)]), 3).sites
     for key, tokens in doubtful.items():
         if not bool(_moved(seen[key])[:, tokens].all()):
             search.sites[key].refuse("some of its keys hold parts of several patches of the grid that the others form")

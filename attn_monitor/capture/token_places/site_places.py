@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.layout import Places, TokenLayout
-from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.tokens import Call, Tokens
 from attn_monitor.grid import GridGeometry
 
@@ -106,7 +106,7 @@ class PlaceSearch:
     """Hold the state of a search over all sites of a model, on images of one size.
 
     Attributes:
-        silent_model: The model with ablated attention.
+        ablated_model: The model with ablated attention.
         images: The user's images, (B, C, H, W).
         convs: Convolutions that could be the patch embedding.
         sites: The sites, with what is known of each.
@@ -114,7 +114,7 @@ class PlaceSearch:
         reference: The tokens in the images of the first mosaic.
     """
 
-    silent_model: SilentModel
+    ablated_model: AblatedModel
     images: Tensor
     convs: Sequence[PatchConv]
     sites: dict[SiteKey, SitePlaces]

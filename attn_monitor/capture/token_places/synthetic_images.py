@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.patch_grids import PatchConv
 
 
 def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import Folding
-from attn_monitor.capture.kinds.attention_product import explains_scores
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.random_projections import change_threshold, coarsest
+from attn_monitor.capture.observe.attention_rows import Folding
+from attn_monitor.capture.observe.kinds.attention_product import explains_scores
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import change_threshold, coarsest
 
 Call = tuple[str, int]
 """A module's path, and the number of its earlier calls in the same forward."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.kinds.attention_product import AttentionProduct, by_image_and_head, some_queries
-from attn_monitor.capture.kinds.explicit import ExplicitAttention, ExplicitCall
-from attn_monitor.capture.kinds.kind import ForwardState
-from attn_monitor.capture.kinds.memory import Memory
-from attn_monitor.capture.kinds.weights import Weights, both_ways
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.random_projections import off_device, sketch
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head, some_queries
+from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
+from attn_monitor.capture.observe.kinds.kind import ForwardState
+from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.kinds.weights import Weights, both_ways
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import off_device, sketch
 from attn_monitor.capture.token_places.tokens import SiteFormat, Tokens
 
 

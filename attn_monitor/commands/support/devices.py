@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from attn_monitor.capture.isolation import model_device_dtype
+from attn_monitor.capture.observe.isolation import model_device_dtype
 from attn_monitor.commands.support.results import notify
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.probe.image_folder import check_size

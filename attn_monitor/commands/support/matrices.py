@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
-from attn_monitor.capture.observation import ReadObservation
+from attn_monitor.capture.observe.observation import ReadObservation
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import ReadableSite
 from attn_monitor.commands.support.results import progress

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward, run_forward
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.token_places.silent_observer import SilentObserver
+from attn_monitor.capture.observe.forward import Forward, run_forward
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.token_places.ablating_observer import AblatingObserver
 from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, Tokens, concatenate
 
 
-class SilentModel:
+class AblatedModel:
     """Wrap a model so that a call on images returns sketches of the tokens at every depth, with attention ablated.
 
     Args:
@@ -59,10 +59,10 @@ class SilentModel:
         Args:
             images: (B, C, H, W), on any device.
             seed: Seed of the global random state before each batch, which is restored afterwards.
-            marks: As in `SilentObserver`, for all B images.
-            nudged: As in `SilentObserver`.
-            by_head: As in `SilentObserver`.
-            exchanged: As in `SilentObserver`, for all B images.
+            marks: As in `AblatingObserver`, for all B images.
+            nudged: As in `AblatingObserver`.
+            by_head: As in `AblatingObserver`.
+            exchanged: As in `AblatingObserver`, for all B images.
         """
         while True:
             parts = []
@@ -88,7 +88,7 @@ class SilentModel:
     ) -> Tokens:
         images = images.to(self.device)
         first = ParameterUses(self.model, len(images)) if self.token_parameters is None else None
-        observer = SilentObserver(
+        observer = AblatingObserver(
             images, self.formats, marks=marks, nudged=nudged, uses=first, by_head=by_head, exchanged=exchanged
         )
 

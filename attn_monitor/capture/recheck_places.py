@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.forward import Forward
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.decoding import shares
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
-from attn_monitor.capture.token_places.random_projections import relative_change
-from attn_monitor.capture.token_places.silent_model import SilentModel
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat, SiteTokens
 
@@ -48,7 +48,7 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
     """
     readable = [site for site in sites if isinstance(site, ReadableSite)]
     formats = {site.key: SiteFormat(site.folding) for site in readable}
-    silent_model = SilentModel(model, forward, formats, set(), images.device, min(len(images), 8))
+    ablated_model = AblatedModel(model, forward, formats, set(), images.device, min(len(images), 8))
     images = images.cpu()
     by_conv: dict[PatchConv, list[ReadableSite]] = {}
     for site in readable:
@@ -57,10 +57,10 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
     for conv, group in by_conv.items():
         image, seed = images[number % len(images)], 100 + number
         drawn = torch.randint(len(_PARTITIONS), (math.prod(conv.grid),), generator=torch.Generator().manual_seed(seed))
-        seen = silent_model(_exchanged(image, conv, drawn, seed), seed).sites
+        seen = ablated_model(_exchanged(image, conv, drawn, seed), seed).sites
         if not all(site.key in seen and _unmoved(seen[site.key], site, drawn) for site in group):
             return False
-    return _centres_hold(silent_model, images, [site for site in readable if site.places.held is None], number)
+    return _centres_hold(ablated_model, images, [site for site in readable if site.places.held is None], number)
 
 
 def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tensor:
@@ -108,7 +108,7 @@ def _same(places: Places, drawn: Tensor) -> Tensor:
     return (same | (places_ == STATIC)) & (places_ != SEVERAL)
 
 
-def _centres_hold(silent_model: SilentModel, images: Tensor, sites: Sequence[ReadableSite], number: int) -> bool:
+def _centres_hold(ablated_model: AblatedModel, images: Tensor, sites: Sequence[ReadableSite], number: int) -> bool:
     """Check that the centres of tokens rise with the rows and columns of their cells.
 
     One noise image shows centres roughly, so the mean over several decides where the first leaves doubts.
@@ -117,7 +117,7 @@ def _centres_hold(silent_model: SilentModel, images: Tensor, sites: Sequence[Rea
     for seed in range(100 + _ROUNDS * number, 100 + _ROUNDS * (number + 1)):
         if not sites:
             break
-        seen = silent_model(ramps(images[seed % len(images)], small_strength(images.dtype), seed), seed).sites
+        seen = ablated_model(ramps(images[seed % len(images)], small_strength(images.dtype), seed), seed).sites
         for site in sites:
             if site.key not in seen or seen[site.key].v.shape[1] != len(site.layout.order):
                 return False

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.error_origin import is_monitor_error
-from attn_monitor.capture.isolation import is_sharded as is_sharded
-from attn_monitor.capture.isolation import isolated_forward
-from attn_monitor.capture.observer import AttentionObserver, StopForward
+from attn_monitor.capture.observe.error_origin import is_monitor_error
+from attn_monitor.capture.observe.isolation import is_sharded as is_sharded
+from attn_monitor.capture.observe.isolation import isolated_forward
+from attn_monitor.capture.observe.observer import AttentionObserver, StopForward
 from attn_monitor.errors import AttentionError, ForwardError, text_of
 
 Forward = Callable[[nn.Module, Tensor], Any]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, Folding, Regrouped, regroup
-from attn_monitor.capture.checked_rows import CheckedRows
+from attn_monitor.capture.observe.attention_rows import AttentionSource, Folding, Regrouped, regroup
+from attn_monitor.capture.observe.checked_rows import CheckedRows
 
 SiteKey = tuple[str, int]
 """The location of an attention: module path, and the number of earlier attentions in it within the same forward."""

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import Chunk, Query, chunks_of, widen
-from attn_monitor.capture.kinds.attention_product import AttentionProduct
-from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
-from attn_monitor.capture.kinds.memory import fetched_once
-from attn_monitor.capture.observation import Observation, RefusedObservation
+from attn_monitor.capture.observe.attention_rows import Chunk, Query, chunks_of, widen
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
+from attn_monitor.capture.observe.kinds.memory import fetched_once
+from attn_monitor.capture.observe.observation import Observation, RefusedObservation
 
 _HIDES = 5e3  # no score makes up for such a bias; masks hold -1e4, -1e9, the smallest number or -inf
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from attn_monitor.capture.kinds.kind import Operation
-from attn_monitor.capture.kinds.memory import storage_of
+from attn_monitor.capture.observe.kinds.kind import Operation
+from attn_monitor.capture.observe.kinds.memory import storage_of
 
 aten = torch.ops.aten
 _ALLOCATE = {

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from attn_monitor.capture import kinds
-from attn_monitor.capture.attention_rows import Query
-from attn_monitor.capture.error_origin import errors_from, is_monitor_error
-from attn_monitor.capture.kinds.functions import observed_functions
-from attn_monitor.capture.kinds.kernels import function_call
-from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, ForwardState, Operation, receives_no_context
-from attn_monitor.capture.kinds.memory import Memory
-from attn_monitor.capture.observation import Observation, RefusedObservation, SiteKey
-from attn_monitor.capture.patch_grids import PatchConv
+from attn_monitor.capture.observe import kinds
+from attn_monitor.capture.observe.attention_rows import Query
+from attn_monitor.capture.observe.error_origin import errors_from, is_monitor_error
+from attn_monitor.capture.observe.kinds.functions import observed_functions
+from attn_monitor.capture.observe.kinds.kernels import function_call
+from attn_monitor.capture.observe.kinds.kind import (
+    AttentionCall,
+    AttentionKind,
+    ForwardState,
+    Operation,
+    receives_no_context,
+)
+from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.observation import Observation, RefusedObservation, SiteKey
+from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.grid import GridGeometry
 
 

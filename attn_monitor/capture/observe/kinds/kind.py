@@ -1,6 +1,6 @@
 """Define the duties of a kind of attention: recognise a call, read rows of it, and be answered in its place.
 
-`attn_monitor.capture.kinds` lists the kinds. Observers loop over that list, so a new kind is one file and one entry.
+The list of kinds is in the folder's `__init__.py`. Observers loop over it, so a new kind is one file and one entry.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, Query
-from attn_monitor.capture.checked_rows import CheckedRows
-from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.kinds.attention_product import AttentionProduct
-from attn_monitor.capture.observation import Observation, ReadObservation
-from attn_monitor.capture.tolerance import tolerance
+from attn_monitor.capture.observe.attention_rows import AttentionSource, Query
+from attn_monitor.capture.observe.checked_rows import CheckedRows
+from attn_monitor.capture.observe.error_origin import errors_from
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.observation import Observation, ReadObservation
+from attn_monitor.capture.observe.tolerance import tolerance
 
 
 @dataclass(frozen=True)

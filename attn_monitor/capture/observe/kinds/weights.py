@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import Query, widen, widened_dtype
-from attn_monitor.capture.kinds.kind import is_foreign_type
-from attn_monitor.capture.kinds.memory import Memory
+from attn_monitor.capture.observe.attention_rows import Query, widen, widened_dtype
+from attn_monitor.capture.observe.kinds.kind import is_foreign_type
+from attn_monitor.capture.observe.kinds.memory import Memory
 
 
 @dataclass(frozen=True, eq=False)

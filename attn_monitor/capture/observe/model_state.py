@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.held_values import (
+from attn_monitor.capture.observe.held_values import (
     CONTAINERS,
     at_a_glance,
     equal,

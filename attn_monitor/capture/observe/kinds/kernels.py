@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attn_monitor.capture.attention_rows import Query
-from attn_monitor.capture.kinds.attention_product import AttentionProduct
-from attn_monitor.capture.kinds.fused import CallingConvention, FusedAttention, FusedCall
-from attn_monitor.capture.kinds.kernel_arguments import KernelOptions, possible_qkv, several_lengths
-from attn_monitor.capture.kinds.kind import AttentionCall, AttentionKind, Operation
-from attn_monitor.capture.observation import Observation, ReadObservation, RefusedObservation
+from attn_monitor.capture.observe.attention_rows import Query
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.kinds.fused import CallingConvention, FusedAttention, FusedCall
+from attn_monitor.capture.observe.kinds.kernel_arguments import KernelOptions, possible_qkv, several_lengths
+from attn_monitor.capture.observe.kinds.kind import AttentionCall, AttentionKind, Operation
+from attn_monitor.capture.observe.observation import Observation, ReadObservation, RefusedObservation
 
 _OWN = ("aten", "prims", "prim", "profiler", "c10d", "_c10d_functional")  # namespaces without foreign kernels
 _MIXES = 1e-2  # relative change of results that counts

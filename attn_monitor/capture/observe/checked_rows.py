@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import AttentionSource, Chunk, Query, widen
-from attn_monitor.capture.tolerance import ManyRows, relative_error
+from attn_monitor.capture.observe.attention_rows import AttentionSource, Chunk, Query, widen
+from attn_monitor.capture.observe.tolerance import ManyRows, relative_error
 
 
 class CheckedRows:

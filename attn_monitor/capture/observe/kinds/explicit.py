@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import Chunk, Query, chunks_of, widen
-from attn_monitor.capture.kinds.attention_product import AttentionProduct
-from attn_monitor.capture.kinds.kind import (
+from attn_monitor.capture.observe.attention_rows import Chunk, Query, chunks_of, widen
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.kinds.kind import (
     AttentionCall,
     AttentionKind,
     ForwardState,
@@ -23,8 +23,8 @@ from attn_monitor.capture.kinds.kind import (
     read_rows,
     unreadable,
 )
-from attn_monitor.capture.kinds.weights import Weights, are_maps, both_ways, row_of
-from attn_monitor.capture.observation import Observation, RefusedObservation
+from attn_monitor.capture.observe.kinds.weights import Weights, are_maps, both_ways, row_of
+from attn_monitor.capture.observe.observation import Observation, RefusedObservation
 
 aten = torch.ops.aten
 

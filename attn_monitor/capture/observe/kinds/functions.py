@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.autograd import Function
 
-from attn_monitor.capture.kinds.kernels import known_kernels
+from attn_monitor.capture.observe.kinds.kernels import known_kernels
 
 Forward = Callable[..., Any]
 Observe = Callable[[type[Function], Forward, tuple[Any, ...]], Any]

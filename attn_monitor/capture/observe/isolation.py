@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attn_monitor.capture.model_state import HeldState
-from attn_monitor.capture.model_state import all_modules as all_modules
-from attn_monitor.capture.parameter_writes import parameters_restored, was_watched
+from attn_monitor.capture.observe.model_state import HeldState
+from attn_monitor.capture.observe.model_state import all_modules as all_modules
+from attn_monitor.capture.observe.parameter_writes import parameters_restored, was_watched
 
 
 @contextmanager

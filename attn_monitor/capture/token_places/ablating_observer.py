@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
-from attn_monitor.capture import kinds
-from attn_monitor.capture.attention_rows import widen
-from attn_monitor.capture.error_origin import errors_from
-from attn_monitor.capture.kinds.attention_product import AttentionProduct, by_image_and_head
-from attn_monitor.capture.kinds.explicit import ExplicitAttention, ExplicitCall
-from attn_monitor.capture.kinds.kind import AttentionCall, Operation
-from attn_monitor.capture.kinds.memory import is_same
-from attn_monitor.capture.observation import SiteKey
-from attn_monitor.capture.observer import AttentionObserver
-from attn_monitor.capture.token_places.random_projections import (
+from attn_monitor.capture.observe import kinds
+from attn_monitor.capture.observe.attention_rows import widen
+from attn_monitor.capture.observe.error_origin import errors_from
+from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head
+from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
+from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
+from attn_monitor.capture.observe.kinds.memory import is_same
+from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.observe.random_projections import (
     coarsest,
     noise_like,
     off_device,
@@ -38,7 +38,7 @@ from attn_monitor.capture.token_places.tokens import Call, SiteFormat, SiteToken
 from attn_monitor.capture.token_places.traced_products import TracedProducts
 
 
-class SilentObserver(AttentionObserver):
+class AblatingObserver(AttentionObserver):
     """Ablate attention and keep sketches of the tokens.
 
     Args:
@@ -156,9 +156,9 @@ class SilentObserver(AttentionObserver):
         product = call.product()
         if isinstance(call, ExplicitCall):
             product = self._products.with_operands(key, call, product)
-        self._silence(key, product)
+        self._ablate(key, product)
 
-    def _silence(self, key: SiteKey, product: AttentionProduct) -> None:
+    def _ablate(self, key: SiteKey, product: AttentionProduct) -> None:
         """Overwrite the result, and keep sketches of the operands."""
         site = self.formats.get(key)
         self._count[key[0]] = key[1] + 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.attention_rows import Folding, widen
-from attn_monitor.capture.token_places.random_projections import noise_like, off_device, random_matrix
+from attn_monitor.capture.observe.attention_rows import Folding, widen
+from attn_monitor.capture.observe.random_projections import noise_like, off_device, random_matrix
 
 
 @dataclass(frozen=True)

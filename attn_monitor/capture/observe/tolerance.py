@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.token_places.random_projections import noise_like
+from attn_monitor.capture.observe.random_projections import noise_like
 
 # Relative to the sum of |row|·|V|, see `relative_error`.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 8e-3}

@@ -1,14 +1,14 @@
-"""List the kinds of attention that are recognised; see `attn_monitor.capture.kinds.kind` for what a kind does."""
+"""List the kinds of attention that are recognised; `kind.py` says what a kind does."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from attn_monitor.capture.kinds.explicit import SOFTMAX, ExplicitAttention
-from attn_monitor.capture.kinds.fused import FusedAttention
-from attn_monitor.capture.kinds.kernels import KernelAttention
-from attn_monitor.capture.kinds.kind import AttentionKind
+from attn_monitor.capture.observe.kinds.explicit import SOFTMAX, ExplicitAttention
+from attn_monitor.capture.observe.kinds.fused import FusedAttention
+from attn_monitor.capture.observe.kinds.kernels import KernelAttention
+from attn_monitor.capture.observe.kinds.kind import AttentionKind
 
 KINDS: tuple[type[AttentionKind], ...] = (FusedAttention, ExplicitAttention, KernelAttention)
 

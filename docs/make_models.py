@@ -18,8 +18,9 @@ import torch  # noqa: E402 - the repository's root must be importable first
 from attn_monitor.capture.observe.forward import default_forward  # noqa: E402
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention  # noqa: E402
 from attn_monitor.errors import AttentionError  # noqa: E402
-from tests import test_refusals  # noqa: E402
+from tests.hostile import test_gpu_kernels, test_refusals  # noqa: E402
 from tests.hostile.test_zoo import difference  # noqa: E402
+from tests.support.gpu_kernels import WAYS, matrices_of, sdpa  # noqa: E402
 from tests.support.oracle import attention_matrices  # noqa: E402
 from tests.support.zoo import CASES, Case, enliven  # noqa: E402
 
@@ -39,6 +40,32 @@ Small models with random weights and sharp attention, run on {versions}.
 * **reference**: largest difference to the attention matrix in float64, found by other means, in units of uniform
   attention (weight × keys). The tests allow 1e-3. The largest in this table is **{largest:.1e}**.
 """
+
+
+KERNELS = """\
+## Kernels that run on GPUs
+
+Each kernel under its own name and schema on the CPU, with a float64 inside, in the last block after one with SDPA; the
+real ones, which `pytest -m gpu` runs, need a GPU. *Function* is a `torch.autograd.Function`, behind which PyTorch's
+dispatcher sees nothing.
+
+Right without a kernel's name being known: any operation, or function, with four dimensions of q, k and v (or three, and
+cumulative lengths), in either layout, with `causal`, a scale, a bias, a window, a softcap, ALiBi slopes, sinks and
+grouped queries. Refused in words: sequences of several lengths, paged keys, lengths of keys for each image, and kernels
+called by Python alone (pybind, Triton without a function), which are a layer of their own, "an unseen kernel" in
+`attn-monitor check`.
+"""
+
+
+def kernel(name: str) -> str:
+    """One line of the table of kernels."""
+    model = test_gpu_kernels.vit(sdpa, WAYS[name])
+    site = AttentionRecorder(model, layers="all").sites(test_gpu_kernels.images())[-1]
+    (seen,) = record_attention(model, test_gpu_kernels.images())
+    truth = matrices_of(model, test_gpu_kernels.images())[-1][:, :, 0]
+    largest = test_gpu_kernels.error(seen.rows, truth)
+    op = site.op.removesuffix(".default").removeprefix("tests.support.gpu_kernels.")
+    return f"| {name} | `{op}` | {seen.verified_error:.0e} | {largest:.0e} |"
 
 
 def row(case: Case) -> tuple[str, float]:
@@ -92,6 +119,11 @@ def main() -> None:
         "| library | model | layers | attention | grid + prefix | query | row·V | reference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(r[0] for r in rows),
+        "",
+        KERNELS,
+        "| kernel | operation | row·V | reference |",
+        "| --- | --- | --- | --- |",
+        *(kernel(name) for name in WAYS),
         "",
         "## What is refused, and how",
         "",

@@ -55,7 +55,7 @@ def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") 
 
 
 def _describe(site: Site) -> str:
-    head = f"{site.index:3d} {site.name:32s} {site.op.removeprefix('aten._scaled_dot_product_'):34s}"
+    head = f"{site.index:3d} {site.name:32s} {_kernel(site.op):34s}"
     if site.refusal is not None or site.layout is None:
         return f"{head} {site.heads} heads, refused: {site.refusal}"
     (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
@@ -63,6 +63,13 @@ def _describe(site: Site) -> str:
     where = "" if site.layout.geometry is None else f" of {site.layout.geometry}"
     error = "mixed after the softmax" if site.mixed else f"error {site.error:.1e}"
     return f"{head} {site.heads} heads, grid {gh} × {gw}{where} (places {how}) + {prefix} prefix, {error}"
+
+
+def _kernel(op: str) -> str:
+    """Return what a layer runs in, as people call it: an operation, an autograd function, or what is not known."""
+    backend = op.removesuffix(".default").removeprefix("aten._scaled_dot_product_")
+    named = {"not seen": "an unseen kernel", "not recognised": "an unknown operation", "softmax -> bmm": "softmax @ v"}
+    return named.get(op, f"sdpa, {backend}" if "_scaled_dot_product_" in op else backend)
 
 
 def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:

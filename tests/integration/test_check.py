@@ -6,7 +6,9 @@ import pytest
 from torch import nn
 
 from attn_monitor.commands import cli
+from tests.support.gpu_kernels import WAYS, sdpa, unseen
 from tests.support.helpers import Distillation
+from tests.support.styles import Packed, PlainViT
 from tests.support.zoo import enliven, timm_model
 
 
@@ -52,3 +54,25 @@ def test_check_goes_on_after_a_refused_layer(capsys: pytest.CaptureFixture[str])
     assert "4 heads, refused: layer 0 (blocks.0.attn, softmax -> bmm)" in printed
     assert "cls_attn_blocks.1.attn" in printed
     assert "query=[1, 2] can be read nowhere" in printed
+
+
+def kernels() -> nn.Module:
+    ways = (sdpa, WAYS["flash-attn 2"], WAYS["function"], unseen)
+    return enliven(PlainViT(*(Packed(way) for way in ways)))
+
+
+def test_check_names_the_kernel_of_each_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.check("tests.integration.test_check:kernels", size=(32, 48))
+    lines = capsys.readouterr().out.splitlines()[1:5]
+    names = (
+        "sdpa, flash_attention_for_cpu ",
+        "flash_attn._flash_attn_forward ",
+        "FlashAttention ",
+        "an unseen kernel ",
+    )
+    for index, (line, name) in enumerate(zip(lines, names, strict=True)):
+        assert f"{index} blocks.{index}.attn" in line
+        assert name in line
+    assert (
+        "refused: layer 3 (blocks.3.attn) mixes tokens in a kernel that PyTorch's dispatcher does not see" in lines[3]
+    )

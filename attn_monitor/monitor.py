@@ -176,7 +176,8 @@ class AttentionMonitor:
     def colored(self, snapshot: Same) -> Same:
         """Return a snapshot of this run with colours of its patches, which continue those of the snapshots before.
 
-        This takes a decomposition of the patch tokens. The callback leaves it to the threads that draw and write.
+        This takes a decomposition of the patch tokens, which the callback leaves to the threads that draw and write. A
+        snapshot that is saved without it has no colours.
         """
         return self.history.colored(snapshot)
 

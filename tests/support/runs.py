@@ -40,6 +40,6 @@ def write_run(
         with torch.no_grad():
             for i, (weight, start) in enumerate(zip(weights, before, strict=True)):
                 weight.copy_(start * (1 + 5 * sharp * (1 if i < len(weights) / 2 else 0.5)))
-        snapshots.append(monitor.snapshot(models, step=step))
+        snapshots.append(monitor.colored(monitor.snapshot(models, step=step)))
         snapshots[-1].save(snapshot_path(folder, step))
     return snapshots

@@ -25,7 +25,9 @@ from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat, SiteTokens
 
-_PARTITIONS = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])  # three images by what they show
+_PARTITIONS = torch.tensor(
+    [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]], device="cpu"
+)  # three images by what they show
 _SAME = _PARTITIONS[:, :, None] == _PARTITIONS[:, None]  # (5, 3, 3): whether two images show the same
 _ROUNDS = 5  # images for the centres, as many as in `rank_centres`
 _LEAST = 0.6  # least correlation of the centres of tokens with their rows and columns
@@ -56,7 +58,9 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
             by_conv.setdefault(site.places.held.conv, []).append(site)
     for conv, group in by_conv.items():
         image, seed = images[number % len(images)], 100 + number
-        drawn = torch.randint(len(_PARTITIONS), (math.prod(conv.grid),), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(
+            len(_PARTITIONS), (math.prod(conv.grid),), generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         seen = ablated_model(_exchanged(image, conv, drawn, seed), seed).sites
         if not all(site.key in seen and _unmoved(seen[site.key], site, drawn) for site in group):
             return False
@@ -76,7 +80,9 @@ def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tens
         (3, C, H, W): the image and two versions of it; a cell is the same in those images that its partition groups.
     """
     # One bright and one dark: a token order that depends on brightness then differs.
-    bright, dark = noise_images(image[None], 2, seed) + torch.tensor([0.5, -0.5]).to(image)[:, None, None, None]
+    bright, dark = (
+        noise_images(image[None], 2, seed) + torch.tensor([0.5, -0.5], device="cpu").to(image)[:, None, None, None]
+    )
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
     shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels in no cell stay
     pictures = torch.stack([image, bright, dark])
@@ -103,7 +109,7 @@ def _unmoved(seen: SiteTokens, site: ReadableSite, drawn: Tensor) -> bool:
 
 def _same(places: Places, drawn: Tensor) -> Tensor:
     """Return as (3, 3, T) between which images a token must not change."""
-    places_ = torch.tensor(places)
+    places_ = torch.tensor(places, device="cpu")
     same = _SAME[drawn[places_.clamp_min(0)]].movedim(0, -1)
     return (same | (places_ == STATIC)) & (places_ != SEVERAL)
 

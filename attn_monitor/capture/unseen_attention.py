@@ -166,7 +166,7 @@ def _tokens_of(given: list[Any], axis: int) -> Iterator[tuple[int, int, int]]:
 
 def _with_other_token(x: Tensor, dim: int, token: int) -> Tensor:
     generator = torch.Generator().manual_seed(4)
-    other = torch.randn(x.select(dim, token).shape, generator=generator).to(x)
+    other = torch.randn(x.select(dim, token).shape, generator=generator, device="cpu").to(x)
     changed = x.clone()
     changed.select(dim, token).copy_(3 * other * x.std() + x.mean())
     return changed

@@ -57,7 +57,7 @@ class Entry:
                     self._error, layers = error, {}
                     for key, one in self.snapshot.layers.items():
                         if one.patches is not None:
-                            black = PatchColors(torch.zeros(*one.patches.shape[:2], 3), 1.0)
+                            black = PatchColors(torch.zeros(*one.patches.shape[:2], 3, device="cpu"), 1.0)
                             one = replace(one, patches=None, patch_colors=black)
                         layers[key] = one
                 self.snapshot = replace(self.snapshot, layers=layers)

@@ -57,7 +57,7 @@ def patch_colors(patches: Tensor, before: PatchColors | None) -> PatchColors:
     scale = max(LEAST_SCALE, float(scores.abs().flatten().quantile(FULL_COLOUR)) if len(scores) else 0.0)
     if before is not None:
         scale = before.scale ** (1 - PACE) * scale**PACE
-    levels = torch.zeros(len(tokens), 3, dtype=torch.float64)
+    levels = torch.zeros(len(tokens), 3, dtype=torch.float64, device="cpu")
     shown = (255 * (0.5 + 0.5 * scores / scale).clamp(0, 1)).round()
     levels[finite] = torch.where(shown.any(1, keepdim=True), shown, 1)  # black is for NaN alone
     return PatchColors(levels.div(255).float().unflatten(0, patches.shape[:2]), scale)

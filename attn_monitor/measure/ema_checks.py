@@ -77,7 +77,7 @@ class WatchedStep:
     noisy: tuple[str, ...] = ()
     teacher_requires_grad: bool = False
     student_requires_grad: bool = True
-    buffers: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+    buffers: tuple[Tensor, Tensor] = (torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ class Health:
             layer.low[head] = layer.low[head] + 1 if layer.left[head] and value < limits.low_entropy else 0
             layer.high[head] = layer.high[head] + 1 if layer.left[head] and value > limits.high_entropy else 0
             layer.since[head] = layer.since[head] if layer.high[head] else step
-        low, high = (torch.tensor(n) >= limits.snapshots for n in (layer.low, layer.high))
-        high &= step - torch.tensor(layer.since) >= limits.steps
+        low, high = (torch.tensor(n, device="cpu") >= limits.snapshots for n in (layer.low, layer.high))
+        high &= step - torch.tensor(layer.since, device="cpu") >= limits.steps
         for_long = f"for {limits.snapshots} snapshots"
         if low.any():
             worst = float(entropy[low].min())

@@ -65,7 +65,7 @@ def patch_features(patches: Tensor, before: Tensor | None) -> tuple[Tensor, tupl
     scores = (scores @ rotation_onto(scores, past, scores.shape[1])).half().double()
     few = slice(None, None, math.ceil(len(given) / COMPARED) or 1)
     error = (scores[few] @ scores[few].T - given[few] @ given[few].T).abs()
-    features = torch.full((len(tokens), scores.shape[1]), torch.nan)
+    features = torch.full((len(tokens), scores.shape[1]), torch.nan, device="cpu")
     features[finite] = scores.float()
     rms, largest = (float(error.square().mean().sqrt()), float(error.max())) if len(given) else (math.nan, math.nan)
     return features.unflatten(0, patches.shape[:2]), (rms, largest)
@@ -95,7 +95,7 @@ def rotation_onto(scores: Tensor, before: Tensor | None, count: int) -> Tensor:
 
     What those before do not decide, all of it where there are none, is left to the leading axes.
     """
-    wanted = torch.eye(scores.shape[1], count, dtype=scores.dtype)
+    wanted = torch.eye(scores.shape[1], count, dtype=scores.dtype, device="cpu")
     if before is not None and before.shape[1] == count:
         agreement = scores.T @ before
         wanted = agreement + wanted * max(1e-6 * float(torch.linalg.matrix_norm(agreement)), 1e-12)

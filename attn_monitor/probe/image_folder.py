@@ -156,7 +156,9 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
             "object. Replace these files"
         )
     most = max(map(len, objects))
-    return torch.stack([torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool)]) for o in objects])
+    return torch.stack(
+        [torch.cat([o, torch.zeros(most - len(o), *size, dtype=torch.bool, device="cpu")]) for o in objects]
+    )
 
 
 def _read_objects(file: Path, size: tuple[int, int]) -> Tensor:
@@ -170,4 +172,8 @@ def _read_objects(file: Path, size: tuple[int, int]) -> Tensor:
     values = [value for value in labels.unique().tolist() if value != 0]
     if len(values) > 1 or mode == "P":
         values = [value for value in values if value != IGNORED_LABEL]  # a lone 255 in a grey mask means "object"
-    return torch.stack([labels == value for value in values]) if values else torch.zeros(0, *size, dtype=torch.bool)
+    return (
+        torch.stack([labels == value for value in values])
+        if values
+        else torch.zeros(0, *size, dtype=torch.bool, device="cpu")
+    )

@@ -74,14 +74,14 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
         if shown.min() > -0.02 and shown.max() < 1.02:
             return statistics
     values = images.flatten()[:: max(1, images.numel() // 100_000)]
-    low, high = torch.quantile(values.nan_to_num(), torch.tensor([0.005, 0.995])).tolist()
+    low, high = torch.quantile(values.nan_to_num(), torch.tensor([0.005, 0.995], device="cpu")).tolist()
     span = max(high - low, 1e-8)
     source = "an unknown normalisation, stretched to the 0.5-99.5 percentiles"
     return Statistics((-low / span,) * channels, (1 / span,) * channels, source)
 
 
 def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
+    mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
     return images * std + mean
 
 

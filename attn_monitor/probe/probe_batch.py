@@ -78,7 +78,7 @@ class ProbeBatch:
     @property
     def pixels(self) -> np.ndarray[Any, Any]:
         """Denormalised images, uint8 (B, H, W, 3): one channel as grey, of more than three channels the first three."""
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (self.mean, self.std))
         shown = (self.images.float() * std + mean).clamp(0, 1).nan_to_num()
         shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -187,5 +187,5 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int
 
 def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalise uint8 pixels (B, C, H, W): (pixels / 255 - mean) / std."""
-    m, s = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
+    m, s = (torch.tensor(v, dtype=torch.float32, device="cpu").view(1, -1, 1, 1) for v in (mean, std))
     return (pixels.float() / 255 - m) / s

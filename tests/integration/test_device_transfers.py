@@ -155,3 +155,20 @@ def test_cuda_is_not_touched_where_it_was_not_initialised(monkeypatch: pytest.Mo
     for step in range(3):
         snapshot = monitor.snapshot({"model": model}, step=step)
     assert len(snapshot.layers) == 3
+
+
+def test_default_device_of_the_run_is_not_that_of_the_model() -> None:
+    """As after ``torch.set_default_device("cuda")`` with a model on the CPU: nothing is made where it happens to be."""
+    model, same, there = vit(sdpa), vit(sdpa), images()
+    (expected,) = AttentionRecorder(model)(there)
+    with torch.device("meta"):
+        recorder = AttentionRecorder(same)
+        for _ in range(3):
+            (seen,) = recorder(there)
+        monitor = AttentionMonitor(ProbeBatch(there, mean=(0, 0, 0), std=(1, 1, 1)), layers="all")
+        for step in range(3):
+            snapshot = monitor.colored(monitor.snapshot({"model": same}, step=step))
+    assert torch.equal(seen.rows, expected.rows)
+    colors = snapshot.layers["model", 2].colors
+    assert colors is not None
+    assert colors.any()

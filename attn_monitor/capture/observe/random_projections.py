@@ -34,7 +34,7 @@ def random_matrix(rows: int, cols: int, like: Tensor) -> Tensor:
 
 def noise_like(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return fixed standard normal noise, with the dtype and device of ``like``."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(7)).to(like)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(7), device="cpu").to(like)
 
 
 def relative_change(sketches: Tensor, reference: Tensor) -> Tensor:

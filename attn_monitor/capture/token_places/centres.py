@@ -114,7 +114,10 @@ def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int
         codes: For each cell, the picture that it shows in each image of the mosaics.
         grid: Rows and columns of cells.
     """
-    rows, cols = torch.arange(grid[0] * grid[1]) // grid[1], torch.arange(grid[0] * grid[1]) % grid[1]
+    rows, cols = (
+        torch.arange(grid[0] * grid[1], device="cpu") // grid[1],
+        torch.arange(grid[0] * grid[1], device="cpu") % grid[1],
+    )
     changed = (rows + cols) % 2 == 0
     expected, usual = float(change[changed].median()), float(change[~changed].median())
     if usual > expected / 5:
@@ -128,7 +131,7 @@ def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int
 
 def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: int, other: int) -> float:
     """Return the log-ratio of how two tokens change in the mosaics with their own cell alone and with the other's."""
-    code = torch.tensor(codes)[[one, other]]
+    code = torch.tensor(codes, device="cpu")[[one, other]]
     differs = code[:, :, None] != code[:, None]
     alone = [differs[0] & ~differs[1], differs[1] & ~differs[0]]  # images between which one of the two cells changes
     power = [[changes[..., t][i].square().mean().clamp_min(1e-16).log() for i in alone] for t in (one, other)]

@@ -68,7 +68,7 @@ def centres(sketches: Tensor, conv: PatchConv, size: tuple[int, int], limit: flo
     """
     share = shares(sketches, limit)
     pixels, origin, cell = (
-        torch.tensor(values).to(share).reshape(2, *(1 for _ in share.shape[1:]))
+        torch.tensor(values, device="cpu").to(share).reshape(2, *(1 for _ in share.shape[1:]))
         for values in (size, conv.geometry.origin, conv.geometry.cell)
     )
     return (share * pixels - origin) / cell - 0.5
@@ -110,7 +110,7 @@ def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:
         middle = torch.stack([positions[lines == line].nanmedian() for line in range(count)]).cpu()
         spacing, third = middle.diff(), (count - 1) // 3
         ends = min(float(spacing[:third].mean()), float(spacing[-third:].mean()))
-        off = float((middle - torch.arange(count)).abs().max())
+        off = float((middle - torch.arange(count, device="cpu")).abs().max())
         if off > 0.5 and ends > 1.5 * float(spacing[third:-third].mean()):
             return True
     return False

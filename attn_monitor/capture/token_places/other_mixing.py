@@ -79,7 +79,7 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
     count = 2 * len(held_at)
     for key, call in calls.items():
         entry = search.sites[key].entries[call[0]]
-        exchanged[call] = torch.zeros(count, len(entry.order), dtype=torch.bool)
+        exchanged[call] = torch.zeros(count, len(entry.order), dtype=torch.bool, device="cpu")
         exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
     marked = torch.tensor(held_at, device=search.images.device).repeat_interleave(2)
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}

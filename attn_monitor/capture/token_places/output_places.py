@@ -105,7 +105,7 @@ def _choose_marks(search: PlaceSearch) -> dict[SiteKey, _Marked]:
         sharing = sites[slot::slots]
         for number, (key, grid, held) in enumerate(sharing):
             if grid not in orders:
-                orders[grid] = torch.randperm(math.prod(grid), generator=generator).tolist()
+                orders[grid] = torch.randperm(math.prod(grid), generator=generator, device="cpu").tolist()
             own = [p for p in orders[grid][number :: max(len(sharing), 2)] if p in held]  # at most half of them
             if own:
                 marks[key] = _Marked(slot, grid, frozenset(own), tuple(held[p] for p in own))
@@ -144,7 +144,9 @@ class _OutputCheck:
             elif lone and key in lone:
                 marked_queries[key][1 + slots, lone[key]] = True
             if key in self._image_of_spared:
-                marked_queries[key][self._image_of_spared[key]] = torch.arange(tokens.queries) != self._spared[key]
+                marked_queries[key][self._image_of_spared[key]] = (
+                    torch.arange(tokens.queries, device="cpu") != self._spared[key]
+                )
         self.search, self.marks = search, marks
         self.tokens = search.ablated_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]

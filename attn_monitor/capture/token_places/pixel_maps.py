@@ -63,7 +63,7 @@ def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[Pa
     if not any(conv.disjoint and conv.seen is not None for conv in convs):
         return [_without_padding(conv, size) if conv.disjoint else conv for conv in convs]
     one, signs = noise_images(images, 2, seed=8)
-    half, right = ((torch.arange(n) >= n // 2).to(signs) for n in size)
+    half, right = ((torch.arange(n, device="cpu") >= n // 2).to(signs) for n in size)
     weaker = (1 - (1 - _WEAKER[0]) * half)[:, None] * (1 - (1 - _WEAKER[1]) * right)
     other = one + 2 * signs.sign() * weaker
     middle = one.clone()

@@ -89,7 +89,7 @@ def refuse_partial_views(search: PlaceSearch) -> None:
         seen = search.ablated_model(torch.cat([base[None], *changed]), 3).sites
         for key, layout in keys:
             moved = _moved(seen[key])[:, list(layout.patches)].cpu()
-            border = torch.ones(grid, dtype=torch.bool)
+            border = torch.ones(grid, dtype=torch.bool, device="cpu")
             border[1:-1, 1:-1] = False
             if not bool(moved[0][border.flatten()].all()):
                 search.sites[key].refuse(
@@ -112,7 +112,7 @@ def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
     several cells, as behind three convolutions, change with all thirds and pass.
     """
     change = relative_change(seen.v[-6:], seen.v[:1])[:, list(layout.patches)].cpu().unflatten(0, (2, 3))  # (2, 3, N)
-    cells = torch.arange(len(layout.patches))
+    cells = torch.arange(len(layout.patches), device="cpu")
     lines = cells // layout.grid[1], cells % layout.grid[1]
     own = torch.stack([of_axis[line % 3, cells] for of_axis, line in zip(change, lines, strict=True)])
     return bool((own < _OWN_LINE * change.amax(1)).any())

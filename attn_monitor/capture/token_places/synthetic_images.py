@@ -24,7 +24,7 @@ from attn_monitor.capture.observe.patch_grids import PatchConv
 def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
     """Return (count, C, H, W) noise like ``images``, without touching the global random state."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((count, *images.shape[1:]), generator=generator)
+    noise = torch.randn((count, *images.shape[1:]), generator=generator, device="cpu")
     return noise.to(device=images.device, dtype=images.dtype)
 
 
@@ -38,7 +38,7 @@ def partition_codes(cells: int) -> tuple[tuple[int, ...], ...]:
     while (best := max((_stirling(images, k), k) for k in range(2, images + 1)))[0] < cells:
         images += 1
     codes = list(_partitions(images, best[1]))
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(cells)).tolist()
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(cells), device="cpu").tolist()
     return tuple(codes[i] for i in order[:cells])
 
 
@@ -80,7 +80,7 @@ def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
     codes = mosaic_codes(conv, size)
     pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
     # The first is bright and the others dark: a token order that depends on brightness then differs between images.
-    pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])]).to(pictures)[:, None, None, None]
+    pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])], device="cpu").to(pictures)[:, None, None, None]
     table = torch.tensor(codes, device=images.device)
     shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, H, W); -1 is the last code
     index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
@@ -94,8 +94,8 @@ def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
         (4, C, H, W): the image; with noise; with that noise scaled from 0 to 1 by the row; by the column.
     """
     height, width = image.shape[-2:]
-    rows, cols = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
-    return _scaled_noise(image, [torch.ones(1, 1), rows[:, None], cols[None]], strength, seed)
+    rows, cols = (torch.arange(height, device="cpu") + 0.5) / height, (torch.arange(width, device="cpu") + 0.5) / width
+    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), rows[:, None], cols[None]], strength, seed)
 
 
 def cell_weighted_noise(image: Tensor, conv: PatchConv, strength: float, seed: int = 5) -> Tensor:
@@ -106,12 +106,12 @@ def cell_weighted_noise(image: Tensor, conv: PatchConv, strength: float, seed: i
     """
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
     weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
-    return _scaled_noise(image, [torch.ones(1, 1), weights], strength, seed)
+    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), weights], strength, seed)
 
 
 def cell_weights(cells: int) -> Tensor:
     """Return a fixed random number from 0 to 1 for each cell."""
-    return torch.rand(cells, generator=torch.Generator().manual_seed(11))
+    return torch.rand(cells, generator=torch.Generator().manual_seed(11), device="cpu")
 
 
 def _scaled_noise(image: Tensor, scales: Sequence[Tensor], strength: float, seed: int) -> Tensor:
@@ -128,7 +128,7 @@ def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
     """Return (H, W): the quarter, 0 to 3, of the visible part of its cell that each pixel is in; -1 outside cells."""
     halves = []
     for middles, cells in zip(conv.placed_grid.centres(size), conv.placed_grid.cells_of_pixels(size), strict=True):
-        halves.append(torch.arange(len(cells)) + 0.5 > torch.tensor(middles)[cells])
+        halves.append(torch.arange(len(cells), device="cpu") + 0.5 > torch.tensor(middles, device="cpu")[cells])
     lower, right = halves
     return torch.where(conv.cell_of_pixels(size) >= 0, 2 * lower[:, None].long() + right, -1)
 
@@ -155,7 +155,7 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
     cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
     middle = []
     for pixels, start, cell in zip(size, conv.geometry.origin, conv.geometry.cell, strict=True):
-        middle.append(((torch.arange(pixels) + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
+        middle.append(((torch.arange(pixels, device="cpu") + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
     dark = (cells[0][:, None] + cells[1]) % 2 == 0
     chosen = dark & middle[0][:, None] & middle[1] & (conv.cell_of_pixels(size) >= 0)
     return torch.where(chosen.to(image.device), noise_images(image[None], 1, seed)[0], image)

@@ -152,7 +152,7 @@ def _examine(operation: Operation, candidates: Sequence[FusedCall]) -> _Kernel:
     sharp = _with_copies(operation, operation.named)
     for _, qkv in itertools.islice(possible_qkv(sharp, KernelOptions.of(sharp.named)), 1):
         for number, tensor in enumerate(qkv):
-            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number), device="cpu")
             tensor.copy_(2 * noise)
     try:
         convention, explained = _best_convention(_tried(sharp))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import NoAttentionError, VerificationError
 from tests.hostile.test_gpu_kernels import error, images, vit
-from tests.support.gpu_kernels import FlashAttention, Way, fa2, matrices_of, rule, sdpa, unseen
+from tests.support.gpu_kernels import FlashAttention, FlashAttentionVarlen, Way, fa2, matrices_of, rule, sdpa, unseen
 from tests.support.styles import HEADS, Packed, PlainViT
 from tests.support.zoo import enliven
 
@@ -348,3 +348,23 @@ def test_lengths_of_keys_alone_may_differ() -> None:
 
     sites = AttentionRecorder(vit(sdpa, uneven), layers="all").sites(images())
     assert "packed sequences of 20 to 30 tokens" in str(sites[1].refusal)
+
+
+@pytest.mark.parametrize("kind", ["operation", "function"])
+def test_layer_after_a_kernel_that_is_refused_is_read(kind: str) -> None:
+    """A kernel of which no rows are read is ablated like any other."""
+
+    def uneven(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cu = torch.tensor([0, *(25 * n + end for n in range(len(q)) for end in (10, 25))], dtype=torch.int32)
+        one = [t.flatten(0, 1).contiguous() for t in (q, k, v)]
+        varlen = torch.ops.flash_attn._flash_attn_varlen_forward
+        if kind == "function":
+            out: Tensor = FlashAttentionVarlen.apply(*one, cu, cu)
+        else:
+            out = varlen(*one, cu, cu, 15, 15, 0.0, 0.4, False)[0]
+        return out.unflatten(0, q.shape[:2])
+
+    model = vit(uneven, sdpa)
+    first, second = AttentionRecorder(model, layers="all").sites(images())
+    assert "packed sequences of 10 to 15 tokens" in str(first.refusal)
+    assert second.refusal is None

@@ -61,8 +61,9 @@ def kernel_call(operation: Operation, results: Sequence[Tensor]) -> AttentionCal
     if key not in _KERNELS:
         options = KernelOptions.of(operation.named)
         candidates = [*_possible_calls(operation, options, results)]
-        if candidates and _not_read(options):
-            return RefusedKernel(candidates[0], _not_read(options))
+        if candidates and (reason := _not_read(options)):
+            _REFUSED.add(operation.func)
+            return RefusedKernel.of(candidates, reason)
         if not candidates and options.lengths is not None:  # other lengths may fit
             return None
         _KERNELS[key] = _examine(operation, candidates)
@@ -95,7 +96,7 @@ class KernelCall(AttentionCall):
         options = KernelOptions.of(self.operation.named)
         candidates = [*_possible_calls(self.operation, options, self.results)]
         if reason := _not_read(options):
-            return RefusedKernel(candidates[0], reason)
+            return RefusedKernel.of(candidates, reason)
         return next((call for call in candidates if call.convention == self.convention), candidates[0])
 
 
@@ -105,6 +106,12 @@ class RefusedKernel(AttentionCall):
 
     call: FusedCall
     reason: str
+
+    @staticmethod
+    def of(candidates: Sequence[FusedCall], reason: str) -> RefusedKernel:
+        """Take the result to be laid out like q, which takes its place where attention is ablated."""
+        alike = (c for c in candidates if c.convention and c.convention.tokens_first != c.convention.heads_first_out)
+        return RefusedKernel(next(alike, candidates[0]), reason)
 
     def read(self, query: Query, *, verify: bool) -> Observation:
         """Return the reason."""
@@ -126,10 +133,12 @@ class _Kernel:
 
 _KERNELS: dict[tuple[Any, Hashable], _Kernel] = {}  # a few hundred bytes for each kernel and shape of its arguments
 
+_REFUSED: set[Any] = set()  # attention of which no rows can be read
+
 
 def known_kernels() -> set[Any]:
     """Return the operations and functions that were found to be attention."""
-    return {key[0] for key, kernel in _KERNELS.items() if kernel.attends}
+    return {key[0] for key, kernel in _KERNELS.items() if kernel.attends} | _REFUSED
 
 
 def _fact(value: Any) -> Hashable:

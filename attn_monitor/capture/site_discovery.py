@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     read = {c.key: c.seen for c in candidates if isinstance(c.seen, ObservedRows)}
     checks = dict(zip(read, fetch_checks(list(read.values())), strict=True))
     global_sites = [c for c in candidates if c.repeatable and not _shape_problem(c.seen)]
-    places: dict[SiteKey, SitePlaces] = {}
+    places: Mapping[SiteKey, SitePlaces] = {}
     if global_sites:
         first = global_sites[0]
         places = find_places(
@@ -72,9 +73,10 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
             convs=observer.convs,
             batch_size=min(len(images), 8),
         )
-    for site in places.values() if observer.quantised else ():
-        if site.layout is None:
-            site.reason = "its linear layers are quantised by the range of the whole image, on which each token depends"
+    reasons: dict[SiteKey, str] = {}
+    if observer.quantised:
+        reason = "its linear layers are quantised by the range of the whole image, on which each token depends"
+        reasons = {key: reason for key, site in places.items() if site.layout is None}
     stacks = second_stacks(
         [Ran(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates], dict(model.named_modules())
     )
@@ -83,12 +85,14 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
     layers = [(c, stack) for c, stack in zip(candidates, stacks, strict=True) if c.key not in parts]
     for index, (candidate, _) in enumerate(layers):
         if candidate.overlooked:  # it mixes tokens in the forwards that ask for places too
-            for later, _ in layers[index + 1 :]:
-                if later.key in places and places[later.key].layout is None:
-                    where = f"layer {index} ({site_name(candidate.key)})"
-                    places[later.key].reason = f"its tokens are mixed before, by {where}, which cannot be ablated"
+            reason = (
+                f"its tokens are mixed before, by layer {index} ({site_name(candidate.key)}), which cannot be ablated"
+            )
+            later = (c.key for c, _ in layers[index + 1 :])
+            reasons |= {key: reason for key in later if key in places and places[key].layout is None}
+    found = {**places, **{key: replace(places[key], reason=reason) for key, reason in reasons.items()}}
     return tuple(
-        _site(index, candidate, places.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack, others)
+        _site(index, candidate, found.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack, others)
         for index, (candidate, stack) in enumerate(layers)
     )
 

@@ -26,25 +26,26 @@ from attn_monitor.grid import GridGeometry
 _SEED = 3
 
 
-def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> bool:
-    """Measure the cells of sites that are only ordered so far, and repeat the mosaics; return whether any succeeded."""
+def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> tuple[PlaceSearch, bool]:
+    """Measure the cells of sites that are only ordered so far, and repeat the mosaics.
+
+    Returns:
+        The search, and whether any site was measured.
+    """
     ranked = {key: site.layout for key in keys if (site := search.sites[key]).layout is not None}
     if search.convs or not ranked:
-        return False
+        return search, False
     key, layout = next((k, o) for k, o in ranked.items() if o is not None)
     geometry = _measured(search, key, layout)
     if geometry is None:
-        return False
-    alike = {k: o for k, o in ranked.items() if o is not None and o.grid == layout.grid}
-    queries = {k: search.sites[k].patch_queries for k in alike}
-    for k in alike:
-        search.sites[k].layout, search.sites[k].patch_queries = None, {}
-    read_mosaics(search, [PatchConv(layout.grid, geometry, disjoint=True)])
-    for k, before in alike.items():
-        site = search.sites[k]
-        if site.layout is None and not site.reason:
-            site.layout, site.patch_queries = replace(before, geometry=geometry), queries[k]
-    return any(search.sites[k].layout is not None for k in alike)
+        return search, False
+    ordered = {k: search.sites[k] for k, o in ranked.items() if o is not None and o.grid == layout.grid}
+    bare = {k: replace(site, layout=None, patch_queries={}) for k, site in ordered.items()}
+    found = read_mosaics(search.with_sites(bare), [PatchConv(layout.grid, geometry, disjoint=True)])
+    again = [k for k in ordered if found.sites[k].layout is None and not found.sites[k].reason]
+    layouts = {k: replace(o, geometry=geometry) for k in again if (o := ordered[k].layout) is not None}
+    found = found.with_sites({k: replace(ordered[k], layout=o) for k, o in layouts.items()})
+    return found, any(found.sites[k].layout is not None for k in ordered)
 
 
 def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeometry | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from attn_monitor.capture.token_places.decoding import (
     share_far_from,
 )
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
-from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 from attn_monitor.grid import Grid, GridGeometry
@@ -44,17 +44,20 @@ class Ranked:
     seen: Tokens
 
 
-def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: Sequence[SiteKey]) -> Ranked:
+def rank_centres(
+    search: PlaceSearch, image: Tensor, strength: float, unplaced: Sequence[SiteKey]
+) -> tuple[PlaceSearch, Ranked]:
     """Assign the tokens of sites by their centres, where the user's image and noise give the same assignment.
 
     Args:
-        search: The search, in which the sites are given their layout or the reason for having none.
+        search: The search.
         image: (C, H, W), one of the user's images.
         strength: Standard deviation of the noise in `ramps`, relative to that of the image.
         unplaced: Sites that have no layout yet.
 
     Returns:
-        The sites that were ranked before the last round, with their tokens on noise.
+        The search, in which sites have their layout or the reason for having none, and the sites that were ranked
+        before the last round, with their tokens on noise.
     """
     # Dark noise beside a bright image, and the reverse: a token order that depends on brightness then differs.
     contrast = -0.5 if float(image.float().mean()) > 0 else 0.5
@@ -68,21 +71,26 @@ def rank_centres(search: PlaceSearch, image: Tensor, strength: float, unplaced: 
         for tokens, base in ((on_user_image, image), (on_noise, noise[number])):
             changed = ramps(base, strength, seed=10 + number)
             tokens.append(search.ablated_model(changed, 4 + number, by_head=coarsest))
-        still = [key for key in waiting if not _rank_site(search, key, (on_user_image, on_noise))]
+        still = []
+        for key in waiting:
+            site, done = _ranked(search, key, (on_user_image, on_noise))
+            search = search.with_sites({key: site})
+            still += [] if done else [key]
         clear += [key for key in waiting if key not in still and number + 1 < _ROUNDS]
         waiting = still
         if not waiting:
             break
-    return Ranked(clear, noise[0], on_noise[0])
+    return search, Ranked(clear, noise[0], on_noise[0])
 
 
-def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
+def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> PlaceSearch:
     """Refuse sites where two tokens depend on the same two cells: they share one centre and are ranked by chance.
 
     Other noise in the middles of every second cell changes such a token although its own cell stays the same, and in
     the mosaics both tokens change as much with the one cell as with the other. Where most tokens change like this,
     their fields overlap too much for this test, and the site is kept.
     """
+    reasons: dict[SiteKey, str] = {}
     grids: dict[tuple[Cells, GridGeometry | None], list[SiteKey]] = {}
     for key in ranked.keys:
         layout = search.sites[key].layout
@@ -99,10 +107,11 @@ def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> None:
             patches = list(layout.patches)
             change = relative_change(after[key].v[0], before[0]) / relative_change(before[1], before[0])
             if _some_share_cells(change[patches].cpu(), mosaic.changes[key][..., patches].cpu(), mosaic.codes, grid):
-                search.sites[key].refuse(
+                reasons[key] = (
                     "two of its keys change about as much with one another's patch as with their own, so that which of "
                     "them is which patch is not known"
                 )
+    return search.refusing(reasons)
 
 
 def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Cells) -> bool:
@@ -151,13 +160,15 @@ def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
     return False
 
 
-def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]) -> bool:
-    """Assign a site's keys and queries; return False where more base images may help."""
+def _ranked(
+    search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]
+) -> tuple[SitePlaces, bool]:
+    """Assign a site's keys and queries; return the site, and False where more base images may help."""
     site = search.sites[key]
     seen = [[t.sites[key] for t in half if key in t.sites] for half in halves]
     if any(len(some) < len(half) for some, half in zip(seen, halves, strict=True)):
-        site.reason = "it does not run on every one of the images that are made up to find its patches"
-        return True
+        reason = "it does not run on every one of the images that are made up to find its patches"
+        return replace(site, reason=reason), True
     first, rounds = seen[0][0], len(seen[0])
     limit = first.threshold / 4
     moving, hopeful = relative_change(first.v[1], first.v[0]) > limit, False
@@ -170,23 +181,23 @@ def _rank_site(search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens]
         if places is None:
             continue
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
-            site.reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
+            reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
         elif any(m.conv == conv and _in_several_orders(m, key, places, 4 * limit) for m in search.mosaics):
-            site.reason = (
+            reason = (
                 "between some of the images that are made up, most of its tokens do not change where their patches do "
                 "not, and between others they do, so its tokens may not be in one order"
             )
         elif is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):
-            site.reason = (
+            reason = (
                 "the centres of what its keys hold lie closer together in the middle of the image, more than half a "
                 "cell beside the equal cells of a grid"
             )
         else:
-            site.layout = layout_of(places, conv.grid, "centres", geometry)
-            if site.layout is not None:
-                site.patch_queries = _queries_by_centre(seen, site.layout, conv, search.size, limit)
-        return True
-    return not hopeful
+            layout = layout_of(places, conv.grid, "centres", geometry)
+            queries = {} if layout is None else _queries_by_centre(seen, layout, conv, search.size, limit)
+            return replace(site, layout=layout, patch_queries=queries), True
+        return replace(site, reason=reason), True
+    return site, not hopeful
 
 
 def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:

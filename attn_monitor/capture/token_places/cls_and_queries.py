@@ -17,18 +17,20 @@ from attn_monitor.capture.token_places.token_parameters import TokenParameter
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
 
-def find_queries(search: PlaceSearch) -> None:
+def find_queries(search: PlaceSearch) -> PlaceSearch:
     """Find the query of each patch of the keys' grid, and the layouts of tokens that enter the enclosing modules."""
+    changed: dict[SiteKey, SitePlaces] = {}
     for key, site, layout in search.placed():
         mosaic = search.mosaic_of(layout)
         if mosaic is None or key not in search.reference.sites:
             continue
         tokens = search.reference.sites[key]
         # More queries than tokens are padding, which is cut off again and must not be in a mean.
-        site.partial_queries = site.partial_queries or tokens.queries > max(len(layout.order), 1)
-        if not site.patch_queries and key in mosaic.q:
-            site.patch_queries = _patch_queries(mosaic, key)
-        site.entries = _entering_layouts(mosaic, tokens, layout)
+        partial = site.partial_queries or tokens.queries > max(len(layout.order), 1)
+        known = site.patch_queries or (_patch_queries(mosaic, key) if key in mosaic.q else {})
+        entries = _entering_layouts(mosaic, tokens, layout)
+        changed[key] = replace(site, partial_queries=partial, patch_queries=known, entries=entries)
+    return search.with_sites(changed)
 
 
 def _patch_queries(mosaic: Mosaic, key: SiteKey) -> dict[int, int]:
@@ -68,11 +70,11 @@ class _Moved:
     keys: frozenset[int]
 
 
-def find_cls(search: PlaceSearch) -> None:
+def find_cls(search: PlaceSearch) -> PlaceSearch:
     """Find the CLS token and the registers at every site: they change with a parameter while the patches do not."""
-    silent, reference = search.ablated_model, search.reference
+    model, reference, changed = search.ablated_model, search.reference, dict[SiteKey, SitePlaces]()
     first = mosaics(search.images, search.mosaics[0].conv)[:1]
-    nudges = [_Nudge(p, silent(first, 1, nudged=[p])) for p in silent.token_parameters or ()]
+    nudges = [_Nudge(p, model(first, 1, nudged=[p])) for p in model.token_parameters or ()]
     parts = _parts_of_the_image(search)
     for key, site, layout in search.placed():
         if key not in reference.sites:
@@ -81,15 +83,25 @@ def find_cls(search: PlaceSearch) -> None:
         moved = [m for n in nudges if (m := _moved_by(n, key, before, held, set(layout.patches))) is not None]
         whole, part = parts[key]
         others = [t for t in range(before.queries) if t not in held]
-        site.cls, site.no_cls_reason = _choose_cls(before, moved, others, whole, part)
+        cls, no_cls_reason = _choose_cls(before, moved, others, whole, part)
         own = whole | {t for m in moved for t in m.queries if t not in part}
         own |= {t for n in nudges if n.parameter.is_class for t in _beside_patches(n, key, before, held)}
         on_grid = held or _on_another_grid(search, key)
-        alone = set() if site.cls is None else {site.cls}
-        site.counted = tuple(sorted(on_grid | own | alone)) if on_grid or before.queries == 1 else ()
-        site.prefix_names = _names(moved, site.cls, layout, before, whole)
-        site.layout = _with_first(layout, {t for t, name in site.prefix_names.items() if name == "CLS"})
-        _put_cls_first_in_entries(site, before, [n for n in nudges if _is_cls(n.parameter, moved, site.cls)], reference)
+        alone = set() if cls is None else {cls}
+        names = _names(moved, cls, layout, before, whole)
+        of_cls = [n for n in nudges if _is_cls(n.parameter, moved, cls)]
+        entries, cls_at = _cls_first_in_entries(site, before, of_cls, reference)
+        changed[key] = replace(
+            site,
+            cls=cls,
+            no_cls_reason=no_cls_reason,
+            counted=tuple(sorted(on_grid | own | alone)) if on_grid or before.queries == 1 else (),
+            prefix_names=names,
+            layout=_with_first(layout, {t for t, name in names.items() if name == "CLS"}),
+            entries=entries,
+            cls_at=cls_at,
+        )
+    return search.with_sites(changed)
 
 
 def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], patches: set[int]) -> _Moved | None:
@@ -217,11 +229,15 @@ def _is_cls(parameter: TokenParameter, moved: Sequence[_Moved], cls: int | None)
     return cls is not None and any(m.parameter is parameter and m.queries == {cls} for m in moved)
 
 
-def _put_cls_first_in_entries(
+def _cls_first_in_entries(
     site: SitePlaces, before: SiteTokens, nudges: Sequence[_Nudge], reference: Tokens
-) -> None:
-    """Put the token that the class parameter changes first in the prefix of what enters the modules around."""
-    entries, cls_at = {}, {}
+) -> tuple[dict[str, TokenLayout], dict[str, int]]:
+    """Return the layouts of what enters the modules around, with the CLS token first in their prefix, and its index.
+
+    It is the token that the class parameter changes.
+    """
+    entries: dict[str, TokenLayout] = {}
+    cls_at: dict[str, int] = {}
     for call in before.within:
         if (entering := reference.entries.get(call)) is None:
             continue
@@ -234,7 +250,7 @@ def _put_cls_first_in_entries(
             cls_at[call[0]] = min(changed)
         if (layout := site.entries.get(call[0])) is not None:
             entries[call[0]] = _with_first(layout, changed & set(layout.prefix))
-    site.entries, site.cls_at = entries, cls_at
+    return entries, cls_at
 
 
 def _with_first(layout: TokenLayout, cls: set[int]) -> TokenLayout:

@@ -7,7 +7,7 @@ part of the image that it depends on, so neither names nor positions in the sequ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def find_places(
     moving: Mapping[SiteKey, int],
     convs: Sequence[PatchConv],
     batch_size: int,
-) -> dict[SiteKey, SitePlaces]:
+) -> Mapping[SiteKey, SitePlaces]:
     """Assign keys and queries to patches at the sites with a format, and check this on the user's images.
 
     Args:
@@ -67,32 +67,37 @@ def find_places(
     grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]
     # Where the first attention is coarser than the patches, these show whether its heads read the same part of them.
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
-    read_mosaics(search, grids)
+    search = read_mosaics(search, grids)
     if not search.mosaics:
-        for site in search.sites.values():
-            site.reason = f"no grid of patches that fits images of {search.size[0]} × {search.size[1]} has so many keys"
-        return search.sites
+        reason = f"no grid of patches that fits images of {search.size[0]} × {search.size[1]} has so many keys"
+        return search.refusing(dict.fromkeys(search.sites, reason)).sites
     strength = max(small_strength(site.dtype) for site in search.reference.sites.values())
     chosen = _least_alike(images)
-    check_on_user_images(search, chosen, strength)
+    search = check_on_user_images(search, chosen, strength)
     unplaced = [k for k, s in search.sites.items() if s.layout is None and not s.reason and k in search.reference.sites]
     if unplaced:
-        ranked = rank_centres(search, chosen[0], strength, unplaced)
-        if place_by_borders(search, unplaced):
-            check_on_user_images(search, chosen, strength)
-        refuse_shared_cells(search, ranked)
-    refuse_partial_views(search)
-    refuse_overlaps(search)
-    find_queries(search)
-    find_cls(search)
-    refuse_mixtures(search)
-    refuse_other_mixing(search)
-    refuse_side_by_side(search)
-    check_outputs(search)
-    for key, site in search.sites.items():
-        if site.layout is None and not site.reason:
-            site.reason = describe_keys(key, search.mosaics, depends_on_image=moving[key] > 0)
-    return search.sites
+        search, ranked = rank_centres(search, chosen[0], strength, unplaced)
+        search, measured = place_by_borders(search, unplaced)
+        if measured:
+            search = check_on_user_images(search, chosen, strength)
+        search = refuse_shared_cells(search, ranked)
+    for stage in _STAGES:
+        search = stage(search)
+    without = [key for key, site in search.sites.items() if site.layout is None and not site.reason]
+    reasons = {key: describe_keys(key, search.mosaics, depends_on_image=moving[key] > 0) for key in without}
+    return search.refusing(reasons).sites
+
+
+_STAGES: tuple[Callable[[PlaceSearch], PlaceSearch], ...] = (
+    refuse_partial_views,
+    refuse_overlaps,
+    find_queries,
+    find_cls,
+    refuse_mixtures,
+    refuse_other_mixing,
+    refuse_side_by_side,
+    check_outputs,
+)
 
 
 def _ancestors(path: str) -> list[str]:

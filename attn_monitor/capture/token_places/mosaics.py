@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.decoding import places_in_mosaics
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places, is_whole, layout_of
-from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
+from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import mosaic_codes, mosaics
 from attn_monitor.capture.token_places.tokens import Tokens
 
 _MOST_GRIDS = 6  # a pyramid has four, and one more when a guess is wrong
 
 
-def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
+def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> PlaceSearch:
     """Assign tokens exactly on every grid that they could form.
 
     The numbers of tokens that change give more grids to try, as the stages of a pyramid have different ones.
@@ -29,11 +30,9 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
             continue
         tokens = search.ablated_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid))
         mosaic = _read(tokens, conv, search.size)
-        search.mosaics.append(mosaic)
-        if not search.reference.sites:
-            search.reference = tokens
-        for key, places in mosaic.v.items():
-            _place(search, mosaic, key, places)
+        reference = search.reference if search.reference.sites else tokens
+        search = replace(search, mosaics=(*search.mosaics, mosaic), reference=reference)
+        search = search.with_sites({key: _placed(search, mosaic, key, places) for key, places in mosaic.v.items()})
         moving = {
             (len(places), sum(p != STATIC for p in places))
             for key, places in mosaic.v.items()
@@ -41,21 +40,21 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> None:
         }
         for keys, live in sorted(moving, reverse=True):
             waiting += candidate_grids(search.size, keys, live, search.convs)
+    return search
 
 
-def _place(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) -> None:
-    """Give a site the layout that a mosaic shows, or refuse the site."""
+def _placed(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) -> SitePlaces:
+    """Return the site with the layout that a mosaic shows, or with the reason for having none."""
     site, k = search.sites[key], mosaic.k.get(key)
-    if site.layout is not None or site.reason:
-        return
-    site.layout = layout_of(places, mosaic.conv.grid, "exact", mosaic.geometry)
-    if site.layout is None:
-        return
-    site.held = mosaic.held(key)
+    layout = layout_of(places, mosaic.conv.grid, "exact", mosaic.geometry)
+    if site.layout is not None or site.reason or layout is None:
+        return site
     if k is not None and is_whole(k, mosaic.cells) and k != places:
-        site.refuse("its keys and its values hold different patches")
-    elif any(key in m.dilated for m in search.mosaics):
-        site.refuse("its heads read different parts of each patch, so a key holds no one part for all of them")
+        return replace(site, reason="its keys and its values hold different patches")
+    if any(key in m.dilated for m in search.mosaics):
+        reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
+        return replace(site, reason=reason)
+    return replace(site, layout=layout, held=mosaic.held(key))
 
 
 def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
@@ -73,11 +72,11 @@ def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
             if len(heads) > 1 and any(p >= 0 for places_of_head in heads for p in places_of_head):
                 mosaic.dilated.add(key)
     limit = max((site.threshold for site in tokens.sites.values()), default=1e-3)
-    mosaic.entries = {call: places_in_mosaics(t, mosaic.codes, limit) for call, t in tokens.entries.items()}
-    mosaic.exits = {
+    entries = {call: places_in_mosaics(t, mosaic.codes, limit) for call, t in tokens.entries.items()}
+    exits = {
         call: tuple(places_in_mosaics(t, mosaic.codes, limit) for t in all_) for call, all_ in tokens.exits.items()
     }
-    return mosaic
+    return replace(mosaic, entries=entries, exits=exits)
 
 
 def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: bool) -> str:

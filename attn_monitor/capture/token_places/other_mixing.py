@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -10,57 +11,64 @@ from torch import Tensor
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout
-from attn_monitor.capture.token_places.site_places import PlaceSearch
+from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, SiteTokens
 
 _MOST = 0.9  # share of the tokens; a convolution, such as a position encoding, reaches fewer from one corner
 
 
-def refuse_mixtures(search: PlaceSearch) -> None:
+def refuse_mixtures(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites with weights or values that occur in further products.
 
     Two products of one V in one call of a module are a mixture where they have the same queries, and parts of one
     layer where they have different ones.
     """
     found, reference = search.sites, search.reference
-    for key in reference.mixed & set(found):
-        found[key].refuse(
-            "what it reads (V) is an operand of another product too, so its weights may not be all that is applied"
-        )
-    for key in reference.parts & set(found):
-        found[key].refuse("its softmax meets V in several products, with a part of its keys or heads in each")
-    for key in reference.sums & set(found):
-        found[key].refuse(
-            "its weights are summed up in a further product, so the rows that are applied in the end may be others"
-        )
-    for key in reference.again.keys() & found.keys() & reference.sites.keys():
-        if torch.equal(reference.again[key], reference.sites[key].v):
-            found[key].refuse(
-                "its weights, or what could be, meet the same values in two products, so its rows may not be all that "
-                "is applied to these values"
-            )
-    sites = [(found[key], reference.sites[key]) for key in found if key in reference.sites]
-    for (site, a), (other, b) in combinations(sites, 2):
+    again = reference.again.keys() & reference.sites.keys()
+    twice = {key for key in again if torch.equal(reference.again[key], reference.sites[key].v)}
+    reasons: dict[SiteKey, str] = {}
+    for keys, reason in (
+        (
+            reference.mixed,
+            "what it reads (V) is an operand of another product too, so its weights may not be all that is applied",
+        ),
+        (reference.parts, "its softmax meets V in several products, with a part of its keys or heads in each"),
+        (
+            reference.sums,
+            "its weights are summed up in a further product, so the rows that are applied in the end may be others",
+        ),
+        (
+            twice,
+            "its weights, or what could be, meet the same values in two products, so its rows may not be all that "
+            "is applied to these values",
+        ),
+    ):
+        reasons |= dict.fromkeys(keys & found.keys(), reason)
+    partial: dict[SiteKey, SitePlaces] = {}
+    sites = [(key, reference.sites[key]) for key in found if key in reference.sites]
+    for (key, a), (other_key, b) in combinations(sites, 2):
+        site, other = found[key], found[other_key]
         if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
             continue
         shared = not set(site.patch_queries).isdisjoint(other.patch_queries)
         shared = shared or (site.cls is not None and other.cls is not None)
         if shared or _same_single_query(a, b):
-            for one in (site, other):
-                one.refuse(
-                    "two attentions in one call of a module have the same values and some of the same queries, so the "
-                    "rows of one may not be all that is applied, or may not be applied"
-                )
+            reason = (
+                "two attentions in one call of a module have the same values and some of the same queries, so the "
+                "rows of one may not be all that is applied, or may not be applied"
+            )
+            reasons |= {key: reason, other_key: reason}
         else:
-            site.partial_queries = other.partial_queries = True
+            partial |= {k: replace(found[k], partial_queries=True) for k in (key, other_key)}
+    return search.with_sites(partial).refusing(reasons)
 
 
 def _same_single_query(a: SiteTokens, b: SiteTokens) -> bool:
     return a.queries == b.queries == 1 and a.q is not None and b.q is not None and torch.equal(a.q, b.q)
 
 
-def refuse_other_mixing(search: PlaceSearch) -> None:
+def refuse_other_mixing(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites where tokens mix outside the attention result too, or where other tokens scale this result.
 
     The tokens that enter the enclosing module are replaced by noise, which differs in the patches of one corner, and
@@ -72,7 +80,8 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
     """
     calls = {key: call for key in search.sites if (call := _doubtful_call(search, key)) is not None}
     if not calls:
-        return
+        return search
+    reasons: dict[SiteKey, str] = {}
     exchanged: dict[Call, Tensor] = {}
     # Other tokens can scale the results only where rows do not sum to 1.
     held_at = [False] if all(search.ablated_model.formats[key].sums_to_1 for key in calls) else [False, True]
@@ -92,18 +101,19 @@ def refuse_other_mixing(search: PlaceSearch) -> None:
         limit, kept = tokens.sites[key].threshold, ~exchanged[call][1]
         moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in range(0, count, 2)]
         if _reach_most(moved[0], kept, site.cls):
-            site.refuse(
+            reasons[key] = (
                 f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
                 "weights are not all that mixes them there"
             )
         elif _reach_most(moved[-1], kept, site.cls):
-            site.refuse(
+            reasons[key] = (
                 "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
                 "that are normalised after V, so the weights are not those that the model applies in the end"
             )
+    return search.refusing(reasons)
 
 
-def refuse_side_by_side(search: PlaceSearch) -> None:
+def refuse_side_by_side(search: PlaceSearch) -> PlaceSearch:
     """Refuse attention operations in one call of a module where any is independent of the first one's result.
 
     Heads, or chunks of queries, in a loop are parts of one layer and are counted as one. Blocks in one function read
@@ -114,6 +124,7 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
         if site.patch_queries and (seen := search.reference.sites.get(key)):
             groups.setdefault(seen.within, []).append(key)
     images = noise_images(search.images, 1, seed=8).expand(2, -1, -1, -1)
+    reasons: dict[SiteKey, str] = {}
     for first, *others in groups.values():
         if not others:
             continue
@@ -124,15 +135,16 @@ def refuse_side_by_side(search: PlaceSearch) -> None:
         beside = [key for key in others if key in after and not _differs(after[key])]
         if not beside:
             continue
-        search.sites[first].together = tuple(beside)
+        search = search.with_sites({first: replace(search.sites[first], together=tuple(beside))})
         queries = [query for key in (first, *beside) for query in search.sites[key].patch_queries]
         if len(queries) == len(set(queries)):  # chunks of queries, each with complete rows
             continue
         for key in (first, *beside):
-            search.sites[key].refuse(
+            reasons[key] = (
                 f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, such as heads "
                 "in a loop: a map of one is no map of the layer. Compute them in one product"
             )
+    return search.refusing(reasons)
 
 
 def _differs(seen: SiteTokens) -> bool:

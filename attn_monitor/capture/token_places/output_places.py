@@ -22,7 +22,7 @@ _OTHER_RESULTS = (
 )
 
 
-def check_outputs(search: PlaceSearch) -> None:
+def check_outputs(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites where marks in the results do not come out at the tokens of their queries."""
     marks = _choose_marks(search)
     lone = {
@@ -31,27 +31,31 @@ def check_outputs(search: PlaceSearch) -> None:
         if site.cls is not None and key not in marks and key in search.reference.sites
     }
     if not any(search.placed()):
-        return
+        return search
     spared = _choose_spared(search)
     check = _OutputCheck(search, marks, lone, spared, dict.fromkeys(spared, 0))
     two_hops = check.two_hops()
     doubtful = []
-    for key, site, layout in search.placed():
+    for key, _, layout in search.placed():
         if key not in check.tokens.sites:
             continue
+        reason = ""
         if key in two_hops:
-            site.refuse("it is one of two hops: what an attention gave is read by attention again")
+            reason = "it is one of two hops: what an attention gave is read by attention again"
         elif key in marks and not check.is_right(key, search.mosaic_of(layout)):
             doubtful.append(key)
         elif key in search.reference.rivals and not check.reaches_tokens(key, search.mosaic_of(layout)):
-            site.refuse("its weights are applied to more than one set of values")
+            reason = "its weights are applied to more than one set of values"
         elif key in lone and check.goes_to_patches(key, search.mosaic_of(layout), layout):
-            site.refuse("the result of its query goes to the patches, so that it is not the CLS token")
+            reason = "the result of its query goes to the patches, so that it is not the CLS token"
         elif check.spared_gets_others(key):
-            site.refuse(_OTHER_RESULTS.format(spared[key]))
+            reason = _OTHER_RESULTS.format(spared[key])
+        if reason:
+            check.refused[key] = reason
+    search = search.refusing(check.refused)
     unknown = [key for key, *_ in search.placed() if check.spared_gets_others(key) is None]
     if not doubtful and not unknown:
-        return
+        return search
     # A module may return tokens of earlier layers too; with one site per image, these show no marks.
     alone = _OutputCheck(
         search,
@@ -60,12 +64,10 @@ def check_outputs(search: PlaceSearch) -> None:
         images_of_spared={key: n for n, key in enumerate(key for key in spared if key in (*doubtful, *unknown))},
     )
     for key in doubtful:
-        site = search.sites[key]
-        if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(site.layout)):
-            site.refuse("not all results of its queries go to the tokens that its queries are")
-    for key, site, _ in search.placed():
-        if alone.spared_gets_others(key):
-            site.refuse(_OTHER_RESULTS.format(spared[key]))
+        if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(search.sites[key].layout)):
+            alone.refused[key] = "not all results of its queries go to the tokens that its queries are"
+    mixed = [key for key, *_ in search.placed() if key not in alone.refused and alone.spared_gets_others(key)]
+    return search.refusing({**alone.refused, **{key: _OTHER_RESULTS.format(spared[key]) for key in mixed}})
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class _OutputCheck:
             the CLS queries of the sites without other marks (``lone``), if any, with marks at all queries but one
             (``spared``; one image for all sites or more, as ``images_of_spared`` numbers them), and in another image.
         order: The sites in the order in which they run.
+        refused: Sites that are to be refused, with the reasons; their marks are not expected anywhere.
     """
 
     def __init__(
@@ -144,10 +147,9 @@ class _OutputCheck:
             elif lone and key in lone:
                 marked_queries[key][1 + slots, lone[key]] = True
             if key in self._image_of_spared:
-                marked_queries[key][self._image_of_spared[key]] = (
-                    torch.arange(tokens.queries, device="cpu") != self._spared[key]
-                )
-        self.search, self.marks = search, marks
+                others = torch.arange(tokens.queries, device="cpu") != self._spared[key]
+                marked_queries[key][self._image_of_spared[key]] = others
+        self.search, self.marks, self.refused = search, marks, dict[SiteKey, str]()
         self.tokens = search.ablated_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
@@ -261,7 +263,8 @@ class _OutputCheck:
     def _marked_places(self, key: SiteKey, others: Sequence[SiteKey]) -> set[int]:
         """Return the cells marked at a site, or in the same image and grid at one of the other sites with a layout."""
         own = self.marks[key]
-        marks = (self.marks[k] for k in others if k in self.marks and self.search.sites[k].layout is not None)
+        placed = [k for k in others if self.search.sites[k].layout is not None and k not in self.refused]
+        marks = (self.marks[k] for k in placed if k in self.marks)
         return set(own.places).union(*(m.places for m in marks if (m.slot, m.grid) == (own.slot, own.grid)))
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: Mosaic | None) -> str:

@@ -29,7 +29,7 @@ from attn_monitor.grid import Grid, GridGeometry
 _OWN_LINE = 0.15  # least change with a patch's own third of the rows or columns, relative to any third
 
 
-def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> None:
+def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength: float) -> PlaceSearch:
     """Refuse sites with tokens that do not change by the weights of their cells on the user's images.
 
     Args:
@@ -37,28 +37,30 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
         images: (C, H, W) images, each run in a call and random state of its own.
         strength: Standard deviation of the noise, relative to that of the image.
     """
+    reasons: dict[SiteKey, str] = {}
     for mosaic in search.mosaics:
         keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
         for number, image in enumerate(images if keys else ()):
-            waiting = [key for key in keys if search.sites[key].layout is not None]
+            waiting = [key for key in keys if key not in reasons]
             for times in (1, 10):  # models that round their images need more
                 weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
                 seen = search.ablated_model(weighted, 2 + number).sites if waiting else {}
                 for key in waiting:
                     keys_here = seen[key].v.shape[1] if key in seen else 0
                     if keys_here != len(mosaic.v[key]):
-                        search.sites[key].refuse(
+                        reasons[key] = (
                             f"it ran on {len(mosaic.v[key])} keys for images that are made up, and on {keys_here} for "
                             "an image that was given"
                             if keys_here
                             else "it ran for images that are made up, and did not run for an image that was given"
                         )
-                waiting = [k for k in waiting if search.sites[k].layout and _holds_other_patches(seen[k], k, mosaic)]
+                waiting = [k for k in waiting if k not in reasons and _holds_other_patches(seen[k], k, mosaic)]
             for key in waiting:
-                search.sites[key].refuse(
+                reasons[key] = (
                     "on an image that was given, its tokens do not change in proportion to small changes of the "
                     "patches that they hold on made-up images, so that their places there are not known"
                 )
+    return search.refusing(reasons)
 
 
 def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool:
@@ -72,9 +74,10 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool
     )
 
 
-def refuse_partial_views(search: PlaceSearch) -> None:
+def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites with coarse or overlapping tokens that miss a part of their cell, or of the image's border."""
     finest, base = max(m.cells for m in search.mosaics), noise_images(search.images, 1, seed=4)[0]
+    reasons: dict[SiteKey, str] = {}
     doubtful: dict[tuple[tuple[int, int], GridGeometry | None], list[tuple[SiteKey, TokenLayout]]] = {}
     for key, _, layout in search.placed():
         if layout.evidence == "centres" or math.prod(layout.grid) < finest:
@@ -92,17 +95,18 @@ def refuse_partial_views(search: PlaceSearch) -> None:
             border = torch.ones(grid, dtype=torch.bool, device="cpu")
             border[1:-1, 1:-1] = False
             if not bool(moved[0][border.flatten()].all()):
-                search.sites[key].refuse(
+                reasons[key] = (
                     "some of its keys at the border of the grid do not, or hardly, change with the image's outermost "
                     "pixels, so that a map laid over the whole image could be off"
                 )
             elif not bool((moved[1:5] | ~there).all()):
-                search.sites[key].refuse("some of its keys do not change with all parts of their patch")
+                reasons[key] = "some of its keys do not change with all parts of their patch"
             elif layout.evidence == "centres" and _in_other_lines(seen[key], layout):
-                search.sites[key].refuse(
+                reasons[key] = (
                     "the order of its keys is not known: some hardly change with the row or the column of patches "
                     "where the centre of what they hold seems to be"
                 )
+    return search.refusing(reasons)
 
 
 def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
@@ -118,7 +122,7 @@ def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
     return bool((own < _OWN_LINE * change.amax(1)).any())
 
 
-def refuse_overlaps(search: PlaceSearch) -> None:
+def refuse_overlaps(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites with a key that is no patch and depends on a part of the image only, as finer patches do."""
     doubtful: dict[SiteKey, list[int]] = {}
     for key, _, layout in search.placed():
@@ -127,12 +131,12 @@ def refuse_overlaps(search: PlaceSearch) -> None:
         if SEVERAL in places and mostly_single(places):
             doubtful[key] = [t for t, p in enumerate(places) if p == SEVERAL]
     if not doubtful:
-        return
+        return search
     base = noise_images(search.images, 1, seed=4)[0]
     seen = search.ablated_model(torch.cat([base[None], corners_changed(base)]), 3).sites
-    for key, tokens in doubtful.items():
-        if not bool(_moved(seen[key])[:, tokens].all()):
-            search.sites[key].refuse("some of its keys hold parts of several patches of the grid that the others form")
+    wrong = [key for key, tokens in doubtful.items() if not bool(_moved(seen[key])[:, tokens].all())]
+    reason = "some of its keys hold parts of several patches of the grid that the others form"
+    return search.refusing(dict.fromkeys(wrong, reason))
 
 
 def _moved(seen: SiteTokens) -> Tensor:

@@ -1,10 +1,13 @@
-"""Hold the state of the search for the token-to-patch assignment, for each site and each grid of mosaics."""
+"""Hold what is known at a stage of the search for the token-to-patch assignment, for each site and each grid.
+
+All are values: each stage of `find_places` takes a `PlaceSearch` and returns one that knows more.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,7 +27,7 @@ class Held:
     places: Mapping[str, Places]
 
 
-@dataclass
+@dataclass(frozen=True)
 class SitePlaces:
     """Hold what is known of one attention operation's keys and queries.
 
@@ -57,12 +60,8 @@ class SitePlaces:
     held: Held | None = None
     together: tuple[SiteKey, ...] = ()
 
-    def refuse(self, reason: str) -> None:
-        """Drop the layout of the keys, for this reason."""
-        self.layout, self.reason = None, reason
 
-
-@dataclass
+@dataclass(frozen=True)
 class Mosaic:
     """Hold the assignments that the mosaics of one grid show.
 
@@ -101,9 +100,9 @@ class Mosaic:
         return math.prod(self.conv.grid)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlaceSearch:
-    """Hold the state of a search over all sites of a model, on images of one size.
+    """Hold what is known of all sites of a model, on images of one size.
 
     Attributes:
         ablated_model: The model with ablated attention.
@@ -117,14 +116,22 @@ class PlaceSearch:
     ablated_model: AblatedModel
     images: Tensor
     convs: Sequence[PatchConv]
-    sites: dict[SiteKey, SitePlaces]
-    mosaics: list[Mosaic] = field(default_factory=list)
+    sites: Mapping[SiteKey, SitePlaces]
+    mosaics: tuple[Mosaic, ...] = ()
     reference: Tokens = field(default_factory=Tokens)
 
     @property
     def size(self) -> tuple[int, int]:
         """Return height and width of the images in pixels."""
         return self.images.shape[-2], self.images.shape[-1]
+
+    def with_sites(self, changed: Mapping[SiteKey, SitePlaces]) -> PlaceSearch:
+        """Return the search with other knowledge of some sites."""
+        return replace(self, sites={**self.sites, **changed})
+
+    def refusing(self, reasons: Mapping[SiteKey, str]) -> PlaceSearch:
+        """Return the search without the layouts of some sites, for these reasons."""
+        return self.with_sites({k: replace(self.sites[k], layout=None, reason=r) for k, r in reasons.items()})
 
     def placed(self) -> Iterator[tuple[SiteKey, SitePlaces, TokenLayout]]:
         """Iterate over the sites with a layout so far."""

@@ -62,6 +62,7 @@ class AttentionMonitor:
         ArgumentError: An argument is invalid.
 
     Example:
+        >>> import torch
         >>> from timm.models import VisionTransformer
         >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
         >>> probe = ProbeBatch(torch.randn(3, 3, 32, 32), mean=(0, 0, 0), std=(1, 1, 1))

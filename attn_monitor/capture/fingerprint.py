@@ -3,7 +3,7 @@
 The fingerprint covers buffers, integer parameters, plain attributes, hooks, methods and classes of every module, and
 the code, arguments, closure and globals of the forward that calls it. Tensors are compared by value: DDP's broadcasts
 change versions but no values, and an EMA that writes through ``.data`` does the reverse. Trained weights change with
-every step and are excluded; `token_places.recheck` tests their effect by running the model.
+every step and are excluded; `recheck_places` tests their effect by running the model.
 """
 
 from __future__ import annotations

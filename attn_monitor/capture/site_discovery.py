@@ -133,11 +133,14 @@ def _with_overlooked(
     by_path, entered, kernels = {c.seen.scope: c for c in reversed(seen)}, observer.entered, observer.memory.kernels
     others = overlooked(model, noise_images(images, 1), forward, by_path, entered, kernels)
     found = list(enumerate(seen))
-    for path, sibling in others.items():
+    for path, (sibling, problem) in others.items():
         like = by_path[sibling].seen if sibling else None
         shape = {name: getattr(like, name, 0) for name in ("batch", "heads", "queries", "keys")}
-        op = "not seen" if path in kernels else "not recognised"
-        observation = RefusedObservation(op=op, scope=path, reason=f"it is {op}", **shape)
+        op = "not known" if problem else "not seen" if path in kernels else "not recognised"
+        reason = (
+            f"failed on other tokens ({problem}), so whether it mixes them is not known" if problem else f"it is {op}"
+        )
+        observation = RefusedObservation(op=op, scope=path, reason=reason, **shape)
         found.append((entered[path] - 1, Candidate((path, 0), observation, overlooked=True)))
     return [candidate for _, candidate in sorted(found, key=lambda one: one[0])]
 
@@ -210,6 +213,11 @@ def _site(
 
 def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> AttentionError | None:
     """Return why a site is unsupported whatever its token layout; None if it is supported."""
+    if isinstance(candidate.seen, RefusedObservation) and candidate.seen.op == "not known":
+        return UnsupportedAttentionError(
+            f"{where} holds no attention that was observed, as its siblings do, and {candidate.seen.reason}. Choose "
+            "other layers by their paths"
+        )
     if candidate.overlooked and candidate.seen.op == "not seen":
         return UnsupportedAttentionError(f"{where} {_UNSEEN_KERNEL}")
     if candidate.overlooked:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attn_monitor.capture.block_tokens import CONTAINERS
 from attn_monitor.capture.observe.error_origin import errors_from
-from attn_monitor.capture.observe.forward import Forward
+from attn_monitor.capture.observe.forward import Forward, in_one_line
 from attn_monitor.capture.observe.isolation import isolated_forward
 
 _EQUAL = 1e-2  # relative difference of results that rounding explains
@@ -28,7 +28,7 @@ def overlooked(
     seen: Iterable[str],
     entered: Iterable[str],
     kernels: Collection[str],
-) -> dict[str, str]:
+) -> dict[str, tuple[str, str]]:
     """Find modules that mix tokens without observed attention and have a sibling with attention.
 
     A sibling is a module of the same class with a path that differs in one name: a list index or an attribute. Where a
@@ -44,7 +44,8 @@ def overlooked(
         kernels: Paths of modules in which a kernel ran that the dispatcher does not see.
 
     Returns:
-        The path of each such module, mapped to the path of its sibling, or "" if it has none.
+        The path of each such module, mapped to the path of its sibling, or "" if it has none, and to the error with
+        which it answered other tokens, so that whether it mixes them is not known; "" if it does.
     """
     modules, seen = dict(model.named_modules()), list(dict.fromkeys(seen))
     suspects: dict[str, str] = {}
@@ -57,14 +58,14 @@ def overlooked(
             suspects[path] = like
     if not suspects:
         return {}
-    mixing: set[str] = set()
+    mixing: dict[str, str] = {}
     with isolated_forward(model), ExitStack() as stack:
         for path in suspects:
             hook = _ask(path, mixing, path in kernels)
             # Other hooks may free the module's parameters or change its results.
             stack.enter_context(modules[path].register_forward_hook(hook, with_kwargs=True, prepend=True))
         forward(model, images)
-    return {path: like for path, like in suspects.items() if path in mixing}
+    return {path: (like, mixing[path]) for path, like in suspects.items() if path in mixing}
 
 
 def _are_siblings(path: str, other: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -86,13 +87,19 @@ def _is_around(path: str, other: str) -> bool:
     return path in ("", other) or other.startswith(f"{path}.")
 
 
-def _ask(path: str, mixing: set[str], kernel: bool) -> Callable[..., None]:
+def _ask(path: str, mixing: dict[str, str], kernel: bool) -> Callable[..., None]:
     """Return a forward hook that calls the module's forward again with single tokens changed, see `_mixes_tokens`."""
 
     @errors_from("monitor")
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        if path not in mixing and _mixes_tokens(module, args, kwargs, kernel):
-            mixing.add(path)
+        if path in mixing:
+            return
+        try:
+            mixes, problem = _mixes_tokens(module, args, kwargs, kernel), ""
+        except Exception as error:  # the module may reject such tokens
+            mixes, problem = True, in_one_line(error)
+        if mixes:
+            mixing[path] = problem
 
     return hook
 

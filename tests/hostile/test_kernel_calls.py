@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attn_monitor.capture.observe.kinds.kernels import kernel_call
+from attn_monitor.capture.observe.kinds.kind import Operation
+from attn_monitor.capture.observe.observation import RefusedObservation
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import NoAttentionError, VerificationError
 from tests.hostile.test_gpu_kernels import error, images, vit
@@ -368,3 +371,38 @@ def test_layer_after_a_kernel_that_is_refused_is_read(kind: str) -> None:
     first, second = AttentionRecorder(model, layers="all").sites(images())
     assert "packed sequences of 10 to 15 tokens" in str(first.refusal)
     assert second.refusal is None
+
+
+def test_packed_sequences_that_stop_fitting_are_refused() -> None:
+    """What is known of a kernel does not hang on lengths, which are on the device."""
+    q, k, v = torch.randn(3, 32, HEADS, 8)
+    reasons = []
+    for length in (16, 12):
+        cu = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        used = (t[: 2 * length].contiguous() for t in (q, k, v))
+        out = torch.zeros_like(q)
+        call = torch.ops.flash_attn._flash_attn_varlen_forward
+        out[: 2 * length] = call(*used, cu, cu, 16, 16, 0.0, 0.4, False)[0]
+        attention = kernel_call(Operation(call.default, (q, k, v, cu, cu, 16, 16, 0.0, 0.4, False), {}), [out])
+        assert attention is not None
+        seen = attention.read(0, verify=True)
+        reasons.append(seen.reason if isinstance(seen, RefusedObservation) else "")
+    assert reasons[0] == ""
+    assert "do not fill" in reasons[1]
+
+
+def test_a_kernel_with_a_seed_is_examined_once() -> None:
+    runs = []
+
+    def seeded(q: Tensor, k: Tensor, v: Tensor, seed: int) -> Tensor:
+        runs.append(seed)
+        return rule(q, k, v)
+
+    operation = defined("seeded(Tensor q, Tensor k, Tensor v, int seed) -> Tensor", seeded)
+    numbers = iter(range(10**6))
+    recorder = AttentionRecorder(vit(lambda q, k, v: operation(q, k, v, next(numbers))), follow=False)
+    recorder(images())
+    runs.clear()
+    recorder(images())
+    recorder(images())
+    assert len(runs) == 2

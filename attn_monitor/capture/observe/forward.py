@@ -81,7 +81,7 @@ def run_forward(
         if is_monitor_error(error):
             raise
         raise ForwardError(
-            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: {_in_one_line(error)}. "
+            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: {in_one_line(error)}. "
             "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
             "images: ... where it wants other arguments"
         ) from error
@@ -89,7 +89,7 @@ def run_forward(
         raise observer.failure
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Return an error's type and the first and last line of its text; the whole error is chained."""
     lines = [line.strip() for line in text_of(error).splitlines() if line.strip(" .")]
     ends = dict.fromkeys((*lines[:1], *lines[-1:]))

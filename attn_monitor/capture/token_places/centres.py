@@ -167,7 +167,7 @@ def _ranked(
     site = search.sites[key]
     seen = [[t.sites[key] for t in half if key in t.sites] for half in halves]
     if any(len(some) < len(half) for some, half in zip(seen, halves, strict=True)):
-        reason = "it does not run on every one of the images that are made up to find its patches"
+        reason = "it does not run on every one of the synthetic images that find its patches"
         return replace(site, reason=reason), True
     first, rounds = seen[0][0], len(seen[0])
     limit = first.threshold / 4
@@ -184,7 +184,7 @@ def _ranked(
             reason = "its heads read different parts of each patch, so a key holds no one part for all of them"
         elif any(m.conv == conv and _in_several_orders(m, key, places, 4 * limit) for m in search.mosaics):
             reason = (
-                "between some of the images that are made up, most of its tokens do not change where their patches do "
+                "between some of the synthetic images, most of its tokens do not change where their patches do "
                 "not, and between others they do, so its tokens may not be in one order"
             )
         elif is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):

@@ -90,7 +90,7 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
     """
     seen = [m for m in mosaics if key in m.v]
     if not seen:
-        return "it runs with other shapes on the images that are made up to find its patches"
+        return "it runs with other shapes on the synthetic images that find its patches"
     best = max(seen, key=lambda mosaic: len({p for p in mosaic.v[key] if p >= 0}))
     places = best.v[key]
     moving = sum(p != STATIC for p in places)

@@ -49,16 +49,16 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
                     keys_here = seen[key].v.shape[1] if key in seen else 0
                     if keys_here != len(mosaic.v[key]):
                         reasons[key] = (
-                            f"it ran on {len(mosaic.v[key])} keys for images that are made up, and on {keys_here} for "
+                            f"it ran on {len(mosaic.v[key])} keys on synthetic images, and on {keys_here} for "
                             "an image that was given"
                             if keys_here
-                            else "it ran for images that are made up, and did not run for an image that was given"
+                            else "it ran on synthetic images, and did not run for an image that was given"
                         )
                 waiting = [k for k in waiting if k not in reasons and _holds_other_patches(seen[k], k, mosaic)]
             for key in waiting:
                 reasons[key] = (
                     "on an image that was given, its tokens do not change in proportion to small changes of the "
-                    "patches that they hold on made-up images, so that their places there are not known"
+                    "patches that they hold on synthetic images, so that their places there are not known"
                 )
     return search.refusing(reasons)
 

@@ -57,7 +57,8 @@ def function_call(operation: Operation, out: Any) -> AttentionCall | None:
 def kernel_call(operation: Operation, results: Sequence[Tensor]) -> AttentionCall | None:
     """Interpret an operation, with the arguments of before it ran, as attention; None where it mixes no tokens."""
     facts = [(name, _fact(value)) for name, value in operation.named.items()]
-    key = operation.func, (*facts, *((result.shape, result.is_contiguous()) for result in results))
+    mask = operation.named.get("custom_mask_type")  # the one number that says how queries and keys meet
+    key = operation.func, (mask, *facts, *((result.shape, result.is_contiguous()) for result in results))
     if key not in _KERNELS:
         options = KernelOptions.of(operation.named)
         candidates = [*_possible_calls(operation, options, results)]
@@ -92,9 +93,11 @@ class KernelCall(AttentionCall):
         return self._call.product()
 
     @functools.cached_property
-    def _call(self) -> FusedCall | RefusedKernel:
+    def _call(self) -> FusedCall | RefusedKernel | UnfitKernel:
         options = KernelOptions.of(self.operation.named)
         candidates = [*_possible_calls(self.operation, options, self.results)]
+        if not candidates:  # with other lengths before, they fitted
+            return UnfitKernel(self.operation, self.results[0])
         if reason := _not_read(options):
             return RefusedKernel.of(candidates, reason)
         return next((call for call in candidates if call.convention == self.convention), candidates[0])
@@ -123,6 +126,24 @@ class RefusedKernel(AttentionCall):
         return self.call.product()
 
 
+@dataclass
+class UnfitKernel(AttentionCall):
+    """Hold a kernel that is attention, on packed sequences that do not fill its arguments."""
+
+    operation: Operation
+    result: Tensor
+
+    def read(self, query: Query, *, verify: bool) -> Observation:
+        """Return the reason."""
+        reason = "its packed sequences do not fill the tensors that hold them, and have no rows of one length"
+        name = self.operation.name
+        return RefusedObservation(op=name, batch=1, heads=1, queries=0, keys=0, reason=reason)
+
+    def product(self) -> AttentionProduct:
+        """Return the result, with queries and keys unknown."""
+        return AttentionProduct(self.result, self.result.shape[:-1], None, None, self.result)
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """Hold what random q, k and v have shown of a kernel."""
@@ -148,7 +169,7 @@ def _fact(value: Any) -> Hashable:
         return tuple(_fact(item) for item in value)
     if isinstance(value, float):  # a learned scale is another number in each step
         return "float", value > 0
-    return value if isinstance(value, (int, str, type(None))) else str(type(value))
+    return value if isinstance(value, (bool, str, type(None))) else str(type(value))  # a seed is another in each call
 
 
 def _examine(operation: Operation, candidates: Sequence[FusedCall]) -> _Kernel:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from attn_monitor.capture.observe.forward import Forward, default_forward
+from attn_monitor.capture.observe.isolation import may_be_sharded
 from attn_monitor.capture.observe.observer import StopForward
 from attn_monitor.errors import UnsupportedAttentionError
 
@@ -29,7 +29,7 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
     """
 
     def run(model: nn.Module, images: Tensor) -> Any:
-        if not _is_initialised():
+        if not may_be_sharded():
             return forward(model, images)
         around, below = _units_around(root, model), _units_in(model)
         if not around and not below:
@@ -48,10 +48,6 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
                 raise failed[0]
 
     return run
-
-
-def _is_initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -161,7 +157,7 @@ def refuse_split_parameters(model: nn.Module) -> ExitStack:
     plain tensors that look like a complete model's.
     """
     stack = ExitStack()
-    if not _is_initialised():
+    if not may_be_sharded():
         return stack
     from torch.distributed.tensor import DTensor
 

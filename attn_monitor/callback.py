@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -93,6 +93,8 @@ class AttentionMapCallback(Base):
             of probe, targets, layers, query, forward and drawn heads was given, this is a warning and training goes on.
     """
 
+    yields: ClassVar[bool] = False  # whether it is inactive in a trainer that has a callback that does not
+
     def __init__(
         self,
         probe: ProbeOptions | str | os.PathLike[str] | Tensor | ProbeBatch | None = None,
@@ -158,6 +160,8 @@ class AttentionMapCallback(Base):
             return
         self._drop_run()
         others = all_of(trainer)
+        if self not in others:
+            return
         self.run = Run(
             self.kept,
             lightning_run.rank_zero(trainer),
@@ -187,12 +191,14 @@ class AttentionMapCallback(Base):
     ) -> None:
         """Observe the images of the sanity check, as batches hold them and as the models receive them."""
         if trainer.sanity_checking and self.monitor is None and self.active:
-            self._images.look(batch, self._find(trainer, pl_module), pl_module)
+            assert self.run is not None
+            look = partial(self._images.look, batch, self._find(trainer, pl_module), pl_module)
+            self.run.errors.attempt(lightning_run.SANITY_CHECK, look)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Keep these images, in case the validation data set cannot be read by index."""
-        if trainer.sanity_checking:
-            self._images.keep()
+        if trainer.sanity_checking and self.run is not None:
+            self.run.errors.attempt(lightning_run.SANITY_CHECK, self._images.keep)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up the schedule, as Lightning knows the run's length now, and open the archive."""
@@ -222,7 +228,7 @@ class AttentionMapCallback(Base):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot by epoch, before checkpoints are saved, as these may monitor its metrics."""
         epoch, step = trainer.current_epoch, lightning_run.steps_done(trainer)
-        if self.active and self.kept.schedule.due_at_epoch_end(epoch, step):
+        if self.active and self.monitor is not None and self.kept.schedule.due_at_epoch_end(epoch, step):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -307,9 +313,10 @@ class AttentionMapCallback(Base):
 
 
 def all_of(trainer: pl.Trainer) -> list[AttentionMapCallback]:
-    """Return all callbacks of this kind in a trainer."""
+    """Return the callbacks of this kind that act in a trainer: those that yield do so if there are no others."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
-    return [c for c in callbacks if isinstance(c, AttentionMapCallback)]
+    found = [c for c in callbacks if isinstance(c, AttentionMapCallback)]
+    return [c for c in found if not c.yields] or found
 
 
 @rank_zero_only

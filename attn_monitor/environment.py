@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]  # it is public
 
-from attn_monitor.callback import AttentionMapCallback, all_of
-from attn_monitor.train.run_errors import Stage
+from attn_monitor.callback import AttentionMapCallback
 
 PREFIX = "ATTN_MONITOR"
 
@@ -21,11 +19,7 @@ PREFIX = "ATTN_MONITOR"
 class AttentionMapFromEnvironment(AttentionMapCallback):
     """Act as `AttentionMapCallback`, unless the Trainer already has one."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set up; become inactive if the Trainer has another callback of this package."""
-        super().setup(trainer, pl_module, stage)
-        if self.run is not None and any(type(other) is not type(self) for other in all_of(trainer)):
-            self.run.errors.enter(Stage.UNWATCHED)
+    yields = True
 
 
 def callback_from(environment: Mapping[str, str]) -> AttentionMapCallback:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,12 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.probe, self.loggers = probe, loggers
         self.settings = {**settings, "every_n_train_steps": every_n_train_steps}
         self.watch: Watch | None = None
+        self._missed = False  # whether a checkpoint's folder was not where it is expected
         self._opened: list[Any] = []  # loggers made here, closed at the end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the first snapshot; the model is on its device now."""
+        self._stop(Watch.abort)  # if the last training ended by an exception, which callbacks are not informed of
         if not state.is_world_process_zero:
             return
         loader = kwargs.get("train_dataloader")
@@ -74,20 +76,33 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state into the checkpoint that was just saved."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self.watch is not None and folder.is_dir():
+        if self.watch is None:
+            return
+        if folder.is_dir():
             try:
                 with atomic_file(folder / STATE) as file:
                     torch.save(self.watch.state_dict(), file)
             except Exception as error:  # on a full disk PyTorch raises RuntimeError
                 warn(f"attn_monitor: {folder / STATE} cannot be written ({error}). A run resumed from it starts afresh")
+        elif not self._missed:  # in a search of hyperparameters, checkpoints are in a folder of each trial
+            self._missed = True
+            warn(
+                f"attn_monitor: {folder} does not exist, so the checkpoint holds no state of attn_monitor. A run "
+                "resumed from it starts afresh"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the last snapshot and close the loggers."""
-        if self.watch is not None:
-            self.watch.close(state.global_step)
-        for logger in self._opened:
-            logger.close()
-        self._opened, self.watch = [], None
+        self._stop(lambda watch: watch.close(state.global_step))
+
+    def _stop(self, stop: Callable[[Watch], None]) -> None:
+        try:
+            if self.watch is not None:
+                stop(self.watch)
+        finally:
+            for logger in self._opened:
+                logger.close()
+            self._opened, self.watch = [], None
 
     def _look(self, state: Any) -> None:
         if self.watch is not None:

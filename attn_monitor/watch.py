@@ -43,14 +43,15 @@ class Watch:
 
     Example::
 
-        watch = Watch({"student": student, "teacher": teacher}, loader, loggers=[writer], folder="runs/1")
-        for step, batch in enumerate(loader):
-            watch.step(step)  # the number of optimizer steps done
-            ...
-        watch.close(step + 1)
+        with Watch({"student": student, "teacher": teacher}, loader, loggers=[writer], folder="runs/1") as watch:
+            for step, batch in enumerate(loader):
+                watch.step(step)  # the number of optimizer steps done
+                ...
+            watch.close(step + 1)
 
-    A failure is a warning, and training goes on; only ``on_error="raise"`` ends it. In a process group, rank zero takes
-    the snapshots and the other processes do nothing.
+    At its end, ``with`` closes the watch, or aborts it after an exception. A failure is a warning, and training goes
+    on; only ``on_error="raise"`` ends it. In a process group, rank zero takes the snapshots and the other processes do
+    nothing.
 
     Args:
         models: a module to search for backbones and their roles, or role to module.
@@ -171,6 +172,18 @@ class Watch:
         finally:
             run.end()
             self.run = None
+
+    def abort(self) -> None:
+        """Stop watching after an exception: write what was captured for a few seconds, and report what is not."""
+        if self.run is not None:
+            self.run.abort()
+        self.run = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        self.close() if kind is None else self.abort()
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values for a checkpoint, loadable with ``weights_only=True``."""

@@ -68,19 +68,19 @@ def train(options: argparse.Namespace) -> None:
     probe = ProbeBatch(torch.stack([to_input(image) for image in shown.values()]), names=[*shown])
     loggers = open_loggers(options)
     models, every = {"student": student, "teacher": teacher}, options.every
-    watch = Watch(models, probe, loggers=loggers, folder=options.folder, every_n_train_steps=every)
-    for step in range(options.steps):
-        watch.step(step)
-        batch = [images[i] for i in torch.randint(len(images), (8,))]
-        global_crops, local_crops = cut(batch, global_crop, 2), cut(batch, local_crop, 4)
-        with torch.no_grad():
-            targets = project(teacher, global_crops)
-        loss = loss_function(targets, project(student, global_crops) + project(student, local_crops), 0.04)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_momentum(student, teacher, m=0.98)
-    watch.close(options.steps)
+    with Watch(models, probe, loggers=loggers, folder=options.folder, every_n_train_steps=every) as watch:
+        for step in range(options.steps):
+            watch.step(step)
+            batch = [images[i] for i in torch.randint(len(images), (8,))]
+            global_crops, local_crops = cut(batch, global_crop, 2), cut(batch, local_crop, 4)
+            with torch.no_grad():
+                targets = project(teacher, global_crops)
+            loss = loss_function(targets, project(student, global_crops) + project(student, local_crops), 0.04)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            update_momentum(student, teacher, m=0.98)
+        watch.close(options.steps)
     for logger in loggers:
         logger.finish() if options.wandb else logger.close()
 

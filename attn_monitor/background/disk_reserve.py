@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from attn_monitor.errors import ArgumentError
+
 
 class DiskReserveError(OSError):
     """Writing would use disk space that is to stay free."""
@@ -18,10 +20,10 @@ def check_reserve(reserve: int | None) -> int | None:
         reserve: bytes from 0 on, or None for the smaller of 1 GB and 1 % of the disk.
 
     Raises:
-        ValueError: The value is neither.
+        ArgumentError: The value is neither.
     """
     if reserve is not None and (isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0):
-        raise ValueError(
+        raise ArgumentError(
             f"disk_reserve={reserve!r}: expected a number of bytes from 0 on, or None for the smaller of 1 GB and "
             "1 % of the disk"
         )

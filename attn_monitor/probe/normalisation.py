@@ -74,7 +74,8 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
         if shown.min() > -0.02 and shown.max() < 1.02:
             return statistics
     values = images.flatten()[:: max(1, images.numel() // 100_000)]
-    low, high = torch.quantile(values.nan_to_num(), torch.tensor([0.005, 0.995], device="cpu")).tolist()
+    ends = torch.tensor([0.005, 0.995], dtype=values.dtype, device="cpu")
+    low, high = torch.quantile(values.nan_to_num(), ends).tolist()
     span = max(high - low, 1e-8)
     source = "an unknown normalisation, stretched to the 0.5-99.5 percentiles"
     return Statistics((-low / span,) * channels, (1 / span,) * channels, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from types import ModuleType
@@ -15,23 +15,43 @@ IMAGE_WORDS = ("global", "image", "pixel", "img", "view", "x")
 """Words in the keys and attributes that hold images, the most reliable first."""
 
 MAX_CHANNELS = 32  # feature maps and weights have more channels than images
+MAX_CONTAINERS = 10_000  # to search in a batch, as an object may lead to a whole program
 
 
-def find_images(batch: Any, _seen: dict[int, Any] | None = None) -> Tensor | None:
+def find_images(batch: Any) -> Tensor | None:
     """Find the floating-point images (B, C, H, W) of a batch; None if it holds none.
 
     If a container holds several, the name that comes first in `IMAGE_WORDS` wins, then the larger images, then the
-    first.
+    first. At most `MAX_CONTAINERS` are searched.
     """
+    seen: dict[int, Any] = {}
+    searches, found = [_search(batch, seen)], None  # a list, as chains of objects are longer than Python's stack
+    while searches:
+        try:
+            part = searches[-1].send(found)
+        except StopIteration as end:
+            searches.pop()
+            found = end.value
+        else:
+            searches.append(_search(part, seen))
+            found = None
+    return found
+
+
+def _search(batch: Any, seen: dict[int, Any]) -> Generator[Any, Tensor | None, Tensor | None]:
+    """Yield the parts to search, receive what each holds, and return the images of them all."""
     if isinstance(batch, Tensor):
         return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= MAX_CHANNELS else None
-    seen = {} if _seen is None else _seen  # objects may refer to each other
-    if id(batch) in seen:
+    known = id(batch) in seen or len(seen) >= MAX_CONTAINERS  # objects may refer to each other
+    if known or isinstance(batch, (str, bytes, int, float, type(None))):
         return None
     seen[id(batch)] = batch  # keeps it alive, so that its id is not reused
     parts = sorted(((_rank(name), part) for name, part in _parts(batch)), key=itemgetter(0))
     for _, alike in groupby(parts, key=itemgetter(0)):
-        found = [images for _, part in alike if (images := find_images(part, seen)) is not None]
+        found = []
+        for _, part in alike:
+            images = yield part
+            found += [] if images is None else [images]
         if found:
             return max(found, key=lambda images: images.shape[-2] * images.shape[-1])
     return None

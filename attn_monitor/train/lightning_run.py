@@ -14,12 +14,14 @@ from torch import Tensor
 
 from attn_monitor.capture.backbones import find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.distributed import RankZero
-from attn_monitor.errors import NoAttentionError
+from attn_monitor.errors import ArgumentError, NoAttentionError
 from attn_monitor.trackers.naming import prefixed
 from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.train.lightning_images import LightningImages
 from attn_monitor.train.run import Run
 from attn_monitor.train.targets import NO_TEACHER, Targets
+
+SANITY_CHECK = "finding images in the sanity check"  # the part's name in `Failures`
 
 
 def rank_zero(trainer: pl.Trainer) -> RankZero:
@@ -108,7 +110,7 @@ def name_in_tags(names: Sequence[str | None], index: int) -> str:
         number = 1 + names[:index].count(None)
         return "" if number == 1 else str(number)
     if (same := names.count(name)) > 1:
-        raise ValueError(f"name={name!r}: {same} AttentionMapCallbacks have it, expected different ones")
+        raise ArgumentError(f"name={name!r}: {same} AttentionMapCallbacks have it, expected different ones")
     return name
 
 

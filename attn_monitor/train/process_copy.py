@@ -17,15 +17,18 @@ import select
 import signal
 import stat
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
 
+END_SECONDS = 5.0  # timeout for the end of a killed fork: one that waits for a lost network disk cannot be killed
 SECONDS = 60.0  # timeout, as a fork hangs on a lock that another thread held when it was made
 COPIED = 1 << 26  # bytes; larger pieces of shared memory become read-only, as copying them takes too long
 MREMAP_MAYMOVE_FIXED = 3
@@ -92,41 +95,58 @@ def _read_all(receiving: int, deadline: float) -> bytes:
 
 def _end(process: int) -> int:
     """Kill the fork if it still runs, and return its exit status."""
+    deadline = time.monotonic() + END_SECONDS
     try:
         ended, status = os.waitpid(process, os.WNOHANG)
         if not ended:
             os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.001)
+            ended, status = os.waitpid(process, os.WNOHANG)
     except ChildProcessError:  # other code waits for all child processes
         return 0
+    if not ended:
+        threading.Thread(target=_reap, args=(process,), daemon=True).start()
+        return signal.SIGKILL
     return status
 
 
+def _reap(process: int) -> None:
+    with suppress(ChildProcessError):
+        os.waitpid(process, 0)
+
+
 def _signal_name(status: int) -> str:
-    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {status}"
+    return (
+        signal.Signals(os.WTERMSIG(status)).name
+        if os.WIFSIGNALED(status)
+        else f"exit status {os.waitstatus_to_exitcode(status)}"
+    )
 
 
 def _answer(function: Callable[[], Any], sending: int) -> NoReturn:
     """Answer in the fork, and exit without the clean-up handlers of the parent process."""
+    status = 1
     try:
-        _keep_to_itself(sending)
         try:
+            _keep_to_itself(sending)
             answer = pickle.dumps((True, function()))
-        except Exception as error:
+            status = 0
+        except BaseException as error:  # SystemExit of the data too
             answer = pickle.dumps((False, _portable(error)))
         with open(sending, "wb", closefd=False) as pipe:
             pipe.write(answer)
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
-def _portable(error: Exception) -> Exception:
-    """Return the error itself if it can be pickled, else a `CopyError` with its text."""
-    try:
+def _portable(error: BaseException) -> Exception:
+    """Return the error if it can be pickled and ends no process, else a `CopyError` with its text."""
+    with suppress(Exception):
         pickle.loads(pickle.dumps(error))
-    except Exception:
-        return CopyError(f"{type(error).__name__}: {error}")
-    return error
+        if isinstance(error, Exception):
+            return error
+    return CopyError(f"{type(error).__name__}: {error}")
 
 
 def _keep_to_itself(sending: int) -> None:

@@ -100,10 +100,17 @@ class Run:
             self.kept.watch(probe)
 
     def adopt_probe(self, find: Callable[[], ProbeBatch | None], known: Callable[[], bool]) -> None:
-        """Watch the images that rank zero finds in the run's data; ``known`` is whether models receive them as such."""
-        with self.cost.of_discovery():
+        """Watch the images that rank zero finds in the run's data; ``known`` is whether models receive them as such.
+
+        After a failure, those of the first training batch are watched.
+        """
+
+        def adopt() -> None:
             self.find_probe(find)
             self._inputs.confirm(self.rank_zero.run(known))
+
+        with self.cost.of_discovery():
+            self.errors.attempt("finding images of the data", adopt)
 
     def ensure_probe(self, find: Callable[[], ProbeBatch], step: int, targets: FindTargets, batch: Any) -> bool:
         """Find images to watch if there are none yet; a failure is retried at the next snapshot.

@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_torch_hub_without_network(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port}")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use, for later tests too
     started = time.monotonic()
     assert "or give a folder that holds hubconf.py: hub:FOLDER:NAME" in message_of(f"hub:org/name{branch}:vit")
     assert time.monotonic() - started < 20

@@ -27,6 +27,8 @@ def serving(
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 assert server.poll() is None, (folder / "server.log").read_text()
             time.sleep(0.5)
+        else:
+            raise AssertionError(f"{ready} does not answer: {(folder / 'server.log').read_text()}")
         yield
     finally:
         server.terminate()

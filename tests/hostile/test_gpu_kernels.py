@@ -42,8 +42,9 @@ def test_kernel_is_read(way: str, before: str) -> None:
         assert cls.layer == 1
         assert error(cls.rows, truth[:, :, 0]) < 1e-3
         assert float(truth[:, :, 0].amax()) * truth.shape[-1] > 1.2, "a uniform row would show nothing"
-    (patch,) = record_attention(model, images(), query=(1, 2))
-    assert error(patch.rows, matrices_of(model, images())[-1][:, :, 1 + 6 + 2]) < 1e-3
+    for row, col in ((1, 2), (3, 5)):  # the last one sees a window on its left alone
+        (patch,) = record_attention(model, images(), query=(row, col))
+        assert error(patch.rows, matrices_of(model, images())[-1][:, :, 1 + 6 * row + col]) < 1e-3
 
 
 def test_recording_again_needs_no_examination() -> None:

@@ -34,7 +34,6 @@ class MarkedResults:
             the CLS queries of the sites without other marks (``lone``), if any, with marks at all queries but one
             (``spared``; one image for all sites or more, as ``images_of_spared`` numbers them), and in another image.
         order: The sites in the order in which they run.
-        refused: Sites that are to be refused, with the reasons; their marks are not expected anywhere.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class MarkedResults:
             if key in self._image_of_spared:
                 others = torch.arange(tokens.queries, device="cpu") != self._spared[key]
                 marked_queries[key][self._image_of_spared[key]] = others
-        self.search, self.marks, self.refused = search, marks, dict[SiteKey, str]()
+        self.search, self.marks = search, marks
         self.tokens = search.ablated_model(shown, 1, marks=marked_queries)
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
@@ -175,8 +174,7 @@ class MarkedResults:
     def _marked_places(self, key: SiteKey, others: Sequence[SiteKey]) -> set[int]:
         """Return the cells marked at a site, or in the same image and grid at one of the other sites with a layout."""
         own = self.marks[key]
-        placed = [k for k in others if self.search.sites[k].layout is not None and k not in self.refused]
-        marks = (self.marks[k] for k in placed if k in self.marks)
+        marks = (self.marks[k] for k in others if k in self.marks and self.search.sites[k].layout is not None)
         return set(own.places).union(*(m.places for m in marks if (m.slot, m.grid) == (own.slot, own.grid)))
 
     def _at_exit(self, key: SiteKey, call: Call, mosaic: Mosaic | None) -> str:

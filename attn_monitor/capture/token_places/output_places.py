@@ -30,7 +30,7 @@ def check_outputs(search: PlaceSearch) -> PlaceSearch:
     spared = _choose_spared(search)
     check = MarkedResults(search, marks, lone, spared, dict.fromkeys(spared, 0))
     two_hops = check.two_hops()
-    doubtful = []
+    doubtful, reasons = [], dict[SiteKey, str]()
     for key, _, layout in search.placed():
         if key not in check.tokens.sites:
             continue
@@ -46,8 +46,8 @@ def check_outputs(search: PlaceSearch) -> PlaceSearch:
         elif check.spared_gets_others(key):
             reason = _OTHER_RESULTS.format(spared[key])
         if reason:
-            check.refused[key] = reason
-    search = search.refusing(check.refused)
+            reasons[key] = reason
+    search = search.refusing(reasons)
     unknown = [key for key, *_ in search.placed() if check.spared_gets_others(key) is None]
     if not doubtful and not unknown:
         return search
@@ -58,11 +58,12 @@ def check_outputs(search: PlaceSearch) -> PlaceSearch:
         spared=spared,
         images_of_spared={key: n for n, key in enumerate(key for key in spared if key in (*doubtful, *unknown))},
     )
-    for key in doubtful:
-        if key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(search.sites[key].layout)):
-            alone.refused[key] = "not all results of its queries go to the tokens that its queries are"
-    mixed = [key for key, *_ in search.placed() if key not in alone.refused and alone.spared_gets_others(key)]
-    return search.refusing({**alone.refused, **{key: _OTHER_RESULTS.format(spared[key]) for key in mixed}})
+    for key, _, layout in search.placed():
+        if key in doubtful and (key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(layout))):
+            reasons[key] = "not all results of its queries go to the tokens that its queries are"
+        elif alone.spared_gets_others(key):
+            reasons[key] = _OTHER_RESULTS.format(spared[key])
+    return search.refusing(reasons)
 
 
 def _choose_spared(search: PlaceSearch) -> dict[SiteKey, int]:

@@ -456,11 +456,7 @@ def report(log_dir: Path, seconds: float, steps: int, tensorboard: bool) -> str:
 def report_page(log_dir: Path) -> list[str]:
     """Where the page is that the callback has written, which plays the run."""
     pages = sorted(log_dir.rglob("attn_monitor*/report.html"), key=lambda page: page.stat().st_mtime)
-    return (
-        ["", "open the report in a browser, to play the run and to ask it:", f"  {pages[-1].resolve()}"]
-        if pages
-        else []
-    )
+    return ["", "open the report in a browser to explore the run:", f"  {pages[-1].resolve()}"] if pages else []
 
 
 def quiet_libraries() -> None:

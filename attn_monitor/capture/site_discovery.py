@@ -102,7 +102,8 @@ def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], state: Forw
     name = type(model).__name__
     if overlooked:
         paths = [site_name(candidate.key) for candidate in overlooked]
-        listed = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} modules"
+        many = len(paths) > 1
+        listed = f"{paths[0]} to {paths[-1]}, {len(paths)} modules, mix" if many else f"{paths[0]} mixes"
         return NoAttentionError(f"no attention was observed in {name}: {listed} {_UNSEEN_KERNEL}")
     of_what = "batched products, none of them of a softmax over the last dimension with values"
     ran = of_what if state.products else "no batched product in its own thread"
@@ -116,7 +117,7 @@ def _no_attention(model: nn.Module, overlooked: Sequence[Candidate], state: Forw
 
 
 _UNSEEN_KERNEL = (
-    "mixes tokens in a kernel that PyTorch's dispatcher does not see (Triton, CuTe or a C++ extension). Use "
+    "tokens in a kernel that PyTorch's dispatcher does not see (Triton, CuTe or a C++ extension). Use "
     'F.scaled_dot_product_attention, or what the library has for it, such as attn_implementation="sdpa" or '
     "XFORMERS_DISABLED=1"
 )
@@ -219,7 +220,7 @@ def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> Att
             "other layers by their paths"
         )
     if candidate.overlooked and candidate.seen.op == "not seen":
-        return UnsupportedAttentionError(f"{where} {_UNSEEN_KERNEL}")
+        return UnsupportedAttentionError(f"{where} mixes {_UNSEEN_KERNEL}")
     if candidate.overlooked:
         return UnsupportedAttentionError(
             f"{where} mixes tokens in an operation that is not recognised as attention; use "

@@ -95,7 +95,7 @@ def recorded(model: PlainViT, layer: int) -> LayerAttention | str:
 
 
 def test_only_unseen_kernels_are_named() -> None:
-    with pytest.raises(NoAttentionError, match=r"blocks\.0\.attn to blocks\.2\.attn, 3 modules") as refused:
+    with pytest.raises(NoAttentionError, match=r"blocks\.0\.attn to blocks\.2\.attn, 3 modules, mix tokens") as refused:
         record_attention(vit(unseen, unseen, unseen), images())
     assert "kernel that PyTorch's dispatcher does not see" in str(refused.value)
     assert "convol" not in str(refused.value)

@@ -91,6 +91,13 @@ class AttentionMapCallback(Base):
         ArgumentError: An argument is invalid.
         AttentionError, ProbeError, TargetError: Before the first training step, if the model cannot be watched. If none
             of probe, targets, layers, query, forward and drawn heads was given, this is a warning and training goes on.
+
+    Example:
+        >>> callback = AttentionMapCallback("photos", image_size=96, every_n_train_steps=500)
+        >>> trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> AttentionMapCallback(threshold=60)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        attn_monitor.errors.ArgumentError: threshold=60: expected a share of attention mass above 0 and up to 1, ...
     """
 
     yields: ClassVar[bool] = False  # whether it is inactive in a trainer that has a callback that does not

@@ -41,14 +41,6 @@ from attn_monitor.train.targets import NO_TEACHER, Targets
 class Watch:
     """Record the attention of models while they train, and write it to loggers and to an archive.
 
-    Example::
-
-        with Watch({"student": student, "teacher": teacher}, loader, loggers=[writer], folder="runs/1") as watch:
-            for step, batch in enumerate(loader):
-                watch.step(step)  # the number of optimizer steps done
-                ...
-            watch.close(step + 1)
-
     At its end, ``with`` closes the watch, or aborts it after an exception. A failure is a warning, and training goes
     on; only ``on_error="raise"`` ends it. In a process group, rank zero takes the snapshots and the other processes do
     nothing.
@@ -79,6 +71,19 @@ class Watch:
     Raises:
         ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.
         ProbeError: The images cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> images, folder = torch.randn(2, 3, 32, 32), TemporaryDirectory()
+        >>> with Watch(model, images, folder=folder.name, every_n_train_steps=1) as watch:
+        ...     for step in range(2):
+        ...         snapshot = watch.step(step)  # the number of optimizer steps done; then train
+        >>> snapshot.step
+        1
+        >>> folder.cleanup()
     """
 
     def __init__(

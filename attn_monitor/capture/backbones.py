@@ -54,6 +54,13 @@ def find_backbones(module: nn.Module, images: Tensor | None = None) -> dict[str,
 
     Raises:
         NoAttentionError: No backbone was found; the message lists the modules that were searched.
+
+    Example:
+        >>> import copy
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> find_backbones(nn.ModuleDict({"student": model, "teacher": copy.deepcopy(model)}))
+        {'student': 'student', 'teacher': 'teacher'}
     """
     named = list(module.named_modules())
     attention = [path for path, m in named if _is_attention(path, m)]

@@ -74,6 +74,14 @@ def record_attention(
 
     Raises:
         AttentionError: A map would not show what the model computed; a subclass gives the kind of reason.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> (last,) = record_attention(model, torch.randn(1, 3, 32, 32))
+        >>> last.layer, tuple(last.maps.shape)  # (images, heads, rows, columns)
+        (1, (1, 2, 4, 4))
     """
     recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
     recorded = recorder(images)
@@ -110,6 +118,17 @@ class AttentionRecorder:
         every_query: The layers in which every query is read: "none", "last" or "all".
         follow: Check for changes before each recording. False leaves `doubt`, `check_places` and `ask_again` to the
             caller, for processes that must agree on them.
+
+    Raises:
+        ArgumentError: An argument is invalid.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> recorder = AttentionRecorder(model, layers="all")
+        >>> [tuple(layer.rows.shape) for layer in recorder(torch.randn(1, 3, 32, 32))]
+        [(1, 2, 17), (1, 2, 17)]
     """
 
     def __init__(

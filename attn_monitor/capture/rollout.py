@@ -48,6 +48,13 @@ def attention_rollout(
     Raises:
         ArgumentError: ``head_fusion`` or ``residual`` is invalid.
         UnsupportedAttentionError: A layer cannot be read, mixes its heads, or attends to other tokens.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> tuple(attention_rollout(model, torch.randn(1, 3, 32, 32)).shape)
+        (1, 4, 4)
     """
     if head_fusion not in ("mean", "max", "min"):
         raise ArgumentError(f'head_fusion={head_fusion!r}: expected "mean", "max" or "min"')

@@ -26,6 +26,15 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
     Args:
         root: The outermost FSDP module.
         forward: How to call the model inside.
+
+    Returns:
+        A function of (model, images), to be given as ``forward=``; ``model`` is ``root`` or a module inside.
+
+    Example:
+        >>> import torch
+        >>> root = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> tuple(forward_within(root)(root, torch.randn(1, 3, 2, 2)).shape)
+        (1, 2)
     """
 
     def run(model: nn.Module, images: Tensor) -> Any:

@@ -112,5 +112,7 @@ def test_the_callback_needs_no_optional_package() -> None:
 def test_public_names_are_listed_and_documented() -> None:
     assert set(attn_monitor.__all__) <= set(dir(attn_monitor))
     for name in attn_monitor.__all__:
-        assert getattr(attn_monitor, name).__doc__, name
+        public = getattr(attn_monitor, name)
+        assert public.__doc__, name
+        assert not callable(public) or ">>> " in public.__doc__, f"{name} has no example"
     assert loaded_by("import attn_monitor; dir(attn_monitor)").isdisjoint({"torch", "lightning", "numpy"})

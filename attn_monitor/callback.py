@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attn_monitor import messages
 from attn_monitor.background.failures import Failures
-from attn_monitor.capture.backbones import check_targets
+from attn_monitor.capture.backbones import check_paths
 from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError
@@ -31,7 +31,7 @@ from attn_monitor.train.lightning_images import LightningImages
 from attn_monitor.train.options import OnError, RunOptions, check_dirpath
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.targets import FindTargets
+from attn_monitor.train.targets import FindTargets, check_targets
 
 if TYPE_CHECKING:
     Base = pl.Callback
@@ -144,7 +144,7 @@ class AttentionMapCallback(Base):
                 f"probe: received a {type(probe).__name__}, expected a folder, a tensor, a ProbeBatch, or None to take "
                 "images of the trainer's own data"
             )
-        self.targets, self.dirpath, self.name = targets, check_dirpath(dirpath), check_name(name)
+        self.targets, self.dirpath, self.name = check_targets(targets), check_dirpath(dirpath), check_name(name)
         chosen = any(given is not None for given in (probe, targets, forward, self.options.drawing.drawn_heads))
         self._strict = chosen or (layers, query) != (-1, "cls")
         self._images = LightningImages(self.options.probe.count)
@@ -182,7 +182,7 @@ class AttentionMapCallback(Base):
             budget=None if others[0].run is None else others[0].run.budget,  # one for all callbacks
         )
         if not lightning_run.configures_late(pl_module):
-            self.run.errors.attempt("finding backbones", lambda: check_targets(pl_module, self.targets))
+            self.run.errors.attempt("finding backbones", lambda: check_paths(pl_module, self.targets))
         if not trainer.loggers:
             _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or trainer.default_root_dir))
 

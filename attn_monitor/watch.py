@@ -35,7 +35,7 @@ from attn_monitor.train.probe_search import (
 )
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.targets import NO_TEACHER, Targets
+from attn_monitor.train.targets import NO_TEACHER, Targets, check_models
 
 
 class Watch:
@@ -123,7 +123,11 @@ class Watch:
             forward=forward,
             on_error=on_error,
         )
-        self.models, self.loggers, self.folder = models, list(loggers), None if folder is None else Path(folder)
+        self.models, self.loggers, self.folder = (
+            check_models(models),
+            list(loggers),
+            None if folder is None else Path(folder),
+        )
         self.kept = Kept(self.options, Schedule(every_n_train_steps))
         self.kept.schedule.start(total_steps or float("inf"))
         # Rank zero of this process alone: the others do nothing.

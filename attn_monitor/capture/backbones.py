@@ -277,7 +277,7 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
-def check_targets(module: nn.Module, targets: Mapping[str, str] | None) -> None:
+def check_paths(module: nn.Module, targets: Mapping[str, str] | None) -> None:
     """Raise if a target does not exist, or if no targets are given and no backbone is possible; nothing is run."""
     if targets is not None:
         resolve_targets(module, targets)

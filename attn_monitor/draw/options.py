@@ -45,10 +45,10 @@ class DrawingOptions:
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        if self.scale not in SCALES:
+        if self.scale not in [*SCALES]:  # a list, as another type may not be hashable
             expected = " or ".join(f'"{name}" ({scale.description})' for name, scale in SCALES.items())
             raise ArgumentError(f"scale={self.scale!r}: expected {expected}")
-        if self.colormap not in COLORMAPS:
+        if self.colormap not in [*COLORMAPS]:
             raise ArgumentError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")
         if self.cell is not None and (not isinstance(self.cell, int) or self.cell < 1):
             raise ArgumentError(f"cell={self.cell!r}: expected a number of pixels of at least 1, or None")

@@ -67,7 +67,9 @@ class HealthLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, Real):
+            if name == "check_ema" and not isinstance(value, bool):
+                raise ArgumentError(f"health: check_ema={value!r}; expected True or False")
+            if not isinstance(value, Real) or math.isnan(value) or (isinstance(value, bool) and name != "check_ema"):
                 raise ArgumentError(f"health: {name}={value!r}; expected a number")
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
             raise ArgumentError(

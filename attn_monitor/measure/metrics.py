@@ -6,7 +6,7 @@ Values are computed once, on the device of the rows; loggers, callbacks, the arc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -170,7 +170,7 @@ METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logi
 
 def check_threshold(threshold: float) -> float:
     """Return ``threshold``; `ArgumentError` if it is not a share above 0 and up to 1."""
-    if not isinstance(threshold, Real) or not 0 < threshold <= 1:
+    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 0 < threshold <= 1:
         raise ArgumentError(
             f"threshold={threshold!r}: expected a share of attention mass above 0 and up to 1, such as 0.6"
         )
@@ -184,18 +184,20 @@ def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
         metrics: None for the default metrics, "all", a name, or a sequence of names.
 
     Raises:
-        ValueError: A name is unknown.
+        ArgumentError: A name is unknown, or ``metrics`` is of another type.
     """
     if metrics is None:
         return tuple(name for name, metric in METRICS.items() if metric.default)
     if metrics == "all":
         return tuple(METRICS)
+    expected = f'expected None, "all" or names among {", ".join(METRICS)}'
+    if not isinstance(metrics, Iterable) or isinstance(metrics, (bytes, Mapping)):
+        raise ArgumentError(f"metrics: received a {type(metrics).__name__}, {expected}")
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
-        if name not in METRICS:
+        if name not in [*METRICS]:
             near = difflib.get_close_matches(str(name), METRICS, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            expected = f'expected None, "all" or names among {", ".join(METRICS)}'
             raise ArgumentError(f"metrics: received {name!r}, {expected}{hint}")
     return tuple(name for name in METRICS if name in names)
 

@@ -18,7 +18,7 @@ def report_page(archives: Sequence[tuple[str, Path]], *, limit: int = FILE_BYTES
     return page_of_runs(contents_within(archives, limit))
 
 
-def write_report(folder: Path, before: Callable[[int], object] = lambda size: None) -> str:
+def write_report(folder: Path, before: Callable[[int], object] = lambda size: None) -> tuple[Path, str]:
     """Write ``report.html`` into an archive's folder.
 
     Args:
@@ -26,11 +26,12 @@ def write_report(folder: Path, before: Callable[[int], object] = lambda size: No
         before: called with the page's size in bytes before it is written; may prevent it by raising.
 
     Returns:
-        The page, small enough to be shown inside another.
+        Its path, and the page, small enough to be shown inside another.
     """
+    path = folder / "report.html"
     page = report_page(list(zip(names_of([folder]), [folder], strict=True)), limit=EMBED_BYTES)
-    write_whole(folder / "report.html", page, before)
-    return page
+    write_whole(path, page, before)
+    return path, page
 
 
 def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Contents]:

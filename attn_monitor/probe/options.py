@@ -61,6 +61,8 @@ class ProbeOptions:
                 f"probe: received {received}, expected a folder, a tensor (images, channels, H, W), a ProbeBatch, a "
                 "data set or its loader (for Watch), or None to take images of the run's own data"
             )
+        if self.masks is not None and not isinstance(self.masks, (str, os.PathLike)):
+            raise ArgumentError(f"masks: received a {type(self.masks).__name__}, expected a folder of masks, or None")
         if self.masks is not None and not is_folder:
             raise ArgumentError(
                 f"masks={os.fspath(self.masks)!r}: probe is {received}, expected the folder of images that the masks "

@@ -14,7 +14,7 @@ def check_name(name: str | None) -> str | None:
     Raises:
         ArgumentError: It cannot; this is a `ValueError`.
     """
-    if name is not None and (name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
+    if name is not None and (not isinstance(name, str) or name.isdigit() or not re.fullmatch(r"[\w.+-]+", name)):
         allowed = "letters, digits, '_', '.', '+' or '-', and not digits alone (those number callbacks without a name)"
         raise ArgumentError(f'name={name!r}: expected {allowed}, such as "early"')
     if name is not None and len(name.encode()) > MAX_NAME_BYTES:

@@ -32,8 +32,8 @@ from attn_monitor.trackers.tracker import Tracker
 ARCHIVE = "writing the archive"  # the part's name in `Failures`
 DRAWN = 4  # latest snapshots; their drawings, some 50 MB each, are kept for slower trackers
 
-WriteReport = Callable[[Path, Callable[[int], object]], str]
-"""Write a page of an archive's folder after calling a function with its size in bytes, and return the page."""
+WriteReport = Callable[[Path, Callable[[int], object]], tuple[Path, str]]
+"""Write a page of an archive's folder after calling a function with its size in bytes; return its path and the page."""
 
 
 class Publisher:
@@ -91,6 +91,7 @@ class Publisher:
         self._settings = settings.encode("utf-8", "backslashreplace").decode()
         self._name, self._reserve = name, check_reserve(disk_reserve)
         self._before_writing, self._write_report = before_writing, write_report
+        self.report: Path | None = None  # the page, once it is written
         self._last: Snapshot | None = None
         self._written: set[int] = set()  # steps in the archive
         self._drawn: deque[Sequence[Event[Any]]] = deque()
@@ -176,7 +177,8 @@ class Publisher:
 
         def write(folder: Path, write_report: WriteReport) -> None:
             if self._archive.last_step is not None and not self.failures.fails(ARCHIVE):  # otherwise already reported
-                pages.append(write_report(folder, lambda size: require_space(folder, size, self._reserve)))
+                self.report, page = write_report(folder, lambda size: require_space(folder, size, self._reserve))
+                pages.append(page)
 
         if self.folder is not None and self._write_report is not None:
             action = partial(write, self.folder, self._write_report)

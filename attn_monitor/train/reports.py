@@ -30,7 +30,7 @@ def found_text(
     folder: Path | None,
     note: str = "",
 ) -> str:
-    """Describe in one line what is watched and how.
+    """Describe in three lines what is watched, on which images, and when and where.
 
     Args:
         found: what was found of each role's model.
@@ -48,25 +48,19 @@ def found_text(
     count = schedule.count()
     cost = f"about {_seconds(seconds)} each" + (f", {_seconds(seconds * count)} in all" if count is not None else "")
     notes = list(dict.fromkeys(note for one in found.values() for note in one.notes))
-    return "; ".join(
-        [
-            *models,
-            *([note] if note else []),
-            images_text(probe),
-            f"a snapshot {schedule}, {cost}",
-            "no archive" if folder is None else f"archive in {folder}",
-            *notes,
-        ]
-    )
+    lines = [
+        "watching " + "; ".join([*models, *([note] if note else []), *notes]),
+        images_text(probe),
+        f"a snapshot {schedule}, {cost}; " + ("no archive" if folder is None else f"archive in {folder}"),
+    ]
+    return "\n  ".join(lines)
 
 
 def images_text(probe: ProbeBatch) -> str:
-    """Describe the probe: number and size of its images, their origin, mean and std."""
+    """Describe the probe: number, size and origin of its images."""
     kind = {"original": "given image"}.get(probe.caption, probe.caption)
-    numbers = (", ".join(f"{v:.4g}" for v in values) for values in (probe.mean, probe.std))
-    source = probe.source or "mean {}; std {}".format(*numbers)
     many = "s" if len(probe) > 1 else ""
-    return f"{len(probe)} {kind}{many} of {probe.images.shape[-2]} × {probe.images.shape[-1]}, normalised by {source}"
+    return f"on {len(probe)} {kind}{many} of {probe.images.shape[-2]} × {probe.images.shape[-1]}"
 
 
 def named(role: str, paths: Mapping[str, str]) -> str:
@@ -120,21 +114,24 @@ class Cost:
         began, before = self._loop
         return self.blocked - before + self._latest <= SHARE * (time.perf_counter() - began)
 
-    def text(self, waited: float, behind: float, folder: Path | None) -> str:
+    def text(self, waited: float, behind: float) -> str:
         """Summarise in one line what watching has cost.
 
         Args:
             waited: seconds that the run waited at its end.
             behind: seconds spent on background threads.
-            folder: of the archive, None without one.
         """
         wall = time.perf_counter() - self.started
         return (
             f"{self.snapshots} snapshots, {self.blocked:.1f} s on the training thread "
             f"({self.blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) and {self.discovery:.1f} s for the first look, "
             f"{waited:.1f} s waiting at the end, {behind:.1f} s behind training"
-            + (f"; archive in {folder}" if folder is not None else "")
         )
+
+
+def where_text(folder: Path, report: Path | None) -> str:
+    """Name the report to open, or the archive where none could be written."""
+    return f"archive in {folder}" if report is None else f"open {report} to see this run"
 
 
 def health_text(flags: Sequence[HealthFlag]) -> str:
@@ -143,9 +140,11 @@ def health_text(flags: Sequence[HealthFlag]) -> str:
     return f"{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
 
 
-def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Schedule) -> str:
+def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Schedule, probe: ProbeBatch) -> str:
     """Record in Markdown how a run is watched."""
+    numbers = (", ".join(f"{v:.4g}" for v in values) for values in (probe.mean, probe.std))
     shown = {
+        "images are normalised by": probe.source or "mean {}; std {}".format(*numbers),
         "targets": dict(paths),
         "layers": options.layers,
         "query": options.query,

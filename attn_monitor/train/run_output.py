@@ -97,8 +97,12 @@ class RunOutput:
         if self.publisher is not None:
             ended, monitor = time.perf_counter(), self._kept.monitor
             self.publisher.close()
-            self._inform(cost.text(time.perf_counter() - ended, self.publisher.seconds, self.folder))
+            self._inform(cost.text(time.perf_counter() - ended, self.publisher.seconds))
             self._inform(reports.health_text([] if monitor is None else monitor.health.flags))
+            if self.folder is not None:
+                self._inform(
+                    reports.where_text(self.folder, self.publisher.report)
+                )  # the last line is the one to click
 
     def abort(self) -> None:
         """After an exception, write what was captured for a few seconds."""
@@ -162,7 +166,7 @@ class RunOutput:
             every_layer=monitor.draws_every_layer,
             history=monitor.history,
             curves=monitor.curves,
-            settings=f"{found}\n\n{reports.settings_text(options, paths, schedule)}",
+            settings=f"{found}\n\n{reports.settings_text(options, paths, schedule, monitor.probe)}",
             name=self._name,
             failures=self._failures,
             disk_reserve=options.disk_reserve,

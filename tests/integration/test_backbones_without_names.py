@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
-from attn_monitor.capture.backbones import check_targets, find_backbones, name_roles, teacher_is_missed
+from attn_monitor.capture.backbones import check_paths, find_backbones, name_roles, teacher_is_missed
 from attn_monitor.errors import NoAttentionError
 from attn_monitor.weights.loading import load_checkpoint
 from attn_monitor.weights.run_checkpoints import read_checkpoint, roles_in
@@ -97,7 +97,7 @@ class Supervised(pl.LightningModule):
 @pytest.mark.parametrize("block", [Block, Nameless])
 def test_a_backbone_is_found_by_what_runs(block: type[nn.Module]) -> None:
     made = Supervised(FromScratch(block))
-    check_targets(made, None)
+    check_paths(made, None)
     with pytest.raises(NoAttentionError, match="no vision transformer was found"):
         find_backbones(made)
     assert find_backbones(made, IMAGES) == {"backbone": "model"}
@@ -110,7 +110,7 @@ def test_what_attends_to_no_image_is_none() -> None:
     with pytest.raises(NoAttentionError, match="no vision transformer was found"):
         find_backbones(module(text=Words()), IMAGES)
     with pytest.raises(NoAttentionError, match="convolutional network"):
-        check_targets(module(net=nn.Conv2d(3, 8, 3)), None)
+        check_paths(module(net=nn.Conv2d(3, 8, 3)), None)
 
 
 @pytest.mark.parametrize("probe", [None, IMAGES], ids=["adopted", "given"])
@@ -214,7 +214,7 @@ def test_the_start_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     watch = Watch(Hidden(), IMAGES, folder=tmp_path)
     watch.step(0)
     watch.close()
-    assert "; no teacher was found; name it by Watch({'student': …, 'teacher': …}); " in capsys.readouterr().err
+    assert "; no teacher was found; name it by Watch({'student': …, 'teacher': …})\n" in capsys.readouterr().err
     watch = Watch(tiny_vit(), IMAGES, folder=tmp_path / "alone")
     watch.step(0)
     watch.close()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -23,21 +24,40 @@ def said(caplog: pytest.LogCaptureFixture, start: str = "") -> list[str]:
     return [line for line in lines if line.startswith(start)]
 
 
-def test_what_was_found_is_one_line_and_in_the_dashboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_found_is_three_lines_and_in_the_dashboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         trainer(tmp_path, AttentionMapCallback()).fit(Distillation(), loader(), loader(8))
-    (line,) = said(caplog, "student")
-    for text in (
-        "student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 of 0 to 1, 4 heads, "
-        "grid 4 × 4; ",
-        "8 validation images of 32 × 32, normalised by an unknown normalisation",
-        "a snapshot every step, about ",
-        f"archive in {tmp_path / ARCHIVE}",
-    ):
-        assert text in line
-    assert "\n" not in line
+    (found,) = said(caplog, "watching")
+    models, images, when = found.split("\n  ")
+    assert models == (
+        "watching student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 of 0 to 1, "
+        "4 heads, grid 4 × 4"
+    )
+    assert images == "on 8 validation images of 32 × 32"
+    assert when.startswith("a snapshot every step, about ")
+    assert when.endswith(f"archive in {tmp_path / ARCHIVE}")
     text = Events(tmp_path / "run" / "version_0").text("attn_monitor/how_to_read")
-    assert line in text
+    assert found in text
+    assert "images are normalised by: `an unknown normalisation" in text
+
+
+def test_the_last_line_names_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Distillation(), loader(), loader(8))
+    report = tmp_path / ARCHIVE / "report.html"
+    assert said(caplog)[-1] == f"open {report} to see this run"
+    assert report.exists()
+
+
+def test_without_a_report_the_last_line_names_the_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Blocked(AttentionMapCallback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_train_start(trainer, pl_module)
+            (tmp_path / ARCHIVE / "report.html").mkdir()
+
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="writing the report"):
+        trainer(tmp_path, Blocked(), max_steps=2).fit(Distillation(), loader(), loader(8))
+    assert said(caplog)[-1] == f"archive in {tmp_path / ARCHIVE}"
 
 
 def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -46,7 +66,7 @@ def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog:
         trainer(tmp_path, AttentionMapCallback(probe), max_steps=2).fit(Distillation(), loader(), loader(8))
     (line,) = said(caplog, "3 snapshots, ")
     assert " s for the first look, " in line
-    assert "2 given images of 32 × 32" in said(caplog, "student")[0]
+    assert "on 2 given images of 32 × 32" in said(caplog, "watching")[0]
 
 
 def test_what_had_to_be_done_differently_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -54,9 +74,9 @@ def test_what_had_to_be_done_differently_is_said_once(tmp_path: Path, caplog: py
         trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Pretraining(hugging_face_mae()), loader())
         both = Distillation(class_token=False, global_pool="avg")
         trainer(tmp_path / "b", AttentionMapCallback(), max_steps=2).fit(both, loader())
-    (line,) = said(caplog, "backbone (backbone.vit): ViTMAEModel")
+    (line,) = said(caplog, "watching backbone (backbone.vit): ViTMAEModel")
     assert line.count("it masks patches at random, and is looked at with all of them") == 1
-    (line,) = said(caplog, "student")
+    (line,) = said(caplog, "watching student")
     assert line.count("it has no CLS token, so maps show the attention that patches receive") == 1
     stored = AttentionSnapshot.load(next((tmp_path / "b").rglob("step-*.npz"))).layer("student")
     assert (stored.model, stored.query) == ("VisionTransformer", "mean")

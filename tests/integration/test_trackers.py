@@ -219,7 +219,7 @@ def test_a_writers_methods_on_it_or_its_experiment() -> None:
 def test_one_method_for_all_events() -> None:
     """It gets every kind that no other method takes, each with content of the type that its class says."""
     logger = Recorder("log_metrics", "log_attention_event")
-    publish(logger, write_report=lambda folder, before: "page")
+    publish(logger, write_report=lambda folder, before: (folder / "report.html", "page"))
     events = [(args[0], args[1]) for args, _ in logger.of("log_attention_event")]
     kinds = {type(event).__name__ for event, _ in events}
     assert kinds == {"Picture", "Masks", "Histogram", "Table", "Lines", "Layout", "Animation", "Text"}
@@ -235,7 +235,11 @@ def test_alerts_and_pages_reach_it_too(tmp_path: Path) -> None:
     logger, model = Recorder("log_metrics", "log_attention_event"), tiny_vit()
     monitor = AttentionMonitor(PROBE)
     publisher = Publisher(
-        [logger], PROBE, folder=tmp_path / "archive", failures=Failures(), write_report=lambda folder, before: "page"
+        [logger],
+        PROBE,
+        folder=tmp_path / "archive",
+        failures=Failures(),
+        write_report=lambda folder, before: (folder / "report.html", "page"),
     )
     publisher.publish(monitor.snapshot({"backbone": model}, step=0))
     with torch.no_grad():

@@ -95,7 +95,7 @@ class AttentionMonitor:
         self.features, self.gram_step = features, options.gram_step or 0
         self.reference: Snapshot | None = None  # of Gram drift
         self.previous: Snapshot | None = None
-        self.history, self.curves = History(), Curves()
+        self.history, self.curves = History(dense="dense" in self.metrics), Curves()
         self._chunk = len(probe)
         self.failed: dict[str, Exception] = {}  # by role, of the latest call
         self._recorders: dict[str, AttentionRecorder] = {}
@@ -175,10 +175,10 @@ class AttentionMonitor:
         return snapshot
 
     def colored(self, snapshot: Same) -> Same:
-        """Return a snapshot of this run with colours of its patches, which continue those of the snapshots before.
+        """Return a snapshot of this run with colours of its patches, which continue those before, and "dense" metrics.
 
-        This takes a decomposition of the patch tokens, which the callback leaves to the threads that draw and write. A
-        snapshot that is saved without it has no colours.
+        This takes a decomposition and clusters of the patch tokens, which the callback leaves to the threads that draw
+        and write. A snapshot that is saved without it has neither.
         """
         return self.history.colored(snapshot)
 
@@ -211,7 +211,7 @@ class AttentionMonitor:
     def forget(self) -> None:
         """Drop the past, so that the next snapshot is the first of a run."""
         self.previous, self.reference = None, None
-        self.history, self.curves = History(), Curves()
+        self.history, self.curves = History(dense=self.history.dense), Curves()
         self.health = Health(self.health.limits)
 
     @property
@@ -247,7 +247,7 @@ class AttentionMonitor:
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self._chunk = len(self.probe)
         self.previous, self.reference = _snapshot(state["previous"]), _snapshot(state["reference"])
-        self.history = History([snapshot_from_state(s) for s in state["history"]])
+        self.history = History([snapshot_from_state(s) for s in state["history"]], dense=self.history.dense)
         self.health.load_state_dict(state["health"])
         self.curves = Curves.from_state_dict(state["curves"])
 

@@ -93,11 +93,11 @@ class Snapshot:
         return Snapshot(self.step, self.epoch, self.names, kept)
 
     def with_colors(self: Same, other: Snapshot) -> Same:
-        """Return this snapshot with the patch colours of the same snapshot, in place of the tokens."""
+        """Return this snapshot with the patch colours of the same snapshot, in place of the tokens, and its metrics."""
         layers = {
             key: replace(value, patches=None, patch_colors=other.layers[key].patch_colors)
             if value.patches is not None and key in other.layers
             else value
             for key, value in self.layers.items()
         }
-        return replace(self, layers=layers)
+        return replace(self, layers=layers, metrics=Metrics({**self.metrics, **other.metrics}))

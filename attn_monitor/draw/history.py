@@ -1,17 +1,20 @@
-"""`History`: earlier snapshots of a run, for film strips, and the colours of their patches."""
+"""`History`: earlier snapshots of a run, for film strips, and what takes long to compute of their patches."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from attn_monitor.attention import PatchColors
 from attn_monitor.draw.patch_colors import with_colors
+from attn_monitor.measure.dense_quality import dense_metrics
 from attn_monitor.measure.patch_features import Layers
+from attn_monitor.measurements import Metrics
 from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Same, Snapshot
 
@@ -19,26 +22,28 @@ MAX_SNAPSHOTS = 24
 
 
 class Entry:
-    """A snapshot of the past, which gets its colours on the thread that first draws or writes it.
+    """A snapshot of the past, which gets its colours and metrics on the thread that first draws or writes it.
 
     Colours continue those of the entry before, so they are computed in order; nothing else waits for that.
 
     Args:
         snapshot: the snapshot, with patch tokens or colours.
         before: the entry whose colours are continued; None at the start of a run.
+        dense: whether to measure `dense_quality`.
     """
 
-    def __init__(self, snapshot: Snapshot, before: Entry | None) -> None:
-        self.snapshot, self.before = snapshot, before
+    def __init__(self, snapshot: Snapshot, before: Entry | None, *, dense: bool) -> None:
+        self.snapshot, self.before, self._dense = snapshot, before, dense
         self._lock = threading.Lock()
         self._reference: Layers | None = None  # what later entries continue
         self._error: Exception | None = None
 
     def colored(self) -> Snapshot:
-        """Return the snapshot with colours.
+        """Return the snapshot with colours, and with metrics of its patch tokens.
 
         Raises:
-            Exception: The colours cannot be computed. They are black then, and only the first call raises.
+            Exception: They cannot be computed. Colours are black and metrics absent then, and only the first call
+                raises.
         """
         self._settle()
         error, self._error = self._error, None
@@ -46,11 +51,17 @@ class Entry:
             raise error
         return self.snapshot
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether colours and metrics are known, so that `colored` returns at once."""
+        return self._reference is not None
+
     def _settle(self) -> Layers:
         """Compute the colours unless they are known, and return those that the next entry continues."""
         with self._lock:
             if self._reference is None:
                 past: Layers = {} if self.before is None else self.before._settle()
+                metrics = self._measured()
                 try:
                     layers = with_colors(self.snapshot.layers, past)
                 except Exception as error:
@@ -60,19 +71,32 @@ class Entry:
                             black = PatchColors(torch.zeros(*one.patches.shape[:2], 3, device="cpu"), 1.0)
                             one = replace(one, patches=None, patch_colors=black)
                         layers[key] = one
-                self.snapshot = replace(self.snapshot, layers=layers)
+                self.snapshot = replace(self.snapshot, layers=layers, metrics=metrics)
                 shown = {key: one for key, one in layers.items() if one.colors is not None and one.colors.any()}
                 self._reference, self.before = {**past, **shown}, None  # black is no colour to continue
             return self._reference
 
+    def _measured(self) -> Metrics:
+        try:
+            return Metrics({**self.snapshot.metrics, **(dense_metrics(self.snapshot.layers) if self._dense else {})})
+        except Exception as error:
+            self._error = error
+            return self.snapshot.metrics
+
 
 class History:
-    """Earlier snapshots of the drawn layers in order of steps, thinned evenly to `MAX_SNAPSHOTS`."""
+    """Earlier snapshots of the drawn layers in order of steps, thinned evenly to `MAX_SNAPSHOTS`.
 
-    def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
+    Args:
+        snapshots: the past, in order of steps.
+        dense: whether to measure `dense_quality`.
+    """
+
+    def __init__(self, snapshots: Sequence[Snapshot] = (), *, dense: bool = False) -> None:
         self.entries: list[Entry] = []
+        self.dense = dense
         for snapshot in snapshots:
-            self.entries.append(Entry(snapshot, self.entries[-1] if self.entries else None))
+            self.entries.append(self._entry(snapshot, self.entries))
 
     def __iter__(self) -> Iterator[Snapshot]:
         return iter([entry.snapshot for entry in self.entries])
@@ -83,13 +107,16 @@ class History:
     def __getitem__(self, index: int) -> Snapshot:
         return self.entries[index].snapshot
 
-    def __reduce__(self) -> tuple[type[History], tuple[list[Snapshot]]]:
-        return History, (list(self),)
+    def __reduce__(self) -> tuple[partial[History], tuple[list[Snapshot]]]:
+        return partial(History, dense=self.dense), (list(self),)
+
+    def _entry(self, snapshot: Snapshot, before: Sequence[Entry]) -> Entry:
+        return Entry(snapshot, before[-1] if before else None, dense=self.dense)
 
     def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
         """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed."""
         kept = [entry for entry in self.entries if entry.snapshot.step < snapshot.step]
-        kept.append(Entry(snapshot.only(layers), kept[-1] if kept else None))
+        kept.append(self._entry(snapshot.only(layers), kept))
         if len(kept) > MAX_SNAPSHOTS:
             kept = [kept[i] for i in thin([entry.snapshot.step for entry in kept], MAX_SNAPSHOTS * 3 // 4)]
             for entry, following in pairwise(kept):  # so that nothing holds those that are left out
@@ -97,6 +124,6 @@ class History:
         self.entries = kept
 
     def colored(self, snapshot: Same) -> Same:
-        """Return a snapshot of the history with all its layers and the colours of its patches."""
-        entry = next((e for e in self.entries if e.snapshot.step == snapshot.step), None) or Entry(snapshot, None)
+        """Return a snapshot of the history with all its layers, and the colours and metrics of its patches."""
+        entry = next((e for e in self.entries if e.snapshot.step == snapshot.step), None) or self._entry(snapshot, ())
         return snapshot.with_colors(entry.colored())

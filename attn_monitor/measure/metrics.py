@@ -60,7 +60,7 @@ class MetricInputs:
 class Metric:
     """A metric: ``compute`` returns its values by name, none if inputs are missing; ``default`` selects it."""
 
-    compute: Callable[[MetricInputs], Mapping[str, Tensor]]
+    compute: Callable[[MetricInputs], Mapping[str, Tensor]] = lambda inputs: {}
     default: bool = True
 
 
@@ -155,6 +155,7 @@ METRICS = {
     "distance": Metric(_distance, default=False),  # needs every query's row
     "cls_patch_cosine": Metric(_cls_patch_cosine),
     "gram_drift": Metric(_gram_drift),  # where features are stored
+    "dense": Metric(),  # computed behind training: see `draw.history`
     "jaccard": Metric(_jaccard),
     "max_logit": Metric(_max_logit),
     "sinks": Metric(_sinks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ class Destination:
         self.first: list[Event[Any]] = []
         """Events to log once, together with the next ones; each is retried until it succeeds."""
         self._failures, self._reserve = failures, disk_reserve
+        self._late: list[tuple[Scalars, Callable[[], bool], int]] = []
 
     def put_scalars(self, scalars: Scalars, step: int) -> None:
         """Queue numbers, which are retried when they fail."""
@@ -43,6 +44,25 @@ class Destination:
             self.queue.put(Job(part, step, log, size=200 * len(scalars.content)))
         elif not self._failures.attempt(part, log):
             self._failures.lost(part, step)
+
+    def put_late(self, scalars: Scalars, known: Callable[[], bool], step: int) -> None:
+        """Queue numbers that take long to compute; a tracker on the training thread gets them when they are known."""
+        if Scalars not in self.tracker.methods:
+            return
+        if self.tracker.scalars_on_training_thread:
+            self._late.append((scalars, known, step))
+        else:
+            log = partial(self._log_scalars, scalars, step)
+            self.queue.put(Job(f"logging metrics to {self.label}", step, log))
+
+    def log_late(self, *, unknown: bool = False) -> None:
+        """Log late numbers that are known by now on this thread, ``unknown`` ones too at the end of the run."""
+        ready = [late for late in self._late if unknown or late[1]()]
+        self._late = [late for late in self._late if late not in ready]
+        for scalars, _, step in ready:
+            part = f"logging metrics to {self.label}"
+            if not self._failures.attempt(part, partial(self._log_scalars, scalars, step)):
+                self._failures.lost(part, step)
 
     def put(self, what: str, events: Sequence[Event[Any]], at: int, step: int | None) -> None:
         """Queue events of the kinds that the tracker takes; they are not retried.
@@ -59,8 +79,9 @@ class Destination:
             self.queue.put(Job(f"logging {part}", step, partial(self._log, part, taken, at), retry=False))
 
     def _log_scalars(self, scalars: Scalars, step: int) -> None:
-        with self.tracker.batch(step) as log:
-            log(scalars)
+        if scalars.content:
+            with self.tracker.batch(step) as log:
+                log(scalars)
 
     def _log(self, part: str, events: Sequence[Event[Any]], step: int) -> None:
         """Log events, going on after one that fails; raise the first error if all fail."""

@@ -136,8 +136,13 @@ class Publisher:
         if len(self._drawn) > DRAWN:
             for event in self._drawn.popleft():
                 event.forget()
+        entry = self._history.entries[-1]
+        late = Scalars("attn", partial(_metrics_of_patches, entry)).named(self._name)
         for destination in self._destinations:
+            destination.log_late()
             destination.put_scalars(self._scalars(destination, snapshot), step)
+            if self._history.dense:
+                destination.put_late(late, partial(getattr, entry, "is_settled"), step)
             destination.put("pictures", pictures, step, step)
         self._report()
 
@@ -168,6 +173,8 @@ class Publisher:
         self._drawn.clear()
         for queue in self._queues():
             queue.close()
+        for destination in self._destinations:
+            destination.log_late(unknown=finish)
         self.failures.sum_up()
         self._report()
 
@@ -239,6 +246,11 @@ class Publisher:
     def _report(self) -> None:
         if self._reports:
             self.failures.report(_warn)
+
+
+def _metrics_of_patches(entry: Entry) -> dict[str, float]:
+    """Return the metrics that an entry of the history adds to its snapshot, by tag."""
+    return {key.tag: value for key, value in entry.colored().metrics.items()}
 
 
 def _numbers(labels: Sequence[str]) -> list[int]:

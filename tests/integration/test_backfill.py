@@ -120,6 +120,7 @@ def test_it_is_what_the_callback_recorded(run: Path, tmp_path: Path) -> None:
                 assert torch.equal(getattr(attention, name), getattr(b.layers[key], name)), name
     assert again[-1].metrics["student", 1, "student_teacher_divergence", None] > 0
     assert again[-1].metrics["teacher", 1, "drift", None] > 0
+    assert again[-1].metrics["teacher", 1, "dense_separability", None] > 0
 
 
 def test_loggers_get_what_they_got_live(run: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def backfill(
     allow_missing: bool = False,
     trust: bool = False,
     logger: LoggerName = "tensorboard",
-    size: int | tuple[int, int] = 224,
+    size: int | tuple[int, int] | None = None,
     num_images: int = 8,
     masks: str | None = None,
     layers: Any = -1,
@@ -165,6 +165,7 @@ def backfill(
         trust: unpickle what else the checkpoints hold, which can run any code; for files whose author you know.
         logger: "tensorboard", "wandb", or "none": then the latest pictures are files in the archive.
         size: size of images from a folder in pixels, one number or [height, width]; cropped to a multiple of the patch.
+            Without it, 224, or what the model takes where it refuses that.
         num_images: how many images of a folder.
         masks: folder of ground-truth masks, PNGs with the images' names.
         layers: index, module path, list of these, or "all".
@@ -198,7 +199,9 @@ def backfill(
         raise ArchiveError(f"{len(filled.left_out)} checkpoints are left out: {names}")
 
 
-def _probe(path: str, model: nn.Module, size: int | tuple[int, int], num_images: int, masks: str | None) -> ProbeBatch:
+def _probe(
+    path: str, model: nn.Module, size: int | tuple[int, int] | None, num_images: int, masks: str | None
+) -> ProbeBatch:
     if Path(path).suffix != ".npz":
         return ProbeBatch.from_folder(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
     if not Path(path).exists():

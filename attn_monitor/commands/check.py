@@ -23,13 +23,14 @@ from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.weights.models import load_model
 
 
-def check(model: str, *, size: int | tuple[int, int] = 224, query: Any = "cls") -> None:
+def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any = "cls") -> None:
     """Run `attn-monitor check`, which this module describes.
 
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
         size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch.
+            Without it, 224, or what the model takes where it refuses that.
         query: "cls", "mean", a token index, or [row, col] of a patch.
     """
     loaded = load_model(model)

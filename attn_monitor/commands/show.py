@@ -40,7 +40,7 @@ def show(
     weights: bool = True,
     allow_missing: bool = False,
     trust: bool = False,
-    size: int | tuple[int, int] = 224,
+    size: int | tuple[int, int] | None = None,
     num_images: int = 8,
     layers: Any = -1,
     query: Any = "cls",
@@ -66,7 +66,8 @@ def show(
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
         allow_missing: accept a checkpoint that lacks a part of the backbone, which stays at random.
         trust: unpickle what else the checkpoint holds, which can run any code; for files whose author you know.
-        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch. Images are
+        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch.
+            Without it, 224, or what the model takes where it refuses that. Images are
             resized to cover it and cropped at the centre.
         num_images: how many images of a folder.
         layers: index, module path, list of these, or "all".

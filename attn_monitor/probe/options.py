@@ -27,7 +27,8 @@ class ProbeOptions:
         images: a folder or one image; a tensor (images, channels, H, W), normalised for the model; a `ProbeBatch`; or,
             for `Watch` alone, a data set or its loader. None takes images of the run's own data.
         num_images: how many images to take from a folder or from data; None is 8.
-        image_size: size of a folder's images in pixels, one number or (height, width); None is 224.
+        image_size: size of a folder's images in pixels, one number or (height, width). None is 224, or where a model
+            refuses that, the size that it takes.
         masks: folder of ground-truth masks for a folder of images, as `ProbeBatch.from_folder` reads it. They are
             outlined in the panels, and Jaccard curves are logged.
         mean: one number a channel, by which images are normalised. None is ImageNet's for a folder; for a tensor and
@@ -114,6 +115,11 @@ class ProbeOptions:
     def count(self) -> int:
         """Return how many images to take."""
         return self.num_images or NUM_IMAGES
+
+    @property
+    def other_sizes_fit(self) -> bool:
+        """Whether the images can be loaded in other sizes: they are a folder's, and no size was given."""
+        return isinstance(self.images, (str, os.PathLike)) and self.image_size is None
 
     def load(self) -> ProbeBatch | None:
         """Load the images that were given; None if they come from data. Raises `ProbeError`."""

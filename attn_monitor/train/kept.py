@@ -56,9 +56,10 @@ class Kept:
         """Call the models through this module around them."""
         self.root = root
 
-    def watch(self, probe: ProbeBatch) -> None:
+    def watch(self, probe: ProbeBatch) -> AttentionMonitor:
         """Watch these images from now on, without a past."""
         self.monitor = self._monitor_of(self.options.probe.with_statistics(probe))
+        return self.monitor
 
     def take_archive(self, archive: ArchiveId) -> None:
         """Remember the archive, to go on with it if the run is resumed."""

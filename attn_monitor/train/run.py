@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.distributed import RankZero
-from attn_monitor.errors import NoImagesError
+from attn_monitor.errors import AttentionError, ForwardError, NoImagesError, text_of
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.monitor import AttentionMonitor, named
+from attn_monitor.probe.options import IMAGE_SIZE
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.probe.sizes import sizes_in
 from attn_monitor.train.ema_watch import EmaWatch
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.probe_search import ObservedInputs
@@ -169,7 +172,7 @@ class Run:
         def find() -> None:
             with targets() as (models, *_):
                 if self.monitor is not None:
-                    self._check(self.monitor, models)
+                    self._check(models)
 
         with self.cost.of_discovery():
             self.errors.attempt(SNAPSHOT, find)
@@ -268,14 +271,37 @@ class Run:
         self.kept.end()
         self.errors.enter(Stage.UNWATCHED)
 
-    def _check(self, monitor: AttentionMonitor, models: Mapping[str, nn.Module]) -> None:
+    def _check(self, models: Mapping[str, nn.Module]) -> AttentionMonitor:
         """Find the models' attention; `HeadError` if a head to draw does not exist."""
-        monitor.check(models)
+        monitor = self._check_size(models)
         for role, error in monitor.failed.items():
             if self._roles_given and self.errors.stage is Stage.STARTING and isinstance(error, USER_ERRORS):
                 raise named(role, error)
         self._roles.failed(monitor.failed)
         monitor.check_heads(self.kept.options.drawing.drawn_heads)
+        return monitor
+
+    def _check_size(self, models: Mapping[str, nn.Module]) -> AttentionMonitor:
+        """Find the models' attention; where they refuse the size of a folder's images, on images of one they take."""
+        monitor, options = self.monitor, self.kept.options.probe
+        assert monitor is not None
+        try:
+            monitor.check(models)
+        except ForwardError as error:
+            if not options.other_sizes_fit or self.kept.resumed:
+                raise
+            for size in sizes_in(text_of(error.__cause__ or error), IMAGE_SIZE):
+                probe = self.rank_zero.run(replace(options, image_size=size).load)
+                assert probe is not None
+                other = self.kept.watch(probe)
+                try:
+                    other.check(models)
+                except AttentionError:
+                    continue
+                return other
+            self.kept.watch(monitor.probe)
+            raise ForwardError(f"{error}. Where it takes another size than {IMAGE_SIZE}, pass image_size=") from error
+        return monitor
 
     def _found(self, flags: Sequence[HealthFlag], step: int) -> None:
         """Report flags at once; the next snapshot stores them."""
@@ -300,7 +326,7 @@ class Run:
             looked_at = {role: model for role, model in models.items() if role not in paused} or models
             if first:
                 with self.cost.of_discovery():
-                    self._check(monitor, looked_at)
+                    monitor = self._check(looked_at)
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
             snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last)

@@ -8,10 +8,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from attn_monitor.capture.observe.isolation import model_device_dtype
+from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
 from attn_monitor.commands.support.results import notify
 from attn_monitor.distributed import is_out_of_memory
+from attn_monitor.errors import text_of
 from attn_monitor.probe.image_folder import check_size
+from attn_monitor.probe.options import IMAGE_SIZE
+from attn_monitor.probe.sizes import sizes_in
 
 Result = TypeVar("Result")
 
@@ -70,11 +74,14 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
     return first.stride[0], first.stride[1]
 
 
-def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, int]:
+def fitting_size(model: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Return (height, width), cropped to a multiple of the model's patches as DINO does, with a note on stderr.
 
+    Without a size it is 224, or a size that the model's error names where it refuses that and takes the other.
     Raises ValueError where not even one patch would be left.
     """
+    if size is None:
+        size = _accepted_size(model)
     wanted, patch = check_size(size), patch_size(model)
     if patch is None:
         return wanted
@@ -85,3 +92,27 @@ def fitting_size(model: nn.Module, size: int | tuple[int, int]) -> tuple[int, in
     if (height, width) != wanted:
         notify(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({of_patch})")
     return height, width
+
+
+def _accepted_size(model: nn.Module) -> int:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    sizes, refused = [IMAGE_SIZE], False
+    while sizes:
+        size = sizes.pop(0)
+        try:
+            with isolated_forward(model):
+                default_forward(model, _noise(model, channels, size))
+        except Exception as error:  # whatever a model raises; without another size it is raised again where it is run
+            sizes = sizes if refused else sizes_in(text_of(error), IMAGE_SIZE)
+            refused = True
+        else:
+            if refused:
+                notify(f"the model refuses images of {IMAGE_SIZE} pixels, and is run on images of {size} (see --size)")
+            return size
+    return IMAGE_SIZE
+
+
+def _noise(model: nn.Module, channels: int, size: int) -> torch.Tensor:
+    device, dtype = model_device_dtype(model)
+    return torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attn_monitor.commands.backfill import backfill_run
     from attn_monitor.commands.compare import compare_runs
+    from attn_monitor.commands.pick import pick_checkpoints
     from attn_monitor.commands.report import snapshot_player
     from attn_monitor.commands.summary import summarise_run
     from attn_monitor.commands.support.matrices import save_matrices
@@ -30,6 +31,7 @@ __all__ = [
     "compare_runs",
     "load_checkpoint",
     "load_model",
+    "pick_checkpoints",
     "save_matrices",
     "snapshot_player",
     "summarise_run",
@@ -41,6 +43,7 @@ _MODULES = {
     "compare_runs": "commands.compare",
     "load_checkpoint": "weights.loading",
     "load_model": "weights.models",
+    "pick_checkpoints": "commands.pick",
     "save_matrices": "commands.support.matrices",
     "snapshot_player": "commands.report",
     "summarise_run": "commands.summary",

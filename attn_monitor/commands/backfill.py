@@ -178,7 +178,7 @@ def backfill(
     """
     chosen_device = choose_device(device)
     backbone = load_model(model)
-    images = _probe(probe, backbone, size, num_images, masks)
+    images = probe_of(probe, backbone, size, num_images, masks)
     monitor = AttentionMonitor(
         images,
         layers=layers,
@@ -199,9 +199,10 @@ def backfill(
         raise ArchiveError(f"{len(filled.left_out)} checkpoints are left out: {names}")
 
 
-def _probe(
+def probe_of(
     path: str, model: nn.Module, size: int | tuple[int, int] | None, num_images: int, masks: str | None
 ) -> ProbeBatch:
+    """Load the images of a folder, in a size that fits the model, or those of an archive's probe.npz."""
     if Path(path).suffix != ".npz":
         return ProbeBatch.from_folder(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
     if not Path(path).exists():

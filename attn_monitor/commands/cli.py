@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attn_monitor.commands.backfill import backfill
 from attn_monitor.commands.check import check
 from attn_monitor.commands.compare import compare
+from attn_monitor.commands.pick import pick
 from attn_monitor.commands.replay import replay
 from attn_monitor.commands.report import report
 from attn_monitor.commands.show import show
@@ -26,7 +27,7 @@ from attn_monitor.errors import AttentionError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary]
+COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary, pick]
 DRAWING = "drawing"  # the parameter of a command whose values are options of their own
 MAY_BE_EMPTY = {"key"}  # the prefix of names in a checkpoint that have none
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import warnings
@@ -28,6 +29,7 @@ from attn_monitor import (
 )
 from attn_monitor.commands import cli
 from attn_monitor.commands.backfill import Backfilled, backfill_run
+from attn_monitor.commands.pick import rank
 from attn_monitor.errors import CheckpointError, LayerError
 from attn_monitor.record.folder_claim import claim_free
 from attn_monitor.weights.run_checkpoints import step_in_name
@@ -121,6 +123,17 @@ def test_it_is_what_the_callback_recorded(run: Path, tmp_path: Path) -> None:
     assert again[-1].metrics["student", 1, "student_teacher_divergence", None] > 0
     assert again[-1].metrics["teacher", 1, "drift", None] > 0
     assert again[-1].metrics["teacher", 1, "dense_separability", None] > 0
+
+
+def test_checkpoints_are_ranked_as_what_the_callback_recorded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pick", str(run / "checkpoints"), "--model", "tests.support.helpers:tiny_vit", "--json", "--start", "0"]
+    cli.main([*words, "--probe", str(live(run) / "attn_monitor" / "probe.npz"), "--out", str(tmp_path / "out")])
+    told = json.loads(capsys.readouterr().out)
+    expected = rank({s.step: s.metrics for s in recorded(run)})
+    assert told["rankings"] == [ranking.as_dict() for ranking in expected if ranking.use == "dense"]
+    assert [s["step"] for s in told["rankings"][0]["scores"]] == STEPS
 
 
 def test_loggers_get_what_they_got_live(run: Path, tmp_path: Path) -> None:

@@ -225,11 +225,15 @@ class AttentionMapCallback(Base):
             self._snapshot(trainer, pl_module, batch)
         else:
             self.run.between_steps(step)
+        self.run.begin_batch(step, batch)
         self.run.errors.begin_step()
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Sample weights before the module's own hook, which often updates the teacher."""
         if self.run is not None:
+            self.run.loss_is(lightning_run.loss_of(trainer, outputs))
             self.run.batch_ended()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,35 +8,40 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 HEALTH_TAG = "attn/health_flags"  # the number of flags that a run has raised so far
+TRAINING = "training"  # the role of what belongs to no model, such as the loss
 
 _TAG = re.compile(
-    r"attn(?P<heads>_heads)?/(?P<role>.+)/layer(?P<layer>[0-9]+)/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
+    r"attn(?P<heads>_heads)?/(?P<role>.+?)(/layer(?P<layer>[0-9]+))?/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
 )
 
 
 class MetricKey(NamedTuple):
     """Identify a value by role, layer, metric and head; head None is the mean over heads and images.
 
-    The metrics in `measure.metrics.LARGEST` are the largest value instead of the mean.
+    Layer None is the whole model, as for its global features in training; the loss has the role "training". The metrics
+    in `measure.metrics.LARGEST` are the largest value instead of the mean.
 
     Example:
         >>> MetricKey("teacher", 11, "entropy").tag
         'attn/teacher/layer11/entropy'
         >>> MetricKey.from_tag("attn_heads/teacher/layer11/entropy/head2")
         MetricKey(role='teacher', layer=11, metric='entropy', head=2)
+        >>> MetricKey("teacher", None, "rankme").tag
+        'attn/teacher/rankme'
     """
 
     role: str
-    layer: int
+    layer: int | None
     metric: str
     head: int | None = None
 
     @property
     def tag(self) -> str:
         """Return the value's name in loggers."""
-        if self.head is None:
-            return f"attn/{self.role}/layer{self.layer}/{self.metric}"
-        return f"attn_heads/{self.role}/layer{self.layer}/{self.metric}/head{self.head}"
+        where = self.role if self.layer is None else f"{self.role}/layer{self.layer}"
+        return (
+            f"attn/{where}/{self.metric}" if self.head is None else f"attn_heads/{where}/{self.metric}/head{self.head}"
+        )
 
     @classmethod
     def from_tag(cls, tag: str) -> MetricKey | None:
@@ -45,7 +50,7 @@ class MetricKey(NamedTuple):
         if found is None:
             return None
         role, layer, metric, head = found.group("role", "layer", "metric", "head")
-        return cls(role, int(layer), metric, None if head is None else int(head))
+        return cls(role, None if layer is None else int(layer), metric, None if head is None else int(head))
 
 
 class Metrics(dict[MetricKey, float]):
@@ -61,15 +66,15 @@ class Metrics(dict[MetricKey, float]):
         """Return the value of a key or tag, ``default`` if there is none."""
         return super().get(_as_key(key), default)
 
-    def by_layer(self) -> dict[tuple[str, int], Metrics]:
+    def by_layer(self) -> dict[tuple[str, int | None], Metrics]:
         """Group the metrics by (role, layer)."""
-        found: dict[tuple[str, int], Metrics] = {}
+        found: dict[tuple[str, int | None], Metrics] = {}
         for key, value in self.items():
             found.setdefault((key.role, key.layer), Metrics())[key] = value
         return found
 
-    def of_layer(self, role: str, layer: int) -> dict[str, float]:
-        """Return one layer's means over heads and images, by the metric's name."""
+    def of_layer(self, role: str, layer: int | None) -> dict[str, float]:
+        """Return one layer's means over heads and images, by the metric's name; None is the whole model."""
         return {key.metric: value for key, value in self.items() if key[:2] == (role, layer) and key.head is None}
 
 

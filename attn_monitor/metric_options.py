@@ -19,6 +19,8 @@ class MetricOptions:
             every query of every layer, which "distance", "max_logit" and "sinks" by name also read.
         gram_step: the first snapshot from this step on is the reference of ``gram_drift``, which needs features; None
             is the first of all.
+        training: whether to measure global features, prototypes and the loss in a few of training's own steps before
+            each snapshot, see `train.training_watch`.
         verify: whether to check row·V against the model's output: True (every snapshot), "first" (and after changes),
             or False.
 
@@ -33,10 +35,13 @@ class MetricOptions:
     names: Sequence[str] | str | None = None
     gram_step: int | None = None
     verify: Verify = True
+    training: bool = True
 
     def __post_init__(self) -> None:
         select_metrics(self.names)
         check_verify(self.verify)
+        if not isinstance(self.training, bool):
+            raise ArgumentError(f"training={self.training!r}: expected True or False")
         step = self.gram_step
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ArgumentError(f"gram_step={step!r}: expected a step of at least 0, or None for the first snapshot")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, summarise
 from attn_monitor.measure.patch_features import with_features
-from attn_monitor.measurements import HealthFlag
+from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
@@ -134,6 +135,7 @@ class AttentionMonitor:
         epoch: int = 0,
         flags: Sequence[HealthFlag] = (),
         last: bool = False,
+        others: Mapping[MetricKey, float] = MappingProxyType({}),
     ) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
 
@@ -143,6 +145,7 @@ class AttentionMonitor:
             epoch: from 0 on.
             flags: health flags from elsewhere to store with the snapshot.
             last: whether the run ends with it, so that the order of tokens is checked in any case.
+            others: metrics from elsewhere to store with the snapshot.
 
         Returns:
             The snapshot, on the CPU.
@@ -169,7 +172,7 @@ class AttentionMonitor:
         self.health.add(flags)
         found = (*flags, *self.health.add(self._reordered), *self.health.examine(step, layers, measured))
         self._reordered = []
-        metrics, raised = summarise(measured), len(self.health.flags)
+        metrics, raised = Metrics({**summarise(measured), **others}), len(self.health.flags)
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
         self.remember(snapshot)
         return snapshot

@@ -133,7 +133,10 @@ class Watch:
         # Rank zero of this process alone: the others do nothing.
         rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
         self.run: Run | None = Run(self.kept, rank_zero, warn=_warn, inform=_inform, watched=watched)
-        self.kept.within(models if isinstance(models, nn.Module) else None)
+        if isinstance(models, nn.Module):
+            self.kept.within(models)
+        else:
+            self.kept.within(None, tuple(models.values()))
 
     @property
     def monitor(self) -> AttentionMonitor | None:
@@ -145,26 +148,33 @@ class Watch:
         """Whether snapshots are taken, which is on rank zero, of a model that can be watched, until `close`."""
         return self.run is not None and self.run.active
 
-    def step(self, step: int, *, batch: Any = None, epoch: int = 0) -> AttentionSnapshot | None:
+    def step(
+        self, step: int, *, batch: Any = None, epoch: int = 0, loss: Tensor | float | None = None
+    ) -> AttentionSnapshot | None:
         """Take a snapshot if one is due. Call this between any two optimizer steps.
 
         Args:
             step: optimizer steps done, from 0 on.
             batch: what the next step receives, to take images of and to compare the probe with.
             epoch: from 0 on.
+            loss: of the step before, which the verdict reads; its tensor is read with the next snapshot.
 
         Returns:
             The snapshot, None if none was due or it failed.
         """
         if self.run is None:
             return None
+        self.run.loss_is(loss)
         self.run.settle()
         schedule = self.kept.schedule
         early = schedule.due_early(step) and self.run.cost.allows_another()
         if self.run.active and (early or schedule.due(step)):
-            return self._snapshot(self.run, step, batch, epoch)
-        self.run.between_steps(step)
-        return None
+            taken = self._snapshot(self.run, step, batch, epoch)
+        else:
+            taken = None
+            self.run.between_steps(step)
+        self.run.begin_batch(step, batch)
+        return taken
 
     def close(self, step: int | None = None) -> None:
         """Take a last snapshot at this step unless there is one, write everything, and stop watching."""

@@ -19,7 +19,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.commands.support.results import print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measurements import HealthFlag
+from attn_monitor.measurements import TRAINING, HealthFlag
 from attn_monitor.record.thinning import thin
 
 BEST = {
@@ -111,6 +111,14 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class ModelSummary:
+    """What was measured of a whole model in training's own forwards; of the role "training" the loss."""
+
+    role: str
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A run's steps, images, layers and flags, and a verdict in words; ``broken`` says what could not be read."""
 
@@ -119,6 +127,7 @@ class RunSummary:
     images: tuple[str, ...]
     flags: tuple[HealthFlag, ...]
     layers: tuple[LayerSummary, ...]
+    models: tuple[ModelSummary, ...] = ()
     broken: tuple[str, ...] = ()
 
     @property
@@ -136,6 +145,7 @@ class RunSummary:
             "images": list(self.images),
             "flags": [flag.state_dict() for flag in self.flags],
             "layers": [_layer_as_dict(layer) for layer in self.layers],
+            "models": [{"role": model.role, "metrics": _curves_as_dict(model.curves)} for model in self.models],
             "broken": list(self.broken),
         }
 
@@ -158,23 +168,22 @@ def summarise_run(run: str | Path) -> RunSummary:
     images: tuple[str, ...] = ()
     flags: list[HealthFlag] = []
     attention: dict[tuple[str, int], LayerAttention] = {}
-    curves: dict[tuple[str, int], dict[str, list[Point]]] = {}
+    curves: dict[tuple[str, int | None], dict[str, list[Point]]] = {}
     for snapshot in found:
         steps.append(snapshot.step)
         images = snapshot.names
         flags += snapshot.flags
         attention.update(snapshot.layers)
-        for key in snapshot.layers:
-            for metric, value in snapshot.metrics.of_layer(*key).items():
-                if math.isfinite(value):
-                    curves.setdefault(key, {}).setdefault(metric, []).append(Point(snapshot.step, value))
-    layers = [
-        LayerSummary.of(
-            role, a, [Curve(metric, tuple(points)) for metric, points in curves.get((role, layer), {}).items()]
-        )
-        for (role, layer), a in attention.items()
-    ]
-    return RunSummary(found.folder, tuple(steps), images, tuple(flags), tuple(layers), tuple(found.broken))
+        for key, value in snapshot.metrics.items():
+            if key.head is None and math.isfinite(value):
+                of_layer = curves.setdefault((key.role, key.layer), {})
+                of_layer.setdefault(key.metric, []).append(Point(snapshot.step, value))
+    of = {key: [Curve(metric, tuple(points)) for metric, points in lines.items()] for key, lines in curves.items()}
+    layers = [LayerSummary.of(role, a, of.get((role, layer), [])) for (role, layer), a in attention.items()]
+    models = [ModelSummary(role, tuple(lines)) for (role, layer), lines in of.items() if layer is None]
+    return RunSummary(
+        found.folder, tuple(steps), images, tuple(flags), tuple(layers), tuple(models), tuple(found.broken)
+    )
 
 
 def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
@@ -208,6 +217,9 @@ def _print(found: RunSummary, every_layer: bool) -> None:
         rows = [_row(curve) for curve in layer.curves if all_metrics or curve.metric == "entropy"]
         print(f"\n{layer.title}")
         print_table([TITLES, *rows] if rows else [["  no metrics were measured"]])
+    for model in found.models:
+        print(f"\n{model.role if model.role == TRAINING else f'{model.role}, the whole model'}, in training's steps")
+        print_table([TITLES, *map(_row, model.curves)])
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -234,7 +246,11 @@ def _number(value: float) -> str:
 
 def _layer_as_dict(layer: LayerSummary) -> dict[str, Any]:
     facts = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "curves"}
-    return {**facts, "metrics": {curve.metric: _curve_as_dict(curve) for curve in layer.curves}}
+    return {**facts, "metrics": _curves_as_dict(layer.curves)}
+
+
+def _curves_as_dict(curves: Sequence[Curve]) -> dict[str, Any]:
+    return {curve.metric: _curve_as_dict(curve) for curve in curves}
 
 
 def _curve_as_dict(curve: Curve) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def _by_layer(curves: Mapping[MetricKey, Points], role: str) -> dict[int, tuple[
     found: dict[int, tuple[str, Points]] = {}
     for key, points in sorted(curves.items()):  # "max_logit" comes before "max_logit_cls"
         if key.role == role:
+            assert key.layer is not None
             found.setdefault(key.layer, (key.metric, points))
     return found
 

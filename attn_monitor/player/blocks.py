@@ -74,10 +74,14 @@ def has_features(snapshot: Snapshot) -> bool:
 
 
 def measured(snapshot: Snapshot) -> dict[str, Any]:
-    """Metrics by "role/layer/metric": the mean, then the values of heads where there are any; None for NaN."""
+    """Metrics by "role/layer/metric": the mean, then the values of heads where there are any; None for NaN.
+
+    Those of a whole model are "role/model/metric".
+    """
     values: dict[str, list[float | None]] = {}
     for key, value in snapshot.metrics.items():
-        found = values.setdefault(f"{key.role}/{key.layer}/{key.metric}", [])
+        layer = "model" if key.layer is None else key.layer
+        found = values.setdefault(f"{key.role}/{layer}/{key.metric}", [])
         found.insert(0 if key.head is None else len(found), float(f"{value:.5g}") if math.isfinite(value) else None)
     return values
 

@@ -73,6 +73,11 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "names": list(snapshot.names),
         "flags": [flag.state_dict() for flag in snapshot.flags],
         "flags_raised": snapshot.flags_raised,
+        "models": [
+            {"role": role, "metrics": _stored_metrics(values)}
+            for (role, layer), values in metrics.items()
+            if layer is None
+        ],
         "layers": [
             {
                 "role": role,
@@ -118,6 +123,9 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
         of_layer = _metrics(entry, *key)
         layers[key] = _layer(entry, len(names), of_layer, read)
         metrics.update(of_layer)
+    for number, item in enumerate(header.items("models") if "models" in header else ()):
+        entry = Fields(item, f"header's entry {number} of models")
+        metrics.update(_metrics(entry, entry.text("role"), None))
     if not layers:
         raise ArchiveError("the header has no layers: expected at least one")
     flags = tuple(
@@ -242,7 +250,7 @@ def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
     return stored
 
 
-def _metrics(entry: Fields, role: str, layer: int) -> Metrics:
+def _metrics(entry: Fields, role: str, layer: int | None) -> Metrics:
     """Read the metrics of `_stored_metrics`."""
     metrics, stored = Metrics(), entry.child("metrics")
     for name in stored:

@@ -21,7 +21,11 @@ def layers_within(snapshot: Snapshot, budget: int) -> tuple[int, ...]:
 
 def head_keys(snapshot: Snapshot) -> Counter[int]:
     """Count each layer's metrics of single heads, including drift, which the first snapshot lacks."""
-    costs = Counter(key.layer for key in snapshot.metrics if key.head is not None and key.metric != "drift")
+    costs = Counter(
+        key.layer
+        for key in snapshot.metrics
+        if key.head is not None and key.layer is not None and key.metric != "drift"
+    )
     for (_, layer), attention in snapshot.layers.items():
         costs[layer] += attention.rows.shape[1]
     return costs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ class Kept:
         self.archive = ArchiveId()
         self.resumed = False  # whether the present run has loaded a checkpoint
         self.root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
+        self.around: tuple[nn.Module, ...] = ()  # the modules that hold the models and their heads
         self._folder: Path | None = None  # of the latest run
         self._distributed = False  # whether several processes share the probe
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "root": None}
+        return {**vars(self), "root": None, "around": ()}
 
     def start(self, *, distributed: bool) -> None:
         """Begin a run, which loads a checkpoint later if it does."""
@@ -52,9 +53,9 @@ class Kept:
         if self.monitor is not None:
             self.monitor.distributed = distributed
 
-    def within(self, root: nn.Module | None) -> None:
-        """Call the models through this module around them."""
-        self.root = root
+    def within(self, root: nn.Module | None, around: Sequence[nn.Module] = ()) -> None:
+        """Call the models through this module around them; ``around`` are modules that hold them, if it is None."""
+        self.root, self.around = root, tuple(around) if root is None else (root,)
 
     def watch(self, probe: ProbeBatch) -> AttentionMonitor:
         """Watch these images from now on, without a past."""
@@ -87,7 +88,7 @@ class Kept:
 
     def end(self) -> None:
         """Release the run's models."""
-        self.root = None
+        self.root, self.around = None, ()
         if self.monitor is not None:
             self.monitor.let_go()
 

@@ -56,6 +56,19 @@ def steps_done(trainer: pl.Trainer) -> int:
     return int(batches.processed)
 
 
+def loss_of(trainer: pl.Trainer, outputs: Any) -> Tensor | None:
+    """Return the loss of a batch as its step has returned it, None if it has not.
+
+    Args:
+        trainer: the trainer.
+        outputs: what `on_train_batch_end` receives, where a loss is divided by the number of accumulated batches.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor):
+        return None
+    return loss.detach() * (trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1)
+
+
 def configures_late(pl_module: pl.LightningModule) -> bool:
     """Whether the module builds itself in `configure_model`, which Lightning calls after `setup`."""
     return type(pl_module).configure_model is not pl.LightningModule.configure_model

@@ -14,7 +14,7 @@ from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import AttentionError, ForwardError, NoImagesError, text_of
-from attn_monitor.measurements import HealthFlag
+from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.monitor import AttentionMonitor, named
 from attn_monitor.probe.options import IMAGE_SIZE
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -26,6 +26,7 @@ from attn_monitor.train.reports import Cost
 from attn_monitor.train.run_errors import SNAPSHOT, USER_ERRORS, RunErrors, Stage, WatchedRoles
 from attn_monitor.train.run_output import RunOutput
 from attn_monitor.train.targets import FindTargets
+from attn_monitor.train.training_watch import TrainingWatch
 from attn_monitor.train.wiring_watch import WiringWatch
 
 PLACES = "checking the places of tokens"  # the part's name in `Failures`
@@ -80,6 +81,7 @@ class Run:
         self._ema = EmaWatch(options.health, self.failures, self._found)
         self._findings: list[HealthFlag] = []  # flags of the EMA watch, stored with the next snapshot
         self._roles = WatchedRoles(self.failures, inform)
+        self._training = TrainingWatch(self.failures, inform) if options.metrics.training else None
         kept.start(distributed=distributed)
         if kept.monitor is None and (probe := rank_zero.run(options.probe.load)) is not None:
             kept.watch(probe)
@@ -206,7 +208,10 @@ class Run:
                 )
             )
             if now:
-                take = partial(self._take, targets, step, epoch, batch, flags, paused, last)
+                training = self.rank_zero.run(
+                    lambda: Metrics() if self._training is None else self._training.values(step)
+                )
+                take = partial(self._take, targets, step, epoch, batch, flags, paused, last, training)
                 self.errors.attempt(SNAPSHOT, lambda: taken.append(take()))
                 if self.errors.searches_again():
                     return None
@@ -228,6 +233,16 @@ class Run:
             with self.cost.of_a_snapshot():
                 self.errors.attempt(PLACES, check)
             self.errors.report()
+
+    def begin_batch(self, step: int, batch: Any) -> None:
+        """Observe what the models return in a batch that comes shortly before a snapshot."""
+        if self._training is not None and self.active:
+            self._training.begin(step, self.kept.schedule.next_due(), batch)
+
+    def loss_is(self, loss: Any) -> None:
+        """Keep the loss of the batch that has ended, a tensor or a number."""
+        if self._training is not None and self.active:
+            self._training.end(loss)
 
     def between_steps(self, step: int) -> None:
         """Check how the teacher is updated, between batches without a snapshot; a few steps are checked at times."""
@@ -267,6 +282,8 @@ class Run:
         """Release the run's models, threads and folder lock."""
         self.output.end()
         self._ema.stop()
+        if self._training is not None:
+            self._training.stop()
         self._inputs.stop()
         self.kept.end()
         self.errors.enter(Stage.UNWATCHED)
@@ -319,6 +336,7 @@ class Run:
         flags: Sequence[HealthFlag],
         paused: Sequence[str],
         last: bool,
+        training: Metrics,
     ) -> AttentionSnapshot:
         monitor, first = self.monitor, not self.cost.snapshots
         assert monitor is not None
@@ -329,7 +347,7 @@ class Run:
                     monitor = self._check(looked_at)
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
-            snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last)
+            snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last, others=training)
         self._roles.took(snapshot, monitor, models, paths)
         self.errors.enter(Stage.WATCHING)
         self.cost.snapshots, self._findings = self.cost.snapshots + 1, []
@@ -340,6 +358,9 @@ class Run:
             self.output.publish(self._findings)
         if self._checks_ema and self.rank_zero.is_here:
             self._ema.begin(models, self.kept.root, step)
+        if self._training is not None and self.rank_zero.is_here:
+            firsts = {role: snapshot.layer(role).prefix_names[:1] == ("CLS",) for role in snapshot.roles}
+            self._training.follow(models, self.kept.around, firsts)
         return snapshot
 
     def _publish_held(self) -> None:

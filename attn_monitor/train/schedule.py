@@ -34,6 +34,7 @@ class Schedule:
         self.last_step: int | None = None
         self._interval: int | None = every_n_train_steps
         self._total_steps = math.inf
+        self._epoch_steps: int | None = None  # between the latest two snapshots, with `every_n_epochs`
 
     def start(self, total_steps: float) -> None:
         """Set the length of the run in steps, infinite if it is unknown."""
@@ -66,6 +67,18 @@ class Schedule:
         # Not a remainder: with several optimizers the step counter skips numbers.
         return step // self._interval > self.last_step // self._interval
 
+    def next_due(self) -> int | None:
+        """Return the step of the next snapshot; None if it is not known, as there may be an early one."""
+        last = self.last_step
+        if last is None or (self._interval is None and self.every_n_epochs is None and last < OPEN_ENDED):
+            return None
+        if self.every_n_epochs is not None:
+            return None if self._epoch_steps is None else last + self._epoch_steps
+        due = last + max(OPEN_ENDED, last // 10)
+        if self._interval is not None:
+            due = (last // self._interval + 1) * self._interval
+        return int(min(due, self._total_steps)) if self._total_steps > last else due
+
     def due_early(self, step: int) -> bool:
         """Whether to take an extra snapshot, if that is cheap, as a run of unknown length may be short.
 
@@ -81,4 +94,6 @@ class Schedule:
 
     def taken(self, step: int | None) -> None:
         """Remember the step of the latest snapshot; None if there is none."""
+        known = step is not None and self.last_step is not None and step > self.last_step
+        self._epoch_steps = step - self.last_step if known else self._epoch_steps  # type: ignore[operator]
         self.last_step = step

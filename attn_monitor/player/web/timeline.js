@@ -192,17 +192,17 @@ function makeCurves() {
  * @param {string} name
  */
 function curvesOf(run, side, role, name) {
-  const key = `${role}/${shownLayer(run)}/${name}`;
+  const keys = [`${role}/${shownLayer(run)}/${name}`, `${role}/model/${name}`];
   const className = roleClass(role) + (side ? " other" : "");
   /** @type {(index: number) => Curve["points"]} */
-  const points = (index) => run.steps.map(({ step, metrics }) => [step, metrics[key]?.[index] ?? null]);
+  const points = (index) => run.steps.map(({ step, metrics }) => [step, keys.map((key) => metrics[key]?.[index]).find((v) => v != null) ?? null]);
   const mean = { className: `${className} mean`, points: points(0), dotted: true, role, side };
   const head = { className: `${className} head`, points: points(view.head + 1), dotted: false, role, side };
   return view.head >= 0 && head.points.some((point) => point[1] !== null) ? [head, mean] : [mean];
 }
 
 /**
- * Metrics that a layer has at any step.
+ * Metrics that a layer, or the whole model, has at any step.
  * @param {Run} run
  * @param {number} layer
  */
@@ -210,7 +210,8 @@ function metricsOf(run, layer) {
   const keys = new Set(run.steps.flatMap(({ metrics }) => Object.keys(metrics)));
   const names = [...keys].flatMap((key) => {
     const [name, number] = key.split("/").reverse();
-    return number === String(layer) ? [name] : [];
+    const isOfRole = key.slice(0, key.indexOf("/")) !== "training";
+    return isOfRole && (number === String(layer) || number === "model") ? [name] : [];
   });
   return [...new Set(names)];
 }

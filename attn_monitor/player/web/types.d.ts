@@ -35,7 +35,7 @@ export interface Flag {
 export interface Step {
   step: number;
   epoch: number;
-  /** By "role/layer/metric": the mean, then each head. */
+  /** By "role/layer/metric", or "role/model/metric": the mean, then each head. */
   metrics: Record<string, (number | null)[]>;
   flags: Flag[];
   layout: number;

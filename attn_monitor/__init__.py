@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from attn_monitor import functional as functional
     from attn_monitor.attention import LayerAttention as LayerAttention
@@ -58,7 +60,7 @@ _MODULES = {
     "record_attention": "capture.recorder",
 }
 
-__all__ = ["functional", *_MODULES]
+__all__ = ["__version__", "functional", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

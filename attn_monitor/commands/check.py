@@ -1,17 +1,24 @@
 """List the attention layers of a model, what can be read from them, and at what cost.
 
+The exit status is 1 where no layer can be read.
+
 Example: attn-monitor check timm:vit_small_patch16_dinov3 --size 256
 """
 
 from __future__ import annotations
 
+import re
 import statistics
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.layer_selection import stack_notes
 from attn_monitor.capture.observe.forward import default_forward
@@ -40,6 +47,7 @@ def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any =
         roles = find_backbones(loaded, images)
     except NoAttentionError:  # the whole of it may be run in another way
         roles = {"model": ""}
+    readable = False
     for role, path in roles.items():
         backbone = loaded.get_submodule(path)
         recorder = AttentionRecorder(backbone, layers="all", query=query)
@@ -48,17 +56,38 @@ def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any =
         print(
             f"{model}: {where}, {type(backbone).__name__}, images of {height} × {width}, {len(sites)} attention layers"
         )
-        for site in sites:
-            print("  " + _describe(site))
+        for text in _descriptions(sites):
+            print(f"  {text}")
         for note in stack_notes(sites):
             print(f"  {note}")
-        print("  " + _cost(backbone, recorder, images, query))
+        read = _read(recorder, images, query)
+        readable = readable or not isinstance(read, AttentionError)
+        print("  " + (f"query={query!r} can be read nowhere: {read}" if isinstance(read, AttentionError) else read))
+    if not readable:
+        sys.exit(1)
+
+
+def _descriptions(sites: Sequence[Site]) -> Iterator[str]:
+    """Yield a line for each site that can be read, and for each run of sites that are refused for one reason."""
+    for (reason, op, heads), group in groupby(sites, lambda site: (_reason(site), site.op, site.heads)):
+        same = list(group)
+        if not reason:
+            yield from map(_describe, same)
+            continue
+        first, last = same[0], same[-1]
+        index = f"{first.index:3d}" if len(same) == 1 else f"{first.index} to {last.index}"
+        names = first.name if len(same) == 1 else f"{first.name} to {last.name}"
+        yield f"{index} {names:32s} {_kernel(op):34s} {heads} heads, refused: {reason}"
+
+
+def _reason(site: Site) -> str:
+    """Return why a site is refused, without its name; empty where it can be read."""
+    return "" if site.refusal is None else re.sub(r"^layer \d+ \([^)]*\) ", "", str(site.refusal))
 
 
 def _describe(site: Site) -> str:
     head = f"{site.index:3d} {site.name:32s} {_kernel(site.op):34s}"
-    if site.refusal is not None or site.layout is None:
-        return f"{head} {site.heads} heads, refused: {site.refusal}"
+    assert site.layout is not None
     (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
     how = {"centres": "by the centres of overlapping fields"}.get(site.layout.evidence, site.layout.evidence)
     where = "" if site.layout.geometry is None else f" of {site.layout.geometry}"
@@ -73,12 +102,17 @@ def _kernel(op: str) -> str:
     return named.get(op, f"sdpa, {backend}" if "_scaled_dot_product_" in op else backend)
 
 
-def _cost(backbone: nn.Module, recorder: AttentionRecorder, images: torch.Tensor, query: Any, repeats: int = 7) -> str:
-    """Measure the median ratio of a recording of the last readable layer to a plain forward, in pairs."""
+def _read(recorder: AttentionRecorder, images: torch.Tensor, query: Any) -> str | AttentionError:
+    """Return the cost of reading the last layer that can be read, or why none can."""
     try:
         last = recorder(images)[-1]
     except AttentionError as error:
-        return f"query={query!r} can be read nowhere: {error}"
+        return error
+    return _cost(recorder.model, last, images, query)
+
+
+def _cost(backbone: nn.Module, last: LayerAttention, images: torch.Tensor, query: Any, repeats: int = 7) -> str:
+    """Measure the median ratio of a recording of a layer to a plain forward, in pairs."""
     recorder = AttentionRecorder(backbone, layers=last.layer, query=query)
     recorder(images)
     ratios = []

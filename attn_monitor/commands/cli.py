@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib
 import inspect
 import os
 import re
 import sys
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from attn_monitor.commands.backfill import backfill
-from attn_monitor.commands.check import check
-from attn_monitor.commands.compare import compare
-from attn_monitor.commands.pick import pick
-from attn_monitor.commands.replay import replay
-from attn_monitor.commands.report import report
-from attn_monitor.commands.show import show
-from attn_monitor.commands.summary import summary
-from attn_monitor.commands.video import video
-from attn_monitor.draw.options import DrawingOptions
+from attn_monitor import __version__
 from attn_monitor.errors import AttentionError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-COMMANDS: list[Callable[..., None]] = [check, show, video, replay, report, backfill, compare, summary, pick]
+    from attn_monitor.draw.options import DrawingOptions
+
+COMMANDS = ("check", "show", "video", "replay", "report", "backfill", "compare", "summary", "pick")
 DRAWING = "drawing"  # the parameter of a command whose values are options of their own
 MAY_BE_EMPTY = {"key"}  # the prefix of names in a checkpoint that have none
 
@@ -56,21 +53,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
-    """Return the command and its arguments; mistakes end the program with status 2 and jsonargparse's own words."""
-    command = _command(words)
+    """Return the command and its arguments; mistakes end the program with status 2 and one line."""
+    run = command_of(words)
     try:
-        parsed = _parser().parse_args(spelled_out(words))
-        values = parsed[parsed.subcommand].as_dict()
+        values = parser_of(run).parse_args(spelled_out(words[1:], run)).as_dict()
         if empty := [name for name, value in values.items() if value == "" and name not in MAY_BE_EMPTY]:
             raise ArgumentError(None, f"{empty[0]} is empty")
-        if DRAWING in inspect.signature(run := _named(parsed.subcommand)).parameters:
-            values[DRAWING] = DrawingOptions(**{f.name: values.pop(f.name) for f in fields(DrawingOptions)})
+        if DRAWING in inspect.signature(run).parameters:
+            options = _drawing_options()
+            values[DRAWING] = options(**{f.name: values.pop(f.name) for f in fields(options)})
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
-        name = "attn-monitor" if command is None else f"attn-monitor {command.__name__}"
-        print(f"{name}: {' '.join(str(error).split())} (see {name} --help)", file=sys.stderr)
-        sys.exit(2)
+        _end(f"attn-monitor {run.__name__}", str(error))
     del values["config"]
     return run, values
+
+
+def command_of(words: Sequence[str]) -> Callable[..., None]:
+    """Return the function of the command in the first word, which is imported here, as PyTorch takes seconds to import.
+
+    Without one, the program ends: with the list of commands, its version, or one line.
+    """
+    name = words[0] if words else ""
+    if name in COMMANDS:
+        found: Callable[..., None] = getattr(importlib.import_module(f"attn_monitor.commands.{name}"), name)
+        return found
+    if name in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if name == "--version":
+        print(f"attn-monitor {__version__}")
+        sys.exit(0)
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    _end(
+        "attn-monitor", f"{name!r} is no command, expected {', '.join(COMMANDS)}{hint}" if name else "no command given"
+    )
+
+
+def _end(name: str, text: str) -> NoReturn:
+    print(f"{name}: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _overview() -> str:
+    """Return the help of the program: what each command does, from its module's docstring, without importing it."""
+    lines = ["usage: attn-monitor COMMAND ...", "", "Attention of checkpoints and of runs that have ended.", ""]
+    for name in COMMANDS:
+        module = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        lines.append(f"  {name:12s} {(ast.get_docstring(module) or '').partition(chr(10) * 2)[0]}")
+    return "\n".join([*lines, "", "attn-monitor COMMAND --help describes a command, --version prints the version."])
 
 
 def _in_words(error: OSError) -> str:
@@ -90,9 +121,9 @@ def _forget_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def spelled_out(words: Sequence[str]) -> list[str]:
+def spelled_out(words: Sequence[str], command: Callable[..., None]) -> list[str]:
     """Write options as jsonargparse takes them: with underscores, and switches without a value with ``=true``."""
-    switches = {f"--{p.name}" for p in _parameters(_command(words)) if isinstance(p.default, bool)}
+    switches = {f"--{p.name}" for p in _parameters(command) if isinstance(p.default, bool)}
     spelled = []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
@@ -104,28 +135,17 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     return spelled
 
 
-def _named(name: str) -> Callable[..., None]:
-    return next(c for c in COMMANDS if c.__name__ == name)
+def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
+    return list(inspect.signature(command).parameters.values())
 
 
-def _command(words: Sequence[str]) -> Callable[..., None] | None:
-    return next((c for c in COMMANDS if c.__name__ == next(iter(words), "")), None)
+def _drawing_options() -> type[DrawingOptions]:
+    from attn_monitor.draw.options import DrawingOptions
+
+    return DrawingOptions
 
 
-def _parameters(command: Callable[..., None] | None) -> list[inspect.Parameter]:
-    return [] if command is None else list(inspect.signature(command).parameters.values())
-
-
-def _parser() -> ArgumentParser:
-    about = "Attention of checkpoints and of runs that have ended."
-    parser = _plain_parser(prog="attn-monitor", description=about)
-    commands = parser.add_subcommands(required=True)
-    for command in COMMANDS:
-        commands.add_subcommand(command.__name__, _parser_of(command), help=_help(command).partition("\n\n")[0])
-    return parser
-
-
-def _parser_of(command: Callable[..., None]) -> ArgumentParser:
+def parser_of(command: Callable[..., None]) -> ArgumentParser:
     """Return the parser of a command; keyword-only parameters of its function are options, others are positional."""
     parameters = _parameters(command)
     needed = [p for p in parameters if p.default is p.empty]
@@ -143,7 +163,7 @@ def _parser_of(command: Callable[..., None]) -> ArgumentParser:
         parser.add_argument(name, nargs="?", help="" if about is None else about[1])
     parser.add_function_arguments(command, skip={*positional, DRAWING}, as_group=False)
     if DRAWING in options:
-        parser.add_class_arguments(DrawingOptions, None, as_group=False)
+        parser.add_class_arguments(_drawing_options(), None, as_group=False)
     return parser
 
 
@@ -151,9 +171,22 @@ def _plain_parser(**settings: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Leaves docstrings as they are, with examples to be copied."""
+        """Leaves docstrings as they are, with examples to be copied; options have dashes, and types are not listed."""
 
-    return ArgumentParser(formatter_class=Formatter, exit_on_error=False, allow_abbrev=True, **settings)
+        def _get_help_string(self, action: Action) -> str:
+            text, default = (action.help or "").strip(), action.default
+            shown = not (default is None or default is False or "%" in text or not action.option_strings)
+            return f"{text} (default: %(default)s)" if shown and action.dest not in ("help", "config") else text
+
+        def _format_action_invocation(self, action: Action) -> str:
+            flag = ", ".join(option.replace("_", "-") for option in action.option_strings)
+            if action.default is False or action.dest == "help" or not flag:  # a switch, or positional
+                return flag or action.dest
+            return f"{flag} {'true|false' if action.default is True else action.dest.upper()}"
+
+    return ArgumentParser(
+        formatter_class=Formatter, exit_on_error=False, allow_abbrev=True, print_config=None, **settings
+    )
 
 
 def _help(command: Callable[..., None]) -> str:

@@ -5,7 +5,7 @@ For dense use by DSE (arXiv 2510.17299), which needs no labels; for global use b
 to the noise between neighbours.
 
 Example: attn-monitor pick runs/version_0
-Example: attn-monitor pick checkpoints --model timm:vit_small_patch16_224 --probe photos
+     or: attn-monitor pick checkpoints --model timm:vit_small_patch16_224 --probe photos
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def pick(
         probe: for checkpoints: a folder of images, or the probe.npz of an archive.
         out: for checkpoints: the log directory to keep what was measured in, so that it is not measured again.
         key: for checkpoints: what to take from them, as in `backfill`.
-        size: for checkpoints: size of images from a folder in pixels, one number or [height, width]; by default what the model takes.
+        size: for checkpoints: size of images from a folder in pixels, one number or [height, width]; by default
+            what the model takes.
         num_images: for checkpoints: how many images of a folder; multiples of 8 are the score's own groups.
         checkpoints: for a run: its folder of checkpoints, to name the nearest to each pick.
         start: the first step to rank; 0 for a run that continues a trained model.

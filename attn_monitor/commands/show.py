@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
-from attn_monitor.commands.support.results import doing, notify, print_metrics, progress, results_in
+from attn_monitor.commands.support.results import check_out, doing, notify, print_metrics, progress, results_in
 from attn_monitor.commands.support.runs import SHOWN
 from attn_monitor.commands.support.separate import separate_pictures
 from attn_monitor.draw.canvas import Pixels
@@ -84,9 +86,11 @@ def show(
         device: where the model runs; by default a GPU if there is one. When memory runs out, images are taken a few at
             a time, then on the CPU.
     """
+    check_out(Path(out))
     chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     with doing(f"loading {model}"):
+        torch.manual_seed(0)  # for weights that stay at random
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
     probe = ProbeBatch.from_folder(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
@@ -96,6 +100,7 @@ def show(
     monitor.check_heads(drawing.drawn_heads)
     for text in _notes(monitor):
         notify(text)
+    note = "" if weights or checkpoint is not None else " · weights at random, seed 0"
     captured, outliers = snapshot.layers_of(ROLE), {}
     if drop_artifacts:
         find = partial(find_outliers, loaded, probe.images, captured, monitor.query)
@@ -104,7 +109,7 @@ def show(
         _print_outliers(outliers, probe.names)
     with results_in(Path(out)) as results:
         folder = results.folder
-        for name, picture in _pictures(without_outliers(snapshot, outliers), probe, outliers, drawing, separate):
+        for name, picture in _pictures(without_outliers(snapshot, outliers), probe, outliers, drawing, separate, note):
             results.save(folder / name, picture)
         probe.save(folder / "probe.npz")  # `compare` needs it to know that two results show the same images
         snapshot.save(folder / SHOWN)
@@ -144,6 +149,7 @@ def _pictures(
     outliers: Mapping[int, Outliers],
     options: DrawingOptions,
     separate: bool,
+    note: str,
 ) -> Iterator[tuple[str, Pixels]]:
     """Yield names of files and panels of each image and layer, then single pictures where they are wanted."""
     photos = probe.pixels
@@ -151,7 +157,7 @@ def _pictures(
         for layer in snapshot.layers_of(ROLE):
             truth = None if probe.masks is None else probe.masks[index].numpy()
             hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
-            header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels"
+            header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels{note}"
             drawn = panel(
                 snapshot, index, photo, layer=layer, truth=truth, header=header, hatched=hatched, options=options
             )

@@ -22,7 +22,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.commands.support.devices import choose_device, move_to, patch_size, with_memory_for
 from attn_monitor.commands.support.frames import read_frames
-from attn_monitor.commands.support.results import notify, progress, writing_to
+from attn_monitor.commands.support.results import check_out, notify, progress, writing_to
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.draw.animation_files import animation_file, check_ending
 from attn_monitor.draw.canvas import Pixels, resize
@@ -82,6 +82,7 @@ def video(
     path = check_ending(Path(out))
     draw = FrameDrawing(drawing, outside)
     frames = read_frames(Path(video), fps)
+    check_out(path.parent)
     chosen_device = choose_device(device)
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)

@@ -210,22 +210,20 @@ def _what_lacks(fit: Fit, wanted: Shapes) -> str:
     which = "" if found is None else f", of shape {tuple(found)} where {tuple(wanted[first])} is needed"
     return (
         f"{len(fit.lacking)} of {len(wanted)} entries are missing or of another shape, such as {first!r}{which} "
-        f"(looked below {fit.prefix!r}). Pass the file's own model, or --allow_missing to leave these at random"
+        f"(looked below {fit.prefix!r}). Pass the file's own model, or --allow-missing to leave these at random"
     )
 
 
 def _report(fit: Fit, stored: Weights, as_good: Sequence[str]) -> list[str]:
-    total = len(fit.names) + len(fit.missing)
     lines = [
-        f"loaded {'all' if not fit.missing else f'{len(fit.names)} of'} {total} entries of the model"
-        + (f" from below {fit.prefix!r}" if fit.prefix else ""),
+        f"loaded {_loaded(fit)} of the model" + (f" from below {fit.prefix!r}" if fit.prefix else ""),
         *fit.notes,
         *(f"interpolated: {name} {resize}" for name, resize in fit.resizes.items()),
     ]
     if fit.heads:
-        lines.append(f"left at random, as the file has no such classifier: {shortened(fit.heads)}")
+        lines.append(f"the file has no classifier, on which attention does not depend ({shortened(fit.heads)})")
     if fit.lacking:
-        lines.append(f"LEFT AT RANDOM, as --allow_missing permits: {shortened(fit.lacking)}")
+        lines.append(f"LEFT AT RANDOM, as --allow-missing permits: {shortened(fit.lacking)}")
     used = set(fit.names.values())
     unused = [name for name in stored.shapes if name.startswith(fit.prefix) and name not in used]
     elsewhere = [name for name in stored.shapes if not name.startswith(fit.prefix)]
@@ -239,6 +237,13 @@ def _report(fit: Fit, stored: Weights, as_good: Sequence[str]) -> list[str]:
     if as_good:
         lines.append(f"{', '.join(map(repr, as_good))} would fit too: choose by --key")
     return lines
+
+
+def _loaded(fit: Fit) -> str:
+    total = len(fit.names) + len(fit.missing)
+    if not fit.missing:
+        return f"all {total} entries"
+    return f"{len(fit.names)} of {total} entries" if fit.lacking else f"all {len(fit.names)} entries of the backbone"
 
 
 def _parents(names: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ def load_model(
     """
     prefix, _, rest = name.partition(":")
     if not rest or not prefix:
-        raise ModelNameError(f"model {name!r}: expected {EXPECTED}")
+        raise ModelNameError(f"model {name!r}: expected {EXPECTED}{_with_library(name)}")
     load, remedy = _LIBRARIES.get(prefix, (None, ""))
     try:
         with redirect_stdout(sys.stderr):  # models and downloads print, and stdout is for results
@@ -83,6 +83,15 @@ def load_model(
     elif key is not None:
         raise ModelNameError(f"key={key!r}: no checkpoint was given that it could choose from")
     return model.eval()
+
+
+def _with_library(name: str) -> str:
+    """Suggest the library that knows a name without one; empty where timm does not."""
+    try:
+        import timm
+    except ImportError:
+        return ""
+    return f"; did you mean timm:{name}?" if timm.is_model(name) else ""
 
 
 def _timm(name: str, weights: bool) -> Any:

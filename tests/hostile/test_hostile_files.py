@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attn_monitor import ArchiveError, AttentionMonitor, AttentionSnapshot, HealthLimits, ProbeBatch
-from attn_monitor.commands import cli
+from attn_monitor.commands.replay import replay
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from tests.support.helpers import tiny_vit
 
@@ -377,7 +377,7 @@ def test_replay_draws_or_refuses(files: dict[str, Path], tmp_path: Path, data: s
             header.update(layers=header["layers"][: data.draw(st.integers(0, 3))], flags=[])
         put_together(path, header, arrays)
     try:
-        cli.replay(str(archive), out=str(tmp_path / "out"))
+        replay(str(archive), out=str(tmp_path / "out"))
     except ArchiveError as error:
         told = str(error)
         assert str(archive) in told

@@ -28,7 +28,7 @@ from attn_monitor import (
     load_snapshots,
 )
 from attn_monitor.commands import cli
-from attn_monitor.commands.backfill import Backfilled, backfill_run
+from attn_monitor.commands.backfill import Backfilled, backfill, backfill_run
 from attn_monitor.commands.pick import rank
 from attn_monitor.errors import CheckpointError, LayerError
 from attn_monitor.record.folder_claim import claim_free
@@ -191,7 +191,7 @@ def test_a_broken_checkpoint_is_named_and_skipped(
     shutil.copy(folder / "epoch=0-step=8.ckpt", folder / "last.ckpt")
     probe = str(live(run) / "attn_monitor" / "probe.npz")
     with pytest.raises(ArchiveError, match=r"2 checkpoints are left out: epoch=0-step=6.ckpt, another-9.pt"):
-        cli.backfill(
+        backfill(
             str(folder),
             model="tests.support.helpers:tiny_vit",
             probe=probe,

@@ -229,7 +229,9 @@ def test_transformers_saves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         for checkpoint in (None, tmp_path / "vit" / "model.safetensors", tmp_path / "vit"):
             loaded = load_model(f"hf:{tmp_path / 'vit'}", checkpoint=None if checkpoint is None else str(checkpoint))
             assert torch.equal(loaded(IMAGES).last_hidden_state, expected)
-    assert "left at random, as the file has no such classifier: pooler.dense.weight" in capfd.readouterr().err
+    assert (
+        "the file has no classifier, on which attention does not depend (pooler.dense.weight" in capfd.readouterr().err
+    )
 
 
 def test_a_folder_of_transformers_without_a_block(tmp_path: Path) -> None:
@@ -327,8 +329,8 @@ def test_a_classifier_may_be_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name in ("ten", "none"):
         load_model(f"{MODEL}(num_classes=5)", checkpoint=str(tmp_path / f"{name}.pt"))
         said = capsys.readouterr().err
-        assert "loaded 30 of 32 entries" in said
-        assert "left at random, as the file has no such classifier: head.weight, head.bias" in said
+        assert "loaded all 30 entries of the backbone" in said
+        assert "the file has no classifier, on which attention does not depend (head.weight, head.bias" in said
 
 
 @pytest.mark.parametrize("lost", ["blocks.1.attn.qkv.weight", "cls_token", "norm.bias", "patch_embed.proj.weight"])
@@ -338,10 +340,10 @@ def test_a_backbone_at_random_is_an_error_unless_asked_for(
     stored = trained().state_dict()
     del stored[lost]
     torch.save(stored, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=rf"1 of 30 entries are missing .*'{lost}'.*--allow_missing"):
+    with pytest.raises(CheckpointError, match=rf"1 of 30 entries are missing .*'{lost}'.*--allow-missing"):
         load_model(MODEL, checkpoint=str(tmp_path / "x.pt"))
     load_model(MODEL, checkpoint=str(tmp_path / "x.pt"), allow_missing=True)
-    assert f"LEFT AT RANDOM, as --allow_missing permits: {lost}" in capsys.readouterr().err
+    assert f"LEFT AT RANDOM, as --allow-missing permits: {lost}" in capsys.readouterr().err
 
 
 def test_checkpoints_of_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+import attn_monitor
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch
 from attn_monitor.commands import cli
+from attn_monitor.commands.replay import replay
+from attn_monitor.commands.show import show
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.weights.models import load_model
 from tests.support.helpers import Distillation, loader, trainer
@@ -59,6 +61,7 @@ def test_check_prints_what_it_found() -> None:
     [
         (("check", "torchvision:resnet18"), "no attention was observed in ResNet"),
         (("check", "vit"), "expected timm:NAME"),
+        (("check", "vit_small_patch16_224"), "did you mean timm:vit_small_patch16_224?"),
         (("show", MODEL, "nowhere", "--size", "32"), "nowhere: does not exist"),
         (("replay", "nowhere"), "nowhere: does not exist; expected the attn_monitor folder of a run, or the log"),
         (("summary", "tests"), "tests: no snapshots (step-*.npz) here; expected the attn_monitor folder of a run"),
@@ -69,11 +72,11 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], text: str) -> None:
 
 
 def test_options_are_spelled_as_users_spell_them() -> None:
-    assert cli.spelled_out(["show", "m", "--weights", "--num-images=2", "--size", "32"]) == [
-        *("show", "m", "--weights=true", "--num_images=2", "--size", "32")
+    assert cli.spelled_out(["m", "--weights", "--num-images=2", "--size", "32"], show) == [
+        *("m", "--weights=true", "--num_images=2", "--size", "32")
     ]
-    kept = ["show", "m", "a-b", "--weights", "false", "--out", "my-folder"]
-    assert cli.spelled_out(kept) == kept
+    kept = ["m", "a-b", "--weights", "false", "--out", "my-folder"]
+    assert cli.spelled_out(kept, show) == kept
 
 
 def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +89,8 @@ def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("words", "command", "named"),
     [
-        ("", "", ["check,show,video"]),
-        ("shwo m", "", ["'shwo'", "'check', 'show'"]),
+        ("", "", ["no command"]),
+        ("shwo m", "", ["'shwo'", "check, show", "did you mean show?"]),
         ("show m", "show", ["required", "images"]),
         ("backfill x --out o", "backfill", ["required", "model", "probe"]),
         ("show m i --sizes 3", "show", ["unrecognized", "--sizes 3"]),
@@ -114,33 +117,69 @@ def test_wrong_usage_is_one_line_that_names_the_option_and_the_help(
     assert printed.out == ""
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_a_command_is_a_module_whose_docstring_is_its_help(
-    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = sys.modules[command.__module__]
-    assert module.__name__ == f"attn_monitor.commands.{command.__name__}"
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_is_a_module_whose_docstring_is_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.main([command.__name__, "--help"])
-    assert str(module.__doc__).strip() in capsys.readouterr().out
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert str(sys.modules[f"attn_monitor.commands.{name}"].__doc__).strip() in printed
+    assert [noise for noise in ("Optional[", "Union[", "print_config", " | null", "(type:") if noise in printed] == []
+    assert [word for word in printed.split() if word.startswith("--") and "_" in word] == []
 
 
-@pytest.mark.parametrize("name", [command.__name__ for command in cli.COMMANDS])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["shwo"], []])
+def test_what_names_no_command_is_answered_without_pytorch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom attn_monitor.__main__ import main\ntry:\n    main()\n"
+        "finally:\n    assert 'torch' not in sys.modules, 'imported'"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert "imported" not in ran.stderr
+    assert all(name in ran.stdout for name in cli.COMMANDS) == (words == ["--help"])
+    assert (ran.stdout == f"attn-monitor {attn_monitor.__version__}\n") == (words == ["--version"])
+
+
+def test_check_groups_layers_that_are_refused_for_one_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["check", "torchvision:swin_v2_t", "--query", "3"])
+    refused = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
+    assert [line.split(" ", 5)[:5] for line in map(str.strip, refused)] == [
+        ["0", "to", "1", "1.0.attn", "to"],
+        ["2", "to", "3", "3.0.attn", "to"],
+        ["4", "to", "9", "5.0.attn", "to"],
+    ]
+
+
+def test_check_fails_where_nothing_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["check", MODEL, "--size", "32", "--query", "[9, 9]"])
+    assert "can be read nowhere" in capsys.readouterr().out
+
+
+def test_weights_at_random_are_the_same_each_time(tmp_path: Path, photographs: Path) -> None:
+    for name in ("a", "b"):
+        words = [MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false", "--out"]
+        cli.main(["show", *words, str(tmp_path / name)])
+    a, b = (AttentionSnapshot.load(tmp_path / name / "attention.npz").rows("backbone", 1) for name in ("a", "b"))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_an_example_to_copy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
     (example,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Example: "))
     words = shlex.split(example.removeprefix("Example: attn-monitor "))
     assert words[0] == name
-    assert cli._parser().parse_args(cli.spelled_out(words)).subcommand == name
+    command = cli.command_of(words)
+    assert cli.parser_of(command).parse_args(cli.spelled_out(words[1:], command))
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     show = ("show", MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false", "--out")
     line = mistake(*show, str(tmp_path / "file"))
-    assert f"out={tmp_path / 'file'}: cannot be written to (it is a file)" in line
-    assert f"out={tmp_path / 'file' / 'below'}: cannot be written to (Not a dir" in mistake(
+    assert f"out={tmp_path / 'file'}: cannot be written to ({tmp_path / 'file'} is a file)" in line
+    assert f"out={tmp_path / 'file' / 'below'}: cannot be written to ({tmp_path / 'file'} is a file" in mistake(
         *show, str(tmp_path / "file" / "below")
     )
     assert "out=/sys/attention: cannot be written to (" in mistake(*show, "/sys/attention")
@@ -246,7 +285,7 @@ def test_replay_of_damaged_archives(archive: Path, tmp_path: Path, wrong: str) -
 
 
 def test_show_draws_a_folder(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.show(MODEL, str(photographs), out=str(tmp_path), size=(32, 48), layers="all", weights=False)
+    show(MODEL, str(photographs), out=str(tmp_path), size=(32, 48), layers="all", weights=False)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {f"{n}-layer{i}.png" for n in ("astronaut", "chelsea", "coffee", "rocket") for i in (0, 1)} | {
         "attention.npz",
@@ -265,7 +304,7 @@ def test_show_against_ground_truth(tmp_path: Path, photographs: Path, capsys: py
     mask[60:240, 100:350] = 1
     Image.fromarray(mask).save(tmp_path / "masks" / "chelsea.png")
     image, out = str(photographs / "chelsea.png"), tmp_path / "out"
-    cli.show(MODEL, image, out=str(out), size=64, weights=False, masks=str(tmp_path / "masks"), metrics=["jaccard"])
+    show(MODEL, image, out=str(out), size=64, weights=False, masks=str(tmp_path / "masks"), metrics=["jaccard"])
     printed = capsys.readouterr().out
     assert "jaccard_best_head 0." in printed
     assert "entropy" not in printed
@@ -283,13 +322,13 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
     for name, value in module.teacher_backbone.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     image = photographs / "coffee.png"
-    cli.show(MODEL, str(image), out=str(tmp_path / "o"), size=32, checkpoint=str(tmp_path / "x.ckpt"))
+    show(MODEL, str(image), out=str(tmp_path / "o"), size=32, checkpoint=str(tmp_path / "x.ckpt"))
     assert (tmp_path / "o" / "coffee-layer1.png").exists()
 
 
 def test_replay_redraws_a_run(tmp_path: Path) -> None:
     trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader())
-    cli.replay(str(tmp_path / "run" / "version_0" / "attn_monitor"), out=str(tmp_path / "o"))
+    replay(str(tmp_path / "run" / "version_0" / "attn_monitor"), out=str(tmp_path / "o"))
     with Image.open(tmp_path / "o" / "image0.webp") as animation:
         assert animation.n_frames == 4
     assert (tmp_path / "o" / "image3-filmstrip.png").exists()
@@ -298,14 +337,14 @@ def test_replay_redraws_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [["-m", "attn_monitor"], ["-c", "from attn_monitor.__main__ import main; main()"]])
 def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
-    """While PyTorch is imported, and so before any command has begun."""
+    """While a command's module imports PyTorch."""
     (tmp_path / "torch").mkdir()
     handled = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever started the tests ignores it or not
     (tmp_path / "torch" / "__init__.py").write_text(
         f"import os, signal\n{handled}\nos.kill(os.getpid(), signal.SIGINT)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-    ran = subprocess.run([sys.executable, *start], capture_output=True, text=True, env=environment)
+    ran = subprocess.run([sys.executable, *start, "check"], capture_output=True, text=True, env=environment)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attn-monitor: interrupted\n")
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from attn_monitor import ArchiveError, ProbeBatch
 from attn_monitor.commands import cli
-from attn_monitor.commands.compare import compare_runs, match_steps
+from attn_monitor.commands.compare import compare, compare_runs, match_steps
+from attn_monitor.commands.show import show
 from attn_monitor.draw.charts import distinct_labels
 from attn_monitor.draw.differences import COLOURS, comparison, difference_level, difference_overlay
 from attn_monitor.draw.maps import map_captions, map_statistics
@@ -87,10 +88,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, other: dict[str, Any
 def test_two_results_of_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], photographs: Path) -> None:
     for name, query in {"a": "cls", "b": "mean"}.items():
         folder, image = str(tmp_path / name), str(photographs / "coffee.png")
-        cli.show("tests.support.helpers:tiny_vit", image, out=folder, size=32, weights=False, query=query)
+        show("tests.support.helpers:tiny_vit", image, out=folder, size=32, weights=False, query=query)
     with pytest.raises(ArchiveError, match=r"its query is cls in .* and mean in"):
         compare_runs(tmp_path / "a", tmp_path / "b")
-    cli.compare(str(tmp_path / "a"), str(tmp_path / "a" / "attention.npz"), out=str(tmp_path / "out"))
+    compare(str(tmp_path / "a"), str(tmp_path / "a" / "attention.npz"), out=str(tmp_path / "out"))
     assert (tmp_path / "out" / "coffee-step0.png").exists()
 
 
@@ -99,7 +100,7 @@ def test_broken_snapshots_are_left_out_and_named(tmp_path: Path, capsys: pytest.
         write_run(tmp_path / name)
         (tmp_path / name / f"step-0000000{broken}.npz").write_bytes(b"damaged")
     with pytest.raises(ArchiveError, match=r"comparison is without .*a/step-000000010\.npz: .*b/step-000000030\.npz: "):
-        cli.compare(str(tmp_path / "a"), str(tmp_path / "b"), out=str(tmp_path / "out"))
+        compare(str(tmp_path / "a"), str(tmp_path / "b"), out=str(tmp_path / "out"))
     assert "matched steps (A = B): 0, 20\n" in capsys.readouterr().out
 
 
@@ -108,7 +109,7 @@ def test_layers_of_one_alone_are_named(tmp_path: Path, capsys: pytest.CaptureFix
     write_run(tmp_path / "b", [0], sharpness=[0], roles=["teacher"])
     found = compare_runs(tmp_path / "a", tmp_path / "b")
     assert found.layers == (("teacher", 1),)
-    cli.compare(str(tmp_path / "a"), str(tmp_path / "b"), out=str(tmp_path / "out"))
+    compare(str(tmp_path / "a"), str(tmp_path / "b"), out=str(tmp_path / "out"))
     assert "left out: layer 0 of student, layer 1 of student, layer 0 of teacher" in capsys.readouterr().err
 
 

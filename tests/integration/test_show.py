@@ -22,6 +22,8 @@ from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import record_attention
 from attn_monitor.commands import cli
+from attn_monitor.commands.check import check
+from attn_monitor.commands.show import show as run_show
 from attn_monitor.commands.support.devices import DeviceError, choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers
@@ -83,7 +85,7 @@ def attracting() -> nn.Module:
 
 def show(out: Path, images: Path, model: str = "lively", **settings: Any) -> set[str]:
     """The files that the command writes."""
-    cli.show(
+    run_show(
         f"tests.integration.test_show:{model}",
         str(images),
         out=str(out),
@@ -366,7 +368,7 @@ def test_size_is_cropped_to_whole_patches(
     with pytest.raises(ValueError, match=r"size=9: expected at least one patch, 16 × 16 pixels"):
         fitting_size(nn.Conv2d(3, 8, 16, 16), 9)
     assert capsys.readouterr().err == ""
-    cli.check("tests.integration.test_show:lively", size=39)
+    check("tests.integration.test_show:lively", size=39)
     assert "images of 32 × 32" in capsys.readouterr().out
 
 

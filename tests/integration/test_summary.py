@@ -13,7 +13,7 @@ import pytest
 
 from attn_monitor import ArchiveError, HealthLimits
 from attn_monitor.commands import cli
-from attn_monitor.commands.summary import BEST, sparkline, summarise_run
+from attn_monitor.commands.summary import BEST, sparkline, summarise_run, summary
 from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.record.archive import snapshot_path
 from tests.support.runs import write_run
@@ -48,7 +48,7 @@ def test_the_verdict_tells_when_it_turned(tmp_path: Path, capsys: pytest.Capture
     assert student.startswith("student, layer 1: entropy fell from 1.00 to 0.")
     assert student.endswith(", and rose to 1.00 since.")
     assert "at step 10," in student or "at step 20," in student
-    cli.summary(str(tmp_path))
+    summary(str(tmp_path))
     said = capsys.readouterr().out
     assert f"{tmp_path / 'attn_monitor'}: 4 snapshots, steps 0 to 30" in said
     assert "  peak: student, layer 1, heads" in said
@@ -68,7 +68,7 @@ def test_the_verdict_without_a_turn(tmp_path: Path, end: float, text: str) -> No
 
 def test_one_snapshot_is_no_course(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, [1000], sharpness=[0], roles=["backbone"])
-    cli.summary(str(tmp_path))
+    summary(str(tmp_path))
     said = capsys.readouterr().out
     assert f"{tmp_path}: step 1,000 alone\n" in said
     assert "backbone, layer 1: entropy is 1.00 at step 1,000, the only one.\n" in said
@@ -76,9 +76,9 @@ def test_one_snapshot_is_no_course(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_all_layers_on_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, layers="all")
-    cli.summary(str(tmp_path))
+    summary(str(tmp_path))
     few = capsys.readouterr().out
-    cli.summary(str(tmp_path), every_layer=True)
+    summary(str(tmp_path), every_layer=True)
     every = capsys.readouterr().out
     assert few.count("  entropy") == every.count("  entropy") == 4
     assert few.count("  mask_area") == 2
@@ -124,7 +124,7 @@ def test_a_broken_snapshot_is_left_out_and_named(
     write_run(tmp_path)
     (tmp_path / "step-000000010.npz").write_bytes(b"damaged")
     with pytest.raises(ArchiveError, match=r"the summary is without .*step-000000010\.npz: the file is not readable"):
-        cli.summary(str(tmp_path), json=json_wanted)
+        summary(str(tmp_path), json=json_wanted)
     said = capsys.readouterr().out
     assert json.loads(said)["steps"] == [0, 20, 30] if json_wanted else "3 snapshots, steps 0 to 30" in said
     for path in tmp_path.glob("step*"):
@@ -139,7 +139,7 @@ def test_layers_without_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     spoilt = {k: replace(a, rows=a.rows * math.nan) if k[0] == "teacher" else a for k, a in snapshot.layers.items()}
     flags = (HealthFlag("nan", "teacher", 1, (0,), 0, None, "attention holds NaN"),)
     replace(snapshot, layers=spoilt, metrics=metrics, flags=flags, flags_raised=1).save(snapshot_path(tmp_path, 0))
-    cli.summary(str(tmp_path))
+    summary(str(tmp_path))
     assert "nan: teacher, layer 1" in capsys.readouterr().out
 
 

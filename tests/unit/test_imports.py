@@ -22,6 +22,7 @@ VALUES = {
     "measurements",
     "messages",
     "snapshot",
+    "__version__",
 }  # modules at the top that any folder may import
 MAY_IMPORT = {
     "capture": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ from attn_monitor.snapshot import Snapshot
 PNG_LEVEL = 4  # takes half the time of Pillow's own 6, for files that are a twentieth larger
 
 Item = TypeVar("Item")
+
+
+def check_out(folder: Path) -> None:
+    """Raise `OSError` where a folder for results cannot be made, before anything takes time; nothing is made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = f"{nearest} is a file" if nearest.is_file() else f"{nearest} is read-only"
+        raise OSError(f"out={folder}: cannot be written to ({reason}); pass another folder")
 
 
 @contextmanager

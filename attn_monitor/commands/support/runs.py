@@ -74,14 +74,14 @@ class Run:
 
 
 def find_archive(run: str | Path) -> Path:
-    """Return the archive at a path: the folder itself, or the one folder with snapshots up to two levels below it.
+    """Return the archive at a path: the folder itself, or the one folder with snapshots up to four levels below it.
 
     Raises FileNotFoundError where there is none, and `ArchiveError` naming them where there are several.
     """
     folder = Path(run)
     if snapshot_paths(folder):
         return folder
-    below = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_dir()]
+    below = [path for depth in range(1, 5) for path in sorted(folder.glob("/".join("*" * depth))) if path.is_dir()]
     found = [path for path in below if snapshot_paths(path) and not path.name.startswith("superseded-")]
     if not found:
         wrong = "no snapshots (step-*.npz) here" if folder.exists() else "does not exist"

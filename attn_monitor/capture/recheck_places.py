@@ -80,9 +80,7 @@ def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tens
         (3, C, H, W): the image and two versions of it; a cell is the same in those images that its partition groups.
     """
     # One bright and one dark: a token order that depends on brightness then differs.
-    bright, dark = (
-        noise_images(image[None], 2, seed) + torch.tensor([0.5, -0.5], device="cpu").to(image)[:, None, None, None]
-    )
+    bright, dark = noise_images(image[None], 2, seed, brightness=torch.tensor([0.5, -0.5], device="cpu"))
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
     shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels in no cell stay
     pictures = torch.stack([image, bright, dark])

@@ -12,6 +12,7 @@ from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.decoding import (
+    are_clear,
     cells_by_rank,
     centres,
     is_warped,
@@ -60,8 +61,8 @@ def rank_centres(
         before the last round, with their tokens on noise.
     """
     # Dark noise beside a bright image, and the reverse: a token order that depends on brightness then differs.
-    contrast = -0.5 if float(image.float().mean()) > 0 else 0.5
-    noise = noise_images(search.images, _ROUNDS, seed=4) + contrast
+    contrast = -0.5 if float(image.float().mean()) > float(search.images.float().mean()) else 0.5
+    noise = noise_images(search.images, _ROUNDS, seed=4, brightness=torch.full((_ROUNDS,), contrast, device="cpu"))
     coarsest = 1 + max(m.cells for m in search.mosaics)
     on_user_image: list[Tokens] = []
     on_noise: list[Tokens] = []
@@ -235,7 +236,7 @@ def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: S
         others: Layouts of other sites with the same grid and number of keys.
     """
     one, other = (places_by_centre(half, grid) for half in halves)
-    if one is not None and one == other:
+    if one is not None and one == other and (rounds > 2 or are_clear(halves, one, grid)):
         return one
     if rounds < 3:
         return None

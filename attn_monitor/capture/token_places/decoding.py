@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,6 +95,21 @@ def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
         return None
     found = iter(cells)
     return tuple(next(found) if alive else STATIC for alive in live.tolist())
+
+
+def are_clear(halves: Sequence[Tensor], places: Places, grid: tuple[int, int]) -> bool:
+    """Return False where a few tokens have lines that lie closer than the halves differ, which agree by chance then."""
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    if len(tokens) > 9:
+        return True
+    cells = torch.tensor([places[t] for t in tokens], device=halves[0].device)
+    one, other = (half[:, tokens] for half in halves)
+    for centre, apart, line in zip((one + other) / 2, one - other, (cells // grid[1], cells % grid[1]), strict=True):
+        lines = [centre[line == n] for n in range(int(line.max()) + 1)]
+        gaps = [float(after.min() - before.max()) for before, after in pairwise(lines)]
+        if min(gaps, default=math.inf) < float(apart.square().mean() / 2) ** 0.5:
+            return False
+    return True
 
 
 def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:

@@ -107,7 +107,8 @@ def _ancestors(path: str) -> list[str]:
 
 def _least_alike(images: Tensor) -> list[Tensor]:
     """Return the brightest and the darkest of the user's images; noise where all show one colour only."""
-    lively = images[images.flatten(1).float().std(1, correction=0) > 1e-3]
+    spread = min(1.0, float(images.float().std(correction=0)))
+    lively = images[images.flatten(1).float().std(1, correction=0) > 1e-3 * spread]
     if not len(lively):
         return [noise_images(images, 1, seed=3)[0]]
     brightness = lively.flatten(1).float().mean(1)

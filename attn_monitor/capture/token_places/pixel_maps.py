@@ -18,7 +18,7 @@ from attn_monitor.capture.observe.forward import run_forward
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
-from attn_monitor.capture.token_places.synthetic_images import noise_images
+from attn_monitor.capture.token_places.synthetic_images import evenly_changed
 from attn_monitor.grid import GridGeometry
 
 _WEAKER = (0.75, 0.5)  # factors on changes in the lower half, and in the right half
@@ -62,10 +62,9 @@ def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[Pa
     size = images.shape[-2], images.shape[-1]
     if not any(conv.disjoint and conv.seen is not None for conv in convs):
         return [_without_padding(conv, size) if conv.disjoint else conv for conv in convs]
-    one, signs = noise_images(images, 2, seed=8)
-    half, right = ((torch.arange(n, device="cpu") >= n // 2).to(signs) for n in size)
+    half, right = ((torch.arange(n, device="cpu") >= n // 2).float() for n in size)
     weaker = (1 - (1 - _WEAKER[0]) * half)[:, None] * (1 - (1 - _WEAKER[1]) * right)
-    other = one + 2 * signs.sign() * weaker
+    one, other = evenly_changed(images, weaker)
     middle = one.clone()
     rows, cols = (slice(n // 4, n - n // 4) for n in size)
     middle[:, rows, cols] = other[:, rows, cols]

@@ -26,6 +26,7 @@ from attn_monitor.capture.token_places.synthetic_images import (
 from attn_monitor.capture.token_places.tokens import SiteTokens
 from attn_monitor.grid import Grid, GridGeometry
 
+_MOVED = 0.25  # least share of the patches that must change where noise is weak at the ends of the range
 _OWN_LINE = 0.15  # least change with a patch's own third of the rows or columns, relative to any third
 
 
@@ -42,8 +43,9 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
         keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
         for number, image in enumerate(images if keys else ()):
             waiting = [key for key in keys if key not in reasons]
-            for times in (1, 10):  # models that round their images need more
-                weighted = cell_weighted_noise(image, mosaic.conv, times * strength)
+            # Models that round their images need more noise, and those that take a logarithm less of it near 0.
+            for times, inside in ((1, False), (3, False), (10, False), (5, True)):
+                weighted = cell_weighted_noise(image, mosaic.conv, times * strength, inside=inside)
                 seen = search.ablated_model(weighted, 2 + number).sites if waiting else {}
                 for key in waiting:
                     keys_here = seen[key].v.shape[1] if key in seen else 0
@@ -54,7 +56,7 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
                             if keys_here
                             else "it ran on synthetic images, and did not run for an image that was given"
                         )
-                waiting = [k for k in waiting if k not in reasons and _holds_other_patches(seen[k], k, mosaic)]
+                waiting = [k for k in waiting if k not in reasons and _holds_other_patches(seen[k], k, mosaic, inside)]
             for key in waiting:
                 reasons[key] = (
                     "on an image that was given, its tokens do not change in proportion to small changes of the "
@@ -63,15 +65,18 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
     return search.refusing(reasons)
 
 
-def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic) -> bool:
+def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic, inside: bool) -> bool:
+    """Check for tokens that do not change by the weight of their cell; with noise ``inside``, some have to change."""
     compared = [(seen.v, mosaic.v[key])]
     if seen.q is not None and is_whole(mosaic.q.get(key), mosaic.cells):
         compared.append((seen.q, mosaic.q[key]))
     slack = 0.25 if seen.dtype in (torch.float16, torch.bfloat16) else 0.1  # weights are from 0 to 1
-    return any(
-        share_of_wrong_weight(shares(sketches, seen.threshold / 4)[0], places, mosaic.cells, slack) > 0.02
-        for sketches, places in compared
-    )
+    for sketches, places in compared:
+        share = shares(sketches, seen.threshold / 4)[0]
+        moved = float(share[[t for t, p in enumerate(places) if p >= 0]].isfinite().double().mean())
+        if (inside and moved < _MOVED) or share_of_wrong_weight(share, places, mosaic.cells, slack) > 0.02:
+            return True
+    return False
 
 
 def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:

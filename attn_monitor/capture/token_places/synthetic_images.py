@@ -20,12 +20,78 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.patch_grids import PatchConv
 
+_LEVELS = 256  # values that noise takes in each channel, and between which it is interpolated
+_SAMPLE = 4096  # pixels from which they are taken
 
-def noise_images(images: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Return (count, C, H, W) noise like ``images``, without touching the global random state."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((count, *images.shape[1:]), generator=generator, device="cpu")
-    return noise.to(device=images.device, dtype=images.dtype)
+
+def noise_images(images: Tensor, count: int, seed: int = 0, brightness: Tensor | None = None) -> Tensor:
+    """Return (count, C, *size) noise with values as they occur in ``images``, without touching the global random state.
+
+    Models divide by 10,000, clip Hounsfield units, take logarithms or round to bytes: noise of another range may reach
+    them as one constant. So each channel has `_levels` of its own.
+
+    Args:
+        images: (B, C, *size) that give the values, size, dtype and device.
+        count: Number of images.
+        seed: Seed of the noise.
+        brightness: For each noise image, by how many standard deviations it is brighter than the others.
+    """
+    normal = _normal((count, *images.shape[1:]), seed)
+    if brightness is not None:
+        normal += brightness.reshape(-1, *(1 for _ in images.shape[1:]))
+    # The ends are stretched, so that images have the same minimum and maximum, by which a model may scale them.
+    position = ((torch.special.ndtr(normal) - 0.5) * 1.06 + 0.5).clamp(0, 1) * (_LEVELS - 1)
+    levels, whole = _levels(images)
+    below = position.floor().long().movedim(1, 0).flatten(1)  # (C, count · pixels)
+    part = position.frac().movedim(1, 0).flatten(1)
+    values = levels.gather(1, below).lerp(levels.gather(1, (below + 1).clamp_max(_LEVELS - 1)), part)
+    values = (values.round() if whole else values).unflatten(1, (count, *images.shape[2:])).movedim(0, 1)
+    noise: Tensor = values.contiguous().to(device=images.device, dtype=images.dtype)
+    return noise
+
+
+def evenly_changed(images: Tensor, weights: Tensor, seed: int = 8) -> tuple[Tensor, Tensor]:
+    """Return two (C, H, W) images whose values differ by a quarter of their range, times a weight for each pixel.
+
+    Values are in the middle of the range of ``images``, so that a model that clips it leaves these differences.
+    """
+    levels, whole = _levels(images)
+    low, high = (levels[:, n].reshape(-1, *(1 for _ in images.shape[2:])) for n in (_LEVELS // 10, -_LEVELS // 10))
+    normal = _normal((2, *images.shape[1:]), seed)
+    one = (low + high) / 2 + (high - low) / 4 * (2 * torch.special.ndtr(normal[0]) - 1)
+    other = one + (high - low) / 4 * normal[1].sign() * weights.cpu()
+    one, other = ((x.round() if whole else x).to(images) for x in (one, other))
+    return one, other
+
+
+def _levels(images: Tensor) -> tuple[Tensor, bool]:
+    """Return (C, levels) sorted values for each channel, and whether the images hold many whole numbers and no others.
+
+    Half of them are quantiles of the values that occur, each counted once, so that a dark background is one value; the
+    others are spread evenly between the smallest and the largest. A channel that is constant gets those of all.
+    """
+    size = images.shape[2:]
+    step = max(1, math.ceil((math.prod(size) * len(images) / _SAMPLE) ** (1 / max(len(size), 1))))
+    thinned = (slice(None),) * 2 + (slice(None, None, step),) * len(size)
+    sample = images[thinned].detach().float().cpu()
+    sample = sample.movedim(1, 0).flatten(1)
+    found = [values[values.isfinite()].unique() for values in sample]
+    together = torch.cat(found).unique()
+    if len(together) < 2:
+        centre = float(together[0]) if len(together) else 0.0
+        together = centre + max(1.0, abs(centre)) * torch.special.ndtri(torch.linspace(0.002, 0.998, 256, device="cpu"))
+    whole = bool((together == together.round()).all()) and float(together[-1] - together[0]) >= 32
+    return torch.stack([_spread(values if len(values) > 1 else together) for values in found]), whole
+
+
+def _spread(values: Tensor) -> Tensor:
+    half = torch.linspace(0, 1, _LEVELS // 2, device="cpu")
+    quantiles = values[(half * (len(values) - 1)).round().long()]
+    return torch.cat([quantiles, values[0] + half * (values[-1] - values[0])]).sort().values
+
+
+def _normal(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,9 +144,9 @@ def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
     """Return (M, C, H, W) noise images in which each cell of the grid shows the pictures of its `mosaic_codes`."""
     size = images.shape[-2], images.shape[-1]
     codes = mosaic_codes(conv, size)
-    pictures = noise_images(images, max(codes[0]) + 1, seed=1)  # (k, C, H, W)
     # The first is bright and the others dark: a token order that depends on brightness then differs between images.
-    pictures = pictures + torch.tensor([0.5, *[-0.5] * max(codes[0])], device="cpu").to(pictures)[:, None, None, None]
+    brightness = torch.tensor([0.5, *[-0.5] * max(codes[0])], device="cpu")
+    pictures = noise_images(images, len(brightness), seed=1, brightness=brightness)  # (k, C, H, W)
     table = torch.tensor(codes, device=images.device)
     shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, H, W); -1 is the last code
     index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
@@ -98,15 +164,25 @@ def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
     return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), rows[:, None], cols[None]], strength, seed)
 
 
-def cell_weighted_noise(image: Tensor, conv: PatchConv, strength: float, seed: int = 5) -> Tensor:
+def cell_weighted_noise(
+    image: Tensor, conv: PatchConv, strength: float, seed: int = 5, *, inside: bool = False
+) -> Tensor:
     """Add noise with a weight for each cell to a (C, H, W) image.
+
+    Args:
+        image: The image.
+        conv: The grid of cells.
+        strength: Standard deviation of the noise, relative to that of the image.
+        seed: Seed of the noise.
+        inside: Whether noise is weaker where values are near the smallest or the largest of their channel, where models
+            clip or take logarithms.
 
     Returns:
         (3, C, H, W): the image; with noise; with that noise scaled by the `cell_weights`.
     """
     cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
     weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
-    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), weights], strength, seed)
+    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), weights], strength, seed, inside=inside)
 
 
 def cell_weights(cells: int) -> Tensor:
@@ -114,8 +190,17 @@ def cell_weights(cells: int) -> Tensor:
     return torch.rand(cells, generator=torch.Generator().manual_seed(11), device="cpu")
 
 
-def _scaled_noise(image: Tensor, scales: Sequence[Tensor], strength: float, seed: int) -> Tensor:
-    noise = noise_images(image[None], 1, seed)[0] * strength * (float(image.float().std(correction=0)) or 1.0)
+def _scaled_noise(
+    image: Tensor, scales: Sequence[Tensor], strength: float, seed: int, *, inside: bool = False
+) -> Tensor:
+    """Stack a (C, H, W) image and, for each scale, the image with noise of that scale."""
+    values = image.detach().float().cpu()
+    spread = values.flatten(1).std(1, correction=0)
+    spread = torch.where(spread > 0, spread, float(values.std(correction=0)) or 1.0)[:, None, None]
+    if inside:
+        low, high = (values.flatten(1).aminmax(dim=1)[end][:, None, None] for end in (0, 1))
+        spread = torch.minimum(spread, torch.minimum(values - low, high - values))
+    noise = (_normal(image.shape, seed) * strength * spread).to(image)
     return torch.stack([image, *(image + noise * scale.to(image) for scale in scales)])
 
 
@@ -150,7 +235,10 @@ def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
 
 
 def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """Return the (C, H, W) image with other noise in the middles of every second cell, as on a chessboard."""
+    """Return the (C, H, W) image with other noise in the middles of every second cell, as on a chessboard.
+
+    It has the mean and the spread of the pixels that were there, as a model may standardise each image by its own.
+    """
     size = (image.shape[-2], image.shape[-1])
     cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
     middle = []
@@ -158,7 +246,13 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
         middle.append(((torch.arange(pixels, device="cpu") + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
     dark = (cells[0][:, None] + cells[1]) % 2 == 0
     chosen = dark & middle[0][:, None] & middle[1] & (conv.cell_of_pixels(size) >= 0)
-    return torch.where(chosen.to(image.device), noise_images(image[None], 1, seed)[0], image)
+    before = image.flatten(1)[:, chosen.flatten().to(image.device)].float()
+    other = noise_images(image[None], 1, seed)[0].flatten(1)[:, chosen.flatten().to(image.device)].float()
+    spread = before.std(1, correction=0, keepdim=True) / other.std(1, correction=0, keepdim=True).clamp_min(1e-30)
+    other = (other - other.mean(1, keepdim=True)) * spread + before.mean(1, keepdim=True)
+    changed = image.flatten(1).clone()
+    changed[:, chosen.flatten().to(image.device)] = other.to(image)
+    return changed.view_as(image)
 
 
 def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:

@@ -28,6 +28,7 @@ class AttentionSnapshot(Snapshot):
         metrics: values by `MetricKey` (role, layer, metric, head).
         flags: the health flags raised at this step.
         flags_raised: how many flags the run has raised so far, these included.
+        verdict: what has become of the run so far, None if it was not judged.
 
     Example:
         >>> import torch

@@ -1,11 +1,11 @@
-"""Define what a snapshot holds beside attention: metrics by `MetricKey`, and health flags."""
+"""Define what a snapshot holds beside attention: metrics by `MetricKey`, health flags, and a verdict on the run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 HEALTH_TAG = "attn/health_flags"  # the number of flags that a run has raised so far
 TRAINING = "training"  # the role of what belongs to no model, such as the loss
@@ -126,3 +126,57 @@ class HealthFlag:
     def from_state_dict(cls, state: Mapping[str, Any]) -> HealthFlag:
         """Restore a flag from its `state_dict`."""
         return cls(**{**{f.name: state[f.name] for f in fields(cls)}, "heads": tuple(state["heads"])})
+
+
+State = Literal[
+    "no verdict yet",
+    "healthy",
+    "complete collapse",
+    "dimensional collapse",
+    "prototype collapse",
+    "attention collapsed",
+    "dense features decaying",
+    "diverging",
+]
+"""What a verdict says of a run."""
+
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What has become of a run so far.
+
+    Args:
+        state: such as "healthy" or "complete collapse".
+        since: first step of the snapshots that agree on it; None if healthy, or without a verdict.
+        evidence: what speaks for it, in words.
+        advice: what people do about it.
+
+    Example:
+        >>> str(Verdict("healthy"))
+        'healthy'
+    """
+
+    state: State
+    since: int | None = None
+    evidence: tuple[str, ...] = ()
+    advice: str = ""
+
+    def __str__(self) -> str:
+        since = "" if self.since is None else f" since step {self.since:,}"
+        because = f": {'; '.join(self.evidence)}" if self.evidence else ""
+        return f"{self.state}{since}{because}" + (f". {self.advice}" if self.advice else "")
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether something is wrong."""
+        return self.state not in ("healthy", "no verdict yet")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "evidence": list(self.evidence)}
+
+    def flag(self, step: int) -> HealthFlag:
+        """Return a bad verdict as a health flag."""
+        return HealthFlag(self.state.replace(" ", "_"), TRAINING, None, (), step, None, str(self))

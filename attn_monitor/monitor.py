@@ -24,7 +24,8 @@ from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, summarise
 from attn_monitor.measure.patch_features import with_features
-from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
+from attn_monitor.measure.verdict import RunHistory, judge
+from attn_monitor.measurements import HealthFlag, MetricKey, Metrics, Verdict
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
@@ -97,6 +98,7 @@ class AttentionMonitor:
         self.reference: Snapshot | None = None  # of Gram drift
         self.previous: Snapshot | None = None
         self.history, self.curves = History(dense="dense" in self.metrics), Curves()
+        self.progress = RunHistory()  # what the verdict is made of
         self._chunk = len(probe)
         self.failed: dict[str, Exception] = {}  # by role, of the latest call
         self._recorders: dict[str, AttentionRecorder] = {}
@@ -172,8 +174,12 @@ class AttentionMonitor:
         self.health.add(flags)
         found = (*flags, *self.health.add(self._reordered), *self.health.examine(step, layers, measured))
         self._reordered = []
-        metrics, raised = Metrics({**summarise(measured), **others}), len(self.health.flags)
-        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised)
+        metrics = Metrics({**summarise(measured), **others})
+        verdict = self._judge(step, metrics)
+        if verdict is not None and verdict.is_bad:
+            found += self.health.add([verdict.flag(step)])
+        raised = len(self.health.flags)
+        snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised, verdict)
         self.remember(snapshot)
         return snapshot
 
@@ -215,6 +221,7 @@ class AttentionMonitor:
         """Drop the past, so that the next snapshot is the first of a run."""
         self.previous, self.reference = None, None
         self.history, self.curves = History(dense=self.history.dense), Curves()
+        self.progress = RunHistory()
         self.health = Health(self.health.limits)
 
     @property
@@ -243,6 +250,7 @@ class AttentionMonitor:
             "history": [snapshot_state(s, patches=True) for s in self.history],
             "health": self.health.state_dict(),
             "curves": self.curves.state_dict(),
+            "progress": self.progress.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,6 +261,7 @@ class AttentionMonitor:
         self.history = History([snapshot_from_state(s) for s in state["history"]], dense=self.history.dense)
         self.health.load_state_dict(state["health"])
         self.curves = Curves.from_state_dict(state["curves"])
+        self.progress = RunHistory.from_state_dict(state.get("progress", []))
 
     def _capture(self, models: Mapping[str, nn.Module], step: int, last: bool) -> dict[tuple[str, int], LayerAttention]:
         """Record the whole probe by (role, layer), on the models' device."""
@@ -351,6 +360,15 @@ class AttentionMonitor:
         self.health.add(snapshot.flags)
         self.history.add(snapshot, self.drawn_layers(snapshot))
         self.curves.add(snapshot.step, snapshot.metrics)
+        self.progress.add(snapshot.step, snapshot.metrics)
+
+    def _judge(self, step: int, metrics: Metrics) -> Verdict | None:
+        """Judge the run so far, with what other threads have computed of earlier snapshots."""
+        self.progress.add(step, metrics)
+        for entry in self.history.entries:
+            if entry.is_settled and entry.snapshot.step < step:
+                self.progress.complete(entry.snapshot.step, entry.snapshot.metrics)
+        return judge(self.progress) if self.health.limits.verdict else None
 
     def _recorder(self, role: str, model: nn.Module) -> AttentionRecorder:
         known = self._recorders.get(role)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics
+from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics, Verdict
 
 Same = TypeVar("Same", bound="Snapshot")
 
@@ -26,6 +26,7 @@ class Snapshot:
         metrics: values by `MetricKey` (role, layer, metric, head).
         flags: the health flags raised at this step.
         flags_raised: how many flags the run has raised so far, these included.
+        verdict: what has become of the run so far, None if it was not judged.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Snapshot:
     metrics: Metrics = field(default_factory=Metrics)
     flags: tuple[HealthFlag, ...] = ()
     flags_raised: int = 0
+    verdict: Verdict | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:

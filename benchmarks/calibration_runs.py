@@ -31,7 +31,7 @@ from attn_monitor import AttentionMonitor, ProbeBatch
 from attn_monitor.background.failures import Failures
 from attn_monitor.train.training_watch import TrainingWatch
 
-STEPS, EVERY, BATCH, SIDE, DIM, PROTOTYPES = 160, 20, 16, 24, 48, 128
+STEPS, EVERY, BATCH, SIDE, DIM, PROTOTYPES = 100, 10, 16, 24, 48, 128
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def train(kind: str, data: str, seed: int) -> dict[str, Any]:
         if step == STEPS:
             break
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+            group["lr"] = recipe.lr * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
         batch = seen[torch.randint(len(seen), (BATCH,))]
         views = [crops(batch, SIDE), crops(batch, SIDE)]
         watch.begin(step, (step // EVERY + 1) * EVERY, views)

@@ -1,4 +1,6 @@
-"""Print on one screen what has become of a run's attention: a verdict, health flags, and each metric's course.
+"""Print on one screen what has become of a run: a verdict, health flags, and each metric's course.
+
+The verdict is made of the metrics in the archive, as in training. With --json the exit status is 3 where it is bad.
 
 Metrics for which more, or less, is better whatever the model have a best step: overlap with ground truth (jaccard) and
 the share of outlier tokens. All others have their lowest and highest value, with their steps.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +22,8 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.commands.support.results import print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measurements import TRAINING, HealthFlag
+from attn_monitor.measure.verdict import RunHistory, judge
+from attn_monitor.measurements import TRAINING, HealthFlag, Verdict
 from attn_monitor.record.thinning import thin
 
 BEST = {
@@ -30,9 +34,11 @@ BEST = {
 }
 """Metrics for which more, or less, is better whatever the model; others have extremes and no best."""
 
+BAD = 3  # exit status
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE = 24  # characters
 CHANGED = 0.01  # of entropy: less is no change
+NO_VERDICT = Verdict("no verdict yet")
 TITLES = "  metric", "first", "best", "lowest", "highest", "last", "from first to last, each scaled by itself"
 
 
@@ -128,18 +134,25 @@ class RunSummary:
     flags: tuple[HealthFlag, ...]
     layers: tuple[LayerSummary, ...]
     models: tuple[ModelSummary, ...] = ()
+    health: Verdict = NO_VERDICT
     broken: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> list[str]:
-        """A sentence on flags, and one for each role on the course of entropy in its last layer."""
+        """The verdict, a sentence on flags, and one for each role on the course of entropy in its last layer."""
         last = {layer.role: layer for layer in self.layers}
-        return [_of_flags(self.flags), *(_of_entropy(layer) for layer in last.values())]
+        judged = f"{self.health}".rstrip(".")
+        return [
+            f"{judged[0].upper()}{judged[1:]}.",
+            _of_flags(self.flags),
+            *(_of_entropy(layer) for layer in last.values()),
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
             "archive": str(self.archive),
+            "health": self.health.as_dict(),
             "verdict": self.verdict,
             "steps": list(self.steps),
             "images": list(self.images),
@@ -166,6 +179,7 @@ def summarise_run(run: str | Path) -> RunSummary:
     found = Run(run)
     steps: list[int] = []
     images: tuple[str, ...] = ()
+    progress = RunHistory()
     flags: list[HealthFlag] = []
     attention: dict[tuple[str, int], LayerAttention] = {}
     curves: dict[tuple[str, int | None], dict[str, list[Point]]] = {}
@@ -173,6 +187,7 @@ def summarise_run(run: str | Path) -> RunSummary:
         steps.append(snapshot.step)
         images = snapshot.names
         flags += snapshot.flags
+        progress.add(snapshot.step, snapshot.metrics)
         attention.update(snapshot.layers)
         for key, value in snapshot.metrics.items():
             if key.head is None and math.isfinite(value):
@@ -182,7 +197,14 @@ def summarise_run(run: str | Path) -> RunSummary:
     layers = [LayerSummary.of(role, a, of.get((role, layer), [])) for (role, layer), a in attention.items()]
     models = [ModelSummary(role, tuple(lines)) for (role, layer), lines in of.items() if layer is None]
     return RunSummary(
-        found.folder, tuple(steps), images, tuple(flags), tuple(layers), tuple(models), tuple(found.broken)
+        found.folder,
+        tuple(steps),
+        images,
+        tuple(flags),
+        tuple(layers),
+        tuple(models),
+        judge(progress),
+        tuple(found.broken),
     )
 
 
@@ -192,13 +214,15 @@ def summary(run: str, *, every_layer: bool = False, json: bool = False) -> None:
     Args:
         run: the archive of a run, or the log directory that holds it. Broken snapshots are left out and named.
         every_layer: all metrics of each watched layer; else of each role's last, and the others' entropy.
-        json: print JSON, for scripts.
+        json: print JSON, for scripts; the exit status is 3 where the verdict is bad.
     """
     found = summarise_run(run)
     if json:
         print(jsonlib.dumps(found.as_dict(), indent=1))
     else:
         _print(found, every_layer)
+    if json and found.health.is_bad and not found.broken:
+        sys.exit(BAD)
     if found.broken:
         raise ArchiveError(f"the summary is without {'; '.join(found.broken)}")
 

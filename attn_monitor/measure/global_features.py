@@ -38,8 +38,9 @@ def measure_features(z: Tensor, views: tuple[Tensor, Tensor] | None = None) -> d
         return {}
     z = different = z.detach().cpu().double()
     found = {"feature_samples": float(len(z)), "feature_std": feature_std(z)}
-    found |= {"rankme": rankme(z), "effective_rank": effective_rank(z)}
-    if math.isfinite(fitted := alpha(z)):
+    variances = _eigenvalues(z - z.mean(0))
+    found |= {"rankme": rankme(z), "effective_rank": _spread(variances)}
+    if math.isfinite(fitted := _exponent(variances[: len(z) - 1])):
         found["alpha"] = fitted
     if views is not None and len(views[0]) >= LEAST_SAMPLES:
         different, other = (view.detach().cpu().double() for view in views)
@@ -91,14 +92,7 @@ def alpha(z: Tensor) -> float:
         Above 0; about 1 in good representations. NaN with fewer than 20 eigenvalues above 0. Source: α-ReQ, Agrawal et
         al. 2022, and its package `reptrix`, where each eigenvalue counts with weight 1 / i.
     """
-    values = _eigenvalues(z - z.mean(0))
-    values = values[: min(LAST, len(z) - 1)]
-    if len(values) < FIRST + LEAST_FITTED or not bool((values > 0).all()):
-        return math.nan
-    order = torch.arange(FIRST + 1, len(values) + 1, dtype=torch.float64, device="cpu")
-    x, y, weight = -order.log(), values[FIRST:].log(), 1 / order
-    x = x - (weight * x).sum() / weight.sum()
-    return float((weight * x * y).sum() / (weight * x * x).sum())
+    return _exponent(_eigenvalues(z - z.mean(0))[: len(z) - 1])
 
 
 def alignment(one: Tensor, other: Tensor) -> float:
@@ -136,6 +130,17 @@ def koleo(z: Tensor) -> float:
     cosines = (unit @ unit.T).fill_diagonal_(-1)
     nearest = (unit - unit[cosines.argmax(1)]).norm(dim=1)
     return float(-(nearest + 1e-8).log().mean())
+
+
+def _exponent(values: Tensor) -> float:
+    """Fit `alpha` to eigenvalues, the largest first."""
+    values = values[:LAST]
+    if len(values) < FIRST + LEAST_FITTED or not bool((values > 0).all()):
+        return math.nan
+    order = torch.arange(FIRST + 1, len(values) + 1, dtype=torch.float64, device="cpu")
+    x, y, weight = -order.log(), values[FIRST:].log(), 1 / order
+    x = x - (weight * x).sum() / weight.sum()
+    return float((weight * x * y).sum() / (weight * x * x).sum())
 
 
 def _unit(z: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from attn_monitor.measure.metrics import LARGEST, Measured
 from attn_monitor.measurements import HealthFlag
 
 LEFT = 0.01  # change of a head's entropy from which on it has left its initial value
+SWITCHES = ("check_ema", "verdict")  # the limits that are True or False
 LEAST_PEAK = 4.0  # times the uniform share: on four patches a quarter is uniform
 
 
@@ -41,6 +42,8 @@ class HealthLimits:
         logit: Flag a layer whose largest attention logit has doubled since its first value and is above this or soon
             will be, see `LogitGrowth`; infinity disables the check.
         check_ema: Check how the teacher follows the student, see `measure.ema_checks`.
+        verdict: Judge the run at each snapshot, see `measure.verdict`; a verdict that is bad for the first time is a
+            flag.
         stall_steps: Flag a student or a teacher that has never changed after this many optimizer steps.
 
     Raises:
@@ -64,12 +67,13 @@ class HealthLimits:
     logit: float = 100.0
     check_ema: bool = True
     stall_steps: int = 20
+    verdict: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "check_ema" and not isinstance(value, bool):
-                raise ArgumentError(f"health: check_ema={value!r}; expected True or False")
-            if not isinstance(value, Real) or math.isnan(value) or (isinstance(value, bool) and name != "check_ema"):
+            if name in SWITCHES and not isinstance(value, bool):
+                raise ArgumentError(f"health: {name}={value!r}; expected True or False")
+            if not isinstance(value, Real) or math.isnan(value) or (isinstance(value, bool) and name not in SWITCHES):
                 raise ArgumentError(f"health: {name}={value!r}; expected a number")
         if not 0 <= self.low_entropy < self.high_entropy <= 1:
             raise ArgumentError(

@@ -78,9 +78,11 @@ class Contents:
 
 
 def step_facts(snapshot: Snapshot) -> dict[str, Any]:
-    """Step, epoch, metrics and flags of a snapshot in plain values."""
+    """Step, epoch, metrics, flags and verdict of a snapshot in plain values."""
     flags = [blocks.flag_of(flag) for flag in snapshot.flags]
-    return {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}
+    verdict = None if snapshot.verdict is None else {**snapshot.verdict.as_dict(), "words": str(snapshot.verdict)}
+    facts = {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}
+    return {**facts, "verdict": verdict}
 
 
 def images_of(probe: ProbeBatch) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention, PatchColors
 from attn_monitor.errors import ArchiveError
 from attn_monitor.grid import Grid, GridGeometry
-from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
+from attn_monitor.measurements import STATES, HealthFlag, MetricKey, Metrics, Verdict
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import Shape, TensorReader, header_text, open_npz, parse_header, tensor_reader, write_npz
 from attn_monitor.snapshot import Snapshot
@@ -73,6 +73,7 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "names": list(snapshot.names),
         "flags": [flag.state_dict() for flag in snapshot.flags],
         "flags_raised": snapshot.flags_raised,
+        "verdict": None if snapshot.verdict is None else snapshot.verdict.as_dict(),
         "models": [
             {"role": role, "metrics": _stored_metrics(values)}
             for (role, layer), values in metrics.items()
@@ -132,7 +133,14 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
         _flag(Fields(item, f"header's flag {number}"), layers) for number, item in enumerate(header.items("flags"))
     )
     return Snapshot(
-        header.integer("step"), header.integer("epoch"), names, layers, metrics, flags, header.integer("flags_raised")
+        header.integer("step"),
+        header.integer("epoch"),
+        names,
+        layers,
+        metrics,
+        flags,
+        header.integer("flags_raised"),
+        None if "verdict" not in header or header.is_none("verdict") else _verdict(header.child("verdict")),
     )
 
 
@@ -276,6 +284,18 @@ def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> H
     value = stored.number("value")
     known = None if math.isnan(value) else value
     return HealthFlag(stored.text("kind"), role, layer, heads, stored.integer("step"), known, stored.text("text"))
+
+
+def _verdict(stored: Fields) -> Verdict:
+    """Read what `Verdict.as_dict` returned."""
+    state = next((s for s in STATES if s == stored.text("state")), None)
+    if state is None:
+        raise ArchiveError(f"state={stored.text('state')!r} in the {stored.where}, expected one of {', '.join(STATES)}")
+    evidence = stored.items("evidence")
+    if not all(isinstance(text, str) for text in evidence):
+        raise ArchiveError(f"evidence={evidence!r} in the {stored.where}, expected strings")
+    since = None if stored.is_none("since") else stored.integer("since")
+    return Verdict(state, since, tuple(evidence), stored.text("advice"))
 
 
 def _finite(value: float) -> float | None:

@@ -115,7 +115,7 @@ def events_at_end(
     probe: ProbeBatch,
     drawing: DrawingOptions,
 ) -> Events:
-    """Yield a time-lapse, the table of attention sinks, and a table and line charts of all heads.
+    """Yield the verdict, a time-lapse, the table of attention sinks, and a table and line charts of all heads.
 
     Args:
         last: the last snapshot.
@@ -125,6 +125,8 @@ def events_at_end(
         drawing: how to draw them.
     """
     photos = list(probe.pixels)
+    if last.verdict is not None:
+        yield ev.Text("attn_monitor/verdict", partial(str, last.verdict))
     yield ev.Animation("attn_timelapse", lambda: animations.gif(animations.timelapse(history, photos, options=drawing)))
     if any(key.metric in SINK_SHARES for key in last.metrics):
         rows = ev.Once(lambda: sink_rows(last, curves))

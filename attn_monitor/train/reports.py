@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
-from attn_monitor.measurements import HealthFlag
+from attn_monitor.measurements import HealthFlag, Verdict
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.generic import Generic
 from attn_monitor.trackers.registry import tracker_for
@@ -134,10 +134,11 @@ def where_text(folder: Path, report: Path | None) -> str:
     return f"archive in {folder}" if report is None else f"open {report} to see this run"
 
 
-def health_text(flags: Sequence[HealthFlag]) -> str:
-    """List the health flags that were raised, with their number."""
+def health_text(flags: Sequence[HealthFlag], verdict: Verdict | None = None) -> str:
+    """Give the verdict on the run, and list the health flags that were raised, with their number."""
     many = "" if len(flags) == 1 else "s"
-    return f"{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
+    said = "" if verdict is None else f"verdict: {verdict}\n"
+    return f"{said}{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
 
 
 def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Schedule, probe: ProbeBatch) -> str:

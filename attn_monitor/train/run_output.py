@@ -98,7 +98,9 @@ class RunOutput:
             ended, monitor = time.perf_counter(), self._kept.monitor
             self.publisher.close()
             self._inform(cost.text(time.perf_counter() - ended, self.publisher.seconds))
-            self._inform(reports.health_text([] if monitor is None else monitor.health.flags))
+            last = None if monitor is None else monitor.previous
+            flags = [] if monitor is None else monitor.health.flags
+            self._inform(reports.health_text(flags, None if last is None else last.verdict))
             if self.folder is not None:
                 self._inform(
                     reports.where_text(self.folder, self.publisher.report)

@@ -57,12 +57,14 @@ class Dino(pl.LightningModule):
         large, small = self.student["backbone"](torch.cat(crops[:2])), self.student["backbone"](crops[2])
         out = self.student["head"](torch.cat([large, small]))
         student = out[: len(large)]
-        centred = (answers - self.center) / 0.07
-        loss = nn.functional.cross_entropy(student / 0.1, centred.softmax(-1))
+        loss = nn.functional.cross_entropy(student / 0.1, self.targets(answers))
         now = {"teacher": targets, "student": large, "answers": answers, "out": student, "loss": loss}
         self.seen.append({name: value.detach().clone() for name, value in {**now, "center": self.center}.items()})
         self.center.lerp_(answers.mean(0, keepdim=True), 0.1)
         return loss
+
+    def targets(self, answers: Tensor) -> Tensor:
+        return ((answers - self.center) / 0.07).softmax(-1)
 
     def on_train_batch_end(self, *_: Any) -> None:
         with torch.no_grad():

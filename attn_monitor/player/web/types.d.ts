@@ -38,6 +38,8 @@ export interface Step {
   /** By "role/layer/metric", or "role/model/metric": the mean, then each head. */
   metrics: Record<string, (number | null)[]>;
   flags: Flag[];
+  /** What has become of the run so far; null where it was not judged. */
+  verdict: { state: string; since: number | null; evidence: string[]; advice: string; words: string } | null;
   layout: number;
   /** Offset and length of each layer's block in the file, by layer. */
   blocks: Record<number, Pair>;

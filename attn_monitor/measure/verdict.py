@@ -1,0 +1,342 @@
+"""A verdict on a run: healthy, or what is wrong with it, since when, by what evidence, and what people do about it.
+
+A pure function of the metrics of all snapshots so far, so that it is the same live and from files. Its thresholds are
+chosen on small trainings with and without faults, see `benchmarks.calibration` and docs/reading-the-curves.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+from attn_monitor.measurements import MetricKey, Verdict
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where each rule begins. ``snapshots`` in a row must agree, and so many must be there before any verdict."""
+
+    snapshots: int = 3
+    uniform: float = 0.98  # mean entropy of an image's answer, over ln K
+    same: float = 0.012  # entropy of the mean answer less that of each, over ln K
+    cosine: float = 0.9  # mean cosine between images
+    rank: float = 0.25  # effective rank over its highest value
+    loss: float = 0.2  # rise of the loss above its start, over that
+    swing: float = 1.0  # way of the loss to and fro, over ln K, or over its median
+    alike: float = 0.3  # share of prototypes with a near copy
+    low_entropy: float = 0.05  # of attention, as the flag
+    high_entropy: float = 0.995
+    dense: float = 0.15  # fall of dense separability below its highest value
+    at_ln_k: float = 0.002  # relative distance of a loss from ln K that counts as equal
+
+
+THRESHOLDS = Thresholds()
+
+FROM_START = 8  # snapshots in a row for what every run begins with: answers that are uniform, and the same
+INTERVALS = 5  # between snapshots in which a loss that swings is looked for
+LIKELY_K = tuple(2**power for power in range(9, 19))  # where the number of prototypes is not known
+
+
+class Point(NamedTuple):
+    """A value at a step."""
+
+    step: int
+    value: float
+
+
+@dataclass
+class RunHistory:
+    """The metrics of a run that a verdict is made of: values by step, by (role, metric); of layers the last counts."""
+
+    values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+
+    def add(self, step: int, metrics: Mapping[MetricKey, float]) -> None:
+        """Append a snapshot's values; drop those of later steps, from before a run was resumed."""
+        self.values = {key: {s: v for s, v in line.items() if s < step} for key, line in self.values.items()}
+        self.complete(step, metrics)
+
+    def complete(self, step: int, metrics: Mapping[MetricKey, float]) -> None:
+        """Add values of a snapshot that were computed after it."""
+        last: dict[str, int] = {}
+        for key in metrics:
+            if key.layer is not None:
+                last[key.role] = max(key.layer, last.get(key.role, 0))
+        for key, value in metrics.items():
+            read = OF_MODEL if key.layer is None else OF_LAYER if key.layer == last[key.role] else ()
+            if key.head is None and key.metric in read:
+                self.values.setdefault((key.role, key.metric), {})[step] = float(value)
+
+    def of(self, metric: str, role: str = "") -> list[Point]:
+        """Return the points of a metric in order of steps, of this role if it has some, else of the first that has."""
+        known = [who for who, name in self.values if name == metric]
+        role = role if role in known or not known else known[0]
+        return [Point(*point) for point in sorted(self.values.get((role, metric), {}).items())]
+
+    @property
+    def last_step(self) -> int:
+        """Return the step of the latest snapshot, -1 without any."""
+        return max((step for line in self.values.values() for step in line), default=-1)
+
+    def state_dict(self) -> list[Any]:
+        """Return plain values, for a checkpoint."""
+        return [[*key, [list(point) for point in line.items()]] for key, line in self.values.items()]
+
+    @classmethod
+    def from_state_dict(cls, state: Sequence[Any]) -> RunHistory:
+        """Restore a history from `state_dict`."""
+        return cls({(role, metric): {int(s): float(v) for s, v in line} for role, metric, line in state})
+
+
+OF_MODEL = (
+    *("loss", "prototypes", "prototypes_alike", "assignment_entropy_mean", "assignment_entropy_each"),
+    *("mean_cosine", "effective_rank", "feature_samples"),
+)
+OF_LAYER = ("entropy", "dense_separability", "cls_patch_cosine")
+
+
+def judge(history: RunHistory, thresholds: Thresholds = THRESHOLDS) -> Verdict:
+    """Judge a run by its metrics so far.
+
+    Args:
+        history: the metrics of all snapshots.
+        thresholds: where each rule begins.
+
+    Returns:
+        The first finding among: divergence to NaN, a complete collapse, divergence, collapsed attention, a collapse of
+        prototypes, a dimensional collapse, decaying dense features; else healthy, or no verdict while there are too few
+        snapshots.
+    """
+    for rule in RULES:
+        found = rule(history, thresholds)
+        if found is not None:
+            return found
+    most = max(len(history.of(metric)) for metric in ("mean_cosine", "loss"))
+    return Verdict("healthy" if most > thresholds.snapshots else "no verdict yet")
+
+
+def _not_finite(history: RunHistory, t: Thresholds) -> Verdict | None:
+    for metric, words in (("loss", "the loss"), ("mean_cosine", "global features")):
+        since = _streak(history.of(metric, "student"), lambda p: not math.isfinite(p.value), 1)
+        if since is not None:
+            return Verdict("diverging", since, (f"{words} is NaN or infinite",), _GO_BACK)
+    return None
+
+
+def _uniform(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """Answers are uniform: by the head's entropies, or a loss that stands at ln K."""
+    each = history.of("assignment_entropy_each", "student")
+    since = _streak_unless_from_start(each, lambda p: p.value >= t.uniform, t.snapshots)
+    evidence = []
+    if since is not None:
+        evidence.append(f"the mean entropy of an answer is {each[-1].value:.3f} of ln K")
+    loss, k = history.of("loss"), history.of("prototypes", "student")
+    for count in [int(k[-1].value)] if k else LIKELY_K:
+        at = _streak_unless_from_start(loss, partial(_is_near, value=math.log(count), by=t.at_ln_k), t.snapshots)
+        if at is not None and (since is not None or not each):
+            since = at if since is None else min(since, at)
+            evidence.append(f"the loss stands at {loss[-1].value:.4f} = ln {count:,}, that of a uniform answer")
+    if since is None:
+        return None
+    return Verdict(
+        "complete collapse",
+        since,
+        ("all images get a uniform answer", *evidence),
+        "Targets are too soft, or the step is too large: lower the teacher's temperature (0.04) or lengthen its "
+        "warm-up, lower the learning rate, check the number of different images",
+    )
+
+
+def _same_answer(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """All images get the same answer."""
+    each = {p.step: p.value for p in history.of("assignment_entropy_each", "student")}
+    both = history.of("assignment_entropy_mean", "student")
+    apart = [Point(p.step, p.value - each[p.step]) for p in both if p.step in each]
+    since = _streak_unless_from_start(apart, lambda p: p.value <= t.same, t.snapshots)
+    if since is None:
+        return None
+    return Verdict(
+        "complete collapse",
+        since,
+        (f"all images get the same answer: mean and single ones differ in entropy by {apart[-1].value:.4f} ln K",),
+        "Check that the teacher's outputs are centred or balanced, that the teacher is an average that lags behind, "
+        "and that batches hold different images; lower the learning rate",
+    )
+
+
+def _alike(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """Global features have become alike; in some models they are so from the start, and stay useful."""
+    cosine = history.of("mean_cosine", "teacher")
+    if all(p.value >= t.cosine for p in cosine):
+        return None
+    since = _streak(cosine, lambda p: p.value >= t.cosine, t.snapshots)
+    if since is None:
+        return None
+    return Verdict(
+        "complete collapse",
+        since,
+        (
+            f"global features of different images have a mean cosine of {cosine[-1].value:.3f}, up from "
+            f"{min(p.value for p in cosine):.3f}",
+        ),
+        "Check what keeps answers apart (centring, temperature, negatives, variance terms), that batches hold "
+        "different images, and the learning rate",
+    )
+
+
+def _worse_than_uniform(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """The loss stays above what it began with, and above that of a uniform answer.
+
+    Without a head there is no such measure: losses of prediction begin low, and rise while features form.
+    """
+    loss, k = history.of("loss"), history.of("prototypes", "student")
+    if not k or len(loss) <= t.snapshots:
+        return None
+    start = max(loss[0].value, math.log(k[-1].value))
+    since = _streak(loss[1:], lambda p: p.value >= start * (1 + t.loss), t.snapshots)
+    if since is None:
+        return None
+    return Verdict("diverging", since, (f"the loss is {loss[-1].value:.3g}, above {start:.3g} of the start",), _GO_BACK)
+
+
+def _swings(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """The loss goes up and down: how far within the latest intervals, beyond the way from their start to their end."""
+    loss, k = history.of("loss"), history.of("prototypes", "student")
+    if len(loss) <= INTERVALS:
+        return None
+    scale, swings = math.log(k[-1].value) if k else abs(median(p.value for p in loss)), list[Point]()
+    for window in (loss[i : i + INTERVALS + 1] for i in range(len(loss) - INTERVALS)):
+        ways = [Point(a.step, abs(b.value - a.value)) for a, b in itertools.pairwise(window)]
+        beyond = sum(way.value for way in ways) - abs(window[-1].value - window[0].value)
+        longest = max(ways, key=lambda way: way.value)
+        swings.append(Point(longest.step, beyond / scale if scale else 0.0))
+    since = _streak(swings, lambda p: p.value >= t.swing, 1)
+    if since is None:
+        return None
+    low, high = (pick(p.value for p in loss[-INTERVALS - 1 :]) for pick in (min, max))
+    return Verdict(
+        "diverging",
+        since,
+        (f"the loss swings between {low:.3g} and {high:.3g} within {INTERVALS + 1} snapshots",),
+        _GO_BACK,
+    )
+
+
+def _attention(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """Attention of the last layer is uniform again, or on one patch."""
+    entropy = history.of("entropy", "teacher")
+    low = _streak(entropy, lambda p: p.value <= t.low_entropy, t.snapshots)
+    formed = any(p.value < 1 - 10 * (1 - t.high_entropy) for p in entropy)
+    high = _streak(entropy, lambda p: p.value >= t.high_entropy, t.snapshots) if formed else None
+    since = low if low is not None else high
+    if since is None:
+        return None
+    what = "lies on one patch" if low is not None else "is uniform again"
+    return Verdict(
+        "attention collapsed",
+        since,
+        (f"attention of the last layer {what}: entropy {entropy[-1].value:.3f}",),
+        "Use q/k normalisation, a lower learning rate or a longer warm-up",
+    )
+
+
+def _prototypes(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """Many prototypes are copies."""
+    alike = history.of("prototypes_alike", "student")
+    since = _streak(alike, lambda p: p.value >= t.alike, t.snapshots)
+    if since is None:
+        return None
+    return Verdict(
+        "prototype collapse",
+        since,
+        (f"{alike[-1].value:.0%} of the prototypes have a near copy",),
+        "Use fewer prototypes, or keep them apart (KoLeo on prototypes, arXiv 2410.14060)",
+    )
+
+
+def _rank(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """The effective rank has fallen; ranks of far fewer samples than usual are left out."""
+    samples = {p.step: p.value for p in history.of("feature_samples", "teacher")}
+    usual = sorted(samples.values())[len(samples) // 2] if samples else 0.0
+    rank = [p for p in history.of("effective_rank", "teacher") if samples.get(p.step, usual) >= usual / 2]
+    highest, shares = 0.0, list[Point]()
+    for point in rank:
+        highest = max(highest, point.value)
+        shares.append(Point(point.step, point.value / highest if highest > 0 else math.nan))
+    since = _streak(shares, lambda p: p.value <= t.rank, t.snapshots)
+    if since is None:
+        return None
+    return Verdict(
+        "dimensional collapse",
+        since,
+        (f"the effective rank of global features is {rank[-1].value:.3g}, and was {highest:.3g}",),
+        "Look at the loss on features (KoLeo, variance and covariance terms), at augmentations that leave little to "
+        "distinguish, and at the learning rate",
+    )
+
+
+def _dense(history: RunHistory, t: Thresholds) -> Verdict | None:
+    """Dense features were better before; those of the latest snapshot are known after it, and count with the next."""
+    apart = [p for p in history.of("dense_separability", "teacher") if p.step < history.last_step]
+    highest, falls = 0.0, list[Point]()
+    for point in apart:
+        highest = max(highest, point.value)
+        falls.append(Point(point.step, 1 - point.value / highest if highest > 0 else 0.0))
+    if _streak(falls, lambda p: p.value >= t.dense, t.snapshots) is None:
+        return None
+    best = max(apart, key=lambda p: p.value)
+    return Verdict(
+        "dense features decaying",
+        best.step,
+        (f"dense separability is {apart[-1].value:.3g}, and was {best.value:.3g} at step {best.step:,}",),
+        f"Keep the checkpoint of about step {best.step:,} for dense tasks; use a loss on patches, or anchor Gram "
+        "matrices to that teacher",
+    )
+
+
+Rule = Callable[[RunHistory, Thresholds], Verdict | None]
+RULES: tuple[Rule, ...] = (
+    _not_finite,
+    _uniform,
+    _same_answer,
+    _alike,
+    _worse_than_uniform,
+    _swings,
+    _attention,
+    _prototypes,
+    _rank,
+    _dense,
+)
+"""In order of precedence."""
+
+_GO_BACK = (
+    "Go back to a checkpoint of before; lower the learning rate or lengthen its warm-up, clip gradients, keep the head "
+    "and the loss in float32, and let the teacher lag further behind"
+)
+
+
+def _streak(points: Sequence[Point], holds: Callable[[Point], bool], least: int) -> int | None:
+    """Return the first step of the latest points in a row for which a condition holds, None if they are too few."""
+    row = list(_latest(points, holds))
+    return row[-1].step if len(row) >= least else None
+
+
+def _streak_unless_from_start(points: Sequence[Point], holds: Callable[[Point], bool], least: int) -> int | None:
+    """As `_streak`, with more points where the condition has held from the start, as every run begins like that."""
+    row = list(_latest(points, holds))
+    return row[-1].step if len(row) >= (FROM_START if len(row) == len(points) else least) else None
+
+
+def _is_near(point: Point, value: float, by: float) -> bool:
+    return abs(point.value / value - 1) <= by
+
+
+def _latest(points: Sequence[Point], holds: Callable[[Point], bool]) -> Iterator[Point]:
+    for point in reversed(points):
+        if not holds(point):
+            return
+        yield point

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attn_monitor.measurements import MetricKey as MetricKey
     from attn_monitor.metric_options import MetricOptions as MetricOptions
     from attn_monitor.monitor import AttentionMonitor as AttentionMonitor
+    from attn_monitor.probe.labelled import EvaluationOptions as EvaluationOptions
     from attn_monitor.probe.options import ProbeOptions as ProbeOptions
     from attn_monitor.probe.probe_batch import ProbeBatch as ProbeBatch
     from attn_monitor.watch import Watch as Watch
@@ -42,6 +43,7 @@ _MODULES = {
     "AttentionSnapshot": "attention_snapshot",
     "AttnMonitorError": "errors",
     "DrawingOptions": "draw.options",
+    "EvaluationOptions": "probe.labelled",
     "Grid": "grid",
     "HealthFlag": "measurements",
     "HealthLimits": "measure.health",

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from attn_monitor import messages
 from attn_monitor.background.failures import Failures
@@ -22,6 +23,7 @@ from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.labelled import EvaluationOptions
 from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.naming import check_name, prefixed
@@ -57,6 +59,8 @@ class AttentionMapCallback(Base):
             layer only; "all" is all, with every query of every layer.
         features: whether to keep the patch features of the drawn layers in the archive, in at most 32 dimensions, and
             to log ``gram_drift``, how far the cosines between patches have moved.
+        evaluation: images with labels, by which kNN and a linear probe judge the backbones at snapshots: a folder with
+            a folder for each class, tensors (images, labels), a data set of (image, label), or `EvaluationOptions`.
         every_n_train_steps: optimizer steps between snapshots. Steps are those of Lightning's loggers: batches that
             ended in an optimizer step, each counted once even if several optimizers step in it.
         every_n_epochs: epochs between snapshots. With neither, a run takes about 50 snapshots. There is always one
@@ -111,6 +115,7 @@ class AttentionMapCallback(Base):
         query: Literal["cls", "mean"] | int | tuple[int, int] = "cls",
         metrics: list[str] | str | MetricOptions | None = None,
         features: bool = False,
+        evaluation: EvaluationOptions | str | os.PathLike[str] | tuple[Tensor, Tensor] | Dataset[Any] | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         drawing: DrawingOptions = DrawingOptions(),
@@ -133,6 +138,7 @@ class AttentionMapCallback(Base):
             query=query,
             metrics=metrics,
             features=features,
+            evaluation=evaluation,
             drawing=drawing,
             health=health,
             forward=forward,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -190,6 +191,12 @@ class AttentionMonitor:
         and write. A snapshot that is saved without it has neither.
         """
         return self.history.colored(snapshot)
+
+    @contextmanager
+    def forwards(self, role: str, model: nn.Module) -> Iterator[tuple[Callable[[Tensor], Any], bool]]:
+        """Yield a function that runs a checked model in isolation, and whether its first token is CLS."""
+        with self._recorder(role, model).forwards() as found:
+            yield found
 
     def check_heads(self, heads: Sequence[int] | None) -> None:
         """Raise `HeadError` if a watched layer lacks one of these heads; call it after `check` or `snapshot`."""

@@ -23,6 +23,7 @@ from attn_monitor.errors import ArgumentError, NoAttentionError, UnsupportedAtte
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.kept import Kept
@@ -60,6 +61,7 @@ class Watch:
         query: likewise.
         metrics: likewise.
         features: likewise.
+        evaluation: likewise.
         drawing: likewise.
         health: likewise.
         forward: likewise.
@@ -99,6 +101,7 @@ class Watch:
         query: QuerySpec = "cls",
         metrics: MetricOptions | Sequence[str] | str | None = None,
         features: bool = False,
+        evaluation: EvaluationOptions | Labelled | None = None,
         drawing: DrawingOptions = DrawingOptions(),
         health: HealthLimits = HealthLimits(),
         forward: Forward | None = None,
@@ -118,6 +121,7 @@ class Watch:
             query=query,
             metrics=metrics,
             features=features,
+            evaluation=evaluation,
             drawing=drawing,
             health=health,
             forward=forward,

@@ -7,8 +7,9 @@ Later forwards watch the requested modules only, and are left after the last of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -28,12 +29,12 @@ from attn_monitor.capture.layer_selection import (
     stack_notes,
 )
 from attn_monitor.capture.observe.forward import Forward, check_materialised
-from attn_monitor.capture.observe.isolation import model_device_dtype
+from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
 from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recording import OnLayer, OtherLayersError, Recording
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, plan_recording
 from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_places, structure_of
-from attn_monitor.capture.sites import Site
+from attn_monitor.capture.sites import Site, prefix_names
 from attn_monitor.errors import ArgumentError, QueryError
 
 Verify = bool | Literal["first"]
@@ -267,6 +268,22 @@ class AttentionRecorder:
             raise
         self._verified, discovery.known.recorded = self._verified or verify, True
         return recorded
+
+    @contextmanager
+    def forwards(self) -> Iterator[tuple[Callable[[Tensor], Any], bool]]:
+        """Yield a function that runs the model as recordings do and returns its result, and if its first token is CLS.
+
+        The model is isolated meanwhile. Raises RuntimeError before the first `check` or recording.
+        """
+        if self._discovery is None:
+            raise RuntimeError("the model has not been run yet, expected a call of check(images) before forwards()")
+        call, sites = self._discovery.option.forward, self._planned(self._discovery).sites.values()
+        device, dtype = model_device_dtype(self.model)
+        with isolated_forward(self.model):
+            yield (
+                lambda images: call(self.model, images.to(device=device, dtype=dtype)),
+                all(prefix_names(planned.site)[:1] == ("CLS",) for planned in sites),
+            )
 
     def _follow_model(self, images: Tensor, *, recording: bool = False) -> tuple[Tensor, Discovery]:
         """Repeat the discovery if it is in doubt, then return as `_look`; check the tokens only before a recording."""

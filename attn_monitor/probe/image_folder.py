@@ -54,8 +54,8 @@ def read_images(
     """
     check_count(num_images)
     if Path(path).is_file():
-        return _read([Path(path)], "image", size, masks)
-    return _read(_choose_files(Path(path), num_images), f"probe folder {path}", size, masks)
+        return read_files([Path(path)], "image", size, masks)
+    return read_files(_choose_files(Path(path), num_images), f"probe folder {path}", size, masks)
 
 
 def check_size(size: Size) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def check_count(num_images: int) -> int:
     return num_images
 
 
-def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
+def read_files(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
     """Read the files, resized and cropped at the centre; the error names every unreadable file."""
     height, width = check_size(size)
     pixels, unreadable = [], []
@@ -95,10 +95,10 @@ def _read(files: list[Path], source: str, size: Size, masks: str | os.PathLike[s
 def _choose_files(folder: Path, count: int) -> list[Path]:
     if not folder.is_dir():
         raise ProbeError(f"images {folder}: does not exist; expected an image or a folder of images")
-    files = _images_in(folder)
+    files = images_in(folder)
     if files:
         return _evenly_spaced(files, count)
-    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f))]
+    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := images_in(f))]
     if not classes:
         raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     ranked = sorted(
@@ -107,7 +107,8 @@ def _choose_files(folder: Path, count: int) -> list[Path]:
     return [file for _, file in ranked[:count]]
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """List the images in a folder, by name."""
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
 
 

@@ -38,6 +38,7 @@ class Kept:
         self.options, self.schedule = options, schedule
         self.monitor: AttentionMonitor | None = None
         self.archive = ArchiveId()
+        self.first_accuracy: dict[str, float] = {}  # by role, of the first evaluation on labels
         self.resumed = False  # whether the present run has loaded a checkpoint
         self.root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
         self.around: tuple[nn.Module, ...] = ()  # the modules that hold the models and their heads
@@ -82,6 +83,7 @@ class Kept:
         if not rank_zero.run(goes_on):
             self.archive = ArchiveId()
             self.schedule.taken(None)
+            self.first_accuracy.clear()
             if self.monitor is not None:
                 self.monitor.forget()
         self._folder = folder
@@ -106,6 +108,7 @@ class Kept:
             "last_step": self.schedule.last_step,
             "archive": self.archive.name,
             "run": self.archive.run,
+            "first_accuracy": dict(self.first_accuracy),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
@@ -124,6 +127,7 @@ class Kept:
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.resumed, self.archive = monitor, True, ArchiveId(archive, run)
+        self.first_accuracy = {str(role): float(value) for role, value in state.get("first_accuracy", {}).items()}
         self.schedule.taken(last_step)
         if given is None or given.probe.has_same_images_as(monitor.probe):
             return ""

@@ -17,6 +17,7 @@ from attn_monitor.errors import ArgumentError
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 
@@ -43,6 +44,7 @@ class RunOptions:
         query: QuerySpec,
         metrics: MetricOptions | Sequence[str] | str | None,
         features: bool,
+        evaluation: EvaluationOptions | Labelled | None = None,
         drawing: DrawingOptions,
         health: HealthLimits,
         forward: Forward | str | None,
@@ -57,6 +59,7 @@ class RunOptions:
         self.probe = ProbeOptions.of(probe, num_images=num_images, image_size=image_size)
         self.layers, self.query = check_layers(layers), check_query(query)
         self.metrics, self.features = MetricOptions.of(metrics, features=features), features
+        self.evaluation = EvaluationOptions.of(evaluation)
         self.drawing = drawing if threshold is None else replace(drawing, threshold=threshold)
         self.health, self.forward, self.on_error = health, import_forward(forward), on_error
         self.disk_reserve = check_reserve(disk_reserve)

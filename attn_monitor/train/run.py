@@ -20,6 +20,7 @@ from attn_monitor.probe.options import IMAGE_SIZE
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.probe.sizes import sizes_in
 from attn_monitor.train.ema_watch import EmaWatch
+from attn_monitor.train.evaluation import Evaluation
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.probe_search import ObservedInputs
 from attn_monitor.train.reports import Cost
@@ -82,6 +83,9 @@ class Run:
         self._findings: list[HealthFlag] = []  # flags of the EMA watch, stored with the next snapshot
         self._roles = WatchedRoles(self.failures, inform)
         self._training = TrainingWatch(self.failures, inform) if options.metrics.training else None
+        self._evaluate: Evaluation | None = None
+        if options.evaluation is not None:
+            self._evaluate = Evaluation(options.evaluation, kept, self.failures, inform)
         kept.start(distributed=distributed)
         if kept.monitor is None and (probe := rank_zero.run(options.probe.load)) is not None:
             kept.watch(probe)
@@ -347,6 +351,10 @@ class Run:
                     monitor = self._check(looked_at)
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
+            if (evaluate := self._evaluate) is not None:
+                on, models_now = monitor, looked_at
+                values, lost = self.rank_zero.run(lambda: evaluate(on, models_now, step, last=last))
+                training, flags = Metrics({**training, **values}), (*flags, *lost)
             snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last, others=training)
         self._roles.took(snapshot, monitor, models, paths)
         self.errors.enter(Stage.WATCHING)

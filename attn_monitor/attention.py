@@ -39,23 +39,24 @@ class PatchColors(NamedTuple):
 class LayerAttention:
     """Hold what one layer's query token attends to, for every image and head.
 
-    Shapes: B images, H heads, T tokens in the order of ``rows``, N patches on a (gh, gw) grid, D channels. Optional
-    tensors are None if they were not requested or do not exist.
+    Shapes: B images, H heads, T tokens in the order of ``rows``, N patches on a grid of (gh, gw), or of as many axes as
+    the images have, D channels. Optional tensors are None if they were not requested or do not exist.
 
     Args:
         layer: index in order of execution.
         name: module path.
         rows: (B, H, T) float32 on the model's device, what multiplies V: prefix tokens first (CLS, registers and all
-            others that are no patch), then patches row by row.
+            others that are no patch), then patches row by row, the last axis of the grid fastest.
         num_prefix: number of prefix tokens.
-        grid: (gh, gw) of the patches, with their geometry if they do not tile the image.
+        grid: (gh, gw) of the patches, or (t, gh, gw), …, with the names of its axes, and the patches' geometry if they
+            do not tile the image.
         mixed: whether the layer does not apply a plain softmax (talking heads, gated mixes).
         verified_error: relative difference between row·V and the model's own output; NaN if it was not checked.
         kind: "distribution" if rows sum to 1 over T, "weights" if they do not (heads scaled, keys dropped after the
             softmax), "signed" if some entries are negative.
         places: how the patch of each key was found: "exact", "exact but masked" or "centres", see
             `capture.token_places`.
-        distance: (B, H), mean attention distance in pixels.
+        distance: (B, H), mean attention distance in pixels; a frame, a slice and a sample count as a pixel.
         norms: (B, T), norms of the tokens that enter the layer's block.
         cosine: (B,), mean cosine between the CLS token and the patches that enter the block.
         max_logit: (B, H), largest logit, scale · q·k + bias, of pairs that are not masked, over all keys and the
@@ -113,8 +114,39 @@ class LayerAttention:
 
     @property
     def maps(self) -> Tensor:
-        """Return the patch part of ``rows`` as images, (B, H, gh, gw), not renormalised, as DINO's maps."""
-        return self.grid.unflatten(self.rows[..., self.num_prefix :])
+        """Return the patch part of ``rows`` as images, (B, H, *grid), not renormalised, as DINO's maps."""
+        return self.grid.unflatten(self.on_patches)
+
+    @property
+    def on_patches(self) -> Tensor:
+        """Return the patch part of ``rows``, (B, H, N)."""
+        return self.rows[..., self.num_prefix :]
+
+    def in_plane(self) -> LayerAttention:
+        """Return a layer of two axes for pictures: attention summed over frames or slices, or of one row of samples.
+
+        Tokens and features are left out, and colours are averaged.
+        """
+        more = len(self.grid) - 2
+        if more == 0:
+            return self
+        geometry, axes = self.geometry, self.grid.axes
+        flat = Grid((1, *self.grid)[-2:], axes=("", *axes)[-2:])
+        if geometry is not None and more > 0:
+            flat = Grid(flat, GridGeometry(geometry.origin[-2:], geometry.cell[-2:]))
+
+        def summed(x: Tensor) -> Tensor:
+            prefix, patches = x[..., : self.num_prefix], self.grid.unflatten(x[..., self.num_prefix :])
+            return torch.cat([prefix, patches.flatten(-len(self.grid), -3).sum(-3).flatten(-2)], -1)
+
+        left_out = (*PATCH_TENSORS, "norms", "value_norms")
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in left_out}
+        tensors |= {k: summed(tensors[k]) for k in ("rows", "received") if k in tensors and more > 0}
+        colors = self.patch_colors
+        if colors is not None and more > 0:
+            rgb = colors.rgb.unflatten(1, tuple(self.grid)).flatten(1, more).mean(1).flatten(1, 2)
+            colors = PatchColors((rgb * 255).round() / 255, colors.scale)
+        return replace(self.with_tensors(tensors), grid=flat, patch_colors=colors)
 
     @property
     def colors(self) -> Tensor | None:

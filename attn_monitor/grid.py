@@ -1,4 +1,8 @@
-"""`Grid`: how many cells a map has along each axis, and where they lie in the image's own pixels."""
+"""`Grid`: how many cells a map has along each axis, of which there may be any number, and where they lie in the image.
+
+Axes have names: h and w for rows and columns of a picture, t for frames or time, d for slices of a volume, f for
+frequency. An image's *size* is its number of pixels (frames, slices, samples) along each axis.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class GridGeometry:
-    """Origin of the first cell and size of a cell on each axis (rows, then columns), in pixels of the image.
+    """Origin of the first cell and size of a cell on each axis, in pixels of the image.
 
     Cell i of an axis sees the pixels from origin + i · cell to origin + (i + 1) · cell, as far as the image has them:
     a model that pads begins before the image or ends behind it, and one that drops a remainder or crops leaves pixels
@@ -38,8 +42,12 @@ class GridGeometry:
         return None if tiles else self
 
 
+AXES = {1: ("t",), 2: ("h", "w"), 3: ("t", "h", "w")}
+"""Names of the axes of a grid where none are given, by their number."""
+
+
 class Grid(tuple[int, ...]):
-    """Number of cells along each axis (rows, columns), and where the cells lie in the image's own pixels.
+    """Number of cells along each axis, the names of the axes, and where the cells lie in the image's own pixels.
 
     It is the tuple of these numbers, and equal to it: ``rows, columns = grid``. ``geometry`` is None where the cells
     tile the whole image. ``size`` below is the image's, in pixels along each axis.
@@ -48,18 +56,25 @@ class Grid(tuple[int, ...]):
         >>> grid = Grid((4, 6))
         >>> grid == (4, 6), grid.cells, grid.centres((32, 48))[0]
         (True, 24, [4.0, 12.0, 20.0, 28.0])
+        >>> Grid((8, 14, 14)).axes
+        ('t', 'h', 'w')
     """
 
     geometry: GridGeometry | None
+    axes: tuple[str, ...]
 
-    def __new__(cls, shape: Iterable[int], geometry: GridGeometry | None = None) -> Grid:
-        """``shape`` may be a grid, and then keeps its geometry where none is given."""
+    def __new__(
+        cls, shape: Iterable[int], geometry: GridGeometry | None = None, axes: Sequence[str] | None = None
+    ) -> Grid:
+        """``shape`` may be a grid, and then keeps its geometry and the names of its axes where none are given."""
         grid = super().__new__(cls, shape)
         grid.geometry = geometry or getattr(shape, "geometry", None)
+        known = axes or getattr(shape, "axes", None) or AXES.get(len(grid)) or (f"axis {n}" for n in range(len(grid)))
+        grid.axes = tuple(known)
         return grid
 
-    def __getnewargs__(self) -> tuple[tuple[int, ...], GridGeometry | None]:
-        return tuple(self), self.geometry
+    def __getnewargs__(self) -> tuple[tuple[int, ...], GridGeometry | None, tuple[str, ...]]:
+        return tuple(self), self.geometry, self.axes
 
     def __str__(self) -> str:
         return " × ".join(map(str, self))
@@ -96,12 +111,25 @@ class Grid(tuple[int, ...]):
             found.append(np.where((cell >= 0) & (cell < g), cell, -1))
         return found
 
+    def cell_of_pixels(self, size: Sequence[int]) -> Tensor:
+        """The cell that each pixel is in, (*size), numbered as in `lines`; -1 where no cell sees it."""
+        index, seen = torch.zeros((), dtype=torch.int64, device="cpu"), torch.ones((), dtype=torch.bool, device="cpu")
+        for axis, (cells, count) in enumerate(zip(self.cells_of_pixels(size), self, strict=True)):
+            line = torch.from_numpy(cells).view(-1, *(1 for _ in self[axis + 1 :]))
+            index, seen = index * count + line, seen & (line >= 0)
+        return torch.where(seen, index, -1)
+
+    @property
+    def lines(self) -> Tensor:
+        """On each axis the line (row, column, slice) of each cell, (axes, cells); the last axis runs fastest."""
+        return torch.stack(torch.unravel_index(torch.arange(self.cells, device="cpu"), tuple(self)))
+
     def seen_share(self, size: Sequence[int]) -> float:
         """Share of the image that cells see, 0…1."""
         shares = [(x[-1] - x[0]) / n for x, n in zip(self.borders(size), size, strict=True)]
         return float(np.prod(shares))
 
-    def over_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
-        """Values of cells (..., gh, gw) at each pixel of an image, (..., H, W); 0 where no cell is."""
-        rows, cols = (torch.from_numpy(i).to(cells.device) for i in self.cells_of_pixels(size))
-        return cells[..., rows[:, None], cols].where((rows >= 0)[:, None] & (cols >= 0), 0)
+    def over_pixels(self, cells: Tensor, size: Sequence[int]) -> Tensor:
+        """Values of cells (..., *grid) at each pixel of an image, (..., *size); 0 where no cell is."""
+        index = self.cell_of_pixels(size).to(cells.device)
+        return cells.flatten(-len(self))[..., index].where(index >= 0, 0)

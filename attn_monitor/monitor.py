@@ -386,6 +386,7 @@ class AttentionMonitor:
                 query=self.query,
                 forward=self.forward,
                 or_mean=self.or_mean,
+                axes=self.probe.axes,
                 verify=self.verify,
                 nonfinite="keep",
                 distance="distance" in self.metrics,

@@ -72,7 +72,7 @@ class Snapshot:
         return self.layer(role, layer).rows
 
     def maps(self, role: str, layer: int = -1) -> Tensor:
-        """Return the patch part of `rows` as images, (B, H, gh, gw) float32."""
+        """Return the patch part of `rows` as images, (B, H, *grid) float32."""
         return self.layer(role, layer).maps
 
     def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
@@ -93,6 +93,10 @@ class Snapshot:
             if key[1] in layers
         }
         return Snapshot(self.step, self.epoch, self.names, kept)
+
+    def in_plane(self: Same) -> Same:
+        """Return the snapshot with layers of two axes, as `LayerAttention.in_plane` makes them."""
+        return replace(self, layers={key: value.in_plane() for key, value in self.layers.items()})
 
     def with_colors(self: Same, other: Snapshot) -> Same:
         """Return this snapshot with the patch colours of the same snapshot, in place of the tokens, and its metrics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,15 +24,16 @@ class MeanDistance:
 
     Args:
         site: A site for which `has_query_of_each_patch` holds.
-        image_size: (height, width) in pixels.
+        image_size: Number of pixels on each axis.
         device: The device of the rows.
     """
 
-    def __init__(self, site: ReadableSite, image_size: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, site: ReadableSite, image_size: Sequence[int], device: torch.device) -> None:
         grid = site.layout.grid
         middles = Grid(grid, site.layout.geometry).centres(image_size)  # pixels
-        axes = (torch.tensor(axis, dtype=torch.float32, device=device) for axis in middles)
-        self._centres = torch.cartesian_prod(*axes)  # (N, 2) pixels
+        lines = zip(middles, Grid(grid).lines, strict=True)
+        axes = [torch.tensor(axis, dtype=torch.float32, device="cpu")[line] for axis, line in lines]
+        self._centres = torch.stack(axes, -1).to(device)  # (N, axes) pixels
         self._patches = torch.tensor(site.layout.patches, device=device)
         self._patch_of_query = {query: patch for patch, query in site.places.patch_queries.items()}
         self._total = torch.zeros((), device=device)

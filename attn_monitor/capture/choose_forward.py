@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attn_monitor.capture.find_axes import axes_of, taking_channels_first
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, select_sites
 from attn_monitor.capture.masked_models import (
     empty_flat_mask_forward,
@@ -19,6 +20,7 @@ from attn_monitor.capture.observe.forward import Forward, default_forward, is_sh
 from attn_monitor.capture.site_cache import Conditions, Known, sites_of
 from attn_monitor.capture.sites import Site
 from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
+from attn_monitor.image_axes import ImageAxes, parse_axes
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,61 @@ class Discovery:
     known: Known
 
     @property
+    def axes(self) -> ImageAxes:
+        """Return the names of the images' dimensions, in the order in which the model takes them."""
+        return self.known.conditions.axes
+
+    def covers(self, images: Tensor, structure: int) -> bool:
+        """Return whether it holds for images in the order that the model takes."""
+        same = images.ndim == 1 + len(self.axes.names)
+        return same and self.known.conditions.cover(Conditions.of(images, self.axes, structure))
+
+    @property
+    def forward(self) -> Forward:
+        """Return the forward, for images (B, C, *size)."""
+        return taking_channels_first(self.option.forward, self.axes)
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """Return all sites in order of execution."""
         return self.known.sites
+
+
+def find_discovery(
+    model: nn.Module,
+    images: Tensor,
+    axes: str | None,
+    options: Sequence[ForwardOption],
+    structure: int,
+    *,
+    layers: Layers,
+    query: QuerySpec,
+) -> Discovery:
+    """Discover the sites on images in the order that the model takes, see `choose_forward`.
+
+    Where several keys hold each patch, and with channels for one more axis of the image they hold places of their own,
+    that is what they are.
+
+    Args:
+        model: The model to run.
+        images: (B, …) on the model's device, in its dtype.
+        axes: Names of their dimensions, None to ask the model.
+        options: The forwards to try.
+        structure: The model's `structure_of`.
+        layers: The requested layers.
+        query: The requested query.
+    """
+
+    def under(axes: ImageAxes) -> Discovery:
+        conditions = Conditions.of(images, axes, structure)
+        return choose_forward(model, axes.channels_first(images), options, conditions, layers, query)
+
+    first = parse_axes(axes, images) or axes_of(model, images, [option.forward for option in options])
+    found = under(first)
+    if axes is not None or first.channel is None or not any(site.places.at_one_place for site in found.sites):
+        return found
+    apart = under(first.with_channel_axis())
+    return apart if any(site.layout is not None for site in apart.sites) else found
 
 
 def choose_forward(
@@ -79,7 +133,7 @@ def choose_forward(
 
     Args:
         model: The model to run.
-        images: (B, C, H, W) on the model's device, in its dtype.
+        images: (B, C, *size) on the model's device, in its dtype.
         options: The forwards to try, in order; only the first one for a sharded model.
         conditions: Those under which the result stays valid.
         layers: The requested layers.

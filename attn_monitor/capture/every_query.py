@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -61,7 +62,7 @@ class Statistics(NamedTuple):
 
 @F.full_precision()
 def query_statistics(
-    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: tuple[int, int]
+    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: Sequence[int]
 ) -> Statistics:
     """Compute the requested statistics that are defined here, in at most one pass over all rows.
 
@@ -69,7 +70,7 @@ def query_statistics(
         seen: The attention, while it can still be read.
         planned: The site and its token order.
         asked: The requested statistics.
-        image_size: (height, width) in pixels.
+        image_size: Number of pixels on each axis.
     """
     of_row: dict[str, Tensor | None] = {}
     of_many: dict[str, Tensor | None] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attn_monitor.errors import InputTypeError, ProbeError
+from attn_monitor.image_axes import SHAPES
 
 
 def check_model(model: Any) -> nn.Module:
@@ -22,13 +24,15 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_images(images: Any) -> Tensor:
-    """Return the images if they are a dense floating-point tensor (B, C, H, W).
+    """Return the images as a dense floating-point tensor of three to five dimensions.
+
+    A list of images of one size is stacked, and a mapping such as a `BatchFeature` gives its only tensor of images.
 
     Raises:
         InputTypeError: The type, layout, dtype or number of dimensions is another.
         ProbeError: The tensor is empty or on the meta device.
     """
-    expected = "expected a floating-point tensor (batch, channels, height, width)"
+    images, expected = _unpacked(images), f"expected a floating-point tensor of images {SHAPES}"
     if not isinstance(images, Tensor):
         raise InputTypeError(f"images: received {_kind(images)}, {expected}")
     if images.is_nested:
@@ -37,8 +41,14 @@ def check_images(images: Any) -> Tensor:
         layout = str(images.layout).removeprefix("torch.")
         raise InputTypeError(f"images: received a tensor of layout {layout}, {expected}. Pass images.to_dense()")
     received = f"images: received {tuple(images.shape)} {images.dtype}"
-    if images.ndim != 4 or not images.is_floating_point():
-        raise InputTypeError(f"{received}, {expected}")
+    if not 3 <= images.ndim <= 5:
+        one = ". Pass images[None] for a batch of one image" if images.ndim == 2 else ""
+        raise InputTypeError(
+            f"{received}, {expected}. Bring them into one of these shapes, and pass forward=lambda model, images: ... "
+            f"where the model takes another{one}"
+        )
+    if not images.is_floating_point():
+        raise InputTypeError(f"{received}, {expected}. Pass them as the model takes them, normalised: images.float()")
     if 0 in images.shape:
         raise ProbeError(f"{received}, which holds no pixel, {expected} of at least one")
     if images.is_meta:
@@ -47,7 +57,7 @@ def check_images(images: Any) -> Tensor:
 
 
 def check_finite(images: Tensor) -> None:
-    """Raise `ProbeError` if images (B, C, H, W) hold NaN or infinity; synchronises with the device."""
+    """Raise `ProbeError` if images (B, …) hold NaN or infinity; synchronises with the device."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not bool(finite.all()):
         broken = [i for i, whole in enumerate(finite.tolist()) if not whole]
@@ -55,6 +65,32 @@ def check_finite(images: Tensor) -> None:
             f"images: received NaN or infinity in image {', '.join(map(str, broken[:5]))}, expected finite pixels. "
             "Look at how these images are read and normalised"
         )
+
+
+def _unpacked(images: Any) -> Any:
+    """Return the tensor of a mapping or a list that holds one; anything else as it is."""
+    if isinstance(images, Mapping):
+        found = {name: x for name, x in images.items() if _is_like_images(x)}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        held = ", ".join(f"{name}: {tuple(getattr(x, 'shape', ()))}" for name, x in list(images.items())[:6])
+        raise InputTypeError(
+            f"images: received a {type(images).__name__} with {{{held}}}, expected one tensor of images in it. Pass it "
+            'alone, such as batch["pixel_values"], and the rest by forward=lambda model, images: ...'
+        )
+    if isinstance(images, (list, tuple)) and images and all(map(_is_like_images, images)):
+        if len({x.shape for x in images}) > 1:
+            shapes = ", ".join(str(tuple(x.shape)) for x in images[:4])
+            raise InputTypeError(
+                f"images: received a list of tensors of several shapes ({shapes}), expected images of one size, which "
+                "can be stacked. Pass those of one size at a time"
+            )
+        return images[0] if len(images) == 1 and images[0].ndim > 3 else torch.stack([*images])
+    return images
+
+
+def _is_like_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _kind(value: Any) -> str:

@@ -6,26 +6,32 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from attn_monitor.capture.observe.attention_rows import Query
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site
 from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
+from attn_monitor.grid import Grid
 
 Layers = int | str | Sequence[int | str]
-QuerySpec = str | int | tuple[int, int]
+QuerySpec = str | int | tuple[int, ...]
 Selection = dict[SiteKey, tuple[ReadableSite, Query]]
 """The requested sites, each with the row to read there."""
 
 
 def check_query(query: QuerySpec) -> QuerySpec:
     """Return a valid query, with lists as tuples and NumPy integers as int; raise `ArgumentError` otherwise."""
-    if isinstance(query, (list, tuple)) and len(query) == 2 and all(map(_is_index, query)):
-        return (int(query[0]), int(query[1]))
+    if isinstance(query, (list, tuple)) and 1 <= len(query) <= 3 and all(map(_is_index, query)):
+        return tuple(map(int, query))
     if isinstance(query, str) and query in ("cls", "mean"):
         return query
     if _is_index(query) and query >= 0:
         return int(query)
-    raise ArgumentError(f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch')
+    raise ArgumentError(
+        f'query={query!r}: expected "cls", "mean", a token index, or (row, col) of a patch, with a number for each '
+        "axis of the grid"
+    )
 
 
 def check_layers(layers: Layers) -> Layers:
@@ -164,18 +170,21 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
         return _patch_query(site, query, where)
     if places.cls is not None:
         return places.cls
+    if places.cls_of_sequences:
+        return places.cls_of_sequences
     raise QueryError(_no_cls(site, where))
 
 
-def _patch_query(site: ReadableSite, query: tuple[int, int], where: str) -> int:
-    (row, col), (gh, gw) = query, site.layout.grid
-    if not (0 <= row < gh and 0 <= col < gw):
-        raise QueryError(f"query=({row}, {col}): {where} has a grid of {gh} rows and {gw} columns of patches")
-    index = site.places.patch_queries.get(row * gw + col)
+def _patch_query(site: ReadableSite, query: tuple[int, ...], where: str) -> int:
+    grid = site.layout.grid
+    if len(query) != len(grid) or not all(0 <= line < lines for line, lines in zip(query, grid, strict=True)):
+        shape = f"{grid[0]} rows and {grid[1]} columns" if len(grid) == 2 else str(Grid(grid))
+        raise QueryError(f"query={query}: {where} has a grid of {shape} {'of ' * (len(grid) == 2)}patches")
+    index = site.places.patch_queries.get(int(np.ravel_multi_index(query, grid)))
     if index is None:
         what = "a single query token" if site.queries == 1 else f"{site.queries} queries"
         raise QueryError(
-            f'{where} has {what}, none of which is known to be patch ({row}, {col}); use query="mean" or a token index'
+            f'{where} has {what}, none of which is known to be patch {query}; use query="mean" or a token index'
         )
     return index
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.observe.attention_rows import Folding
+from attn_monitor.capture.observe.attention_rows import Folding, Sequences
 from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.forward import Forward, run_forward
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
@@ -76,7 +76,7 @@ def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[l
 
     Args:
         model: The model to run.
-        images: (B, C, H, W) that give the size, dtype and device of the noise.
+        images: (B, C, *size) that give the size, dtype and device of the noise.
         forward: How to call the model.
 
     Returns:
@@ -86,11 +86,12 @@ def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[l
     candidates: list[Candidate] = []
     if len(images) > 1:
         noise = torch.stack([one, one, other])
-        return candidates, _observe(model, noise, forward, lambda k, seen: candidates.append(_examine(k, seen)))
+        joins = images.ndim > 4
+        return candidates, _observe(model, noise, forward, lambda k, seen: candidates.append(_examine(k, seen, joins)))
     alone: list[dict[SiteKey, _Alone | RefusedObservation]] = []
     for image in (one, one, other):
         sites: dict[SiteKey, _Alone | RefusedObservation] = {}
-        observer = _observe(model, image[None], forward, partial(_keep_alone, sites))
+        observer = _observe(model, image[None], forward, partial(_keep_alone, sites, images.ndim > 4))
         alone.append(sites)
     return [_put_together(key, [sites.get(key) for sites in alone]) for key in alone[0]], observer
 
@@ -103,11 +104,16 @@ def _observe(
     return observer
 
 
-def _examine(key: SiteKey, seen: Observation) -> Candidate:
-    """Determine the order of batch and heads, and whether equal images give equal tokens."""
+def _examine(key: SiteKey, seen: Observation, joins: bool) -> Candidate:
+    """Determine the order of batch and heads, and whether equal images give equal tokens.
+
+    With ``joins``, several sequences of each image, such as one for each frame of a clip, are taken as one attention.
+    """
     if isinstance(seen, RefusedObservation):
         return Candidate(key, seen)
     foldings: list[Folding | None] = [None]
+    if joins and seen.batch % IMAGES == 0 and seen.batch > IMAGES:
+        foldings.append(Sequences(seen.batch // IMAGES))
     if seen.batch * seen.heads % IMAGES == 0:
         foldings += ["batch first", "heads first"] if seen.batch == 1 else ["heads first"]
     sums = _sum_rows(seen.values)
@@ -140,11 +146,15 @@ class _Alone:
     sums_rows: bool
 
 
-def _keep_alone(sites: dict[SiteKey, _Alone | RefusedObservation], key: SiteKey, seen: Observation) -> None:
+def _keep_alone(
+    sites: dict[SiteKey, _Alone | RefusedObservation], joins: bool, key: SiteKey, seen: Observation
+) -> None:
     if isinstance(seen, RefusedObservation):
         sites[key] = seen
         return
     folding: Folding | None = "heads first" if seen.batch > 1 and seen.heads == 1 else None  # else windows
+    if joins and folding is None and seen.batch > 1:
+        folding = Sequences(seen.batch)
     seen = seen.regrouped(1, folding)
     rows = seen.rows_alone()
     error, mixed = (None if fact is None else off_device(fact) for fact in (rows.error, rows.mixed))

@@ -22,8 +22,14 @@ from attn_monitor.capture.sites import ReadableSite, Site
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.decoding import shares
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
-from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps, small_strength
+from attn_monitor.capture.token_places.synthetic_images import (
+    noise_images,
+    pieced_together,
+    ramps,
+    small_strength,
+)
 from attn_monitor.capture.token_places.tokens import SiteFormat, SiteTokens
+from attn_monitor.grid import Grid
 
 _PARTITIONS = torch.tensor(
     [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]], device="cpu"
@@ -40,7 +46,7 @@ def places_hold(model: nn.Module, images: Tensor, forward: Forward, sites: Seque
 
     Args:
         model: The model to run.
-        images: The user's images, (B, C, H, W); each check uses one, or several for centres.
+        images: The user's images, (B, C, *size); each check uses one, or several for centres.
         forward: Calls the model on images.
         sites: The sites; only readable ones are checked.
         number: Number of this check, from which the image and the random draws follow.
@@ -71,21 +77,20 @@ def _exchanged(image: Tensor, conv: PatchConv, drawn: Tensor, seed: int) -> Tens
     """Replace cells of an image by noise.
 
     Args:
-        image: (C, H, W).
+        image: (C, *size).
         conv: The grid of cells.
         drawn: For each cell, the index of its partition of the three images.
         seed: Seed of the noise.
 
     Returns:
-        (3, C, H, W): the image and two versions of it; a cell is the same in those images that its partition groups.
+        (3, C, *size): the image and two versions of it; a cell is the same in those images that its partition groups.
     """
     # One bright and one dark: a token order that depends on brightness then differs.
-    bright, dark = noise_images(image[None], 2, seed, brightness=torch.tensor([0.5, -0.5], device="cpu"))
-    cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
-    shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (H, W, 3); pixels in no cell stay
-    pictures = torch.stack([image, bright, dark])
-    index = shown.movedim(-1, 0)[:, None].expand(-1, len(image), -1, -1)  # (3, C, H, W)
-    return pictures[None].expand(3, -1, -1, -1, -1).gather(1, index[:, None])[:, 0]
+    brightness = torch.tensor([0.5, -0.5], device="cpu")
+    bright_and_dark = noise_images(image[None], 2, seed, brightness=brightness)
+    cells = conv.cell_of_pixels(image.shape[1:])
+    shown = _PARTITIONS[torch.where(cells >= 0, drawn[cells], 0)].to(image.device)  # (*size, 3); pixels in no cell stay
+    return pieced_together(torch.cat([image[None], bright_and_dark]), shown.movedim(-1, 0))
 
 
 def _unmoved(seen: SiteTokens, site: ReadableSite, drawn: Tensor) -> bool:
@@ -132,10 +137,9 @@ def _centres_hold(ablated_model: AblatedModel, images: Tensor, sites: Sequence[R
     return not sites
 
 
-def _rise(share: Tensor, grid: tuple[int, int]) -> bool:
-    """Check that the (2, N) centres of tokens in row-major order are correlated with their rows and columns."""
-    cells = torch.arange(share.shape[1], device=share.device)
-    for axis, place in zip(share, (cells // grid[1], cells % grid[1]), strict=True):
+def _rise(share: Tensor, grid: Sequence[int]) -> bool:
+    """Check that the (axes, N) centres of tokens in row-major order are correlated with their rows and columns."""
+    for axis, place in zip(share, Grid(grid).lines.to(share.device), strict=True):
         known = axis.isfinite()
         pair = torch.stack([axis[known], place[known].to(axis)])
         if int(known.sum()) > 2 and float(torch.corrcoef(pair)[0, 1]) < _LEAST:  # NaN where a grid has one row

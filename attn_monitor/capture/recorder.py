@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.choose_forward import Discovery, ForwardOption, choose_forward, forward_options
+from attn_monitor.capture.choose_forward import Discovery, ForwardOption, find_discovery, forward_options
 from attn_monitor.capture.every_query import EveryQueryOf, check_every_query
 from attn_monitor.capture.inputs import check_finite, check_images, check_model
 from attn_monitor.capture.layer_selection import (
@@ -33,9 +33,10 @@ from attn_monitor.capture.observe.isolation import isolated_forward, model_devic
 from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recording import OnLayer, OtherLayersError, Recording
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, plan_recording
-from attn_monitor.capture.site_cache import Conditions, Doubt, forget, same_places, structure_of
+from attn_monitor.capture.site_cache import Doubt, forget, same_places, structure_of
 from attn_monitor.capture.sites import Site, prefix_names
 from attn_monitor.errors import ArgumentError, QueryError
+from attn_monitor.grid import Grid
 
 Verify = bool | Literal["first"]
 
@@ -55,6 +56,7 @@ def record_attention(
     query: QuerySpec = "cls",
     forward: Forward | None = None,
     verify: bool = True,
+    axes: str | None = None,
 ) -> list[LayerAttention]:
     """Record a model's attention on images and leave the model as it was.
 
@@ -63,12 +65,15 @@ def record_attention(
 
     Args:
         model: The model, on any device.
-        images: (B, C, H, W), normalised as for the model.
+        images: (B, C, H, W), normalised as for the model; or clips (B, C, T, H, W) or (B, T, C, H, W), volumes
+            (B, C, D, H, W), spectrograms (B, F, T) or (B, T, F), in the order that the model takes.
         layers: An index in order of execution (negative from the encoder's end), a module path, a list of these, or
             "all" layers of the encoder. Select a second stack, such as an MAE's decoder, by its path or by indices.
         query: "cls", "mean" (average over all queries), ``(row, col)`` of a patch, or a token index.
         forward: How to call the model if not as ``model(images)``.
         verify: Compare row·V with the model's own output.
+        axes: A letter for each dimension of an image, "c" for channels, such as "tchw" or "cdhw". None asks the model
+            which dimension holds the channels.
 
     Returns:
         One entry per requested layer.
@@ -84,7 +89,7 @@ def record_attention(
         >>> last.layer, tuple(last.maps.shape)  # (images, heads, rows, columns)
         (1, (1, 2, 4, 4))
     """
-    recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify)
+    recorder = AttentionRecorder(model, layers=layers, query=query, forward=forward, verify=verify, axes=axes)
     recorded = recorder(images)
     if note := recorder.forward_note:
         warnings.warn(f"{type(recorder.model).__name__}: {note}", stacklevel=2)
@@ -108,6 +113,7 @@ class AttentionRecorder:
         query: See `record_attention`.
         forward: How to call the model, or several options: the first that can read the requested rows is used.
         or_mean: Read query="mean" if the model has no CLS token; see `notes`.
+        axes: See `record_attention`.
         verify: True checks every recording, "first" the first one and each after the model or image size changed, False
             none.
         nonfinite: "raise" refuses rows with NaN or infinity, "keep" returns them.
@@ -140,6 +146,7 @@ class AttentionRecorder:
         query: QuerySpec = "cls",
         forward: Forward | Sequence[ForwardOption] | None = None,
         or_mean: bool = False,
+        axes: str | None = None,
         verify: Verify = True,
         nonfinite: str = "raise",
         distance: bool = False,
@@ -158,7 +165,7 @@ class AttentionRecorder:
         self._recording = Recording(
             self.layers, nonfinite, distance, tokens, patches, logits, sinks, check_every_query(every_query)
         )
-        self._follow = follow
+        self._follow, self._axes = follow, axes
         self._options = forward_options(forward)
         self._discovery: Discovery | None = None
         self._plan: RecordingPlan | None = None
@@ -208,7 +215,9 @@ class AttentionRecorder:
         last, layers = sites[-1], tuple(site.index for site in sites)
         every = self._discovery.sites if self._in_second_stacks() else encoder_of(self._discovery.sites)
         model, count = type(self.model).__name__, 1 + max(site.index for site in every)
-        return ModelSummary(model, layers, count, last.heads, last.layout.grid, self.notes)
+        return ModelSummary(
+            model, layers, count, last.heads, Grid(last.layout.grid, axes=self._discovery.axes.spatial), self.notes
+        )
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Return every attention site in order of execution, readable or not, for this image size."""
@@ -230,7 +239,7 @@ class AttentionRecorder:
         """Run the model on a few coded images to check the token-to-patch assignment."""
         images, discovery = self._look(images)
         known = discovery.known
-        hold = places_hold(self.model, images, discovery.option.forward, known.sites, known.looks)
+        hold = places_hold(self.model, images, discovery.forward, known.sites, known.looks)
         return Doubt.NONE if hold else Doubt.MOVED
 
     def ask_again(self, images: Tensor, doubt: Doubt) -> bool:
@@ -247,7 +256,7 @@ class AttentionRecorder:
         """Record the requested layers.
 
         Args:
-            images: (B, C, H, W).
+            images: As in `record_attention`.
             on_layer: Called with each requested layer while its whole matrix can still be read; returns the error of
                 the rows that it has read (see `CheckedRows`), which must pass the same check as the recorded row.
 
@@ -261,7 +270,9 @@ class AttentionRecorder:
         verify = self.verify is True or (self.verify == "first" and not self._verified)
         plan = self._planned(discovery)
         try:
-            recorded = self._recording(self.model, images, discovery.option.forward, plan, verify, on_layer)
+            recorded = self._recording(
+                self.model, images, discovery.axes.spatial, discovery.forward, plan, verify, on_layer
+            )
         except OtherLayersError:
             self._discovery = None  # discover again next time
             forget(self.model)
@@ -301,20 +312,21 @@ class AttentionRecorder:
         return self._look(images)
 
     def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
-        """Return images in the model's dtype and device, and its sites for the current modules and image size."""
+        """Return images (B, C, *size) for the model, and its sites for the current modules and image size."""
         images = check_images(images)
         known, structure = self._discovery, structure_of(self.model)
         if known is None or structure != known.known.conditions.structure:
             check_materialised(self.model)
         device, dtype = model_device_dtype(self.model)
         images = images.to(device=device, dtype=dtype)
-        conditions = Conditions.of(images, structure)
-        if known is None or not known.known.conditions.cover(conditions):
+        if known is None or not known.covers(images, structure):
             check_finite(images)
-            known = choose_forward(self.model, images, self._options, conditions, self.layers, self.query)
+            known = find_discovery(
+                self.model, images, self._axes, self._options, structure, layers=self.layers, query=self.query
+            )
             self._discovery, self._plan, self._verified = known, None, False
             self._recording.without_statistics.clear()
-        return images, known
+        return known.axes.channels_first(images), known
 
     def _planned(self, discovery: Discovery) -> RecordingPlan:
         if self._plan is None:

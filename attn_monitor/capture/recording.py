@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
 from attn_monitor.capture.every_query import EveryQueryOf, Statistics, WantedStatistics, query_statistics
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
+from attn_monitor.capture.observe.attention_rows import Query, Sequences
 from attn_monitor.capture.observe.forward import Forward, run_forward
 from attn_monitor.capture.observe.observation import (
     Observation,
@@ -69,12 +70,13 @@ class Recording:
         self,
         model: nn.Module,
         images: Tensor,
+        axes: Sequence[str],
         forward: Forward,
         plan: RecordingPlan,
         verify: bool,
         on_layer: OnLayer | None,
     ) -> list[LayerAttention]:
-        """Run the model on images (B, C, H, W) and return an entry for each site of the plan.
+        """Run the model on images (B, C, *size), whose ``axes`` have names, and return an entry for each planned site.
 
         Raises:
             OtherLayersError: Not the sites that were discovered have run.
@@ -91,19 +93,26 @@ class Recording:
             seen = seen.regrouped(len(images), site.folding)
             if seen.rows.shape != (len(images), site.heads, site.keys):
                 return
+            if isinstance(site.folding, Sequences):
+                seen = seen.of_query(plan.sites[key].query)
             whole = self.every_query == "all" or (self.every_query == "last" and key == last)
             asked = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
-            measured[key] = query_statistics(seen, plan.sites[key], asked, (images.shape[-2], images.shape[-1]))
+            measured[key] = query_statistics(seen, plan.sites[key], asked, images.shape[2:])
             error = seen.error
             if on_layer is not None and (others := on_layer(site, seen)) is not None:
                 error = others if error is None else torch.maximum(error, others)
             observed[key] = replace(seen.rows_alone(), error=error, error_of_all=measured[key].error)
 
+        # Queries of sequences are numbered over all of them, and read when these are joined.
+        joined = {key for key, planned in plan.sites.items() if isinstance(planned.site.folding, Sequences)}
+        queries: dict[SiteKey, Query] = {
+            key: 0 if key in joined else planned.query for key, planned in plan.sites.items()
+        }
         observer = AttentionObserver(
             report,
-            lambda key: plan.sites[key].query if key in plan.sites else None,
+            lambda key: queries.get(key),
             images=images,
-            queries={planned.query for planned in plan.sites.values()},
+            queries=set(queries.values()),
             verify=verify,
             last=plan.last,
             known=plan.known,
@@ -124,7 +133,7 @@ class Recording:
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [
             self._layer_attention(
-                type(model).__name__, planned, plan.query, observed[key], check, measured[key], tokens.get(key)
+                type(model).__name__, axes, planned, plan.query, observed[key], check, measured[key], tokens.get(key)
             )
             for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
         ]
@@ -132,6 +141,7 @@ class Recording:
     def _layer_attention(
         self,
         model: str,
+        axes: Sequence[str],
         planned: SitePlan,
         query: QuerySpec,
         seen: ObservedRows,
@@ -153,7 +163,7 @@ class Recording:
             name=site.name,
             rows=rows,
             num_prefix=len(site.layout.prefix),
-            grid=Grid(site.layout.grid, site.layout.geometry),
+            grid=Grid(site.layout.grid, site.layout.geometry, axes),
             mixed=check.mixed,
             verified_error=check.error,
             kind=check.kind,

@@ -14,6 +14,7 @@ from attn_monitor.capture.observe.attention_rows import Query
 from attn_monitor.capture.observe.forward import is_sharded
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ class ModelSummary:
     layers: tuple[int, ...]  # the recorded ones
     num_layers: int
     heads: int
-    grid: tuple[int, int]
+    grid: Grid
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         every = 1 < len(self.layers) == self.num_layers
         which = f"all {self.num_layers} layers" if every else f"{many} of 0 to {self.num_layers - 1}"
-        return f"{self.model}, {which}, {self.heads} heads, grid {self.grid[0]} × {self.grid[1]}"
+        return f"{self.model}, {which}, {self.heads} heads, grid {self.grid}"

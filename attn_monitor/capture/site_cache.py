@@ -11,26 +11,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.find_axes import taking_channels_first
 from attn_monitor.capture.fingerprint import Key, State, state_of
 from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.capture.observe.isolation import all_modules
 from attn_monitor.capture.site_discovery import discover
 from attn_monitor.capture.sites import Site
+from attn_monitor.image_axes import ImageAxes
 
 
 class Conditions(NamedTuple):
     """Hold the conditions under which a model's sites stay the same."""
 
     together: bool  # several images ran as one batch, which shows how it is ordered
-    image_shape: tuple[int, ...]  # (C, H, W)
+    axes: ImageAxes  # of the images as the model takes them
+    image_shape: tuple[int, ...]  # without the batch
     dtype: torch.dtype
     device: torch.device
     structure: int
 
     @classmethod
-    def of(cls, images: Tensor, structure: int) -> Conditions:
-        """Build the conditions from images in the model's dtype and device, and the model's `structure_of`."""
-        return cls(len(images) > 1, tuple(images.shape[1:]), images.dtype, images.device, structure)
+    def of(cls, images: Tensor, axes: ImageAxes, structure: int) -> Conditions:
+        """Build the conditions from images in the model's dtype and order, and the model's `structure_of`."""
+        return cls(len(images) > 1, axes, tuple(images.shape[1:]), images.dtype, images.device, structure)
 
     def cover(self, other: Conditions) -> bool:
         """Return whether sites that were found under these conditions hold under the others too."""
@@ -118,7 +121,7 @@ def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Con
     for known in alike:
         if not known.changes(state):
             return known
-    sites = discover(model, images, forward)
+    sites = discover(model, images, taking_channels_first(forward, conditions.axes))
     found = Known(conditions, sites, state_of(model, forward))  # read again: some models change as they run
     before = next((known for known in alike if not _is_of_another_forward(known, state)), None)
     if before is not None:

@@ -43,6 +43,7 @@ def timelapse(
     Returns:
         Frames, uint8 (height, width, 3), all of one size.
     """
+    history = [snapshot.in_plane() for snapshot in history]
     last = history[-1]
     role = last.roles[-1]
     attention = last.layer(role, layer)

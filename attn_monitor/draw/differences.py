@@ -95,6 +95,7 @@ def comparison(
     Returns:
         A picture, uint8 (height, width, 3).
     """
+    pair = pair[0].in_plane(), pair[1].in_plane()
     sections = [_section(pair, key, image, photo, truth, options) for key in layers]
     width = max(80 * GAP, *(section.size[1] for section in sections))
     top = HEADER + 3 * LINE

@@ -28,7 +28,7 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
     The maps are not over photographs, which a snapshot does not hold; `panel` draws these.
     """
     role = snapshot.roles[-1]
-    attention = snapshot.layer(role)
+    attention = snapshot.layer(role).in_plane()
     rows = [mean_and_heads(maps, options.drawn_heads) for maps in attention.maps[:SHEET_IMAGES]]
     labels = rows[0][1]
     painter = CellPainter(blank_picture(8, 8), attention.grid, options, min(CELL, SHEET_WIDTH // len(labels)))
@@ -80,9 +80,9 @@ def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None,
         raise ModuleNotFoundError(
             "plot() needs matplotlib, which is not installed. Run: pip install matplotlib"
         ) from error
-    attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer)
+    attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer).in_plane()
     maps, labels = mean_and_heads(attention.maps[image], None)
-    units = (maps * (attention.grid[0] * attention.grid[1])).numpy()
+    units = (maps * attention.grid.cells).numpy()
     figure: Figure
     figure, axes = plt.subplots(
         1, len(labels), figsize=(1.6 * len(labels) + 1, 2.4), squeeze=False, layout="constrained"

@@ -71,6 +71,7 @@ def panel(
     Returns:
         A picture, uint8 (height, width, 3).
     """
+    snapshot = snapshot.in_plane()
     rows: list[tuple[str, list[Cell]]] = []
     painters: dict[tuple[object, ...], CellPainter] = {}  # shared by roles, as resizing a photo takes time
     for role in snapshot.roles:

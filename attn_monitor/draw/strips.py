@@ -45,8 +45,8 @@ def filmstrip(
     Returns:
         A picture, uint8 (height, width, 3).
     """
-    last = history[-1]
-    chosen = [history[i] for i in thin([s.step for s in history], STRIP_COLUMNS)]
+    last = history[-1].in_plane()
+    chosen = [history[i].in_plane() for i in thin([s.step for s in history], STRIP_COLUMNS)]
     main = last.roles[-1]
     attention = last.layer(main, layer)
     heads = _most_concentrated(attention, image, options.drawn_heads)
@@ -79,7 +79,7 @@ def _most_concentrated(attention: LayerAttention, image: int, heads: tuple[int, 
     shown = list(heads or range(attention.rows.shape[1]))
     if len(shown) <= STRIP_HEADS:
         return shown
-    entropy = F.entropy(attention.maps[image].flatten(-2)).nan_to_num(2.0)
+    entropy = F.entropy(attention.on_patches[image]).nan_to_num(2.0)
     return sorted(sorted(shown, key=lambda head: float(entropy[head]))[:STRIP_HEADS])
 
 

@@ -41,7 +41,7 @@ def dense_metrics(layers: Mapping[tuple[str, int], LayerAttention]) -> Metrics:
 
 
 @torch.no_grad()
-def dense_quality(patches: Tensor, grid: Grid | tuple[int, int]) -> dict[str, float]:
+def dense_quality(patches: Tensor, grid: Grid | tuple[int, ...]) -> dict[str, float]:
     """Compute the terms of DSE of one layer, on the host.
 
     Distances are in units of the mean distance of a token to the mean of all. There are 3 clusters in each image, and
@@ -49,7 +49,8 @@ def dense_quality(patches: Tensor, grid: Grid | tuple[int, int]) -> dict[str, fl
 
     Args:
         patches: Patch tokens at unit length, (B, N, D).
-        grid: (gh, gw) of the patches; at most 16 rows and columns, evenly spaced, are read.
+        grid: (gh, gw) of the patches; at most 16 rows and columns, evenly spaced, are read, and as many tokens on
+            other grids.
 
     Returns:
         ``dense_separability``: mean distance of a token to the nearest centroid of another cluster of its group, at
@@ -77,10 +78,14 @@ def dense_quality(patches: Tensor, grid: Grid | tuple[int, int]) -> dict[str, fl
     return found
 
 
-def evenly_spaced(patches: Tensor, grid: Grid | tuple[int, int]) -> Tensor:
+def evenly_spaced(patches: Tensor, grid: Grid | tuple[int, ...]) -> Tensor:
     """Choose at most `SIDE` rows and columns of patches (B, N, D): (B, n, D)."""
-    few = [torch.linspace(0, g - 1, min(g, SIDE), device="cpu").round().long().to(patches.device) for g in grid]
-    chosen: Tensor = patches.unflatten(1, tuple(grid))[:, few[0]][:, :, few[1]].flatten(1, 2)
+    side = round(SIDE ** (2 / len(grid)))
+    chosen: Tensor = patches.unflatten(1, tuple(grid))
+    for axis, lines in enumerate(grid, 1):
+        few = torch.linspace(0, lines - 1, min(lines, side), device="cpu").round().long().to(patches.device)
+        chosen = chosen.index_select(axis, few)
+    chosen = chosen.flatten(1, len(grid))
     return chosen
 
 

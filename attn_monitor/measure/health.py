@@ -164,7 +164,7 @@ class Health:
         if "entropy" in values:
             yield from self._entropy(layer, step, values["entropy"].mean(0))
         if "peak" in values:
-            yield from self._peak(values["peak"], attention.grid[0] * attention.grid[1])
+            yield from self._peak(values["peak"], attention.grid.cells)
         if "student_teacher_divergence" in values:
             yield from self._divergence(layer, float(values["student_teacher_divergence"].mean()))
         for metric in LARGEST:

@@ -48,7 +48,7 @@ class MetricInputs:
     @cached_property
     def p(self) -> Tensor:
         """Attention on patches, (B, H, N)."""
-        return self.attention.maps.flatten(-2)
+        return self.attention.on_patches
 
     @cached_property
     def mask(self) -> Tensor:
@@ -85,7 +85,7 @@ def _outlier_fraction(inputs: MetricInputs) -> dict[str, Tensor]:
 def _drift(inputs: MetricInputs) -> dict[str, Tensor]:
     if inputs.before is None:
         return {}
-    return {"drift": F.js_divergence(inputs.p, inputs.before.maps.flatten(-2).to(inputs.p.device))}
+    return {"drift": F.js_divergence(inputs.p, inputs.before.on_patches.to(inputs.p.device))}
 
 
 def _student_teacher_divergence(inputs: MetricInputs) -> dict[str, Tensor]:
@@ -134,9 +134,10 @@ def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
         return {}
     truth = inputs.truth.to(inputs.p.device)
     maps = inputs.mask.unflatten(-1, inputs.attention.grid).float()
-    shown = inputs.attention.grid.over_pixels(maps, (truth.shape[-2], truth.shape[-1])).bool().flatten(-2)
-    overlap = F.jaccard(shown[:, :, None], truth.flatten(-2)[:, None])  # (B, H, objects)
-    per_object = overlap.transpose(1, 2)[truth.flatten(-2).any(-1)]  # (objects there, H)
+    shown = inputs.attention.grid.over_pixels(maps, truth.shape[2:]).bool().flatten(2)
+    truth = truth.flatten(2)
+    overlap = F.jaccard(shown[:, :, None], truth[:, None])  # (B, H, objects)
+    per_object = overlap.transpose(1, 2)[truth.any(-1)]  # (objects there, H)
     # A head without a mask (NaN in its row) overlaps with nothing.
     best, fixed = per_object.amax(1), per_object.mean(0).amax()
     return {"jaccard": per_object, "jaccard_best_head": best, "jaccard_fixed_head": fixed}

@@ -87,13 +87,13 @@ def step_facts(snapshot: Snapshot) -> dict[str, Any]:
 
 def images_of(probe: ProbeBatch) -> dict[str, Any]:
     """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images."""
-    truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.masks.numpy())
+    truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.plane_masks.numpy())
     longest = MAX_PHOTO if len(probe) <= MANY_PHOTOS else MAX_PHOTO // 2
     images = [
         {"name": name, "photo": _data_url(photo, longest), "truth": [_runs(mask) for mask in truth if mask.any()]}
         for name, photo, truth in zip(probe.names, probe.pixels, truths, strict=True)
     ]
-    height, width = probe.images.shape[-2:]
+    height, width = probe.pixels.shape[1:3]
     same = hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest()[:16]
     return {"images": images, "size": [height, width], "caption": probe.caption, "probe": same}
 
@@ -128,7 +128,7 @@ def _step_size(paths: Sequence[Path]) -> float:
     sizes = []
     for path in {paths[0], paths[len(paths) // 2], paths[-1]}:
         try:
-            found = blocks.blocks(load_step(path), features=False)
+            found = blocks.blocks(load_step(path).in_plane(), features=False)
         except (ArchiveError, OSError):
             continue
         sizes.append(sum(map(len, found.values())) * BASE64)
@@ -140,7 +140,7 @@ def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> It
     for path in paths:
         safe_point()
         try:
-            snapshot = load_step(path)
+            snapshot = load_step(path).in_plane()
             if tag_safe_names(snapshot.names) != probe.names:
                 raise ArchiveError(f"{path.name} shows {', '.join(snapshot.names)}, which are not the probe's images")
         except (ArchiveError, OSError) as error:

@@ -74,7 +74,7 @@ class _Archive:
         path = next((p for p in _own_files(self.folder) if step_of(p) == step), None)
         if path is None:
             raise KeyError("no such step")
-        snapshot = load_step(path)
+        snapshot = load_step(path).in_plane()
         if layer not in {index for _, index in snapshot.layers}:
             raise KeyError("no such layer")
         return blocks.block(snapshot, layer)
@@ -118,7 +118,7 @@ class _Archive:
 
     def _facts_of(self, path: Path, count: int) -> dict[str, Any] | None:
         try:
-            snapshot = load_step(path)
+            snapshot = load_step(path).in_plane()
         except (ArchiveError, OSError):
             return None
         if tag_safe_names(snapshot.names) != self._names:

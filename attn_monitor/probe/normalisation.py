@@ -57,7 +57,7 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
     0 to 1; otherwise none if the images are in 0 to 1; otherwise one that stretches their contrast to percentiles.
 
     Args:
-        images: Normalised images, (B, C, H, W).
+        images: Normalised images, (B, C, *size).
         declared: Candidates found in the data set's transforms.
     """
     channels, images = images.shape[1], images.float()
@@ -82,7 +82,8 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
 
 
 def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
-    mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (statistics.mean, statistics.std))
+    shape = (1, -1, *(1 for _ in images.shape[2:]))
+    mean, std = (torch.tensor(v, device="cpu").view(shape) for v in (statistics.mean, statistics.std))
     return images * std + mean
 
 

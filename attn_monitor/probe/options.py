@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attn_monitor.errors import ArgumentError
+from attn_monitor.image_axes import likely_axes, parse_axes
 from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch
 
@@ -34,6 +35,7 @@ class ProbeOptions:
         mean: one number a channel, by which images are normalised. None is ImageNet's for a folder; for a tensor and
             for data it is inferred.
         std: one positive number a channel, given together with ``mean``.
+        axes: a letter for each dimension of an image, "c" for channels, such as "tchw" for clips; None asks the model.
 
     Raises:
         ArgumentError: A value is invalid, or could have no effect.
@@ -52,6 +54,7 @@ class ProbeOptions:
     masks: str | os.PathLike[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    axes: str | None = None
 
     def __post_init__(self) -> None:
         images, size = self.images, self.image_size
@@ -127,10 +130,12 @@ class ProbeOptions:
         if isinstance(images, ProbeBatch):
             return images
         if isinstance(images, Tensor):
-            if mean is None and images.ndim == 4 and images.is_floating_point() and images.numel():
-                found = infer_statistics(images.detach().cpu())
-                return ProbeBatch(images, mean=found.mean, std=found.std, source=str(found))
-            return ProbeBatch(images, mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)  # raises for other tensors
+            if mean is None and 3 <= images.ndim <= 5 and images.is_floating_point() and images.numel():
+                axes = parse_axes(self.axes, images) or likely_axes(images.shape)
+                found = infer_statistics(axes.channels_first(images.detach().cpu()))
+                return ProbeBatch(images, mean=found.mean, std=found.std, source=str(found), axes=self.axes)
+            # It raises for other tensors.
+            return ProbeBatch(images, mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD, axes=self.axes)
         if not isinstance(images, (str, os.PathLike)):
             return None
         return ProbeBatch.from_folder(
@@ -143,7 +148,10 @@ class ProbeOptions:
         )
 
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
-        """Apply ``mean`` and ``std``, if any, to images that were found in data."""
+        """Apply ``mean``, ``std`` and ``axes``, if any, to images that were found in data."""
+        if self.axes is not None:
+            parse_axes(self.axes, probe.images)
+            probe.axes = self.axes
         return probe if self.mean is None or self.std is None else probe.with_statistics(self.mean, self.std)
 
 

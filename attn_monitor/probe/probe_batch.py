@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
+from attn_monitor.image_axes import SHAPES, ImageAxes, likely_axes, named_axes, parse_axes
 from attn_monitor.probe.image_folder import Size, read_images
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
@@ -25,13 +26,16 @@ class ProbeBatch:
     """Images as the model takes them, and how to show them.
 
     Args:
-        images: Normalised images, floats (B, C, H, W).
+        images: Normalised images, floats (B, C, H, W); or clips, volumes and spectrograms of three to five dimensions,
+            in the order that the model takes.
         mean: One number per channel; ``pixels = images · std + mean`` is in 0 to 1.
         std: One number per channel.
-        masks: Ground-truth objects, bool (B, objects, H, W), all False where an image has fewer objects.
+        masks: Ground-truth objects, bool (B, objects, H, W), or of as many axes as the images have, all False where an
+            image has fewer objects.
         names: A name for each image; by default "image0", "image1" and so on.
         caption: Caption of the images in panels.
         source: Origin of mean and std, for messages.
+        axes: A letter for each dimension of an image, "c" for channels, such as "tchw"; see `record_attention`.
 
     Raises:
         ProbeError: A shape or type does not fit.
@@ -52,16 +56,21 @@ class ProbeBatch:
         names: Sequence[str] | None = None,
         caption: str = "original",
         source: str = "",
+        axes: str | None = None,
     ) -> None:
-        if images.ndim != 4 or not images.is_floating_point() or 0 in images.shape:
+        one = images.ndim == 3 and axes is None and len(mean) == images.shape[0] > 1  # one image without a batch
+        if one or not 3 <= images.ndim <= 5 or not images.is_floating_point() or 0 in images.shape:
             raise ProbeError(
-                f"images: received {tuple(images.shape)} {images.dtype}, expected floats (images, channels, H, W)"
+                f"images: received {tuple(images.shape)} {images.dtype}, expected floats of a shape such as (images, "
+                f"channels, H, W): {SHAPES}{'. Pass images[None] for one image' * one}"
             )
-        _check_statistics(mean, std, images.shape[1])
+        self.axes, self.image_axes = axes, parse_axes(axes, images) or _axes_with(images, len(mean))
+        _check_statistics(mean, std, self.image_axes.channels_first(images).shape[1])
         if names is not None and len(names) != len(images):
             raise ProbeError(f"names: received {len(names)}, expected one for each of {len(images)} images")
+        size = self.image_axes.channels_first(images).shape[2:]
         if masks is not None and (
-            masks.ndim != 4 or (len(masks), *masks.shape[2:]) != (len(images), *images.shape[2:])
+            masks.ndim != 2 + len(size) or (len(masks), *masks.shape[2:]) != (len(images), *size)
         ):
             raise ProbeError(
                 f"masks: received {tuple(masks.shape)}, expected (images, objects, H, W) of the images' size"
@@ -76,13 +85,31 @@ class ProbeBatch:
         return len(self.images)
 
     @property
+    def channels_first(self) -> Tensor:
+        """The images as (B, C, *size), with one channel where they have none."""
+        return self.image_axes.channels_first(self.images)
+
+    @property
     def pixels(self) -> np.ndarray[Any, Any]:
-        """Denormalised images, uint8 (B, H, W, 3): one channel as grey, of more than three channels the first three."""
+        """Denormalised images, uint8 (B, H, W, 3): one channel as grey, of more than three channels the first three.
+
+        Of clips and volumes it is the mean over frames or slices.
+        """
+        images = self.channels_first.float()
+        if images.ndim != 4:
+            images = images.unsqueeze(2) if images.ndim == 3 else images.mean(2)
         mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (self.mean, self.std))
-        shown = (self.images.float() * std + mean).clamp(0, 1).nan_to_num()
+        shown = (images * std + mean).clamp(0, 1).nan_to_num()
         shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         return pixels
+
+    @property
+    def plane_masks(self) -> Tensor:
+        """The masks for `pixels`, bool (B, objects, H, W): where any frame or slice has the object."""
+        size = self.pixels.shape[1:3]
+        masks = torch.zeros(len(self), 0, *size, dtype=torch.bool, device="cpu") if self.masks is None else self.masks
+        return masks.any(2) if masks.ndim == 5 else masks.reshape(*masks.shape[:2], *size)
 
     def has_same_images_as(self, other: ProbeBatch) -> bool:
         """Return True if the images are bit-identical."""
@@ -90,8 +117,8 @@ class ProbeBatch:
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
         """Return the same images with another mean and std."""
-        images, masks, names = self.images, self.masks, self.names
-        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption)
+        images, masks, names, axes = self.images, self.masks, self.names, self.axes
+        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption, axes=axes)
 
     @classmethod
     def from_folder(
@@ -126,7 +153,7 @@ class ProbeBatch:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe to an `.npz` file, in 8 bits if that is lossless."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
-        header.update(caption=self.caption, source=self.source)
+        header.update(caption=self.caption, source=self.source, **self._axes_fact())
         arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
         write_npz(Path(path), header, arrays)  # NumPy has no bfloat16
 
@@ -145,7 +172,13 @@ class ProbeBatch:
             "std": list(self.std),
             "caption": self.caption,
             "source": self.source,
+            **self._axes_fact(),
         }
+
+    def _axes_fact(self) -> dict[str, str]:
+        """Return the stored names of the axes, none for images (B, C, H, W)."""
+        names = self.axes or ("" if self.images.ndim == 4 else "".join(self.image_axes.names))
+        return {"axes": names} if names else {}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
@@ -155,7 +188,7 @@ class ProbeBatch:
 
     def _stored(self) -> dict[str, Tensor]:
         stored = {"images": self.images}
-        if self.images.shape[1] == 3:
+        if self.images.ndim == 4 and self.image_axes.channel == 0 and self.images.shape[1] == 3:
             pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
             if torch.equal(_normalise(pixels, self.mean, self.std), self.images):
                 stored = {"pixels": pixels}
@@ -164,7 +197,9 @@ class ProbeBatch:
     @classmethod
     def _from_stored(cls, header: Fields, read: TensorReader) -> ProbeBatch:
         names, mean, std = header.names("names"), header.numbers("mean"), header.numbers("std")
-        images = read("images", ("float32", "float16", "float64", "bfloat16"), (len(names), len(mean), None, None))
+        axes = header.text("axes") if "axes" in header else None
+        sizes = [len(mean) if letter == "c" else None for letter in axes or "chw"]
+        images = read("images", ("float32", "float16", "float64", "bfloat16"), (len(names), *sizes))
         if not 0 < len(mean) == len(std) or 0 in std:
             raise ArchiveError(
                 f"mean={mean}, std={std} in the {header.where}; expected one each per channel, no std of 0"
@@ -174,9 +209,18 @@ class ProbeBatch:
             if pixels is None or len(mean) != 3:
                 raise ArchiveError("has neither 'images' nor 'pixels' with a mean and std for each channel")
             images = _normalise(pixels, mean, std)
-        masks = read("masks", ("bool",), (len(names), None, *images.shape[2:]))
+        size = (parse_axes(axes, images) or likely_axes(images.shape)).channels_first(images).shape[2:]
+        masks = read("masks", ("bool",), (len(names), None, *size))
         caption, source = header.text("caption"), header.text("source")
-        return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source)
+        return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source, axes=axes)
+
+
+def _axes_with(images: Tensor, channels: int) -> ImageAxes:
+    """Name the dimensions of images; of two that could hold the channels, the one with so many of them does."""
+    likely = likely_axes(images.shape)
+    if images.ndim < 5 or channels not in images.shape[1:3] or likely.channels_first(images).shape[1] == channels:
+        return likely
+    return named_axes(images.shape[1:], 0 if images.shape[1] == channels else 1)
 
 
 def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:

@@ -86,6 +86,7 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "name": a.name,
                 "num_prefix": a.num_prefix,
                 "grid": list(a.grid),
+                "axes": list(a.grid.axes),
                 "mixed": a.mixed,
                 "kind": a.kind,
                 "places": a.places,
@@ -147,7 +148,11 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
 def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> LayerAttention:
     """Read one layer, checked for consistency with its metrics."""
     role, index, prefix = entry.text("role"), entry.integer("layer"), entry.integer("num_prefix")
-    grid = Grid(entry.integers("grid", count=2, least=1), _geometry(entry))
+    sizes = entry.integers("grid", least=1)
+    axes = entry.names("axes") if "axes" in entry else None
+    if not 1 <= len(sizes) <= 3 or len(axes or sizes) != len(sizes):
+        raise ArchiveError(f"grid={sizes}, axes={axes} of layer {index} of {role!r}, expected one to three of each")
+    grid = Grid(sizes, _geometry(entry, len(sizes)), axes)
     heads = entry.integer("heads", least=1)
     shapes: dict[str, Shape] = {
         "rows": (images, heads, prefix + grid.cells),
@@ -234,15 +239,15 @@ def _geometry_facts(geometry: GridGeometry | None) -> dict[str, Any]:
     return {} if geometry is None else {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell)}}
 
 
-def _geometry(entry: Fields) -> GridGeometry | None:
+def _geometry(entry: Fields, axes: int) -> GridGeometry | None:
     """Read the geometry of `_geometry_facts`."""
     if "geometry" not in entry:
         return None
     stored = entry.child("geometry")
     origin, cell = stored.numbers("origin"), stored.numbers("cell")
-    if not len(origin) == len(cell) == 2 or min(cell) <= 0:
+    if not len(origin) == len(cell) == axes or min(cell) <= 0:
         raise ArchiveError(
-            f"origin={origin}, cell={cell} in the {stored.where}, expected two numbers each, and cells above 0"
+            f"origin={origin}, cell={cell} in the {stored.where}, expected {axes} numbers each, and cells above 0"
         )
     return GridGeometry(origin, cell)
 

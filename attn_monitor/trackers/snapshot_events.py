@@ -85,7 +85,7 @@ def events_at_snapshot(
     for (index, image), layer in itertools.product(enumerate(snapshot.names), layers):
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
         settings: dict[str, Any] = {"layer": layer, "options": drawing}
-        photo, truth = probe.pixels[index], None if probe.masks is None else probe.masks[index].numpy()
+        photo, truth = probe.pixels[index], None if probe.masks is None else probe.plane_masks[index].numpy()
         panel = partial(_panel, history[-1], index, photo, truth=truth, caption=probe.caption, **settings)
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
         strip = partial(_filmstrip, history, index, photo, **settings)
@@ -102,7 +102,7 @@ def events_at_snapshot(
         yield ev.Picture(f"attn_overview/heads_{title}", partial(_heat_map, snapshot, scale), caption=caption)
     for (role, layer), attention in snapshot.layers.items():
         yield ev.Histogram(f"attn_histogram/{role}/layer{layer}/entropy", partial(_entropies, attention))
-    attention = snapshot.layer(snapshot.roles[-1], layers[-1])
+    attention = snapshot.layer(snapshot.roles[-1], layers[-1]).in_plane()
     masks = ev.Once(lambda: map_statistics(attention.maps, drawing.threshold).mask)
     for index, image in enumerate(snapshot.names[:MASKED_IMAGES]):
         yield ev.Masks(f"attn_overlay/{image}", partial(_head_masks, attention, masks, index, probe.pixels[index]))
@@ -183,7 +183,7 @@ def _heat_map(snapshot: Snapshot, scale: HeatScale) -> Pixels:
 
 def _entropies(attention: LayerAttention) -> ev.Array:
     """Return the finite entropies of all heads on all images, (n,)."""
-    values: ev.Array = F.entropy(attention.maps.flatten(-2)).flatten().numpy()
+    values: ev.Array = F.entropy(attention.on_patches).flatten().numpy()
     return values[np.isfinite(values)]
 
 
@@ -199,7 +199,7 @@ def _head_rows(snapshot: Snapshot, photos: Sequence[Pixels], drawing: DrawingOpt
     """Return a row for each head on each image, of the last captured layer of each role."""
     rows: list[Sequence[Any]] = []
     for role in snapshot.roles:
-        attention = snapshot.layer(role)
+        attention = snapshot.layer(role).in_plane()
         numbers = map_statistics(attention.maps, drawing.threshold)  # (B, H)
         for index, photo in enumerate(photos):
             safe_point()
@@ -213,5 +213,5 @@ def _head_rows(snapshot: Snapshot, photos: Sequence[Pixels], drawing: DrawingOpt
 def _entropy_lines(history: Sequence[Snapshot], role: str, layer: int) -> tuple[list[int], list[tuple[float, ...]]]:
     """Return the steps, and for each head its entropy at these, averaged over images."""
     layers = {s.step: s.layers[role, layer] for s in history if (role, layer) in s.layers}
-    values = [F.entropy(attention.maps.flatten(-2)).mean(0).tolist() for attention in layers.values()]
+    values = [F.entropy(attention.on_patches).mean(0).tolist() for attention in layers.values()]
     return list(layers), list(zip(*values, strict=True))

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from attn_monitor.capture.observe.isolation import all_modules, is_isolated
+from attn_monitor.image_axes import likely_axes
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import MAX_CHANNELS, find_images
 from attn_monitor.train.weak_hooks import add_hook, compiles
@@ -75,12 +76,16 @@ class Preparation:
 
     def of(self, probe: ProbeBatch) -> ProbeBatch:
         """Return the probe as the model receives it; its mean and std change too, so that it looks the same."""
-        scale, offset = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.scale, self.offset))
-        images = (probe.images.double() * scale + offset).float()
+        images = probe.channels_first.double()
+        shape = (1, -1, *(1 for _ in images.shape[2:]))
+        scale, offset = (torch.tensor(v, dtype=torch.float64).view(shape) for v in (self.scale, self.offset))
+        images = probe.image_axes.as_given((images * scale + offset).float())
         std = [s / a for s, a in zip(probe.std, self.scale, strict=True)]
         mean = [m - b * s for m, b, s in zip(probe.mean, self.offset, std, strict=True)]
         source = f"{probe.source}, and prepared as the step prepares a batch: {self}"
-        return ProbeBatch(images, mean=mean, std=std, names=probe.names, caption=probe.caption, source=source)
+        return ProbeBatch(
+            images, mean=mean, std=std, names=probe.names, caption=probe.caption, source=source, axes=probe.axes
+        )
 
 
 def find_preparation(given: Sequence[Tensor], entered: Sequence[Tensor]) -> Preparation | None:
@@ -91,11 +96,11 @@ def find_preparation(given: Sequence[Tensor], entered: Sequence[Tensor]) -> Prep
 
 
 def alike(images: Tensor, others: Tensor) -> bool:
-    """Whether two sets of images (B, C, H, W) may be prepared alike, by mean and spread of their channels.
+    """Whether two sets of images may be prepared alike, by mean and spread of their channels.
 
     Constant channels are ignored.
     """
-    if images.shape[1] != others.shape[1]:
+    if images.ndim != others.ndim or _channels(images).shape[1] != _channels(others).shape[1]:
         return False
     (mean, std), (mean_of_others, std_of_others) = (_statistics(i) for i in (images, others))
     larger, smaller = torch.maximum(std, std_of_others), torch.minimum(std, std_of_others)
@@ -116,8 +121,13 @@ def is_nearer(images: Tensor, than: Tensor, others: Tensor) -> bool:
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    images = images.double()
-    return images.mean((0, 2, 3)), images.std((0, 2, 3)).clamp(min=NO_SPREAD)
+    of_channel = _channels(images).double().transpose(0, 1).flatten(1)
+    return of_channel.mean(1), of_channel.std(1).clamp(min=NO_SPREAD)
+
+
+def _channels(images: Tensor) -> Tensor:
+    """Return images as (B, C, *size), as far as their sizes tell."""
+    return likely_axes(images.shape).channels_first(images)
 
 
 def _fit(before: Tensor, after: Tensor) -> Preparation | None:
@@ -126,6 +136,7 @@ def _fit(before: Tensor, after: Tensor) -> Preparation | None:
     before, after = before[:count], after[:count]
     if before.shape != after.shape:
         return None
+    before, after = _channels(before), _channels(after)
     channels = before.shape[1]
     if torch.equal(before.to(after.dtype), after):
         return Preparation((1.0,) * channels, (0.0,) * channels)
@@ -145,12 +156,12 @@ def _fit(before: Tensor, after: Tensor) -> Preparation | None:
 
 def _channels_first(images: Tensor) -> list[Tensor]:
     """Return the images as they are, and with the last axis as channels if it is short enough."""
-    return [images, images.permute(0, 3, 1, 2)] if images.shape[3] <= MAX_CHANNELS else [images]
+    last = images.ndim == 4 and images.shape[3] <= MAX_CHANNELS
+    return [images, images.permute(0, 3, 1, 2)] if last else [images]
 
 
 def _may_be_images(tensor: Any) -> bool:
-    channels = min(tensor.shape[1], tensor.shape[3]) if isinstance(tensor, Tensor) and tensor.ndim == 4 else 0
-    return 0 < channels <= MAX_CHANNELS and not tensor.is_complex()
+    return isinstance(tensor, Tensor) and 3 <= tensor.ndim <= 5 and tensor.numel() > 0 and not tensor.is_complex()
 
 
 def _first(images: Tensor, count: int) -> Tensor:
@@ -168,7 +179,7 @@ def prepared_probe(probe: ProbeBatch, inputs: BackboneInputs) -> ProbeBatch | No
         return probe
     preparation = find_preparation(inputs.given, inputs.entered)
     entered = inputs.entered[0]
-    if preparation is not None and len(preparation.scale) == probe.images.shape[1]:
+    if preparation is not None and len(preparation.scale) == len(probe.mean):
         if preparation.changes_nothing:
             return probe
         changed = preparation.of(probe)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Callable, Generator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from types import ModuleType
@@ -11,21 +12,39 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from attn_monitor.image_axes import likely_axes
+
 IMAGE_WORDS = ("global", "image", "pixel", "img", "view", "x")
 """Words in the keys and attributes that hold images, the most reliable first."""
 
-MAX_CHANNELS = 32  # feature maps and weights have more channels than images
+MAX_CHANNELS = 32  # most images have fewer; feature maps and weights have more
 MAX_CONTAINERS = 10_000  # to search in a batch, as an object may lead to a whole program
 
 
 def find_images(batch: Any) -> Tensor | None:
-    """Find the floating-point images (B, C, H, W) of a batch; None if it holds none.
+    """Find the floating-point images of a batch; None if it holds none.
 
-    If a container holds several, the name that comes first in `IMAGE_WORDS` wins, then the larger images, then the
-    first. At most `MAX_CONTAINERS` are searched.
+    They are (B, C, H, W), clips or volumes of five dimensions with at most `MAX_CHANNELS` channels; else such tensors
+    with more channels, else spectrograms (B, frequency, time). If a container holds several, the name that comes first
+    in `IMAGE_WORDS` wins, then the larger images, then the first. At most `MAX_CONTAINERS` are searched.
     """
+    return next((found for kind in _KINDS if (found := _find(batch, kind)) is not None), None)
+
+
+def _has_few_channels(x: Tensor) -> bool:
+    return x.ndim in (4, 5) and min(x.shape[1 : x.ndim - 2]) <= MAX_CHANNELS
+
+
+_KINDS: tuple[Callable[[Tensor], bool], ...] = (
+    _has_few_channels,
+    lambda x: x.ndim in (4, 5),
+    lambda x: x.ndim == 3 and min(x.shape[1:]) > 1,
+)
+
+
+def _find(batch: Any, kind: Callable[[Tensor], bool]) -> Tensor | None:
     seen: dict[int, Any] = {}
-    searches, found = [_search(batch, seen)], None  # a list, as chains of objects are longer than Python's stack
+    searches, found = [_search(batch, kind, seen)], None  # a list, as chains of objects are longer than Python's stack
     while searches:
         try:
             part = searches[-1].send(found)
@@ -33,15 +52,17 @@ def find_images(batch: Any) -> Tensor | None:
             searches.pop()
             found = end.value
         else:
-            searches.append(_search(part, seen))
+            searches.append(_search(part, kind, seen))
             found = None
     return found
 
 
-def _search(batch: Any, seen: dict[int, Any]) -> Generator[Any, Tensor | None, Tensor | None]:
+def _search(
+    batch: Any, kind: Callable[[Tensor], bool], seen: dict[int, Any]
+) -> Generator[Any, Tensor | None, Tensor | None]:
     """Yield the parts to search, receive what each holds, and return the images of them all."""
     if isinstance(batch, Tensor):
-        return batch if batch.ndim == 4 and batch.is_floating_point() and batch.shape[1] <= MAX_CHANNELS else None
+        return batch if batch.is_floating_point() and kind(batch) else None
     known = id(batch) in seen or len(seen) >= MAX_CONTAINERS  # objects may refer to each other
     if known or isinstance(batch, (str, bytes, int, float, type(None))):
         return None
@@ -53,7 +74,7 @@ def _search(batch: Any, seen: dict[int, Any]) -> Generator[Any, Tensor | None, T
             images = yield part
             found += [] if images is None else [images]
         if found:
-            return max(found, key=lambda images: images.shape[-2] * images.shape[-1])
+            return max(found, key=lambda images: math.prod(likely_axes(images.shape).size_of(images)))
     return None
 
 

@@ -17,6 +17,7 @@ from torch.utils.data._utils import worker
 from attn_monitor.background.failures import Failures
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import NoImagesError
+from attn_monitor.image_axes import SHAPES, likely_axes
 from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
 from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -45,8 +46,8 @@ def probe_from_batch(
     images = find_images(batch)
     if images is None:
         raise NoImagesError(
-            "probe=None: the batch holds no floating-point tensor of images (batch, channels, height, width); received "
-            f"{describe_batch(batch)}. Pass probe= a folder, a tensor or a ProbeBatch"
+            f"probe=None: the batch holds no floating-point tensor of images; received {describe_batch(batch)}, "
+            f"expected images {SHAPES}. Pass probe= a folder, a tensor or a ProbeBatch"
         )
     return probe_from_images(images[:num_images], caption=caption, declared=declared)
 
@@ -55,12 +56,12 @@ def probe_from_images(images: Tensor, *, caption: str = "original", declared: Se
     """Make a probe of images as the model takes them; `infer_statistics` finds mean and std.
 
     Args:
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), or of another of the shapes that `find_images` knows, normalised.
         caption: what the images are, for pictures.
         declared: candidates for mean and std, found in transforms.
     """
     images = images.detach().float().cpu().clone()
-    found = infer_statistics(images, declared)
+    found = infer_statistics(likely_axes(images.shape).channels_first(images), declared)
     return ProbeBatch(images, mean=found.mean, std=found.std, caption=caption, source=str(found))
 
 

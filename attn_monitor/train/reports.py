@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_monitor.capture.recording_plan import ModelSummary
+from attn_monitor.grid import Grid
 from attn_monitor.measurements import HealthFlag, Verdict
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.generic import Generic
@@ -60,7 +61,7 @@ def images_text(probe: ProbeBatch) -> str:
     """Describe the probe: number, size and origin of its images."""
     kind = {"original": "given image"}.get(probe.caption, probe.caption)
     many = "s" if len(probe) > 1 else ""
-    return f"on {len(probe)} {kind}{many} of {probe.images.shape[-2]} × {probe.images.shape[-1]}"
+    return f"on {len(probe)} {kind}{many} of {Grid(probe.channels_first.shape[2:])}"
 
 
 def named(role: str, paths: Mapping[str, str]) -> str:

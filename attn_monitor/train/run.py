@@ -266,9 +266,9 @@ class Run:
         self.output.close(self.cost)
         if self.monitor is None and self._inputs.batches:
             self.failures.note(
-                "attention was not watched in this run: its batches hold no floating-point images (batch, channels, "
-                "height, width), and none entered the models as they were called. Pass probe= a folder, a tensor or a "
-                "ProbeBatch"
+                "attention was not watched in this run: its batches hold no floating-point images, such as (batch, "
+                "channels, height, width), and none entered the models as they were called. Pass probe= a folder, a "
+                "tensor or a ProbeBatch"
             )
         self.failures.sum_up()
         self.errors.report()

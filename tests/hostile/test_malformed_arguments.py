@@ -18,7 +18,10 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        *(("query", q) for q in (None, "", "CLS", 1.0, True, -1, (1,), (1, 2, 3), (1.0, 2.0), (True, False), [1, [2]])),
+        *(
+            ("query", q)
+            for q in (None, "", "CLS", 1.0, True, -1, (), (1, 2, 3, 4), (1.0, 2.0), (True, False), [1, [2]])
+        ),
         *(("query", q) for q in (np.array([1, 2]), np.array(["cls"]), torch.tensor(3), {"cls"}, b"cls", float("nan"))),
         *(("layers", w) for w in (None, "", [], (), 1.0, True, [True], [None], [[1]], {1}, range(3), [""], b"all")),
         *(("layers", w) for w in (["all"], ["all", 1], np.array([0, 1]), torch.tensor(1), iter([1]))),

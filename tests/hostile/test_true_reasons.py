@@ -124,7 +124,7 @@ def test_what_is_no_module(model: Any) -> None:
     [
         (IMAGES[0], InputTypeError, r"received \(3, 32, 48\) torch.float32, expected a floating-point tensor"),
         (IMAGES.byte(), InputTypeError, r"torch\.uint8, expected a floating-point tensor"),
-        ([IMAGES], InputTypeError, "received a list"),
+        ([IMAGES.numpy()], InputTypeError, "received a list"),
         (IMAGES[:0], ProbeError, r"\(0, 3, 32, 48\) torch.float32, which holds no pixel"),
         (IMAGES.to("meta"), ProbeError, "meta device, which has no values"),
         (IMAGES.clone().index_fill_(0, torch.tensor([1]), torch.nan), ProbeError, "NaN or infinity in image 1, "),

@@ -81,7 +81,7 @@ def test_a_module_name_is_not_a_prefix_of_another() -> None:
         record_attention(model, IMAGES, layers="blocks.99")
 
 
-@pytest.mark.parametrize("query", ["CLS", -1, True, (1,), (1, 2, 3), 1.5, None])
+@pytest.mark.parametrize("query", ["CLS", -1, True, (), (1, 2, 3, 4), 1.5, None])
 def test_queries_that_do_not_exist(query: Any) -> None:
     with pytest.raises(ValueError, match=r'query=.*expected "cls", "mean"'):
         record_attention(vit(), IMAGES, query=query)

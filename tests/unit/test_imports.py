@@ -19,6 +19,7 @@ VALUES = {
     "attention",
     "workers",
     "grid",
+    "image_axes",
     "measurements",
     "messages",
     "snapshot",

@@ -54,7 +54,7 @@ def run_forward(
 
     Args:
         model: The model, left as it was found.
-        images: (B, C, H, W) on the model's device.
+        images: (B, C, *size) on the model's device.
         forward: How to call the model.
         observer: Receives the attention operations.
         watched: (path, module) pairs inside which operations are observed.

@@ -6,7 +6,15 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from attn_monitor.capture.observe.attention_rows import AttentionSource, Folding, Regrouped, regroup
+from attn_monitor.capture.observe.attention_rows import (
+    AttentionSource,
+    Folding,
+    JoinedSequences,
+    Query,
+    Regrouped,
+    Sequences,
+    regroup,
+)
 from attn_monitor.capture.observe.checked_rows import CheckedRows
 
 SiteKey = tuple[str, int]
@@ -71,6 +79,8 @@ class ReadObservation(ObservedRows):
         """Return the observation with batch and heads regrouped for this many images; unchanged if folding is None."""
         if folding is None:
             return self
+        if isinstance(folding, Sequences):
+            return self._joined(images, folding)
         return replace(
             self,
             batch=images,
@@ -80,6 +90,25 @@ class ReadObservation(ObservedRows):
             output=None if self.output is None else regroup(self.output, images, folding),
             source=Regrouped(self.source, images, folding),
         )
+
+    def _joined(self, images: int, sequences: Sequences) -> ReadObservation:
+        """Return the observation of all sequences together; its row is that of the first query."""
+        source = JoinedSequences(self.source, sequences.count, self.queries)
+        return replace(
+            self,
+            batch=images,
+            queries=sequences.count * self.queries,
+            keys=sequences.count * self.keys,
+            rows=source.row(0),
+            values=regroup(self.values, images, sequences),
+            output=None if self.output is None else regroup(self.output, images, sequences),
+            source=source,
+        )
+
+    def of_query(self, query: Query) -> ReadObservation:
+        """Return the observation with the row of another query."""
+        checked = self.checked_rows
+        return replace(self, rows=checked.read(query), error=checked.error)
 
     def rows_alone(self) -> ObservedRows:
         """Return the rows and checks without the model's own tensors, which it would keep alive."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ class AttentionObserver(TorchDispatchMode):
     Args:
         report: Called with (key, observation) for each operation that is read.
         query: Returns the query to read at a site; None to skip the operation.
-        images: (B, C, H, W), those that the model runs on.
+        images: (B, C, *size), those that the model runs on.
         queries: Every query that ``query`` may return.
         verify: Compare row·V with the operation's output.
         last: The site after which the forward can be left; None to run to its end.
@@ -248,29 +249,43 @@ class AttentionObserver(TorchDispatchMode):
         raise StopForward
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
-        if out.ndim != 4 or out.shape[0] != self.batch:
+        x, of_frames = args[0], self.size[: len(self.size) - (out.ndim - 2)]
+        if out.ndim - 2 > len(self.size) or out.shape[0] != self.batch * math.prod(of_frames):
             return
-        x, kernel = args[0], tuple(args[1].shape[2:])
-        stride, padding = (tuple(a) * (2 // len(a)) for a in args[3:5])  # one number stands for both axes
+        # A convolution that runs on single frames, with a batch of them, has a kernel of one frame.
+        x, out = (with_frames(t, (self.batch, *of_frames)) for t in (x, out))
+        each = [1] * len(of_frames)
+        rank, kernel = out.ndim - 2 - len(each), (*each, *args[1].shape[2:])
+        stride, padding = ((*each, *a * (rank // len(a))) for a in args[3:5])  # one number stands for all axes
+        padding = (*(0 for _ in each), *padding[len(each) :])
         on_pixels = x.shape[1] == self.channels
         if on_pixels:
-            self._cropped = any(seen < whole for seen, whole in zip(x.shape[2:], self.size, strict=True))
+            sizes = (sorted(size) for size in (x.shape[2:], self.size))  # axes may be exchanged
+            self._cropped = any(seen < whole for seen, whole in zip(*sizes, strict=True))
         disjoint = on_pixels and kernel == stride
         if disjoint or not self._cropped:
-            geometry = GridGeometry(tuple(-float(p) for p in padding), tuple(map(float, stride)))
-            grid, size = (out.shape[2], out.shape[3]), (x.shape[2], x.shape[3])
+            overlap = [(k - s) / 2 if on_pixels else 0.0 for k, s in zip(kernel, stride, strict=True)]
+            origin = tuple(float(o - p) for o, p in zip(overlap, padding, strict=True))
+            geometry = GridGeometry(origin, tuple(map(float, stride)))
+            grid, size = tuple(out.shape[2:]), tuple(x.shape[2:])
             # A mirrored image has the same size; where orientation matters, accept only the image's own memory.
             tiled = geometry.unless_whole(grid, size) is None or self._is_image(x)
             seen = None if [*size] == self.size and tiled else size
-            self.convs.append(PatchConv(grid, geometry, disjoint, seen))
-            if disjoint and seen is not None:
+            self.convs.append(PatchConv(grid, geometry, disjoint, seen, on_pixels=on_pixels))
+            if on_pixels and seen is not None:
                 self._saw_other_pixels(x)
 
     def _is_image(self, x: Tensor) -> bool:
         return self._images.holds(x) and x.stride() == self._strides
 
     def _saw_other_pixels(self, x: Tensor) -> None:
-        """Handle a convolution on pixels (B, C, H, W) that are not the unchanged images; subclasses override this."""
+        """Handle a convolution on pixels (B, C, *size) that are not the unchanged images; subclasses override this."""
+
+
+def with_frames(x: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return (B · frames, C, …) as (B, C, *frames, …), for ``batch`` = (B, *frames)."""
+    frames: Tensor = x.unflatten(0, tuple(batch))
+    return frames.movedim(len(batch), 1)
 
 
 def common_path(paths: Sequence[str]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attn_monitor.grid import Grid, GridGeometry
@@ -19,47 +19,47 @@ class PatchConv:
     """Describe a patch grid, such as a convolution's output, and the pixels of its cells.
 
     Attributes:
-        grid: (rows, columns).
+        grid: Number of cells on each axis.
         geometry: Origin and size of the cells, in pixels of the image, or of the ``seen`` input if that is given.
-        disjoint: Whether the stride equals the kernel, so that every cell sees its own pixels only.
-        seen: (height, width) of the convolution's input if it is not the unchanged image, else None.
+        disjoint: Whether the stride equals the kernel, so that every cell sees its own pixels only. Otherwise cells
+            are the middles of what the kernel sees.
+        seen: Size of the convolution's input on each of its axes if it is not the unchanged image, else None.
+        on_pixels: Whether it is a convolution's, on pixels.
         mirrored: Whether the convolution's cells run backwards along each axis of the image.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     geometry: GridGeometry
     disjoint: bool
-    seen: tuple[int, int] | None = None
-    mirrored: tuple[bool, bool] = (False, False)
+    seen: tuple[int, ...] | None = None
+    mirrored: tuple[bool, ...] = ()
+    on_pixels: bool = False
 
     @property
     def placed_grid(self) -> Grid:
         """Return the grid together with its geometry."""
         return Grid(self.grid, self.geometry)
 
-    def has_remainder(self, size: tuple[int, int]) -> bool:
-        """Return whether no cell covers some pixels of an image of this size (height, width)."""
+    def has_remainder(self, size: Sequence[int]) -> bool:
+        """Return whether no cell covers some pixels of an image of this size."""
         return any(bool((cells < 0).any()) for cells in self.placed_grid.cells_of_pixels(size))
 
-    def cell_of_pixels(self, size: tuple[int, int]) -> Tensor:
-        """Return the cell index of each pixel, (H, W), or -1 where no cell covers it."""
-        rows, cols = map(torch.from_numpy, self.placed_grid.cells_of_pixels(size))
-        inside = (rows >= 0)[:, None] & (cols >= 0)
-        return torch.where(inside, rows[:, None] * self.grid[1] + cols, -1)
+    def cell_of_pixels(self, size: Sequence[int]) -> Tensor:
+        """Return the cell index of each pixel, (*size), or -1 where no cell covers it."""
+        return self.placed_grid.cell_of_pixels(size)
 
 
 def candidate_grids(
-    image_size: tuple[int, int], tokens: int, moving: int, convs: Sequence[PatchConv]
+    image_size: Sequence[int], tokens: int, moving: int, convs: Sequence[PatchConv]
 ) -> Iterator[PatchConv]:
     """Yield the grids that tokens could form, those of convolutions on pixels first.
 
     Args:
-        image_size: (height, width) in pixels.
+        image_size: Number of pixels on each axis.
         tokens: Number of tokens.
         moving: Number of tokens that depend on the image.
         convs: The convolutions that ran on the images.
     """
-    height, width = image_size
     whole = [c for c in convs if c.disjoint]
     yield from (c for c in whole if math.prod(c.grid) == moving)
     # A mask token does not depend on the image, but stands for a patch.
@@ -69,22 +69,53 @@ def candidate_grids(
     if moving < 1 or any(math.prod(c.grid) == moving for c in whole):
         return
     yield from (c for c in _merged(whole, image_size) if math.prod(c.grid) == moving)
-    overlapping = [c.grid for c in convs if c not in whole and math.prod(c.grid) == moving]
-    rows = [r for r in range(1, moving + 1) if moving % r == 0]
-    gh = min(rows, key=lambda r: abs(math.log((r * r / moving) * (width / height))))
-    for grid in dict.fromkeys([*overlapping, (gh, moving // gh)]):
+    overlapping = [c for c in convs if c not in whole and math.prod(c.grid) == moving]
+    yield from (c for c in overlapping if _leaves_out(c, image_size))
+    pooled = [g for c in convs if c not in whole and len(image_size) > 2 for g in _pooled(c.grid, moving)]
+    for grid in dict.fromkeys([*(c.grid for c in overlapping), *pooled, _most_like(image_size, moving)]):
         yield PatchConv(grid, Grid(grid).placed(image_size), disjoint=False)
 
 
-def _merged(convs: Sequence[PatchConv], size: tuple[int, int]) -> Iterator[PatchConv]:
+_BORDER = 0.4  # of a cell: less is left out, or padded, by many stems, whose maps are laid over the whole image
+
+
+def _leaves_out(conv: PatchConv, size: Sequence[int]) -> bool:
+    """Return whether the overlapping cells of a convolution on pixels begin or end far from the image's border."""
+    axes = zip(conv.geometry.origin, conv.geometry.cell, conv.grid, size, strict=True)
+    return conv.on_pixels and any(max(abs(o), abs(o + c * g - n)) > _BORDER * c for o, c, g, n in axes)
+
+
+def _pooled(grid: Sequence[int], cells: int) -> list[tuple[int, ...]]:
+    """Return the grids of so many cells that pooling could make of another one, alike on the last two axes first.
+
+    With two axes the grid most like the image is one of them.
+    """
+    factors = itertools.product((1, 2, 4, 8), repeat=len(grid))
+    smaller = {f: tuple(n // by for n, by in zip(grid, f, strict=True)) for f in factors}
+    found = [f for f, g in smaller.items() if math.prod(g) == cells]
+    return [smaller[f] for f in sorted(found, key=lambda f: (max(f[-2:]) / min(f[-2:]), f))]
+
+
+def _most_like(size: Sequence[int], cells: int) -> tuple[int, ...]:
+    """Return the grid of so many cells with the most regular cells: the one most like the image."""
+    if len(size) == 1:
+        return (cells,)
+    side = (math.prod(size) / cells) ** (1 / len(size))
+    counts = [n for n in range(1, cells + 1) if cells % n == 0]
+    first = min(counts, key=lambda n: abs(math.log(n * side / size[0])))
+    return first, *_most_like(size[1:], cells // first)
+
+
+def _merged(convs: Sequence[PatchConv], size: Sequence[int]) -> Iterator[PatchConv]:
     """Yield coarser grids that merge several patches per side into one token and do not tile the image."""
     for conv in convs:
         for times in _MERGES:
             for up in (True, False):  # incomplete tokens are padded, or dropped
-                gh, gw = (-(-g // times) if up else g // times for g in conv.grid)
-                more = [n * times - g for n, g in zip((gh, gw), conv.grid, strict=True)]  # patches of padding
-                axes = zip(conv.geometry.origin, conv.geometry.cell, conv.mirrored, more, strict=True)
+                grid = tuple(-(-g // times) if up else g // times for g in conv.grid)
+                more = [n * times - g for n, g in zip(grid, conv.grid, strict=True)]  # patches of padding
+                mirrored = conv.mirrored or (False,) * len(grid)
+                axes = zip(conv.geometry.origin, conv.geometry.cell, mirrored, more, strict=True)
                 origin = tuple(o - c * n if backwards else o for o, c, backwards, n in axes)
                 geometry = GridGeometry(origin, tuple(c * times for c in conv.geometry.cell))
-                if gh * gw and geometry.unless_whole((gh, gw), size) is not None:
-                    yield PatchConv((gh, gw), geometry, disjoint=False)
+                if math.prod(grid) and geometry.unless_whole(grid, size) is not None:
+                    yield PatchConv(grid, geometry, disjoint=False)

@@ -57,7 +57,7 @@ class AblatedModel:
         """Run the model on images and return the tokens.
 
         Args:
-            images: (B, C, H, W), on any device.
+            images: (B, C, *size), on any device.
             seed: Seed of the global random state before each batch, which is restored afterwards.
             marks: As in `AblatingObserver`, for all B images.
             nudged: As in `AblatingObserver`.

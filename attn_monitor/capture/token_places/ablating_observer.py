@@ -17,7 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
 from attn_monitor.capture.observe import kinds
-from attn_monitor.capture.observe.attention_rows import widen
+from attn_monitor.capture.observe.attention_rows import Sequences, widen
 from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head
 from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
@@ -42,7 +42,7 @@ class AblatingObserver(AttentionObserver):
     """Ablate attention and keep sketches of the tokens.
 
     Args:
-        images: (B, C, H, W), the input of the forward.
+        images: (B, C, *size), the input of the forward.
         formats: Layout of the tokens at each site to read.
         marks: For each site (B, Q) bool: results are strong noise at the marked queries and zero elsewhere. Without
             marks (None), results are the queries.
@@ -72,6 +72,7 @@ class AblatingObserver(AttentionObserver):
         self._calls: dict[str, int] = {}
         self._open: list[Call] = []
         self._precision = torch.float64
+        self._in_sequences = any(isinstance(site.folding, Sequences) for site in formats.values())
 
     def watch_calls(self, stack: ExitStack, modules: Mapping[str, nn.Module], paths: set[str]) -> None:
         """Hook the modules at these paths until ``stack`` closes, to read the tokens that they receive and return."""
@@ -98,13 +99,13 @@ class AblatingObserver(AttentionObserver):
         """Return noise if the argument could be T tokens, with ``exchanged`` (B, T) bool, else the argument itself."""
         if not self._could_be_tokens(x):
             return x
-        batch_first = x.shape[0] == self.batch
-        _, tokens, channels = x.shape if batch_first else x.transpose(0, 1).shape
+        _, tokens, channels = self._by_image(x).shape
         if tokens != exchanged.shape[1]:
             return x
         kept, others = noise_like((2, tokens, channels), x)
         noise = torch.where(exchanged[..., None].to(x.device), 4 * others, kept)
-        return noise if batch_first else noise.transpose(0, 1)
+        tokens_first = self.batch in x.shape[1:2] and x.shape[0] != self.batch
+        return noise.transpose(0, 1) if tokens_first else noise.reshape(x.shape)
 
     def _end(self, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -117,12 +118,20 @@ class AblatingObserver(AttentionObserver):
         """Sketch what could be tokens among a module's arguments or results, as (B, T, S)."""
         for x in _tensors(values):
             if self._could_be_tokens(x):
-                yield off_device(sketch((x if x.shape[0] == self.batch else x.transpose(0, 1))[:, None]))
+                yield off_device(sketch(self._by_image(x)[:, None]))
 
     def _could_be_tokens(self, x: Any) -> bool:
         if not isinstance(x, Tensor) or is_functorch_wrapped_tensor(x):  # a tensor inside vmap cannot be projected
             return False
-        return not x.is_nested and x.ndim == 3 and x.is_floating_point() and self.batch in x.shape[:2]
+        if x.is_nested or x.ndim != 3 or not x.is_floating_point():
+            return False
+        return self.batch in x.shape[:2] or (self._in_sequences and x.shape[0] % self.batch == 0)
+
+    def _by_image(self, x: Tensor) -> Tensor:
+        """Return tokens as (B, T, C); sequences of one image are joined."""
+        if self.batch in x.shape[:2]:
+            return x if x.shape[0] == self.batch else x.transpose(0, 1)
+        return x.reshape(self.batch, -1, x.shape[-1])
 
     @errors_from("monitor")
     def _dispatched(self, operation: Operation) -> Any:
@@ -186,7 +195,7 @@ class AblatingObserver(AttentionObserver):
                 heads=off_device(project(v)) if v.shape[2] < self.by_head else None,
                 q=None if q is None else off_device(sketch(q)),
                 k=None if k is None else off_device(sketch(k)),
-                queries=product.lead[-1],
+                queries=product.queries(site.folding),
                 dtype=self._precision,
                 device=v.device,
                 within=tuple(self._open),

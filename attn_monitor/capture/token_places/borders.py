@@ -68,7 +68,7 @@ def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeo
 def _first_pixels(
     search: PlaceSearch, key: SiteKey, layout: TokenLayout, asked: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """Return for each (axis, index) the first pixel that a row (axis 0) or a column (axis 1) of patches depends on."""
+    """Return for each (axis, index) the first pixel that a line of patches (row, column) depends on."""
     one, other = noise_images(search.images, 2, seed=12)
     before = search.ablated_model(one[None], _SEED).sites[key]
     low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # the pixel is in low ... high - 1
@@ -86,7 +86,7 @@ def _first_pixels(
 
 
 def _begun(image: Tensor, other: Tensor, axis: int, end: int) -> Tensor:
-    """Replace the pixels of a (C, H, W) image before ``end`` along an axis by those of another image."""
+    """Replace the pixels of a (C, *size) image before ``end`` along an axis by those of another image."""
     changed = image.clone()
     changed.narrow(1 + axis, 0, end).copy_(other.narrow(1 + axis, 0, end))
     return changed

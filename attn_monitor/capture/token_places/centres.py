@@ -27,7 +27,7 @@ from attn_monitor.grid import Grid, GridGeometry
 
 _ROUNDS = 5  # each has two base images: the user's and noise
 
-Cells = tuple[int, int]
+Cells = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Ranked:
 
     Attributes:
         keys: The sites.
-        base: (C, H, W) noise image.
+        base: (C, *size) noise image.
         seen: Tokens of the `ramps` of ``base``.
     """
 
@@ -52,7 +52,7 @@ def rank_centres(
 
     Args:
         search: The search.
-        image: (C, H, W), one of the user's images.
+        image: (C, *size), one of the user's images.
         strength: Standard deviation of the noise in `ramps`, relative to that of the image.
         unplaced: Sites that have no layout yet.
 
@@ -122,18 +122,15 @@ def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int
         change: (T,) changes of the tokens, in order of their cells, with the middles of every second cell.
         changes: (M, M, T) changes of the tokens between the M images of the mosaics.
         codes: For each cell, the picture that it shows in each image of the mosaics.
-        grid: Rows and columns of cells.
+        grid: Number of cells on each axis.
     """
-    rows, cols = (
-        torch.arange(grid[0] * grid[1], device="cpu") // grid[1],
-        torch.arange(grid[0] * grid[1], device="cpu") % grid[1],
-    )
-    changed = (rows + cols) % 2 == 0
+    lines = Grid(grid).lines  # (axes, cells)
+    changed = lines.sum(0) % 2 == 0
     expected, usual = float(change[changed].median()), float(change[~changed].median())
     if usual > expected / 5:
         return False
     for cell in (~changed & (change > max(expected / 6, 2 * usual))).nonzero().flatten().tolist():
-        beside = ((rows - rows[cell]).abs() + (cols - cols[cell]).abs() == 1).nonzero().flatten().tolist()
+        beside = ((lines - lines[:, cell, None]).abs().sum(0) == 1).nonzero().flatten().tolist()
         if any(_prefer_own_cells(changes, codes, cell, other) < 1.25 for other in beside):
             return True
     return False
@@ -230,8 +227,8 @@ def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: S
     close to it.
 
     Args:
-        halves: (2, T) centres in cells, one tensor for each half of the base images.
-        grid: Rows and columns of cells.
+        halves: (axes, T) centres in cells, one tensor for each half of the base images.
+        grid: Number of cells on each axis.
         rounds: How many base images each half has.
         others: Layouts of other sites with the same grid and number of keys.
     """
@@ -266,7 +263,7 @@ def _queries_by_centre(
 
 
 def _share_ranked_as(centre: Tensor, places: Places, grid: Cells) -> float:
-    """Return the share of assigned tokens that (2, T) centres rank into their cell; 0 where a centre is missing."""
+    """Return the share of assigned tokens that (axes, T) centres rank into their cell; 0 where a centre is missing."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
     if bool(centre[:, tokens].isnan().any()):
         return 0.0
@@ -275,7 +272,7 @@ def _share_ranked_as(centre: Tensor, places: Places, grid: Cells) -> float:
 
 
 def _centre(sketches: Sequence[Tensor | None], conv: PatchConv, size: Cells, limit: float) -> Tensor:
-    """Average the (2, …, T) centres of tokens over several base images."""
+    """Average the (axes, …, T) centres of tokens over several base images."""
     return torch.stack([centres(s, conv, size, limit) for s in sketches if s is not None]).nanmean(0)
 
 
@@ -286,5 +283,5 @@ def _distance_of_heads(
     if any(h is None for h in heads):
         return 0.0
     tokens = [t for t, p in enumerate(places) if p != STATIC]
-    own = _centre(heads, conv, size, limit)[..., tokens].nanmean(-1)  # (2, H)
+    own = _centre(heads, conv, size, limit)[..., tokens].nanmean(-1)  # (axes, H)
     return float((own.amax(1) - own.amin(1)).nan_to_num(0).max())

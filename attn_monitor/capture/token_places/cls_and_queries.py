@@ -84,17 +84,21 @@ def find_cls(search: PlaceSearch) -> PlaceSearch:
         whole, part = parts[key]
         others = [t for t in range(before.queries) if t not in held]
         cls, no_cls_reason = _choose_cls(before, moved, others, whole, part)
+        of_sequences = _cls_of_sequences(moved, before.queries, model.formats[key].sequences)
         own = whole | {t for m in moved for t in m.queries if t not in part}
         own |= {t for n in nudges if n.parameter.is_class for t in _beside_patches(n, key, before, held)}
         on_grid = held or _on_another_grid(search, key)
         alone = set() if cls is None else {cls}
         names = _names(moved, cls, layout, before, whole)
+        if of_sequences and before.queries == before.v.shape[1]:
+            names |= {token: f"CLS {number}" for number, token in enumerate(of_sequences) if token in layout.prefix}
         of_cls = [n for n in nudges if _is_cls(n.parameter, moved, cls)]
         entries, cls_at = _cls_first_in_entries(site, before, of_cls, reference)
         changed[key] = replace(
             site,
             cls=cls,
-            no_cls_reason=no_cls_reason,
+            no_cls_reason="" if of_sequences else no_cls_reason,
+            cls_of_sequences=of_sequences,
             counted=tuple(sorted(on_grid | own | alone)) if on_grid or before.queries == 1 else (),
             prefix_names=names,
             layout=_with_first(layout, {t for t, name in names.items() if name == "CLS"}),
@@ -211,6 +215,18 @@ def _choose_cls(
         + f"no {'other ' * bool(named)}parameter changes one of them alone (registers, padding and pooled tokens are "
         "not CLS)"
     )
+
+
+def _cls_of_sequences(moved: Sequence[_Moved], queries: int, sequences: int) -> tuple[int, ...]:
+    """Return the CLS token of each sequence, where one parameter changes the same query of all; empty if none does."""
+    if sequences == 1:
+        return ()
+    each = queries // sequences
+    possible = {m.queries: m.parameter for m in moved if not m.parameter.is_no_class}
+    possible = {q: p for q, p in possible.items() if len(q) == sequences and len({t % each for t in q}) == 1}
+    named = {q: p for q, p in possible.items() if p.is_class}
+    found = named if len(possible) > 1 else possible
+    return tuple(sorted(next(iter(found)))) if len(found) == 1 else ()
 
 
 def _names(

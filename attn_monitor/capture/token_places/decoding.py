@@ -13,6 +13,7 @@ from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
 from attn_monitor.capture.token_places.synthetic_images import cell_weights
+from attn_monitor.grid import Grid
 
 
 def places_in_mosaics(sketches: Tensor, codes: Sequence[tuple[int, ...]], limit: float) -> Places:
@@ -55,56 +56,60 @@ def shares(sketches: Tensor, limit: float) -> Tensor:
     return torch.stack([torch.where(moved, ((s - base) * change).sum(-1) / energy, math.nan) for s in scaled])
 
 
-def centres(sketches: Tensor, conv: PatchConv, size: tuple[int, int], limit: float) -> Tensor:
+def centres(sketches: Tensor, conv: PatchConv, size: Sequence[int], limit: float) -> Tensor:
     """Return the centre of what each token depends on.
 
     Args:
-        sketches: (4, ..., T, S) sketches in the images of `ramps`.
+        sketches: (2 + axes, ..., T, S) sketches in the images of `ramps`.
         conv: Origin and size of the cells.
-        size: Height and width of the image in pixels.
+        size: Number of pixels on each axis of the image.
         limit: Relative change above which a token counts as changed.
 
     Returns:
-        (2, ..., T) row and column in cells, whole numbers at the middle of a cell; NaN where a token does not change.
+        (axes, ..., T) position on each axis (row, column) in cells, whole numbers at the middle of a cell; NaN where a
+        token does not change.
     """
     share = shares(sketches, limit)
     pixels, origin, cell = (
-        torch.tensor(values, device="cpu").to(share).reshape(2, *(1 for _ in share.shape[1:]))
+        torch.tensor(values, device="cpu").to(share).reshape(-1, *(1 for _ in share.shape[1:]))
         for values in (size, conv.geometry.origin, conv.geometry.cell)
     )
     return (share * pixels - origin) / cell - 0.5
 
 
-def cells_by_rank(centre: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Rank (2, T) centres into rows and columns, and return the (T,) cells."""
-    gh, gw = grid
-    rows, cols = (ranked.argsort().argsort() // size for ranked, size in zip(centre, (gw, gh), strict=True))
-    cells: Tensor = rows * gw + cols
+def cells_by_rank(centre: Tensor, grid: Sequence[int]) -> Tensor:
+    """Rank (axes, T) centres into the lines (rows, columns) of each axis, and return the (T,) cells."""
+    cells, total = torch.zeros(centre.shape[1:], dtype=torch.int64, device=centre.device), math.prod(grid)
+    for ranked, lines in zip(centre, grid, strict=True):
+        cells = cells * lines + ranked.argsort().argsort() // (total // lines)
     return cells
 
 
-def places_by_centre(centre: Tensor, grid: tuple[int, int]) -> Places | None:
-    """Assign tokens by their (2, T) centres; return None unless there is one token for each cell, close to it."""
-    (gh, gw), live = grid, ~centre.isnan().any(0)
-    if int(live.sum()) != gh * gw:
+def places_by_centre(centre: Tensor, grid: Sequence[int]) -> Places | None:
+    """Assign tokens by their (axes, T) centres; return None unless there is one token for each cell, close to it."""
+    live, total = ~centre.isnan().any(0), math.prod(grid)
+    if int(live.sum()) != total:
         return None
     cell = cells_by_rank(centre[:, live], grid)
-    ranks, cells = torch.stack([cell // gw, cell % gw]), cell.tolist()
-    slack = torch.tensor([0.9 + 0.03 * gh, 0.9 + 0.03 * gw], device=centre.device)  # centres at borders lie inwards
-    if bool(((centre[:, live] - ranks).abs() > slack[:, None]).any()) or sorted(cells) != list(range(gh * gw)):
+    cells: list[int] = cell.tolist()
+    if sorted(cells) != list(range(total)):
+        return None
+    lines = Grid(grid).lines.to(cell.device)[:, cell]
+    slack = torch.tensor([0.9 + 0.03 * count for count in grid], device=centre.device)  # at borders they lie inwards
+    if bool(((centre[:, live] - lines).abs() > slack[:, None]).any()):
         return None
     found = iter(cells)
     return tuple(next(found) if alive else STATIC for alive in live.tolist())
 
 
-def are_clear(halves: Sequence[Tensor], places: Places, grid: tuple[int, int]) -> bool:
+def are_clear(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> bool:
     """Return False where a few tokens have lines that lie closer than the halves differ, which agree by chance then."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
     if len(tokens) > 9:
         return True
-    cells = torch.tensor([places[t] for t in tokens], device=halves[0].device)
+    at = Grid(grid).lines[:, [places[t] for t in tokens]].to(halves[0].device)
     one, other = (half[:, tokens] for half in halves)
-    for centre, apart, line in zip((one + other) / 2, one - other, (cells // grid[1], cells % grid[1]), strict=True):
+    for centre, apart, line in zip((one + other) / 2, one - other, at, strict=True):
         lines = [centre[line == n] for n in range(int(line.max()) + 1)]
         gaps = [float(after.min() - before.max()) for before, after in pairwise(lines)]
         if min(gaps, default=math.inf) < float(apart.square().mean() / 2) ** 0.5:
@@ -112,15 +117,15 @@ def are_clear(halves: Sequence[Tensor], places: Places, grid: tuple[int, int]) -
     return True
 
 
-def is_warped(centre: Tensor, places: Places, grid: tuple[int, int]) -> bool:
-    """Check whether (2, T) centres are off their cells because they lie closer in the middle of an axis, as by a warp.
+def is_warped(centre: Tensor, places: Places, grid: Sequence[int]) -> bool:
+    """Check whether (axes, T) centres are off their cells as by a warp: closer together in the middle of an axis.
 
     Large fields move all centres by up to half a cell, and the outermost ones inwards, so that they lie closer there.
     Fewer than six rows or columns are too few to tell.
     """
     tokens = [t for t, p in enumerate(places) if p >= 0]
-    cells = torch.tensor([places[t] for t in tokens], device=centre.device)
-    for positions, lines, count in zip(centre[:, tokens], (cells // grid[1], cells % grid[1]), grid, strict=True):
+    at = Grid(grid).lines[:, [places[t] for t in tokens]].to(centre.device)
+    for positions, lines, count in zip(centre[:, tokens], at, grid, strict=True):
         if count < 6:
             continue
         middle = torch.stack([positions[lines == line].nanmedian() for line in range(count)]).cpu()
@@ -149,11 +154,10 @@ def share_of_wrong_weight(share: Tensor, places: Places, cells: int, slack: floa
     return _share_above((share[tokens] - expected).abs(), slack)
 
 
-def share_far_from(centre: Tensor, places: Places, grid: tuple[int, int], slack: float) -> float:
-    """Return the share, 0 to 1, of assigned tokens with a (2, T) centre more than ``slack`` cells off their cell."""
+def share_far_from(centre: Tensor, places: Places, grid: Sequence[int], slack: float) -> float:
+    """Return the share, 0 to 1, of assigned tokens with a (axes, T) centre more than ``slack`` cells off their cell."""
     tokens = [t for t, p in enumerate(places) if p >= 0]
-    cells = torch.tensor([places[t] for t in tokens], device=centre.device)
-    expected = torch.stack([cells // grid[1], cells % grid[1]])
+    expected = Grid(grid).lines[:, [places[t] for t in tokens]].to(centre.device)
     return _share_above((centre[:, tokens] - expected).abs().amax(0), slack)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -18,7 +19,8 @@ from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.borders import place_by_borders
 from attn_monitor.capture.token_places.centres import rank_centres, refuse_shared_cells
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
-from attn_monitor.capture.token_places.mosaics import describe_keys, read_mosaics
+from attn_monitor.capture.token_places.counted_lines import counted_grids
+from attn_monitor.capture.token_places.mosaics import describe_keys, keys_of_each_cell, read_mosaics
 from attn_monitor.capture.token_places.other_mixing import (
     refuse_mixtures,
     refuse_other_mixing,
@@ -30,6 +32,7 @@ from attn_monitor.capture.token_places.place_checks import check_on_user_images,
 from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat
+from attn_monitor.grid import Grid
 
 
 def find_places(
@@ -47,7 +50,7 @@ def find_places(
 
     Args:
         model: The model to run.
-        images: The user's images, (B, C, H, W), on the device of the model.
+        images: The user's images, (B, C, *size), on the device of the model.
         forward: Calls the model on images.
         formats: Layout of the tensors at each site, in the order in which the sites run.
         keys: Number of keys of the first site.
@@ -62,14 +65,15 @@ def find_places(
     paths = around & dict(model.named_modules()).keys()
     ablated_model = AblatedModel(model, forward, formats, paths, images.device, batch_size)
     images = images.cpu()  # images derived from these wait on the host too
-    convs = locate_convs(ablated_model, images, convs)
+    convs = locate_convs(ablated_model, images, convs, keys)
     search = PlaceSearch(ablated_model, images, convs, {key: SitePlaces() for key in formats})
     grids = [*candidate_grids(search.size, keys, moving[next(iter(formats))], convs)]
     # Where the first attention is coarser than the patches, these show whether its heads read the same part of them.
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
     search = read_mosaics(search, grids)
+    search = read_mosaics(search, counted_grids(search))
     if not search.mosaics:
-        reason = f"no grid of patches that fits images of {search.size[0]} × {search.size[1]} has so many keys"
+        reason = f"no grid of patches that fits images of {Grid(search.size)} has so many keys"
         return search.refusing(dict.fromkeys(search.sites, reason)).sites
     strength = max(small_strength(site.dtype) for site in search.reference.sites.values())
     chosen = _least_alike(images)
@@ -85,7 +89,9 @@ def find_places(
         search = stage(search)
     without = [key for key, site in search.sites.items() if site.layout is None and not site.reason]
     reasons = {key: describe_keys(key, search.mosaics, depends_on_image=moving[key] > 0) for key in without}
-    return search.refusing(reasons).sites
+    search = search.refusing(reasons)
+    several = {key: keys_of_each_cell(key, search.mosaics) for key in without}
+    return search.with_sites({key: replace(search.sites[key], at_one_place=n) for key, n in several.items()}).sites
 
 
 _STAGES: tuple[Callable[[PlaceSearch], PlaceSearch], ...] = (

@@ -18,7 +18,7 @@ class TokenLayout:
     """Hold the token index of every patch of a grid, and of the prefix.
 
     Attributes:
-        grid: Rows and columns of patches.
+        grid: Number of patches on each axis.
         prefix: Token indices of the prefix, CLS first, registers after it.
         patches: Token indices of the patches in row-major order.
         evidence: How the assignment was found. "exact": each token changes with its own cell and with no other.
@@ -27,7 +27,7 @@ class TokenLayout:
         geometry: Where the cells lie in the image's pixels, None where they tile the whole image.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: tuple[int, ...]
     patches: tuple[int, ...]
     evidence: str
@@ -59,13 +59,13 @@ def mostly_single(places: Places) -> bool:
 
 
 def layout_of(
-    places: Places, grid: tuple[int, int], evidence: str, geometry: GridGeometry | None
+    places: Places, grid: tuple[int, ...], evidence: str, geometry: GridGeometry | None
 ) -> TokenLayout | None:
     """Derive the layout from an assignment.
 
     Args:
         places: The cell of each token.
-        grid: Rows and columns of cells.
+        grid: Number of cells on each axis.
         evidence: How the assignment was found, as in `TokenLayout`.
         geometry: Where the cells lie in the image, None where they tile it.
 

@@ -21,7 +21,7 @@ class Marks:
     """Hold the cells of a grid, and their queries, that are marked at one site in the image of its slot."""
 
     slot: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     places: frozenset[int]
     queries: tuple[int, ...]
 

@@ -57,7 +57,7 @@ def _placed(search: PlaceSearch, mosaic: Mosaic, key: SiteKey, places: Places) -
     return replace(site, layout=layout, held=mosaic.held(key))
 
 
-def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
+def _read(tokens: Tokens, conv: PatchConv, size: Sequence[int]) -> Mosaic:
     codes, cells = mosaic_codes(conv, size), math.prod(conv.grid)
     mosaic = Mosaic(conv, conv.geometry.unless_whole(conv.grid, size), codes[:cells])
     for key, site in tokens.sites.items():
@@ -79,6 +79,16 @@ def _read(tokens: Tokens, conv: PatchConv, size: tuple[int, int]) -> Mosaic:
     return replace(mosaic, entries=entries, exits=exits)
 
 
+def keys_of_each_cell(key: SiteKey, mosaics: Sequence[Mosaic]) -> int:
+    """Return how many keys hold each cell of a grid, where several do, and equally many; else 0."""
+    for mosaic in mosaics:
+        held = [p for p in mosaic.v.get(key, ()) if p >= 0]
+        counts = {held.count(cell) for cell in set(held)}
+        if len(set(held)) == mosaic.cells > 1 and len(counts) == 1 and len(held) > mosaic.cells:
+            return counts.pop()
+    return 0
+
+
 def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: bool) -> str:
     """Describe how the keys of a site without a layout depend on the image, as the reason for the user.
 
@@ -91,6 +101,11 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
     seen = [m for m in mosaics if key in m.v]
     if not seen:
         return "it runs with other shapes on the synthetic images that find its patches"
+    if (count := keys_of_each_cell(key, seen)) > 1:
+        return (
+            f"each patch of the image is held by {count} of its keys, such as one for each group of channels, one for "
+            "each of equal frames, or one for each resolution, so that no key is the patch"
+        )
     best = max(seen, key=lambda mosaic: len({p for p in mosaic.v[key] if p >= 0}))
     places = best.v[key]
     moving = sum(p != STATIC for p in places)
@@ -100,8 +115,8 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
         return "what it reads (V) does not depend on the image, so no key holds a part of it"
     if all(p == SEVERAL for p in places):
         return "each of its keys changes with several parts of the image, so none of them is a patch"
-    (rows, cols), held = best.conv.grid, [p for p in places if p >= 0]
-    cells = f"the {rows} × {cols} cells of a grid that was tried"
+    held = [p for p in places if p >= 0]
+    cells = f"the {best.conv.placed_grid} cells of a grid that was tried"
     changing = (
         f"{moving} of its {len(places)} keys change with the image, and they are no grid of patches: of {cells}, "
     )

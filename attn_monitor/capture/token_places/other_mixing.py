@@ -14,6 +14,7 @@ from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout
 from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import Call, SiteTokens
+from attn_monitor.grid import Grid
 
 _MOST = 0.9  # share of the tokens; a convolution, such as a position encoding, reaches fewer from one corner
 
@@ -92,7 +93,7 @@ def refuse_other_mixing(search: PlaceSearch) -> PlaceSearch:
         exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
     marked = torch.tensor(held_at, device=search.images.device).repeat_interleave(2)
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
-    images = noise_images(search.images, 1, seed=8).expand(count, -1, -1, -1)
+    images = torch.cat([noise_images(search.images, 1, seed=8)] * count)
     tokens = search.ablated_model(images, 1, marks=marks, exchanged=exchanged)
     for key, call in calls.items():
         site, left = search.sites[key], tokens.exits.get(call, ())
@@ -123,7 +124,7 @@ def refuse_side_by_side(search: PlaceSearch) -> PlaceSearch:
     for key, site, _ in search.placed():
         if site.patch_queries and (seen := search.reference.sites.get(key)):
             groups.setdefault(seen.within, []).append(key)
-    images = noise_images(search.images, 1, seed=8).expand(2, -1, -1, -1)
+    images = torch.cat([noise_images(search.images, 1, seed=8)] * 2)
     reasons: dict[SiteKey, str] = {}
     for first, *others in groups.values():
         if not others:
@@ -170,11 +171,10 @@ def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
 
 def _corner(entry: TokenLayout, cls: int | None) -> list[int]:
     """Return the patches in the last corner of the grid, or in the first where CLS is late in the sequence."""
-    rows, cols = entry.grid
-    high, wide = max(1, rows // 4), max(1, cols // 4)
-    first = [row * cols + col for row in range(high) for col in range(wide)]
+    lines = Grid(entry.grid).lines
+    near = (lines < torch.tensor([[max(1, count // 4)] for count in entry.grid], device="cpu")).all(0)
     late = cls is not None and cls > len(entry.order) // 2
-    return [entry.patches[cell if late else rows * cols - 1 - cell] for cell in first]
+    return [entry.patches[cell if late else -1 - cell] for cell in near.nonzero().flatten().tolist()]
 
 
 def _reach_most(moved: Tensor, kept: Tensor, cls: int | None) -> bool:

@@ -89,7 +89,7 @@ def _choose_marks(search: PlaceSearch) -> dict[SiteKey, Marks]:
     generator = torch.Generator().manual_seed(9)
     marks: dict[SiteKey, Marks] = {}
     for slot in range(slots):
-        orders: dict[tuple[int, int], list[int]] = {}
+        orders: dict[tuple[int, ...], list[int]] = {}
         sharing = sites[slot::slots]
         for number, (key, grid, held) in enumerate(sharing):
             if grid not in orders:

@@ -1,12 +1,12 @@
 """Map the input pixels of a patch embedding to the image, which a model may pad, crop, resize, mirror or rotate.
 
 Changes in the middle of an image, and in the whole of it, show which input pixels of the embedding depend on it. The
-changes are weaker in the image's lower and right halves, by different factors, which shows transposed and mirrored
-axes.
+changes are weaker in the second half of each axis, by different factors, which shows transposed and mirrored axes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +18,10 @@ from attn_monitor.capture.observe.forward import run_forward
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
-from attn_monitor.capture.token_places.synthetic_images import evenly_changed
+from attn_monitor.capture.token_places.synthetic_images import along_axes, evenly_changed
 from attn_monitor.grid import GridGeometry
 
-_WEAKER = (0.75, 0.5)  # factors on changes in the lower half, and in the right half
+_WEAKER = (0.75, 0.5, 0.3)  # factors on changes in the second half of each axis
 _CHANGED = 0.25  # share of the largest change; interpolation spreads less than this to pixels around
 
 
@@ -42,39 +42,41 @@ class _PixelObserver(AttentionObserver):
         self.changed: dict[int, list[list[_Extent]]] = {}  # by convolution, then image, then axis
 
     def _saw_other_pixels(self, x: Tensor) -> None:
-        differences = (x[1:] - x[:1]).abs().float().amax(1)  # (B - 1, H, W)
-        self.changed[len(self.convs) - 1] = [[_extent(d), _extent(d.T)] for d in differences]
+        differences = (x[1:] - x[:1]).abs().float().amax(1)  # (B - 1, *size)
+        self.changed[len(self.convs) - 1] = [[_extent(d, axis) for axis in range(d.ndim)] for d in differences]
 
 
-def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[PatchConv]) -> list[PatchConv]:
+def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[PatchConv], keys: int) -> list[PatchConv]:
     """Convert the cells of the convolutions to the image's own pixels, in one forward on three images if needed.
 
     Cells that see only padding are removed from the grid.
 
     Args:
         ablated_model: The model to run.
-        images: The user's images, (B, C, H, W).
+        images: The user's images, (B, C, *size).
         convs: The convolutions, with ``seen`` set where the input is not the image itself.
+        keys: Number of keys of the first site; a convolution with overlapping cells counts if it has about as many.
 
     Returns:
         The convolutions, without those that could not be located in the image.
     """
-    size = images.shape[-2], images.shape[-1]
-    if not any(conv.disjoint and conv.seen is not None for conv in convs):
+    size = tuple(images.shape[2:])
+    asked = [conv.disjoint or (conv.on_pixels and keys - 8 <= math.prod(conv.grid) <= keys) for conv in convs]
+    if not any(wanted and conv.seen is not None for conv, wanted in zip(convs, asked, strict=True)):
         return [_without_padding(conv, size) if conv.disjoint else conv for conv in convs]
-    half, right = ((torch.arange(n, device="cpu") >= n // 2).float() for n in size)
-    weaker = (1 - (1 - _WEAKER[0]) * half)[:, None] * (1 - (1 - _WEAKER[1]) * right)
-    one, other = evenly_changed(images, weaker)
+    second_half = along_axes([(torch.arange(n, device="cpu") >= n // 2).float() for n in size])
+    factors = (1 - (1 - weaker) * half for weaker, half in zip(_WEAKER, second_half, strict=False))
+    one, other = evenly_changed(images, functools.reduce(torch.mul, factors))
     middle = one.clone()
-    rows, cols = (slice(n // 4, n - n // 4) for n in size)
-    middle[:, rows, cols] = other[:, rows, cols]
-    asked = torch.stack([one, middle, other]).to(ablated_model.device)
-    observer = _PixelObserver(asked)
+    inner = (slice(None), *(slice(n // 4, n - n // 4) for n in size))
+    middle[inner] = other[inner]
+    shown = torch.stack([one, middle, other]).to(ablated_model.device)
+    observer = _PixelObserver(shown)
     model = ablated_model.model
-    run_forward(model, asked, ablated_model.forward, observer, dict(model.named_modules()).items())
+    run_forward(model, shown, ablated_model.forward, observer, dict(model.named_modules()).items())
     located = []
     for index, conv in enumerate(convs):
-        if conv.disjoint and conv.seen is not None:
+        if asked[index] and conv.seen is not None:
             boxes = observer.changed.get(index)
             found = None if boxes is None else _in_image_pixels(conv, size, *boxes)
             if found is None:
@@ -84,10 +86,11 @@ def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[Pa
     return located
 
 
-def _extent(change: Tensor) -> _Extent:
-    """Measure which rows of (H, W) changes are large."""
-    rows = change.amax(1)
-    found = (rows > _CHANGED * rows.max()).nonzero()[:, 0]
+def _extent(change: Tensor, axis: int) -> _Extent:
+    """Measure which lines of an axis have large changes (*size)."""
+    change = change.movedim(axis, 0).flatten(1)
+    lines = change.amax(1)
+    found = (lines > _CHANGED * lines.max()).nonzero()[:, 0]
     if not len(found):
         return _Extent(0, 0, 0.0)
     first, end = int(found[0]), int(found[-1]) + 1
@@ -97,22 +100,22 @@ def _extent(change: Tensor) -> _Extent:
 
 
 def _in_image_pixels(
-    conv: PatchConv, size: tuple[int, int], middle: list[_Extent], whole: list[_Extent]
+    conv: PatchConv, size: Sequence[int], middle: list[_Extent], whole: list[_Extent]
 ) -> PatchConv | None:
     """Convert the cells of one convolution to the image's pixels.
 
     Args:
         conv: The convolution, with cells in pixels of its own input.
-        size: Height and width of the image.
+        size: Number of pixels on each axis of the image.
         middle: Per axis of the input, what changes with the middle of the image.
         whole: Per axis of the input, what changes with the whole image.
 
     Returns:
         The convolution, None where no resize, crop or shift explains the changes.
     """
-    turned = abs(middle[0].weaker) > abs(middle[1].weaker)  # input rows are image columns
+    order = sorted(range(len(size)), key=lambda axis: abs(middle[axis].weaker))  # of the input's axes in the image
     origins, cells, mirrored = [], [], []
-    for axis, pixels in zip((1, 0) if turned else (0, 1), size, strict=True):
+    for axis, pixels in zip(order, size, strict=True):
         backwards = middle[axis].weaker > 0
         found = _pixel_map(pixels, middle[axis], whole[axis], backwards)
         if found is None:
@@ -123,8 +126,9 @@ def _in_image_pixels(
         cells.append(conv.geometry.cell[axis] / abs(scale))
         mirrored.append(backwards)
     geometry = GridGeometry(tuple(origins), tuple(cells))
-    grid = (conv.grid[1], conv.grid[0]) if turned else conv.grid
-    return PatchConv(grid, geometry, conv.disjoint, mirrored=(mirrored[0], mirrored[1]))
+    return PatchConv(
+        tuple(conv.grid[axis] for axis in order), geometry, conv.disjoint, mirrored=tuple(mirrored), on_pixels=True
+    )
 
 
 def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) -> tuple[float, float] | None:
@@ -145,12 +149,11 @@ def _pixel_map(pixels: int, middle: _Extent, whole: _Extent, backwards: bool) ->
     return None
 
 
-def _without_padding(conv: PatchConv, size: tuple[int, int]) -> PatchConv:
-    """Remove the rows and columns of cells that see nothing of the image."""
+def _without_padding(conv: PatchConv, size: Sequence[int]) -> PatchConv:
+    """Remove the lines of cells that see nothing of the image."""
     axes = [cells[cells >= 0] for cells in conv.placed_grid.cells_of_pixels(size)]
     if not all(len(cells) for cells in axes):
         return conv
-    (top, bottom), (left, right) = ((int(cells[0]), int(cells[-1])) for cells in axes)
-    begins = zip(conv.geometry.origin, conv.geometry.cell, (top, left), strict=True)
-    geometry = GridGeometry(tuple(o + c * first for o, c, first in begins), conv.geometry.cell)
-    return replace(conv, grid=(bottom - top + 1, right - left + 1), geometry=geometry)
+    begins = zip(conv.geometry.origin, conv.geometry.cell, axes, strict=True)
+    geometry = GridGeometry(tuple(o + c * int(cells[0]) for o, c, cells in begins), conv.geometry.cell)
+    return replace(conv, grid=tuple(int(cells[-1] - cells[0]) + 1 for cells in axes), geometry=geometry)

@@ -35,7 +35,7 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
 
     Args:
         search: The search; its sites on the grid of a mosaic are checked.
-        images: (C, H, W) images, each run in a call and random state of its own.
+        images: (C, *size) images, each run in a call and random state of its own.
         strength: Standard deviation of the noise, relative to that of the image.
     """
     reasons: dict[SiteKey, str] = {}
@@ -83,14 +83,16 @@ def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:
     """Refuse sites with coarse or overlapping tokens that miss a part of their cell, or of the image's border."""
     finest, base = max(m.cells for m in search.mosaics), noise_images(search.images, 1, seed=4)[0]
     reasons: dict[SiteKey, str] = {}
-    doubtful: dict[tuple[tuple[int, int], GridGeometry | None], list[tuple[SiteKey, TokenLayout]]] = {}
+    doubtful: dict[tuple[tuple[int, ...], GridGeometry | None], list[tuple[SiteKey, TokenLayout]]] = {}
     for key, _, layout in search.placed():
         if layout.evidence == "centres" or math.prod(layout.grid) < finest:
             doubtful.setdefault((layout.grid, layout.geometry), []).append((key, layout))
     for (grid, geometry), keys in doubtful.items():
         conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)
         quarters, cells = quarters_of_cells(conv, search.size), conv.cell_of_pixels(search.size)
-        there = torch.stack([cells[quarters == q].bincount(minlength=math.prod(grid)) > 0 for q in range(4)])
+        there = torch.stack(
+            [cells[quarters == q].bincount(minlength=math.prod(grid)) > 0 for q in range(2 ** len(grid))]
+        )
         ranked = any(layout.evidence == "centres" for _, layout in keys)
         changed = [border_changed(base, conv)[None], quarters_changed(base, quarters)]
         changed += [thirds_changed(base, conv)] * ranked
@@ -98,13 +100,13 @@ def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:
         for key, layout in keys:
             moved = _moved(seen[key])[:, list(layout.patches)].cpu()
             border = torch.ones(grid, dtype=torch.bool, device="cpu")
-            border[1:-1, 1:-1] = False
+            border[(slice(1, -1),) * len(grid)] = False
             if not bool(moved[0][border.flatten()].all()):
                 reasons[key] = (
                     "some of its keys at the border of the grid do not, or hardly, change with the image's outermost "
                     "pixels, so that a map laid over the whole image could be off"
                 )
-            elif not bool((moved[1:5] | ~there).all()):
+            elif not bool((moved[1 : 1 + len(there)] | ~there).all()):
                 reasons[key] = "some of its keys do not change with all parts of their patch"
             elif layout.evidence == "centres" and _in_other_lines(seen[key], layout):
                 reasons[key] = (
@@ -115,15 +117,15 @@ def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:
 
 
 def _in_other_lines(seen: SiteTokens, layout: TokenLayout) -> bool:
-    """Check whether a patch hardly changes with its own third of the rows, or columns, but with another third.
+    """Check whether a patch hardly changes with its own third of the rows (columns, …), but with another third.
 
     This finds two tokens that were ranked in each other's place, where each depends mostly on one cell. Fields of
     several cells, as behind three convolutions, change with all thirds and pass.
     """
-    change = relative_change(seen.v[-6:], seen.v[:1])[:, list(layout.patches)].cpu().unflatten(0, (2, 3))  # (2, 3, N)
-    cells = torch.arange(len(layout.patches), device="cpu")
-    lines = cells // layout.grid[1], cells % layout.grid[1]
-    own = torch.stack([of_axis[line % 3, cells] for of_axis, line in zip(change, lines, strict=True)])
+    lines = Grid(layout.grid).lines  # (axes, N)
+    change = relative_change(seen.v[-3 * len(lines) :], seen.v[:1])[:, list(layout.patches)].cpu()
+    change = change.unflatten(0, (-1, 3))  # (axes, 3, N)
+    own = change.gather(1, (lines % 3)[:, None])[:, 0]
     return bool((own < _OWN_LINE * change.amax(1)).any())
 
 

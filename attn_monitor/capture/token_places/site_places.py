@@ -34,8 +34,10 @@ class SitePlaces:
     Attributes:
         layout: Layout of the keys, None where there is none, for the ``reason``.
         reason: Why the keys have no layout, "" where they have one.
+        at_one_place: How many keys hold each patch, where that is the reason; else 0.
         cls: Query index of the CLS token, None where there is none, for the ``no_cls_reason``.
         no_cls_reason: Why no query is the CLS token, "" also where every query is a patch.
+        cls_of_sequences: The CLS token of each sequence, where an image has several, such as one for each frame.
         patch_queries: The query of each cell.
         counted: Queries that are patches or the model's own tokens, in ascending order; a mean is over these.
         prefix_names: Names of keys in the prefix, "CLS" or "register".
@@ -49,8 +51,10 @@ class SitePlaces:
 
     layout: TokenLayout | None = None
     reason: str = ""
+    at_one_place: int = 0
     cls: int | None = None
     no_cls_reason: str = ""
+    cls_of_sequences: tuple[int, ...] = ()
     patch_queries: Mapping[int, int] = field(default_factory=dict)
     counted: tuple[int, ...] = ()
     prefix_names: Mapping[int, str] = field(default_factory=dict)
@@ -106,7 +110,7 @@ class PlaceSearch:
 
     Attributes:
         ablated_model: The model with ablated attention.
-        images: The user's images, (B, C, H, W).
+        images: The user's images, (B, C, *size).
         convs: Convolutions that could be the patch embedding.
         sites: The sites, with what is known of each.
         mosaics: The grids that were tried.
@@ -121,9 +125,9 @@ class PlaceSearch:
     reference: Tokens = field(default_factory=Tokens)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return height and width of the images in pixels."""
-        return self.images.shape[-2], self.images.shape[-1]
+    def size(self) -> tuple[int, ...]:
+        """Return the number of pixels on each axis of the images."""
+        return tuple(self.images.shape[2:])
 
     def with_sites(self, changed: Mapping[SiteKey, SitePlaces]) -> PlaceSearch:
         """Return the search with other knowledge of some sites."""

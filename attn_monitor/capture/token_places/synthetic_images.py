@@ -5,8 +5,10 @@ form a partition of the M images into exactly k classes, a different one for eve
 cell alone is equal in exactly those images, which identifies the cell. A token that depends on two cells is equal in
 fewer images, and its partition has more than k classes.
 
-*Ramps*: a small change of the whole image is scaled by the column, or the row. How much of a token's change remains
-gives the centre of what it depends on, also where receptive fields overlap.
+*Ramps*: a small change of the whole image is scaled along one axis. How much of a token's change remains gives the
+centre of what it depends on, also where receptive fields overlap.
+
+Images are (C, *size), with any number of axes behind the channels.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def noise_images(images: Tensor, count: int, seed: int = 0, brightness: Tensor |
 
 
 def evenly_changed(images: Tensor, weights: Tensor, seed: int = 8) -> tuple[Tensor, Tensor]:
-    """Return two (C, H, W) images whose values differ by a quarter of their range, times a weight for each pixel.
+    """Return two (C, *size) images whose values differ by a quarter of their range, times a weight for each pixel.
 
     Values are in the middle of the range of ``images``, so that a model that clips it leaves these differences.
     """
@@ -132,7 +134,7 @@ def _partitions(n: int, k: int) -> Iterator[tuple[int, ...]]:
     yield from extend((), 0)
 
 
-def mosaic_codes(conv: PatchConv, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+def mosaic_codes(conv: PatchConv, size: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return the `partition_codes` of the cells of a grid, then one for the pixels outside all cells, if any.
 
     These pixels have their own code, so that a token that sees them is not taken for one that sees its cell alone.
@@ -141,33 +143,45 @@ def mosaic_codes(conv: PatchConv, size: tuple[int, int]) -> tuple[tuple[int, ...
 
 
 def mosaics(images: Tensor, conv: PatchConv) -> Tensor:
-    """Return (M, C, H, W) noise images in which each cell of the grid shows the pictures of its `mosaic_codes`."""
-    size = images.shape[-2], images.shape[-1]
+    """Return (M, C, *size) noise images in which each cell of the grid shows the pictures of its `mosaic_codes`."""
+    size = images.shape[2:]
     codes = mosaic_codes(conv, size)
     # The first is bright and the others dark: a token order that depends on brightness then differs between images.
     brightness = torch.tensor([0.5, *[-0.5] * max(codes[0])], device="cpu")
-    pictures = noise_images(images, len(brightness), seed=1, brightness=brightness)  # (k, C, H, W)
+    pictures = noise_images(images, len(brightness), seed=1, brightness=brightness)  # (k, C, *size)
     table = torch.tensor(codes, device=images.device)
-    shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, H, W); -1 is the last code
-    index = shown[:, None, None].expand(-1, 1, images.shape[1], -1, -1)
-    return pictures[None].expand(len(shown), -1, -1, -1, -1).gather(1, index)[:, 0]
+    shown = table.T[:, conv.cell_of_pixels(size).to(images.device)]  # (M, *size); -1 is the last code
+    return pieced_together(pictures, shown)
+
+
+def pieced_together(pictures: Tensor, shown: Tensor) -> Tensor:
+    """Return (M, C, *size) images of which each pixel is that of one of the (k, C, *size) pictures.
+
+    ``shown`` (M, *size) numbers the picture of each pixel.
+    """
+    index = shown[:, None, None].expand(-1, 1, pictures.shape[1], *shown.shape[1:])
+    return pictures[None].expand(len(shown), *pictures.shape).gather(1, index)[:, 0]
+
+
+def along_axes(values: Sequence[Tensor]) -> list[Tensor]:
+    """Reshape the values of the pixels on each axis so that they broadcast over an image (*size)."""
+    return [v.view(-1, *(1 for _ in values[axis + 1 :])) for axis, v in enumerate(values)]
 
 
 def ramps(image: Tensor, strength: float, seed: int = 5) -> Tensor:
-    """Add scaled noise to a (C, H, W) image.
+    """Add scaled noise to a (C, *size) image.
 
     Returns:
-        (4, C, H, W): the image; with noise; with that noise scaled from 0 to 1 by the row; by the column.
+        (2 + axes, C, *size): the image; with noise; with that noise scaled from 0 to 1 along each axis.
     """
-    height, width = image.shape[-2:]
-    rows, cols = (torch.arange(height, device="cpu") + 0.5) / height, (torch.arange(width, device="cpu") + 0.5) / width
-    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), rows[:, None], cols[None]], strength, seed)
+    rising = along_axes([(torch.arange(n, device="cpu") + 0.5) / n for n in image.shape[1:]])
+    return _scaled_noise(image, [torch.ones(1, device="cpu"), *rising], strength, seed)
 
 
 def cell_weighted_noise(
     image: Tensor, conv: PatchConv, strength: float, seed: int = 5, *, inside: bool = False
 ) -> Tensor:
-    """Add noise with a weight for each cell to a (C, H, W) image.
+    """Add noise with a weight for each cell to a (C, *size) image.
 
     Args:
         image: The image.
@@ -178,11 +192,11 @@ def cell_weighted_noise(
             clip or take logarithms.
 
     Returns:
-        (3, C, H, W): the image; with noise; with that noise scaled by the `cell_weights`.
+        (3, C, *size): the image; with noise; with that noise scaled by the `cell_weights`.
     """
-    cells = conv.cell_of_pixels((image.shape[-2], image.shape[-1]))
+    cells = conv.cell_of_pixels(image.shape[1:])
     weights = torch.where(cells >= 0, cell_weights(math.prod(conv.grid))[cells], 0)
-    return _scaled_noise(image, [torch.ones(1, 1, device="cpu"), weights], strength, seed, inside=inside)
+    return _scaled_noise(image, [torch.ones(1, device="cpu"), weights], strength, seed, inside=inside)
 
 
 def cell_weights(cells: int) -> Tensor:
@@ -193,12 +207,13 @@ def cell_weights(cells: int) -> Tensor:
 def _scaled_noise(
     image: Tensor, scales: Sequence[Tensor], strength: float, seed: int, *, inside: bool = False
 ) -> Tensor:
-    """Stack a (C, H, W) image and, for each scale, the image with noise of that scale."""
+    """Stack a (C, *size) image and, for each scale, the image with noise of that scale."""
     values = image.detach().float().cpu()
     spread = values.flatten(1).std(1, correction=0)
-    spread = torch.where(spread > 0, spread, float(values.std(correction=0)) or 1.0)[:, None, None]
+    each = (-1, *(1 for _ in image.shape[1:]))  # a number for each channel
+    spread = torch.where(spread > 0, spread, float(values.std(correction=0)) or 1.0).view(each)
     if inside:
-        low, high = (values.flatten(1).aminmax(dim=1)[end][:, None, None] for end in (0, 1))
+        low, high = (values.flatten(1).aminmax(dim=1)[end].view(each) for end in (0, 1))
         spread = torch.minimum(spread, torch.minimum(values - low, high - values))
     noise = (_normal(image.shape, seed) * strength * spread).to(image)
     return torch.stack([image, *(image + noise * scale.to(image) for scale in scales)])
@@ -209,43 +224,59 @@ def small_strength(dtype: torch.dtype) -> float:
     return max(0.02, 25 * torch.finfo(dtype).eps)
 
 
-def quarters_of_cells(conv: PatchConv, size: tuple[int, int]) -> Tensor:
-    """Return (H, W): the quarter, 0 to 3, of the visible part of its cell that each pixel is in; -1 outside cells."""
+def quarters_of_cells(conv: PatchConv, size: Sequence[int]) -> Tensor:
+    """Return (*size): the quarter of the visible part of its cell that each pixel is in; -1 outside cells.
+
+    Each axis is cut in two: there are 2 quarters on one axis, 4 on two and 8 on three.
+    """
     halves = []
     for middles, cells in zip(conv.placed_grid.centres(size), conv.placed_grid.cells_of_pixels(size), strict=True):
         halves.append(torch.arange(len(cells), device="cpu") + 0.5 > torch.tensor(middles, device="cpu")[cells])
-    lower, right = halves
-    return torch.where(conv.cell_of_pixels(size) >= 0, 2 * lower[:, None].long() + right, -1)
+    quarter = torch.zeros((), dtype=torch.int64, device="cpu")
+    for half in along_axes(halves):
+        quarter = 2 * quarter + half
+    return torch.where(conv.cell_of_pixels(size) >= 0, quarter, -1)
 
 
 def quarters_changed(image: Tensor, quarters: Tensor, seed: int = 6) -> Tensor:
-    """Return (4, C, H, W): the (C, H, W) image with other noise in one of the `quarters_of_cells` each."""
+    """Return (2**axes, C, *size): the (C, *size) image with other noise in one of the `quarters_of_cells` each."""
     other, quarters = noise_images(image[None], 1, seed)[0], quarters.to(image.device)
-    return torch.stack([torch.where(quarters == q, other, image) for q in range(4)])
+    return torch.stack([torch.where(quarters == q, other, image) for q in range(2**quarters.ndim)])
 
 
 def corners_changed(image: Tensor, seed: int = 6) -> Tensor:
-    """Return (2, C, H, W): the (C, H, W) image with other noise in its first corner, and in the opposite one."""
-    height, width = (n // 4 for n in image.shape[-2:])
-    other = noise_images(image[None], 1, seed)[0]
-    first, last = image.clone(), image.clone()
-    first[:, :height, :width] = other[:, :height, :width]
-    last[:, -height:, -width:] = other[:, -height:, -width:]
+    """Return (2, C, *size): the (C, *size) image with other noise in its first corner, and in the opposite one."""
+    other, first, last = noise_images(image[None], 1, seed)[0], image.clone(), image.clone()
+    quarters = [max(n // 4, 1) for n in image.shape[1:]]
+    begin, end = (slice(None), *map(slice, quarters)), (slice(None), *(slice(-n, None) for n in quarters))
+    first[begin], last[end] = other[begin], other[end]
     return torch.stack([first, last])
 
 
+def first_lines_changed(image: Tensor, seed: int = 6) -> Tensor:
+    """Return (axes, C, *size): the (C, *size) image with other noise in the first line of pixels on each axis."""
+    other, changed = noise_images(image[None], 1, seed)[0], []
+    for axis in range(1, image.ndim):
+        changed.append(image.clone())
+        changed[-1].narrow(axis, 0, 1).copy_(other.narrow(axis, 0, 1))
+    return torch.stack(changed)
+
+
 def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """Return the (C, H, W) image with other noise in the middles of every second cell, as on a chessboard.
+    """Return the (C, *size) image with other noise in the middles of every second cell, as on a chessboard.
 
     It has the mean and the spread of the pixels that were there, as a model may standardise each image by its own.
     """
-    size = (image.shape[-2], image.shape[-1])
+    size = image.shape[1:]
     cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
-    middle = []
+    chosen = conv.cell_of_pixels(size) >= 0
+    middles = []
     for pixels, start, cell in zip(size, conv.geometry.origin, conv.geometry.cell, strict=True):
-        middle.append(((torch.arange(pixels, device="cpu") + 0.5 - start) / cell % 1 - 0.5).abs() < 0.25)
-    dark = (cells[0][:, None] + cells[1]) % 2 == 0
-    chosen = dark & middle[0][:, None] & middle[1] & (conv.cell_of_pixels(size) >= 0)
+        from_middle = ((torch.arange(pixels, device="cpu") + 0.5 - start) / cell % 1 - 0.5).abs()
+        middles.append(from_middle < max(0.25, 0.51 / cell))  # one or two pixels are the middle of a small cell
+    for middle in along_axes(middles):
+        chosen = chosen & middle
+    chosen = chosen & (functools.reduce(torch.add, along_axes(cells)) % 2 == 0)
     before = image.flatten(1)[:, chosen.flatten().to(image.device)].float()
     other = noise_images(image[None], 1, seed)[0].flatten(1)[:, chosen.flatten().to(image.device)].float()
     spread = before.std(1, correction=0, keepdim=True) / other.std(1, correction=0, keepdim=True).clamp_min(1e-30)
@@ -256,20 +287,23 @@ def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
 
 
 def thirds_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """Return (6, C, H, W): the image with other noise in every third row of cells from 0, 1, 2 on, then in columns."""
-    size, other = (image.shape[-2], image.shape[-1]), noise_images(image[None], 1, seed)[0]
-    rows, cols = (torch.from_numpy(c).to(image.device) for c in conv.placed_grid.cells_of_pixels(size))
-    lines = (rows[:, None].expand(size), cols[None].expand(size))
+    """Return (3 · axes, C, *size): the image with other noise in every third line of cells from 0, 1, 2 on.
+
+    The first three change rows of cells, the next three columns, and so on for each axis.
+    """
+    size, other = image.shape[1:], noise_images(image[None], 1, seed)[0]
+    lines = along_axes([torch.from_numpy(c).to(image.device) for c in conv.placed_grid.cells_of_pixels(size)])
     return torch.stack([torch.where((n >= 0) & (n % 3 == third), other, image) for n in lines for third in range(3)])
 
 
 def border_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """Return the (C, H, W) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
-    edge, changed = max(1, round(min(conv.geometry.cell) / 8)), image.clone()
-    other = noise_images(image[None], 1, seed)[0]
-    seen = [torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.placed_grid.cells_of_pixels(image.shape[-2:])]
-    (top, bottom), (left, right) = ((int(pixels[0]), int(pixels[-1]) + 1) for pixels in seen)
-    changed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
-    inner = slice(top + edge, max(bottom - edge, 0)), slice(left + edge, max(right - edge, 0))
-    changed[:, inner[0], inner[1]] = image[:, inner[0], inner[1]]
+    """Return the (C, *size) image with other noise in the outermost pixels that cells see, an eighth of a cell wide."""
+    other, changed = noise_images(image[None], 1, seed)[0], image.clone()
+    seen = [torch.from_numpy(c >= 0).nonzero()[:, 0] for c in conv.placed_grid.cells_of_pixels(image.shape[1:])]
+    ends = [(int(pixels[0]), int(pixels[-1]) + 1) for pixels in seen]
+    edges = [max(1, round(cell / 8)) for cell in conv.geometry.cell]
+    outer = (slice(None), *(slice(*axis) for axis in ends))
+    inner = (slice(None), *(slice(a + e, max(b - e, 0)) for (a, b), e in zip(ends, edges, strict=True)))
+    changed[outer] = other[outer]
+    changed[inner] = image[inner]
     return changed

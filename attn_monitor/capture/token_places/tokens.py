@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observe.attention_rows import Folding
+from attn_monitor.capture.observe.attention_rows import Folding, Sequences
 from attn_monitor.capture.observe.kinds.attention_product import explains_scores
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.random_projections import change_threshold, coarsest
@@ -38,6 +38,11 @@ class SiteFormat:
     scores_are_products: bool | None = None
     scores: list[list[Tensor]] = field(default_factory=list)
     products: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> int:
+        """Return the number of sequences of each image in the batch."""
+        return self.folding.count if isinstance(self.folding, Sequences) else 1
 
     def decide(self) -> bool:
         """Decide whether scores are products once two images were seen; return True where they turn out to be none."""

@@ -124,7 +124,7 @@ def remember(monitor: AttentionMonitor, snapshot: Snapshot) -> None:
 
 def _facts(snapshot: Snapshot) -> dict[str, str]:
     return {
-        f"{role}, layer {layer}": f"{a.rows.shape[1]} heads, grid {a.grid[0]} × {a.grid[1]}, query {a.query}"
+        f"{role}, layer {layer}": f"{a.rows.shape[1]} heads, grid {a.grid}, query {a.query}"
         for (role, layer), a in snapshot.layers.items()
     }
 

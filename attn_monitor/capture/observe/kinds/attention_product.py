@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observe.attention_rows import Folding, widen
+from attn_monitor.capture.observe.attention_rows import Folding, Sequences, widen
 from attn_monitor.capture.observe.random_projections import noise_like, off_device, random_matrix
 
 
@@ -55,13 +55,20 @@ class AttentionProduct:
             (…, Q, width), None where the product has another number of queries or is not of B images.
         """
         (*lead, queries), batch = self.lead, len(marks)
-        heads = math.prod(lead) // batch
-        if marks.shape[1] != queries or heads * batch != math.prod(lead):
+        sequences = folding.count if isinstance(folding, Sequences) else 1
+        heads = math.prod(lead) // batch // sequences
+        if marks.shape[1] != sequences * queries or heads * sequences * batch != math.prod(lead):
             return None
-        noise = noise_like((heads, queries, self.width), self.out) * strength
+        noise = noise_like((heads, marks.shape[1], self.width), self.out) * strength
         content = noise * marks[:, None, :, None].to(noise)  # (B, H, Q, D)
+        if sequences > 1:
+            content = content.unflatten(2, (sequences, queries)).transpose(1, 2)
         marked: Tensor = content if folding != "heads first" else content.transpose(0, 1)
         return marked.reshape(*self.lead, self.width)
+
+    def queries(self, folding: Folding | None) -> int:
+        """Return the number of queries for each image."""
+        return self.lead[-1] * (folding.count if isinstance(folding, Sequences) else 1)
 
     def strong(self) -> float:
         """Return a standard deviation for marks, far above that of V and of the result, that does not overflow."""
@@ -77,10 +84,17 @@ class AttentionProduct:
 
 
 def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor | None:
-    """Reshape (L, T, D) or (B, H, T, D) to (B, H, T, D); return None where L is no multiple of ``images``."""
+    """Reshape (L, T, D) or (B, H, T, D) to (B, H, T, D); return None where L is no multiple of ``images``.
+
+    Sequences are joined, (B · S, H, T, D) to (B, H, S · T, D).
+    """
     x = x.reshape(-1, *x.shape[-2:])
-    if len(x) % images:
+    sequences = folding.count if isinstance(folding, Sequences) else 1
+    if len(x) % (images * sequences):
         return None
+    if isinstance(folding, Sequences):
+        joined: Tensor = x.unflatten(0, (images, sequences, -1)).transpose(1, 2).flatten(2, 3)
+        return joined
     grouped: Tensor = x.unflatten(0, (-1, images) if folding == "heads first" else (images, -1))
     return grouped.transpose(0, 1) if folding == "heads first" else grouped
 

@@ -1,0 +1,97 @@
+"""`ImageAxes`: the names of an image's dimensions, and which of them holds the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attn_monitor.errors import ArgumentError
+
+SHAPES = (
+    "(batch, channels, height, width); clips (batch, channels, frames, height, width) or (batch, frames, channels, "
+    "height, width); volumes (batch, channels, depth, height, width); or spectrograms (batch, frequency, time), "
+    "(batch, time, frequency)"
+)
+"""The shapes of images that are taken, for messages."""
+
+
+@dataclass(frozen=True)
+class ImageAxes:
+    """Name the dimensions of images behind the batch.
+
+    Attributes:
+        names: A name for each dimension, such as ("c", "h", "w").
+        channel: Which of them holds the channels, None where none does.
+    """
+
+    names: tuple[str, ...]
+    channel: int | None
+
+    @property
+    def spatial(self) -> tuple[str, ...]:
+        """Return the names of the axes without the channels."""
+        return tuple(name for number, name in enumerate(self.names) if number != self.channel)
+
+    def channels_first(self, images: Tensor) -> Tensor:
+        """Return images in the model's order as (B, C, *size), a view; C is 1 where there are no channels."""
+        return images.unsqueeze(1) if self.channel is None else images.movedim(1 + self.channel, 1)
+
+    def with_channel_axis(self) -> ImageAxes:
+        """Return axes in which the channels are one more axis of the image."""
+        return ImageAxes(self.names, None)
+
+    def size_of(self, images: Tensor) -> tuple[int, ...]:
+        """Return the number of pixels of images on each axis."""
+        return tuple(n for number, n in enumerate(images.shape[1:]) if number != self.channel)
+
+    def as_given(self, images: Tensor) -> Tensor:
+        """Return images (B, C, *size) in the model's order, a view."""
+        return images.squeeze(1) if self.channel is None else images.movedim(1, 1 + self.channel)
+
+    def __str__(self) -> str:
+        return f"(batch, {', '.join(self.names)})"
+
+
+def parse_axes(axes: str | None, images: Tensor) -> ImageAxes | None:
+    """Return axes that were given as a name for each dimension behind the batch, such as "tchw"; None for None.
+
+    Raises:
+        ArgumentError: The names are no distinct letters, or not as many as the images have dimensions.
+    """
+    if axes is None:
+        return None
+    if not isinstance(axes, str) or len(set(axes)) != len(axes) or len(axes) != images.ndim - 1 or not axes.isalpha():
+        raise ArgumentError(
+            f"axes={axes!r}: images are {tuple(images.shape)}, expected one letter for each of the {images.ndim - 1} "
+            'dimensions behind the batch, with "c" for channels, such as "chw", "tchw", "cdhw" or "ft"'
+        )
+    return ImageAxes(tuple(axes), axes.find("c") if "c" in axes else None)
+
+
+def likely_axes(shape: Sequence[int]) -> ImageAxes:
+    """Name the dimensions of images (B, …) by their sizes alone, as far as these tell: channels are the fewest.
+
+    Args:
+        shape: That of the images, batch included.
+    """
+    sizes = tuple(shape[1:])
+    if len(sizes) == 2:
+        return named_axes(sizes, None)
+    if len(sizes) == 4 and sizes[1] < sizes[0]:
+        return named_axes(sizes, 1)
+    return named_axes(sizes, 0)
+
+
+def named_axes(sizes: Sequence[int], channel: int | None) -> ImageAxes:
+    """Name the axes by their number: a clip has three channels, a volume another number."""
+    of_space = [size for number, size in enumerate(sizes) if number != channel]
+    names = ["t"] if len(of_space) == 1 else ["h", "w"]
+    if len(of_space) == 3:
+        names = [*("t" if channel is not None and sizes[channel] == 3 else "d"), "h", "w"]
+    elif len(of_space) == 2 and channel is None:  # a spectrogram is longer than high
+        names = ["t", "f"] if of_space[0] > of_space[1] else ["f", "t"]
+    if channel is not None:
+        names.insert(channel, "c")
+    return ImageAxes(tuple(names), channel)

@@ -1,15 +1,24 @@
-"""What computing the metrics of an all-layers snapshot takes, next to the forward that it is made from."""
+"""What computing metrics takes next to the forwards that they are made from: of a snapshot, and in training's steps."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
 
 from attn_monitor import AttentionRecorder
+from attn_monitor.background.failures import Failures
 from attn_monitor.measure.metrics import METRICS, measure, summarise
+from attn_monitor.train.training_watch import TrainingWatch
+from attn_monitor.train.weak_hooks import WeakHook
 from benchmarks.measure import Spread, take_turns
 from benchmarks.peers import Size, no_grad, timm_vit
 
-THRESHOLD = 0.6
+THRESHOLD, PROTOTYPES = 0.6, 4096
 
 
 def measure_metrics(size: Size, budget: float) -> Spread:
@@ -29,3 +38,38 @@ def measure_metrics(size: Size, budget: float) -> Spread:
         summarise(measure(layers, before, metrics=names, threshold=THRESHOLD))
 
     return take_turns({"forward": twice, "metrics": metrics}, budget=budget).ratio("metrics", "forward")
+
+
+def measure_watched_step(size: Size, rounds: int) -> Spread:
+    """Processor time of the hooks of `TrainingWatch` in a step of self-distillation, over that of the step."""
+    images, parts = size.images(), [timm_vit(size) for _ in range(2)]
+    heads = [nn.Sequential(nn.Linear(size.width, 256), nn.GELU(), nn.Linear(256, PROTOTYPES)) for _ in parts]
+    (student, teacher), (ours, theirs) = parts, heads
+    watch = TrainingWatch(Failures(), lambda text: None)
+    watch.follow({"student": student, "teacher": teacher}, [*parts, *heads], {})
+    hooked, plain = 0.0, WeakHook.__call__
+
+    def timed(hook: WeakHook, *args: Any) -> None:
+        nonlocal hooked
+        started = time.thread_time()
+        plain(hook, *args)
+        hooked += time.thread_time() - started
+
+    def step() -> None:
+        with torch.no_grad():
+            targets = theirs(teacher(images)).softmax(-1)
+        nn.functional.cross_entropy(ours(student(images)), targets).backward()
+
+    shares = []
+    with patch.object(WeakHook, "__call__", timed):
+        for number in range(rounds + 1):  # the first step is not watched
+            hooked, started = 0.0, time.thread_time()
+            watch.begin(number, None, [images])
+            hooked += time.thread_time() - started
+            began = time.thread_time()
+            step()
+            took = time.thread_time() - began
+            watch.end(None)
+            shares.append(hooked / (took - hooked))
+    watch.stop()
+    return Spread.of(shares[1:])

@@ -176,6 +176,12 @@ def _rest(results: Results) -> Iterator[str]:
             "The default metrics of an all-layers snapshot with two roles, drift and divergence included, take "
             f"{_figure(results.metrics)} of the two plain forwards of its probe of eight (ViT-S/16, 224 px)."
         )
+    if results.watched_step is not None:
+        yield (
+            "In the at most 16 steps before a snapshot in which global features and prototypes are read, hooks "
+            f"take {_figure(results.watched_step)} of the step: forwards of student and teacher (ViT-S/16, 224 px, "
+            "batch of eight, 4,096 prototypes) and a backward pass."
+        )
     if results.growth:
         yield "## Growth"
         yield _GROWTH.format(heads=HEADS, width=WIDTH, layers=LAYERS, patches=SIDE**2)

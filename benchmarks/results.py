@@ -30,6 +30,7 @@ class Results:
     training: Training | None = None
     growth: list[Growth] = field(default_factory=list)
     metrics: Spread | None = None
+    watched_step: Spread | None = None
     startup: Startup | None = None
     asking: Asking | None = None
     minutes: float = 0.0

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 from attn_monitor.measurements import MetricKey, Verdict
@@ -27,7 +26,7 @@ class Thresholds:
     cosine: float = 0.9  # mean cosine between images
     rank: float = 0.25  # effective rank over its highest value
     loss: float = 0.2  # rise of the loss above its start, over that
-    swing: float = 1.0  # way of the loss to and fro, over ln K, or over its median
+    swing: float = 1.0  # way of the loss to and fro, over ln K
     alike: float = 0.3  # share of prototypes with a near copy
     low_entropy: float = 0.05  # of attention, as the flag
     high_entropy: float = 0.995
@@ -204,16 +203,19 @@ def _worse_than_uniform(history: RunHistory, t: Thresholds) -> Verdict | None:
 
 
 def _swings(history: RunHistory, t: Thresholds) -> Verdict | None:
-    """The loss goes up and down: how far within the latest intervals, beyond the way from their start to their end."""
+    """The loss goes up and down: how far within the latest intervals, beyond the way from their start to their end.
+
+    Without a head there is no scale: how much a loss of prediction varies depends on the data.
+    """
     loss, k = history.of("loss"), history.of("prototypes", "student")
-    if len(loss) <= INTERVALS:
+    if not k or len(loss) <= INTERVALS:
         return None
-    scale, swings = math.log(k[-1].value) if k else abs(median(p.value for p in loss)), list[Point]()
+    scale, swings = math.log(k[-1].value), list[Point]()
     for window in (loss[i : i + INTERVALS + 1] for i in range(len(loss) - INTERVALS)):
         ways = [Point(a.step, abs(b.value - a.value)) for a, b in itertools.pairwise(window)]
         beyond = sum(way.value for way in ways) - abs(window[-1].value - window[0].value)
         longest = max(ways, key=lambda way: way.value)
-        swings.append(Point(longest.step, beyond / scale if scale else 0.0))
+        swings.append(Point(longest.step, beyond / scale))
     since = _streak(swings, lambda p: p.value >= t.swing, 1)
     if since is None:
         return None
@@ -229,7 +231,8 @@ def _swings(history: RunHistory, t: Thresholds) -> Verdict | None:
 def _attention(history: RunHistory, t: Thresholds) -> Verdict | None:
     """Attention of the last layer is uniform again, or on one patch."""
     entropy = history.of("entropy", "teacher")
-    low = _streak(entropy, lambda p: p.value <= t.low_entropy, t.snapshots)
+    spread = any(p.value > t.low_entropy for p in entropy)  # a grid of one patch has no entropy
+    low = _streak(entropy, lambda p: p.value <= t.low_entropy, t.snapshots) if spread else None
     formed = any(p.value < 1 - 10 * (1 - t.high_entropy) for p in entropy)
     high = _streak(entropy, lambda p: p.value >= t.high_entropy, t.snapshots) if formed else None
     since = low if low is not None else high

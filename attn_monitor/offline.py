@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attn_monitor.commands.backfill import backfill_run
     from attn_monitor.commands.compare import compare_runs
+    from attn_monitor.commands.leaderboard import compare_many
     from attn_monitor.commands.pick import pick_checkpoints
     from attn_monitor.commands.report import snapshot_player
     from attn_monitor.commands.summary import summarise_run
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_video",
     "backfill_run",
+    "compare_many",
     "compare_runs",
     "load_checkpoint",
     "load_model",
@@ -40,6 +42,7 @@ __all__ = [
 _MODULES = {
     "attention_video": "commands.video",
     "backfill_run": "commands.backfill",
+    "compare_many": "commands.leaderboard",
     "compare_runs": "commands.compare",
     "load_checkpoint": "weights.loading",
     "load_model": "weights.models",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from attn_monitor.draw.options import DrawingOptions
 
-COMMANDS = ("check", "show", "video", "replay", "report", "backfill", "compare", "summary", "pick")
+COMMANDS = ("check", "show", "video", "replay", "report", "backfill", "compare", "summary", "pick", "leaderboard")
 DRAWING = "drawing"  # the parameter of a command whose values are options of their own
 MAY_BE_EMPTY = {"key"}  # the prefix of names in a checkpoint that have none
 
@@ -150,6 +150,8 @@ def parser_of(command: Callable[..., None]) -> ArgumentParser:
     parameters = _parameters(command)
     needed = [p for p in parameters if p.default is p.empty]
     words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in needed]
+    several = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and str(p.annotation) == "list[str]"}
+    words = [f"{word} [{word} ...]" if word in several else word for word in words]
     words += [f"[{p.name}]" for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is None]
     usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
     parser = _plain_parser(description=_help(command), usage=usage)
@@ -157,10 +159,10 @@ def parser_of(command: Callable[..., None]) -> ArgumentParser:
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     optional: set[str | int] = {p.name for p in parameters if p.name in positional and p.default is None}
-    parser.add_function_arguments(command, skip=options | optional, as_positional=True, as_group=False)
-    for name in sorted(map(str, optional)):  # jsonargparse would make an option of it
+    parser.add_function_arguments(command, skip=options | optional | several, as_positional=True, as_group=False)
+    for name in sorted(map(str, optional | several)):  # jsonargparse would make an option of it, or want YAML
         about = re.search(rf"^ *{name}: (.+)$", inspect.getdoc(command) or "", re.MULTILINE)
-        parser.add_argument(name, nargs="?", help="" if about is None else about[1])
+        parser.add_argument(name, nargs="+" if name in several else "?", help="" if about is None else about[1])
     parser.add_function_arguments(command, skip={*positional, DRAWING}, as_group=False)
     if DRAWING in options:
         parser.add_class_arguments(_drawing_options(), None, as_group=False)

@@ -18,7 +18,7 @@ import torch  # noqa: E402 - the repository's root must be importable first
 from attn_monitor.capture.observe.forward import default_forward  # noqa: E402
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention  # noqa: E402
 from attn_monitor.errors import AttentionError  # noqa: E402
-from tests.hostile import test_gpu_kernels, test_refusals  # noqa: E402
+from tests.hostile import test_gpu_kernels, test_more_axes, test_refusals  # noqa: E402
 from tests.hostile.test_zoo import difference  # noqa: E402
 from tests.support.gpu_kernels import WAYS, matrices_of, sdpa  # noqa: E402
 from tests.support.oracle import attention_matrices  # noqa: E402
@@ -55,6 +55,31 @@ grouped queries. Refused in words: sequences of several lengths, paged keys, len
 called by Python alone (pybind, Triton without a function), which are a layer of their own, "an unseen kernel" in
 `attn-monitor check`.
 """
+
+
+AXES = """\
+## Clips, volumes, spectrograms, signals, bands
+
+The same for images of one to three axes, in the order of dimensions that the model takes, with the last axis of a grid
+running fastest. Two families are read in another way: in TimeSformer (and vit-pytorch's ViViT) attention runs within
+frames or over time, and the reference is put together from these; in the audio transformer patches overlap, and its
+places are centres.
+
+MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 4 + 1, exact), as it is no dependency of the tests.
+Refused in words: transformers over time whose tokens hold a frame through the CLS token of other attention alone
+(vit-pytorch's ViViT with `pool="cls"`), uneven groups of channels, and equal frames of one still image.
+"""
+
+
+def more_axes(name: str) -> str:
+    """One line of the table of images with other axes."""
+    build, shape, grid, axes, prefix = test_more_axes.MODELS[name]
+    model, images = test_more_axes.sharp(build()), test_more_axes.images_of(shape)
+    seen = record_attention(model, images, layers="all", query="mean")
+    pairs = zip(seen, attention_matrices(model, images, default_forward), strict=False)
+    largest = max(test_more_axes.off_by(a.rows, matrix.mean(2)) for a, matrix in pairs)
+    places = f"{seen[-1].grid} + {prefix}, {seen[-1].places}"
+    return f"| {name} | {shape} | {', '.join(axes)} | {places} | {largest:.0e} |"
 
 
 def kernel(name: str) -> str:
@@ -119,6 +144,11 @@ def main() -> None:
         "| library | model | layers | attention | grid + prefix | query | row·V | reference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(r[0] for r in rows),
+        "",
+        AXES,
+        "| model | images | axes | grid + prefix | reference |",
+        "| --- | --- | --- | --- | --- |",
+        *(more_axes(name) for name in test_more_axes.MODELS),
         "",
         KERNELS,
         "| kernel | operation | row·V | reference |",

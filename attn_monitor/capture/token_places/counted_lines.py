@@ -13,6 +13,7 @@ import torch
 
 from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.capture.observe.random_projections import relative_change
+from attn_monitor.capture.token_places.layout import STATIC
 from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import first_lines_changed, noise_images
 from attn_monitor.grid import Grid
@@ -23,11 +24,13 @@ _POOLED = 3  # tokens that may depend on the whole image, such as a mean
 def counted_grids(search: PlaceSearch) -> list[PatchConv]:
     """Return the grids that the tokens of unplaced sites form, where no convolution gives them."""
     of_convs = {math.prod(conv.grid) for conv in search.convs}
-    unplaced = {
-        key: seen.v
-        for key, seen in search.reference.sites.items()
-        if search.sites[key].layout is None and not search.sites[key].reason
-    }
+    unplaced = [
+        key
+        for key in search.reference.sites
+        if search.sites[key].layout is None
+        and not search.sites[key].reason
+        and of_convs.isdisjoint(sum(p != STATIC for p in m.v[key]) for m in search.mosaics if key in m.v)
+    ]
     if not unplaced:
         return []
     base = noise_images(search.images, 1, seed=7)[0]
@@ -38,7 +41,7 @@ def counted_grids(search: PlaceSearch) -> list[PatchConv]:
         if key in seen:
             v, limit = seen[key].v, seen[key].threshold / 4
             moving, *counts = (relative_change(v[1:], v[:1]) > limit).sum(1).tolist()
-            grids |= {} if moving in of_convs else dict.fromkeys(_grids(moving, counts))
+            grids |= dict.fromkeys(_grids(moving, counts))
     return [PatchConv(grid, Grid(grid).placed(search.size), disjoint=False) for grid in grids]
 
 

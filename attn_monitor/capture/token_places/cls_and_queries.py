@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,9 @@ def find_queries(search: PlaceSearch) -> PlaceSearch:
         if mosaic is None or key not in search.reference.sites:
             continue
         tokens = search.reference.sites[key]
-        # More queries than tokens are padding, which is cut off again and must not be in a mean.
-        partial = site.partial_queries or tokens.queries > max(len(layout.order), 1)
+        # More queries than tokens are finer patches, or padding, which is cut off again and must not be in a mean.
+        more = tokens.queries > max(len(layout.order), 1)
+        partial = site.partial_queries or (more and not _finer_patches(search, key))
         known = site.patch_queries or (_patch_queries(mosaic, key) if key in mosaic.q else {})
         entries = _entering_layouts(mosaic, tokens, layout)
         changed[key] = replace(site, partial_queries=partial, patch_queries=known, entries=entries)
@@ -87,7 +89,7 @@ def find_cls(search: PlaceSearch) -> PlaceSearch:
         of_sequences = _cls_of_sequences(moved, before.queries, model.formats[key].sequences)
         own = whole | {t for m in moved for t in m.queries if t not in part}
         own |= {t for n in nudges if n.parameter.is_class for t in _beside_patches(n, key, before, held)}
-        on_grid = held or _on_another_grid(search, key)
+        on_grid = held or _on_another_grid(search, key) or _finer_patches(search, key)
         alone = set() if cls is None else {cls}
         names = _names(moved, cls, layout, before, whole)
         if of_sequences and before.queries == before.v.shape[1]:
@@ -162,6 +164,18 @@ def _on_another_grid(search: PlaceSearch, key: SiteKey) -> set[int]:
     """Return the queries of a site that are the patches of another grid than that of its keys."""
     grids = [m.q[key] for m in search.mosaics if key in m.q and is_whole(m.q[key], m.cells) and m.cells > 1]
     return {t for places in grids[:1] for t, p in enumerate(places) if p >= 0}
+
+
+def _finer_patches(search: PlaceSearch, key: SiteKey) -> set[int]:
+    """Return the queries of a site that depend on the image, if they are as many as a convolution has cells.
+
+    Keys and values may be pooled while queries are not: what a query is a patch of need not be known for their mean.
+    """
+    seen = search.reference.sites[key]
+    if seen.q is None or seen.queries <= seen.v.shape[1]:
+        return set()
+    moved = (relative_change(seen.q[1:], seen.q[:1]) > seen.threshold).any(0).nonzero().flatten().tolist()
+    return set(moved) if len(moved) in {math.prod(conv.grid) for conv in search.convs} else set()
 
 
 def _choose_cls(

@@ -24,6 +24,7 @@ from attn_monitor import (
     AttentionSnapshot,
     DrawingOptions,
     HealthLimits,
+    MetricOptions,
     ProbeBatch,
     load_snapshots,
 )
@@ -70,7 +71,11 @@ def training(folder: Path) -> None:
     checkpoints = folder / "checkpoints"
     callbacks = [
         AttentionMapCallback(
-            ProbeBatch(torch.randn(2, 3, 32, 32)), every_n_train_steps=2, health=EASILY_RAISED, features=True
+            ProbeBatch(torch.randn(2, 3, 32, 32)),
+            every_n_train_steps=2,
+            health=EASILY_RAISED,
+            features=True,
+            metrics=MetricOptions(training=False),  # of training's own forwards there is nothing in checkpoints
         ),
         SavedAtTheStart(checkpoints),
         ModelCheckpoint(checkpoints, every_n_train_steps=2, save_top_k=-1),

@@ -195,7 +195,8 @@ function curvesOf(run, side, role, name) {
   const keys = [`${role}/${shownLayer(run)}/${name}`, `${role}/model/${name}`];
   const className = roleClass(role) + (side ? " other" : "");
   /** @type {(index: number) => Curve["points"]} */
-  const points = (index) => run.steps.map(({ step, metrics }) => [step, keys.map((key) => metrics[key]?.[index]).find((v) => v != null) ?? null]);
+  const points = (index) =>
+    run.steps.map(({ step, metrics }) => [step, metrics[keys[0]]?.[index] ?? metrics[keys[1]]?.[index] ?? null]);
   const mean = { className: `${className} mean`, points: points(0), dotted: true, role, side };
   const head = { className: `${className} head`, points: points(view.head + 1), dotted: false, role, side };
   return view.head >= 0 && head.points.some((point) => point[1] !== null) ? [head, mean] : [mean];

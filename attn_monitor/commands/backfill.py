@@ -19,6 +19,7 @@ from torch import nn
 
 from attn_monitor.background.failures import Failures
 from attn_monitor.background.wait_budget import WaitBudget
+from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
 from attn_monitor.commands.support.results import notify, progress
@@ -140,9 +141,11 @@ def backfill(
     allow_missing: bool = False,
     trust: bool = False,
     logger: LoggerName = "tensorboard",
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, ...] | None = None,
     num_images: int = 8,
     masks: str | None = None,
+    bands: tuple[int, ...] | None = None,
+    large_images: bool = False,
     layers: Any = -1,
     query: Any = "cls",
     metrics: Any = None,
@@ -168,6 +171,8 @@ def backfill(
             Without it, 224, or what the model takes where it refuses that.
         num_images: how many images of a folder.
         masks: folder of ground-truth masks, PNGs with the images' names.
+        bands: which channels pictures show, one in grey or three in red, green and blue, counted from 0.
+        large_images: read images of more than Pillow's limit of 89 million pixels.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
         metrics: names of metrics; by default all but distance, "all" for that too.
@@ -178,7 +183,7 @@ def backfill(
     """
     chosen_device = choose_device(device)
     backbone = load_model(model)
-    images = probe_of(probe, backbone, size, num_images, masks)
+    images = probe_of(probe, backbone, size, num_images, masks, bands=bands, large_images=large_images)
     monitor = AttentionMonitor(
         images,
         layers=layers,
@@ -200,14 +205,25 @@ def backfill(
 
 
 def probe_of(
-    path: str, model: nn.Module, size: int | tuple[int, int] | None, num_images: int, masks: str | None
+    path: str,
+    model: nn.Module,
+    size: int | tuple[int, ...] | None,
+    num_images: int,
+    masks: str | None,
+    *,
+    bands: tuple[int, ...] | None = None,
+    large_images: bool = False,
 ) -> ProbeBatch:
-    """Load the images of a folder, in a size that fits the model, or those of an archive's probe.npz."""
+    """Load the images of a folder, in a size and with the channels that fit the model, or those of a probe.npz."""
     if Path(path).suffix != ".npz":
-        return ProbeBatch.from_folder(path, size=fitting_size(model, size), num_images=num_images, masks=masks)
+        fitting = fitting_size(model, size)
+        channels = image_channels(model, fitting)
+        reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images}
+        return ProbeBatch.from_folder(path, size=fitting, num_images=num_images, channels=channels, **reading)
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
-    return ProbeBatch.load(path)
+    loaded = ProbeBatch.load(path)
+    return loaded if bands is None else loaded.with_bands(bands)
 
 
 def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.backbones import find_backbones
+from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.capture.layer_selection import stack_notes
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.observe.isolation import isolated_forward
@@ -30,7 +31,7 @@ from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.weights.models import load_model
 
 
-def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any = "cls") -> None:
+def check(model: str, *, size: int | tuple[int, ...] | None = None, query: Any = "cls") -> None:
     """Run `attn-monitor check`, which this module describes.
 
     Args:
@@ -41,8 +42,10 @@ def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any =
         query: "cls", "mean", a token index, or [row, col] of a patch.
     """
     loaded = load_model(model)
-    height, width = fitting_size(loaded, size)
-    images = torch.randn(1, 3, height, width)
+    fitting = fitting_size(loaded, size)
+    channels = image_channels(loaded, fitting)
+    images = torch.randn(1, channels, *fitting)
+    of_size = " × ".join(map(str, fitting)) + (f" with {channels} channels" if channels != 3 else "")
     try:
         roles = find_backbones(loaded, images)
     except NoAttentionError:  # the whole of it may be run in another way
@@ -53,9 +56,7 @@ def check(model: str, *, size: int | tuple[int, int] | None = None, query: Any =
         recorder = AttentionRecorder(backbone, layers="all", query=query)
         sites = recorder.sites(images)
         where = f"{role} at {path}" if path else role
-        print(
-            f"{model}: {where}, {type(backbone).__name__}, images of {height} × {width}, {len(sites)} attention layers"
-        )
+        print(f"{model}: {where}, {type(backbone).__name__}, images of {of_size}, {len(sites)} attention layers")
         for text in _descriptions(sites):
             print(f"  {text}")
         for note in stack_notes(sites):

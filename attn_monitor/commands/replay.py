@@ -81,7 +81,7 @@ class _Panels:
         """Draw the panel of one image; ``pixels`` are those of all cells together."""
         self.run.check_belongs(snapshot)
         truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
-        photo, caption = self.photos[index], self.probe.caption
+        photo, caption = self.photos[index], self.probe.shown_caption
         return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
 
 

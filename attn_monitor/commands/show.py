@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
@@ -42,11 +43,13 @@ def show(
     weights: bool = True,
     allow_missing: bool = False,
     trust: bool = False,
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, ...] | None = None,
     num_images: int = 8,
     layers: Any = -1,
     query: Any = "cls",
     masks: str | None = None,
+    bands: tuple[int, ...] | None = None,
+    large_images: bool = False,
     metrics: Any = None,
     drawing: DrawingOptions = DrawingOptions(),
     separate: bool = False,
@@ -75,6 +78,8 @@ def show(
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
         masks: folder of ground-truth masks, PNGs with the images' names, for an outline and the Jaccard index.
+        bands: which channels pictures show, one in grey or three in red, green and blue, counted from 0.
+        large_images: read images of more than Pillow's limit of 89 million pixels.
         metrics: names of metrics; by default all but distance, "all" for that too.
         drawing: how to draw; its values are options of their own.
         separate: also write single pictures of the input's size: img.png, and for each layer heatmap.png and
@@ -92,7 +97,10 @@ def show(
     with doing(f"loading {model}"):
         torch.manual_seed(0)  # for weights that stay at random
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
-    probe = ProbeBatch.from_folder(images, size=fitting_size(loaded, size), num_images=num_images, masks=masks)
+    fitting = fitting_size(loaded, size)
+    channels = image_channels(loaded, fitting)
+    reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images}
+    probe = ProbeBatch.from_folder(images, size=fitting, num_images=num_images, channels=channels, **reading)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
@@ -159,7 +167,15 @@ def _pictures(
             hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
             header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels{note}"
             drawn = panel(
-                snapshot, index, photo, layer=layer, truth=truth, header=header, hatched=hatched, options=options
+                snapshot,
+                index,
+                photo,
+                layer=layer,
+                truth=truth,
+                header=header,
+                hatched=hatched,
+                caption=probe.shown_caption,
+                options=options,
             )
             yield f"{name}-layer{layer}.png", drawn
     if separate:

@@ -95,7 +95,7 @@ def images_of(probe: ProbeBatch) -> dict[str, Any]:
     ]
     height, width = probe.pixels.shape[1:3]
     same = hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest()[:16]
-    return {"images": images, "size": [height, width], "caption": probe.caption, "probe": same}
+    return {"images": images, "size": [height, width], "caption": probe.shown_caption, "probe": same}
 
 
 def gather(folder: Path, name: str, room: float) -> Contents:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 from attn_monitor.errors import ProbeError
+from attn_monitor.probe.image_files import ARRAYS, PHOTOGRAPHS, dicom_series, is_image, read_image, stem_of
 
 Item = TypeVar("Item")
-Size = int | tuple[int, int]
-"""Side of a square, or (height, width), in pixels."""
+Size = int | tuple[int, ...]
+"""Side of a square, or (height, width), in pixels; of volumes (depth, height, width)."""
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 IGNORED_LABEL = 255  # border in the VOC palette
 
 
@@ -28,42 +29,76 @@ class Photographs:
     """Images of one size.
 
     Args:
-        pixels: RGB, uint8 (B, 3, H, W).
+        pixels: RGB or grey, uint8 (B, channels, H, W); or float32 (B, channels, H, W) or (B, channels, D, H, W).
         masks: Ground-truth objects, bool (B, objects, H, W), or None.
         names: Names of the files without suffix.
+        to_1: Whether floats are from 0 to 1 by the files' format; others are as they are in the files.
     """
 
     pixels: Tensor
     masks: Tensor | None
     names: list[str]
+    to_1: bool = True
 
 
 def read_images(
-    path: str | os.PathLike[str], *, size: Size, num_images: int, masks: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    size: Size,
+    num_images: int,
+    masks: str | os.PathLike[str] | None = None,
+    channels: int | None = None,
+    large: bool = False,
 ) -> Photographs:
     """Read one image, evenly spaced images of a folder, or of a folder of class folders one of each class in turn.
 
     Args:
         path: An image, a folder of images, or a folder of folders of images.
-        size: Size of the images; each is resized to cover it and cropped at the centre.
+        size: Size of the images; each is resized to cover it and cropped at the centre. Three numbers read volumes.
         num_images: Largest number of images, at least 1.
         masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
+        channels: How many channels the model takes; None takes three of photographs, and those of other files.
+        large: Whether to read images with more pixels than Pillow's limit.
 
     Raises:
         ProbeError: A folder, image or mask is missing or unreadable.
     """
     check_count(num_images)
+    reader = _Reader(check_size(size), channels, large)
     if Path(path).is_file():
-        return read_files([Path(path)], "image", size, masks)
-    return read_files(_choose_files(Path(path), num_images), f"probe folder {path}", size, masks)
+        return _read([[Path(path)]], "image", reader, masks)
+    return _read(_choose_files(Path(path), num_images, reader), f"probe folder {path}", reader, masks)
 
 
-def check_size(size: Size) -> tuple[int, int]:
-    """Return (height, width); `ProbeError` if one is below 1."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ProbeError(f"size={size}: expected pixels of at least 1, one number or [height, width]")
-    return height, width
+def read_files(files: Sequence[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
+    """Read photographs, resized and cropped at the centre; the error names every unreadable file."""
+    return _read([[file] for file in files], source, _Reader(check_size(size), 3, False), masks)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """List the photographs in a folder, by name."""
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PHOTOGRAPHS and f.is_file())
+
+
+@dataclass(frozen=True)
+class _Reader:
+    size: tuple[int, ...]  # (height, width), or (depth, height, width) of volumes
+    channels: int | None
+    large: bool
+
+    @property
+    def volume(self) -> bool:
+        return len(self.size) == 3
+
+
+def check_size(size: Size) -> tuple[int, ...]:
+    """Return (height, width), or the three numbers of a volume; `ProbeError` if one is below 1."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if min(sides) < 1:
+        raise ProbeError(
+            f"size={size}: expected pixels of at least 1, one number, [height, width] or [depth, height, width]"
+        )
+    return sides
 
 
 def check_count(num_images: int) -> int:
@@ -73,64 +108,95 @@ def check_count(num_images: int) -> int:
     return num_images
 
 
-def read_files(files: list[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
-    """Read the files, resized and cropped at the centre; the error names every unreadable file."""
-    height, width = check_size(size)
-    pixels, unreadable = [], []
-    for file in files:
+def _read(
+    images: Sequence[Sequence[Path]], source: str, reader: _Reader, masks: str | os.PathLike[str] | None
+) -> Photographs:
+    """Read the images, resized and cropped at the centre; the error names every unreadable file."""
+    pixels, names, unreadable, to_1 = list[Tensor](), list[str](), list[str](), True
+    files = [image[0] for image in images]
+    class_folders = len({file.parent for file in files}) > 1
+    for image in images:
+        file = image[0]
         try:
-            photograph = _resize_and_crop(open_rgb(file), (height, width), Image.Resampling.BICUBIC)
-            pixels.append(torch.from_numpy(np.array(photograph)).permute(2, 0, 1))
+            read = read_image(image, channels=reader.channels, volume=reader.volume, large=reader.large)
+            pixels.append(_fitted(read.pixels, reader.size))
+        except ProbeError as error:
+            unreadable.append(f"{file.name}: {error}")
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-            unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
+            unreadable.append(f"{file.name} ({type(error).__name__}: {error}{_to_read_it(error)})")
+        else:
+            to_1 = to_1 and read.to_1
+            parts = (file.parent.name if class_folders else "", stem_of(file), read.part)
+            names.append("-".join(part for part in parts if part))
     if unreadable:
         raise ProbeError(f"{source}: cannot read {'; '.join(unreadable)}. Remove or replace these files")
-    class_folders = len({file.parent for file in files}) > 1
-    names = [f"{file.parent.name}-{file.stem}" if class_folders else file.stem for file in files]
-    return Photographs(
-        torch.stack(pixels), None if masks is None else _read_masks(Path(masks), files, (height, width)), names
-    )
+    channels = sorted({len(image) for image in pixels})
+    if len(channels) > 1:
+        raise ProbeError(
+            f"{source}: some files hold {channels[0]} channels, and others {channels[-1]}; expected one number"
+        )
+    if len({image.dtype for image in pixels}) > 1:
+        pixels = [image / 255 if image.dtype == torch.uint8 else image for image in pixels]
+    if masks is not None and reader.volume:
+        raise ProbeError(
+            f"masks={os.fspath(masks)!r}: images are volumes, for which masks are not read. Leave masks out"
+        )
+    found = None if masks is None else _read_masks(Path(masks), files, (reader.size[0], reader.size[1]))
+    return Photographs(torch.stack(pixels), found, names, to_1)
 
 
-def _choose_files(folder: Path, count: int) -> list[Path]:
+def _to_read_it(error: Exception) -> str:
+    bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
+    return ". If you trust it, pass large_images=True" if bomb else ""
+
+
+def _fitted(pixels: Image.Image | Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resize an image to cover (height, width) and crop it at the centre; resize a volume's depth."""
+    if isinstance(pixels, Image.Image):
+        array = np.array(_resize_and_crop(pixels, (size[0], size[1]), Image.Resampling.BICUBIC))
+        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+    have, want = pixels.shape[-2:], size[-2:]
+    scale = max(w / h for h, w in zip(have, want, strict=True))
+    larger = [max(w, round(h * scale)) for h, w in zip(have, want, strict=True)]
+    slices = pixels.reshape(1, -1, *have)
+    slices = functional.interpolate(slices, larger, mode="bicubic", antialias=True, align_corners=False)
+    top, left = ((h - w) // 2 for h, w in zip(larger, want, strict=True))
+    slices = slices[..., top : top + want[0], left : left + want[1]]
+    if len(size) == 3:
+        lines = slices.reshape(len(pixels), -1, want[0] * want[1]).transpose(1, 2)
+        lines = functional.interpolate(lines, size[0], mode="linear", align_corners=False)
+        slices = lines.transpose(1, 2)
+    low, high = pixels.aminmax()
+    return slices.reshape(len(pixels), *size).clamp(low, high)  # bicubic overshoots
+
+
+def _choose_files(folder: Path, count: int, reader: _Reader) -> list[list[Path]]:
     if not folder.is_dir():
         raise ProbeError(f"images {folder}: does not exist; expected an image or a folder of images")
-    files = images_in(folder)
-    if files:
-        return _evenly_spaced(files, count)
-    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := images_in(f))]
+    images = _images_in(folder, reader)
+    if images:
+        return _evenly_spaced(images, count)
+    classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f, reader))]
     if not classes:
-        raise ProbeError(f"probe folder {folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        suffixes = ", ".join(sorted(PHOTOGRAPHS | ARRAYS))
+        raise ProbeError(f"probe folder {folder}: holds no images ({suffixes})")
     ranked = sorted(
-        (rank, file) for images in _evenly_spaced(classes, count) for rank, file in enumerate(images[:count])
+        (rank, image) for images in _evenly_spaced(classes, count) for rank, image in enumerate(images[:count])
     )
-    return [file for _, file in ranked[:count]]
+    return [image for _, image in ranked[:count]]
 
 
-def images_in(folder: Path) -> list[Path]:
-    """List the images in a folder, by name."""
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+def _images_in(folder: Path, reader: _Reader) -> list[list[Path]]:
+    """Return the images of a folder, each as its file, and volumes of a DICOM series as the files of their slices."""
+    files = sorted(f for f in folder.iterdir() if is_image(f) and f.is_file())
+    slices = [f for f in files if reader.volume and f.suffix.lower() == ".dcm"]
+    return [[f] for f in files if f not in slices] + (dicom_series(slices) if slices else [])
 
 
 def _evenly_spaced(items: list[Item], count: int) -> list[Item]:
     if len(items) <= count:
         return items
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
-
-
-def open_rgb(file: Path) -> Image.Image:
-    """Read the first frame as upright 8-bit RGB, with transparency over white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return image.convert("RGB")
 
 
 def _resize_and_crop(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -141,12 +207,12 @@ def _read_masks(folder: Path, files: list[Path], size: tuple[int, int]) -> Tenso
     """Read masks, bool (B, objects, H, W), resized and cropped like their images."""
     if not folder.is_dir():
         raise ProbeError(f"masks folder {folder} does not exist; expected a folder of PNGs")
-    missing = [f"{f.stem}.png" for f in files if not (folder / f"{f.stem}.png").is_file()]
+    missing = [f"{stem_of(f)}.png" for f in files if not (folder / f"{stem_of(f)}.png").is_file()]
     if missing:
         raise ProbeError(f"masks folder {folder}: no {', '.join(missing)}; expected a PNG named like each probe image")
     objects, unreadable = [], []
     for file in files:
-        path = folder / f"{file.stem}.png"
+        path = folder / f"{stem_of(file)}.png"
         try:
             objects.append(_read_objects(path, size))
         except Exception as error:  # as for images

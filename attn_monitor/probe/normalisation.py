@@ -54,7 +54,8 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
     """Infer the normalisation of images.
 
     It is the candidate that gives whole 8-bit values when undone; otherwise the first declared one that gives values in
-    0 to 1; otherwise none if the images are in 0 to 1; otherwise one that stretches their contrast to percentiles.
+    0 to 1; otherwise none if one or three channels are in 0 to 1; otherwise one that stretches their
+    contrast to percentiles, of each channel where these are no colours.
 
     Args:
         images: Normalised images, (B, C, *size).
@@ -69,16 +70,20 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
     distance, best = min(distances, key=lambda found: found[0])
     if distance < EIGHT_BIT_TOLERANCE:
         return best
-    for statistics in (*declared, plain):
+    # Reflectances may be from 0 to 1 and all dark; only of pictures is it known that 1 is white.
+    for statistics in (*declared, *([plain] if channels in (1, 3) else [])):
         shown = _denormalise(images, statistics)
         if shown.min() > -0.02 and shown.max() < 1.02:
             return statistics
-    values = images.flatten()[:: max(1, images.numel() // 100_000)]
+    # Colours keep their balance; bands of other instruments have units of their own.
+    apart = images.transpose(0, 1).flatten(1) if channels not in (1, 3) else images.reshape(1, -1)
+    values = apart[:, :: max(1, apart.shape[1] // 100_000)].nan_to_num()
     ends = torch.tensor([0.005, 0.995], dtype=values.dtype, device="cpu")
-    low, high = torch.quantile(values.nan_to_num(), ends).tolist()
-    span = max(high - low, 1e-8)
+    low, high = torch.quantile(values, ends, dim=1)
+    span = (high - low).clamp_min(1e-8)
+    mean, std = ((v.tolist() * channels)[:channels] for v in (-low / span, 1 / span))
     source = "an unknown normalisation, stretched to the 0.5-99.5 percentiles"
-    return Statistics((-low / span,) * channels, (1 / span,) * channels, source)
+    return Statistics(tuple(mean), tuple(std), source)
 
 
 def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:

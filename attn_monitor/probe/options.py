@@ -36,6 +36,9 @@ class ProbeOptions:
             for data it is inferred.
         std: one positive number a channel, given together with ``mean``.
         axes: a letter for each dimension of an image, "c" for channels, such as "tchw" for clips; None asks the model.
+        bands: which channels pictures show, one in grey or three in red, green and blue, counted from 0. None is the
+            first three, or the first, and pictures say so.
+        large_images: whether to read a folder's images of more than Pillow's limit of 89 million pixels.
 
     Raises:
         ArgumentError: A value is invalid, or could have no effect.
@@ -55,6 +58,8 @@ class ProbeOptions:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     axes: str | None = None
+    bands: Sequence[int] | None = None
+    large_images: bool = False
 
     def __post_init__(self) -> None:
         images, size = self.images, self.image_size
@@ -87,6 +92,12 @@ class ProbeOptions:
         pair = size if isinstance(size, (list, tuple)) else (size, size)
         if size is not None and (len(pair) != 2 or not all(map(_is_count, pair))):
             raise ArgumentError(f"image_size={size!r}: expected a number of pixels of at least 1, or (height, width)")
+        if self.large_images and not is_folder:
+            raise ArgumentError(f"large_images=True: probe is {received}, expected a folder of images. Leave it out")
+        if self.bands is not None and isinstance(images, ProbeBatch):
+            raise ArgumentError(f"bands={self.bands!r}: probe is a ProbeBatch, which takes bands of its own")
+        if self.bands is not None and not (len(self.bands) in (1, 3) and all(_is_count(b + 1) for b in self.bands)):
+            raise ArgumentError(f"bands={self.bands!r}: expected one channel, or three, counted from 0")
         self._check_statistics()
 
     def _check_statistics(self) -> None:
@@ -122,10 +133,19 @@ class ProbeOptions:
     @property
     def other_sizes_fit(self) -> bool:
         """Whether the images can be loaded in other sizes: they are a folder's, and no size was given."""
-        return isinstance(self.images, (str, os.PathLike)) and self.image_size is None
+        return self.are_files and self.image_size is None
 
-    def load(self) -> ProbeBatch | None:
-        """Load the images that were given; None if they come from data. Raises `ProbeError`."""
+    @property
+    def are_files(self) -> bool:
+        """Whether the images are read from files, with as many channels as the model takes."""
+        return isinstance(self.images, (str, os.PathLike))
+
+    def load(self, channels: int | None = None) -> ProbeBatch | None:
+        """Load the images that were given; None if they come from data. Raises `ProbeError`.
+
+        Args:
+            channels: How many channels the model takes, for a folder; None where it is not known yet.
+        """
         images, mean, std = self.images, self.mean, self.std
         if isinstance(images, ProbeBatch):
             return images
@@ -133,9 +153,10 @@ class ProbeOptions:
             if mean is None and 3 <= images.ndim <= 5 and images.is_floating_point() and images.numel():
                 axes = parse_axes(self.axes, images) or likely_axes(images.shape)
                 found = infer_statistics(axes.channels_first(images.detach().cpu()))
-                return ProbeBatch(images, mean=found.mean, std=found.std, source=str(found), axes=self.axes)
-            # It raises for other tensors.
-            return ProbeBatch(images, mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD, axes=self.axes)
+                mean, std, source = found.mean, found.std, str(found)
+            else:  # it raises for other tensors
+                mean, std, source = mean or IMAGENET_MEAN, std or IMAGENET_STD, ""
+            return ProbeBatch(images, mean=mean, std=std, source=source, axes=self.axes, bands=self.bands)
         if not isinstance(images, (str, os.PathLike)):
             return None
         return ProbeBatch.from_folder(
@@ -143,15 +164,20 @@ class ProbeOptions:
             size=self.image_size or IMAGE_SIZE,
             num_images=self.count,
             masks=self.masks,
-            mean=mean or IMAGENET_MEAN,
-            std=std or IMAGENET_STD,
+            mean=mean,
+            std=std,
+            channels=channels,
+            bands=self.bands,
+            large_images=self.large_images,
         )
 
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
-        """Apply ``mean``, ``std`` and ``axes``, if any, to images that were found in data."""
+        """Apply ``mean``, ``std``, ``axes`` and ``bands``, if any, to images that were found in data."""
         if self.axes is not None:
             parse_axes(self.axes, probe.images)
             probe.axes = self.axes
+        if self.bands is not None and tuple(self.bands) != probe.bands:
+            probe = probe.with_bands(self.bands)
         return probe if self.mean is None or self.std is None else probe.with_statistics(self.mean, self.std)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_monitor.errors import ArchiveError, ProbeError
 from attn_monitor.image_axes import SHAPES, ImageAxes, likely_axes, named_axes, parse_axes
 from attn_monitor.probe.image_folder import Size, read_images
+from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import TensorReader, open_npz, tensor_reader, write_npz
@@ -36,6 +37,7 @@ class ProbeBatch:
         caption: Caption of the images in panels.
         source: Origin of mean and std, for messages.
         axes: A letter for each dimension of an image, "c" for channels, such as "tchw"; see `record_attention`.
+        bands: Channels that are shown: one in grey, or three in red, green and blue. None takes the first.
 
     Raises:
         ProbeError: A shape or type does not fit.
@@ -57,6 +59,7 @@ class ProbeBatch:
         caption: str = "original",
         source: str = "",
         axes: str | None = None,
+        bands: Sequence[int] | None = None,
     ) -> None:
         one = images.ndim == 3 and axes is None and len(mean) == images.shape[0] > 1  # one image without a batch
         if one or not 3 <= images.ndim <= 5 or not images.is_floating_point() or 0 in images.shape:
@@ -77,7 +80,9 @@ class ProbeBatch:
             )
         self.images = images.detach().cpu()
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.caption, self.source = caption, source
+        self.bands = _bands(bands, len(self.mean))
+        self.caption = caption
+        self.source = source
         self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
         self.names = tag_safe_names(names if names is not None else [f"image{i}" for i in range(len(images))])
 
@@ -90,8 +95,16 @@ class ProbeBatch:
         return self.image_axes.channels_first(self.images)
 
     @property
+    def shown_caption(self) -> str:
+        """The caption of `pixels`, with the bands that they show where these do not go without saying."""
+        count = len(self.mean)
+        if count in (1, 3) and self.bands == _bands(None, count):
+            return self.caption
+        return f"{self.caption}, bands {', '.join(map(str, self.bands))} of {count}"
+
+    @property
     def pixels(self) -> np.ndarray[Any, Any]:
-        """Denormalised images, uint8 (B, H, W, 3): one channel as grey, of more than three channels the first three.
+        """Denormalised images, uint8 (B, H, W, 3), of the channels ``bands``; one of them as grey.
 
         Of clips and volumes it is the mean over frames or slices.
         """
@@ -100,7 +113,7 @@ class ProbeBatch:
             images = images.unsqueeze(2) if images.ndim == 3 else images.mean(2)
         mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (self.mean, self.std))
         shown = (images * std + mean).clamp(0, 1).nan_to_num()
-        shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+        shown = shown[:, list(self.bands)].expand(-1, 3, -1, -1)
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         return pixels
 
@@ -115,10 +128,17 @@ class ProbeBatch:
         """Return True if the images are bit-identical."""
         return self.images.shape == other.images.shape and torch.equal(self.images, other.images)
 
+    def with_bands(self, bands: Sequence[int]) -> ProbeBatch:
+        """Return the same images, of which other channels are shown."""
+        mean, std, masks, names = self.mean, self.std, self.masks, self.names
+        settings: dict[str, Any] = {"caption": self.caption, "source": self.source, "axes": self.axes, "bands": bands}
+        return ProbeBatch(self.images, mean=mean, std=std, masks=masks, names=names, **settings)
+
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
         """Return the same images with another mean and std."""
-        images, masks, names, axes = self.images, self.masks, self.names, self.axes
-        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, caption=self.caption, axes=axes)
+        images, masks, names = self.images, self.masks, self.names
+        settings: dict[str, Any] = {"caption": self.caption, "axes": self.axes, "bands": self.bands}
+        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, **settings)
 
     @classmethod
     def from_folder(
@@ -128,32 +148,56 @@ class ProbeBatch:
         size: Size = 224,
         num_images: int = 8,
         masks: str | os.PathLike[str] | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        channels: int | None = None,
+        bands: Sequence[int] | None = None,
+        large_images: bool = False,
     ) -> ProbeBatch:
         """Read one image or those of a folder, resized to cover ``size`` and cropped at the centre.
 
+        Photographs are RGB, or grey for models of one channel. Other channels, measured values and volumes are read
+        from multi-page and multi-band TIFF, `.npy`, NIfTI and DICOM, with the extra "formats". Their numbers enter the
+        model as they are, but bytes and 16-bit PNG as 0 to 1.
+
         Args:
             path: An image, a folder of images, or of class folders.
-            size: A square's side or (height, width), in pixels.
+            size: A square's side or (height, width), in pixels; (depth, height, width) reads volumes.
             num_images: Largest number of images; more are thinned evenly in the order of their names.
             masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored), all 0 for an
                 image without ground truth.
-            mean: One number per channel, to normalise with.
-            std: One number per channel, to normalise with.
+            mean: One number per channel, to normalise with; by default ImageNet's for values from 0 to 1, else 0.
+            std: One number per channel, to normalise with; by default ImageNet's for values from 0 to 1, else 1.
+            channels: How many channels the model takes; None takes three of photographs, and those of other files.
+            bands: Channels that are shown, one or three; None takes the first.
+            large_images: Whether to read images of more than Pillow's limit of 89 million pixels.
 
         Raises:
             ProbeError: A folder, image or mask is missing or unreadable; the message names every unreadable file.
         """
-        read = read_images(path, size=size, num_images=num_images, masks=masks)
-        _check_statistics(mean, std, read.pixels.shape[1])
-        images = _normalise(read.pixels, mean, std)
-        return cls(images, mean=mean, std=std, masks=read.masks, names=read.names)
+        read = read_images(path, size=size, num_images=num_images, masks=masks, channels=channels, large=large_images)
+        count = read.pixels.shape[1]
+        if mean is None or std is None:
+            grey = tuple(sum(values) / 3 for values in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if count == 3 else ((grey[0],) * count, (grey[1],) * count)
+            mean, std = (mean, std) if read.to_1 else ((0.0,) * count, (1.0,) * count)
+        _check_statistics(mean, std, count)
+        source = ""
+        if read.pixels.dtype == torch.uint8:
+            images = _normalise(read.pixels, mean, std)
+        else:
+            images = (read.pixels - _of_channels(mean, read.pixels)) / _of_channels(std, read.pixels)
+        if not read.to_1:
+            found = infer_statistics(images)
+            mean, std, source = found.mean, found.std, str(found)
+        axes = "cdhw" if images.ndim == 5 else None
+        settings: dict[str, Any] = {"source": source, "bands": bands, "axes": axes}
+        return cls(images, mean=mean, std=std, masks=read.masks, names=read.names, **settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe to an `.npz` file, in 8 bits if that is lossless."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
-        header.update(caption=self.caption, source=self.source, **self._axes_fact())
+        header.update(caption=self.caption, source=self.source, bands=list(self.bands), **self._axes_fact())
         arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
         write_npz(Path(path), header, arrays)  # NumPy has no bfloat16
 
@@ -173,6 +217,7 @@ class ProbeBatch:
             "caption": self.caption,
             "source": self.source,
             **self._axes_fact(),
+            "bands": list(self.bands),
         }
 
     def _axes_fact(self) -> dict[str, str]:
@@ -188,7 +233,8 @@ class ProbeBatch:
 
     def _stored(self) -> dict[str, Tensor]:
         stored = {"images": self.images}
-        if self.images.ndim == 4 and self.image_axes.channel == 0 and self.images.shape[1] == 3:
+        plain = self.images.ndim == 4 and self.image_axes.channel == 0 and self.bands == (0, 1, 2)
+        if plain and self.images.shape[1] == 3:
             pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
             if torch.equal(_normalise(pixels, self.mean, self.std), self.images):
                 stored = {"pixels": pixels}
@@ -212,7 +258,28 @@ class ProbeBatch:
         size = (parse_axes(axes, images) or likely_axes(images.shape)).channels_first(images).shape[2:]
         masks = read("masks", ("bool",), (len(names), None, *size))
         caption, source = header.text("caption"), header.text("source")
-        return cls(images, mean=mean, std=std, masks=masks, names=names, caption=caption, source=source, axes=axes)
+        bands = header.integers("bands") if "bands" in header else None
+        if bands is not None and not _are_bands(bands, len(mean)):
+            raise ArchiveError(f"bands={bands} in the {header.where}, expected one or three of {len(mean)} channels")
+        settings: dict[str, Any] = {"caption": caption, "source": source, "axes": axes, "bands": bands}
+        return cls(images, mean=mean, std=std, masks=masks, names=names, **settings)
+
+
+def _bands(bands: Sequence[int] | None, channels: int) -> tuple[int, ...]:
+    """Return the channels to show, by default the first three or the first."""
+    if bands is None:
+        return (0, 1, 2) if channels >= 3 else (0,)
+    if not _are_bands(bands, channels):
+        raise ProbeError(f"bands={bands!r}: expected one channel, or three, of 0 to {channels - 1}")
+    return tuple(bands)
+
+
+def _are_bands(bands: Sequence[int], channels: int) -> bool:
+    return len(bands) in (1, 3) and all(isinstance(band, int) and 0 <= band < channels for band in bands)
+
+
+def _of_channels(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, *(1 for _ in images.shape[2:]))
 
 
 def _axes_with(images: Tensor, channels: int) -> ImageAxes:
@@ -231,5 +298,4 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int
 
 def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalise uint8 pixels (B, C, H, W): (pixels / 255 - mean) / std."""
-    m, s = (torch.tensor(v, dtype=torch.float32, device="cpu").view(1, -1, 1, 1) for v in (mean, std))
-    return (pixels.float() / 255 - m) / s
+    return (pixels.float() / 255 - _of_channels(mean, pixels)) / _of_channels(std, pixels)

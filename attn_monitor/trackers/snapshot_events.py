@@ -86,7 +86,7 @@ def events_at_snapshot(
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
         settings: dict[str, Any] = {"layer": layer, "options": drawing}
         photo, truth = probe.pixels[index], None if probe.masks is None else probe.plane_masks[index].numpy()
-        panel = partial(_panel, history[-1], index, photo, truth=truth, caption=probe.caption, **settings)
+        panel = partial(_panel, history[-1], index, photo, truth=truth, caption=probe.shown_caption, **settings)
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
         strip = partial(_filmstrip, history, index, photo, **settings)
         yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption)

@@ -12,6 +12,7 @@ from torch import nn
 
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.wait_budget import WaitBudget
+from attn_monitor.capture.image_channels import first_channels, image_channels
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import AttentionError, ForwardError, NoImagesError, text_of
 from attn_monitor.measurements import HealthFlag, Metrics
@@ -306,6 +307,8 @@ class Run:
         """Find the models' attention; where they refuse the size of a folder's images, on images of one they take."""
         monitor, options = self.monitor, self.kept.options.probe
         assert monitor is not None
+        if options.are_files and not self.kept.resumed:
+            monitor = self._with_channels(monitor, next(iter(models.values())))
         try:
             monitor.check(models)
         except ForwardError as error:
@@ -323,6 +326,15 @@ class Run:
             self.kept.watch(monitor.probe)
             raise ForwardError(f"{error}. Where it takes another size than {IMAGE_SIZE}, pass image_size=") from error
         return monitor
+
+    def _with_channels(self, monitor: AttentionMonitor, model: nn.Module) -> AttentionMonitor:
+        """Read the files of the probe again where the model takes other channels than were read."""
+        read = monitor.probe.images.shape
+        if first_channels(model) in (None, read[1]) or (channels := image_channels(model, read[2:])) == read[1]:
+            return monitor
+        probe = self.rank_zero.run(lambda: self.kept.options.probe.load(channels))
+        assert probe is not None
+        return self.kept.watch(probe)
 
     def _found(self, flags: Sequence[HealthFlag], step: int) -> None:
         """Report flags at once; the next snapshot stores them."""

@@ -68,30 +68,34 @@ def move_to(device: torch.device, model: nn.Module) -> None:
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
     """Return (height, width) of a model's patches; None where images enter no convolution with stride = kernel."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
-    if first is None or first.kernel_size != first.stride:
-        return None
-    return first.stride[0], first.stride[1]
+    sides = _patch(model)
+    return (sides[0], sides[1]) if len(sides) == 2 else None
 
 
-def fitting_size(model: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Return (height, width), cropped to a multiple of the model's patches as DINO does, with a note on stderr.
+def _patch(model: nn.Module) -> tuple[int, ...]:
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    return () if first is None or first.kernel_size != first.stride else tuple(first.stride)
+
+
+def fitting_size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return (height, width), or three of a volume, cropped to whole patches as DINO does, with a note on stderr.
 
     Without a size it is 224, or a size that the model's error names where it refuses that and takes the other.
     Raises ValueError where not even one patch would be left.
     """
     if size is None:
         size = _accepted_size(model)
-    wanted, patch = check_size(size), patch_size(model)
-    if patch is None:
-        return wanted
-    height, width = (length - length % side for length, side in zip(wanted, patch, strict=True))
-    of_patch = " × ".join(map(str, patch))
-    if 0 in (height, width):
-        raise ValueError(f"size={size}: expected at least one patch, {of_patch} pixels")
-    if (height, width) != wanted:
-        notify(f"size {wanted[0]} × {wanted[1]} is cropped to {height} × {width}, a multiple of the patch ({of_patch})")
-    return height, width
+    wanted, patch = check_size(size), _patch(model)
+    fitting = wanted
+    if len(patch) == len(wanted):
+        fitting = tuple(length - length % side for length, side in zip(wanted, patch, strict=True))
+        of_patch = " × ".join(map(str, patch))
+        if 0 in fitting:
+            raise ValueError(f"size={size}: expected at least one patch, {of_patch} pixels")
+        if fitting != wanted:
+            given, cropped = (" × ".join(map(str, sides)) for sides in (wanted, fitting))
+            notify(f"size {given} is cropped to {cropped}, a multiple of the patch ({of_patch})")
+    return fitting
 
 
 def _accepted_size(model: nn.Module) -> int:

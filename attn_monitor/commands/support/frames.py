@@ -13,7 +13,7 @@ import numpy as np
 
 from attn_monitor.draw.animation_files import import_av
 from attn_monitor.draw.canvas import Pixels
-from attn_monitor.probe.image_folder import IMAGE_SUFFIXES, open_rgb
+from attn_monitor.probe.image_files import PHOTOGRAPHS, open_rgb
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class ImageFrames:
 
     def __init__(self, folder: Path, fps: float) -> None:
         self._seconds = 1 / Fraction(fps).limit_denominator(1001)
-        images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+        images = [p for p in folder.iterdir() if p.suffix.lower() in PHOTOGRAPHS and p.is_file()]
         self._paths = sorted(images, key=_natural)
         if not self._paths:
-            raise FileNotFoundError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise FileNotFoundError(f"{folder}: holds no images ({', '.join(sorted(PHOTOGRAPHS))})")
         self.count: int | None = len(self._paths)
         self.missing = ""
 

@@ -1,0 +1,226 @@
+"""Probe images of any number of channels from files of many kinds, and which of their bands are shown."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from skimage import data
+
+from attn_monitor import AttentionMapCallback, ProbeBatch, ProbeError, ProbeOptions
+from attn_monitor.capture.image_channels import image_channels
+from attn_monitor.commands.backfill import probe_of
+from attn_monitor.commands.show import show
+from attn_monitor.errors import ArgumentError
+from attn_monitor.probe.image_folder import read_images
+from tests.support.helpers import tiny_vit, trainer
+
+BANDS = (np.random.default_rng(0).random((13, 40, 48)) * np.linspace(900, 9000, 13)[:, None, None]).astype(np.uint16)
+
+
+def _write(path: Path, kind: str) -> Path:
+    if kind == "bands last":
+        tifffile.imwrite(path / "tile.tif", BANDS.transpose(1, 2, 0))
+    elif kind == "bands first":
+        tifffile.imwrite(path / "tile.tif", BANDS, planarconfig="separate", photometric="minisblack")
+    elif kind == "pages":
+        tifffile.imwrite(path / "tile.tif", BANDS, photometric="minisblack")
+    elif kind == "npy":
+        np.save(path / "tile.npy", BANDS)
+    else:
+        np.save(path / "tile.npy", BANDS.transpose(1, 2, 0))
+    return path
+
+
+@pytest.mark.parametrize("channels", [13, None])
+@pytest.mark.parametrize("kind", ["bands last", "bands first", "pages", "npy", "npy, bands last"])
+def test_bands_enter_the_model_as_they_are_in_the_file(tmp_path: Path, kind: str, channels: int | None) -> None:
+    probe = ProbeBatch.from_folder(_write(tmp_path, kind), size=(40, 48), channels=channels, bands=(3, 2, 1))
+    assert torch.equal(probe.images[0], torch.from_numpy(BANDS.astype(np.float32)))
+    assert probe.shown_caption == "original, bands 3, 2, 1 of 13"
+    low, high = np.percentile(BANDS[[3, 2, 1]].reshape(3, -1), (0.5, 99.5), axis=1)
+    expected = ((BANDS[[3, 2, 1]].transpose(1, 2, 0) - low) / (high - low)).clip(0, 1) * 255
+    assert np.abs(probe.pixels[0] - expected).max() < 2
+    probe.save(tmp_path / "probe.npz")
+    for again in (ProbeBatch.load(tmp_path / "probe.npz"), ProbeBatch.from_state_dict(probe.state_dict())):
+        assert (again.bands, again.shown_caption) == (probe.bands, probe.shown_caption)
+        assert np.array_equal(again.pixels, probe.pixels)
+
+
+def test_of_a_tensor_the_bands_are_said_or_taken() -> None:
+    images = torch.from_numpy(BANDS[None].astype(np.float32))
+    taken = ProbeOptions(images).load()
+    assert taken is not None
+    assert taken.shown_caption == "original, bands 0, 1, 2 of 13"
+    one = ProbeOptions(images, bands=[7]).load()
+    assert one is not None
+    assert one.shown_caption == "original, bands 7 of 13"
+    assert (one.pixels[..., 0] == one.pixels[..., 2]).all()
+    colour = ProbeOptions(torch.rand(1, 3, 8, 8), bands=[2, 1, 0]).load()
+    assert colour is not None
+    assert torch.equal(
+        torch.from_numpy(colour.pixels), (colour.images[0] * 255).round().byte().flip(0).movedim(0, -1)[None]
+    )
+    assert ProbeOptions.of(None, bands=[2, 1, 0]).with_statistics(
+        ProbeBatch(torch.rand(1, 4, 8, 8), mean=(0,) * 4, std=(1,) * 4)
+    ).bands == (2, 1, 0)
+    for wrong in ([1, 2], [-1], [0.5]):
+        with pytest.raises(ArgumentError, match="expected one channel, or three"):
+            ProbeOptions(images, bands=wrong)
+    with pytest.raises(ProbeError, match="of 0 to 12"):
+        ProbeOptions(images, bands=[13]).load()
+
+
+def test_grey_and_deep_pictures(tmp_path: Path) -> None:
+    camera = data.camera()
+    Image.fromarray(camera).save(tmp_path / "a.png")
+    Image.fromarray(camera.astype(np.uint16) * 257).save(tmp_path / "b.png")  # the same in 16 bits
+    probe = ProbeBatch.from_folder(tmp_path, size=512, channels=1)
+    assert probe.images.shape == (2, 1, 512, 512)
+    assert (probe.images[0] - probe.images[1]).abs().max() < 1e-5
+    assert np.array_equal(probe.pixels[0, ..., 0], camera)
+    assert ProbeBatch.from_folder(tmp_path, size=64).images.shape[1] == 3  # as for photographs
+    rgba = Image.fromarray(np.dstack([data.astronaut(), data.camera()]))
+    (tmp_path / "four").mkdir()
+    rgba.save(tmp_path / "four" / "c.png")
+    four = ProbeBatch.from_folder(tmp_path / "four", size=512, channels=4, mean=(0,) * 4, std=(1,) * 4)
+    assert np.array_equal((four.images[0, 3] * 255).round().numpy(), data.camera())
+
+
+def test_channels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "tile.npy", BANDS)
+    with pytest.raises(
+        ProbeError, match=r"tile\.npy: it holds numbers of shape \(13, 40, 48\), expected .* with 4 channels"
+    ):
+        ProbeBatch.from_folder(tmp_path, size=32, channels=4)
+    Image.fromarray(data.astronaut()).save(tmp_path / "z.png")
+    with pytest.raises(ProbeError, match=r"z\.png: it holds 3 channels \(RGB\), expected 13"):
+        ProbeBatch.from_folder(tmp_path, size=32, channels=13)
+    with pytest.raises(ProbeError, match="some files hold 3 channels, and others 13"):
+        ProbeBatch.from_folder(tmp_path, size=32)
+
+
+def _series(folder: Path, volume: np.ndarray) -> None:
+    """Write a CT series with slices out of order, as int16 with slope 1 and intercept -1024."""
+    folder.mkdir()
+    series = generate_uid()
+    for number in (2, 0, 3, 1):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        header.SeriesInstanceUID, header.Modality = series, "CT"
+        header.ImagePositionPatient, header.ImageOrientationPatient = [0, 0, 2.5 * number], [1, 0, 0, 0, 1, 0]
+        header.Rows, header.Columns = volume.shape[1:]
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated = header.BitsStored = 16
+        header.HighBit, header.PixelRepresentation = 15, 0
+        header.RescaleSlope, header.RescaleIntercept = 1, -1024
+        header.PixelData = (volume[number] + 1024).astype(np.uint16).tobytes()
+        header.save_as(folder / f"{'cabd'[number]}.dcm", enforce_file_format=True)
+
+
+def test_volumes_and_one_of_their_slices(tmp_path: Path) -> None:
+    volume = np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24))
+    _series(tmp_path / "ct", volume)
+    (tmp_path / "mri").mkdir()
+    nibabel.save(
+        nibabel.Nifti1Image(volume.transpose(2, 1, 0).astype(np.int16), np.eye(4)), tmp_path / "mri/head.nii.gz"
+    )
+    for folder in ("ct", "mri"):
+        read = read_images(tmp_path / folder, size=(4, 32, 24), num_images=8, channels=1)
+        assert torch.equal(read.pixels, torch.from_numpy(volume.astype(np.float32))[None, None])
+        assert read_images(tmp_path / folder, size=(8, 16, 16), num_images=8).pixels.shape == (1, 1, 8, 16, 16)
+    whole = ProbeBatch.from_folder(tmp_path / "ct", size=(4, 32, 24), channels=1)
+    assert (whole.axes, whole.names, whole.pixels.shape) == ("cdhw", ("a",), (1, 32, 24, 3))
+    middle = ProbeBatch.from_folder(tmp_path / "mri", size=(32, 24), channels=1)
+    assert middle.names == ("head-slice2",)
+    assert torch.equal(middle.images[0, 0], torch.from_numpy(volume[2].astype(np.float32)))
+    slices = ProbeBatch.from_folder(tmp_path / "ct", size=(32, 24), channels=1)
+    assert torch.equal(slices.images[0, 0], torch.from_numpy(volume[1].astype(np.float32)))  # a.dcm
+    assert ProbeBatch.from_folder(tmp_path / "mri", size=24, channels=3).images.shape == (1, 3, 24, 24)  # in grey
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "head.nii")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(ProbeError, match=r"head\.nii is read by nibabel\. Run: pip install attn_monitor\[formats\]"):
+        ProbeBatch.from_folder(tmp_path, size=4)
+
+
+def test_images_over_the_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(data.astronaut()).save(tmp_path / "wide.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ProbeError, match=r"wide\.png \(DecompressionBombError.*pass large_images=True"):
+        ProbeOptions(tmp_path, image_size=32).load()
+    allowed = ProbeOptions(tmp_path, image_size=32, large_images=True).load()
+    assert allowed is not None
+    assert allowed.pixels.std() > 30
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    with pytest.raises(ArgumentError, match="expected a folder of images"):
+        ProbeOptions(torch.zeros(1, 3, 8, 8), large_images=True)
+
+
+def test_show_and_backfill_ask_the_model_for_its_channels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiles").mkdir()
+    _write(tmp_path / "tiles", "bands last")
+    (tmp_path / "bands_model.py").write_text(
+        "from tests.support.helpers import tiny_vit\ndef build():\n    return tiny_vit(in_chans=13)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    show("bands_model:build", "tiles", size=32, out="shown", bands=(3, 2, 1))
+    assert (tmp_path / "shown/tile-layer1.png").exists()
+    assert ProbeBatch.load(tmp_path / "shown/probe.npz").bands == (3, 2, 1)
+    assert capsys.readouterr().err == ""
+    Image.fromarray(data.camera()).save(tmp_path / "camera.png")
+    grey = tiny_vit(in_chans=1)
+    assert image_channels(grey, (32, 32)) == 1
+    assert probe_of(str(tmp_path / "camera.png"), grey, 32, 8, None).images.shape == (1, 1, 32, 32)
+
+
+class _Trained(pl.LightningModule):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.backbone = channels, tiny_vit(in_chans=channels)
+
+    def train_dataloader(self) -> Any:
+        images = (
+            torch.from_numpy(BANDS[:, :32, :32].astype(np.float32)) if self.channels == 13 else torch.randn(1, 32, 32)
+        )
+        return torch.utils.data.DataLoader(images.expand(4, -1, -1, -1), batch_size=2)
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        return self.backbone(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 13])
+def test_a_run_reads_a_folder_with_its_models_channels(tmp_path: Path, channels: int) -> None:
+    (tmp_path / "probe").mkdir()
+    if channels == 1:
+        Image.fromarray(data.camera()).save(tmp_path / "probe" / "camera.png")
+    else:
+        _write(tmp_path / "probe", "pages")
+    callback = AttentionMapCallback(
+        ProbeOptions(tmp_path / "probe", image_size=32, bands=None if channels == 1 else [3, 2, 1])
+    )
+    trainer(tmp_path, callback, max_steps=2).fit(_Trained(channels))
+    assert callback.monitor is not None
+    assert callback.monitor.probe.images.shape == (1, channels, 32, 32)
+    assert next(tmp_path.rglob("step-*.npz"))

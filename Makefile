@@ -1,11 +1,11 @@
 # Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the
-# documents' charts, make bench writes docs/benchmarks.md. make test-oldest has a .venv-oldest of its own.
+# documents' charts, make site builds their pages, make bench writes docs/benchmarks.md. make test-oldest has a .venv-oldest of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
 
-.PHONY: demo test test-oldest test-gpu check docs bench clean
+.PHONY: demo test test-oldest test-gpu check docs site bench clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
@@ -36,6 +36,11 @@ docs: $(VENV)/.setup-dev
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_curves.py
 	$(BIN)/python docs/make_divergence.py
+
+# The documents as pages in build/site; a link that leads nowhere is an error.
+site: $(VENV)/.setup-docs
+	$(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 # About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
 bench: $(VENV)/.setup-dev

@@ -65,7 +65,7 @@ running fastest. Two families are read in another way: in TimeSformer (and vit-p
 frames or over time, and the reference is put together from these; in the audio transformer patches overlap, and its
 places are centres.
 
-MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 4 + 1, exact), as it is no dependency of the tests.
+MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 4 + 1, exact); the tests do not depend on it.
 Refused in words: transformers over time whose tokens hold a frame through the CLS token of other attention alone
 (vit-pytorch's ViViT with `pool="cls"`), uneven groups of channels, and equal frames of one still image.
 """
@@ -73,7 +73,7 @@ Refused in words: transformers over time whose tokens hold a frame through the C
 
 def more_axes(name: str) -> str:
     """One line of the table of images with other axes."""
-    build, shape, grid, axes, prefix = test_more_axes.MODELS[name]
+    build, shape, _, axes, prefix = test_more_axes.MODELS[name]
     model, images = test_more_axes.sharp(build()), test_more_axes.images_of(shape)
     seen = record_attention(model, images, layers="all", query="mean")
     pairs = zip(seen, attention_matrices(model, images, default_forward), strict=False)

@@ -272,7 +272,7 @@ def _wandb_run(folder: Path, run: str) -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ValueError(f"logger='wandb': {error}. Run: pip install attn_monitor[wandb]") from error
+        raise ValueError(f"logger='wandb': {error}. Run: pip install wandb") from error
     try:
         return wandb.init(dir=folder, id=run, name=folder.resolve().name, resume="allow")
     except wandb.errors.Error as error:

@@ -165,7 +165,7 @@ def import_av() -> Any:
     try:
         return importlib.import_module("av")
     except ModuleNotFoundError as error:
-        raise ValueError("videos need PyAV, which is not installed. Run: pip install attn_monitor[video]") from error
+        raise ValueError("videos need PyAV, which is not installed. Run: pip install av") from error
 
 
 class _Clock:

@@ -226,4 +226,4 @@ def _package(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ProbeError(f"{file.name} is read by {name}. Run: pip install attn_monitor[formats]") from error
+        raise ProbeError(f"{file.name} is read by {name}. Run: pip install {name}") from error

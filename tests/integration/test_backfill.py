@@ -417,6 +417,6 @@ def test_without_weights_and_biases_the_extra_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"logger='wandb': .*Run: pip install attn_monitor\[wandb\]"):
+    with pytest.raises(ValueError, match=r"logger='wandb': .*Run: pip install wandb"):
         backfilled(run, tmp_path / "out", loggers="wandb")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,21 @@ from tests.support.runs import write_run
 WITH_PYTHON = [page for page in DOCUMENTS if any(not block.why_not for block in blocks(page))]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs, and a run that has ended."""
+    made = tmp_path_factory.mktemp("documents")
+    lay_photographs(made / "kinds", size=32)
+    flat_copy(made / "kinds", made / "photos")
+    flat_copy(made / "kinds", made / "masks")
+    write_run(made / "runs" / "version_0" / "attn_monitor", (0, 10), sharpness=(0, 6))
+    return made
+
+
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the pages take for granted: a folder with photographs and a finished run, and a few names."""
-    lay_photographs(tmp_path / "kinds", size=32)
-    flat_copy(tmp_path / "kinds", tmp_path / "photos")
-    flat_copy(tmp_path / "kinds", tmp_path / "masks")
-    write_run(tmp_path / "runs" / "version_0" / "attn_monitor", (0, 10), sharpness=(0, 6))
+def reader(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the pages take for granted: a folder to work in, and a few names."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with warnings.catch_warnings(record=True) as seen:

@@ -1,4 +1,4 @@
-"""`attn_monitor.offline`: the functions that README promises, importable from there at no cost."""
+"""`attn_monitor.offline`: the functions that the documents promise, importable from there at no cost."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def promised() -> set[str]:
-    """Names that README lists after `attn_monitor.offline`."""
-    text = (ROOT / "README.md").read_text()
+    """Names that the page of the commands lists after `attn_monitor.offline`."""
+    text = (ROOT / "docs" / "offline.md").read_text()
     (sentence,) = re.findall(r"`attn_monitor\.offline`(.+?)\n\n", text, re.DOTALL)
     return set(re.findall(r"`(\w+)`", sentence))
 
 
-def test_what_the_readme_promises_is_there() -> None:
+def test_what_the_documents_promise_is_there() -> None:
     assert {"load_model", "attention_video", "backfill_run", "compare_runs", "summarise_run"} <= promised()
     assert promised() <= set(dir(offline))
 

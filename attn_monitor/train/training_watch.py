@@ -95,7 +95,7 @@ class TrainingWatch:
         """End a batch; a loss of one number is kept as it is, and read with the next snapshot."""
         self._remove()
         if isinstance(loss, (int, float)):
-            loss = torch.tensor(float(loss), device="cpu")
+            loss = torch.tensor(float(loss), dtype=torch.float64, device="cpu")
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
 
@@ -112,7 +112,7 @@ class TrainingWatch:
                 found.update(work.result())
             losses, self._losses = list(self._losses), deque(maxlen=WINDOW)
             if losses:
-                mean = torch.stack([loss.float().flatten() for loss in losses]).mean()
+                mean = torch.stack([loss.double().flatten() for loss in losses]).mean()
                 found[MetricKey(TRAINING, None, "loss")] = float(mean)
             if step > 0 and self._roles:
                 self._explain()

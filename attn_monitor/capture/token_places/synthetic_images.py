@@ -81,19 +81,21 @@ def _levels(images: Tensor) -> tuple[Tensor, bool]:
     together = torch.cat(found).unique()
     if len(together) < 2:
         centre = float(together[0]) if len(together) else 0.0
-        together = centre + max(1.0, abs(centre)) * torch.special.ndtri(torch.linspace(0.002, 0.998, 256, device="cpu"))
+        shares = torch.linspace(0.002, 0.998, 256, dtype=torch.float32, device="cpu")
+        together = centre + max(1.0, abs(centre)) * torch.special.ndtri(shares)
     whole = bool((together == together.round()).all()) and float(together[-1] - together[0]) >= 32
     return torch.stack([_spread(values if len(values) > 1 else together) for values in found]), whole
 
 
 def _spread(values: Tensor) -> Tensor:
-    half = torch.linspace(0, 1, _LEVELS // 2, device="cpu")
+    half = torch.linspace(0, 1, _LEVELS // 2, dtype=torch.float32, device="cpu")  # whatever the run's default
     quantiles = values[(half * (len(values) - 1)).round().long()]
     return torch.cat([quantiles, values[0] + half * (values[-1] - values[0])]).sort().values
 
 
 def _normal(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), device="cpu")
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=draw, dtype=torch.float32, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)

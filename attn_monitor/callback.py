@@ -83,6 +83,7 @@ class AttentionMapCallback(Base):
 
     These are logged, with {role} student, teacher or backbone:
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics``
+        - ``attn/{role}/{metric}``: global features and prototypes in training's own forwards; ``attn/training/loss``
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
         - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture

@@ -32,7 +32,6 @@ GRID: dict[str, tuple[float, ...]] = {
     "rank": (0.15, 0.2, 0.25, 0.3, 0.4),
     "loss": (0.3, 0.2, 0.1, 0.05),
     "swing": (1.5, 1.0, 0.8, 0.6, 0.4),
-    "dense": (0.3, 0.2, 0.15, 0.1),
 }
 """Values to choose among, the strictest first, which is taken of equally good ones."""
 PROTOTYPES = 128

@@ -21,11 +21,11 @@ class Thresholds:
     """Where each rule begins. ``snapshots`` in a row must agree, and so many must be there before any verdict."""
 
     snapshots: int = 3
-    uniform: float = 0.98  # mean entropy of an image's answer, over ln K
-    same: float = 0.012  # entropy of the mean answer less that of each, over ln K
-    cosine: float = 0.9  # mean cosine between images
-    rank: float = 0.25  # effective rank over its highest value
-    loss: float = 0.2  # rise of the loss above its start, over that
+    uniform: float = 0.99  # mean entropy of an image's answer, over ln K
+    same: float = 0.015  # entropy of the mean answer less that of each, over ln K
+    cosine: float = 0.95  # mean cosine between images
+    rank: float = 0.15  # effective rank over its highest value
+    loss: float = 0.3  # rise of the loss above its start, over that
     swing: float = 1.0  # way of the loss to and fro, over ln K
     alike: float = 0.3  # share of prototypes with a near copy
     low_entropy: float = 0.05  # of attention, as the flag

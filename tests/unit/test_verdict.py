@@ -70,7 +70,7 @@ def test_a_loss_that_stands_at_ln_k_means_uniform_answers(k: int) -> None:
 @pytest.mark.parametrize(
     ("state", "since", "words", "changes"),
     [
-        ("complete collapse", 600, "uniform answer", {"student/assignment_entropy_each": [0.985, 0.99, 0.999, 1.0]}),
+        ("complete collapse", 600, "uniform answer", {"student/assignment_entropy_each": [0.992, 0.995, 0.999, 1.0]}),
         ("complete collapse", 700, "the same answer", {"student/assignment_entropy_mean": [0.505, 0.505, 0.505]}),
         ("complete collapse", 700, "cosine of 0.990, up from 0.400", {"teacher/mean_cosine": [0.95, 0.97, 0.99]}),
         ("diverging", 900, "the loss is NaN", {"training/loss": [math.nan]}),
@@ -80,7 +80,7 @@ def test_a_loss_that_stands_at_ln_k_means_uniform_answers(k: int) -> None:
         ("attention collapsed", 700, "on one patch", {"teacher/11/entropy": [0.04, 0.03, 0.02]}),
         ("attention collapsed", 700, "uniform again", {"teacher/11/entropy": [0.996, 0.998, 0.999]}),
         ("prototype collapse", 700, "60% of the prototypes", {"student/prototypes_alike": [0.5, 0.5, 0.6]}),
-        ("dimensional collapse", 700, "is 12, and was 95", {"teacher/effective_rank": [20, 15, 12]}),
+        ("dimensional collapse", 700, "is 12, and was 95", {"teacher/effective_rank": [14, 13, 12]}),
         ("dense features decaying", 500, "at step 500", {"teacher/11/dense_separability": [0.8, 0.7, 0.6, 0.5]}),
     ],
 )
@@ -111,7 +111,7 @@ def test_what_every_run_begins_with_needs_longer() -> None:
 
 def test_ranks_of_few_samples_are_left_out() -> None:
     """The last snapshot may come after few steps."""
-    few = {"teacher/effective_rank": [15, 15, 15], "teacher/feature_samples": [256, 256, 256]}
+    few = {"teacher/effective_rank": [12, 12, 12], "teacher/feature_samples": [256, 256, 256]}
     assert verdict(few) == Verdict("healthy")
 
 

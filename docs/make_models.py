@@ -65,7 +65,7 @@ running fastest. Two families are read in another way: in TimeSformer (and vit-p
 frames or over time, and the reference is put together from these; in the audio transformer patches overlap, and its
 places are centres.
 
-MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 4 + 1, exact); the tests do not depend on it.
+MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 3 + 1, exact, 2e-06), as tests do not need MONAI.
 Refused in words: transformers over time whose tokens hold a frame through the CLS token of other attention alone
 (vit-pytorch's ViViT with `pool="cls"`), uneven groups of channels, and equal frames of one still image.
 """

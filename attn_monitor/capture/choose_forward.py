@@ -96,8 +96,7 @@ def find_discovery(
 ) -> Discovery:
     """Discover the sites on images in the order that the model takes, see `choose_forward`.
 
-    Where several keys hold each patch, and with channels for one more axis of the image they hold places of their own,
-    that is what they are.
+    Where no layer can be read, and several keys hold each patch, channels are taken for one more axis of the image.
 
     Args:
         model: The model to run.
@@ -115,7 +114,9 @@ def find_discovery(
 
     first = parse_axes(axes, images) or axes_of(model, images, [option.forward for option in options])
     found = under(first)
-    if axes is not None or first.channel is None or not any(site.places.at_one_place for site in found.sites):
+    several = [site.places.at_one_place for site in found.sites]
+    readable = any(site.layout is not None for site in found.sites)
+    if axes is not None or first.channel is None or readable or not any(several):
         return found
     apart = under(first.with_channel_axis())
     return apart if any(site.layout is not None for site in apart.sites) else found

@@ -89,7 +89,7 @@ def find_cls(search: PlaceSearch) -> PlaceSearch:
         of_sequences = _cls_of_sequences(moved, before.queries, model.formats[key].sequences)
         own = whole | {t for m in moved for t in m.queries if t not in part}
         own |= {t for n in nudges if n.parameter.is_class for t in _beside_patches(n, key, before, held)}
-        on_grid = held or _on_another_grid(search, key) or _finer_patches(search, key)
+        on_grid = held or _finer_patches(search, key) or _on_another_grid(search, key)
         alone = set() if cls is None else {cls}
         names = _names(moved, cls, layout, before, whole)
         if of_sequences and before.queries == before.v.shape[1]:

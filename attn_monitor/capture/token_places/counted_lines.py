@@ -31,7 +31,8 @@ def counted_grids(search: PlaceSearch) -> list[PatchConv]:
         and not search.sites[key].reason
         and of_convs.isdisjoint(sum(p != STATIC for p in m.v[key]) for m in search.mosaics if key in m.v)
     ]
-    if not unplaced:
+    told = len(search.size) < 3 and any(conv.on_pixels for conv in search.convs)  # tokens are its cells, or merged
+    if told or not unplaced:
         return []
     base = noise_images(search.images, 1, seed=7)[0]
     changed = torch.cat([base[None], noise_images(search.images, 1, seed=9), first_lines_changed(base)])

@@ -39,8 +39,8 @@ docs: $(VENV)/.setup-dev
 
 # The documents as pages in build/site; a link that leads nowhere is an error.
 site: $(VENV)/.setup-docs
-	$(BIN)/mkdocs build --quiet
-	@echo "open build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html; for the search too: $(BIN)/python -m http.server -d build/site"
 
 # About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
 bench: $(VENV)/.setup-dev

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,10 +15,12 @@ import pytest
 import torch
 
 import attn_monitor
-from tests.support.documents import DOCUMENTS, ROOT, blocks, flat_copy, lay_photographs, run
+from attn_monitor.commands.cli import _parse
+from tests.support.documents import DOCUMENTS, RECIPES, ROOT, blocks, flat_copy, lay_photographs, run
 from tests.support.helpers import Distillation, loader, tiny_vit
 from tests.support.runs import write_run
 
+COMMAND = re.compile(r"^ *(attn-monitor [a-z]+ .+?)(?: {2,}#.*)?$|`(attn-monitor [a-z]+ [^`]+)`", re.M)
 WITH_PYTHON = [page for page in DOCUMENTS if any(not block.why_not for block in blocks(page))]
 
 
@@ -68,6 +72,15 @@ def test_blocks_run(page: Path, reader: dict[str, Any]) -> None:
             # Lines of the traceback are those of the page.
             ran = run("\n" * (block.line - 1) + block.code, f"page_{page.stem.replace('-', '_')}", **names)
             names |= {name: value for name, value in vars(ran).items() if not name.startswith("__")}
+
+
+@pytest.mark.parametrize("page", [*DOCUMENTS, *RECIPES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_are_understood(page: Path) -> None:
+    """Each command line of the documents has a command and options that there are, and values of their types."""
+    for match in COMMAND.finditer(page.read_text()):
+        words = shlex.split(match[1] or match[2])
+        if not {"…", "..."} & set("".join(words)):
+            _parse(words[1:])  # ends the program with one line if it is wrong
 
 
 def test_a_block_that_is_not_run_says_why(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from attn_monitor import AttentionSnapshot, load_snapshots
+from attn_monitor.environment import callback_from
 from tests.support.documents import RECIPES, ROOT, blocks, lay_photographs, made_small, run
 from tests.support.helpers import Distillation, loader
 
@@ -138,6 +139,16 @@ def test_slurm(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data: DataLoader[Any] = loader(count=8, batch_size=4)
         run(made_small(recipe("slurm"), STEPS=steps), "recipe_slurm", module=Distillation(), loader=data)
     assert [s.step for s in snapshots_in(photos / "runs" / "17")] == [0, 1, 2, 3, 4]
+
+
+def test_lightly_trains_settings_are_understood(photos: Path) -> None:
+    """The YAML of the page, and the variable beside it."""
+    text = (ROOT / "docs" / "recipes" / "lightly-train.md").read_text()
+    (settings,) = re.findall(r"<<END\n(.+?)END\n", text, re.S)
+    (photos / "attention.yaml").write_text(settings)
+    made = callback_from({"ATTN_MONITOR_CONFIG": "attention.yaml", "ATTN_MONITOR_EVERY_N_TRAIN_STEPS": "500"})
+    assert (made.options.layers, made.options.drawing.scale) == ("all", "minmax")
+    assert "ATTN_MONITOR_EVERY_N_TRAIN_STEPS=500" in text
 
 
 def tiny_dinov2(folder: Path) -> None:

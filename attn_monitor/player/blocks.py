@@ -41,6 +41,7 @@ def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
             "mixed": a.mixed,
             "prefix": list(a.prefix_names or (f"token {i}" for i in range(a.num_prefix))),
             "grid": list(a.grid),
+            "axes": list(a.grid.axes),
             "geometry": None if a.geometry is None else asdict(a.geometry),
             "heads": a.rows.shape[1],
             "colors": _optional(a, "colors") is not None,

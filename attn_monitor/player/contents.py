@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor.errors import ArchiveError
-from attn_monitor.player import blocks
+from attn_monitor.player import blocks, slices
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
@@ -85,17 +85,23 @@ def step_facts(snapshot: Snapshot) -> dict[str, Any]:
     return {**facts, "verdict": verdict}
 
 
-def images_of(probe: ProbeBatch) -> dict[str, Any]:
-    """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images."""
-    truths: list[Any] = [()] * len(probe) if probe.masks is None else list(probe.plane_masks.numpy())
-    longest = MAX_PHOTO if len(probe) <= MANY_PHOTOS else MAX_PHOTO // 2
+def images_of(probe: ProbeBatch, pictures: Sequence[str] = ()) -> dict[str, Any]:
+    """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images.
+
+    ``pictures`` are the names of the pictures of each image, see `slices`.
+    """
+    photos, masks = slices.pixels_of(probe, len(pictures)), slices.masks_of(probe, len(pictures))
+    names = [f"{name}, {picture}" for name in probe.names for picture in pictures] or probe.names
+    truths: list[Any] = [()] * len(photos) if masks is None else list(masks.numpy())
+    longest = MAX_PHOTO if len(photos) <= MANY_PHOTOS else MAX_PHOTO // 2
     images = [
         {"name": name, "photo": _data_url(photo, longest), "truth": [_runs(mask) for mask in truth if mask.any()]}
-        for name, photo, truth in zip(probe.names, probe.pixels, truths, strict=True)
+        for name, photo, truth in zip(names, photos, truths, strict=True)
     ]
-    height, width = probe.pixels.shape[1:3]
-    same = hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest()[:16]
-    return {"images": images, "size": [height, width], "caption": probe.shown_caption, "probe": same}
+    height, width = photos.shape[1:3]
+    same = hashlib.sha256(np.ascontiguousarray(photos).tobytes()).hexdigest()[:16]
+    facts = {"images": images, "size": [height, width], "caption": probe.shown_caption, "probe": same}
+    return {**facts, "pictures": list(pictures)}
 
 
 def gather(folder: Path, name: str, room: float) -> Contents:
@@ -107,13 +113,14 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     if not paths or not (folder / "probe.npz").exists():
         raise FileNotFoundError(f"{folder}: no {'probe.npz' if paths else 'snapshots (step-*.npz)'} here")
     probe = ProbeBatch.load(folder / "probe.npz")
-    contents = Contents(name, images_of(probe), [])
+    pictures = names_of_slices(paths)
+    contents = Contents(name, images_of(probe, pictures), [])
     room -= sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in contents.images["images"])
-    size = _step_size(paths)
+    size = _step_size(paths, len(pictures))
     few = min(MAX_STEPS, max(2, int(room / size)) if size else len(paths))
     chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
     broken = contents.broken
-    contents.steps = list(_readable(chosen, probe, broken))
+    contents.steps = list(_readable(chosen, probe, broken, len(pictures)))
     if not contents.steps:
         raise ArchiveError(f"{folder}: no snapshot can be shown: {'; '.join(broken)}")
     notes = _fit(contents, room)
@@ -123,24 +130,34 @@ def gather(folder: Path, name: str, room: float) -> Contents:
     return contents
 
 
-def _step_size(paths: Sequence[Path]) -> float:
+def names_of_slices(paths: Sequence[Path]) -> list[str]:
+    """Names of the pictures of each image, by the first snapshot that is readable."""
+    for path in paths:
+        try:
+            return slices.slice_names(load_step(path))
+        except (ArchiveError, OSError):
+            continue
+    return []
+
+
+def _step_size(paths: Sequence[Path], pictures: int) -> float:
     """Size of a step in base64: the smallest of the first, the middle and the last one, as far as they are readable."""
     sizes = []
     for path in {paths[0], paths[len(paths) // 2], paths[-1]}:
         try:
-            found = blocks.blocks(load_step(path).in_plane(), features=False)
+            found = blocks.blocks(slices.in_slices(load_step(path), pictures), features=False)
         except (ArchiveError, OSError):
             continue
         sizes.append(sum(map(len, found.values())) * BASE64)
     return min(sizes, default=0.0)
 
 
-def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str]) -> Iterator[Step]:
+def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str], pictures: int) -> Iterator[Step]:
     """Each as a `Step`; reasons why others cannot be shown are added to ``broken``."""
     for path in paths:
         safe_point()
         try:
-            snapshot = load_step(path).in_plane()
+            snapshot = slices.in_slices(load_step(path), pictures)
             if tag_safe_names(snapshot.names) != probe.names:
                 raise ArchiveError(f"{path.name} shows {', '.join(snapshot.names)}, which are not the probe's images")
         except (ArchiveError, OSError) as error:

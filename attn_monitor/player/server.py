@@ -14,7 +14,8 @@ from typing import Any
 
 from attn_monitor.errors import ArchiveError
 from attn_monitor.player import blocks
-from attn_monitor.player.contents import MAX_VALUES, images_of, step_facts
+from attn_monitor.player.contents import MAX_VALUES, images_of, names_of_slices, step_facts
+from attn_monitor.player.slices import in_slices
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
 from attn_monitor.record.file_names import tag_safe_names
@@ -74,7 +75,7 @@ class _Archive:
         path = next((p for p in _own_files(self.folder) if step_of(p) == step), None)
         if path is None:
             raise KeyError("no such step")
-        snapshot = load_step(path).in_plane()
+        snapshot = in_slices(load_step(path), self._pictures)
         if layer not in {index for _, index in snapshot.layers}:
             raise KeyError("no such layer")
         return blocks.block(snapshot, layer)
@@ -89,6 +90,7 @@ class _Archive:
         self._layouts: list[blocks.Layout] = []
         self._images: dict[str, Any] = {}
         self._names: tuple[str, ...] = ()
+        self._pictures = 0
         self._number += 1
 
     def _read(self) -> int:
@@ -114,11 +116,12 @@ class _Archive:
         if path.is_symlink() or not path.exists():
             raise ArchiveError("this run has no probe.npz")
         probe = ProbeBatch.load(path)
-        self._images, self._names = images_of(probe), probe.names
+        pictures = names_of_slices(_own_files(self.folder))
+        self._images, self._names, self._pictures = images_of(probe, pictures), probe.names, len(pictures)
 
     def _facts_of(self, path: Path, count: int) -> dict[str, Any] | None:
         try:
-            snapshot = load_step(path).in_plane()
+            snapshot = in_slices(load_step(path), self._pictures)
         except (ArchiveError, OSError):
             return None
         if tag_safe_names(snapshot.names) != self._names:

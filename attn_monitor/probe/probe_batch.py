@@ -111,9 +111,18 @@ class ProbeBatch:
         images = self.channels_first.float()
         if images.ndim != 4:
             images = images.unsqueeze(2) if images.ndim == 3 else images.mean(2)
+        return self._shown(images)
+
+    @property
+    def frames(self) -> np.ndarray[Any, Any]:
+        """Every frame of clips, or slice of volumes, as `pixels`: uint8 (B, frames, H, W, 3)."""
+        images = self.channels_first.float().movedim(2, 1)
+        return self._shown(images.flatten(0, 1)).reshape(*images.shape[:2], *images.shape[3:], 3)
+
+    def _shown(self, images: Tensor) -> np.ndarray[Any, Any]:
+        """Denormalise (n, C, H, W), uint8 (n, H, W, 3)."""
         mean, std = (torch.tensor(v, device="cpu").view(1, -1, 1, 1) for v in (self.mean, self.std))
-        shown = (images * std + mean).clamp(0, 1).nan_to_num()
-        shown = shown[:, list(self.bands)].expand(-1, 3, -1, -1)
+        shown = (images * std + mean).clamp(0, 1).nan_to_num()[:, list(self.bands)].expand(-1, 3, -1, -1)
         pixels: np.ndarray[Any, Any] = (shown * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         return pixels
 

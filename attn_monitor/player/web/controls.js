@@ -2,7 +2,23 @@
 import { changeDetector, el } from "./elements.js";
 import { percent, range } from "./numbers.js";
 import { hasColours, hasFeatures } from "./tile.js";
-import { change, headName, layersOf, rolesOf, runA, runB, shownLayer, shownLayers, state, view } from "./view.js";
+import {
+  change,
+  headName,
+  layersOf,
+  pictureCount,
+  rolesOf,
+  runA,
+  runB,
+  showImage,
+  shownImage,
+  shownLayer,
+  shownLayers,
+  shownPicture,
+  showPicture,
+  state,
+  view,
+} from "./view.js";
 
 /** @typedef {{element: HTMLElement, draw: () => void}} Control */
 
@@ -14,8 +30,12 @@ export function makeThumbnails() {
 
   /** @param {number} image */
   function thumbnail(image) {
-    const { name, photo } = runA().images[image];
-    const onclick = () => change({ image, all: false });
+    const middle = pictureCount() > 1 ? Math.floor(pictureCount() / 2) + 1 : 0; // a frame is clearer than their mean
+    const { name, photo } = runA().images[image * pictureCount() + middle];
+    const onclick = () => {
+      change({ all: false });
+      showImage(image);
+    };
     const attributes = { type: "button", class: "thumbnail", title: name, "aria-label": name, onclick };
     return el("button", attributes, el("img", { src: photo, alt: "", draggable: "false" }));
   }
@@ -25,11 +45,12 @@ export function makeThumbnails() {
     if (runChanged(images)) {
       const onclick = () => change({ all: !view.all });
       const all = el("button", { type: "button", class: "thumbnail every", onclick }, "All");
-      element.replaceChildren(all, ...range(images.length).map(thumbnail));
-      element.hidden = images.length === 1;
+      const count = images.length / pictureCount();
+      element.replaceChildren(all, ...range(count).map(thumbnail));
+      element.hidden = count === 1;
     }
     [...element.children].forEach((button, i) => {
-      button.ariaPressed = String(i ? !view.all && view.image === i - 1 : view.all);
+      button.ariaPressed = String(i ? !view.all && shownImage() === i - 1 : view.all);
     });
   }
   return { element, draw };
@@ -47,6 +68,7 @@ export function makeControls() {
   const parts = [
     choice("Compare", "compare", { side: "A and B", swipe: "Swipe", difference: "B − A" }, twoRuns),
     slider("Swipe", "swipe", share, () => twoRuns() && view.compare === "swipe"),
+    pictureSlider(),
     layerSlider(),
     headMenu(),
     choice(
@@ -134,6 +156,30 @@ function toggle(label, key, available = always) {
   function draw() {
     element.hidden = !available();
     input.checked = view[key];
+  }
+  return { element, draw };
+}
+
+/**
+ * A slider over the frames of a clip or the slices of a volume, behind their mean and maximum.
+ * @returns {Control}
+ */
+function pictureSlider() {
+  const name = el("label", { class: "name", for: "picture" });
+  const output = el("output", { for: "picture" });
+  const input = el("input", { id: "picture", type: "range", min: 0, step: 1 });
+  input.addEventListener("input", () => showPicture(Number(input.value)));
+  const element = el("div", { class: "control" }, name, input, output);
+  function draw() {
+    const { pictures } = runA().facts;
+    element.hidden = pictures.length === 0;
+    if (element.hidden) return;
+    const word = pictures[pictures.length - 1].split(" ")[0];
+    name.textContent = word[0].toUpperCase() + word.slice(1);
+    input.max = String(pictures.length - 1);
+    input.value = String(shownPicture());
+    output.textContent = input.ariaValueText = pictures[shownPicture()];
+    fillTrack(input);
   }
   return { element, draw };
 }

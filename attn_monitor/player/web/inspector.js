@@ -55,7 +55,8 @@ function makePatchCard() {
     title.textContent = "Patch";
     if (!patch || found < 0) return;
     const columns = parts[0].layer.grid[1];
-    title.textContent = `Patch ${Math.floor(found / columns)}, ${found % columns}`;
+    const [first, second] = parts[0].layer.axes.map((axis) => (["h", "w", ""].includes(axis) ? "" : `${axis} `));
+    title.textContent = `Patch ${first}${Math.floor(found / columns)}, ${second}${found % columns}`;
     key.replaceChildren(
       "× uniform",
       ...parts.map((part) => el("span", { class: `value ${part.className}` }, part.title)),

@@ -4,7 +4,18 @@ import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
 import { entropyOf, grouped, percent, range } from "./numbers.js";
 import { LargeTile, runDot, Tile } from "./tile.js";
-import { change, roleClass, runA, runB, shownIndex, shownLayer, state, view } from "./view.js";
+import {
+  change,
+  pictureCount,
+  roleClass,
+  runA,
+  runB,
+  shownIndex,
+  shownLayer,
+  shownPicture,
+  state,
+  view,
+} from "./view.js";
 
 /** @import {Column} from "./types" */
 /** @typedef {{draw: (columns: Column[], order: number[]) => void, tiles: Tile[]}} Part of the stage */
@@ -132,13 +143,15 @@ function headList(index, heads) {
 
 /** @param {Column[]} columns */
 function galleryItems(columns) {
-  return runA().images.map(({ name }, image) => {
-    const tiles = columns.map(() => Tile.button(() => change({ all: false, image })));
+  const firsts = range(runA().images.length / pictureCount()).map((image) => image * pictureCount());
+  return firsts.map((first) => {
+    const name = runA().images[first].name.split(", mean of ")[0];
+    const tiles = columns.map(() => Tile.button(() => change({ all: false, image: first + shownPicture() })));
     const cells = columns.map(({ title }, i) => el("div", {}, el("span", { class: "small" }, title), tiles[i].element));
     const pair = el("div", { class: "pair" }, ...cells);
     const element = el("section", { class: "item", "aria-label": name }, el("h2", {}, name), pair);
     /** @type {Part["draw"]} */
-    const draw = (columns) => tiles.forEach((tile, i) => tile.draw(columns[i], image, view.head));
+    const draw = (columns) => tiles.forEach((tile, i) => tile.draw(columns[i], first + shownPicture(), view.head));
     return { element, parts: [{ tiles, draw }] };
   });
 }

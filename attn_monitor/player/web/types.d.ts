@@ -17,6 +17,8 @@ export interface Layer {
   /** Names of the tokens before the patches. */
   prefix: string[];
   grid: Pair;
+  /** Names of the two axes, such as h and w, or f and t. */
+  axes: string[];
   geometry: { origin: Pair; cell: Pair } | null;
   heads: number;
   colors: boolean;
@@ -48,6 +50,8 @@ export interface Step {
 export interface RunFacts {
   name: string;
   images: { name: string; photo: string; truth: number[][] }[];
+  /** Names of the pictures of each image of clips and volumes, which `images` lists one after another; else none. */
+  pictures: string[];
   size: Pair;
   probe: string;
   note: string;

@@ -95,6 +95,32 @@ export function unpin() {
 
 export const runA = () => state.runs[0];
 
+/** How many pictures each image has: of clips and volumes the mean, the maximum, and every frame or slice. */
+export const pictureCount = () => Math.max(1, runA().facts.pictures.length);
+
+/** Which of them is shown. */
+export const shownPicture = () => view.image % pictureCount();
+
+/**
+ * Show the same picture of another image.
+ * @param {number} image counted without pictures
+ */
+export function showImage(image) {
+  const last = runA().images.length / pictureCount() - 1;
+  change({ image: clamp(image, 0, last) * pictureCount() + shownPicture() });
+}
+
+/**
+ * Show another picture of the same image.
+ * @param {number} picture
+ */
+export function showPicture(picture) {
+  change({ image: view.image - shownPicture() + clamp(picture, 0, pictureCount() - 1) });
+}
+
+/** The image that is shown, counted without pictures. */
+export const shownImage = () => Math.floor(view.image / pictureCount());
+
 /** @returns {Run | undefined} */
 export const runB = () => state.runs[1];
 

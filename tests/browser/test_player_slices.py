@@ -1,0 +1,116 @@
+"""Frames of clips and slices of volumes in the player: what its second slider shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from attn_monitor import AttentionMonitor, AttentionSnapshot, ProbeBatch
+from attn_monitor.commands.report import report
+from attn_monitor.player.blocks import layout_of
+from attn_monitor.player.contents import gather
+from attn_monitor.player.server import Library
+from attn_monitor.player.slices import in_slices, masks_of, pixels_of, slice_names
+from attn_monitor.record.archive import snapshot_path
+from tests.support.browser import CHROMIUM, browsing
+from tests.support.browser import pixels_of as drawn_on
+from tests.support.more_axes import AnyViT
+
+SIZES = {"t": (4, 32, 32), "d": (6, 32, 48)}
+
+
+def _archive(folder: Path, axis: str) -> tuple[ProbeBatch, list[AttentionSnapshot]]:
+    """Two clips, or two volumes, at two steps, with objects in some frames."""
+    torch.manual_seed(1)
+    size = SIZES[axis]
+    images, masks = torch.rand(2, 3, *size), torch.zeros(2, 1, *size, dtype=torch.bool)
+    masks[0, 0, 1, 8:20, 4:16] = True
+    plain: dict[str, Any] = {"mean": (0,) * 3, "std": (1,) * 3, "names": ["one", "two"]}
+    probe = ProbeBatch(images, masks=masks, axes=f"c{axis}hw", **plain)
+    model, monitor = AnyViT(size, (2, 8, 8), channels=3).eval(), AttentionMonitor(probe)
+    probe.save(folder / "probe.npz")
+    snapshots = []
+    for step in (0, 10):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape) * (1 + step / 5) / parameter[0].numel() ** 0.5)
+        snapshots.append(monitor.colored(monitor.snapshot({"backbone": model}, step=step)))
+        snapshots[-1].save(snapshot_path(folder, step))
+    return probe, snapshots
+
+
+@pytest.mark.parametrize("axis", SIZES)
+def test_pictures_are_the_mean_the_maximum_and_every_slice(tmp_path: Path, axis: str) -> None:
+    probe, snapshots = _archive(tmp_path, axis)
+    attention = snapshots[-1].layer("backbone")
+    depth, rows, cols = attention.grid
+    names = slice_names(snapshots[-1])
+    word = {"t": "frame", "d": "slice"}[axis]
+    assert names == [f"mean of {depth}", "maximum", *(f"{word} {n}" for n in range(depth))]
+    flat = in_slices(snapshots[-1], len(names))
+    shown = flat.layer("backbone")
+    assert shown.grid == (rows, cols)
+    maps = shown.maps.reshape(2, len(names), 4, rows, cols)
+    uniform = attention.maps * depth * rows * cols  # (B, H, depth, rows, cols) in units of uniform attention
+    for image in range(2):
+        wanted = [uniform[image].mean(1), uniform[image].amax(1), *uniform[image].unbind(1)]
+        torch.testing.assert_close(maps[image] * rows * cols, torch.stack(wanted))
+    assert torch.equal(shown.rows[: len(names), :, 0], attention.rows[0, :, 0].expand(len(names), -1))
+    assert attention.colors is not None
+    assert shown.colors is not None
+    colours = attention.colors[1].reshape(depth, rows * cols, 3)
+    assert torch.equal(shown.colors[len(names) + 2 :], colours)
+
+    photos = pixels_of(probe, len(names)).reshape(2, len(names), *SIZES[axis][1:], 3)
+    frames = (probe.images.movedim(1, -1) * 255).round().byte().numpy()
+    assert np.array_equal(photos[:, 2:], frames[:, 1::2])  # two frames in a patch, of which one is shown
+    assert np.array_equal(photos[:, 1], frames.max(1) if axis == "d" else photos[:, 0])
+    truths = masks_of(probe, len(names))
+    assert truths is not None
+    assert probe.masks is not None
+    assert [int(t.sum()) for t in truths[: len(names)]] == [144, 144, 144, *[0] * (depth - 1)]
+
+    found = gather(tmp_path, "run", 4_000_000)
+    manifest = found.manifest()
+    assert manifest["pictures"] == names
+    assert len(manifest["images"]) == 2 * len(names)
+    assert manifest["layouts"][0][0]["axes"] == ["h", "w"]
+    library = Library(lambda: {"run": tmp_path})
+    assert library.run("run", -1, "")["pictures"] == names
+    assert library.block("run", 10, attention.layer) == found.steps[-1].blocks[attention.layer]
+    assert layout_of(flat)[0]["grid"] == [rows, cols]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_second_slider(tmp_path: Path) -> None:
+    _archive(tmp_path / "attn_monitor", "t")
+    report(str(tmp_path / "attn_monitor"), out=str(tmp_path / "report.html"))
+    with browsing() as watched:
+        page = watched.open(tmp_path / "report.html")
+        slider, output = page.locator("#picture"), page.locator("output[for=picture]")
+        assert page.locator("label[for=picture]").inner_text() == "Frame"
+        assert output.inner_text() == "mean of 2"
+        assert page.locator(".thumbnail").count() == 3  # all, and two clips
+        seen = []
+        for number, name in enumerate(("mean of 2", "maximum", "frame 0", "frame 1")):
+            slider.fill(str(number))
+            watched.settle()
+            assert output.inner_text() == name
+            seen.append(drawn_on(page.locator("figure canvas").first))
+        assert len({picture.tobytes() for picture in seen}) == 4
+        page.locator("#pictures").click(position={"x": 2, "y": 2})
+        page.keyboard.press("]")
+        page.keyboard.press(",")
+        watched.settle()
+        assert output.inner_text() == "frame 0"
+        page.wait_for_function("location.hash.endsWith('image=6')")
+        page.locator(".thumbnail.every").click()
+        watched.settle()
+        assert page.locator(".item h2").all_inner_texts() == ["one", "two"]
+        watched.check()

@@ -122,10 +122,13 @@ class LayerAttention:
         """Return the patch part of ``rows``, (B, H, N)."""
         return self.rows[..., self.num_prefix :]
 
-    def in_plane(self) -> LayerAttention:
+    def in_plane(self, only: int | None = None) -> LayerAttention:
         """Return a layer of two axes for pictures: attention summed over frames or slices, or of one row of samples.
 
         Tokens and features are left out, and colours are averaged.
+
+        Args:
+            only: The frame or slice to take, the last one where there are fewer, in units of all of them; None for all.
         """
         more = len(self.grid) - 2
         if more == 0:
@@ -137,7 +140,10 @@ class LayerAttention:
 
         def summed(x: Tensor) -> Tensor:
             prefix, patches = x[..., : self.num_prefix], self.grid.unflatten(x[..., self.num_prefix :])
-            return torch.cat([prefix, patches.flatten(-len(self.grid), -3).sum(-3).flatten(-2)], -1)
+            planes = patches.flatten(-len(self.grid), -3)
+            depth = planes.shape[-3]
+            plane = planes.sum(-3) if only is None else planes.select(-3, min(only, depth - 1)) * depth
+            return torch.cat([prefix, plane.flatten(-2)], -1)
 
         left_out = (*PATCH_TENSORS, "norms", "value_norms")
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in left_out}

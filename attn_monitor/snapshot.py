@@ -94,9 +94,9 @@ class Snapshot:
         }
         return Snapshot(self.step, self.epoch, self.names, kept)
 
-    def in_plane(self: Same) -> Same:
+    def in_plane(self: Same, only: int | None = None) -> Same:
         """Return the snapshot with layers of two axes, as `LayerAttention.in_plane` makes them."""
-        return replace(self, layers={key: value.in_plane() for key, value in self.layers.items()})
+        return replace(self, layers={key: value.in_plane(only) for key, value in self.layers.items()})
 
     def with_colors(self: Same, other: Snapshot) -> Same:
         """Return this snapshot with the patch colours of the same snapshot, in place of the tokens, and its metrics."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from attn_monitor.draw.animations import with_durations
 from attn_monitor.draw.canvas import Pixels, blank_picture, paste
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import PANEL_PIXELS, panel
+from attn_monitor.draw.slices import slice_photo
 from attn_monitor.draw.strips import STRIP_COLUMNS, filmstrip
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measurements import HealthFlag
@@ -58,7 +59,9 @@ def replay(
         history, flags = _animate(panels, animated, len(found.paths) if format == "mp4" else HELD)
         for index, (animation, name) in enumerate(zip(animated, panels.probe.names, strict=True)):
             still = panels.draw(history[-1], index)
-            strip = filmstrip(history, index, panels.photos[index], options=panels.options)
+            attention = history[-1].layer(history[-1].roles[-1])
+            below = slice_photo(panels.probe.frames_of(index), panels.photos[index], attention, panels.options)
+            strip = filmstrip(history, index, below, options=panels.options)
             for path, picture in ((f"{name}-panel.png", still), (f"{name}-filmstrip.png", strip)):
                 results.save(folder / path, picture)
             results.add(animation)
@@ -80,9 +83,9 @@ class _Panels:
     def draw(self, snapshot: Snapshot, index: int, pixels: int = PANEL_PIXELS) -> Pixels:
         """Draw the panel of one image; ``pixels`` are those of all cells together."""
         self.run.check_belongs(snapshot)
-        truth = None if self.probe.masks is None else self.probe.masks[index].numpy()
-        photo, caption = self.photos[index], self.probe.shown_caption
-        return panel(snapshot, index, photo, truth=truth, caption=caption, options=self.options, pixels=pixels)
+        truth = None if self.probe.masks is None else self.probe.plane_masks[index].numpy()
+        shown: dict[str, Any] = {"caption": self.probe.shown_caption, "frames": self.probe.frames_of(index)}
+        return panel(snapshot, index, self.photos[index], truth=truth, options=self.options, pixels=pixels, **shown)
 
 
 def _animate(panels: _Panels, paths: Sequence[Path], most: int) -> tuple[list[Snapshot], list[HealthFlag]]:

@@ -163,7 +163,7 @@ def _pictures(
     photos = probe.pixels
     for index, (name, photo) in enumerate(progress(list(zip(probe.names, photos, strict=True)), "pictures")):
         for layer in snapshot.layers_of(ROLE):
-            truth = None if probe.masks is None else probe.masks[index].numpy()
+            truth = None if probe.masks is None else probe.plane_masks[index].numpy()
             hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
             header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels{note}"
             drawn = panel(
@@ -175,6 +175,7 @@ def _pictures(
                 header=header,
                 hatched=hatched,
                 caption=probe.shown_caption,
+                frames=probe.frames_of(index),
                 options=options,
             )
             yield f"{name}-layer{layer}.png", drawn

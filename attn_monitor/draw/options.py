@@ -25,6 +25,8 @@ class DrawingOptions:
         heads: "all", "mean" for the mean over heads alone, a head, or a list of heads; the mean is always drawn.
         cell: approximate side of a map in pixels; by default few maps are large and many small.
         colormap: "inferno" or "viridis".
+        slice: frame of clips or slice of volumes, counted in patches from 0, that film strips show; by default their
+            mean.
 
     Raises:
         ArgumentError: A value is unknown or out of its range.
@@ -42,6 +44,7 @@ class DrawingOptions:
     heads: Heads = "all"
     cell: int | None = None
     colormap: Literal["inferno", "viridis"] = "inferno"
+    slice: int | None = None
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -52,6 +55,8 @@ class DrawingOptions:
             raise ArgumentError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")
         if self.cell is not None and (not isinstance(self.cell, int) or self.cell < 1):
             raise ArgumentError(f"cell={self.cell!r}: expected a number of pixels of at least 1, or None")
+        if self.slice is not None and (type(self.slice) is not int or self.slice < 0):
+            raise ArgumentError(f"slice={self.slice!r}: expected the number of a frame or slice from 0 on, or None")
         if isinstance(self.heads, list):
             object.__setattr__(self, "heads", tuple(self.heads))
         numbers = self.heads if isinstance(self.heads, tuple) else (self.heads,)

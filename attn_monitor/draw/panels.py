@@ -30,6 +30,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.slices import shown_slices, slice_cells, slice_word
 from attn_monitor.snapshot import Snapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # pixels of all cells together, largest side of one
@@ -50,6 +51,7 @@ def panel(
     hatched: Array | None = None,
     options: DrawingOptions = DrawingOptions(),
     pixels: int = PANEL_PIXELS,
+    frames: Pixels | None = None,
 ) -> Pixels:
     """Draw one probe image at one step: for each role the original, patch features, head mean and heads.
 
@@ -67,19 +69,21 @@ def panel(
         hatched: Patches that were left out of the snapshot's maps, bool (gh, gw).
         options: Colours, heads and size of the maps.
         pixels: Approximate number of pixels of all cells together.
+        frames: Frames of a clip or slices of a volume, uint8 (frames, H, W, 3), which are shown below their mean.
 
     Returns:
         A picture, uint8 (height, width, 3).
     """
-    snapshot = snapshot.in_plane()
     rows: list[tuple[str, list[Cell]]] = []
     painters: dict[tuple[object, ...], CellPainter] = {}  # shared by roles, as resizing a photo takes time
     for role in snapshot.roles:
         if not has_layer(snapshot, role, layer):
             continue
-        attention = snapshot.layer(role, layer)
+        whole = snapshot.layer(role, layer)
+        attention = whole.in_plane()
         maps, labels = mean_and_heads(attention.maps[image], options.drawn_heads)
-        count = len(labels) + 1 + (attention.colors is not None)
+        slices = shown_slices(whole)
+        count = len(labels) + 1 + (attention.colors is not None) + len(slices) + bool(slices)
         side = options.cell or round(math.sqrt(pixels / count / len(snapshot.roles)))
         side = min(side, LARGEST_CELL)
         key = attention.grid, attention.geometry, side
@@ -95,6 +99,9 @@ def panel(
         left_out = 0 if hatched is None else int(hatched.sum())
         unseen = 1 - attention.grid.seen_share((photo.shape[0], photo.shape[1]))
         rows.append((layer_title(attention, role, left_out, unseen), cells))
+        if slices:
+            title = f"{role} · mean of heads in each {slice_word(whole)}, with its share of attention"
+            rows.append((title, slice_cells(whole, image, photo, frames, options, side)))
     header = header or f"{snapshot.names[image]} · step {snapshot.step:,} · epoch {snapshot.epoch}"
     return _compose(header, rows, options, truth is not None and bool(truth.any()))
 

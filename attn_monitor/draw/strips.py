@@ -16,6 +16,7 @@ from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import colors_or_missing, map_or_missing
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.slices import has_slices, slice_word
 from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
@@ -32,8 +33,9 @@ def filmstrip(
 ) -> Pixels:
     """Draw one image's attention over time, with a column for each of up to ten steps.
 
-    Rows are each role's patch features as colours, if they are known, and head mean, then up to four heads of the last
-    role: of more heads, those with the lowest entropy on this image at the end.
+    Of clips and volumes it is their mean, or the frame or slice that the options choose. Rows are each role's patch
+    features as colours, if they are known, and head mean, then up to four heads of the last role: of more
+    heads, those with the lowest entropy on this image at the end.
 
     Args:
         history: Snapshots in order of steps.
@@ -45,8 +47,8 @@ def filmstrip(
     Returns:
         A picture, uint8 (height, width, 3).
     """
-    last = history[-1].in_plane()
-    chosen = [history[i].in_plane() for i in thin([s.step for s in history], STRIP_COLUMNS)]
+    last, only = history[-1].in_plane(options.slice), options.slice
+    chosen = [history[i].in_plane(only) for i in thin([s.step for s in history], STRIP_COLUMNS)]
     main = last.roles[-1]
     attention = last.layer(main, layer)
     heads = _most_concentrated(attention, image, options.drawn_heads)
@@ -59,7 +61,9 @@ def filmstrip(
     features = _features(chosen, layer, image, painter)
     labels = [*((role, "features") for role in features), *labels]
     pictures = np.concatenate([*features.values(), pictures])
-    title = f"{last.names[image]} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
+    whole = history[-1].layer(main, layer)
+    part = "" if only is None or not has_slices(whole) else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)}"
+    title = f"{last.names[image]}{part} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
     return _compose(title, [s.step for s in chosen], labels, pictures, painter)
 
 

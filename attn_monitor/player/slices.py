@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention, PatchColors
+from attn_monitor.draw.slices import has_slices, middle_frame, slice_word
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
-
-WORDS = {"t": "frame", "d": "slice"}
 
 
 def slice_names(snapshot: Snapshot) -> list[str]:
     """Names of the pictures of one image: "mean", "maximum", then each frame or slice; none for images of two axes."""
-    grids = [a.grid for a in snapshot.layers.values() if len(a.grid) == 3 and a.grid[0] > 1]
-    if not grids:
+    sliced = [a for a in snapshot.layers.values() if has_slices(a)]
+    if not sliced:
         return []
-    most = max(grids, key=lambda grid: grid[0])
-    word = WORDS.get(most.axes[0], most.axes[0])
-    return [f"mean of {most[0]}", "maximum", *(f"{word} {n}" for n in range(most[0]))]
+    most = max(sliced, key=lambda a: a.grid[0])
+    depth, word = most.grid[0], slice_word(most)
+    return [f"mean of {depth}", "maximum", *(f"{word} {n}" for n in range(depth))]
 
 
 def in_slices(snapshot: Snapshot, pictures: int) -> Snapshot:
@@ -66,7 +65,7 @@ def pixels_of(probe: ProbeBatch, pictures: int) -> np.ndarray[Any, Any]:
         return probe.pixels
     frames = probe.frames  # (B, T, H, W, 3)
     count = pictures - 2
-    middle = (np.arange(count) * 2 + 1) * frames.shape[1] // (2 * count)
+    middle = [middle_frame(n, count, frames.shape[1]) for n in range(count)]
     largest = frames.max(1) if probe.image_axes.spatial[0] == "d" else probe.pixels
     found = np.concatenate([probe.pixels[:, None], largest[:, None], frames[:, middle]], 1)
     return found.reshape(-1, *found.shape[2:])
@@ -78,5 +77,5 @@ def masks_of(probe: ProbeBatch, pictures: int) -> Tensor | None:
         return None if probe.masks is None else probe.plane_masks
     whole = probe.plane_masks[:, None].expand(-1, 2, -1, -1, -1)
     count = pictures - 2
-    middle = (torch.arange(count, device="cpu") * 2 + 1) * probe.masks.shape[2] // (2 * count)
+    middle = [middle_frame(n, count, probe.masks.shape[2]) for n in range(count)]
     return torch.cat([whole, probe.masks[:, :, middle].movedim(2, 1)], 1).flatten(0, 1)

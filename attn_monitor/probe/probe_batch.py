@@ -97,10 +97,14 @@ class ProbeBatch:
     @property
     def shown_caption(self) -> str:
         """The caption of `pixels`, with the bands that they show where these do not go without saying."""
-        count = len(self.mean)
+        count, images = len(self.mean), self.channels_first
+        caption = self.caption
+        if images.ndim == 5:
+            word = {"t": "frames", "d": "slices"}.get(self.image_axes.spatial[0], self.image_axes.spatial[0])
+            caption += f", mean of {images.shape[2]} {word}"
         if count in (1, 3) and self.bands == _bands(None, count):
-            return self.caption
-        return f"{self.caption}, bands {', '.join(map(str, self.bands))} of {count}"
+            return caption
+        return f"{caption}, bands {', '.join(map(str, self.bands))} of {count}"
 
     @property
     def pixels(self) -> np.ndarray[Any, Any]:
@@ -116,8 +120,12 @@ class ProbeBatch:
     @property
     def frames(self) -> np.ndarray[Any, Any]:
         """Every frame of clips, or slice of volumes, as `pixels`: uint8 (B, frames, H, W, 3)."""
-        images = self.channels_first.float().movedim(2, 1)
-        return self._shown(images.flatten(0, 1)).reshape(*images.shape[:2], *images.shape[3:], 3)
+        return np.stack([frames for i in range(len(self)) if (frames := self.frames_of(i)) is not None])
+
+    def frames_of(self, image: int) -> np.ndarray[Any, Any] | None:
+        """Return the frames or slices of one image, uint8 (frames, H, W, 3); None for images of fewer axes."""
+        images = self.channels_first
+        return self._shown(images[image].float().movedim(1, 0)) if images.ndim == 5 else None
 
     def _shown(self, images: Tensor) -> np.ndarray[Any, Any]:
         """Denormalise (n, C, H, W), uint8 (n, H, W, 3)."""

@@ -24,6 +24,7 @@ from attn_monitor.draw.layer_heat_map import HEAT_SCALES, HeatScale, layer_heat_
 from attn_monitor.draw.logit_chart import logit_chart
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.draw.slices import slice_photo
 from attn_monitor.measure.metrics import LARGEST, METRICS, SINK_SHARES
 from attn_monitor.measurements import HEALTH_TAG, HealthFlag, MetricKey
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -86,9 +87,11 @@ def events_at_snapshot(
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
         settings: dict[str, Any] = {"layer": layer, "options": drawing}
         photo, truth = probe.pixels[index], None if probe.masks is None else probe.plane_masks[index].numpy()
-        panel = partial(_panel, history[-1], index, photo, truth=truth, caption=probe.shown_caption, **settings)
+        shown: dict[str, Any] = {"caption": probe.shown_caption, "frames": probe.frames_of(index)}
+        panel = partial(_panel, history[-1], index, photo, truth=truth, **shown, **settings)
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
-        strip = partial(_filmstrip, history, index, photo, **settings)
+        below = slice_photo(probe.frames_of(index), photo, snapshot.layer(snapshot.roles[-1], layer), drawing)
+        strip = partial(_filmstrip, history, index, below, **settings)
         yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption)
     if logits := curves.of(LARGEST):
         caption = f"largest logits, step {snapshot.step}"

@@ -1,0 +1,78 @@
+"""Frames of clips and slices of volumes side by side, behind the maximum over all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from attn_monitor import functional as F
+from attn_monitor.attention import LayerAttention
+from attn_monitor.draw.canvas import Pixels
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.record.thinning import thin
+
+WORDS = {"t": "frame", "d": "slice"}
+MOST = 14  # frames or slices in a panel, evenly spaced
+
+
+def has_slices(attention: LayerAttention) -> bool:
+    """Return whether a layer's grid has several frames or slices."""
+    return len(attention.grid) == 3 and attention.grid[0] > 1
+
+
+def slice_word(attention: LayerAttention) -> str:
+    """Return what the grid's first axis counts: "frame", "slice", or its name."""
+    return WORDS.get(attention.grid.axes[0], attention.grid.axes[0])
+
+
+def middle_frame(number: int, depth: int, frames: int) -> int:
+    """Return the frame in the middle of those that patches of a slice take."""
+    return (2 * number + 1) * frames // (2 * depth)
+
+
+def shown_slices(attention: LayerAttention) -> list[int]:
+    """Return the frames or slices that a panel shows."""
+    return thin(list(range(attention.grid[0])), MOST) if has_slices(attention) else []
+
+
+def slice_cells(
+    attention: LayerAttention, image: int, photo: Pixels, frames: Pixels | None, options: DrawingOptions, side: int
+) -> list[tuple[str, Pixels]]:
+    """Paint the mean of heads in each frame or slice, with its share of the attention on patches.
+
+    Weights are in units of uniform attention over all of them, and the outlined mask holds its share of all.
+
+    Args:
+        attention: A layer with a grid of three axes.
+        image: Index of the image.
+        photo: The image, uint8 (H, W, 3).
+        frames: Its frames, uint8 (frames, H, W, 3); the photo is below every one without them.
+        options: Colours of the maps.
+        side: Approximate longer side of a cell in pixels.
+
+    Returns:
+        Captions and pictures, the maximum first.
+    """
+    depth, flat = attention.grid[0], attention.in_plane().grid
+    maps = attention.maps[image].mean(0)  # (depth, rows, columns)
+    mask = F.mass_mask(maps.flatten(), options.threshold).view_as(maps)
+    shares = (maps.flatten(1).sum(1) / maps.sum()).tolist()
+    painter = CellPainter(photo, flat, options, side)
+    cells = [(f"maximum of {depth} {slice_word(attention)}s", painter.paint((maps.amax(0) * depth).numpy()))]
+    for number in shown_slices(attention):
+        if frames is not None:
+            below = np.ascontiguousarray(frames[middle_frame(number, depth, len(frames))])
+            painter = CellPainter(below, flat, options, side)
+        share = f" · {shares[number]:.0%}" if attention.kind != "signed" and torch.isfinite(maps).all() else ""
+        picture = painter.paint((maps[number] * depth).numpy(), mask[number].numpy())
+        cells.append((f"{slice_word(attention)} {number}{share}", picture))
+    return cells
+
+
+def slice_photo(frames: Pixels | None, photo: Pixels, attention: LayerAttention, options: DrawingOptions) -> Pixels:
+    """Return the frame below the slice that the options choose; the photo where they choose none."""
+    if frames is None or options.slice is None or not has_slices(attention):
+        return photo
+    number = min(options.slice, attention.grid[0] - 1)
+    return np.ascontiguousarray(frames[middle_frame(number, attention.grid[0], len(frames))])

@@ -1,0 +1,76 @@
+"""Panels and film strips of clips and volumes: what is painted for each frame or slice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from attn_monitor import DrawingOptions, LayerAttention
+from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.panels import panel
+from attn_monitor.draw.slices import MOST, middle_frame, shown_slices, slice_cells, slice_photo
+from attn_monitor.draw.strips import filmstrip
+from attn_monitor.errors import ArgumentError
+from attn_monitor.grid import Grid
+from attn_monitor.snapshot import Snapshot
+
+
+def snapshot(grid: Grid, step: int = 0) -> Snapshot:
+    rows = torch.rand(1, 2, 1 + grid.cells, generator=torch.Generator().manual_seed(step)).pow(4)
+    layer = LayerAttention(0, "attn", rows / rows.sum(-1, keepdim=True), 1, grid, mixed=False, verified_error=0.0)
+    return Snapshot(step, 0, ("a",), {("backbone", 0): layer})
+
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
+PHOTO = FRAMES.mean(0).astype(np.uint8)
+
+
+def test_each_frame_is_painted_over_its_own_photograph() -> None:
+    taken, options = snapshot(Grid((3, 4, 6))), DrawingOptions()
+    attention = taken.layer("backbone")
+    cells = slice_cells(attention, 0, PHOTO, FRAMES, options, 96)
+    mean = attention.maps[0].mean(0)
+    shares = (mean.flatten(1).sum(1) / mean.sum()).tolist()
+    assert [caption for caption, _ in cells] == [
+        "maximum of 3 frames",
+        *(f"frame {n} · {share:.0%}" for n, share in enumerate(shares)),
+    ]
+    ranked = mean.flatten().sort(descending=True)
+    count = int((ranked.values.cumsum(0) / mean.sum() < 0.6).sum()) + 1
+    mask = torch.zeros(mean.numel(), dtype=torch.bool)
+    mask[ranked.indices[:count]] = True  # over all frames together
+    for number in range(3):
+        painter = CellPainter(FRAMES[2 * number + 1], (4, 6), options, 96)
+        wanted = painter.paint((mean[number] * 3).numpy(), mask.view(3, 4, 6)[number].numpy())
+        assert np.array_equal(cells[1 + number][1], wanted)
+    assert np.array_equal(cells[0][1], CellPainter(PHOTO, (4, 6), options, 96).paint((mean.amax(0) * 3).numpy()))
+
+
+def test_panels_show_the_mean_first_and_at_most_fourteen_frames() -> None:
+    few, many = snapshot(Grid((3, 4, 6))), snapshot(Grid((40, 4, 6), axes=("d", "h", "w")))
+    flat = panel(few.in_plane(), 0, PHOTO)
+    sheet = panel(few, 0, PHOTO, frames=FRAMES)
+    assert sheet.shape != flat.shape
+    assert np.array_equal(panel(few.in_plane(), 0, PHOTO, frames=FRAMES), flat)  # it has no frames to show
+    chosen = shown_slices(many.layer("backbone"))
+    assert len(chosen) == MOST
+    assert (chosen[0], chosen[-1]) == (0, 39)
+    assert "slice 39" in slice_cells(many.layer("backbone"), 0, PHOTO, None, DrawingOptions(), 64)[-1][0]
+    assert shown_slices(few.in_plane().layer("backbone")) == []
+    assert [middle_frame(n, 3, 6) for n in range(3)] == [1, 3, 5]
+
+
+def test_a_film_strip_of_a_chosen_slice() -> None:
+    history = [snapshot(Grid((3, 4, 6)), step) for step in (0, 10)]
+    options = DrawingOptions(slice=2)
+    attention = history[0].layer("backbone")
+    alone = attention.in_plane(2)
+    assert torch.equal(alone.maps, attention.maps[:, :, 2] * 3)
+    assert torch.equal(attention.in_plane(99).maps, alone.maps)
+    assert np.array_equal(slice_photo(FRAMES, PHOTO, attention, options), FRAMES[5])
+    assert np.array_equal(slice_photo(FRAMES, PHOTO, attention, DrawingOptions()), PHOTO)
+    assert not np.array_equal(filmstrip(history, 0, PHOTO, options=options), filmstrip(history, 0, PHOTO))
+    for wrong in (-1, 0.5, True):
+        with pytest.raises(ArgumentError, match="number of a frame or slice"):
+            DrawingOptions(slice=wrong)

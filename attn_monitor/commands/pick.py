@@ -1,8 +1,8 @@
 """Rank a run's checkpoints for dense and for global use, and say which teacher to anchor Gram matrices to.
 
-For dense use by DSE (arXiv 2510.17299), which needs no labels; for global use by kNN accuracy where labels were given
-(`evaluation=`), else by RankMe of training's own features. How certain a pick is: its gap to the last checkpoint, next
-to the noise between neighbours.
+For dense use by DSE (arXiv 2510.17299), which needs no labels, and by its first term alone, separability: where the two
+disagree, little is certain. For global use by kNN accuracy where labels were given (`evaluation=`), else by RankMe of
+training's own features. How certain a pick is: its gap to the last checkpoint, next to the noise between neighbours.
 
 Example: attn-monitor pick runs/version_0
      or: attn-monitor pick checkpoints --model timm:vit_small_patch16_224 --probe photos
@@ -26,8 +26,8 @@ from attn_monitor.commands.support.results import notify, print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError, ArgumentError, CheckpointError
 from attn_monitor.measure.checkpoint_scores import FEWEST, dense_scores, local_maxima, neighbour_noise
-from attn_monitor.measure.dense_quality import DENSE
-from attn_monitor.measurements import Metrics
+from attn_monitor.measure.dense_quality import DENSE, SEPARABILITY
+from attn_monitor.measurements import TRAINING, Metrics
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.weights.models import load_model
@@ -104,7 +104,7 @@ class Picked:
     broken: tuple[str, ...] = ()
 
     def best(self, use: str) -> Ranking | None:
-        """Return the ranking to go by: the teacher's where there is one."""
+        """Return the ranking to go by: the teacher's where there is one, for dense use by DSE."""
         return next((ranking for ranking in self.rankings if ranking.use == use), None)
 
     @property
@@ -148,8 +148,9 @@ def pick_checkpoints(run: str | Path, *, start: int = 1) -> Picked:
 
 def rank(metrics: Mapping[int, Metrics]) -> list[Ranking]:
     """Rank checkpoints by their metrics, by step: for dense use, then for global use, in each the teacher first."""
-    roles = sorted({key.role for values in metrics.values() for key in values}, key=lambda role: role != "teacher")
+    roles = sorted({key.role for m in metrics.values() for key in m} - {TRAINING}, key=lambda r: (r != "teacher", r))
     rankings = [_ranking("dense", role, "DSE", _dense(metrics, role)) for role in roles]
+    rankings += [_ranking("dense", role, SEPARABILITY, _curve(metrics, role, SEPARABILITY)) for role in roles[:1]]
     for role in roles:
         curves = {name: _curve(metrics, role, name) for name in GLOBAL}
         name = next((name for name in GLOBAL if curves[name]), GLOBAL[-1])

@@ -45,6 +45,7 @@ def test_the_best_teacher_is_picked_and_named_as_anchor(tmp_path: Path) -> None:
     assert [(r.use, r.role, r.measure) for r in found.rankings] == [
         ("dense", "teacher", "DSE"),
         ("dense", "student", "DSE"),
+        ("dense", "teacher", "dense_separability"),
         ("global", "teacher", "rankme"),
         ("global", "student", "rankme"),
     ]

@@ -29,8 +29,8 @@ th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #8886;
 td:first-child { white-space: nowrap; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 th button { font: inherit; font-weight: 600; background: none; border: 0; padding: 0; cursor: pointer; color: inherit; }
-th[aria-sort=ascending] button::after { content: " ▲"; }
-th[aria-sort=descending] button::after { content: " ▼"; }
+th[aria-sort=ascending] button::after { content: " ▲" / ""; }
+th[aria-sort=descending] button::after { content: " ▼" / ""; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.5rem; }
 svg { max-width: 100%; height: auto; }
 svg text { fill: currentColor; font: 12px system-ui, sans-serif; }

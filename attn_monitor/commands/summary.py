@@ -242,7 +242,7 @@ def _print(found: RunSummary, every_layer: bool) -> None:
         print(f"\n{layer.title}")
         print_table([TITLES, *rows] if rows else [["  no metrics were measured"]])
     for model in found.models:
-        print(f"\n{model.role if model.role == TRAINING else f'{model.role}, the whole model'}, in training's steps")
+        print(f"\n{model.role}{'' if model.role == TRAINING else ', the whole model in training'}")
         print_table([TITLES, *map(_row, model.curves)])
 
 

@@ -37,6 +37,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 FROM_START = 8  # snapshots in a row for what every run begins with: answers that are uniform, and the same
+FORMED = 1.05  # times its first value that dense separability must have reached, to decay
 INTERVALS = 5  # between snapshots in which a loss that swings is looked for
 LIKELY_K = tuple(2**power for power in range(9, 19))  # where the number of prototypes is not known
 
@@ -292,6 +293,8 @@ def _dense(history: RunHistory, t: Thresholds) -> Verdict | None:
     if _streak(falls, lambda p: p.value >= t.dense, t.snapshots) is None:
         return None
     best = max(apart, key=lambda p: p.value)
+    if best.value < FORMED * apart[0].value:  # random weights separate patches well, and it falls while features form
+        return None
     return Verdict(
         "dense features decaying",
         best.step,

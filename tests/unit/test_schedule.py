@@ -93,3 +93,28 @@ def test_a_short_loop_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         watch.step(step)
     watch.close(40)
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor")] == [0, 1, 2, 4, 8, 16, 32, 40]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "total", "taken", "due"),
+    [
+        ({"every_n_train_steps": 10}, 25, [0], 10),
+        ({"every_n_train_steps": 10}, 25, [0, 13], 20),  # with several optimizers the step counter skips numbers
+        ({"every_n_train_steps": 10}, 25, [0, 10, 20], 25),  # the last one is at the end
+        ({}, 100, [0, 2], 4),
+        ({}, math.inf, [0], None),  # there may be an early one
+        ({}, math.inf, [0, 50], 100),
+        ({}, math.inf, [0, 50, 1000], 1100),
+        ({"every_n_epochs": 1}, 60, [0], None),
+        ({"every_n_epochs": 1}, 60, [0, 20], 40),
+        ({"every_n_train_steps": 10}, 25, [], None),
+    ],
+)
+def test_the_next_snapshot_is_known_before_it(
+    arguments: dict[str, int], total: float, taken: list[int], due: int | None
+) -> None:
+    schedule = Schedule(**arguments)
+    schedule.start(total)
+    for step in taken:
+        schedule.taken(step)
+    assert schedule.next_due() == due

@@ -109,6 +109,12 @@ def test_what_every_run_begins_with_needs_longer() -> None:
             assert judge(history).is_bad == (first == FROM_START)
 
 
+def test_dense_features_must_have_formed_before_they_decay() -> None:
+    """Random weights separate patches well; in healthy runs that falls while features form."""
+    falling = [0.61, 0.61, 0.58, 0.54, 0.51, 0.5, 0.47, 0.45, 0.44, 0.43]
+    assert verdict({"teacher/11/dense_separability": falling}) == Verdict("healthy")
+
+
 def test_ranks_of_few_samples_are_left_out() -> None:
     """The last snapshot may come after few steps."""
     few = {"teacher/effective_rank": [12, 12, 12], "teacher/feature_samples": [256, 256, 256]}

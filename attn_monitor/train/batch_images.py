@@ -96,12 +96,18 @@ def _rank(name: str) -> int:
 
 def _parts(container: Any) -> list[tuple[str, Any]]:
     """Return a container's own items with their key or attribute; none if it is no container."""
-    node = _as_pytree(container) if pytree.tree_is_leaf(container) else container
+    node = _as_pytree(container) if _is_leaf(container) else container
     registered = pytree.SUPPORTED_NODES.get(type(node))
     if registered is not None and registered.flatten_with_keys_fn is None:
         return [("", part) for part in pytree.tree_leaves(node, is_leaf=lambda part: part is not node)]
     found = pytree.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
     return [(_name(path[0]), part) for path, part in found if path]
+
+
+def _is_leaf(value: Any) -> bool:
+    """Return whether pytree knows no parts of a value; its own function is there from PyTorch 2.5 on."""
+    parts = pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
+    return len(parts) == 1 and parts[0] is value
 
 
 def _name(key: Any) -> str:

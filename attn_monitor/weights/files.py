@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from attn_monitor.errors import CheckpointError, first_line
 
@@ -178,14 +177,28 @@ def _unpickle(path: Path, trust: bool) -> tuple[Any, list[str]]:
             refuse_packed_records(file, path.stat().st_size)
     if trust:
         return torch.load(path, map_location="cpu", weights_only=False, mmap=packed), []
-    names = get_unsafe_globals_in_checkpoint(path) if packed else _globals_before_zip(path)
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        return _load_plain(path, packed), []
+    serialization = torch.serialization
+    names = serialization.get_unsafe_globals_in_checkpoint(path) if packed else _globals_before_zip(path)
     if len(names) > MOST_CLASSES or any(name.startswith(("sys.", "os.", "posix.", "nt.")) for name in names):
         raise code_error(names)  # PyTorch reads nothing of these modules, whatever it is allowed
     skipped: dict[str, None] = {}
     absent: list[Any] = [(_Absence(name, (_Absent,), {"skipped": skipped}), name) for name in names]
-    with safe_globals(absent), warnings.catch_warnings():
+    with torch.serialization.safe_globals(absent), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pickle's version, and what torch will not support
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed), list(skipped)
+
+
+def _load_plain(path: Path, packed: bool) -> Any:
+    """Load a file of tensors and plain values alone, as PyTorch before 2.5 cannot leave other objects out."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"it holds objects beside tensors: {first_line(error)}. PyTorch {torch.__version__} cannot leave them out. "
+            "Update PyTorch to 2.6 or newer, or trust the file (--trust) if you know who made it"
+        ) from error
 
 
 def _globals_before_zip(path: Path) -> list[str]:

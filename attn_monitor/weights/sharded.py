@@ -17,7 +17,6 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from attn_monitor.errors import CheckpointError
 from attn_monitor.weights.files import SHARDED, Weights, code_error, refuse_packed_records
@@ -42,6 +41,11 @@ def read_sharded(folder: Path) -> Weights:
         CheckpointError: the metadata names anything else than parts of metadata, or leads out of the folder; from
             ``load``, pieces are missing, of another size, or hold code.
     """
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise CheckpointError(
+            f"a folder of torch.distributed.checkpoint, which is read from PyTorch 2.6 on (here {torch.__version__}). "
+            "Update PyTorch, or convert it by torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
     with (folder / SHARDED).open("rb") as file:
         found = _MetadataUnpickler(file).load()
     if not isinstance(found, Metadata):
@@ -69,7 +73,7 @@ class _Reader(FileSystemReader):
         piece = io.BytesIO(file.read(sinfo.length))
         refuse_packed_records(piece, len(piece.getbuffer()))
         piece.seek(0)
-        if names := get_unsafe_globals_in_checkpoint(piece):
+        if names := torch.serialization.get_unsafe_globals_in_checkpoint(piece):
             raise code_error(names)
         piece.seek(0)
         return piece

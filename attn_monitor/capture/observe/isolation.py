@@ -45,9 +45,24 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_autocast_cache_off())
         stack.enter_context(_mha_fast_path_off())
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing is compiled before
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_uncompiled())
         stack.enter_context(_flex_attention_uncompiled())
         yield
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled modules eagerly: by PyTorch's switch from 2.6 on, else without the function that compiles frames."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    frames: Any = sys.modules["torch._dynamo.eval_frame"]
+    original, frames.set_eval_frame = frames.set_eval_frame, lambda callback: None
+    try:
+        yield
+    finally:
+        frames.set_eval_frame = original
 
 
 _isolated = ContextVar("isolated", default=False)

@@ -28,7 +28,9 @@ from attn_monitor.capture.observe.observation import Observation, RefusedObserva
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten._softmax.default, aten._safe_softmax.default, aten._softmax.out, aten.softmax.int_out}
+SOFTMAX = {aten._softmax.default, aten._softmax.out, aten.softmax.int_out}
+if hasattr(aten, "_safe_softmax"):  # from PyTorch 2.5 on
+    SOFTMAX.add(aten._safe_softmax.default)
 ELEMENTWISE = {aten.sigmoid.default, aten.relu.default, aten.exp.default}  # turn scores into weights without a softmax
 PRODUCT = {aten.bmm.default, aten.bmm.out, aten.baddbmm.default}
 

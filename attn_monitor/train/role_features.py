@@ -140,8 +140,9 @@ def _largest(args: Any, kwargs: Any, output: Any) -> tuple[Tensor | None, Any]:
 
 
 def _are_images(tensor: Any) -> bool:
-    is_one = isinstance(tensor, Tensor) and tensor.ndim == 4 and tensor.is_floating_point()
-    return is_one and 0 < tensor.shape[1] <= MAX_CHANNELS and not hasattr(tensor, "to_local")
+    """Whether an argument is (B, C, H, W), or a clip or a volume, (B, C, T, H, W) or (B, T, C, H, W)."""
+    is_one = isinstance(tensor, Tensor) and tensor.ndim in (4, 5) and tensor.is_floating_point()
+    return is_one and 0 < min(tensor.shape[1:-2]) <= MAX_CHANNELS and not hasattr(tensor, "to_local")
 
 
 def _tensors(output: Any) -> list[Tensor]:

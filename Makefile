@@ -39,7 +39,7 @@ docs: $(VENV)/.setup-dev
 
 # The documents as pages in build/site; a link that leads nowhere is an error.
 site: $(VENV)/.setup-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/site/index.html; for the search too: $(BIN)/python -m http.server -d build/site"
 
 # About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.

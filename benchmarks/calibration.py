@@ -133,13 +133,13 @@ def table(runs: Sequence[dict[str, Any]], thresholds: Thresholds) -> str:
         alarms = [j for j in found if j.alarm is not None]
         shown = [] if kind in GOOD else [(j.alarm, loss_shows(j.run)) for j in alarms]
         leads = [loss - alarm for alarm, loss in shown if loss is not None and alarm is not None]
-        seen = sum(loss_shows(j.run) is not None for j in found) if kind not in GOOD else None
+        seen = sum(loss_shows(j.run) is not None for j in found)
         ends = Counter(j.verdicts[-1][1].state for j in found).most_common(3)
         knn = [median(j.run["knn"][i] for j in found) for i in (0, 1)]
         rows.append(
             f"| {kind} | {len(alarms)} of {len(found)} | {_median([j.alarm for j in alarms if j.alarm is not None])} | "
             f"{', '.join(f'{state} {count}' for state, count in ends)} | "
-            f"{'' if seen is None else f'{seen} of {len(found)}'} | {_median(leads)} | {knn[0]:.2f} → {knn[1]:.2f} |"
+            f"{seen} of {len(found)} | {_median(leads)} | {knn[0]:.2f} → {knn[1]:.2f} |"
         )
     return "\n".join(rows)
 

@@ -28,6 +28,7 @@ from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
 from attn_monitor.commands.support.devices import fitting_size
 from attn_monitor.errors import AttentionError, NoAttentionError
+from attn_monitor.grid import Grid
 from attn_monitor.weights.models import load_model
 
 
@@ -89,11 +90,11 @@ def _reason(site: Site) -> str:
 def _describe(site: Site) -> str:
     head = f"{site.index:3d} {site.name:32s} {_kernel(site.op):34s}"
     assert site.layout is not None
-    (gh, gw), prefix = site.layout.grid, len(site.layout.prefix)
+    grid, prefix = Grid(site.layout.grid), len(site.layout.prefix)
     how = {"centres": "by the centres of overlapping fields"}.get(site.layout.evidence, site.layout.evidence)
     where = "" if site.layout.geometry is None else f" of {site.layout.geometry}"
     error = "mixed after the softmax" if site.mixed else f"error {site.error:.1e}"
-    return f"{head} {site.heads} heads, grid {gh} × {gw}{where} (places {how}) + {prefix} prefix, {error}"
+    return f"{head} {site.heads} heads, grid {grid}{where} (places {how}) + {prefix} prefix, {error}"
 
 
 def _kernel(op: str) -> str:

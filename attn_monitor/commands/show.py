@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
@@ -164,7 +165,7 @@ def _pictures(
     for index, (name, photo) in enumerate(progress(list(zip(probe.names, photos, strict=True)), "pictures")):
         for layer in snapshot.layers_of(ROLE):
             truth = None if probe.masks is None else probe.plane_masks[index].numpy()
-            hatched = outliers[layer].patches[index].numpy() if layer in outliers else None
+            hatched = _in_plane(outliers[layer].patches)[index].numpy() if layer in outliers else None
             header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels{note}"
             drawn = panel(
                 snapshot,
@@ -180,6 +181,11 @@ def _pictures(
             )
             yield f"{name}-layer{layer}.png", drawn
     if separate:
-        patches = {layer: found.patches for layer, found in outliers.items()}
+        patches = {layer: _in_plane(found.patches) for layer, found in outliers.items()}
         single = separate_pictures(snapshot, photos, role=ROLE, hatched=patches, options=options)
         yield from progress(single, "single pictures")
+
+
+def _in_plane(patches: Tensor) -> Tensor:
+    """Return which patches (B, gh, gw) were left out in any frame or slice of (B, *grid)."""
+    return patches.any(1) if patches.ndim == 4 else patches

@@ -101,19 +101,16 @@ class LayerSummary:
     def of(cls, role: str, a: LayerAttention, curves: Sequence[Curve]) -> LayerSummary:
         """Summarise a layer by its attention at the last step."""
         heads = a.rows.shape[1]
-        return cls(
-            role, a.layer, a.name, a.model, a.query, heads, (a.grid[0], a.grid[1]), a.places, a.kind, tuple(curves)
-        )
+        return cls(role, a.layer, a.name, a.model, a.query, heads, tuple(a.grid), a.places, a.kind, tuple(curves))
 
     @property
     def title(self) -> str:
         """The layer in one line."""
         model = f" {self.model}" if self.model else ""
         query = f", query {self.query}" if self.query else ""
-        gh, gw = self.grid
         kind = "" if self.kind == "distribution" else f", {self.kind}"
         where = f"{self.role}{model}, layer {self.layer} ({self.name})"
-        return f"{where}: {self.heads} heads, {gh} × {gw} patches{query}{kind}"
+        return f"{where}: {self.heads} heads, {' × '.join(map(str, self.grid))} patches{query}{kind}"
 
 
 @dataclass(frozen=True)

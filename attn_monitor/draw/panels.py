@@ -35,6 +35,8 @@ from attn_monitor.snapshot import Snapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # pixels of all cells together, largest side of one
 
+_AXES = {"f": "frequency", "t": "time", "c": "channels", "h": "rows", "w": "columns", "d": "slices"}
+
 Cell = tuple[str, Pixels]
 """A caption and the picture above it."""
 
@@ -123,6 +125,9 @@ def layer_title(attention: LayerAttention, role: str = "", left_out: int = 0, un
         parts.append("mixed after the softmax")
     if attention.kind != "distribution":
         parts.append({"weights": "weights that do not sum to 1", "signed": "some weights are negative"}[attention.kind])
+    if attention.grid.axes not in (("h", "w"), ("", "t")) and len(attention.grid) == 2:
+        down, right = (_AXES.get(axis, axis) for axis in attention.grid.axes)
+        parts.append(f"{down} downwards, {right} to the right")
     if left_out:
         parts.append(f"{left_out} outlier{'s' * (left_out > 1)} left out (hatched)")
     if unseen > 1e-6:

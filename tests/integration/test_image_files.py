@@ -17,9 +17,10 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from skimage import data
 
-from attn_monitor import AttentionMapCallback, ProbeBatch, ProbeError, ProbeOptions
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, ProbeError, ProbeOptions
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.backfill import probe_of
+from attn_monitor.commands.check import check
 from attn_monitor.commands.show import show
 from attn_monitor.errors import ArgumentError
 from attn_monitor.probe.image_folder import read_images
@@ -224,3 +225,22 @@ def test_a_run_reads_a_folder_with_its_models_channels(tmp_path: Path, channels:
     assert callback.monitor is not None
     assert callback.monitor.probe.images.shape == (1, channels, 32, 32)
     assert next(tmp_path.rglob("step-*.npz"))
+
+
+def test_volumes_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
+    (tmp_path / "volume_model.py").write_text(
+        "from tests.support.more_axes import AnyViT\n"
+        "def build():\n    return AnyViT((8, 32, 24), (2, 8, 8), channels=1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check("volume_model:build", size=(8, 32, 24))
+    assert "images of 8 × 32 × 24 with 1 channels" in (printed := capsys.readouterr().out)
+    assert "grid 4 × 4 × 3 (places exact)" in printed
+    show("volume_model:build", "ct", size=(8, 32, 24), out="shown", separate=True, drop_artifacts=True)
+    assert AttentionSnapshot.load(tmp_path / "shown/attention.npz").layer("backbone").grid == (4, 4, 3)
+    assert ProbeBatch.load(tmp_path / "shown/probe.npz").shown_caption == "original, mean of 8 slices"
+    assert {"a-layer1.png", "heatmap.png", "attn-head3.png"} <= {path.name for path in (tmp_path / "shown").iterdir()}

@@ -8,7 +8,7 @@ import torch
 
 from attn_monitor import DrawingOptions, LayerAttention
 from attn_monitor.draw.cells import CellPainter
-from attn_monitor.draw.panels import panel
+from attn_monitor.draw.panels import layer_title, panel
 from attn_monitor.draw.slices import MOST, middle_frame, shown_slices, slice_cells, slice_photo
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.errors import ArgumentError
@@ -74,3 +74,8 @@ def test_a_film_strip_of_a_chosen_slice() -> None:
     for wrong in (-1, 0.5, True):
         with pytest.raises(ArgumentError, match="number of a frame or slice"):
             DrawingOptions(slice=wrong)
+
+
+def test_the_axes_of_spectrograms_are_in_the_title() -> None:
+    for axes, title in ((("f", "t"), "frequency downwards, time to the right"), (("h", "w"), "layer 0 (attn)")):
+        assert layer_title(snapshot(Grid((4, 6), axes=axes)).layer("backbone")).endswith(title)

@@ -36,7 +36,7 @@ def separate_pictures(
         for layer in layers:
             of_layer = f"{of_image}layer{layer}/" if len(layers) > 1 else of_image
             patches = None if hatched is None or layer not in hatched else hatched[layer][image].numpy()
-            attention = snapshot.layer(role, layer)
+            attention = snapshot.layer(role, layer).in_plane()
             drawing = PixelPictures(photo, attention.grid, options, patches)
             for stem, picture in _pictures(attention.maps[image], drawing):
                 yield f"{of_layer}{stem}.png", picture

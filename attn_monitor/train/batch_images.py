@@ -18,6 +18,7 @@ IMAGE_WORDS = ("global", "image", "pixel", "img", "view", "x")
 """Words in the keys and attributes that hold images, the most reliable first."""
 
 MAX_CHANNELS = 32  # most images have fewer; feature maps and weights have more
+SMALLEST = 8  # pixels on a side of images with more channels; weights of convolutions are smaller
 MAX_CONTAINERS = 10_000  # to search in a batch, as an object may lead to a whole program
 
 
@@ -37,8 +38,8 @@ def _has_few_channels(x: Tensor) -> bool:
 
 _KINDS: tuple[Callable[[Tensor], bool], ...] = (
     _has_few_channels,
-    lambda x: x.ndim in (4, 5),
-    lambda x: x.ndim == 3 and min(x.shape[1:]) > 1,
+    lambda x: x.ndim in (4, 5) and min(x.shape[-2:]) >= SMALLEST,
+    lambda x: x.ndim == 3 and min(x.shape[1:]) > 1 and len(x) not in (1, 3),  # else it may be one image
 )
 
 

@@ -46,8 +46,8 @@ def probe_from_batch(
     images = find_images(batch)
     if images is None:
         raise NoImagesError(
-            f"probe=None: the batch holds no floating-point tensor of images; received {describe_batch(batch)}, "
-            f"expected images {SHAPES}. Pass probe= a folder, a tensor or a ProbeBatch"
+            f"probe=None: the batch holds no floating-point tensor of images {SHAPES}; received "
+            f"{describe_batch(batch)}. Pass probe= a folder, a tensor or a ProbeBatch"
         )
     return probe_from_images(images[:num_images], caption=caption, declared=declared)
 

@@ -9,7 +9,6 @@ half of the seeds, and a data set of which no run was chosen on.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 from collections import Counter
@@ -46,11 +45,8 @@ class Judged(NamedTuple):
 
     @property
     def alarm(self) -> int | None:
-        """Step of the first bad verdict that was still bad at the next snapshot, or at the end."""
-        for (step, verdict), (_, following) in itertools.pairwise([*self.verdicts, self.verdicts[-1]]):
-            if verdict.is_bad and following.is_bad:
-                return step
-        return None
+        """Step of the first bad verdict, which raises a flag; None if there is none."""
+        return next((step for step, verdict in self.verdicts if verdict.is_bad), None)
 
 
 def history_of(run: dict[str, Any]) -> Iterator[tuple[int, dict[MetricKey, float]]]:

@@ -25,7 +25,8 @@ from attn_monitor.errors import AttnMonitorError, HeadError
 from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, summarise
 from attn_monitor.measure.patch_features import with_features
-from attn_monitor.measure.verdict import RunHistory, judge
+from attn_monitor.measure.run_history import RunHistory
+from attn_monitor.measure.verdict import judge
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics, Verdict
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch

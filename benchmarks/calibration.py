@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from attn_monitor.measure.verdict import THRESHOLDS, RunHistory, Thresholds, Verdict, judge
-from attn_monitor.measurements import MetricKey
+from attn_monitor.measure.run_history import RunHistory
+from attn_monitor.measure.verdict import THRESHOLDS, Thresholds, judge
+from attn_monitor.measurements import MetricKey, Verdict
 
 CHOSEN_ON = ("digits", "photographs")
 GOOD = ("healthy", "MAE, healthy")

@@ -22,7 +22,8 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.commands.support.results import print_table
 from attn_monitor.commands.support.runs import Run
 from attn_monitor.errors import ArchiveError
-from attn_monitor.measure.verdict import RunHistory, judge
+from attn_monitor.measure.run_history import RunHistory
+from attn_monitor.measure.verdict import judge
 from attn_monitor.measurements import TRAINING, HealthFlag, Verdict
 from attn_monitor.record.thinning import thin
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from attn_monitor.measure.verdict import FROM_START, INTERVALS, RunHistory, judge
+from attn_monitor.measure.run_history import RunHistory
+from attn_monitor.measure.verdict import FROM_START, INTERVALS, judge
 from attn_monitor.measurements import TRAINING, MetricKey, Metrics, Verdict
 
 K = 4096

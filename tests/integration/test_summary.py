@@ -43,7 +43,8 @@ def test_curves_are_the_metrics_of_the_snapshots(tmp_path: Path) -> None:
 
 def test_the_verdict_tells_when_it_turned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "attn_monitor", health=HealthLimits(peak=0.1, logit=math.inf))
-    flags, student, _ = summarise_run(tmp_path).verdict
+    judged, flags, student, _ = summarise_run(tmp_path).verdict
+    assert judged == "No verdict yet."  # four snapshots are no evidence
     assert flags.startswith("2 health flags were raised, the first at step 10 (peak, student, layer 1)")
     assert student.startswith("student, layer 1: entropy fell from 1.00 to 0.")
     assert student.endswith(", and rose to 1.00 since.")
@@ -60,7 +61,7 @@ def test_the_verdict_tells_when_it_turned(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(("end", "text"), [(0, "stayed at 1.00 (near uniform)"), (6, "fell from 1.00 to 0.")])
 def test_the_verdict_without_a_turn(tmp_path: Path, end: float, text: str) -> None:
     write_run(tmp_path, sharpness=(0, end / 3, end / 2, end), roles=["backbone"])
-    verdict = summarise_run(tmp_path).verdict
+    _, *verdict = summarise_run(tmp_path).verdict
     assert verdict[0].startswith("No health flag was raised." if end == 0 else "One health flag was raised, the first")
     assert text in verdict[1]
     assert "since" not in verdict[1]

@@ -327,7 +327,11 @@ class AttentionMonitor:
         first = doubt = worst(lambda: recorder.doubt(images(), last=last))
         if doubt == Doubt.DUE:
             doubt = worst(lambda: recorder.check_places(images()))
-        if doubt >= Doubt.CHANGED and worst(lambda: recorder.ask_again(images(), doubt)):
+        moved = doubt >= Doubt.CHANGED and bool(worst(lambda: recorder.ask_again(images(), doubt)))
+        if last and doubt == Doubt.CHANGED and not moved:  # sites may be those of an earlier time in the same state
+            doubt = worst(lambda: recorder.check_places(images()))
+            moved = doubt == Doubt.MOVED and bool(worst(lambda: recorder.ask_again(images(), doubt)))
+        if moved:
             self._reordered.append(_reordered(role, self._confirmed.get(role, step), step))
         if first or role not in self._confirmed:
             self._confirmed[role] = step

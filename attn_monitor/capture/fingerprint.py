@@ -62,8 +62,7 @@ def state_of(model: nn.Module, forward: Callable[..., Any]) -> State:
             if parameter is not None and not (parameter.is_floating_point() or parameter.is_complex()):
                 reader.value((number, name), parameter)
         for table in _HOOKS:
-            if hooks := getattr(module, table):
-                reader.hooks((number, table), hooks)
+            reader.hooks((number, table), getattr(module, table))
         if not sharded:
             reader.attributes((number,), module)
     for base in {base for kind in {*map(type, modules)} for base in kind.__mro__} - {*nn.Module.__mro__}:
@@ -128,7 +127,8 @@ class _Reader:
     def hooks(self, key: Key, table: Mapping[int, Any]) -> None:
         """Read hooks in order, without those of this package, which change nothing."""
         hooks = [hook for hook in list(table.values()) if not _is_ours(hook)]
-        self._items[key] = Item("other", len(hooks))
+        if hooks:  # as where there never were any
+            self._items[key] = Item("other", len(hooks))
         for number, hook in enumerate(hooks):
             self.anything((*key, number), hook)
 

@@ -208,7 +208,7 @@ def first_layer(**fields: Any) -> Callable[[Any, Arrays], None]:
 @pytest.mark.parametrize(
     ("kind", "wrong", "text"),
     [
-        ("snapshot", first_layer(grid=[-4, -4]), r"grid=\[-4, -4\].*expected 2 integers of at least 1"),
+        ("snapshot", first_layer(grid=[-4, -4]), r"grid=\[-4, -4\].*expected integers of at least 1"),
         ("snapshot", first_layer(grid=[4, 5]), r"student/0 is float16 \(3, 4, 19\), expected float16 \(3, 4, 23\)"),
         ("snapshot", first_layer(grid=[2, 7], num_prefix=5), r"num_prefix=5 does not fit prefix_mass="),
         ("snapshot", first_layer(heads=3), "has 4 values for 3 heads"),
@@ -258,7 +258,7 @@ def test_states_get_the_same_checks(files: dict[str, Path], kind: str) -> None:
     tensors = "arrays" if kind == "snapshot" else "tensors"
     broken += [{**state, tensors: wrong} for wrong in (None, {}, dict.fromkeys(state[tensors], 3))]
     broken += [{**state, tensors: {k: v[:1] for k, v in state[tensors].items()}}]
-    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in state]
+    broken += [{k: v for k, v in state.items() if k != left_out} for left_out in state.keys() - {"bands"}]
     for wrong in broken:
         with pytest.raises(ArchiveError):
             snapshot_from_state(wrong) if kind == "snapshot" else ProbeBatch.from_state_dict(wrong)

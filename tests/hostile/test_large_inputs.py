@@ -39,4 +39,4 @@ def test_a_report_reads_no_more_snapshots_than_it_shows(tmp_path: Path, monkeypa
     found = gather(tmp_path, "run", 4_000_000)
     assert [step.facts["step"] for step in found.steps] == [0, 4, 9, 13, 17, 22, 26, 30, 35, 39]
     assert "10 of 40 snapshots, evenly spaced" in found.note
-    assert len(read) <= 13
+    assert len(read) <= 14  # one tells the slices, three the size of a step

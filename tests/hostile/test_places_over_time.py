@@ -22,12 +22,14 @@ from attn_monitor import (
     load_snapshots,
 )
 from attn_monitor.capture import site_cache
+from attn_monitor.capture.fingerprint import state_of
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.site_discovery import discover
 from attn_monitor.errors import UnsupportedAttentionError
+from attn_monitor.train.weak_hooks import add_hook
 from tests.hostile.test_changed_orders import CELLS, MIRRORED, Ordered, expected, images, off_by, ordered
 from tests.support.families import FAMILIES
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
@@ -209,6 +211,20 @@ def test_learned_order_is_told_where_the_last_snapshot_was_taken_before(tmp_path
         watch.close(3)
     about = [str(w.message) for w in told if "hold other parts" in str(w.message)]
     assert ["than at step 2, and its attention" in text for text in about] == [True]
+
+
+def test_hooks_of_this_package_are_no_change_of_the_model() -> None:
+    class Seen:
+        def ran(self, *args: Any) -> None:
+            pass
+
+    model, seen = ordered(), Seen()
+    before = state_of(model, default_forward)
+    handle = add_hook(model.register_forward_hook, seen.ran, with_kwargs=True)
+    assert state_of(model, default_forward) == before
+    model.register_forward_hook(lambda *args: None)
+    assert state_of(model, default_forward) != before
+    handle.remove()
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

@@ -234,7 +234,9 @@ HELD_OUT = [
             ),
             "border cut off, enlarged": lambda: with_stem(Do(middle_as_whole), conv(), void="the border is cut off"),
             "pixels in the order of memory": lambda: with_stem(
-                Do(lambda x: x.reshape(len(x), 24, -1)), nn.Linear(3 * PATCH**2, DIM), void="tokens are no patches"
+                Do(lambda x: x.flatten(1).roll(100, 1).reshape(len(x), 24, -1)),
+                nn.Linear(3 * PATCH**2, DIM),
+                void="tokens are no patches",
             ),
         },
     ),

@@ -26,6 +26,7 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
 from attn_monitor.train.probe_search import (
@@ -237,7 +238,8 @@ class Watch:
         def ask() -> ProbeBatch:
             loader = source if hasattr(source, "collate_fn") else DataLoader(source)
             caption = TRAINING_CAPTION if _shuffles(loader) else "original"
-            found = probe_from_loaders([loader], count, caption=caption)
+            batches = isinstance(source, list) and bool(source) and _is_batch(source[0])
+            found = None if batches else probe_from_loaders([loader], count, caption=caption)
             return found or probe_from_first_batch(source, count, caption=caption)
 
         if batch is None or self.run is None:
@@ -262,6 +264,12 @@ class Watch:
                 "AttentionMonitor(distributed=True) with forward_within, in every process"
             )
         yield targets
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether a list's item holds a batch of grey or colour images, and not one clip or volume."""
+    images = find_images(item)
+    return images is not None and images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[0] not in (1, 3)
 
 
 def _shuffles(loader: Any) -> bool:

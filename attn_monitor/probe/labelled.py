@@ -149,7 +149,9 @@ def _check(source: Any) -> None:
                 f"evaluation: received images {tuple(images.shape)} {images.dtype} and labels {tuple(labels.shape)} "
                 f"{labels.dtype}; expected floating-point images (n, channels, H, W) and n whole numbers"
             )
-    elif isinstance(source, Tensor) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+    elif isinstance(source, (Tensor, bytes, type)) or not (
+        hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    ):
         raise ArgumentError(f"evaluation: received a {type(source).__name__}; {EXPECTED}")
 
 

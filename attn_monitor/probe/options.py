@@ -96,7 +96,11 @@ class ProbeOptions:
             raise ArgumentError(f"large_images=True: probe is {received}, expected a folder of images. Leave it out")
         if self.bands is not None and isinstance(images, ProbeBatch):
             raise ArgumentError(f"bands={self.bands!r}: probe is a ProbeBatch, which takes bands of its own")
-        if self.bands is not None and not (len(self.bands) in (1, 3) and all(_is_count(b + 1) for b in self.bands)):
+        if self.axes is not None and not (isinstance(self.axes, str) and self.axes.isalpha()):
+            raise ArgumentError(f'axes={self.axes!r}: expected a letter for each dimension of an image, such as "tchw"')
+        bands = self.bands
+        whole = isinstance(bands, (list, tuple)) and all(type(b) is int and b >= 0 for b in bands)
+        if bands is not None and not (whole and len(bands) in (1, 3)):
             raise ArgumentError(f"bands={self.bands!r}: expected one channel, or three, counted from 0")
         self._check_statistics()
 

@@ -96,7 +96,6 @@ def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureF
         ("show m i --sizes 3", "show", ["unrecognized", "--sizes 3"]),
         ("show m i --size", "show", ["--size", "expected one argument"]),
         ("show m i --size abc", "show", ["size", "int", "tuple", "abc"]),
-        ("show m i --size [1,2,3]", "show", ["size", "int", "tuple", "[1, 2, 3]"]),
         ("show m i --num-images 1.5", "show", ["num_images", "int", "1.5"]),
         ("replay r --format avi", "replay", ["format", "webp", "mp4", "gif", "avi"]),
         ("show m i --config nowhere.yaml", "show", ["config", "nowhere.yaml"]),

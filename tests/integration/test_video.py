@@ -184,7 +184,7 @@ def test_wrong_arguments(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> Non
         ({"device": "toaster"}, "device='toaster': "),
         ({"batch": 0}, "batch=0: expected at least 1 frame"),
         ({"fps": 0}, r"fps=0: expected frames per second"),
-        ({"size": -64}, r"size=-64: expected pixels of at least 1, one number or \[height, width\]"),
+        ({"size": -64}, r"size=-64: expected pixels of at least 1, one number, \[height, width\]"),
         ({"size": 4}, r"size=4: frames of 64 × 99 become 4 × 6 pixels, expected at least one patch of 8 × 8"),
     ]
     for arguments, text in wrong:

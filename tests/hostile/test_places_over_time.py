@@ -213,6 +213,18 @@ def test_learned_order_is_told_where_the_last_snapshot_was_taken_before(tmp_path
     assert ["than at step 2, and its attention" in text for text in about] == [True]
 
 
+def test_learned_order_is_told_at_the_end_where_a_state_comes_back() -> None:
+    """The sites of the first state are known already, and their order is an old one."""
+    model = ordered()
+    monitor = AttentionMonitor(ProbeBatch(images()))
+    for step, mode in enumerate(("a", "b")):
+        model.mode = mode  # type: ignore[assignment]  # changes nothing
+        monitor.snapshot({"": model}, step=step)
+    model.mode = "a"  # type: ignore[assignment]
+    learn(model, MIRRORED)
+    assert [flag.kind for flag in monitor.confirm({"": model}, step=2)] == ["order"]
+
+
 def test_hooks_of_this_package_are_no_change_of_the_model() -> None:
     class Seen:
         def ran(self, *args: Any) -> None:

@@ -80,7 +80,7 @@ class Contents:
 def step_facts(snapshot: Snapshot) -> dict[str, Any]:
     """Step, epoch, metrics, flags and verdict of a snapshot in plain values."""
     flags = [blocks.flag_of(flag) for flag in snapshot.flags]
-    verdict = None if snapshot.verdict is None else {**snapshot.verdict.as_dict(), "words": str(snapshot.verdict)}
+    verdict = None if snapshot.verdict is None else snapshot.verdict.as_dict()
     facts = {"step": snapshot.step, "epoch": snapshot.epoch, "metrics": blocks.measured(snapshot), "flags": flags}
     return {**facts, "verdict": verdict}
 

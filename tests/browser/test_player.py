@@ -218,7 +218,7 @@ def test_outlines_are_the_mass_mask(
             area = canvas.locator("xpath=..").inner_text()
             if h == head and "mask" in area:
                 assert f"mask {math.floor(100 * float(expected.float().mean()) + 0.5)} %" in area
-                assert f"H {float(F.entropy(values)):.2f}" in area
+                assert f"entropy {float(F.entropy(values)):.2f}" in area
                 assert f"peak {float(F.peak(values)):.1f}×" in area
 
 
@@ -318,7 +318,7 @@ def test_controls_do_what_they_say(watched: Watched, file: Path, snapshots: Sequ
     watched.settle()
     assert page.locator("figure").count() == 0
     assert page.locator(".heads button").count() == 8
-    page.get_by_role("button", name="One large").click()
+    page.get_by_role("button", name="Large", exact=True).click()
     watched.settle()
     assert (page.locator("figure").count(), page.locator(".heads").count()) == (2, 0)
     page.get_by_role("button", name="All").click()
@@ -382,7 +382,7 @@ def test_a_link_restores_the_view_and_a_picture_keeps_it(watched: Watched, file:
 
 @in_a_browser
 def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
-    """Every control is reached by Tab; on a large picture arrows move the cursor, Enter keeps the patch."""
+    """Every control is reached by Tab; Shift and arrows move the cursor, Enter keeps the patch."""
     page = watched.open(file)
     reached: list[str] = []
     for _ in range(60):
@@ -401,7 +401,7 @@ def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
         "PNG",
         "All",
         "coffee",
-        "Focus",
+        "Large + heads",
         "By entropy",
         "Overlay",
         "Mask mass",
@@ -412,16 +412,15 @@ def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
     ):
         assert wanted in reached, wanted
     assert all(reached)
-    canvas_of(page, "student").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowDown")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowDown")
     watched.settle()
     assert page.locator(".patch h3").inner_text() == "Patch 5, 4"
     page.keyboard.press("Enter")
-    page.keyboard.press("Tab")
     watched.settle()
     page.wait_for_function("() => location.hash.includes('pin=34')")
-    assert page.locator("output.step").inner_text() == "step 100", "arrows moved the patch, not the step"
+    assert page.locator("output.step").inner_text() == "step 100", "they moved the patch, not the step"
     page.locator("body").press("Escape")
     page.wait_for_function("() => !location.hash.includes('pin')")
 
@@ -503,7 +502,7 @@ def test_two_runs_are_swiped_and_subtracted(
     page = watched.open(both, "truth=false&mask=false&layer=1")
     titles = page.locator(".column h2").all_inner_texts()
     assert titles == ["student · A", "student · B", "teacher · A", "teacher · B"]
-    assert page.locator(".column .detail").all_inner_texts()[:2] == ["step 100", "step 90"]
+    assert page.locator(".column .detail").all_inner_texts()[:2] == ["step 100", "step 90, its last"]
     side = [canvas_of(page, f"student · {run}").bounding_box()["width"] for run in "AB"]
     assert side[0] == side[1]
     page.get_by_role("button", name="Swipe").click()
@@ -521,9 +520,8 @@ def test_two_runs_are_swiped_and_subtracted(
     watched.settle()
     pair = [s.maps("student", 1)[0].mean(0) for s in (snapshots[-1], load_snapshots(other)[-1])]
     moved = float((pair[0] - pair[1]).abs().sum() / 2)
-    assert (
-        f"{math.floor(100 * moved + 0.5)} % elsewhere" in canvas_of(page, "student", "figure figcaption").inner_text()
-    )
+    caption = canvas_of(page, "student", "figure figcaption").inner_text()
+    assert f"{math.floor(100 * moved + 0.5)} % of attention moved" in caption
     assert page.locator(".unit").inner_text() == "× uniform attention more in A, in B"
 
 
@@ -709,7 +707,7 @@ def test_what_is_unknown_is_not_said(watched: Watched, tmp_path: Path) -> None:
     signed.rows.sub_(0.1)
     layers = {("one", 2): signed, ("another", 2): rows_of(2, prefix=2, prefix_names=("CLS", "register 1"))}
     page = watched.open(written(tmp_path, {0: layers}))
-    assert page.locator("figcaption").first.inner_text().split() == ["mean", "H", "–", "mask", "–", "peak", "–"]
+    assert page.locator("figcaption").first.inner_text().split() == ["mean", "entropy", "–", "mask", "–", "peak", "–"]
     labels = page.locator(".tokens .label").all_inner_texts()
     assert labels == ["one token 0", "one token 1", "another CLS", "another register 1"]
     colour = "dots => dots.map(dot => getComputedStyle(dot).backgroundColor)"

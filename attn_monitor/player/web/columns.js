@@ -1,5 +1,5 @@
 // What is shown side by side: roles, of one run or of two.
-import { rolesOf, runA, runB, shownIndex, shownLayer, state, view } from "./view.js";
+import { rolesOf, runA, runB, shownIndex, shownLayer, view } from "./view.js";
 
 /** @import {Column, Layer} from "./types" */
 /** @import {LayerBlock} from "./blocks.js" */
@@ -18,7 +18,7 @@ import { rolesOf, runA, runB, shownIndex, shownLayer, state, view } from "./view
  */
 export function shownColumns() {
   const [a, b] = [runA(), runB()];
-  const roles = rolesOf(a).filter((role) => a.layer(state.index, role, shownLayer()));
+  const roles = rolesOf(a).filter((role) => a.layer(shownIndex(a), role, shownLayer()));
   return roles.flatMap((role) => {
     if (!b) return { title: role, role, runs: [a] };
     if (view.compare !== "side") return { title: role, role, runs: [a, b] };

@@ -12,11 +12,11 @@ import {
   runB,
   showImage,
   shownImage,
+  shownIndex,
   shownLayer,
   shownLayers,
   shownPicture,
   showPicture,
-  state,
   view,
 } from "./view.js";
 
@@ -78,7 +78,7 @@ export function makeControls() {
       () => hasColours() || hasFeatures(),
       { colors: hasColours, cosine: hasFeatures },
     ),
-    choice("Arrange", "arrange", { focus: "Focus", grid: "Heads", single: "One large" }),
+    choice("Arrange", "arrange", { focus: "Large + heads", grid: "Heads", single: "Large" }),
     choice("Sort heads", "sort", { index: "By number", entropy: "By entropy" }),
     choice("Scale", "scale", { uniform: "× uniform", minmax: "Per map" }),
     choice("Colours", "table", { inferno: "Inferno", viridis: "Viridis" }),
@@ -198,7 +198,7 @@ function layerSlider() {
     const layers = layersOf(run);
     const layer = shownLayer();
     const roles = rolesOf(run);
-    const having = roles.filter((role) => run.layer(state.index, role, layer));
+    const having = roles.filter((role) => run.layer(shownIndex(run), role, layer));
     const text = having.length < roles.length ? `${layer} of ${having.join(" and ")}` : String(layer);
     const alone = layers.length === 1;
     input.max = String(layers.length - 1);

@@ -3,7 +3,7 @@ import { drawColourBar, SCALES } from "./colours.js";
 import { contextOf } from "./elements.js";
 import { grouped, percent } from "./numbers.js";
 import { shownScale } from "./stage.js";
-import { runA, runB, shownLayer, state, view } from "./view.js";
+import { runA, runB, shownLayer, shownStep, view } from "./view.js";
 
 const [MARGIN, HEADER, FOOTER, BAR] = [24, 64, 64, 260]; // pixels, the last one is the colour bar's width
 const RESOLUTION = 2; // pixels of the PNG for each of the page
@@ -38,7 +38,7 @@ export function toPng(pictures) {
  * @param {CSSStyleDeclaration} style of the page
  */
 function drawHeader(context, style) {
-  const details = [`step ${grouped(runA().steps[state.index].step)}`, `layer ${shownLayer()}`];
+  const details = [`step ${grouped(shownStep())}`, `layer ${shownLayer()}`];
   if (!view.all) details.push(runA().images[view.image].name);
   context.fillStyle = style.color;
   context.font = `600 16px ${style.fontFamily}`;

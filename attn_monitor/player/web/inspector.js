@@ -1,14 +1,22 @@
 // The selected patch in every head and over steps, the prefix tokens, and facts of the layer.
 import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
-import { LineChart } from "./line_chart.js";
+import { LineChart, rangeOf } from "./line_chart.js";
 import { cosines, formatted, grouped, percent, range } from "./numbers.js";
 import { clamp, matchingPatch } from "./patch_grid.js";
-import { headName, pinnedPatch, roleClass, runA, selectedPatch, state, view } from "./view.js";
+import { shownDomain } from "./timeline.js";
+import { headName, pinnedPatch, roleClass, selectedPatch, shownStep, view } from "./view.js";
 
 /** @import {Column, Curve, Layer, PatchGrid, PatchRef} from "./types" */
 /** @import {Part} from "./columns.js" */
 /** @import {Run} from "./run.js" */
+
+/** @type {Record<string, string | undefined>} how the patch of each token was found */
+const PLACES = {
+  exact: "exact: each token follows its own patch of the image alone",
+  "exact but masked": "exact, with some patches masked in the model",
+  centres: "centres: each token follows most the image at its patch's centre",
+};
 
 const HISTORY = 60; // snapshots that are fetched for it, evenly spaced
 
@@ -39,7 +47,7 @@ function inspectedParts(column) {
 
 function makePatchCard() {
   const title = el("h3", {});
-  const hint = el("p", { class: "hint" }, "Hover over a map to read a patch; click to pin it.");
+  const hint = el("p", { class: "hint" }, "Hover over a map, or tap it, to read a patch; click to pin it.");
   const key = el("p", { class: "hint reading" });
   const bars = new Bars("bars");
   const cosine = el("p", { class: "hint" });
@@ -123,9 +131,8 @@ function makeHistory() {
     if (patchChanged(patch.image, patch.patch, patch.patchGrid, view.head, ...sources)) {
       curves = parts.map((part) => historyOf(part, patch));
     }
-    const { steps } = runA();
-    const [first, last] = [steps[0].step, steps[steps.length - 1].step];
-    chart.draw(curves, [first, last], steps[state.index].step, (value) => `${formatted(value)}×`);
+    const [first, last] = shownDomain();
+    chart.draw(curves, [first, last], shownStep(), (value) => `${formatted(value)}×`, rangeOf("weight"));
     caption.textContent = `${headName(view.head)} over steps ${grouped(first)} to ${grouped(last)}`;
   }
   return { element, draw };
@@ -233,7 +240,7 @@ function factsOf(title, layer) {
     [title, `${layer.model || "model"}, ${layer.name}`],
     ["rows", values + (layer.mixed ? ", mixed" : "")],
     ["query", layer.query || "unknown"],
-    ["patch positions", layer.places || "unknown"],
+    ["patch positions", PLACES[layer.places] ?? (layer.places || "unknown")],
     ["patches", layer.grid.join(" × ") + (layer.geometry ? geometryText(layer.patchGrid) : "")],
   ];
 }

@@ -5,6 +5,39 @@ import { changeDetector, el, svg } from "./elements.js";
 
 const MARGIN = 6; // pixels above and below the curves
 
+/**
+ * The least range of an axis, so that noise does not look like a change; of other metrics a twentieth of their values.
+ * @type {Record<string, number | undefined>}
+ */
+const LEAST_RANGE = {
+  entropy: 0.1,
+  mask_area: 0.1,
+  prefix_mass: 0.1,
+  head_divergence: 0.1,
+  student_teacher_divergence: 0.02,
+  mask_agreement: 0.1,
+  drift: 0.02,
+  gram_drift: 0.02,
+  outlier_fraction: 0.02,
+  cls_patch_cosine: 0.1,
+  mean_cosine: 0.1,
+  jaccard: 0.1,
+  jaccard_best_head: 0.1,
+  jaccard_fixed_head: 0.1,
+  sink_share: 0.1,
+  assignment_entropy_mean: 0.1,
+  assignment_entropy_each: 0.1,
+  prototypes_used: 0.1,
+  prototypes_alike: 0.1,
+  peak: 1,
+  max_logit: 1,
+  max_logit_cls: 1,
+  weight: 1,
+};
+
+/** @param {string} metric */
+export const rangeOf = (metric) => LEAST_RANGE[metric] ?? 0;
+
 export class LineChart {
   /**
    * @param {string} className
@@ -38,11 +71,14 @@ export class LineChart {
    * @param {Pair} domain first and last step
    * @param {number} step
    * @param {(value: number) => string} format
+   * @param {number} least range of the axis
    */
-  draw(curves, domain, step, format) {
-    const { clientWidth: width, clientHeight: height } = this.element;
+  draw(curves, domain, step, format, least = 0) {
+    const { clientWidth: width, clientHeight: height } = this.plot;
     if (!width) return;
-    if (this.curvesChanged(curves, ...domain, width, height)) this.drawCurves(curves, domain, width, height, format);
+    if (this.curvesChanged(curves, ...domain, width, height)) {
+      this.drawCurves(curves, domain, [width, height], format, least);
+    }
     const scale = /** @type {Scale} */ (this.scale);
     const x = scale.x(step);
     for (const [name, value] of Object.entries({ x1: x, x2: x, y2: height }))
@@ -57,15 +93,13 @@ export class LineChart {
   /**
    * @param {Curve[]} curves
    * @param {Pair} domain
-   * @param {number} width
-   * @param {number} height
+   * @param {Pair} size width and height in pixels
    * @param {(value: number) => string} format
+   * @param {number} least range of the axis
    */
-  drawCurves(curves, [first, last], width, height, format) {
+  drawCurves(curves, [first, last], [width, height], format, least) {
     const values = curves.flatMap(({ points }) => points.map((point) => point[1])).filter(isNumber);
-    let [low, high] = [Math.min(...values), Math.max(...values)];
-    const pad = low === high ? Math.max(1e-3, Math.abs(low) / 10) : 0;
-    [low, high] = [low - pad, high + pad];
+    const [low, high] = axisOf(values, least);
     const scale = {
       x: (/** @type {number} */ step) =>
         this.inset + (last > first ? (step - first) / (last - first) : 0.5) * (width - 2 * this.inset),
@@ -77,9 +111,26 @@ export class LineChart {
     this.scale = scale;
     this.plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.lines.replaceChildren(...paths);
-    this.top.textContent = values.length ? format(high) : "";
-    this.bottom.textContent = values.length ? format(low) : "";
+    const same = format(low) === format(high);
+    const [bottom, top] = [low, high].map((value) => (same ? value.toPrecision(4) : format(value)));
+    this.top.textContent = values.length ? top : "";
+    this.bottom.textContent = values.length ? bottom : "";
   }
+}
+
+/**
+ * Lowest and highest value of an axis. What is nowhere below 0 or above 1 has an axis that is not either.
+ * @param {number[]} values
+ * @param {number} least its range at least
+ * @returns {Pair}
+ */
+function axisOf(values, least) {
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  const lacking = Math.max(0, Math.max(least, size / 20 || 1e-3) - (high - low)) / 2;
+  if (low - lacking < 0 && low >= 0) return [0, high + lacking + (lacking - low)];
+  if (high + lacking > 1 && high <= 1) return [low - lacking - (high + lacking - 1), 1];
+  return [low - lacking, high + lacking];
 }
 
 /** @typedef {{x: (step: number) => number, y: (value: number) => number}} Scale */

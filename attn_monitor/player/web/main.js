@@ -2,7 +2,9 @@
 import { makeControls, makeThumbnails } from "./controls.js";
 import { byId, changeDetector, el } from "./elements.js";
 import { toPng } from "./export_png.js";
+import { makeHelp } from "./help.js";
 import { historyIndices, makeInspector } from "./inspector.js";
+import { moveCursor, pin } from "./large_tile.js";
 import { manifest } from "./manifest.js";
 import { grouped } from "./numbers.js";
 import { togglePlay } from "./playback.js";
@@ -12,6 +14,7 @@ import { makeStage } from "./stage.js";
 import { showError, showStatus } from "./status.js";
 import { runDot } from "./tile.js";
 import { makeTimeline } from "./timeline.js";
+import { makeVerdicts } from "./verdict.js";
 import {
   change,
   fromHash,
@@ -19,11 +22,14 @@ import {
   requestDraw,
   runA,
   runB,
+  selectedPatch,
   showImage,
   shownImage,
   shownIndex,
   shownLayer,
   shownPicture,
+  shownStep,
+  shownSteps,
   showPicture,
   showSnapshot,
   showStep,
@@ -37,6 +43,8 @@ const LINK_DELAY = 150; // milliseconds after a change: browsers allow few chang
 const THEMES = ["auto", "light", "dark"];
 const THEME_ICONS = ["◐", "○", "●"];
 const hasAddress = /^(file|https?):$/.test(location.protocol); // not so in a frame of a notebook
+
+const help = makeHelp();
 
 /** @type {Record<string, (() => void) | undefined>} */
 const KEYS = {
@@ -52,6 +60,13 @@ const KEYS = {
   ",": () => showPicture(shownPicture() - 1),
   ".": () => showPicture(shownPicture() + 1),
   Escape: unpin,
+  Enter: () => pin(selectedPatch()),
+  "?": help.open,
+  // With Shift, as arrows alone always move in time.
+  "Shift ArrowLeft": () => moveCursor(0, -1),
+  "Shift ArrowRight": () => moveCursor(0, 1),
+  "Shift ArrowUp": () => moveCursor(-1, 0),
+  "Shift ArrowDown": () => moveCursor(1, 0),
 };
 
 async function start() {
@@ -60,21 +75,24 @@ async function start() {
   if (manifest.server) await openServer();
   else state.runs = runsOfFile(manifest);
   const stage = makeStage();
-  const [thumbnails, controls, inspector, timeline] = [
+  const [thumbnails, controls, inspector, timeline, verdicts] = [
     makeThumbnails(),
     makeControls(),
     makeInspector(),
     makeTimeline(),
+    makeVerdicts(),
   ];
+  document.body.append(help.element);
+  byId("verdict").append(verdicts.element);
   byId("rail").append(thumbnails.element);
   byId("pictures").append(stage.element);
-  byId("side").append(controls.element, inspector.element);
+  byId("side").firstElementChild?.append(controls.element, inspector.element);
   byId("time").append(timeline.element);
   addListeners(stage.pictures);
   byId("loading").hidden = true;
   byId("app").hidden = false;
   showStep(view.step);
-  onDraw(...[thumbnails, controls, stage, inspector, timeline].map((part) => part.draw));
+  onDraw(...[verdicts, thumbnails, controls, stage, inspector, timeline].map((part) => part.draw));
   onDraw(drawHeader, loadShown, updateLink, drawTheme);
 }
 
@@ -82,10 +100,12 @@ async function start() {
 function addListeners(pictures) {
   addEventListener("keydown", onKey);
   if (hasAddress) addEventListener("hashchange", onHashChange);
+  addEventListener("scroll", requestDraw, { passive: true }); // the patch's numbers move with it
   new ResizeObserver(requestDraw).observe(byId("pictures"));
   byId("link").hidden = !hasAddress;
   byId("link").addEventListener("click", copyLink);
   byId("png").addEventListener("click", () => savePng(pictures).catch(showError));
+  byId("help").addEventListener("click", help.open);
   byId("theme").addEventListener("click", () => {
     change({ theme: THEMES[(THEMES.indexOf(view.theme) + 1) % THEMES.length] });
   });
@@ -135,10 +155,13 @@ function drawHeader() {
     if (b) names.forEach((name, i) => name.prepend(runDot(i), `${"AB"[i]} `));
     byId("title").replaceChildren(...names);
   }
-  const [first, last] = [a.steps[0], a.steps[a.steps.length - 1]].map(({ step }) => grouped(step));
-  const count = a.steps.length;
-  byId("summary").textContent =
-    count === 1 ? `1 snapshot, step ${first}` : `${count} snapshots, steps ${first} to ${last}`;
+  const steps = shownSteps();
+  const [first, last] = [steps[0], steps[steps.length - 1]].map(grouped);
+  const pending = state.runs.reduce((sum, { facts }) => sum + (facts.pending ?? 0), 0);
+  const found =
+    steps.length === 1 ? `1 snapshot, step ${first}` : `${steps.length} snapshots, steps ${first} to ${last}`;
+  byId("summary").textContent = pending ? `${found}, ${pending} more to load` : found;
+  byId("summary").classList.toggle("pending", pending > 0);
   const notes = state.runs.map(({ facts }, i) => (b && facts.note ? `${"AB"[i]}: ${facts.note}` : facts.note));
   byId("note").textContent = notes.filter(Boolean).join(". ");
   byId("note").hidden = !byId("note").textContent;
@@ -186,20 +209,20 @@ async function copyLink() {
 /** @param {HTMLElement} pictures */
 async function savePng(pictures) {
   const href = URL.createObjectURL(await toPng(pictures));
-  el("a", { href, download: `attention-step-${runA().steps[state.index].step}.png` }).click();
+  el("a", { href, download: `attention-step-${shownStep()}.png` }).click();
   setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
 
 /**
- * Keys act wherever they have no other meaning: not in fields, and space not on buttons.
+ * Keys act wherever they have no other meaning: not in fields, and space and Enter not on buttons.
  * @param {KeyboardEvent} event
  */
 function onKey(event) {
   const target = event.target instanceof Element ? event.target : document.body;
   const modified = (event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph"); // for [ ]
-  if (modified || target.closest("input, select, textarea")) return;
-  if (event.key === " " && target.closest("button, summary, a")) return;
-  const action = KEYS[event.key];
+  if (modified || target.closest("input, select, textarea, dialog")) return;
+  if ((event.key === " " || event.key === "Enter") && target.closest("button, summary, a")) return;
+  const action = KEYS[event.shiftKey && event.key.startsWith("Arrow") ? `Shift ${event.key}` : event.key];
   if (!action) return;
   event.preventDefault();
   action();

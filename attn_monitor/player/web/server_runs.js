@@ -2,7 +2,7 @@
 import { byId, el } from "./elements.js";
 import { fetchNames, fetchRun, refresh } from "./server.js";
 import { showError, showStatus } from "./status.js";
-import { requestDraw, runA, showSnapshot, showStep, state, view } from "./view.js";
+import { requestDraw, runA, shownStep, shownSteps, showSnapshot, showStep, state, view } from "./view.js";
 
 const POLL_MS = 4000; // between two updates
 const POLL_PENDING_MS = 50; // where the server has more snapshots to read
@@ -45,8 +45,10 @@ async function openOther(name) {
   const other = name && name !== run.name ? await fetchRun(name) : null;
   const same = other?.facts.probe === run.facts.probe;
   if (other && !same) showStatus(`${name} has other images than ${run.name}, so their maps cannot be compared`);
+  const step = view.step ?? null;
   state.runs = other && same ? [run, other] : [run];
   view.other = other && same ? name : null;
+  showStep(step);
 }
 
 /** @param {string} name */
@@ -94,9 +96,9 @@ async function poll() {
 /** @param {import("./run.js").Run} run */
 async function update(run) {
   const { index, playing } = state;
-  const atEnd = run === runA() && index === run.steps.length - 1 && !playing;
-  const { step } = runA().steps[index];
-  if (!(await refresh(run)) || run !== runA()) return;
+  const atEnd = index === shownSteps().length - 1 && !playing;
+  const step = shownStep();
+  if (!(await refresh(run)) || !state.runs.includes(run)) return;
   if (atEnd) showSnapshot(Infinity);
   else showStep(step);
 }

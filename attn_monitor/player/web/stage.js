@@ -2,8 +2,10 @@
 import { drawColourBar, SCALES } from "./colours.js";
 import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
+import { LargeTile } from "./large_tile.js";
 import { entropyOf, grouped, percent, range } from "./numbers.js";
-import { LargeTile, runDot, Tile } from "./tile.js";
+import { makeReadout } from "./readout.js";
+import { runDot, Tile } from "./tile.js";
 import {
   change,
   pictureCount,
@@ -13,6 +15,7 @@ import {
   shownIndex,
   shownLayer,
   shownPicture,
+  shownStep,
   state,
   view,
 } from "./view.js";
@@ -29,7 +32,9 @@ export function shownScale() {
 export function makeStage() {
   const legend = makeLegend();
   const pictures = el("div", { class: "pictures" });
-  const element = el("section", { class: "stage", "aria-label": "attention maps" }, legend.element, pictures);
+  const readout = makeReadout();
+  const children = [legend.element, pictures, readout.element];
+  const element = el("section", { class: "stage", "aria-label": "attention maps" }, ...children);
   /** @type {Part[]} */
   let parts = [];
   const layoutChanged = changeDetector();
@@ -54,6 +59,10 @@ export function makeStage() {
     const order = view.sort === "entropy" && !view.all ? byEntropy(columns, heads) : range(heads);
     for (const part of parts) part.draw(columns, order);
     legend.draw();
+    readout.draw(
+      columns,
+      parts.flatMap(({ tiles }) => tiles),
+    );
   }
   return { element, pictures, draw };
 }
@@ -105,12 +114,14 @@ function columnOf(column, index, heads) {
 function detailOf({ runs, role, side }) {
   const differ = new Set(state.runs.map((run) => shownLayer(run))).size > 1;
   const details = runs.map((run) => {
-    const step = `step ${grouped(run.steps[shownIndex(run)].step)}`;
+    const { step: at } = run.steps[shownIndex(run)];
+    const ended = at < shownStep() && at === run.steps[run.steps.length - 1].step;
+    const step = `step ${grouped(at)}${ended ? ", its last" : ""}`;
     return differ ? `${step}, layer ${shownLayer(run)}` : step;
   });
   if (runs.length > 1) return `A ${details[0]} · B ${details[1]}`;
   if (side !== undefined) return details[0];
-  return runs[0].layer(state.index, role, shownLayer())?.model ?? "";
+  return runs[0].layer(shownIndex(runs[0]), role, shownLayer())?.model ?? "";
 }
 
 /** @param {number} heads */
@@ -179,7 +190,7 @@ function makeLegend() {
     }
     unit.textContent = SCALES[scale].unit + (view.show === "colors" && !view.all ? " (heads)" : "");
     mask.textContent = `top ${percent(view.threshold)} of attention`;
-    maskKey.hidden = !view.mask || scale === "difference";
+    maskKey.hidden = !view.mask || scale === "difference" || scale === "cosine";
     truthKey.hidden = !view.truth || !runA().truths[view.image].length;
   }
   return { element, draw };

@@ -6,30 +6,13 @@ import { drawing } from "./manifest.js";
 import { cosines } from "./numbers.js";
 import { fitCanvas, lineWidth, outlinedMask, paintMap } from "./painting.js";
 import { clamp, matchingPatch, patchAt } from "./patch_grid.js";
-import { comparisonOf, statisticsOf } from "./statistics.js";
-import {
-  change,
-  firstLayer,
-  headName,
-  hover,
-  pinnedPatch,
-  runB,
-  selectedPatch,
-  shownLayers,
-  state,
-  unpin,
-  view,
-} from "./view.js";
+import { comparisonOf, featuresOf, statisticsOf } from "./statistics.js";
+import { headName, hover, pinnedPatch, selectedPatch, shownLayers, state, view } from "./view.js";
 
 /** @import {Column, Layer, PatchGrid, PatchRef} from "./types" */
 /** @import {Part} from "./columns.js" */
 /** @import {Content} from "./painting.js" */
 /** @import {Statistic} from "./statistics.js" */
-
-const CLICK_DISTANCE = 5; // pixels between pressing and releasing; more is a swipe
-
-/** @type {Record<string, [number, number] | undefined>} */
-const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 /** Whether the shown layer has features, or colours, of its patches. */
 export const hasFeatures = () => shownLayers().some((layer) => layer.features > 0);
@@ -55,6 +38,7 @@ export class Tile {
     this.canvas = el("canvas", { "aria-hidden": "true" });
     this.caption = el("span", { class: "caption" });
     this.image = 0;
+    this.head = -1;
     /** @type {PatchGrid | null} */
     this.patchGrid = null;
     this.width = 0;
@@ -90,7 +74,7 @@ export class Tile {
     const y = clamp(((event.clientY - box.top) / box.height) * height, 0, height - 1e-3);
     const x = clamp(((event.clientX - box.left) / box.width) * width, 0, width - 1e-3);
     const patch = patchAt(patchGrid, [y, x]);
-    return patch < 0 ? null : { image, patch, patchGrid };
+    return patch < 0 ? null : { image, patch, patchGrid, tile: this };
   }
 
   /**
@@ -104,6 +88,7 @@ export class Tile {
     const missing = parts.find(({ layer }) => !layer || head >= layer.heads);
     const loading = !missing && parts.some(({ block }) => !block); // the canvas shows another step
     this.image = image;
+    this.head = head;
     this.patchGrid = parts[0].layer?.patchGrid ?? null;
     this.element.classList.toggle("absent", Boolean(missing?.layer));
     this.element.classList.toggle("stale", loading);
@@ -156,10 +141,14 @@ export class Tile {
       });
       if (second) drawDivider(this.canvas);
     }
+    const content = this.contentOf(first, maps[0]);
+    const features = view.compare === "difference" && second ? null : featuresOf(content, patchGrid);
     const statistics = second
       ? comparisonOf(maps, comparable, large)
       : statisticsOf(maps[0], patchGrid, first.run.truths[image], large);
-    this.drawCaption(head < 0 ? "mean" : large ? `head ${head}` : String(head), statistics);
+    const name = head < 0 ? "mean" : large ? `head ${head}` : String(head);
+    if (features) this.drawCaption(features.name, features.statistics);
+    else this.drawCaption(name, statistics);
     const text = statistics.map(({ before, value, after = "" }) => before + value + after).join(", ");
     const selected = large ? selectedPatch() : null;
     const label = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${text}`;
@@ -201,72 +190,6 @@ export class Tile {
       last.textContent = after;
     });
   }
-}
-
-/** A figure: a click or Enter pins a patch, arrow keys move from patch to patch. */
-export class LargeTile extends Tile {
-  constructor() {
-    super(el("figure", { class: "tile large" }));
-    const caption = el("figcaption", { class: "caption" });
-    this.caption.replaceWith(caption);
-    this.caption = caption;
-    this.large = true;
-    this.labelled = this.canvas;
-    this.canvas.removeAttribute("aria-hidden");
-    this.canvas.tabIndex = 0;
-    this.canvas.role = "img";
-    let pressedAt = 0;
-    this.canvas.addEventListener("pointerdown", (event) => (pressedAt = event.clientX));
-    this.canvas.addEventListener("click", (event) => {
-      if (Math.abs(event.clientX - pressedAt) < CLICK_DISTANCE) pin(this.patchBelow(event));
-    });
-    this.canvas.addEventListener("keydown", (event) => this.keyPressed(event));
-    this.canvas.addEventListener("blur", () => hover(null));
-  }
-
-  /** @param {PointerEvent} event */
-  pointerMoved(event) {
-    if (view.compare === "swipe" && event.buttons && runB()) {
-      const box = this.canvas.getBoundingClientRect();
-      change({ swipe: clamp((event.clientX - box.left) / box.width, 0, 1) });
-    }
-    super.pointerMoved(event);
-  }
-
-  /** @param {KeyboardEvent} event */
-  keyPressed(event) {
-    const { patchGrid, image } = this;
-    if (!patchGrid || event.ctrlKey || event.metaKey || event.altKey) return;
-    const arrow = ARROWS[event.key];
-    if (arrow) {
-      const [rows, columns] = patchGrid.shape;
-      const selected = selectedPatch();
-      const central = columns * (rows >> 1) + (columns >> 1);
-      const from = selected?.image === image ? matchingPatch(patchGrid, selected) : central;
-      const row = clamp(Math.floor(from / columns) + arrow[0], 0, rows - 1);
-      const column = clamp((from % columns) + arrow[1], 0, columns - 1);
-      hover({ image, patch: row * columns + column, patchGrid });
-    } else if (event.key === "Enter" || event.key === " ") {
-      pin(state.hover);
-    } else if (event.key === "Escape") {
-      unpin();
-    } else {
-      return;
-    }
-    event.preventDefault();
-    event.stopPropagation();
-  }
-}
-
-/**
- * Pin a patch, or unpin it where it is pinned. Where there are features, its cosine to the others is shown.
- * @param {PatchRef | null} patch
- */
-function pin(patch) {
-  if (!patch) return;
-  const index = matchingPatch(firstLayer().patchGrid, patch);
-  if (view.pin === index && view.image === patch.image) unpin();
-  else change({ pin: index, image: patch.image, show: hasFeatures() ? "cosine" : view.show });
 }
 
 /**

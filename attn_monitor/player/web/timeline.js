@@ -1,9 +1,23 @@
 // One slider of steps for everything: playback, curves with a line at the shown step, health flags as marks.
 import { changeDetector, el } from "./elements.js";
-import { LineChart } from "./line_chart.js";
+import { LineChart, rangeOf } from "./line_chart.js";
 import { formatted, grouped } from "./numbers.js";
 import { togglePlay } from "./playback.js";
-import { change, roleClass, rolesOf, runA, runB, shownLayer, showSnapshot, showStep, state, view } from "./view.js";
+import {
+  change,
+  roleClass,
+  rolesOf,
+  runA,
+  runB,
+  shownIndex,
+  shownLayer,
+  shownStep,
+  shownSteps,
+  showSnapshot,
+  showStep,
+  state,
+  view,
+} from "./view.js";
 
 /** @import {Curve, Flag, Pair} from "./types" */
 /** @import {Run} from "./run.js" */
@@ -35,11 +49,13 @@ export function makeTimeline() {
 }
 
 /**
- * The first and the last step of a run.
- * @param {Run} run
+ * The first and the last step of all shown runs.
  * @returns {Pair}
  */
-const domainOf = ({ steps }) => [steps[0].step, steps[steps.length - 1].step];
+export function shownDomain() {
+  const steps = shownSteps();
+  return [steps[0], steps[steps.length - 1]];
+}
 
 /**
  * Where a step lies between the first and the last one, 0…1.
@@ -77,11 +93,10 @@ function makeTransport() {
     speed,
   );
   function draw() {
-    const { steps, facts } = runA();
-    const shown = steps[state.index];
-    const pending = facts.pending ? `, loading ${facts.pending} more` : "";
-    step.textContent = `step ${grouped(shown.step)}`;
-    epoch.textContent = `${state.index + 1} of ${steps.length}, epoch ${shown.epoch}${pending}`;
+    const run = runA();
+    step.textContent = `step ${grouped(shownStep())}`;
+    const place = `${state.index + 1} of ${shownSteps().length}`;
+    epoch.textContent = runB() ? place : `${place}, epoch ${run.steps[shownIndex(run)].epoch}`;
     play.textContent = state.playing ? "❚❚" : "▶";
     play.ariaLabel = state.playing ? "pause" : "play";
     speed.value = String(view.speed);
@@ -100,12 +115,11 @@ function makeSlider() {
     showSnapshot(index);
   });
   function draw() {
-    const run = runA();
-    const domain = domainOf(run);
-    const { step } = run.steps[state.index];
+    const domain = shownDomain();
+    const step = shownStep();
     [element.min, element.max, element.value] = [...domain, step].map(String);
     element.style.setProperty("--filled", `${100 * position(step, domain, 1)}%`);
-    element.ariaValueText = `step ${step}, snapshot ${state.index + 1} of ${run.steps.length}`;
+    element.ariaValueText = `step ${step}, snapshot ${state.index + 1} of ${shownSteps().length}`;
   }
   return { element, draw };
 }
@@ -114,17 +128,18 @@ function makeFlags() {
   const element = el("div", { class: "marks", role: "group", "aria-label": "health flags" });
   const flagsChanged = changeDetector();
   function draw() {
-    const run = runA();
-    if (!flagsChanged(run, run.steps)) return;
-    const domain = domainOf(run);
+    const domain = shownDomain();
+    if (!flagsChanged(...state.runs, ...state.runs.map(({ steps }) => steps))) return;
     /** @type {Map<number, number>} */
     const counts = new Map(); // flags of one step are side by side
-    const flags = run.steps.flatMap((step) => step.flags);
-    const marks = flags.map((flag) => {
+    const flags = state.runs.flatMap(({ steps }, i) =>
+      steps.flatMap((step) => step.flags.map((flag) => ({ flag, of: runB() ? `${"AB"[i]}: ` : "" }))),
+    );
+    const marks = flags.map(({ flag, of }) => {
       const count = counts.get(flag.step) ?? 0;
       counts.set(flag.step, count + 1);
-      const label = `health flag: ${flag.words}`;
-      const attributes = { type: "button", class: "flag", title: flag.words, "aria-label": label };
+      const words = of + flag.words;
+      const attributes = { type: "button", class: "flag", title: words, "aria-label": `health flag: ${words}` };
       const mark = el("button", { ...attributes, onclick: () => showFlag(flag) }, "⚑");
       const at = position(flag.step, domain, 0.5);
       mark.style.setProperty("--at", String(at));
@@ -162,7 +177,7 @@ function makeCurves() {
       select.replaceChildren(...names.map((name) => el("option", { value: name }, name.replaceAll("_", " "))));
     }
     const name = names.includes(view.metric) ? view.metric : (names[0] ?? "");
-    const domain = domainOf(a);
+    const domain = shownDomain();
     element.hidden = names.length === 0;
     select.value = name;
     const sources = state.runs.flatMap((run) => [run, run.steps, shownLayer(run), rolesOf(run).join()]);
@@ -170,8 +185,8 @@ function makeCurves() {
       curves = state.runs.flatMap((run, side) => rolesOf(run).flatMap((role) => curvesOf(run, side, role, name)));
       chart.element.ariaLabel = `${name.replaceAll("_", " ")} over steps ${domain[0]} to ${domain[1]}`;
     }
-    const { step } = a.steps[state.index];
-    chart.draw(curves, domain, step, formatted);
+    const step = shownStep();
+    chart.draw(curves, domain, step, formatted, rangeOf(name));
     const values = curves
       .filter(({ dotted }) => dotted)
       .map(({ role, side, className, points }) => {

@@ -34,6 +34,13 @@ export interface Flag {
   words: string;
 }
 
+export interface Verdict {
+  state: string;
+  since: number | null;
+  evidence: string[];
+  advice: string;
+}
+
 export interface Step {
   step: number;
   epoch: number;
@@ -41,7 +48,7 @@ export interface Step {
   metrics: Record<string, (number | null)[]>;
   flags: Flag[];
   /** What has become of the run so far; null where it was not judged. */
-  verdict: { state: string; since: number | null; evidence: string[]; advice: string; words: string } | null;
+  verdict: Verdict | null;
   layout: number;
   /** Offset and length of each layer's block in the file, by layer. */
   blocks: Record<number, Pair>;
@@ -100,6 +107,8 @@ export interface PatchRef {
   image: number;
   patch: number;
   patchGrid: PatchGrid;
+  /** The tile below the pointer. */
+  tile?: import("./tile.js").Tile;
 }
 
 /** What a link restores. */

@@ -1,4 +1,5 @@
 // What is shown. Changing it requests a new drawing of the page, and a link restores it.
+import { changeDetector } from "./elements.js";
 import { drawing } from "./manifest.js";
 import { clamp } from "./patch_grid.js";
 
@@ -45,7 +46,7 @@ const CHOICES = {
 /** What a link restores. */
 export const view = { ...DEFAULTS };
 
-/** What a link does not restore; `index` is that of the snapshot which is shown of the first run. */
+/** What a link does not restore; `index` is that of the shown step among those of `shownSteps`. */
 export const state = {
   /** @type {PatchRef | null} */
   hover: null,
@@ -83,7 +84,7 @@ export function change(changes) {
 export function hover(patch) {
   const { hover: last } = state;
   const same = patch?.image === last?.image && patch?.patch === last?.patch && patch?.patchGrid === last?.patchGrid;
-  if (same) return;
+  if (same && patch?.tile === last?.tile) return;
   state.hover = patch;
   requestDraw();
 }
@@ -132,41 +133,61 @@ export const pinnedPatch = () => ({ image: view.image, patch: view.pin, patchGri
 
 /** The shown layer of the first run, in all roles that have it. */
 export function shownLayers() {
-  const [layers, layer] = [runA().layout(state.index), shownLayer()];
+  const [layers, layer] = [runA().layout(shownIndex(runA())), shownLayer()];
   return layers.filter((found) => found.layer === layer);
 }
 
 export const firstLayer = () => shownLayers()[0];
 
+const runsChanged = changeDetector();
+/** @type {number[]} */
+let steps = [];
+
+/** Steps at which any of the runs has a snapshot, in order: what the slider goes through. */
+export function shownSteps() {
+  if (runsChanged(...state.runs.map((run) => run.steps))) {
+    const all = state.runs.flatMap((run) => run.steps.map(({ step }) => step));
+    steps = [...new Set(all)].sort((a, b) => a - b);
+  }
+  return steps;
+}
+
+/** The shown step. */
+export const shownStep = () => shownSteps()[state.index];
+
 /**
- * The index of the snapshot nearest to a step, the earlier of two.
- * @param {Run} run
+ * The index of the step nearest to another one, the earlier of two.
+ * @param {number[]} steps
  * @param {number} step
  */
-function nearest(run, step) {
-  const distances = run.steps.map((other) => Math.abs(other.step - step));
+function nearest(steps, step) {
+  const distances = steps.map((other) => Math.abs(other - step));
   return distances.indexOf(Math.min(...distances));
 }
 
 /**
- * The index of a run's snapshot that is shown.
+ * The index of a run's snapshot that is shown: the nearest to the shown step, or to another one.
  * @param {Run} run
+ * @param {number} step
  */
-export const shownIndex = (run) => (run === runA() ? state.index : nearest(run, runA().steps[state.index].step));
+export const shownIndex = (run, step = shownStep()) =>
+  nearest(
+    run.steps.map((other) => other.step),
+    step,
+  );
 
-/** @param {number} index */
+/** @param {number} index among those of `shownSteps` */
 export function showSnapshot(index) {
-  const run = runA();
-  const last = run.steps.length - 1;
+  const last = shownSteps().length - 1;
   state.index = clamp(index, 0, last);
   change({
-    step: state.index === last ? null : run.steps[state.index].step,
-    image: Math.min(view.image, run.images.length - 1),
+    step: state.index === last ? null : shownStep(),
+    image: Math.min(view.image, runA().images.length - 1),
   });
 }
 
 /** @param {number | null} step null for the last one */
-export const showStep = (step) => showSnapshot(step === null ? Infinity : nearest(runA(), step));
+export const showStep = (step) => showSnapshot(step === null ? Infinity : nearest(shownSteps(), step));
 
 /**
  * @param {Run} run

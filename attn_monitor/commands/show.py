@@ -166,7 +166,7 @@ def _pictures(
         for layer in snapshot.layers_of(ROLE):
             truth = None if probe.masks is None else probe.plane_masks[index].numpy()
             hatched = _in_plane(outliers[layer].patches)[index].numpy() if layer in outliers else None
-            header = f"{name} · {photo.shape[0]} x {photo.shape[1]} pixels{note}"
+            header = f"{name} · {' x '.join(map(str, probe.channels_first.shape[2:]))} pixels{note}"
             drawn = panel(
                 snapshot,
                 index,

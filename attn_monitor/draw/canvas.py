@@ -114,10 +114,15 @@ def draw_text_within(
 
 
 def draw_colour_bar(canvas: Image.Image, at: tuple[int, int], colours: Array, ticks: Sequence[str], size: int) -> None:
-    """Draw a horizontal bar of colours (width, 3) from pixel (x, y) on, with labels at even distances below."""
+    """Draw a horizontal bar of colours (width, 3) from pixel (x, y) on, with labels at even distances below.
+
+    Where the bar is too short for all of them, every second label is left out.
+    """
     canvas.paste(Image.fromarray(np.broadcast_to(colours, (10, *colours.shape)).copy()), at)
     for index, tick in enumerate(ticks):
         x = at[0] + index * (len(colours) - 1) / (len(ticks) - 1)
+        if index % 2 and 1.3 * sum(text_width(one, size) for one in ticks) > len(colours):
+            continue
         anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
         draw_text(canvas, (x, at[1] + 12), tick, size, DIM_TEXT, anchor)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.record.thinning import thin
 
-WORDS = {"t": "frame", "d": "slice"}
+WORDS = {"t": "frame", "d": "slice", "c": "channel group"}
 MOST = 14  # frames or slices in a panel, evenly spaced
 
 
@@ -56,7 +56,7 @@ def slice_cells(
     """
     depth, flat = attention.grid[0], attention.in_plane().grid
     maps = attention.maps[image].mean(0)  # (depth, rows, columns)
-    mask = F.mass_mask(maps.flatten(), options.threshold).view_as(maps)
+    mask = map_statistics(maps.flatten()[None, None], options.threshold).mask.view_as(maps)  # none where it is uniform
     shares = (maps.flatten(1).sum(1) / maps.sum()).tolist()
     painter = CellPainter(photo, flat, options, side)
     cells = [(f"maximum of {depth} {slice_word(attention)}s", painter.paint((maps.amax(0) * depth).numpy()))]

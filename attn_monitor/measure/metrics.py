@@ -133,6 +133,8 @@ def _jaccard(inputs: MetricInputs) -> dict[str, Tensor]:
     if inputs.truth is None or not inputs.truth.any():
         return {}
     truth = inputs.truth.to(inputs.p.device)
+    if len(inputs.attention.grid) > truth.ndim - 2:  # groups of channels are no axis of the image
+        inputs = MetricInputs(inputs.attention.in_plane(), inputs.threshold)
     maps = inputs.mask.unflatten(-1, inputs.attention.grid).float()
     shown = inputs.attention.grid.over_pixels(maps, truth.shape[2:]).bool().flatten(2)
     truth = truth.flatten(2)

@@ -60,9 +60,14 @@ def _in_slices(attention: LayerAttention, pictures: int) -> LayerAttention:
 
 
 def pixels_of(probe: ProbeBatch, pictures: int) -> np.ndarray[Any, Any]:
-    """Photographs of all pictures, uint8 (images · pictures, H, W, 3): of several frames in a slice the middle one."""
+    """Photographs of all pictures, uint8 (images · pictures, H, W, 3): of several frames in a slice the middle one.
+
+    Where the slices of a map are groups of channels, each of them has the photograph itself.
+    """
     if not pictures:
         return probe.pixels
+    if probe.channels_first.ndim < 5:
+        return probe.pixels.repeat(pictures, 0)
     frames = probe.frames  # (B, T, H, W, 3)
     count = pictures - 2
     middle = [middle_frame(n, count, frames.shape[1]) for n in range(count)]
@@ -75,6 +80,8 @@ def masks_of(probe: ProbeBatch, pictures: int) -> Tensor | None:
     """Ground truth of all pictures, bool (images · pictures, objects, H, W); None without any."""
     if probe.masks is None or not pictures:
         return None if probe.masks is None else probe.plane_masks
+    if probe.masks.ndim < 5:
+        return probe.plane_masks.repeat_interleave(pictures, 0)
     whole = probe.plane_masks[:, None].expand(-1, 2, -1, -1, -1)
     count = pictures - 2
     middle = [middle_frame(n, count, probe.masks.shape[2]) for n in range(count)]

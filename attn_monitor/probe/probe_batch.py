@@ -104,7 +104,8 @@ class ProbeBatch:
             caption += f", mean of {images.shape[2]} {word}"
         if count in (1, 3) and self.bands == _bands(None, count):
             return caption
-        return f"{caption}, bands {', '.join(map(str, self.bands))} of {count}"
+        word = "band" if len(self.bands) == 1 else "bands"
+        return f"{caption}, {word} {', '.join(map(str, self.bands))} of {count}"
 
     @property
     def pixels(self) -> np.ndarray[Any, Any]:

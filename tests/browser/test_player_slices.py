@@ -18,7 +18,7 @@ from attn_monitor.player.slices import in_slices, masks_of, pixels_of, slice_nam
 from attn_monitor.record.archive import snapshot_path
 from tests.support.browser import CHROMIUM, browsing
 from tests.support.browser import pixels_of as drawn_on
-from tests.support.more_axes import AnyViT
+from tests.support.more_axes import AnyViT, BandsViT
 
 SIZES = {"t": (4, 32, 32), "d": (6, 32, 48)}
 
@@ -115,3 +115,20 @@ def test_the_second_slider(tmp_path: Path) -> None:
         watched.settle()
         assert page.locator(".item h2").all_inner_texts() == ["one", "two"]
         watched.check()
+
+
+def test_groups_of_channels_have_the_photograph_itself(tmp_path: Path) -> None:
+    masks = torch.zeros(2, 1, 16, 24, dtype=torch.bool)
+    masks[1, 0, 4:8] = True
+    probe = ProbeBatch(torch.rand(2, 6, 16, 24), masks=masks, mean=(0,) * 6, std=(1,) * 6)
+    snapshot = AttentionMonitor(probe).snapshot({"backbone": BandsViT(None).eval()}, step=0)
+    assert snapshot.layer("backbone").grid.axes == ("c", "h", "w")
+    probe.save(tmp_path / "probe.npz")
+    snapshot.save(snapshot_path(tmp_path, 0))
+    names = slice_names(snapshot)
+    assert names[2:] == [f"channel group {n}" for n in range(6)]
+    assert np.array_equal(pixels_of(probe, 8), probe.pixels.repeat(8, axis=0))
+    truths = masks_of(probe, 8)
+    assert truths is not None
+    assert torch.equal(truths[8:], masks[1:].expand(8, -1, -1, -1))
+    assert len(gather(tmp_path, "run", 1e6).images["images"]) == 16

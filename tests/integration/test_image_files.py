@@ -65,7 +65,7 @@ def test_of_a_tensor_the_bands_are_said_or_taken() -> None:
     assert taken.shown_caption == "original, bands 0, 1, 2 of 13"
     one = ProbeOptions(images, bands=[7]).load()
     assert one is not None
-    assert one.shown_caption == "original, bands 7 of 13"
+    assert one.shown_caption == "original, band 7 of 13"
     assert (one.pixels[..., 0] == one.pixels[..., 2]).all()
     colour = ProbeOptions(torch.rand(1, 3, 8, 8), bands=[2, 1, 0]).load()
     assert colour is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,3 +81,11 @@ def test_a_film_strip_of_a_chosen_slice() -> None:
 def test_the_axes_of_spectrograms_are_in_the_title() -> None:
     for axes, title in ((("f", "t"), "frequency downwards, time to the right"), (("h", "w"), "layer 0 (attn)")):
         assert layer_title(snapshot(Grid((4, 6), axes=axes)).layer("backbone")).endswith(title)
+
+
+def test_uniform_attention_has_no_outline_in_slices_either() -> None:
+    flat = snapshot(Grid((3, 4, 6))).layer("backbone")
+    flat = replace(flat, rows=torch.full_like(flat.rows, 1 / flat.rows.shape[-1]))
+    cells = slice_cells(flat, 0, PHOTO, None, DrawingOptions(), 96)
+    unlined = CellPainter(PHOTO, (4, 6), DrawingOptions(), 96).paint((flat.maps[0].mean(0)[0] * 3).numpy())
+    assert np.array_equal(cells[1][1], unlined)

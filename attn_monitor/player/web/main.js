@@ -160,7 +160,8 @@ function drawHeader() {
   const pending = state.runs.reduce((sum, { facts }) => sum + (facts.pending ?? 0), 0);
   const found =
     steps.length === 1 ? `1 snapshot, step ${first}` : `${steps.length} snapshots, steps ${first} to ${last}`;
-  byId("summary").textContent = pending ? `${found}, ${pending} more to load` : found;
+  const loaded = pending ? `${found}, ${pending} more to load` : found;
+  byId("summary").textContent = a.caption === "original" ? loaded : `${loaded} · images: ${a.caption}`;
   byId("summary").classList.toggle("pending", pending > 0);
   const notes = state.runs.map(({ facts }, i) => (b && facts.note ? `${"AB"[i]}: ${facts.note}` : facts.note));
   byId("note").textContent = notes.filter(Boolean).join(". ");

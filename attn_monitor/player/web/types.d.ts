@@ -57,6 +57,8 @@ export interface Step {
 export interface RunFacts {
   name: string;
   images: { name: string; photo: string; truth: number[][] }[];
+  /** What the photographs are, with the bands or frames that they show. */
+  caption: string;
   /** Names of the pictures of each image of clips and volumes, which `images` lists one after another; else none. */
   pictures: string[];
   size: Pair;

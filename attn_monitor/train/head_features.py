@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from attn_monitor.measure.prototypes import (
     evenly_spaced,
 )
 from attn_monitor.train.role_features import RoleFeatures
+from attn_monitor.train.weak_hooks import is_recomputed
 
 MAX_IMAGES = 64  # of a forward
 MAX_HEADS = 16
 CHANNELS = 8  # by which a row is recognised
+ROUNDING = 1e-6  # of a channel of a row at unit length
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class HeadFeatures:
 
     def ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Add what a forward has returned for the images whose global features entered."""
-        if is_isolated():
+        if is_isolated() or is_recomputed():
             return
         results = [t for t in pytree.tree_leaves(output) if _is_plain(t) and t.shape[-1] == self.head.last.out_features]
         entered = [t for t in pytree.tree_leaves([*args, kwargs]) if _is_plain(t)]
@@ -101,23 +104,39 @@ class HeadFeatures:
 
 
 def find_heads(around: Iterable[nn.Module], backbones: Iterable[nn.Module]) -> list[Head]:
-    """Find modules beside the backbones that end in their widest linear layer.
+    """Find modules beside the backbones that end in their widest linear layer, and that feed no other layer.
 
     Args:
         around: the modules that hold everything, such as a LightningModule.
         backbones: what is not searched.
     """
     inside = {m for backbone in backbones for m in all_modules(backbone)}
-    found = dict[nn.Module, Head]()
+    found, fed_on = dict[nn.Module, Head](), _fed_on(around, inside)
     for module in (m for outer in around for m in outer.modules()):
         parts = list(module.modules())  # in the order in which they were registered, the module first
         if module in found or not inside.isdisjoint(parts):
             continue
         linear = [m for m in parts if isinstance(m, nn.Linear)]
         others = [m.out_features for m in linear[:-1]] or [m.in_features for m in linear]
-        if linear and linear[-1].out_features > max(others):
+        if linear and linear[-1] not in fed_on and linear[-1].out_features > max(others):
             found[module] = Head(module, linear[-1])
     return list(found.values())[:MAX_HEADS]
+
+
+def _fed_on(around: Iterable[nn.Module], inside: set[nn.Module]) -> set[nn.Module]:
+    """Return linear layers that another one of the same module follows, so that their channels are no prototypes.
+
+    One that takes as many channels as they do is beside them: a head for patches, say.
+    """
+    found = set[nn.Module]()
+    for module in (m for outer in around for m in outer.modules()):
+        parts = list(module.modules())
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList)) or not inside.isdisjoint(parts):
+            continue
+        for one, after in itertools.pairwise(m for m in parts if isinstance(m, nn.Linear)):
+            if after.in_features == one.out_features:
+                found.add(one)
+    return found
 
 
 def find_centres(around: Iterable[nn.Module], backbones: Iterable[nn.Module], widths: set[int]) -> list[Tensor]:
@@ -129,10 +148,13 @@ def find_centres(around: Iterable[nn.Module], backbones: Iterable[nn.Module], wi
 
 
 def _are_among(rows: Tensor, known: Tensor) -> Tensor:
-    """Whether each row is one of the known ones, by some of its channels, bool (n,)."""
+    """Whether each row is one of the known ones, as it is or at unit length, by some of its channels, bool (n,)."""
     stride = max(1, known.shape[1] // CHANNELS)
-    some, of_known = (t[:, ::stride][:, :CHANNELS] for t in (rows, known))
-    return (some[:, None] == of_known.to(some.dtype)[None]).all(-1).any(1)
+    unit = nn.functional.normalize(known.float(), dim=-1)
+    some, of_known, of_unit = (t[:, ::stride][:, :CHANNELS] for t in (rows, known, unit))
+    same = (some[:, None] == of_known.to(some.dtype)[None]).all(-1)
+    near = ((some.float()[:, None] - of_unit[None]).abs() < ROUNDING).all(-1)
+    return (same | near).any(1)
 
 
 def _rows_of(last: nn.Linear) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.observe.isolation import is_isolated
 from attn_monitor.train.batch_images import MAX_CHANNELS
+from attn_monitor.train.weak_hooks import is_recomputed
 
 MAX_ROWS = 4096  # of features that are kept
 MARKED = 8  # pixels by which an image is recognised
@@ -59,7 +60,7 @@ class RoleFeatures:
 
     def ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Copy the features that a forward has returned, unless it was of smaller images, or of our own."""
-        if is_isolated():
+        if is_isolated() or is_recomputed():
             return
         with torch.no_grad():
             images, output = _largest(args, kwargs, output)

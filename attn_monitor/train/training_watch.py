@@ -246,8 +246,13 @@ class _Work:
 
 
 def _two_views(batch: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the first two of a batch's largest tensors of images, if there are several of one shape."""
+    """Return the first two of a batch's largest tensors of images, if there are several of one shape.
+
+    Or the first two views of a tensor (B, views, channels, H, W). Of a clip these are frames, which enter no model.
+    """
     images = images_in(batch)
+    if len(images) == 1 and images[0].ndim == 5:
+        images = list(images[0][:, :2].unbind(1))
     largest = max((t.shape[-2] * t.shape[-1] for t in images), default=0)
     big = [t for t in images if t.shape[-2] * t.shape[-1] == largest]
     return (big[0], big[1]) if len(big) > 1 and big[0].shape == big[1].shape else None

@@ -62,6 +62,11 @@ def add_hook(register: Callable[..., RemovableHandle], method: Any, **options: A
     return handle
 
 
+def is_recomputed() -> bool:
+    """Whether a forward runs inside a backward, as activation checkpointing repeats one that has been seen already."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def compiles(modules: Iterable[nn.Module]) -> bool:
     """Whether any of these modules, or any function so far, is compiled: a hook would cause a recompilation."""
     if any(

@@ -127,7 +127,7 @@ class AttentionMapCallback(Base):
         disk_reserve: int | None = None,
         on_error: OnError = "warn",
         num_images: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, ...] | None = None,
         threshold: float | None = None,
     ) -> None:
         self.options = RunOptions(

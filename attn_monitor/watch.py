@@ -108,7 +108,7 @@ class Watch:
         forward: Forward | None = None,
         on_error: OnError = "warn",
         num_images: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, ...] | None = None,
         threshold: float | None = None,
     ) -> None:
         if not loggers and folder is None:

@@ -7,6 +7,7 @@ Pillow reads photographs. Bands and volumes are read by NumPy (`.npy`), tifffile
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,14 @@ def read_image(files: Sequence[Path], *, channels: int | None, volume: bool, lar
         ProbeError: The file has other channels, or a package is missing. Pillow raises nearly anything.
     """
     if not _holds_numbers(files[0], channels, volume):
+        if volume:
+            raise ProbeError("it is a picture of two axes, expected a volume")
         return _photograph(files[0], channels, large)
-    read = _dicom(files) if files[0].suffix.lower() == ".dcm" else _array(files[0])
+    read = _dicom(files) if files[0].suffix.lower() == ".dcm" else _array(files[0], large)
+    if read.values.dtype.kind not in "biuf":
+        raise ProbeError(
+            f"it holds {read.values.dtype} values, expected real numbers, such as magnitudes of complex ones"
+        )
     found, part = _channels_first(read, channels, volume)
     if channels == 3 and len(found) == 1 and not volume:  # shown in grey, as a photograph would be
         return ReadImage(_as_bytes(found[0]).convert("RGB"), part=part)
@@ -87,11 +94,9 @@ def _holds_numbers(file: Path, channels: int | None, volume: bool) -> bool:
     if file.suffix.lower() not in (".tif", ".tiff"):
         return file.suffix.lower() in ARRAYS
     try:
-        with Image.open(file) as opened:
+        with _pixels(large=True), Image.open(file) as opened:  # the header alone
             measured = opened.mode.startswith(("I", "F")) and channels not in (None, 3)
             return volume or measured or getattr(opened, "n_frames", 1) > 1
-    except Image.DecompressionBombError:
-        return channels not in (None, 1, 3)
     except (OSError, SyntaxError):  # of many bands, or a type that Pillow does not know
         return True
 
@@ -130,15 +135,25 @@ def _as_bytes(values: np.ndarray[Any, Any]) -> Image.Image:
 
 @contextmanager
 def _pixels(large: bool) -> Iterator[None]:
-    """Refuse images of more pixels than Pillow's limit, unless they are allowed."""
+    """Refuse images of more pixels than Pillow's limit, unless they are allowed; Pillow logs nothing."""
+    log = logging.getLogger("PIL.TiffImagePlugin")
     with _limit, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        most = Image.MAX_IMAGE_PIXELS
+        most, was_disabled = Image.MAX_IMAGE_PIXELS, log.disabled
         try:
-            Image.MAX_IMAGE_PIXELS = None if large else most
+            Image.MAX_IMAGE_PIXELS, log.disabled = None if large else most, True
             yield
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _too_large(str(error)) from error
         finally:
-            Image.MAX_IMAGE_PIXELS = most
+            Image.MAX_IMAGE_PIXELS, log.disabled = most, was_disabled
+
+
+def _too_large(reason: str) -> ProbeError:
+    return ProbeError(
+        f"{reason.partition(',')[0]}, as a decompression bomb has. If you trust it, pass large_images=True, "
+        "or --large_images true to a command"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,13 +163,19 @@ class _Numbers:
     bands_last: bool | None = None  # None where the file does not say
 
 
-def _array(file: Path) -> _Numbers:
+def _array(file: Path, large: bool) -> _Numbers:
     suffix = file.suffix.lower()
     if suffix == ".npy":
-        return _Numbers(np.load(file, allow_pickle=False))
+        try:
+            return _Numbers(np.load(file, allow_pickle=False))
+        except ValueError as error:
+            raise ProbeError("it is no .npy file of numbers") from error
     if suffix in (".tif", ".tiff"):
         with _package("tifffile", file).TiffFile(file) as opened:
-            series = opened.series[0]
+            series, most = opened.series[0], Image.MAX_IMAGE_PIXELS
+            pixels = series.keyframe.imagewidth * series.keyframe.imagelength
+            if most is not None and pixels > most and not large:
+                raise _too_large(f"Image size ({pixels} pixels) exceeds limit of {most} pixels")
             return _Numbers(np.asarray(series.asarray()), "Z" in series.axes, series.axes.endswith("S") or None)
     volume = _package("nibabel", file).load(file)
     values = np.asarray(volume.get_fdata(dtype=np.float32))  # (x, y, z) or (x, y, z, t)
@@ -164,17 +185,29 @@ def _array(file: Path) -> _Numbers:
 
 def _dicom(files: Sequence[Path]) -> _Numbers:
     """Read a series, rescaled to its unit, in the order of its slices' positions."""
-    pydicom = _package("pydicom", files[0])
-    slices = sorted((pydicom.dcmread(file) for file in files), key=_position)
-    read = [
-        np.asarray(s.pixel_array, dtype=np.float32) * float(getattr(s, "RescaleSlope", 1))
-        + float(getattr(s, "RescaleIntercept", 0))
-        for s in slices
-    ]
+    slices = sorted((_header(file) for file in files), key=_position)
+    read = [_rescaled(one) for one in slices]
     frames = int(getattr(slices[0], "NumberOfFrames", 1) or 1) > 1
     if len(read) == 1:
         return _Numbers(read[0], frames, int(getattr(slices[0], "SamplesPerPixel", 1)) > 1 or None)
     return _Numbers(np.stack(read), True)
+
+
+def _header(file: Path, **options: Any) -> Any:
+    pydicom = _package("pydicom", file)
+    try:
+        return pydicom.dcmread(file, **options)
+    except pydicom.errors.InvalidDicomError as error:
+        raise ProbeError("it is no DICOM file") from error
+
+
+def _rescaled(header: Any) -> np.ndarray[Any, Any]:
+    """Return the pixels in their unit; bytes without one stay bytes."""
+    pixels = np.asarray(header.pixel_array)
+    slope, intercept = float(getattr(header, "RescaleSlope", 1)), float(getattr(header, "RescaleIntercept", 0))
+    if pixels.dtype == np.uint8 and (slope, intercept) == (1, 0):
+        return pixels
+    return pixels.astype(np.float32) * slope + intercept
 
 
 def _position(header: Any) -> float:
@@ -186,11 +219,14 @@ def _position(header: Any) -> float:
 
 
 def dicom_series(files: Sequence[Path]) -> list[list[Path]]:
-    """Group DICOM files by their series."""
+    """Group DICOM files by their series; a file that is no DICOM file is alone, and refused when it is read."""
     groups: dict[str, list[Path]] = {}
     for file in files:
-        header = _package("pydicom", file).dcmread(file, stop_before_pixels=True)
-        groups.setdefault(str(getattr(header, "SeriesInstanceUID", file.parent)), []).append(file)
+        try:
+            series = str(getattr(_header(file, stop_before_pixels=True), "SeriesInstanceUID", file.parent))
+        except ProbeError:
+            series = str(file)
+        groups.setdefault(series, []).append(file)
     return list(groups.values())
 
 
@@ -206,7 +242,7 @@ def _channels_first(read: _Numbers, channels: int | None, volume: bool) -> tuple
         and (read.sliced or (channels == 1 and values.shape[0] < values.shape[2]))
     ):
         values, part = values[len(values) // 2], f"slice{len(values) // 2}"
-    if values.ndim == size:
+    if values.ndim == size and not (volume and read.bands_last):
         return values[None], part
     if values.ndim != size + 1:
         axes = "three axes, or four with channels" if volume else "two axes, or three with channels"

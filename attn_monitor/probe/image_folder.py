@@ -123,7 +123,7 @@ def _read(
         except ProbeError as error:
             unreadable.append(f"{file.name}: {error}")
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-            unreadable.append(f"{file.name} ({type(error).__name__}: {error}{_to_read_it(error)})")
+            unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
         else:
             to_1 = to_1 and read.to_1
             parts = (file.parent.name if class_folders else "", stem_of(file), read.part)
@@ -143,11 +143,6 @@ def _read(
         )
     found = None if masks is None else _read_masks(Path(masks), files, (reader.size[0], reader.size[1]))
     return Photographs(torch.stack(pixels), found, names, to_1)
-
-
-def _to_read_it(error: Exception) -> str:
-    bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
-    return ". If you trust it, pass large_images=True" if bomb else ""
 
 
 def _fitted(pixels: Image.Image | Tensor, size: tuple[int, ...]) -> Tensor:

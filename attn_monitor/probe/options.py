@@ -28,8 +28,8 @@ class ProbeOptions:
         images: a folder or one image; a tensor (images, channels, H, W), normalised for the model; a `ProbeBatch`; or,
             for `Watch` alone, a data set or its loader. None takes images of the run's own data.
         num_images: how many images to take from a folder or from data; None is 8.
-        image_size: size of a folder's images in pixels, one number or (height, width). None is 224, or where a model
-            refuses that, the size that it takes.
+        image_size: size of a folder's images in pixels, one number or (height, width); (depth, height, width) reads
+            volumes. None is 224, or where a model refuses that, the size that it takes.
         masks: folder of ground-truth masks for a folder of images, as `ProbeBatch.from_folder` reads it. They are
             outlined in the panels, and Jaccard curves are logged.
         mean: one number a channel, by which images are normalised. None is ImageNet's for a folder; for a tensor and
@@ -53,7 +53,7 @@ class ProbeOptions:
 
     images: Images | None = None
     num_images: int | None = None
-    image_size: int | tuple[int, int] | None = None
+    image_size: int | tuple[int, ...] | None = None
     masks: str | os.PathLike[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -90,8 +90,11 @@ class ProbeOptions:
         if self.num_images is not None and not _is_count(self.num_images):
             raise ArgumentError(f"num_images={self.num_images!r}: expected a whole number of at least 1")
         pair = size if isinstance(size, (list, tuple)) else (size, size)
-        if size is not None and (len(pair) != 2 or not all(map(_is_count, pair))):
-            raise ArgumentError(f"image_size={size!r}: expected a number of pixels of at least 1, or (height, width)")
+        if size is not None and (len(pair) not in (2, 3) or not all(map(_is_count, pair))):
+            raise ArgumentError(
+                f"image_size={size!r}: expected a number of pixels of at least 1, (height, width), or of volumes "
+                "(depth, height, width)"
+            )
         if self.large_images and not is_folder:
             raise ArgumentError(f"large_images=True: probe is {received}, expected a folder of images. Leave it out")
         if self.bands is not None and isinstance(images, ProbeBatch):

@@ -38,7 +38,7 @@ class RunOptions:
         probe: ProbeOptions | Images | None,
         *,
         num_images: int | None,
-        image_size: int | tuple[int, int] | None,
+        image_size: int | tuple[int, ...] | None,
         threshold: float | None,
         layers: Layers,
         query: QuerySpec,

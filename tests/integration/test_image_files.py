@@ -17,7 +17,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from skimage import data
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, ProbeError, ProbeOptions
+from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, ProbeError, ProbeOptions, Watch
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.backfill import probe_of
 from attn_monitor.commands.check import check
@@ -25,6 +25,7 @@ from attn_monitor.commands.show import show
 from attn_monitor.errors import ArgumentError
 from attn_monitor.probe.image_folder import read_images
 from tests.support.helpers import tiny_vit, trainer
+from tests.support.more_axes import AnyViT
 
 BANDS = (np.random.default_rng(0).random((13, 40, 48)) * np.linspace(900, 9000, 13)[:, None, None]).astype(np.uint16)
 
@@ -153,6 +154,60 @@ def test_volumes_and_one_of_their_slices(tmp_path: Path) -> None:
     assert ProbeBatch.from_folder(tmp_path / "mri", size=24, channels=3).images.shape == (1, 3, 24, 24)  # in grey
 
 
+def test_bytes_of_dicom_are_from_0_to_1(tmp_path: Path) -> None:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    header.Rows, header.Columns, header.SamplesPerPixel = 512, 512, 3
+    header.PhotometricInterpretation, header.PlanarConfiguration, header.PixelRepresentation = "RGB", 0, 0
+    header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
+    header.PixelData = data.astronaut().tobytes()
+    (tmp_path / "dicom").mkdir()
+    header.save_as(tmp_path / "dicom/a.dcm", enforce_file_format=True)
+    (tmp_path / "png").mkdir()
+    Image.fromarray(data.astronaut()).save(tmp_path / "png/a.png")
+    read, expected = (ProbeBatch.from_folder(tmp_path / n, size=512, channels=3) for n in ("dicom", "png"))
+    assert torch.allclose(read.images, expected.images, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "text"),
+    [
+        ("complex.npy", 8, "it holds complex128 values, expected real numbers"),
+        ("object.npy", 8, "it is no .npy file of numbers"),
+        ("text.npy", 8, "it is no .npy file of numbers"),
+        ("text.dcm", (4, 8, 8), "it is no DICOM file"),
+        ("photo.png", (4, 8, 8), "it is a picture of two axes, expected a volume"),
+        ("photo.tif", (4, 8, 8), r"it holds numbers of shape \(512, 512, 3\), expected three axes"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path: Path, name: str, size: Any, text: str) -> None:
+    if name.startswith("text"):
+        (tmp_path / name).write_text("no numbers")
+    elif name == "photo.tif":
+        tifffile.imwrite(tmp_path / name, data.astronaut(), photometric="rgb")
+    elif name == "photo.png":
+        Image.fromarray(data.astronaut()).save(tmp_path / name)
+    else:
+        np.save(tmp_path / name, np.ones((3, 8, 8), complex) if name == "complex.npy" else np.array([{}], dtype=object))
+    with pytest.raises(ProbeError, match=f"{name}: {text}"):
+        ProbeBatch.from_folder(tmp_path, size=size, channels=3)
+
+
+def test_a_run_reads_a_folder_of_volumes(tmp_path: Path) -> None:
+    _series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
+    options = ProbeOptions(tmp_path / "ct", image_size=(4, 32, 24))
+    model = AnyViT((4, 32, 24), (2, 8, 8), channels=1)
+    with Watch({"backbone": model}, options, folder=tmp_path / "run", total_steps=1) as watch:
+        watch.step(0)
+        watch.close(1)
+    assert ProbeBatch.load(next(tmp_path.rglob("probe.npz"))).images.shape == (1, 1, 4, 32, 24)
+    with pytest.raises(ArgumentError, match=r"\(depth, height, width\)"):
+        ProbeOptions(tmp_path, image_size=(1, 2, 3, 4))
+
+
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "head.nii")
     monkeypatch.setitem(sys.modules, "nibabel", None)
@@ -163,12 +218,17 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_images_over_the_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(data.astronaut()).save(tmp_path / "wide.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ProbeError, match=r"wide\.png \(DecompressionBombError.*pass large_images=True"):
+    with pytest.raises(ProbeError, match=r"wide\.png: .*262144 pixels.* pass large_images=True"):
         ProbeOptions(tmp_path, image_size=32).load()
     allowed = ProbeOptions(tmp_path, image_size=32, large_images=True).load()
     assert allowed is not None
     assert allowed.pixels.std() > 30
     assert Image.MAX_IMAGE_PIXELS == 1000
+    (tmp_path / "bands").mkdir()
+    _write(tmp_path / "bands", "pages")  # read by tifffile
+    with pytest.raises(ProbeError, match=r"tile\.tif: .*1920 pixels.* pass large_images=True"):
+        ProbeBatch.from_folder(tmp_path / "bands", size=32)
+    assert ProbeBatch.from_folder(tmp_path / "bands", size=32, large_images=True).images.shape[1] == 13
     with pytest.raises(ArgumentError, match="expected a folder of images"):
         ProbeOptions(torch.zeros(1, 3, 8, 8), large_images=True)
 

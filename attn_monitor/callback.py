@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +18,7 @@ from attn_monitor.capture.backbones import check_paths
 from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError
+from attn_monitor.extras import needs
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
@@ -27,13 +26,19 @@ from attn_monitor.probe.labelled import EvaluationOptions
 from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.naming import check_name, prefixed
-from attn_monitor.train import lightning_run, reports
+from attn_monitor.train import reports
 from attn_monitor.train.kept import Kept
-from attn_monitor.train.lightning_images import LightningImages
 from attn_monitor.train.options import OnError, RunOptions, check_dirpath
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.targets import FindTargets, check_targets
+
+with needs("lightning", "AttentionMapCallback"):
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+    from attn_monitor.train import lightning_run
+    from attn_monitor.train.lightning_images import LightningImages
 
 if TYPE_CHECKING:
     Base = pl.Callback

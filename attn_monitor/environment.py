@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]  # it is public
-
 from attn_monitor.callback import AttentionMapCallback
+from attn_monitor.extras import needs
+
+with needs("jsonargparse", "reading arguments from the environment"):
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]  # is public
 
 PREFIX = "ATTN_MONITOR"
 

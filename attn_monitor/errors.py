@@ -52,6 +52,10 @@ class ArchiveError(AttnMonitorError, ValueError):
     """
 
 
+class MissingPackageError(AttnMonitorError, ModuleNotFoundError):
+    """An optional package is not installed. The message names the extra that brings it."""
+
+
 class ModelNameError(AttnMonitorError, ValueError):
     """A command's argument names no model that can be loaded."""
 

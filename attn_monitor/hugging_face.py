@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
+from attn_monitor.extras import needs
 from attn_monitor.messages import warn
 from attn_monitor.probe.options import ProbeOptions, is_data
 from attn_monitor.record.atomic_file import atomic_file
 from attn_monitor.watch import Watch
+
+with needs("transformers", "AttentionMapTrainerCallback"):
+    from transformers import TrainerCallback
 
 STATE = "attn_monitor.pt"  # in each checkpoint
 

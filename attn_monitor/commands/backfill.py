@@ -25,6 +25,7 @@ from attn_monitor.commands.support.devices import choose_device, fitting_size, m
 from attn_monitor.commands.support.results import notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
+from attn_monitor.extras import needs
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.player.report import write_report
@@ -257,7 +258,8 @@ def _by_step(
 def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterator[Sequence[Any]]:
     """Open loggers that write to a folder and close them at the end; the caller's own stay as they are."""
     if loggers == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+        with needs("tensorboard", "logger='tensorboard'"):
+            from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(out)) as writer:
             yield [writer]
@@ -269,10 +271,8 @@ def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterato
 
 
 def _wandb_run(folder: Path, run: str) -> Any:
-    try:
+    with needs("wandb", "logger='wandb'"):
         import wandb
-    except ModuleNotFoundError as error:
-        raise ValueError(f"logger='wandb': {error}. Run: pip install wandb") from error
     try:
         return wandb.init(dir=folder, id=run, name=folder.resolve().name, resume="allow")
     except wandb.errors.Error as error:

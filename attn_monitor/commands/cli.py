@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from attn_monitor import __version__
-from attn_monitor.errors import AttentionError
+from attn_monitor.errors import AttnMonitorError, MissingPackageError
+from attn_monitor.extras import needs
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         sys.exit(f"attn-monitor: {_in_words(error)}")
-    except (AttentionError, ValueError) as error:  # wrong arguments, contents of files and models
+    except (AttnMonitorError, ValueError) as error:  # wrong arguments, contents of files and models
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
 
 
@@ -62,6 +63,8 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
         if DRAWING in inspect.signature(run).parameters:
             options = _drawing_options()
             values[DRAWING] = options(**{f.name: values.pop(f.name) for f in fields(options)})
+    except MissingPackageError as error:
+        sys.exit(f"attn-monitor: {error}")
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         _end(f"attn-monitor {run.__name__}", str(error))
     del values["config"]
@@ -170,7 +173,8 @@ def parser_of(command: Callable[..., None]) -> ArgumentParser:
 
 
 def _plain_parser(**settings: Any) -> ArgumentParser:
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    with needs("jsonargparse", "the command attn-monitor"):
+        from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves docstrings as they are, with examples to be copied; options have dashes, and types are not listed."""

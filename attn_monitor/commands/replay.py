@@ -47,7 +47,7 @@ def replay(
     Args:
         run: the archive of a run, or the log directory that holds it.
         out: folder for the pictures; by default `pictures` inside the archive.
-        format: of the animations; mp4 needs PyAV (pip install av) and shows every snapshot, webp and
+        format: of the animations; mp4 needs PyAV (extra "video") and shows every snapshot, webp and
             gif up to 100, evenly spaced.
         drawing: how to draw; its values are options of their own.
     """

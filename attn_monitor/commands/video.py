@@ -60,7 +60,7 @@ def video(
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
-        video: a video file, which needs PyAV (pip install av), or a folder of frames.
+        video: a video file, which needs PyAV (extra "video"), or a folder of frames.
         out: file to write: .mp4 (by PyAV too), or .webp or .gif, which hold their pictures in memory until the end.
         checkpoint: file or folder of weights to load instead of the library's own, as in `show`.
         key: what to take from the checkpoint: student, teacher, or a prefix of names in it, such as

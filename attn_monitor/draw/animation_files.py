@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor.draw.canvas import Pixels
+from attn_monitor.extras import needs
 from attn_monitor.record.atomic_file import atomic_file
 
 Seconds = float | Fraction
@@ -161,11 +162,9 @@ def animation_file(path: Path) -> Iterator[Animation]:
 
 
 def import_av() -> Any:
-    """Import PyAV, which only videos need; ValueError if it is not installed."""
-    try:
+    """Import PyAV, which only videos need; `MissingPackageError` if it is not installed."""
+    with needs("av", "a video"):
         return importlib.import_module("av")
-    except ModuleNotFoundError as error:
-        raise ValueError("videos need PyAV, which is not installed. Run: pip install av") from error
 
 
 class _Clock:

@@ -14,6 +14,7 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import HIGH, LOW, SCALES
+from attn_monitor.extras import needs
 from attn_monitor.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -71,15 +72,11 @@ def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None,
         A matplotlib figure, closed in pyplot so that a notebook shows it once.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needs("matplotlib", "plot()"):
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot() needs matplotlib, which is not installed. Run: pip install matplotlib"
-        ) from error
     attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer).in_plane()
     maps, labels = mean_and_heads(attention.maps[image], None)
     units = (maps * attention.grid.cells).numpy()

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attn_monitor.errors import ProbeError
+from attn_monitor.extras import remedy
 
 PHOTOGRAPHS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 ARRAYS = {".npy", ".nii", ".gz", ".dcm"}  # .gz is .nii.gz
@@ -262,4 +263,4 @@ def _package(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ProbeError(f"{file.name} is read by {name}. Run: pip install {name}") from error
+        raise ProbeError(f"{file.name} is read by {name}. {remedy(name)}") from error

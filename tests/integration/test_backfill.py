@@ -31,7 +31,7 @@ from attn_monitor import (
 from attn_monitor.commands import cli
 from attn_monitor.commands.backfill import Backfilled, backfill, backfill_run
 from attn_monitor.commands.pick import rank
-from attn_monitor.errors import CheckpointError, LayerError
+from attn_monitor.errors import CheckpointError, LayerError, MissingPackageError
 from attn_monitor.record.folder_claim import claim_free
 from attn_monitor.weights.run_checkpoints import step_in_name
 from tests.support.events import Events
@@ -417,6 +417,6 @@ def test_without_weights_and_biases_the_extra_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"logger='wandb': .*Run: pip install wandb"):
+    with pytest.raises(MissingPackageError, match=r"logger='wandb' needs wandb, .*attn_monitor\[wandb\]"):
         backfilled(run, tmp_path / "out", loggers="wandb")
     assert not (tmp_path / "out").exists()

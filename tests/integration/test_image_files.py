@@ -211,7 +211,7 @@ def test_a_run_reads_a_folder_of_volumes(tmp_path: Path) -> None:
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "head.nii")
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    with pytest.raises(ProbeError, match=r"head\.nii is read by nibabel\. Run: pip install nibabel"):
+    with pytest.raises(ProbeError, match=r'head\.nii is read by nibabel\. Run: pip install "attn_monitor\[formats\]"'):
         ProbeBatch.from_folder(tmp_path, size=4)
 
 

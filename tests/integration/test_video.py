@@ -266,7 +266,9 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path) -> None:
     for arguments in ([str(tmp_path / "x.mp4"), "--out", "x.gif"], [str(tmp_path), "--out", "x.mp4"]):
         done = run_without(("av",), f"sys.argv[1:] = ['video', {MODEL!r}, *{arguments}]\n{main}")
         assert done.returncode == 1
-        assert done.stderr.endswith("Run: pip install av\n")
+        assert done.stderr.endswith(
+            'a video needs av, which is not installed. Run: pip install "attn_monitor[video]"\n'
+        )
 
 
 def test_frames_are_held_a_batch_at_a_time(pan: list[np.ndarray[Any, Any]]) -> None:

@@ -15,6 +15,7 @@ import attn_monitor
 PACKAGE = Path(attn_monitor.__file__).parent
 VALUES = {
     "errors",
+    "extras",
     "functional",
     "attention",
     "workers",

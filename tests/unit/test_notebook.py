@@ -47,4 +47,4 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
         "snapshot.plot()"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stderr.splitlines()[-1].endswith("Run: pip install matplotlib")
+    assert ran.stderr.splitlines()[-1].endswith('Run: pip install "attn_monitor[plot]"')

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.snapshot import Snapshot
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:  # as functions, from a notebook, commands work without progress bars
+    tqdm = None
 
 PNG_LEVEL = 4  # takes half the time of Pillow's own 6, for files that are a twentieth larger
 
@@ -78,26 +82,33 @@ def results_in(folder: Path) -> Iterator[Results]:
 
 
 def progress(items: Iterable[Item], doing: str, total: int | None = None) -> Iterable[Item]:
-    """Yield the items below a progress bar on stderr; without one where stderr is no terminal."""
+    """Yield the items below a progress bar on stderr; without one where stderr is no terminal, or without tqdm."""
+    if tqdm is None:
+        return items
     bar: Iterable[Item] = tqdm(items, doing, total, leave=False, file=sys.stderr, disable=None)
     return bar
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Show on stderr what is being done; nothing where stderr is no terminal."""
-    with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, file=sys.stderr, disable=None):
+    """Show on stderr what is being done; nothing where stderr is no terminal, or without tqdm."""
+    settings = {"bar_format": "{desc}", "leave": False, "file": sys.stderr, "disable": None}
+    with nullcontext() if tqdm is None else tqdm(desc=f"{what} …", **settings):
         yield
 
 
 def print_path(path: Path) -> None:
     """Print a result on stdout, above a progress bar."""
-    tqdm.write(str(path), file=sys.stdout)
+    _print(str(path), sys.stdout)
 
 
 def notify(text: str) -> None:
     """Print a line on stderr, apart from results and above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    _print(text, sys.stderr)
+
+
+def _print(text: str, file: TextIO) -> None:
+    print(text, file=file) if tqdm is None else tqdm.write(text, file=file)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

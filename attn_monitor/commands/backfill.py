@@ -22,7 +22,7 @@ from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
-from attn_monitor.commands.support.results import notify, progress
+from attn_monitor.commands.support.results import check_all_read, notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.extras import needs
@@ -184,7 +184,9 @@ def backfill(
     """
     chosen_device = choose_device(device)
     backbone = load_model(model)
-    images = probe_of(probe, backbone, size, num_images, masks, bands=bands, large_images=large_images)
+    unreadable = list[str]()
+    reading: dict[str, Any] = {"bands": bands, "large_images": large_images, "onerror": unreadable.append}
+    images = probe_of(probe, backbone, size, num_images, masks, **reading)
     monitor = AttentionMonitor(
         images,
         layers=layers,
@@ -203,6 +205,7 @@ def backfill(
     if filled.left_out:
         names = ", ".join(path.name for path in filled.left_out)
         raise ArchiveError(f"{len(filled.left_out)} checkpoints are left out: {names}")
+    check_all_read(unreadable)
 
 
 def probe_of(
@@ -214,12 +217,13 @@ def probe_of(
     *,
     bands: tuple[int, ...] | None = None,
     large_images: bool = False,
+    onerror: Callable[[str], None] | None = None,
 ) -> ProbeBatch:
     """Load the images of a folder, in a size and with the channels that fit the model, or those of a probe.npz."""
     if Path(path).suffix != ".npz":
         fitting = fitting_size(model, size)
         channels = image_channels(model, fitting)
-        reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images}
+        reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images, "onerror": onerror}
         return ProbeBatch.from_folder(path, size=fitting, num_images=num_images, channels=channels, **reading)
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")

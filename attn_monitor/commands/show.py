@@ -19,7 +19,15 @@ from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
-from attn_monitor.commands.support.results import check_out, doing, notify, print_metrics, progress, results_in
+from attn_monitor.commands.support.results import (
+    check_all_read,
+    check_out,
+    doing,
+    notify,
+    print_metrics,
+    progress,
+    results_in,
+)
 from attn_monitor.commands.support.runs import SHOWN
 from attn_monitor.commands.support.separate import separate_pictures
 from attn_monitor.draw.canvas import Pixels
@@ -100,8 +108,10 @@ def show(
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
     fitting = fitting_size(loaded, size)
     channels = image_channels(loaded, fitting)
+    unreadable = list[str]()
     reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images}
-    probe = ProbeBatch.from_folder(images, size=fitting, num_images=num_images, channels=channels, **reading)
+    reading |= {"channels": channels, "onerror": unreadable.append}
+    probe = ProbeBatch.from_folder(images, size=fitting, num_images=num_images, **reading)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
     with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
@@ -129,6 +139,7 @@ def show(
             for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):
                 results.add(path)
     print_metrics(snapshot, "metrics, means over heads and images")
+    check_all_read(unreadable)
 
 
 def _notes(monitor: AttentionMonitor) -> list[str]:

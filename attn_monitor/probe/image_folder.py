@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -49,6 +49,7 @@ def read_images(
     masks: str | os.PathLike[str] | None = None,
     channels: int | None = None,
     large: bool = False,
+    onerror: Callable[[str], None] | None = None,
 ) -> Photographs:
     """Read one image, evenly spaced images of a folder, or of a folder of class folders one of each class in turn.
 
@@ -59,12 +60,14 @@ def read_images(
         masks: Folder of PNGs with the images' names: binary, or one value per object (255 is ignored).
         channels: How many channels the model takes; None takes three of photographs, and those of other files.
         large: Whether to read images with more pixels than Pillow's limit.
+        onerror: Called with the name and the error of each unreadable image among readable ones, which are read; by
+            default one unreadable image is an error.
 
     Raises:
         ProbeError: A folder, image or mask is missing or unreadable.
     """
     check_count(num_images)
-    reader = _Reader(check_size(size), channels, large)
+    reader = _Reader(check_size(size), channels, large, onerror)
     if Path(path).is_file():
         return _read([[Path(path)]], "image", reader, masks)
     return _read(_choose_files(Path(path), num_images, reader), f"probe folder {path}", reader, masks)
@@ -72,7 +75,7 @@ def read_images(
 
 def read_files(files: Sequence[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
     """Read photographs, resized and cropped at the centre; the error names every unreadable file."""
-    return _read([[file] for file in files], source, _Reader(check_size(size), 3, False), masks)
+    return _read([[file] for file in files], source, _Reader(check_size(size), 3), masks)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -84,7 +87,8 @@ def images_in(folder: Path) -> list[Path]:
 class _Reader:
     size: tuple[int, ...]  # (height, width), or (depth, height, width) of volumes
     channels: int | None
-    large: bool
+    large: bool = False
+    onerror: Callable[[str], None] | None = None
 
     @property
     def volume(self) -> bool:
@@ -112,9 +116,8 @@ def _read(
     images: Sequence[Sequence[Path]], source: str, reader: _Reader, masks: str | os.PathLike[str] | None
 ) -> Photographs:
     """Read the images, resized and cropped at the centre; the error names every unreadable file."""
-    pixels, names, unreadable, to_1 = list[Tensor](), list[str](), list[str](), True
-    files = [image[0] for image in images]
-    class_folders = len({file.parent for file in files}) > 1
+    pixels, names, files, unreadable, to_1 = list[Tensor](), list[str](), list[Path](), list[str](), True
+    class_folders = len({image[0].parent for image in images}) > 1
     for image in images:
         file = image[0]
         try:
@@ -126,10 +129,14 @@ def _read(
             unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
         else:
             to_1 = to_1 and read.to_1
+            files.append(file)
             parts = (file.parent.name if class_folders else "", stem_of(file), read.part)
             names.append("-".join(part for part in parts if part))
-    if unreadable:
+    if unreadable and (reader.onerror is None or not files):
         raise ProbeError(f"{source}: cannot read {'; '.join(unreadable)}. Remove or replace these files")
+    for text in unreadable:
+        assert reader.onerror is not None
+        reader.onerror(text)
     channels = sorted({len(image) for image in pixels})
     if len(channels) > 1:
         raise ProbeError(

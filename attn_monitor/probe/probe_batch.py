@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ class ProbeBatch:
         channels: int | None = None,
         bands: Sequence[int] | None = None,
         large_images: bool = False,
+        onerror: Callable[[str], None] | None = None,
     ) -> ProbeBatch:
         """Read one image or those of a folder, resized to cover ``size`` and cropped at the centre.
 
@@ -189,11 +190,14 @@ class ProbeBatch:
             channels: How many channels the model takes; None takes three of photographs, and those of other files.
             bands: Channels that are shown, one or three; None takes the first.
             large_images: Whether to read images of more than Pillow's limit of 89 million pixels.
+            onerror: Called with the name and the error of each unreadable image, which is left out as long as others
+                can be read; by default one unreadable image is an error.
 
         Raises:
             ProbeError: A folder, image or mask is missing or unreadable; the message names every unreadable file.
         """
-        read = read_images(path, size=size, num_images=num_images, masks=masks, channels=channels, large=large_images)
+        options: dict[str, Any] = {"masks": masks, "channels": channels, "large": large_images, "onerror": onerror}
+        read = read_images(path, size=size, num_images=num_images, **options)
         count = read.pixels.shape[1]
         if mean is None or std is None:
             grey = tuple(sum(values) / 3 for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -29,7 +29,7 @@ from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers
 from attn_monitor.draw.canvas import BACKGROUND, MASK, TEXT
 from attn_monitor.draw.hatching import hatch
-from attn_monitor.errors import HeadError, NonFiniteAttentionError
+from attn_monitor.errors import HeadError, NonFiniteAttentionError, ProbeError
 from attn_monitor.measure.outliers import outliers_by_attention, outliers_by_norm, without_patches
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.integration.test_capture import Watch, vit
@@ -485,6 +485,16 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     with pytest.raises(OSError, match="is a file"):
         show(tmp_path / "file", tmp_path / "x.png", separate=True, raw=True)
+
+
+def test_an_unreadable_image_among_others_is_left_out_and_named(tmp_path: Path, photographs: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(photographs, folder)
+    (folder / "aaa.png").write_text("no image")
+    with pytest.raises(ProbeError, match=r"^1 image is left out that cannot be read: aaa\.png \("):
+        show(tmp_path / "out", folder)
+    shown = ProbeBatch.load(tmp_path / "out" / "probe.npz")
+    assert shown.names == tuple(sorted(path.stem for path in photographs.iterdir()))
 
 
 def test_as_a_user_types_it(

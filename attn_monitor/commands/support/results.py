@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor.draw.canvas import Pixels
+from attn_monitor.errors import ProbeError
 from attn_monitor.snapshot import Snapshot
 
 try:
@@ -109,6 +110,13 @@ def notify(text: str) -> None:
 
 def _print(text: str, file: TextIO) -> None:
     print(text, file=file) if tqdm is None else tqdm.write(text, file=file)
+
+
+def check_all_read(unreadable: Sequence[str]) -> None:
+    """Raise `ProbeError` at the end of a command if images were left out."""
+    if unreadable:
+        are = "image is" if len(unreadable) == 1 else "images are"
+        raise ProbeError(f"{len(unreadable)} {are} left out that cannot be read: {'; '.join(unreadable)}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -118,3 +118,12 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def with_role(role: str, error: Exception) -> Exception:
+    """Return a role's error with the role in its text."""
+    if not isinstance(error, AttnMonitorError):
+        return error
+    same = type(error)(f"{role}: {error}")
+    same.__cause__ = error.__cause__
+    return same

@@ -52,7 +52,7 @@ class Kept:
         """Begin a run, which loads a checkpoint later if it does."""
         self.resumed, self._distributed = False, distributed
         if self.monitor is not None:
-            self.monitor.distributed = distributed
+            self.monitor.roles.distributed = distributed
 
     def within(self, root: nn.Module | None, around: Sequence[nn.Module] = ()) -> None:
         """Call the models through this module around them; ``around`` are modules that hold them, if it is None."""

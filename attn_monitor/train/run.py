@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +11,14 @@ from torch import nn
 
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.wait_budget import WaitBudget
-from attn_monitor.capture.image_channels import first_channels, image_channels
 from attn_monitor.distributed import RankZero
-from attn_monitor.errors import AttentionError, ForwardError, NoImagesError, text_of
+from attn_monitor.errors import NoImagesError, with_role
 from attn_monitor.measurements import HealthFlag, Metrics
-from attn_monitor.monitor import AttentionMonitor, named
-from attn_monitor.probe.options import IMAGE_SIZE
+from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.probe.sizes import sizes_in
 from attn_monitor.train.ema_watch import EmaWatch
 from attn_monitor.train.evaluation import Evaluation
+from attn_monitor.train.fitting_probe import check_models
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.probe_search import ObservedInputs
 from attn_monitor.train.reports import Cost
@@ -295,46 +292,13 @@ class Run:
 
     def _check(self, models: Mapping[str, nn.Module]) -> AttentionMonitor:
         """Find the models' attention; `HeadError` if a head to draw does not exist."""
-        monitor = self._check_size(models)
+        monitor = check_models(self.kept, models, self.rank_zero)
         for role, error in monitor.failed.items():
             if self._roles_given and self.errors.stage is Stage.STARTING and isinstance(error, USER_ERRORS):
-                raise named(role, error)
+                raise with_role(role, error)
         self._roles.failed(monitor.failed)
         monitor.check_heads(self.kept.options.drawing.drawn_heads)
         return monitor
-
-    def _check_size(self, models: Mapping[str, nn.Module]) -> AttentionMonitor:
-        """Find the models' attention; where they refuse the size of a folder's images, on images of one they take."""
-        monitor, options = self.monitor, self.kept.options.probe
-        assert monitor is not None
-        if options.are_files and not self.kept.resumed:
-            monitor = self._with_channels(monitor, next(iter(models.values())))
-        try:
-            monitor.check(models)
-        except ForwardError as error:
-            if not options.other_sizes_fit or self.kept.resumed:
-                raise
-            for size in sizes_in(text_of(error.__cause__ or error), IMAGE_SIZE):
-                probe = self.rank_zero.run(replace(options, image_size=size).load)
-                assert probe is not None
-                other = self.kept.watch(probe)
-                try:
-                    other.check(models)
-                except AttentionError:
-                    continue
-                return other
-            self.kept.watch(monitor.probe)
-            raise ForwardError(f"{error}. Where it takes another size than {IMAGE_SIZE}, pass image_size=") from error
-        return monitor
-
-    def _with_channels(self, monitor: AttentionMonitor, model: nn.Module) -> AttentionMonitor:
-        """Read the files of the probe again where the model takes other channels than were read."""
-        read = monitor.probe.images.shape
-        if first_channels(model) in (None, read[1]) or (channels := image_channels(model, read[2:])) == read[1]:
-            return monitor
-        probe = self.rank_zero.run(lambda: self.kept.options.probe.load(channels))
-        assert probe is not None
-        return self.kept.watch(probe)
 
     def _found(self, flags: Sequence[HealthFlag], step: int) -> None:
         """Report flags at once; the next snapshot stores them."""

@@ -88,7 +88,7 @@ def test_out_of_memory_halves_the_chunk(tmp_path: Path) -> None:
     assert told == []
     assert steps(tmp_path) == list(range(STEPS + 1))
     assert watch.monitor is not None
-    assert watch.monitor._chunk == 1
+    assert watch.monitor.images_at_a_time == 1
     plain = tmp_path / "plain"
     fit(plain)
     one, other = (load_snapshots(f / RUN / "attn_monitor")[-1].rows("student") for f in (tmp_path, plain))

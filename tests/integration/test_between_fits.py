@@ -78,7 +78,7 @@ def test_after_any_fit_the_model_is_gone_and_so_are_the_threads(tmp_path: Path, 
     gc.collect()
     assert model() is None
     assert not [t.name for t in threading.enumerate() if "attn_monitor" in t.name]
-    assert watch.monitor is None or watch.monitor._recorders == {}
+    assert watch.monitor is None or watch.monitor.found() == {}
 
 
 def test_in_a_step_it_can_be_copied(tmp_path: Path) -> None:

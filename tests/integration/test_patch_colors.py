@@ -213,7 +213,7 @@ def test_probe_in_pieces_and_teacher_like_student() -> None:
     with torch.no_grad():
         teacher.blocks[0].attn.qkv.weight.mul_(1.05)
     whole, pieces = AttentionMonitor(ProbeBatch(images)), AttentionMonitor(ProbeBatch(images))
-    pieces._chunk = 3
+    pieces.roles.images_at_a_time = 3
     a, b = (m.colored(m.snapshot({"student": student, "teacher": teacher}, step=0)) for m in (whole, pieces))
     assert (a.layer("student").colors - b.layer("student").colors).abs().max() < 2 * LEVEL
     assert (a.layer("student").colors - a.layer("teacher").colors).abs().mean() < 0.05

@@ -41,7 +41,7 @@ def attention_of(watch: AttentionMapCallback) -> Seen:
         "metrics": last.scalars(),
         "probe": watch.monitor.probe.images,
         "history": [s.step for s in watch.monitor.history],
-        "chunk": watch.monitor._chunk,
+        "chunk": watch.monitor.images_at_a_time,
     }
 
 

@@ -272,7 +272,7 @@ def test_metrics_of_halved_probes_are_the_same() -> None:
     torch.manual_seed(0)
     model, probe = tiny_vit(), ProbeBatch(torch.randn(3, 3, 32, 32))
     whole, parts = (AttentionMonitor(probe, metrics=MetricOptions("all", verify=False)) for _ in range(2))
-    parts._chunk = 2
+    parts.roles.images_at_a_time = 2
     one, other = (m.snapshot({"backbone": model}, step=0) for m in (whole, parts))
     assert one.metrics.keys() == other.metrics.keys()
     for tag, value in one.metrics.items():

@@ -82,6 +82,7 @@ class RoleRecorders:
         """Release the models; their layers are found again when they are next needed."""
         self._recorders.clear()
         self._confirmed.clear()
+        self.failed = {}  # their tracebacks hold models
 
     @property
     def is_shared(self) -> bool:

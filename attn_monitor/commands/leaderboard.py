@@ -1,7 +1,8 @@
 """Compare many runs in one table: verdict, what to keep, and metrics, sorted by any of them.
 
 Values are those of each run's last snapshot, or with --at pick of the one that `attn-monitor pick` chooses for dense
-use. A page holds the same table, to be sorted by a click, and the curves of all runs on top of each other.
+use. A page holds the same table, to be sorted by a click, the curves of all runs on top of each other, and each run's
+player, which a click on its name or its pick opens.
 
 Example: attn-monitor leaderboard runs/* --sort knn_accuracy --out leaderboard.html
 """
@@ -17,22 +18,20 @@ from typing import Any, Literal
 
 from attn_monitor.commands.pick import GLOBAL, Picked, pick_checkpoints
 from attn_monitor.commands.summary import RunSummary, summarise_run
-from attn_monitor.commands.support.leaderboard_page import Line, leaderboard_page
 from attn_monitor.commands.support.results import notify, print_path, print_table, writing_to
 from attn_monitor.errors import ArchiveError, ArgumentError
 from attn_monitor.measure.dense_quality import DENSE, RANK, SEPARABILITY, SPREAD
-from attn_monitor.player.report import names_of, write_whole
+from attn_monitor.player.page import page_of_runs
+from attn_monitor.player.report import FILE_BYTES, contents_within, names_of, write_whole
+
+Line = Sequence[tuple[int, float]]
+"""Points (step, value) in order of steps."""
 
 PICK = "pick"
 """The column of the dense pick: separability - spread + rank there, which unlike pick's own score compares runs."""
 
 SHOWN = ("knn_accuracy", "ridge_accuracy", "rankme", SEPARABILITY, "entropy", "loss")
 """Metrics of a table unless others are named; those that no run has are left out."""
-
-NOTE = (
-    "Metrics are those of each run's {} snapshot, of its teacher where there is one. The columns for dense and for "
-    "global use name the step that attn-monitor pick chooses, and pick is separability - spread + rank at the former."
-)
 
 TITLES = ("run", "last step", "verdict", "flags", "for dense use", "for global use")
 
@@ -137,7 +136,7 @@ def leaderboard(
         at: last or pick; the snapshot that metrics are of.
         metrics: names of the metrics to show, joined by commas, or all.
         start: the first step to pick; 0 for runs that continue a trained model.
-        out: an HTML page to write, with the table and overlaid curves.
+        out: an HTML page to write, with the table, overlaid curves and every run's player, in about 8 MB.
         json: print JSON, for scripts.
     """
     rows = compare_many(runs, sort=sort, at=at, start=start)
@@ -148,15 +147,13 @@ def leaderboard(
         texts = [(*_cells(row), *(_number(row.value(c)) for c in (PICK, *columns))) for row in rows]
         print_table([(*TITLES, PICK, *columns), *texts])
     if out is not None:
-        path, extra = Path(out), (*columns, "certainty for dense use")
-        table = [
-            [*_cells(row), *(_number(row.value(c)) for c in (PICK, *columns)), row.certainty.partition(" (")[0]]
-            for row in rows
-        ]
-        curves = {name: {row.name: row.curves[name] for row in rows if name in row.curves} for name in columns}
-        note = NOTE.format("last" if at == "last" else "picked")
+        path = Path(out)
+        keep = [{step for step in (row.dense, row.best) if step is not None} for row in rows]
+        contents = contents_within([(row.name, row.archive) for row in rows], FILE_BYTES, keep)
+        for run, row in zip(contents, rows, strict=True):
+            run.found = {"verdict": row.verdict, **row.as_dict()["picks"]}
         with writing_to(path.parent):
-            write_whole(path, leaderboard_page((*TITLES, PICK, *extra), table, curves, note))
+            write_whole(path, page_of_runs(contents, listed={"columns": columns, "at": at}))
         print_path(path)
     _note_differences(rows)
 

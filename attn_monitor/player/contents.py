@@ -6,10 +6,10 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,8 @@ from attn_monitor.workers import safe_point
 MAX_PHOTO = 512  # pixels of a photograph's longer side, half as many for more than MANY_PHOTOS images
 MANY_PHOTOS = 16
 FEATURE_STEPS = 8  # steps that keep their features where the file would be too large with all of them
+Item = TypeVar("Item")
+
 BASE64 = 4 / 3  # characters for a byte
 MAX_STEPS = 500  # of a page: reading small snapshots takes time even where they fit
 MAX_VALUES = 200_000  # of metrics; with more of them those of heads are left out
@@ -61,6 +63,7 @@ class Contents:
     steps: list[Step]
     note: str = ""
     broken: list[str] = field(default_factory=list)
+    found: dict[str, Any] | None = None  # for the list of runs, see `RunFacts` in web/types.d.ts
 
     def manifest(self) -> dict[str, Any]:
         """All but the blocks, in plain values. Each layout occurs once, and steps refer to it by its index."""
@@ -74,7 +77,8 @@ class Contents:
             if not every_head:
                 facts["metrics"] = {key: values[:1] for key, values in facts["metrics"].items()}
             steps.append(facts)
-        return {"name": self.name, **self.images, "note": self.note, "layouts": layouts, "steps": steps}
+        found = {} if self.found is None else {"found": self.found}
+        return {"name": self.name, **self.images, "note": self.note, "layouts": layouts, "steps": steps, **found}
 
 
 def step_facts(snapshot: Snapshot) -> dict[str, Any]:
@@ -104,26 +108,51 @@ def images_of(probe: ProbeBatch, pictures: Sequence[str] = ()) -> dict[str, Any]
     return {**facts, "pictures": list(pictures)}
 
 
-def gather(folder: Path, name: str, room: float) -> Contents:
-    """The steps of an archive that fit into ``room`` bytes of base64, evenly spaced.
+@dataclass(frozen=True)
+class Opened:
+    """An archive of which nothing but its images is read yet."""
 
-    Raises FileNotFoundError where the folder has no archive, and `ArchiveError` where no snapshot can be shown.
-    """
+    paths: list[Path]
+    probe: ProbeBatch
+    images: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Characters that the images take."""
+        return sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in self.images["images"])
+
+
+def open_archive(folder: Path) -> Opened:
+    """Read an archive's images. Raises FileNotFoundError where the folder has no archive."""
     paths = snapshot_paths(folder)
     if not paths or not (folder / "probe.npz").exists():
         raise FileNotFoundError(f"{folder}: no {'probe.npz' if paths else 'snapshots (step-*.npz)'} here")
     probe = ProbeBatch.load(folder / "probe.npz")
-    pictures = names_of_slices(paths)
-    contents = Contents(name, images_of(probe, pictures), [])
-    room -= sum(len(image["photo"]) + 8 * sum(map(len, image["truth"])) for image in contents.images["images"])
-    size = _step_size(paths, len(pictures))
+    return Opened(paths, probe, images_of(probe, names_of_slices(paths)))
+
+
+def gather(
+    folder: Path, name: str, room: float, *, opened: Opened | None = None, keep: Collection[int] = ()
+) -> Contents:
+    """The steps of an archive that fit into ``room`` bytes of base64, evenly spaced, and steps to ``keep`` anyway.
+
+    The room is for images too, unless they are already ``opened``.
+
+    Raises FileNotFoundError where the folder has no archive, and `ArchiveError` where no snapshot can be shown.
+    """
+    if opened is None:
+        opened = open_archive(folder)
+        room -= opened.size
+    paths, pictures = opened.paths, len(opened.images["pictures"])
+    contents = Contents(name, opened.images, [])
+    size = _step_size(paths, pictures)
     few = min(MAX_STEPS, max(2, int(room / size)) if size else len(paths))
-    chosen = [paths[i] for i in thin([step_of(path) for path in paths], few)]
+    chosen = _thinned(paths, [step_of(path) for path in paths], few, keep)
     broken = contents.broken
-    contents.steps = list(_readable(chosen, probe, broken, len(pictures)))
+    contents.steps = list(_readable(chosen, opened.probe, broken, pictures))
     if not contents.steps:
         raise ArchiveError(f"{folder}: no snapshot can be shown: {'; '.join(broken)}")
-    notes = _fit(contents, room)
+    notes = _fit(contents, room, keep)
     if len(contents.steps) + len(broken) < len(paths):
         notes.insert(0, f"{len(contents.steps)} of {len(paths)} snapshots, evenly spaced, so that the file stays small")
     contents.note = ". ".join([*notes, *(f"Left out: {reason}" for reason in broken)])
@@ -168,14 +197,20 @@ def _readable(paths: Sequence[Path], probe: ProbeBatch, broken: list[str], pictu
         yield Step(step_facts(snapshot), blocks.layout_of(snapshot), full or bare, None if full is None else bare)
 
 
-def _fit(contents: Contents, room: float) -> list[str]:
+def _thinned(items: Sequence[Item], numbers: Sequence[int], count: int, keep: Collection[int]) -> list[Item]:
+    """Choose about ``count`` items, evenly spaced by their numbers, and all whose number is kept."""
+    chosen = {*thin(numbers, count), *(i for i, number in enumerate(numbers) if number in keep)}
+    return [items[i] for i in sorted(chosen)]
+
+
+def _fit(contents: Contents, room: float, keep: Collection[int]) -> list[str]:
     """Drop features, then steps, until the rest fits into ``room`` characters; return notes on what was dropped."""
     notes = []
 
     def characters() -> float:
         return sum(step.size * BASE64 + _json_size(step) for step in contents.steps)
 
-    for count in (FEATURE_STEPS, 0):
+    for count in (FEATURE_STEPS, 2, 0):
         if characters() > room and any(step.bare for step in contents.steps):
             numbers = [step.facts["step"] for step in contents.steps]
             kept = set(thin(numbers, count)) if count else set()
@@ -183,10 +218,10 @@ def _fit(contents: Contents, room: float) -> list[str]:
                 if number not in kept:
                     step.drop_features()
             notes = [f"Features of patches at {count} steps only" if count else "Features of patches are left out"]
-    while characters() > room and len(contents.steps) > 2:
-        fewer = min(len(contents.steps) - 1, int(len(contents.steps) * room / characters()))
+    while characters() > room and len(contents.steps) > 2 + len(keep):
+        fewer = min(len(contents.steps) - 1, int(len(contents.steps) * room / characters())) - len(keep)
         numbers = [step.facts["step"] for step in contents.steps]
-        contents.steps = [contents.steps[i] for i in thin(numbers, max(2, fewer))]
+        contents.steps = _thinned(contents.steps, numbers, max(2, fewer), keep)
     return notes
 
 

@@ -10,7 +10,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,22 @@ _PAGE = """<!doctype html>
 """
 
 
-def page_of_runs(runs: Sequence[Contents]) -> str:
-    """A file that contains all its data; its policy forbids every request."""
+def page_of_runs(runs: Sequence[Contents], *, listed: Mapping[str, Any] | None = None) -> str:
+    """A file that contains all its data; its policy forbids every request.
+
+    Args:
+        runs: one, two to compare, or many.
+        listed: opens the page as a list of its runs; the metrics and the snapshot that it shows first, see `Manifest`
+            in web/types.d.ts.
+    """
     encoded: list[str] = []
     offset = 0
     manifests = []
     for run in runs:
         manifest = run.manifest()
+        same = next((i for i, other in enumerate(runs) if other.images["images"] == run.images["images"]), None)
+        if same is not None and runs[same] is not run:
+            manifest["images"] = same  # which that run holds
         for step, facts in zip(run.steps, manifest["steps"], strict=True):
             facts["blocks"] = {}
             for layer, packed in step.blocks.items():
@@ -55,7 +64,7 @@ def page_of_runs(runs: Sequence[Contents]) -> str:
                 encoded.append(text)
                 offset += len(text)
         manifests.append(manifest)
-    return _page({"runs": manifests}, "".join(encoded))
+    return _page({"runs": manifests, **({} if listed is None else {"list": listed})}, "".join(encoded))
 
 
 def page_of_server() -> str:

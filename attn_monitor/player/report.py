@@ -1,11 +1,11 @@
-"""One or two archives as an HTML file that opens by double click."""
+"""Archives as an HTML file that opens by double click."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from attn_monitor.player.contents import Contents, gather
+from attn_monitor.player.contents import Contents, gather, open_archive
 from attn_monitor.player.page import code_size, page_of_runs
 from attn_monitor.record.atomic_file import atomic_file
 
@@ -34,10 +34,18 @@ def write_report(folder: Path, before: Callable[[int], object] = lambda size: No
     return path, page
 
 
-def contents_within(archives: Sequence[tuple[str, Path]], limit: int) -> list[Contents]:
-    """What a page of about ``limit`` bytes shows of each archive."""
-    room = (limit - code_size() - RESERVED_BYTES) / len(archives)
-    return [gather(folder, name, room) for name, folder in archives]
+def contents_within(
+    archives: Sequence[tuple[str, Path]], limit: int, keep: Sequence[Collection[int]] | None = None
+) -> list[Contents]:
+    """What a page of about ``limit`` bytes shows of each archive; ``keep`` are steps of each that are never thinned."""
+    opened = [open_archive(folder) for _, folder in archives]
+    different = [one for i, one in enumerate(opened) if all(one.images != other.images for other in opened[:i])]
+    room = (limit - code_size() - RESERVED_BYTES - sum(one.size for one in different)) / len(archives)
+    kept = keep or [()] * len(archives)
+    return [
+        gather(folder, name, room, opened=one, keep=steps)
+        for (name, folder), one, steps in zip(archives, opened, kept, strict=True)
+    ]
 
 
 def write_whole(path: Path, page: str, before: Callable[[int], object] = lambda size: None) -> None:

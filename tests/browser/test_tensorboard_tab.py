@@ -225,6 +225,10 @@ def test_one_damaged_run_leaves_the_others_in_a_notebooks_frame(framed: tuple[Pa
         assert selects["x"] + selects["width"] <= summary["x"], "they stand beside each other"
         frame.get_by_role("button", name="one step back").click()
         frame.locator("figure.stale").first.wait_for()  # what cannot be fetched is not shown as the step before
+        frame.get_by_role("button", name="Runs").click()
+        frame.locator(".run-list tbody tr").first.wait_for()
+        assert [row.split("\t")[:2] for row in frame.locator("tbody tr").all_inner_texts()] == [[name, "10"]]
+        assert frame.locator(".of-runs path").count() >= 2, "its curves"
 
 
 def later(snapshot: AttentionSnapshot, step: int, folder: Path) -> None:

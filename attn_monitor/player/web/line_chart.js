@@ -69,7 +69,7 @@ export class LineChart {
    * Curves are drawn again where the array is another one.
    * @param {Curve[]} curves
    * @param {Pair} domain first and last step
-   * @param {number} step
+   * @param {number} step NaN for none
    * @param {(value: number) => string} format
    * @param {number} least range of the axis
    */
@@ -81,8 +81,10 @@ export class LineChart {
     }
     const scale = /** @type {Scale} */ (this.scale);
     const x = scale.x(step);
-    for (const [name, value] of Object.entries({ x1: x, x2: x, y2: height }))
+    this.cursor.toggleAttribute("hidden", Number.isNaN(step));
+    for (const [name, value] of Object.entries(Number.isNaN(step) ? {} : { x1: x, x2: x, y2: height })) {
       this.cursor.setAttribute(name, `${value}`);
+    }
     const dots = curves.flatMap(({ className, points, dotted }) => {
       const value = dotted ? points.find((point) => point[0] === step)?.[1] : null;
       return isNumber(value) ? [svg("circle", { class: `point ${className}`, r: 3, cx: x, cy: scale.y(value) })] : [];

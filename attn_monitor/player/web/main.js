@@ -5,11 +5,10 @@ import { toPng } from "./export_png.js";
 import { makeHelp } from "./help.js";
 import { historyIndices, makeInspector } from "./inspector.js";
 import { moveCursor, pin } from "./large_tile.js";
-import { manifest } from "./manifest.js";
 import { grouped } from "./numbers.js";
 import { togglePlay } from "./playback.js";
-import { runsOfFile } from "./run.js";
-import { openServer } from "./server_runs.js";
+import { makeRunList } from "./run_list.js";
+import { openRuns } from "./runs.js";
 import { makeStage } from "./stage.js";
 import { showError, showStatus } from "./status.js";
 import { runDot } from "./tile.js";
@@ -72,8 +71,7 @@ const KEYS = {
 async function start() {
   if (hasAddress) fromHash(location.hash);
   drawTheme();
-  if (manifest.server) await openServer();
-  else state.runs = runsOfFile(manifest);
+  await openRuns();
   const stage = makeStage();
   const [thumbnails, controls, inspector, timeline, verdicts] = [
     makeThumbnails(),
@@ -83,7 +81,9 @@ async function start() {
     makeVerdicts(),
   ];
   document.body.append(help.element);
+  const list = makeRunList();
   byId("verdict").append(verdicts.element);
+  byId("list").append(list.element);
   byId("rail").append(thumbnails.element);
   byId("pictures").append(stage.element);
   byId("side").firstElementChild?.append(controls.element, inspector.element);
@@ -93,7 +93,7 @@ async function start() {
   byId("app").hidden = false;
   showStep(view.step);
   onDraw(...[verdicts, thumbnails, controls, stage, inspector, timeline].map((part) => part.draw));
-  onDraw(drawHeader, loadShown, updateLink, drawTheme);
+  onDraw(list.draw, drawHeader, loadShown, updateLink, drawTheme);
 }
 
 /** @param {HTMLElement} pictures */
@@ -105,6 +105,7 @@ function addListeners(pictures) {
   byId("link").hidden = !hasAddress;
   byId("link").addEventListener("click", copyLink);
   byId("png").addEventListener("click", () => savePng(pictures).catch(showError));
+  byId("list-button").addEventListener("click", () => change({ list: !view.list }));
   byId("help").addEventListener("click", help.open);
   byId("theme").addEventListener("click", () => {
     change({ theme: THEMES[(THEMES.indexOf(view.theme) + 1) % THEMES.length] });
@@ -150,7 +151,8 @@ const namesChanged = changeDetector();
 
 function drawHeader() {
   const [a, b] = [runA(), runB()];
-  if (!manifest.server && namesChanged(a, b)) {
+  byId("list-button").ariaPressed = String(view.list);
+  if (!byId("runs").children.length && namesChanged(a, b)) {
     const names = state.runs.map(({ name }) => el("span", {}, name));
     if (b) names.forEach((name, i) => name.prepend(runDot(i), `${"AB"[i]} `));
     byId("title").replaceChildren(...names);
@@ -161,7 +163,8 @@ function drawHeader() {
   const found =
     steps.length === 1 ? `1 snapshot, step ${first}` : `${steps.length} snapshots, steps ${first} to ${last}`;
   const loaded = pending ? `${found}, ${pending} more to load` : found;
-  byId("summary").textContent = a.caption === "original" ? loaded : `${loaded} · images: ${a.caption}`;
+  const { caption } = a.facts;
+  byId("summary").textContent = caption === "original" ? loaded : `${loaded} · images: ${caption}`;
   byId("summary").classList.toggle("pending", pending > 0);
   const notes = state.runs.map(({ facts }, i) => (b && facts.note ? `${"AB"[i]}: ${facts.note}` : facts.note));
   byId("note").textContent = notes.filter(Boolean).join(". ");
@@ -193,7 +196,7 @@ function onHashChange() {
   if (location.hash.slice(1) === toHash()) return;
   const { run, other } = view;
   fromHash(location.hash);
-  if (manifest.server && (view.run !== run || view.other !== other)) location.reload();
+  if (view.run !== run || view.other !== other) location.reload();
   else showStep(view.step);
 }
 

@@ -147,7 +147,9 @@ async function inflate(bytes) {
  */
 export function runsOfFile(manifest) {
   const text = byId("blocks").textContent ?? "";
-  return manifest.runs.map((facts) => {
+  return manifest.runs.map((found) => {
+    const same = typeof found.images === "number" ? manifest.runs[found.images].images : found.images;
+    const facts = /** @type {RunFacts} */ ({ ...found, images: same });
     return new Run(facts, async (step, layer) => {
       const [offset, length] = step.blocks[layer];
       return Uint8Array.from(atob(text.slice(offset, offset + length)), (character) => character.charCodeAt(0));

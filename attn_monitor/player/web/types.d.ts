@@ -68,6 +68,8 @@ export interface RunFacts {
   steps: Step[];
   generation?: string;
   pending?: number;
+  /** What attn-monitor leaderboard found: a verdict, steps to pick, and the score of the first one. */
+  found?: { verdict: string; dense: number | null; certainty: string; global: number | null; pick: number | null };
 }
 
 /** What a server answers about a run that the page has already: new steps only, unless the generation differs. */
@@ -92,6 +94,8 @@ export interface Drawing {
 
 export interface Manifest {
   server?: boolean;
+  /** Where the page is opened as a list of its runs: metrics that are shown first, and which values. */
+  list?: { columns: string[]; at: string };
   runs: RunFacts[];
   drawing: Drawing;
 }
@@ -137,6 +141,11 @@ export interface View {
   theme: string;
   run: string | null;
   other: string | null;
+  /** Whether the list of all runs is shown, sorted by a column (descending, with "-" ascending). */
+  list: boolean;
+  by: string;
+  at: string;
+  columns: string;
 }
 
 /** A column of the stage: a role of one run, or of two that are drawn on one canvas. */

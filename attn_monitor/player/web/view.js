@@ -1,6 +1,6 @@
 // What is shown. Changing it requests a new drawing of the page, and a link restores it.
 import { changeDetector } from "./elements.js";
-import { drawing } from "./manifest.js";
+import { drawing, manifest } from "./manifest.js";
 import { clamp } from "./patch_grid.js";
 
 /** @import {PatchRef, View} from "./types" */
@@ -30,6 +30,10 @@ const DEFAULTS = {
   theme: "auto",
   run: null,
   other: null,
+  list: Boolean(manifest.list),
+  by: "",
+  at: manifest.list?.at ?? "last",
+  columns: "",
 };
 
 /** @type {Record<string, string[]>} */
@@ -41,6 +45,7 @@ const CHOICES = {
   table: Object.keys(drawing.tables),
   compare: ["side", "swipe", "difference"],
   theme: ["auto", "light", "dark"],
+  at: ["last", "pick"],
 };
 
 /** What a link restores. */

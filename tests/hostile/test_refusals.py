@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from attn_monitor import errors
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
@@ -263,17 +264,27 @@ def test_windows_folded_into_heads_are_refused() -> None:
 def test_sharded_tensors_are_refused() -> None:
     class Ragged(styles.MemEffAttention):
         def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
-            q, k, v = (styles.split_heads(t).as_subclass(Sharded) for t in self.qkv(x).chunk(3, -1))
-            out = F.scaled_dot_product_attention(q, k, v).as_subclass(Tensor)
-            return self.proj(out.transpose(1, 2).flatten(2))
+            q, k, v = (Sharded(styles.split_heads(t)) for t in self.qkv(x).chunk(3, -1))
+            return self.proj(F.scaled_dot_product_attention(q, k, v).whole.transpose(1, 2).flatten(2))
 
     class Sharded(Tensor):
-        """Stands for DTensor: a subclass whose storage is not the whole tensor."""
+        """Stands for DTensor: a subclass with operations of its own, and without a storage."""
 
+        whole: Tensor
         __torch_function__ = torch._C._disabled_torch_function_impl
 
+        def __new__(cls, whole: Tensor) -> Any:
+            made = Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
+            made.whole = whole
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*tree_map_only(Sharded, lambda x: x.whole, args), **(kwargs or {}))
+            return tree_map_only(Tensor, Sharded, out)
+
     model = enliven(PlainViT(Ragged())).eval()
-    with pytest.raises(unsupported, match="not plain tensors"):
+    with pytest.raises(unsupported, match="operations of their own"):
         record_attention(model, torch.randn(2, 3, *W))
 
 

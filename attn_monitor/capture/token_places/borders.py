@@ -1,14 +1,16 @@
-"""Locate patches that no convolution makes, by the first pixels that two of their rows and columns depend on.
+"""Locate patches that no convolution makes, by the first and last pixels that some rows and columns of them depend on.
 
 A patch embedding that cuts its patches out and multiplies them has no stride to read. Where its patches do not tile
 the image, mosaics fail and only the order of tokens is known, by their centres. Then a bisection finds the first pixel
-that a row of patches depends on, and the mosaics are run again with that geometry.
+that the second and the last row of patches depend on, and the last pixel of the first row, and the mosaics are run
+again with that geometry. Of patches that overlap, cells are the middles, as of a convolution's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,43 +54,54 @@ def _measured(search: PlaceSearch, key: SiteKey, layout: TokenLayout) -> GridGeo
     """Measure origin and size of the cells in pixels; return None where cells are unequal or tile the image."""
     if min(layout.grid) < 3:
         return None
-    asked = [(axis, index) for axis, cells in enumerate(layout.grid) for index in (1, cells - 1)]
-    first = _first_pixels(search, key, layout, asked)
+    asked = [
+        _Asked(axis, *line) for axis, n in enumerate(layout.grid) for line in ((1, True), (n - 1, True), (0, False))
+    ]
+    pixels = _outermost_pixels(search, key, layout, asked)
     origin, cell = [], []
     for axis, cells in enumerate(layout.grid):
-        one, last = first[2 * axis : 2 * axis + 2]
+        one, last, end = pixels[3 * axis : 3 * axis + 3]
         size, left = divmod(last - one, cells - 2)
         if left or size < 1:
             return None
-        origin.append(float(one - size))
+        origin.append((one - size + end + 1 - size) / 2)  # the first patch is from one - size to end
         cell.append(float(size))
     return GridGeometry(tuple(origin), tuple(cell)).unless_whole(layout.grid, search.size)
 
 
-def _first_pixels(
-    search: PlaceSearch, key: SiteKey, layout: TokenLayout, asked: Sequence[tuple[int, int]]
-) -> list[int]:
-    """Return for each (axis, index) the first pixel that a line of patches (row, column) depends on."""
+class _Asked(NamedTuple):
+    """Name the first or the last pixel on an axis that a line of patches on it depends on."""
+
+    axis: int
+    line: int
+    first: bool
+
+
+def _outermost_pixels(search: PlaceSearch, key: SiteKey, layout: TokenLayout, asked: Sequence[_Asked]) -> list[int]:
+    """Return each pixel that is asked for."""
     one, other = noise_images(search.images, 2, seed=12)
     before = search.ablated_model(one[None], _SEED).sites[key]
-    low, high = [0] * len(asked), [search.size[axis] for axis, _ in asked]  # the pixel is in low ... high - 1
+    sizes = [search.size[pixel.axis] for pixel in asked]
+    low, high = [0] * len(asked), list(sizes)  # the pixel is in low ... high - 1, counted from its end of the axis
     while any(b - a > 1 for a, b in zip(low, high, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
-        images = torch.stack([_begun(one, other, axis, end) for (axis, _), end in zip(asked, middle, strict=True)])
+        images = torch.stack([_begun(one, other, pixel, count) for pixel, count in zip(asked, middle, strict=True)])
         after = search.ablated_model(images, _SEED).sites[key]
         moved = _moved(before, after)[:, list(layout.patches)].unflatten(1, layout.grid)
-        for number, (axis, index) in enumerate(asked):
-            if bool(moved[number].select(axis, index).any()):
+        for number, (axis, line, _) in enumerate(asked):
+            if bool(moved[number].select(axis, line).any()):
                 high[number] = middle[number]
             else:
                 low[number] = middle[number]
-    return low
+    found = zip(low, asked, sizes, strict=True)
+    return [pixel if first else size - 1 - pixel for pixel, (_, _, first), size in found]
 
 
-def _begun(image: Tensor, other: Tensor, axis: int, end: int) -> Tensor:
-    """Replace the pixels of a (C, *size) image before ``end`` along an axis by those of another image."""
-    changed = image.clone()
-    changed.narrow(1 + axis, 0, end).copy_(other.narrow(1 + axis, 0, end))
+def _begun(image: Tensor, other: Tensor, pixel: _Asked, count: int) -> Tensor:
+    """Replace so many pixels of a (C, *size) image from one end of an axis by those of another image."""
+    changed, dim = image.clone(), 1 + pixel.axis
+    start = 0 if pixel.first else image.shape[dim] - count
+    changed.narrow(dim, start, count).copy_(other.narrow(dim, start, count))
     return changed
 
 

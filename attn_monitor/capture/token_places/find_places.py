@@ -75,7 +75,8 @@ def find_places(
     if not search.mosaics:
         reason = f"no grid of patches that fits images of {Grid(search.size)} has so many keys"
         return search.refusing(dict.fromkeys(search.sites, reason)).sites
-    strength = max(small_strength(site.dtype) for site in search.reference.sites.values())
+    # Without a site, what ran on the first noise images did not run on these: a kernel that is read by chance.
+    strength = max((small_strength(site.dtype) for site in search.reference.sites.values()), default=0.0)
     chosen = _least_alike(images)
     search = check_on_user_images(search, chosen, strength)
     unplaced = [k for k, s in search.sites.items() if s.layout is None and not s.reason and k in search.reference.sites]

@@ -84,29 +84,27 @@ def refuse_other_mixing(search: PlaceSearch) -> PlaceSearch:
         return search
     reasons: dict[SiteKey, str] = {}
     exchanged: dict[Call, Tensor] = {}
-    # Other tokens can scale the results only where rows do not sum to 1.
-    held_at = [False] if all(search.ablated_model.formats[key].sums_to_1 for key in calls) else [False, True]
-    count = 2 * len(held_at)
+    at_marks = [False, False, True, True]  # at 0, what scales the results is not seen
     for key, call in calls.items():
         entry = search.sites[key].entries[call[0]]
-        exchanged[call] = torch.zeros(count, len(entry.order), dtype=torch.bool, device="cpu")
+        exchanged[call] = torch.zeros(len(at_marks), len(entry.order), dtype=torch.bool, device="cpu")
         exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
-    marked = torch.tensor(held_at, device=search.images.device).repeat_interleave(2)
+    marked = torch.tensor(at_marks, device=search.images.device)
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
-    images = torch.cat([noise_images(search.images, 1, seed=8)] * count)
+    images = torch.cat([noise_images(search.images, 1, seed=8)] * len(at_marks))
     tokens = search.ablated_model(images, 1, marks=marks, exchanged=exchanged)
     for key, call in calls.items():
         site, left = search.sites[key], tokens.exits.get(call, ())
         if key not in tokens.sites or not left or not len(left[0]):
             continue
         limit, kept = tokens.sites[key].threshold, ~exchanged[call][1]
-        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in range(0, count, 2)]
+        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in (0, 2)]
         if _reach_most(moved[0], kept, site.cls):
             reasons[key] = (
                 f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
                 "weights are not all that mixes them there"
             )
-        elif _reach_most(moved[-1], kept, site.cls):
+        elif _reach_most(moved[1], kept, site.cls):
             reasons[key] = (
                 "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
                 "that are normalised after V, so the weights are not those that the model applies in the end"

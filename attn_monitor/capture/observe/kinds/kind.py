@@ -169,16 +169,25 @@ def unreadable(query: Query, queries: int, *tensors: Tensor) -> str:
     for tensor in tensors:
         if tensor.is_complex():
             return "its weights are complex numbers, of which no map can be drawn"
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            return f"it multiplies whole numbers ({kind}), as in quantised layers, and what scales them is not known"
         if is_foreign_type(tensor):
-            return f"its tensors are {type(tensor).__name__}s (sharded over devices, or ragged), not plain tensors"
+            return (
+                f"its tensors are {type(tensor).__name__}s, which have operations of their own (as tensors that are "
+                "sharded over devices, or ragged, have)"
+            )
     if isinstance(query, int) and query >= queries:
         return f"it has {queries} queries, so no query {query}"
     return ""
 
 
 def is_foreign_type(tensor: Tensor) -> bool:
-    """Return whether a tensor is of a subclass whose operations may mean something else."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
+    """Return whether a tensor is of a subclass with operations of its own, which may mean something else."""
+    return type(tensor).__torch_dispatch__ is not _NO_DISPATCH
+
+
+_NO_DISPATCH: Any = Tensor.__torch_dispatch__
 
 
 def read_rows(

@@ -87,7 +87,8 @@ class AttentionMapCallback(Base):
         threshold: share of attention mass in DINO's mask, in place of `DrawingOptions.threshold`.
 
     These are logged, with {role} student, teacher or backbone:
-        - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics``
+        - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics`` for
+          ``ModelCheckpoint(monitor=…)``; dense metrics only if a callback monitors one, and are computed at once then
         - ``attn/{role}/{metric}``: global features and prototypes in training's own forwards; ``attn/training/loss``
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
@@ -312,13 +313,16 @@ class AttentionMapCallback(Base):
     def _snapshot(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, *, last: bool = False
     ) -> None:
-        """Take a snapshot, and let other callbacks monitor its metrics."""
+        """Take a snapshot, and let other callbacks monitor its metrics; those that come late are waited for then."""
         assert self.run is not None
         targets, step = self._find(trainer, pl_module), lightning_run.steps_done(trainer)
-        snapshot = self.run.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last)
+        wait = lightning_run.monitors_late_metrics(trainer, self.run.name)
+        snapshot = self.run.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last, wait=wait)
         if snapshot is not None:
-            means = snapshot.scalars(heads=False).items()
-            trainer.callback_metrics.update({prefixed(t, self.run.name): torch.tensor(value) for t, value in means})
+            means = snapshot.scalars(heads=False)
+            if wait:
+                means |= self.run.late_metrics(snapshot)
+            trainer.callback_metrics.update({prefixed(t, self.run.name): torch.tensor(v) for t, v in means.items()})
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FindTargets:
         assert self.run is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -30,16 +30,24 @@ class Entry:
         snapshot: the snapshot, with patch tokens or colours.
         before: the entry whose colours are continued; None at the start of a run.
         dense: whether to measure `dense_quality`.
+        late: waits for more metrics of the snapshot; None if there are none.
     """
 
-    def __init__(self, snapshot: Snapshot, before: Entry | None, *, dense: bool) -> None:
-        self.snapshot, self.before, self._dense = snapshot, before, dense
+    def __init__(
+        self, snapshot: Snapshot, before: Entry | None, *, dense: bool, late: Callable[[], Metrics] | None = None
+    ) -> None:
+        self.snapshot, self.before, self._dense, self._late = snapshot, before, dense, late
         self._lock = threading.Lock()
         self._reference: Layers | None = None  # what later entries continue
         self._error: Exception | None = None
 
+    @property
+    def adds_metrics(self) -> bool:
+        """Whether it has metrics that the snapshot lacks."""
+        return self._dense or self._late is not None
+
     def colored(self) -> Snapshot:
-        """Return the snapshot with colours, and with metrics of its patch tokens.
+        """Return the snapshot with colours, and with metrics of its patch tokens and those that came late.
 
         Raises:
             Exception: They cannot be computed. Colours are black and metrics absent then, and only the first call
@@ -77,11 +85,13 @@ class Entry:
             return self._reference
 
     def _measured(self) -> Metrics:
-        try:
-            return Metrics({**self.snapshot.metrics, **(dense_metrics(self.snapshot.layers) if self._dense else {})})
-        except Exception as error:
-            self._error = error
-            return self.snapshot.metrics
+        found = Metrics(self.snapshot.metrics)
+        for more in (self._late, partial(dense_metrics, self.snapshot.layers) if self._dense else None):
+            try:
+                found.update(more() if more is not None else {})
+            except Exception as error:
+                self._error = error
+        return found
 
 
 class History:
@@ -95,6 +105,7 @@ class History:
     def __init__(self, snapshots: Sequence[Snapshot] = (), *, dense: bool = False) -> None:
         self.entries: list[Entry] = []
         self.dense = dense
+        self.late: dict[int, Callable[[], Metrics]] = {}  # by step: waits for more metrics of a snapshot to come
         for snapshot in snapshots:
             self.entries.append(self._entry(snapshot, self.entries))
 
@@ -111,7 +122,8 @@ class History:
         return partial(History, dense=self.dense), (list(self),)
 
     def _entry(self, snapshot: Snapshot, before: Sequence[Entry]) -> Entry:
-        return Entry(snapshot, before[-1] if before else None, dense=self.dense)
+        late = self.late.get(snapshot.step)
+        return Entry(snapshot, before[-1] if before else None, dense=self.dense, late=late)
 
     def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
         """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed."""
@@ -122,6 +134,7 @@ class History:
             for entry, following in pairwise(kept):  # so that nothing holds those that are left out
                 following.before = entry
         self.entries = kept
+        self.late = {step: late for step, late in self.late.items() if step >= snapshot.step}
 
     def colored(self, snapshot: Same) -> Same:
         """Return a snapshot of the history with all its layers, and the colours and metrics of its patches."""

@@ -141,7 +141,7 @@ class Publisher:
         for destination in self._destinations:
             destination.log_late()
             destination.put_scalars(self._scalars(destination, snapshot), step)
-            if self._history.dense:
+            if entry.adds_metrics:
                 destination.put_late(late, partial(getattr, entry, "is_settled"), step)
             destination.put("pictures", pictures, step, step)
         self._report()

@@ -15,6 +15,8 @@ from torch import Tensor
 from attn_monitor.capture.backbones import find_backbones, resolve_targets, teacher_is_missed
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import ArgumentError, NoAttentionError
+from attn_monitor.measure.dense_quality import DENSE
+from attn_monitor.measurements import MetricKey
 from attn_monitor.trackers.naming import prefixed
 from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.train.lightning_images import LightningImages
@@ -54,6 +56,22 @@ def steps_done(trainer: pl.Trainer) -> int:
     # Loggers use `_batches_that_stepped`, which after a checkpoint is loaded lags until the next batch.
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(batches.processed)
+
+
+def monitors_late_metrics(trainer: pl.Trainer, name: str) -> bool:
+    """Whether a callback, such as `ModelCheckpoint`, monitors a metric that threads compute: of patches, of features.
+
+    Args:
+        trainer: the trainer.
+        name: of our callback in tags.
+    """
+    monitored = {getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    for tag in filter(None, monitored):
+        first, _, rest = str(tag).partition("/")
+        key = MetricKey.from_tag(f"attn/{rest}") if first == prefixed("attn", name) else None
+        if key is not None and (key.layer is None or key.metric in DENSE):
+            return True
+    return False
 
 
 def loss_of(trainer: pl.Trainer, outputs: Any) -> Tensor | None:

@@ -183,7 +183,14 @@ class Run:
             self.errors.report()
 
     def snapshot(
-        self, targets: FindTargets, *, step: int, epoch: int, batch: Any = None, last: bool = False
+        self,
+        targets: FindTargets,
+        *,
+        step: int,
+        epoch: int,
+        batch: Any = None,
+        last: bool = False,
+        wait: bool = False,
     ) -> AttentionSnapshot | None:
         """Take a snapshot and publish it.
 
@@ -193,6 +200,7 @@ class Run:
             epoch: from 0 on.
             batch: what the next step receives.
             last: whether the run ends with this snapshot.
+            wait: whether to wait for global features that are not known yet; else they are added to what is written.
 
         Returns:
             The snapshot, None if it failed.
@@ -211,7 +219,7 @@ class Run:
             )
             if now:
                 training = self.rank_zero.run(
-                    lambda: Metrics() if self._training is None else self._training.values(step)
+                    lambda: Metrics() if self._training is None else self._training.values(step, wait=wait or last)
                 )
                 take = partial(self._take, targets, step, epoch, batch, flags, paused, last, training)
                 self.errors.attempt(SNAPSHOT, lambda: taken.append(take()))
@@ -222,6 +230,13 @@ class Run:
             self.kept.schedule.taken(step)  # after Ctrl-C in it, a resumed run takes it
         self.errors.report()
         return taken[0] if taken else None
+
+    def late_metrics(self, snapshot: AttentionSnapshot) -> dict[str, float]:
+        """Compute now, for all processes, what else is on its way to the metrics of the latest snapshot, by tag."""
+        monitor = self.monitor
+        assert monitor is not None
+        compute = partial(self.rank_zero.run, lambda: monitor.colored(snapshot).scalars(heads=False))
+        return self.failures.result_of("measuring patch features", compute) or {}
 
     def confirm(self, targets: FindTargets, *, step: int) -> None:
         """Check once more which patch each token is, if the run ends at the step of the latest snapshot."""
@@ -331,6 +346,8 @@ class Run:
                 on, models_now = monitor, looked_at
                 values, lost = self.rank_zero.run(lambda: evaluate(on, models_now, step, last=last))
                 training, flags = Metrics({**training, **values}), (*flags, *lost)
+            if self._training is not None and self._training.late is not None:
+                monitor.history.late[step] = self._training.late
             snapshot = monitor.snapshot(looked_at, step=step, epoch=epoch, flags=flags, last=last, others=training)
         self._roles.took(snapshot, monitor, models, paths)
         self.errors.enter(Stage.WATCHING)

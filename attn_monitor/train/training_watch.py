@@ -1,7 +1,8 @@
 """`TrainingWatch`: measure what backbones and heads return in training's own forwards, shortly before snapshots.
 
 Hooks copy results on their device in at most `WINDOW` steps before a snapshot. The batch before the snapshot is left
-out where it can be: while it runs, a thread computes the metrics, so that the training thread does not wait.
+out where it can be: while it runs, a thread computes the metrics. Training does not wait for it: what is not ready at
+the snapshot is added to it on the thread that draws and writes it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from attn_monitor.train.weak_hooks import add_hook, compiles
 from attn_monitor.workers import Worker
 
 WINDOW = 16  # optimizer steps before a snapshot
+GRACE = 0.05  # seconds that a snapshot waits for the thread
 PART = "measuring features in training"  # the part's name in `Failures`
 NOT_MEASURED = "global features of {} are not measured: {}"
 
@@ -50,6 +52,7 @@ class TrainingWatch:
         self._watched = False  # whether a batch was watched since the latest snapshot
         self._compiled = False
         self._work: _Work | None = None
+        self.late: Callable[[], Metrics] | None = None  # waits for what was not ready at the latest snapshot
 
     def follow(
         self, models: Mapping[str, nn.Module], around: Sequence[nn.Module], first_is_cls: Mapping[str, bool]
@@ -99,17 +102,25 @@ class TrainingWatch:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
 
-    def values(self, step: int) -> Metrics:
-        """Return the metrics of the latest steps, empty if there are none."""
+    def values(self, step: int, *, wait: bool = True) -> Metrics:
+        """Return the metrics of the latest steps, empty if there are none.
+
+        Args:
+            step: optimizer steps done.
+            wait: whether to wait for the thread that computes them; else ``late`` does, if it has not ended yet.
+        """
         found = Metrics()
+        self.late = None
 
         def collect() -> None:
             self._remove()
             if self._work is None and self._has_rows(step):
                 self._compute(step)
             work, self._work, self._watched = self._work, None, False
-            if work is not None:
+            if work is not None and work.is_ready(None if wait else GRACE):
                 found.update(work.result())
+            elif work is not None:
+                self.late = work.result
             losses, self._losses = list(self._losses), deque(maxlen=WINDOW)
             if losses:
                 mean = torch.stack([loss.double().flatten() for loss in losses]).mean()
@@ -201,6 +212,11 @@ class _Work:
             self._ready[-1].record(torch.cuda.current_stream(device))
         self._worker = Worker("features", self._run)
         self._worker.start()
+
+    def is_ready(self, seconds: float | None) -> bool:
+        """Whether the metrics are there after so many seconds at most; None waits for them."""
+        self._worker.join(seconds)
+        return not self._worker.is_alive()
 
     def result(self) -> Metrics:
         """Wait for the metrics; an error of the thread is raised here."""

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from attn_monitor.measure.run_history import RunHistory
 from attn_monitor.measure.verdict import THRESHOLDS, Thresholds, judge
 from attn_monitor.measurements import MetricKey, Verdict
+from benchmarks.calibration_kinds import PROTOTYPES
 
 CHOSEN_ON = ("digits", "photographs")
 GOOD = ("healthy", "MAE, healthy")
@@ -34,7 +35,6 @@ GRID: dict[str, tuple[float, ...]] = {
     "swing": (1.5, 1.0, 0.8, 0.6, 0.4),
 }
 """Values to choose among, the strictest first, which is taken of equally good ones."""
-PROTOTYPES = 128
 SMOOTH = 10  # steps over which a loss is averaged
 
 

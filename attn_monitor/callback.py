@@ -26,6 +26,8 @@ from attn_monitor.probe.labelled import EvaluationOptions
 from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.naming import check_name, prefixed
+from attn_monitor.trackers.picture_plan import KEEP
+from attn_monitor.trackers.publisher import Heads
 from attn_monitor.train import reports
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions, check_dirpath
@@ -68,8 +70,9 @@ class AttentionMapCallback(Base):
             a folder for each class, tensors (images, labels), a data set of (image, label), or `EvaluationOptions`.
         every_n_train_steps: optimizer steps between snapshots. Steps are those of Lightning's loggers: batches that
             ended in an optimizer step, each counted once even if several optimizers step in it.
-        every_n_epochs: epochs between snapshots. With neither, a run takes about 50 snapshots. There is always one
-            before the first step and one after the last.
+        every_n_epochs: epochs between snapshots. With neither, a run takes 50 snapshots, a short one about ten, and
+            fewer where they would take more than 5 % of the loop's time. There is always one before the first step and
+            one after the last.
         drawing: colours, heads and sizes of pictures, see `DrawingOptions`.
         health: when a health flag is raised, see `HealthLimits`.
         forward: how to call a model if ``model(images)`` is not right: a function of (model, images), or its import
@@ -81,6 +84,10 @@ class AttentionMapCallback(Base):
             and query need names for Lightning's checkpoints.
         disk_reserve: bytes; while less is free on a disk, no pictures and no archive are written to it. None is the
             smaller of 1 GB and 1 % of the disk.
+        heads: "curves" logs the metrics of each head as curves, with charts under TensorBoard's Custom Scalars;
+            "pictures" shows heads in pictures, in the player and in the archive alone.
+        keep_pictures: how many snapshots get pictures in loggers, evenly spread, and the last one; where the length of
+            the run is not known, so many at each distance, which doubles. None is all. The archive has every snapshot.
         on_error: "warn" (one warning, training goes on) or "raise".
         num_images: number of images, in place of `ProbeOptions.num_images`.
         image_size: size of a folder's images, in place of `ProbeOptions.image_size`.
@@ -88,11 +95,12 @@ class AttentionMapCallback(Base):
 
     These are logged, with {role} student, teacher or backbone:
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics`` for
-          ``ModelCheckpoint(monitor=…)``; dense metrics only if a callback monitors one, and are computed at once then
+          ``ModelCheckpoint(monitor=…)``; of layers before the last watched one ``attn_layers/{role}/…``; dense metrics
+          only if a callback monitors one, and are computed at once then
         - ``attn/{role}/{metric}``: global features and prototypes in training's own forwards; ``attn/training/loss``
         - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
-        - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head
-        - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: all steps so far in one picture
+        - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head, with ``heads="curves"``
+        - ``attn_maps/{image}``: one panel; ``attn_strips/{image}``: the run so far, at growing distances
         - ``attn_overview/logits``: the largest logits of all layers over the run; ``…/heads_{entropy|logits}``: with
           several layers, a heat map of all their heads; ``attn_sinks``, ``attn_monitor/sinks``: a table at the end
         - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is
@@ -131,6 +139,8 @@ class AttentionMapCallback(Base):
         dirpath: str | os.PathLike[str] | Literal[False] | None = None,
         name: str | None = None,
         disk_reserve: int | None = None,
+        heads: Heads = "pictures",
+        keep_pictures: int | None = KEEP,
         on_error: OnError = "warn",
         num_images: int | None = None,
         image_size: int | tuple[int, ...] | None = None,
@@ -149,6 +159,8 @@ class AttentionMapCallback(Base):
             drawing=drawing,
             health=health,
             forward=forward,
+            heads=heads,
+            keep_pictures=keep_pictures,
             on_error=on_error,
             disk_reserve=disk_reserve,
         )
@@ -232,9 +244,8 @@ class AttentionMapCallback(Base):
         if self.run is None:
             return
         step = lightning_run.steps_done(trainer)
-        due = self.run.active and self.kept.schedule.due(step)
         find, targets = partial(self._images.of_batch, batch, trainer), self._find(trainer, pl_module)
-        if due and self.run.ensure_probe(find, step, targets, batch):
+        if self.run.due(step) and self.run.ensure_probe(find, step, targets, batch):
             self._snapshot(trainer, pl_module, batch)
         else:
             self.run.between_steps(step)

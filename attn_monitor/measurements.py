@@ -11,7 +11,7 @@ HEALTH_TAG = "attn/health_flags"  # the number of flags that a run has raised so
 TRAINING = "training"  # the role of what belongs to no model, such as the loss
 
 _TAG = re.compile(
-    r"attn(?P<heads>_heads)?/(?P<role>.+?)(/layer(?P<layer>[0-9]+))?/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
+    r"attn(_layers|(?P<heads>_heads))?/(?P<role>.+?)(/layer(?P<layer>[0-9]+))?/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
 )
 
 

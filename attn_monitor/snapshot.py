@@ -76,14 +76,24 @@ class Snapshot:
         return self.layer(role, layer).maps
 
     def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
-        """Return values for loggers by tag: means ``attn/…``, ``attn/health_flags`` and heads ``attn_heads/…``.
+        """Return values for loggers by tag.
+
+        These are ``attn/health_flags``, means of the last layer and of the whole model ``attn/…``, means of layers
+        before it ``attn_layers/…``, as dashboards sort by name, and heads ``attn_heads/…``.
 
         Args:
             heads: whether to include single heads, or the layers to include the heads of.
         """
         layers = heads if isinstance(heads, Collection) else {key.layer for key in self.metrics} if heads else ()
-        values = {key.tag: value for key, value in self.metrics.items() if key.head is None or key.layer in layers}
-        return {**values, HEALTH_TAG: float(self.flags_raised)}
+        last = dict(list(self.layers))  # role to layer
+        values = {HEALTH_TAG: float(self.flags_raised)}
+        for key, value in self.metrics.items():
+            if key.head is None:
+                before = key.layer is not None and key.layer != last.get(key.role, key.layer)
+                values[key.tag.replace("attn/", "attn_layers/", 1) if before else key.tag] = value
+            elif key.layer in layers:
+                values[key.tag] = value
+        return values
 
     def only(self, layers: Sequence[int]) -> Snapshot:
         """Return a snapshot with only the rows and patches of some layers, as film strips need, without metrics."""

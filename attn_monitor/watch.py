@@ -26,6 +26,8 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.trackers.picture_plan import KEEP
+from attn_monitor.trackers.publisher import Heads
 from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
@@ -54,9 +56,8 @@ class Watch:
             first batch. None takes the first ``batch`` that `step` receives.
         loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: the run's folder; the archive is in ``attn_monitor`` below it. None keeps no archive.
-        every_n_train_steps: optimizer steps between snapshots; None is ``total_steps / 50``. Without ``total_steps``
-            the intervals grow from 50 steps on; before, snapshots are at steps 1, 2, 4, …, 32 while they take at most
-            5 % of the loop's time.
+        every_n_train_steps: optimizer steps between snapshots; None is as in `AttentionMapCallback`, about 50 in a run.
+            Without ``total_steps`` the distances grow: steps 1, 2, 4, …, 64, then 50 steps and more.
         total_steps: length of the run in optimizer steps, None if unknown.
         layers: this and all arguments below are those of `AttentionMapCallback`.
         query: likewise.
@@ -66,6 +67,8 @@ class Watch:
         drawing: likewise.
         health: likewise.
         forward: likewise.
+        heads: likewise.
+        keep_pictures: likewise.
         on_error: likewise.
         num_images: likewise.
         image_size: likewise.
@@ -106,6 +109,8 @@ class Watch:
         drawing: DrawingOptions = DrawingOptions(),
         health: HealthLimits = HealthLimits(),
         forward: Forward | None = None,
+        heads: Heads = "pictures",
+        keep_pictures: int | None = KEEP,
         on_error: OnError = "warn",
         num_images: int | None = None,
         image_size: int | tuple[int, ...] | None = None,
@@ -126,6 +131,8 @@ class Watch:
             drawing=drawing,
             health=health,
             forward=forward,
+            heads=heads,
+            keep_pictures=keep_pictures,
             on_error=on_error,
         )
         self.models, self.loggers, self.folder = (
@@ -171,9 +178,7 @@ class Watch:
             return None
         self.run.loss_is(loss)
         self.run.settle()
-        schedule = self.kept.schedule
-        early = schedule.due_early(step) and self.run.cost.allows_another()
-        if self.run.active and (early or schedule.due(step)):
+        if self.run.due(step):
             taken = self._snapshot(self.run, step, batch, epoch)
         else:
             taken = None

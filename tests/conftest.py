@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -16,6 +17,7 @@ from hypothesis import settings
 
 from attn_monitor import messages
 from attn_monitor.background import job_queue
+from attn_monitor.train import cost
 from tests.support import processes
 
 settings.register_profile("shared machine", deadline=None)  # a slow example is no fault of the code
@@ -55,6 +57,12 @@ def _slow_drawing_is_kept(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         "tests.faults.test_outages",
     ):
         monkeypatch.setattr(job_queue, "WAITING", 10_000)
+
+
+@pytest.fixture(autouse=True)
+def _no_snapshot_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine on which they cost nothing; `test_schedule.py` is about those that do."""
+    monkeypatch.setattr(cost, "SHARE", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,13 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
     write_npz(path, header, {name: array.numpy() for name, array in arrays.items()})
 
 
+def stored_bytes(snapshot: Snapshot) -> int:
+    """Return how many bytes `write_snapshot` writes, about; patch tokens become colours first."""
+    header, arrays = _stored(snapshot)
+    colors = sum(3 * a.patches.shape[:2].numel() for a in snapshot.layers.values() if a.patches is not None)
+    return len(header_text(header)) + colors + sum(array.nbytes for array in arrays.values())
+
+
 def read_snapshot(path: Path) -> Snapshot:
     """Read a snapshot.
 

@@ -83,14 +83,20 @@ class Scalars(Event[Mapping[str, float]]):
 
 @dataclass(frozen=True, eq=False)
 class Picture(Event[Pixels]):
-    """A picture, (height, width, 3) uint8, with a caption."""
+    """A picture, (height, width, 3) uint8, with a caption; ``so_far`` is whether it shows the run up to its step."""
 
     caption: str = ""
+    so_far: bool = False
 
     @cached_property
     def jpeg(self) -> bytes:
         """Encode the picture as JPEG."""
         return canvas.jpeg(self.content)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """Encode the picture for a browser, as small as it gets."""
+        return canvas.encoded(self.content)
 
 
 @dataclass(frozen=True, eq=False)

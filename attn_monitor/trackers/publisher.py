@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attn_monitor.background.disk_reserve import check_reserve, require_space
 from attn_monitor.background.failures import Failures
@@ -14,7 +14,7 @@ from attn_monitor.background.job_queue import Job, JobQueue
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.draw.history import Entry, History
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.measurements import HealthFlag
+from attn_monitor.measurements import HEALTH_TAG, HealthFlag
 from attn_monitor.messages import warn
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import snapshot_path
@@ -25,12 +25,16 @@ from attn_monitor.trackers.destination import Destination
 from attn_monitor.trackers.events import Event, Page, Scalars
 from attn_monitor.trackers.head_budget import budget_text, head_keys, layers_within
 from attn_monitor.trackers.picture_folder import PictureFolder
+from attn_monitor.trackers.picture_plan import KEEP, PicturePlan
 from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.trackers.snapshot_events import events_at_end, events_at_snapshot, events_at_start, events_of_flags
 from attn_monitor.trackers.tracker import Tracker
 
 ARCHIVE = "writing the archive"  # the part's name in `Failures`
 DRAWN = 4  # latest snapshots; their drawings, some 50 MB each, are kept for slower trackers
+
+Heads = Literal["pictures", "curves"]
+"""Where the metrics of single heads are shown."""
 
 WriteReport = Callable[[Path, Callable[[int], object]], tuple[Path, str]]
 """Write a page of an archive's folder after calling a function with its size in bytes; return its path and the page."""
@@ -63,6 +67,9 @@ class Publisher:
         budget: how long closing may take; None is a minute.
         before_writing: called before each snapshot is written to the archive, which an exception prevents.
         write_report: writes a page of the complete archive at the end, also for trackers; None writes no page.
+        heads: "curves" logs the metrics of single heads as curves; "pictures" leaves them to pictures and the archive.
+        keep_pictures: how many snapshots get pictures in loggers, see `PicturePlan`; None is all.
+        expected: how many snapshots the run takes at most, None if it is unknown.
     """
 
     def __init__(
@@ -82,6 +89,9 @@ class Publisher:
         budget: WaitBudget | None = None,
         before_writing: Callable[[], object] | None = None,
         write_report: WriteReport | None = None,
+        heads: Heads = "pictures",
+        keep_pictures: int | None = KEEP,
+        expected: float | None = None,
     ) -> None:
         self.folder, self.failures = folder, failures or Failures()
         self._reports = failures is None
@@ -92,6 +102,7 @@ class Publisher:
         self._name, self._reserve = name, check_reserve(disk_reserve)
         self._before_writing, self._write_report = before_writing, write_report
         self.report: Path | None = None  # the page, once it is written
+        self._heads, self._plan = heads, PicturePlan(keep_pictures, expected)
         self._last: Snapshot | None = None
         self._written: set[int] = set()  # steps in the archive
         self._drawn: deque[Sequence[Event[Any]]] = deque()
@@ -122,8 +133,9 @@ class Publisher:
         self._history.add(snapshot, layers)
         self._curves.add(step, snapshot.metrics)
         if self._last is None:
+            start = self._style, self._settings, self._name
             for destination in self._destinations:
-                events = self._named(events_at_start(snapshot, self._style, self._settings, self._name))
+                events = self._named(events_at_start(snapshot, *start, heads=self._heads == "curves"))
                 destination.first = [event for event in events if type(event) in destination.tracker.methods]
         self._last = snapshot
         self._alert(snapshot.flags, step)
@@ -131,7 +143,8 @@ class Publisher:
             write = partial(self._write, self.folder, snapshot, self._history.entries[-1])
             self._archive.put(Job(ARCHIVE, step, write, size=_size(snapshot)))
         past = list(self._history.entries), self._curves.copy()
-        pictures = self._named(events_at_snapshot(snapshot, *past, self._probe, self._style, layers))
+        events = self._named(events_at_snapshot(snapshot, *past, self._probe, self._style, layers))
+        pictures = self._plan.take(events, step)
         self._drawn.append(pictures)
         if len(self._drawn) > DRAWN:
             for event in self._drawn.popleft():
@@ -166,7 +179,9 @@ class Publisher:
         if finish and self._last is not None:
             past = list(self._history), self._curves.copy()
             events = self._named(events_at_end(self._last, *past, self._probe, self._style))
+            held = self._plan.rest()
             for destination in self._destinations:
+                destination.put("pictures", held, self._last.step, self._last.step)
                 destination.put("the end of the run", events, self._last.step, None)
             self._put_report(self._last.step)
         self._last = None
@@ -231,7 +246,9 @@ class Publisher:
         return [event.named(self._name) for event in events]
 
     def _scalars(self, destination: Destination, snapshot: Snapshot) -> Scalars:
-        """Return all metrics; for a tracker with a budget, heads of fewer layers, which is reported once."""
+        """Return the metrics; heads where they are wanted, for a tracker with a budget of fewer layers."""
+        if self._heads != "curves":
+            return Scalars("attn", partial(snapshot.scalars, heads=False)).named(self._name)
         budget = destination.tracker.head_keys
         if budget is None or head_keys(snapshot).total() <= budget:
             return Scalars("attn", snapshot.scalars).named(self._name)
@@ -250,7 +267,9 @@ class Publisher:
 
 def _metrics_of_patches(entry: Entry) -> dict[str, float]:
     """Return the metrics that an entry of the history adds to its snapshot, by tag."""
-    return {key.tag: value for key, value in entry.colored().metrics.items()}
+    values = entry.colored().scalars()
+    del values[HEALTH_TAG]  # which the snapshot has logged
+    return values
 
 
 def _numbers(labels: Sequence[str]) -> list[int]:

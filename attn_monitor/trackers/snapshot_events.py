@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,30 +40,47 @@ Events = Iterator[ev.Event[Any]]
 
 MASKED_IMAGES = 2
 THUMBNAIL = 64  # pixels
+VERDICT_TEXT = "attn/verdict"  # not attn_monitor, so that flags and the verdict come before other texts
 HEAD_COLUMNS = ("image", "role", "layer", "head", "entropy", "mask area", "attention")
 
 
-def events_at_start(snapshot: Snapshot, drawing: DrawingOptions, settings: str, name: str) -> Events:
-    """Yield a text on how to read the pictures, and a layout of charts of all heads.
+def events_at_start(snapshot: Snapshot, drawing: DrawingOptions, settings: str, name: str, *, heads: bool) -> Events:
+    """Yield a text on how to read the pictures, and a layout of charts that show several curves.
 
     Args:
         snapshot: the first snapshot.
         drawing: how pictures are drawn.
         settings: Markdown on how the run is watched, for the text.
         name: of the callback in tags, empty for none.
+        heads: whether single heads are logged as curves.
     """
-    text = _how_to_read(drawing, settings, name)
+    text = _how_to_read(drawing, settings, name, heads)
     yield ev.Text("attn_monitor/how_to_read", lambda: text)
     # The first snapshot has no drift yet, but later ones do.
-    charts = {
-        (
-            f"{metric.replace('_', ' ')} per head",
-            f"{role}, layer {layer}",
-        ): f"attn_heads/{role}/layer{layer}/{metric}/head.*"
-        for (role, layer), metric in itertools.product(snapshot.layers, METRICS)
-        if MetricKey(role, layer, metric, 0) in snapshot.metrics or metric == "drift"
-    }
+    metrics = [m for m in METRICS if m == "drift" or any(key.metric == m for key in snapshot.metrics)]
+    charts = _charts_of_means(snapshot, metrics)
+    for (role, layer), metric in itertools.product(snapshot.layers, metrics if heads else ()):
+        if MetricKey(role, layer, metric, 0) in snapshot.metrics or metric == "drift":
+            tags = f"attn_heads/{role}/layer{layer}/{metric}/head.*"
+            charts[f"{_words(metric)} per head", f"{role}, layer {layer}"] = tags
     yield ev.Layout("attn_heads", lambda: charts)
+
+
+def _charts_of_means(snapshot: Snapshot, metrics: Sequence[str]) -> dict[tuple[str, str], str]:
+    """Return a chart for each metric, of the roles side by side; of several layers one for each role."""
+    several = len({layer for _, layer in snapshot.layers}) > 1
+    if several:
+        return {
+            (f"{_words(metric)} per layer", role): f"attn(_layers)?/{re.escape(role)}/layer[0-9]+/{metric}$"
+            for metric, role in itertools.product(metrics, snapshot.roles)
+        }
+    roles = "|".join(map(re.escape, snapshot.roles))
+    charts = {("means", _words(metric)): f"attn/({roles})/layer[0-9]+/{metric}$" for metric in metrics}
+    return charts if len(snapshot.roles) > 1 else {}
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def events_at_snapshot(
@@ -92,10 +110,10 @@ def events_at_snapshot(
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
         below = slice_photo(probe.frames_of(index), photo, snapshot.layer(snapshot.roles[-1], layer), drawing)
         strip = partial(_filmstrip, history, index, below, **settings)
-        yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption)
+        yield ev.Picture(f"attn_strips/{image}{suffix}", strip, caption=caption, so_far=True)
     if logits := curves.of(LARGEST):
         caption = f"largest logits, step {snapshot.step}"
-        yield ev.Picture("attn_overview/logits", partial(logit_chart, logits), caption=caption)
+        yield ev.Picture("attn_overview/logits", partial(logit_chart, logits), caption=caption, so_far=True)
     of_heads = {key.metric for key, value in snapshot.metrics.items() if key.head is not None and not math.isnan(value)}
     several = len({layer for _, layer in snapshot.layers}) > 1
     for title, scale in HEAT_SCALES.items() if several else ():
@@ -129,7 +147,7 @@ def events_at_end(
     """
     photos = list(probe.pixels)
     if last.verdict is not None:
-        yield ev.Text("attn_monitor/verdict", partial(str, last.verdict))
+        yield ev.Text(VERDICT_TEXT, partial(str, last.verdict))
     yield ev.Animation("attn_timelapse", lambda: animations.gif(animations.timelapse(history, photos, options=drawing)))
     if any(key.metric in SINK_SHARES for key in last.metrics):
         rows = ev.Once(lambda: sink_rows(last, curves))
@@ -144,18 +162,18 @@ def events_at_end(
 def events_of_flags(flags: Sequence[HealthFlag]) -> Events:
     """Yield health flags as a text and as an alert."""
     text = "\n".join(f"- {flag}" for flag in flags)
-    yield ev.Text("attn_monitor/health", lambda: text)
+    yield ev.Text("attn/health", lambda: text)
     yield ev.Alert("attn_health", lambda: text, "attention health")
 
 
-def _how_to_read(drawing: DrawingOptions, settings: str, name: str) -> str:
+def _how_to_read(drawing: DrawingOptions, settings: str, name: str, heads: bool) -> str:
     colours = (
         "Colours are fixed: attention in units of **uniform** attention (weight × number of patches), on a log scale "
         "from half of uniform to 32 times uniform. A flat purple map says that attention is uniform."
         if drawing.scale == "uniform"
         else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
     )
-    tags = ("attn_filmstrip", "attn_maps", "attn_overview/logits", HEALTH_TAG)
+    tags = ("attn_strips", "attn_maps", "attn_overview/logits", HEALTH_TAG)
     strips_tag, panels_tag, logits_tag, health_tag = (prefixed(tag, name) for tag in tags)
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "
@@ -165,9 +183,12 @@ def _how_to_read(drawing: DrawingOptions, settings: str, name: str) -> str:
         "colours, which keep their meaning over the run; patches alike in features are alike in colour, on all images. "
         f"`{strips_tag}` shows the steps so far in one picture; start TensorBoard with `--samples_per_plugin "
         f"images=1000` to see more than ten steps of `{panels_tag}`. `{logits_tag}` has the largest logit of every "
-        "layer over the run. Charts of all heads of a layer are under *Custom Scalars*; "
+        f"layer over the run. *Custom Scalars* shows several curves in one chart, {_HEADS[heads]}; "
         f"`{health_tag}` counts health flags.\n\n{settings}"
     )
+
+
+_HEADS = {True: "all heads of a layer too", False: 'and with `heads="curves"` all heads of a layer too'}
 
 
 def _panel(entry: Entry, *settings: Any, **more: Any) -> Pixels:

@@ -1,4 +1,4 @@
-"""Log to TensorBoard, by Lightning's logger or a plain `SummaryWriter`, with pictures as JPEG."""
+"""Log to TensorBoard, by Lightning's logger or a plain `SummaryWriter`, with pictures as WebP or JPEG."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TensorBoard(Tracker):
 
     def stored_bytes(self, event: Event[Any]) -> int:
         """Return twice a picture's size, as earlier ones may wait in the writer's buffer."""
-        return 2 * len(event.jpeg) if isinstance(event, Picture) else super().stored_bytes(event)
+        return 2 * len(event.encoded) if isinstance(event, Picture) else super().stored_bytes(event)
 
     def _scalars(self, scalars: Scalars, step: int) -> None:
         """Write all numbers in one record, ten times as fast as ``add_scalar`` for each."""
@@ -60,7 +60,7 @@ class TensorBoard(Tracker):
         self._add_summary(values, step)
 
     def _picture(self, picture: Picture, step: int) -> None:
-        self._add_encoded_image(picture.tag, picture.jpeg, picture.content.shape[:2], step)
+        self._add_encoded_image(picture.tag, picture.encoded, picture.content.shape[:2], step)
 
     def _animation(self, animation: Animation, step: int) -> None:
         """Log the GIF as an image summary, which TensorBoard plays."""

@@ -106,6 +106,7 @@ class Kept:
             "version": STATE_VERSION,
             "monitor": state,
             "last_step": self.schedule.last_step,
+            "not_before": self.schedule.not_before,
             "archive": self.archive.name,
             "run": self.archive.run,
             "first_accuracy": dict(self.first_accuracy),
@@ -129,6 +130,7 @@ class Kept:
         self.monitor, self.resumed, self.archive = monitor, True, ArchiveId(archive, run)
         self.first_accuracy = {str(role): float(value) for role, value in state.get("first_accuracy", {}).items()}
         self.schedule.taken(last_step)
+        self.schedule.postpone(int(state.get("not_before", 0)))
         if given is None or given.probe.has_same_images_as(monitor.probe):
             return ""
         return (

@@ -20,6 +20,8 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.trackers.picture_plan import KEEP
+from attn_monitor.trackers.publisher import Heads
 
 OnError = Literal["warn", "raise"]
 
@@ -50,12 +52,19 @@ class RunOptions:
         forward: Forward | str | None,
         on_error: OnError,
         disk_reserve: int | None = None,
+        heads: Heads = "pictures",
+        keep_pictures: int | None = KEEP,
     ) -> None:
         for name, value, kind in (("drawing", drawing, DrawingOptions), ("health", health, HealthLimits)):
             if not isinstance(value, kind):
                 raise ArgumentError(f"{name}: received a {type(value).__name__}, expected {kind.__name__}(...)")
         if on_error not in get_args(OnError):
             raise ArgumentError(f'on_error={on_error!r}: expected "warn" or "raise"')
+        if heads not in get_args(Heads):
+            raise ArgumentError(f'heads={heads!r}: expected "pictures" or "curves"; which are drawn is DrawingOptions')
+        if keep_pictures is not None and (type(keep_pictures) is not int or keep_pictures < 1):
+            raise ArgumentError(f"keep_pictures={keep_pictures!r}: expected a number of at least 1, or None for all")
+        self.heads, self.keep_pictures = heads, keep_pictures
         self.probe = ProbeOptions.of(probe, num_images=num_images, image_size=image_size)
         self.layers, self.query = check_layers(layers), check_query(query)
         self.metrics, self.features = MetricOptions.of(metrics, features=features), features

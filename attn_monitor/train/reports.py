@@ -1,11 +1,9 @@
-"""User-facing texts: what was found, how it is watched, what that has cost, and what loggers do not get."""
+"""User-facing texts: what was found, how it is watched, and what loggers do not get."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from attn_monitor.measurements import HealthFlag, Verdict
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.generic import Generic
 from attn_monitor.trackers.registry import tracker_for
+from attn_monitor.train.cost import SHARE
 from attn_monitor.train.options import RunOptions
 from attn_monitor.train.schedule import Schedule
-
-SHARE = 0.05  # of the loop's time, for snapshots beyond the schedule
 
 
 def found_text(
@@ -29,6 +26,7 @@ def found_text(
     schedule: Schedule,
     seconds: float,
     folder: Path | None,
+    size: int,
     note: str = "",
 ) -> str:
     """Describe in three lines what is watched, on which images, and when and where.
@@ -40,6 +38,7 @@ def found_text(
         schedule: when snapshots are taken.
         seconds: what the first snapshot took.
         folder: of the archive, None without one.
+        size: bytes of a snapshot in it.
         note: what was not found, empty if nothing is missing.
     """
     groups: dict[str, list[str]] = {}
@@ -47,12 +46,17 @@ def found_text(
         groups.setdefault(str(one), []).append(role)
     models = [f"{' and '.join(named(role, paths) for role in roles)}: {text}" for text, roles in groups.items()]
     count = schedule.count()
-    cost = f"about {_seconds(seconds)} each" + (f", {_seconds(seconds * count)} in all" if count is not None else "")
+    cost = f"about {_seconds(seconds)} each"
+    if not schedule.is_given:
+        cost += f", and fewer where they would take more than {SHARE:.0%} of the loop"
+    elif count is not None:
+        cost += f", {_seconds(seconds * count)} in all"
+    space = f"about {_bytes(size)} each" if count is None else f"about {_bytes(size * count)} in all"
     notes = list(dict.fromkeys(note for one in found.values() for note in one.notes))
     lines = [
         "watching " + "; ".join([*models, *([note] if note else []), *notes]),
         images_text(probe),
-        f"a snapshot {schedule}, {cost}; " + ("no archive" if folder is None else f"archive in {folder}"),
+        f"a snapshot {schedule}, {cost}; " + ("no archive" if folder is None else f"archive in {folder}, {space}"),
     ]
     return "\n  ".join(lines)
 
@@ -69,65 +73,15 @@ def named(role: str, paths: Mapping[str, str]) -> str:
     return role if paths.get(role, role) in ("", role) else f"{role} ({paths[role]})"
 
 
+def _bytes(value: float) -> str:
+    unit = min(int(math.log10(max(value, 1)) / 3), 3)
+    return f"{value / 1000**unit:.3g} {('bytes', 'KB', 'MB', 'GB')[unit]}"
+
+
 def _seconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min"
-
-
-@dataclass
-class Cost:
-    """Measure the seconds that watching takes on the training thread, discovery apart from snapshots."""
-
-    snapshots: int = 0
-    discovery: float = 0.0
-    blocked: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    _latest: float = 0.0  # seconds of the latest snapshot
-    _loop: tuple[float, float] | None = None  # when the first snapshot ended, and ``blocked`` at that time
-
-    @contextmanager
-    def of_discovery(self) -> Iterator[None]:
-        """Count the time of a ``with`` block as discovery."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.discovery += time.perf_counter() - started
-
-    @contextmanager
-    def of_a_snapshot(self) -> Iterator[None]:
-        """Count the time of a ``with`` block as a snapshot, without the discovery in it."""
-        started, discovery, snapshots = time.perf_counter(), self.discovery, self.snapshots
-        try:
-            yield
-        finally:
-            ended = time.perf_counter()
-            seconds = ended - started - (self.discovery - discovery)
-            self.blocked += seconds
-            if self.snapshots > snapshots:
-                self._latest, self._loop = seconds, self._loop or (ended, self.blocked)
-
-    def allows_another(self) -> bool:
-        """Whether all snapshots after the first would, with one more, stay within ``SHARE`` of the loop's time."""
-        if self._loop is None:
-            return False
-        began, before = self._loop
-        return self.blocked - before + self._latest <= SHARE * (time.perf_counter() - began)
-
-    def text(self, waited: float, behind: float) -> str:
-        """Summarise in one line what watching has cost.
-
-        Args:
-            waited: seconds that the run waited at its end.
-            behind: seconds spent on background threads.
-        """
-        wall = time.perf_counter() - self.started
-        return (
-            f"{self.snapshots} snapshots, {self.blocked:.1f} s on the training thread "
-            f"({self.blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) and {self.discovery:.1f} s for the first look, "
-            f"{waited:.1f} s waiting at the end, {behind:.1f} s behind training"
-        )
 
 
 def where_text(folder: Path, report: Path | None) -> str:

@@ -16,12 +16,12 @@ from attn_monitor.errors import NoImagesError, with_role
 from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
+from attn_monitor.train.cost import Cost
 from attn_monitor.train.ema_watch import EmaWatch
 from attn_monitor.train.evaluation import Evaluation
 from attn_monitor.train.fitting_probe import check_models
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.probe_search import ObservedInputs
-from attn_monitor.train.reports import Cost
 from attn_monitor.train.run_errors import SNAPSHOT, USER_ERRORS, RunErrors, Stage, WatchedRoles
 from attn_monitor.train.run_output import RunOutput
 from attn_monitor.train.targets import FindTargets
@@ -119,6 +119,23 @@ class Run:
         with self.cost.of_discovery():
             self.errors.attempt("finding images of the data", adopt)
 
+    def due(self, step: int) -> bool:
+        """Whether to take a snapshot after this many optimizer steps, before the next batch.
+
+        Where the user has not given the distance, one that would make snapshots take more than 5 % of the loop is put
+        off. Rank zero decides that for all processes, which ask it at the same steps, as their clocks differ.
+        """
+        schedule = self.kept.schedule
+        if not self.active or not schedule.due(step):
+            return False
+        last = schedule.last_step
+        if schedule.is_given or last is None:
+            return True
+        later = self.rank_zero.run(lambda: self.cost.fits_from(step, last))
+        if later is not None:
+            schedule.postpone(later)
+        return later is None
+
     def ensure_probe(self, find: Callable[[], ProbeBatch], step: int, targets: FindTargets, batch: Any) -> bool:
         """Find images to watch if there are none yet; a failure is retried at the next snapshot.
 
@@ -207,7 +224,7 @@ class Run:
         """
         taken = list[AttentionSnapshot]()
         self.errors.report()
-        with self.cost.of_a_snapshot():
+        with self.cost.of_a_snapshot(step):
             self._ema.look(lambda watch: watch.end(step), step)
             # Rank zero decides, as all processes must agree and their clocks differ.
             now, flags, paused = self.rank_zero.run(

@@ -16,10 +16,12 @@ from attn_monitor.measurements import HealthFlag
 from attn_monitor.player.report import write_report
 from attn_monitor.record.archive import snapshots_between
 from attn_monitor.record.folder_claim import Claim
+from attn_monitor.record.snapshot_file import stored_bytes
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train import reports
 from attn_monitor.train.archive_folder import ArchiveId, claim_archive, release, tidy
+from attn_monitor.train.cost import Cost
 from attn_monitor.train.kept import Kept
 
 
@@ -92,7 +94,7 @@ class RunOutput:
         if self.publisher is not None:
             self.publisher.alert(flags, step)
 
-    def close(self, cost: reports.Cost) -> None:
+    def close(self, cost: Cost) -> None:
         """Write everything, and report what watching has cost and found."""
         if self.publisher is not None:
             ended, monitor = time.perf_counter(), self._kept.monitor
@@ -147,16 +149,23 @@ class RunOutput:
 
     def _publish(self, snapshot: Snapshot, paths: Mapping[str, str], seconds: float, note: str) -> None:
         if self.publisher is None and self._rank_zero.is_here:
-            self.publisher = self._open_publisher(paths, seconds, note)
+            self.publisher = self._open_publisher(snapshot, paths, seconds, note)
         if self.publisher is not None:
             self.publisher.publish(snapshot)
 
-    def _open_publisher(self, paths: Mapping[str, str], seconds: float, note: str) -> Publisher:
+    def _open_publisher(self, snapshot: Snapshot, paths: Mapping[str, str], seconds: float, note: str) -> Publisher:
         """Report what was found, and pass it to the loggers. The first snapshot took ``seconds``."""
         options, schedule, monitor = self._kept.options, self._kept.schedule, self._kept.monitor
         assert monitor is not None
         found = reports.found_text(
-            monitor.found(), paths, monitor.probe, schedule=schedule, seconds=seconds, folder=self.folder, note=note
+            monitor.found(),
+            paths,
+            monitor.probe,
+            schedule=schedule,
+            seconds=seconds,
+            folder=self.folder,
+            size=stored_bytes(snapshot),
+            note=note,
         )
         self._inform(found)
         return Publisher(
@@ -174,4 +183,7 @@ class RunOutput:
             disk_reserve=options.disk_reserve,
             budget=self._budget,
             write_report=write_report,
+            heads=options.heads,
+            keep_pictures=options.keep_pictures,
+            expected=schedule.count(),
         )

@@ -6,7 +6,8 @@ import math
 
 from attn_monitor.errors import ArgumentError
 
-SNAPSHOTS = 50  # per run without a schedule
+SNAPSHOTS, FEWEST = 50, 10  # in a run without a schedule: in a long one, and in a short one
+CLOSEST = 6  # steps between them, unless that makes less than `FEWEST`
 OPEN_ENDED = 50  # steps between the first snapshots of a run of unknown length
 
 
@@ -15,8 +16,9 @@ class Schedule:
 
     Args:
         every_n_train_steps: optimizer steps between snapshots, at least 1.
-        every_n_epochs: epochs between snapshots, at least 1. With neither, a run has about 50 snapshots; one of unknown
-            length takes them at growing intervals.
+        every_n_epochs: epochs between snapshots, at least 1. With neither, a run has 50 snapshots, one of less than 300
+            steps one every six steps, and at least ten; one of unknown length takes them at growing distances, steps 1,
+            2, 4, …, 64 and then 50 steps and more. `postpone` puts off one of these.
 
     Raises:
         ArgumentError: A number is invalid, or both are given.
@@ -32,6 +34,7 @@ class Schedule:
             )
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
         self.last_step: int | None = None
+        self.not_before = 0  # step until which the next one is put off
         self._interval: int | None = every_n_train_steps
         self._total_steps = math.inf
         self._epoch_steps: int | None = None  # between the latest two snapshots, with `every_n_epochs`
@@ -40,7 +43,13 @@ class Schedule:
         """Set the length of the run in steps, infinite if it is unknown."""
         self._total_steps = total_steps
         if self.every_n_train_steps is None and self.every_n_epochs is None:
-            self._interval = max(1, round(total_steps / SNAPSHOTS)) if math.isfinite(total_steps) else None
+            count = min(SNAPSHOTS, max(FEWEST, total_steps / CLOSEST))
+            self._interval = max(1, round(total_steps / count)) if math.isfinite(total_steps) else None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user has given the distance of snapshots."""
+        return self.every_n_train_steps is not None or self.every_n_epochs is not None
 
     def __str__(self) -> str:
         if self.every_n_epochs is not None:
@@ -60,33 +69,30 @@ class Schedule:
         """Whether to take a snapshot after this many optimizer steps, before the next batch."""
         if self.last_step is None:
             return True
-        if step <= self.last_step or self.every_n_epochs is not None:
+        if step <= self.last_step or step < self.not_before or self.every_n_epochs is not None:
             return False
-        if self._interval is None:  # unknown length: at growing intervals, so that an endless run stays readable
-            return step >= self.last_step + max(OPEN_ENDED, self.last_step // 10)
-        # Not a remainder: with several optimizers the step counter skips numbers.
-        return step // self._interval > self.last_step // self._interval
+        return step >= self._following(self.last_step)
 
     def next_due(self) -> int | None:
-        """Return the step of the next snapshot; None if it is not known, as there may be an early one."""
+        """Return the step of the next snapshot, unless it is put off; None if it is not known."""
         last = self.last_step
-        if last is None or (self._interval is None and self.every_n_epochs is None and last < OPEN_ENDED):
+        if last is None:
             return None
         if self.every_n_epochs is not None:
             return None if self._epoch_steps is None else last + self._epoch_steps
-        due = last + max(OPEN_ENDED, last // 10)
-        if self._interval is not None:
-            due = (last // self._interval + 1) * self._interval
+        due = max(self._following(last), self.not_before)
         return int(min(due, self._total_steps)) if self._total_steps > last else due
 
-    def due_early(self, step: int) -> bool:
-        """Whether to take an extra snapshot, if that is cheap, as a run of unknown length may be short.
+    def postpone(self, step: int) -> None:
+        """Take none before this step; of several at one distance, before the first that is due from then on."""
+        self.not_before = step if self._interval is None else -(-step // self._interval) * self._interval
 
-        Extra snapshots are at steps 1, 2, 4, …, 32.
-        """
-        if self.last_step is None or self._interval is not None or self.every_n_epochs is not None:
-            return False
-        return max(1, 2 * self.last_step) <= step < OPEN_ENDED
+    def _following(self, last: int) -> int:
+        if self._interval is not None:
+            # Not every multiple is met: with several optimizers the step counter skips numbers.
+            return (last // self._interval + 1) * self._interval
+        # Unknown length: close at first, as the run may be short, then wider, so that an endless one stays readable.
+        return last + min(max(1, last), max(OPEN_ENDED, last // 10))
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
         """Whether to take a snapshot at the end of this epoch (counted from 0)."""
@@ -96,4 +102,4 @@ class Schedule:
         """Remember the step of the latest snapshot; None if there is none."""
         known = step is not None and self.last_step is not None and step > self.last_step
         self._epoch_steps = step - self.last_step if known else self._epoch_steps  # type: ignore[operator]
-        self.last_step = step
+        self.last_step, self.not_before = step, 0

@@ -91,7 +91,9 @@ class TrainingWatch:
         if is_last and self._watched:
             if self._work is None:
                 self._try(lambda: self._compute(step))
-        elif due is None or is_last or step >= due - 1 - WINDOW:
+            return
+        self._work = None  # of a snapshot that was put off
+        if due is None or is_last or step >= due - 1 - WINDOW:
             self._try(lambda: self._hook(step, batch))
 
     def end(self, loss: Tensor | float | None) -> None:

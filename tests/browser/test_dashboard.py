@@ -23,12 +23,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 @pytest.fixture
 def tensorboard(tmp_path: Path, free_port: int) -> Iterator[str]:
     """Address of a TensorBoard that serves a short run, on a free loopback port."""
-    trainer(tmp_path, AttentionMapCallback(num_images=2), max_steps=3).fit(Distillation(), loader(), loader(8))
+    callback = AttentionMapCallback(num_images=2, heads="curves")
+    trainer(tmp_path, callback, max_steps=3).fit(Distillation(), loader(), loader(8))
     options = ["--host", "127.0.0.1", "--port", str(free_port), "--samples_per_plugin", "images=1000"]
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), *options]
     address = f"http://127.0.0.1:{free_port}"
     tags = f"{address}/data/plugin/images/tags"
-    with serving(command, tags, tmp_path, text=b"attn_filmstrip", env={**os.environ, "PYTHONWARNINGS": "ignore"}):
+    with serving(command, tags, tmp_path, text=b"attn_strips", env={**os.environ, "PYTHONWARNINGS": "ignore"}):
         yield address
 
 

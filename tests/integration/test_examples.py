@@ -22,7 +22,7 @@ def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_demo_logs_both_roles_from_the_first_step_to_the_last(tmp_path: Path) -> None:
-    ran = demo(tmp_path, "--trainer.max_steps", "12")
+    ran = demo(tmp_path, "--trainer.max_steps", "12", "--trainer.callbacks.init_args.every_n_train_steps", "1")
     assert ran.returncode == 0, ran.stderr
     run = tmp_path / "runs" / "dino_tiny_cpu" / "version_0"
     snapshots = load_snapshots(run / "attn_monitor")

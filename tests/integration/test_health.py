@@ -230,7 +230,7 @@ def test_a_flag_in_a_run_is_told_everywhere(tmp_path: Path) -> None:
     assert (flag.kind, flag.heads, flag.step) == ("high_entropy", (1,), step)
     events = Events(tmp_path / "run" / "version_0")
     assert events.scalars("attn/health_flags") == [(n, float(n >= step)) for n in range(9)]
-    assert "head 1" in events.text("attn_monitor/health")
+    assert "head 1" in events.text("attn/health")
     assert running.callback_metrics["attn/health_flags"] == 1
 
 

@@ -35,7 +35,11 @@ def test_what_was_found_is_three_lines_and_in_the_dashboard(tmp_path: Path, capl
     )
     assert images == "on 8 validation images of 32 × 32"
     assert when.startswith("a snapshot every step, about ")
-    assert when.endswith(f"archive in {tmp_path / ARCHIVE}")
+    where, _, size = when.rpartition(", about ")
+    assert where.endswith(f"; archive in {tmp_path / ARCHIVE}")
+    number, unit, *_ = size.split()
+    written = sum(file.stat().st_size for file in (tmp_path / ARCHIVE).glob("step-*.npz"))
+    assert float(number) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.4)
     text = Events(tmp_path / "run" / "version_0").text("attn_monitor/how_to_read")
     assert found in text
     assert "images are normalised by: `an unknown normalisation" in text

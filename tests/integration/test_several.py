@@ -38,7 +38,13 @@ def test_renaming_keeps_tags_apart(tag: str, one: str, other: str) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    callbacks = [watch(), watch(layers=0), watch(threshold=0.9, name="wide"), watch(layers=[0, 1])]
+    curves = {"heads": "curves"}
+    callbacks = [
+        watch(**curves),
+        watch(layers=0, **curves),
+        watch(threshold=0.9, name="wide", **curves),
+        watch(layers=[0, 1], **curves),
+    ]
     running = trainer(tmp_path, *callbacks, max_steps=3)
     running.fit(Distillation(), loader())
     events = Events(tmp_path / RUN)
@@ -54,7 +60,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         assert float(running.callback_metrics[f"attn{suffix}/{tag}"]) == pytest.approx(logged[-1][1])
         assert len(events.scalars(f"attn_heads{suffix}/{tag}/head3")) == 4
         panel = f"attn_maps{suffix}/image1" + ("/layer0" if suffix == "-3" else "")
-        for picture in (panel, panel.replace("attn_maps", "attn_filmstrip")):
+        for picture in (panel, panel.replace("attn_maps", "attn_strips")):
             assert [step for step, _ in events.images(picture)] == [0, 1, 2, 3], picture
         assert len(events.encoded(f"attn_timelapse{suffix}")) == 1
         assert f"attn_histogram{suffix}/{tag}" in events.tags["histograms"]
@@ -76,11 +82,13 @@ HEAD_METRICS = (
 
 
 def test_charts_of_all_callbacks_are_in_the_one_layout(tmp_path: Path) -> None:
-    trainer(tmp_path, watch(), watch(layers=0, name="early"), max_steps=1).fit(Distillation(), loader())
+    both = watch(heads="curves"), watch(layers=0, name="early", heads="curves")
+    trainer(tmp_path, *both, max_steps=1).fit(Distillation(), loader())
     charts = Events(tmp_path / RUN).charts()
     assert "attn_heads/teacher/layer1/entropy/head.*" in charts["entropy per head"]
     assert "attn_heads-early/teacher/layer0/entropy/head.*" in charts["entropy per head (early)"]
-    assert len(charts) == 2 * len(HEAD_METRICS)
+    assert len(charts) == 2 * len(HEAD_METRICS) + 2
+    assert "attn-early/(student|teacher)/layer[0-9]+/entropy$" in charts["means (early)"]
 
 
 @pytest.mark.slow

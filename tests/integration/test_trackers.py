@@ -103,7 +103,7 @@ def test_plain_summary_writer(tmp_path: Path) -> None:
         assert isinstance(tracker, TensorBoard)
         monitor = AttentionMonitor(PROBE, metrics=["entropy", "drift"])
         snapshot = monitor.snapshot({"teacher": tiny_vit()}, step=0)
-        start = events_at_start(snapshot, DrawingOptions(), "- settings: `x`", "")
+        start = events_at_start(snapshot, DrawingOptions(), "- settings: `x`", "", heads=True)
         log(tracker, 3, scalars(x=0.5), PICTURE, *start, Histogram("attn_histogram/x", lambda: np.empty(0)))
     events = Events(tmp_path)
     assert events.scalars("attn/x") == [(3, 0.5)]
@@ -211,7 +211,7 @@ def test_a_writers_methods_on_it_or_its_experiment() -> None:
         tags = {name: {args[0] for args, _ in writer.of(name)} for name in methods}
         assert {"attn_maps/a", "attn_overview/heads_entropy"} <= tags["add_image"]
         assert "attn_histogram/student/layer0/entropy" in tags["add_histogram"]
-        assert tags["add_text"] == {"attn_monitor/how_to_read", "attn_monitor/sinks", "attn_monitor/verdict"}
+        assert tags["add_text"] == {"attn_monitor/how_to_read", "attn_monitor/sinks", "attn/verdict"}
         assert {args[2] for args, _ in writer.of("add_image")} == {0, 1}
         assert all(named == {"dataformats": "HWC"} for _, named in writer.of("add_image"))
 

@@ -91,7 +91,7 @@ def test_roles_are_found_in_one_module_and_images_in_a_batch(tmp_path: Path) -> 
     assert snapshot is not None
     assert snapshot.roles == ("student", "teacher")
     assert snapshot.maps("student").shape == (3, 4, 4, 4)
-    assert watch.step(1) is None
+    assert [watch.step(step) is not None for step in (1, 2, 3, 4)] == [True, True, False, True]
     watch.close()
 
 

@@ -81,7 +81,7 @@ def test_budget_of_curves(tmp_path: Path, snapshot: AttentionSnapshot, monkeypat
     monkeypatch.setattr(TensorBoard, "head_keys", budget)
     with SummaryWriter(str(tmp_path)) as writer, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        publisher = Publisher([writer], ProbeBatch(torch.randn(2, 3, 32, 32)))
+        publisher = Publisher([writer], ProbeBatch(torch.randn(2, 3, 32, 32)), heads="curves")
         publisher.publish(snapshot)
         publisher.publish(snapshot)
         publisher.close()
@@ -92,7 +92,9 @@ def test_budget_of_curves(tmp_path: Path, snapshot: AttentionSnapshot, monkeypat
     of_heads = [tag for tag in tags if tag.startswith("attn_heads/")]
     assert {tag.split("/")[2] for tag in of_heads} == {"layer2", "layer3", "layer4"}
     assert len(of_heads) <= budget
-    assert {tag.split("/")[2] for tag in tags if tag.startswith("attn/teacher")} == {f"layer{i}" for i in range(LAYERS)}
+    assert {tag.split("/")[2] for tag in tags if tag.startswith("attn/teacher")} == {f"layer{LAYERS - 1}"}
+    before = {tag.split("/")[2] for tag in tags if tag.startswith("attn_layers/teacher")}
+    assert before == {f"layer{i}" for i in range(LAYERS - 1)}
 
 
 def test_wandb_stays_under_the_number_it_advises() -> None:

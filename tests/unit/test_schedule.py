@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attn_monitor import Watch, load_snapshots
-from attn_monitor.train import reports
+from attn_monitor import AttentionMapCallback, Watch, load_snapshots
+from attn_monitor.background.failures import Failures
+from attn_monitor.distributed import RankZero
+from attn_monitor.train import cost
+from attn_monitor.train.cost import Cost
+from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
 from tests.support.helpers import tiny_vit
+from tests.support.runs import noise_probe
 
 
 def taken(schedule: Schedule, steps: range) -> list[int]:
@@ -31,18 +37,24 @@ def test_every_n_steps_counts_crossings_not_remainders() -> None:
     assert taken(Schedule(every_n_train_steps=5), range(0, 24, 4)) == [0, 8, 12, 16, 20]
 
 
-def test_about_fifty_over_a_run() -> None:
+@pytest.mark.parametrize(
+    ("total", "distance", "count"),
+    [(10_000, 200, 51), (1_000, 20, 51), (300, 6, 51), (120, 6, 21), (60, 6, 11), (30, 3, 11), (12, 1, 13), (2, 1, 3)],
+)
+def test_fifty_over_a_run_and_ten_over_a_short_one(total: int, distance: int, count: int) -> None:
     schedule = Schedule()
-    schedule.start(10_000)
-    assert taken(schedule, range(10_001)) == list(range(0, 10_001, 200))
+    schedule.start(total)
+    steps = taken(schedule, range(total + 1))
+    assert steps == list(range(0, total + 1, distance))
+    assert len(steps) == schedule.count() == count
 
 
 def test_endless_runs_are_looked_at_ever_less_often() -> None:
     schedule = Schedule()
     schedule.start(math.inf)
     steps = taken(schedule, range(1_000_000))
-    assert steps[:3] == [0, 50, 100]
-    assert len(steps) < 110
+    assert steps[:10] == [0, 1, 2, 4, 8, 16, 32, 64, 114, 164]
+    assert len(steps) < 120
 
 
 def test_by_epoch() -> None:
@@ -54,40 +66,83 @@ def test_by_epoch() -> None:
 class Clock:
     """Seconds that pass when they are told to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float = 0.05) -> None:
         self.now = 100.0
-        monkeypatch.setattr(reports.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cost, "SHARE", share)
 
 
-@pytest.mark.parametrize(
-    ("snapshot", "expected"), [(0.001, [0, 1, 2, 4, 8, 16, 32]), (0.19, [0, 4, 8, 16, 32]), (3.0, [0])]
-)
-def test_short_runs_of_unknown_length(monkeypatch: pytest.MonkeyPatch, snapshot: float, expected: list[int]) -> None:
-    """Forty steps of a second: those that take at most a twentieth of the time, the first apart."""
-    clock, schedule, taken = Clock(monkeypatch), Schedule(), list[int]()
-    schedule.start(math.inf)
-    cost = reports.Cost()
-    for step in range(41):
-        if schedule.due(step) or (schedule.due_early(step) and cost.allows_another()):
-            with cost.of_a_snapshot():
+def run_of(clock: Clock, steps: int, *, snapshot: float, seconds: float = 1.0, schedule: Schedule) -> tuple[Cost, int]:
+    """Train so many steps of so many seconds with snapshots that take ``snapshot`` each; the seconds of those between.
+
+    The decision is that of `Run`, on a run without models.
+    """
+    run = object.__new__(Run)
+    run.kept, run.cost, run.rank_zero = SimpleNamespace(schedule=schedule), Cost(), RankZero()  # type: ignore[assignment]
+    run.errors = SimpleNamespace(active=True)  # type: ignore[assignment]
+    for step in range(steps):
+        if run.due(step):
+            with run.cost.of_a_snapshot(step):
                 clock.now += snapshot
-                cost.snapshots += 1
+                run.cost.snapshots += 1
             schedule.taken(step)
-            taken.append(step)
-        clock.now += 1.0
-    assert taken == expected
-    assert (len(taken) - 1) * snapshot <= 0.05 * 41
+        clock.now += seconds
+    return run.cost, run.cost.snapshots - 1
 
 
-def test_nothing_is_taken_early_where_the_length_or_the_distance_is_known() -> None:
-    for schedule, total in ((Schedule(10), math.inf), (Schedule(None, 1), math.inf), (Schedule(), 500.0)):
-        schedule.start(total)
-        schedule.taken(0)
-        assert not any(map(schedule.due_early, range(60)))
+@pytest.mark.parametrize("total", [60, 660, 10_000, math.inf])
+@pytest.mark.parametrize("snapshot", [0.001, 0.05, 0.2, 1.0, 7.0, 100.0])
+def test_snapshots_take_a_twentieth_of_the_loop_at_most(
+    monkeypatch: pytest.MonkeyPatch, total: float, snapshot: float
+) -> None:
+    """Those after the first, whatever they cost; of what is wanted and fits, half is taken at least."""
+    clock, schedule, steps = Clock(monkeypatch), Schedule(), int(min(total, 2_000))
+    schedule.start(total)
+    cost, after_first = run_of(clock, steps, snapshot=snapshot, schedule=schedule)
+    assert after_first * snapshot <= 0.05 * (steps + after_first * snapshot)
+    free = Schedule()
+    free.start(total)
+    wanted, fitting = len(taken(free, range(steps))) - 1, int(0.05 * steps / snapshot)
+    assert after_first >= min(wanted, fitting) // 2 - 1
+    assert cost.postponed == 0 or after_first < wanted
 
 
-def test_a_short_loop_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports.Cost, "allows_another", lambda _: True)
+def test_sixty_steps_take_about_ten_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule()
+    schedule.start(60)
+    assert run_of(Clock(monkeypatch), 60, snapshot=0.25, schedule=schedule)[1] + 2 == 11  # the last one is at the end
+
+
+def test_steps_that_get_slower_or_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distance follows what steps take now: it is looked at again at twice the distance at the latest."""
+    clock, schedule = Clock(monkeypatch), Schedule()
+    schedule.start(10_000)
+    cost, first = run_of(clock, 1_000, snapshot=20.0, seconds=0.1, schedule=schedule)
+    assert (first, cost.postponed > 0) == (0, True)
+    assert schedule.not_before <= 2_000
+    assert schedule.next_due() == schedule.not_before
+    assert schedule.not_before % 200 == 0
+
+
+def test_what_the_user_asks_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule(every_n_train_steps=5)
+    schedule.start(20)
+    assert run_of(Clock(monkeypatch), 20, snapshot=100.0, schedule=schedule)[1] + 1 == 4
+
+
+def test_a_snapshot_that_is_put_off_stays_so_in_a_resumed_run() -> None:
+    kept, again = (AttentionMapCallback().kept for _ in range(2))
+    kept.watch(noise_probe())
+    kept.schedule.start(660)
+    kept.schedule.taken(0)
+    kept.schedule.postpone(40)
+    again.load_state_dict(kept.state_dict(Failures()))
+    again.schedule.start(660)
+    for schedule in (kept.schedule, again.schedule):
+        assert (schedule.next_due(), taken(schedule, range(1, 100))) == (52, [52, 65, 78, 91])
+
+
+def test_a_short_loop_of_ones_own(tmp_path: Path) -> None:
     watch = Watch(tiny_vit(), torch.randn(1, 3, 32, 32), folder=tmp_path)
     for step in range(40):
         watch.step(step)
@@ -101,8 +156,8 @@ def test_a_short_loop_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"every_n_train_steps": 10}, 25, [0], 10),
         ({"every_n_train_steps": 10}, 25, [0, 13], 20),  # with several optimizers the step counter skips numbers
         ({"every_n_train_steps": 10}, 25, [0, 10, 20], 25),  # the last one is at the end
-        ({}, 100, [0, 2], 4),
-        ({}, math.inf, [0], None),  # there may be an early one
+        ({}, 500, [0, 10], 20),
+        ({}, math.inf, [0], 1),
         ({}, math.inf, [0, 50], 100),
         ({}, math.inf, [0, 50, 1000], 1100),
         ({"every_n_epochs": 1}, 60, [0], None),

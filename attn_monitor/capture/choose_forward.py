@@ -17,9 +17,10 @@ from attn_monitor.capture.masked_models import (
     unmasked_forward,
 )
 from attn_monitor.capture.observe.forward import Forward, default_forward, is_sharded
+from attn_monitor.capture.other_shapes import shape_that_runs
 from attn_monitor.capture.site_cache import Conditions, Known, sites_of
 from attn_monitor.capture.sites import Site
-from attn_monitor.errors import ArgumentError, AttentionError, LayerError, QueryError
+from attn_monitor.errors import ArgumentError, AttentionError, ForwardError, InputTypeError, LayerError, QueryError
 from attn_monitor.image_axes import ImageAxes, parse_axes
 
 
@@ -112,8 +113,14 @@ def find_discovery(
         conditions = Conditions.of(images, axes, structure)
         return choose_forward(model, axes.channels_first(images), options, conditions, layers, query)
 
-    first = parse_axes(axes, images) or axes_of(model, images, [option.forward for option in options])
-    found = under(first)
+    try:
+        first = parse_axes(axes, images) or axes_of(model, images, [option.forward for option in options])
+        found = under(first)
+    except (ForwardError, InputTypeError) as error:
+        by_itself = options[0].forward is default_forward and not is_sharded(model)
+        if not by_itself or not (way := shape_that_runs(model, images)):
+            raise
+        raise type(error)(f"{error}. {way}") from error.__cause__
     several = [site.places.at_one_place for site in found.sites]
     readable = any(site.layout is not None for site in found.sites)
     if axes is not None or first.channel is None or readable or not any(several):

@@ -35,7 +35,11 @@ class _Reordered:
     forward: Forward
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
-        return self.forward(model, self.axes.as_given(images))
+        return self.forward(model, self.as_given(images))
+
+    def as_given(self, images: Tensor) -> Tensor:
+        """Return images (B, C, *size) in the order that the model takes."""
+        return self.axes.as_given(images)
 
 
 def axes_of(model: nn.Module, images: Tensor, forwards: Sequence[Forward]) -> ImageAxes:

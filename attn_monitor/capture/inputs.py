@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def check_images(images: Any) -> Tensor:
     """
     images, expected = _unpacked(images), f"expected a floating-point tensor of images {SHAPES}"
     if not isinstance(images, Tensor):
-        raise InputTypeError(f"images: received {_kind(images)}, {expected}")
+        raise InputTypeError(f"images: received {_contents(images)}, {expected}{_as_a_tensor(images)}")
     if images.is_nested:
         raise InputTypeError(f"images: received a nested tensor, {expected}. Pass images of one size at a time")
     if images.layout != torch.strided:
@@ -73,10 +74,12 @@ def _unpacked(images: Any) -> Any:
         found = {name: x for name, x in images.items() if _is_like_images(x)}
         if len(found) == 1:
             return next(iter(found.values()))
-        held = ", ".join(f"{name}: {tuple(getattr(x, 'shape', ()))}" for name, x in list(images.items())[:6])
+        held = ", ".join(f"{name}: {_contents(x)}" for name, x in list(images.items())[:6])
+        arrays = not found and any(isinstance(x, (list, np.ndarray)) for x in images.values())
         raise InputTypeError(
             f"images: received a {type(images).__name__} with {{{held}}}, expected one tensor of images in it. Pass it "
             'alone, such as batch["pixel_values"], and the rest by forward=lambda model, images: ...'
+            + ('. An image processor makes tensors with return_tensors="pt"' if arrays else "")
         )
     if isinstance(images, (list, tuple)) and images and all(map(_is_like_images, images)):
         if len({x.shape for x in images}) > 1:
@@ -91,6 +94,35 @@ def _unpacked(images: Any) -> Any:
 
 def _is_like_images(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+def _as_a_tensor(value: Any) -> str:
+    """Return how to make a tensor of what was passed for images; empty where nothing is known to."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    found = [f"images[{n}]" for n, item in enumerate(items) if _is_like_images(item)]
+    if found:
+        return f". Pass {' or '.join(found[:2])} alone, without what is beside it"
+    if any(isinstance(item, np.ndarray) for item in items):
+        return (
+            ". Pass torch.from_numpy(images).float()"
+            if items[0] is value
+            else ". Pass torch.tensor(numpy.stack(images))"
+        )
+    if any(hasattr(item, "getbands") for item in items):  # of Pillow
+        return (
+            ". Pass torch.stack([torchvision.transforms.functional.to_tensor(image) for image in images]), normalised"
+        )
+    return ""
+
+
+def _contents(value: Any) -> str:
+    """Describe what was received, and what is in it."""
+    if isinstance(value, (list, tuple)):
+        kind = type(value).__name__
+        return f"a {kind} of {', '.join(map(_contents, value[:4]))}" if value else f"an empty {kind}"
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return f"a NumPy array {value.shape}" if isinstance(value, np.ndarray) else _kind(value)
 
 
 def _kind(value: Any) -> str:

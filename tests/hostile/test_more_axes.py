@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.errors import ArgumentError, InputTypeError, QueryError, UnsupportedAttentionError
+from attn_monitor.errors import ArgumentError, ForwardError, InputTypeError, QueryError, UnsupportedAttentionError
 from attn_monitor.grid import GridGeometry
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.more_axes import AnyViT, BandsViT
@@ -247,7 +249,7 @@ def test_images_in_containers() -> None:
 @pytest.mark.parametrize(
     ("images", "text"),
     [
-        (dict.fromkeys("ab", torch.zeros(2, 3, 8, 8)), r'a: \(2, 3, 8, 8\), b: .*batch\["pixel_values"\]'),
+        (dict.fromkeys("ab", torch.zeros(2, 3, 8, 8)), r'a: \(2, 3, 8, 8\) torch.float32, b: .*batch\["pixel_values"\]'),
         ({"a": 1}, r'batch\["pixel_values"\], and the rest by forward='),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"several shapes \(\(3, 8, 8\), \(3, 8, 9\)\)"),
         (torch.zeros(8, 8), r"received \(8, 8\) .*\(batch, channels, height, width\).*images\[None\]"),
@@ -257,6 +259,52 @@ def test_images_in_containers() -> None:
     ],
 )  # fmt: skip
 def test_other_inputs_are_refused_with_a_remedy(images: Any, text: str) -> None:
+    with pytest.raises(InputTypeError, match=text):
+        record_attention(AnyViT((8, 8), (4, 4)), images)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "way"),
+    [
+        (videomae, (2, 3, 6, 32, 32), "images.transpose(1, 2)"),
+        (videomae, (6, 3, 32, 32), "images[None]"),
+        (audio_transformer, (2, 1, 128, 64), "images[:, 0]"),
+        (lambda: AnyViT((8, 8), (4, 4)), (3, 8, 8), "images[None]"),
+        (lambda: AnyViT((8, 8), (4, 4), channels=1), (2, 8, 8), "images[:, None]"),
+        (lambda: AnyViT((8, 8), (4, 4)), (2, 8, 8, 3), "images.movedim(-1, 1)"),
+        (lambda: AnyViT((8, 8), (4, 4)), (2, 4, 3, 8, 8), "forward=lambda model, images: model(images.flatten(0, 1))"),
+        (videomae, (2, 4, 3, 32, 32), ""),  # too short
+    ],
+)
+def test_the_way_that_is_named_is_one_that_runs(build: Any, shape: tuple[int, ...], way: str) -> None:
+    model, images = sharp(build()), images_of(shape)
+    with pytest.raises((ForwardError, InputTypeError)) as caught:
+        record_attention(model, images, query="mean")
+    text = str(caught.value)
+    assert str(shape[1:]).lstrip("(") in text  # as it was passed, or how many of these at a time
+    assert ("It does run on" in text) == bool(way)
+    assert way in text
+    if way.startswith("images"):
+        record_attention(model, eval(way, {"images": images}), query="mean")
+    elif way:
+        record_attention(model, images, query="mean", forward=eval(way.removeprefix("forward=")))
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (
+            (torch.zeros(2, 3, 8, 8), torch.zeros(2)),
+            r"a tuple of \(2, 3, 8, 8\) torch.float32, .*Pass images\[0\] alone",
+        ),
+        (np.zeros((2, 3, 8, 8)), r"a NumPy array \(2, 3, 8, 8\).*torch\.from_numpy\(images\)\.float\(\)"),
+        ([np.zeros((3, 8, 8))], r"torch\.tensor\(numpy\.stack\(images\)\)"),
+        ([Image.new("RGB", (8, 8))], r"to_tensor\(image\)"),
+        ({"pixel_values": [np.zeros((3, 8, 8))]}, r'pixel_values: a list of .*return_tensors="pt"'),
+        ([], "an empty list"),
+    ],
+)
+def test_what_is_no_tensor_is_named_with_what_makes_one(images: Any, text: str) -> None:
     with pytest.raises(InputTypeError, match=text):
         record_attention(AnyViT((8, 8), (4, 4)), images)
 

@@ -80,8 +80,9 @@ def run_forward(
             raise observer.failure from None
         if is_monitor_error(error):
             raise
+        given = forward.as_given(images) if hasattr(forward, "as_given") else images  # in the order that it takes
         raise ForwardError(
-            f"{type(model).__name__} failed on images {tuple(images.shape)} {images.dtype}: {in_one_line(error)}. "
+            f"{type(model).__name__} failed on images {tuple(given.shape)} {images.dtype}: {in_one_line(error)}. "
             "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
             "images: ... where it wants other arguments"
         ) from error

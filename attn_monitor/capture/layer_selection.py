@@ -176,11 +176,14 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
 
 
 def _patch_query(site: ReadableSite, query: tuple[int, ...], where: str) -> int:
-    grid = site.layout.grid
-    if len(query) != len(grid) or not all(0 <= line < lines for line, lines in zip(query, grid, strict=True)):
+    finer = site.places.query_grid
+    grid = site.layout.grid if finer is None else finer
+    outside = len(query) != len(grid) or not all(0 <= line < lines for line, lines in zip(query, grid, strict=True))
+    if outside and site.places.patch_queries:
         shape = f"{grid[0]} rows and {grid[1]} columns" if len(grid) == 2 else str(Grid(grid))
-        raise QueryError(f"query={query}: {where} has a grid of {shape} {'of ' * (len(grid) == 2)}patches")
-    index = site.places.patch_queries.get(int(np.ravel_multi_index(query, grid)))
+        what = "patches" if finer is None else "queries"
+        raise QueryError(f"query={query}: {where} has a grid of {shape} {'of ' * (len(grid) == 2)}{what}")
+    index = None if outside else site.places.patch_queries.get(int(np.ravel_multi_index(query, grid)))
     if index is None:
         what = "a single query token" if site.queries == 1 else f"{site.queries} queries"
         raise QueryError(

@@ -105,7 +105,9 @@ def same_places(before: Sequence[Site], now: Sequence[Site]) -> bool:
         return False
     both = ((a, b) for a, b in zip(before, now, strict=True) if a.layout is not None and b.layout is not None)
     return all(
-        a.layout == b.layout and (a.places.cls, a.places.patch_queries) == (b.places.cls, b.places.patch_queries)
+        a.layout == b.layout
+        and (a.places.cls, a.places.patch_queries, a.places.query_grid)
+        == (b.places.cls, b.places.patch_queries, b.places.query_grid)
         for a, b in both
     )
 

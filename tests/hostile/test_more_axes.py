@@ -249,7 +249,7 @@ def test_images_in_containers() -> None:
 @pytest.mark.parametrize(
     ("images", "text"),
     [
-        (dict.fromkeys("ab", torch.zeros(2, 3, 8, 8)), r'a: \(2, 3, 8, 8\) torch.float32, b: .*batch\["pixel_values"\]'),
+        (dict.fromkeys("ab", torch.zeros(2, 3, 8, 8)), r'a: \(2, 3, 8, 8\) .*, b: .*batch\["pixel_values"\]'),
         ({"a": 1}, r'batch\["pixel_values"\], and the rest by forward='),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"several shapes \(\(3, 8, 8\), \(3, 8, 9\)\)"),
         (torch.zeros(8, 8), r"received \(8, 8\) .*\(batch, channels, height, width\).*images\[None\]"),

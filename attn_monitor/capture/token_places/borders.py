@@ -42,7 +42,7 @@ def place_by_borders(search: PlaceSearch, keys: Sequence[SiteKey]) -> tuple[Plac
     if geometry is None:
         return search, False
     ordered = {k: search.sites[k] for k, o in ranked.items() if o is not None and o.grid == layout.grid}
-    bare = {k: replace(site, layout=None, patch_queries={}) for k, site in ordered.items()}
+    bare = {k: replace(site, layout=None, patch_queries={}, query_grid=None) for k, site in ordered.items()}
     found = read_mosaics(search.with_sites(bare), [PatchConv(layout.grid, geometry, disjoint=True)])
     again = [k for k in ordered if found.sites[k].layout is None and not found.sites[k].reason]
     layouts = {k: replace(o, geometry=geometry) for k in again if (o := ordered[k].layout) is not None}

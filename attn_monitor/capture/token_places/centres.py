@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from attn_monitor.capture.token_places.decoding import (
     places_by_centre,
     share_far_from,
 )
+from attn_monitor.capture.token_places.finer_queries import by_centre
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
@@ -193,7 +195,10 @@ def _ranked(
         else:
             layout = layout_of(places, conv.grid, "centres", geometry)
             queries = {} if layout is None else _queries_by_centre(seen, layout, conv, search.size, limit)
-            return replace(site, layout=layout, patch_queries=queries), True
+            finer = None
+            if not queries:
+                queries, finer = by_centre(seen, math.prod(conv.grid), search.convs, search.size, limit)
+            return replace(site, layout=layout, patch_queries=queries, query_grid=finer), True
         return replace(site, reason=reason), True
     return site, not hopeful
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.random_projections import relative_change
+from attn_monitor.capture.token_places import finer_queries
 from attn_monitor.capture.token_places.layout import STATIC, TokenLayout, is_whole, layout_of, mostly_single
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import corners_changed, mosaics, noise_images
@@ -29,9 +30,11 @@ def find_queries(search: PlaceSearch) -> PlaceSearch:
         # More queries than tokens are finer patches, or padding, which is cut off again and must not be in a mean.
         more = tokens.queries > max(len(layout.order), 1)
         partial = site.partial_queries or (more and not _finer_patches(search, key))
-        known = site.patch_queries or (_patch_queries(mosaic, key) if key in mosaic.q else {})
+        known, grid = site.patch_queries or (_patch_queries(mosaic, key) if key in mosaic.q else {}), site.query_grid
+        if not known:
+            known, grid = finer_queries.in_mosaics(search, key)
         entries = _entering_layouts(mosaic, tokens, layout)
-        changed[key] = replace(site, partial_queries=partial, patch_queries=known, entries=entries)
+        changed[key] = replace(site, partial_queries=partial, patch_queries=known, query_grid=grid, entries=entries)
     return search.with_sites(changed)
 
 

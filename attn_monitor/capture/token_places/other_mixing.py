@@ -52,7 +52,8 @@ def refuse_mixtures(search: PlaceSearch) -> PlaceSearch:
         site, other = found[key], found[other_key]
         if not a.within or a.within != b.within or a.v.shape != b.v.shape or not torch.equal(a.v, b.v):
             continue
-        shared = not set(site.patch_queries).isdisjoint(other.patch_queries)
+        alike = site.query_grid == other.query_grid
+        shared = alike and not set(site.patch_queries).isdisjoint(other.patch_queries)
         shared = shared or (site.cls is not None and other.cls is not None)
         if shared or _same_single_query(a, b):
             reason = (

@@ -80,7 +80,7 @@ def _choose_spared(search: PlaceSearch) -> dict[SiteKey, int]:
 def _choose_marks(search: PlaceSearch) -> dict[SiteKey, Marks]:
     """Choose the marks of every site: sites that share an image get disjoint sets of about three cells or more."""
     sites = [
-        (key, layout.grid, site.patch_queries)
+        (key, site.query_grid or layout.grid, site.patch_queries)
         for key, site, layout in search.placed()
         if len(site.patch_queries) > 1 and key in search.reference.sites
     ]

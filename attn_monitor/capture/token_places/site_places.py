@@ -39,6 +39,7 @@ class SitePlaces:
         no_cls_reason: Why no query is the CLS token, "" also where every query is a patch.
         cls_of_sequences: The CLS token of each sequence, where an image has several, such as one for each frame.
         patch_queries: The query of each cell.
+        query_grid: Grid of these cells, where queries are a finer one than the keys; None for that of the keys.
         counted: Queries that are patches or the model's own tokens, in ascending order; a mean is over these.
         prefix_names: Names of keys in the prefix, "CLS" or "register".
         partial_queries: Whether the queries are not exactly the tokens, so that their mean is no mean over the tokens.
@@ -56,6 +57,7 @@ class SitePlaces:
     no_cls_reason: str = ""
     cls_of_sequences: tuple[int, ...] = ()
     patch_queries: Mapping[int, int] = field(default_factory=dict)
+    query_grid: tuple[int, ...] | None = None
     counted: tuple[int, ...] = ()
     prefix_names: Mapping[int, str] = field(default_factory=dict)
     partial_queries: bool = False

@@ -21,17 +21,19 @@ from typing import Any, NamedTuple
 from attn_monitor.measure.run_history import RunHistory
 from attn_monitor.measure.verdict import THRESHOLDS, Thresholds, judge
 from attn_monitor.measurements import MetricKey, Verdict
-from benchmarks.calibration_kinds import PROTOTYPES
+from benchmarks.calibration_kinds import KINDS, PROTOTYPES
 
 CHOSEN_ON = ("digits", "photographs")
-GOOD = ("healthy", "MAE, healthy")
+GOOD = tuple(kind for kind in KINDS if kind.endswith("healthy"))
 GRID: dict[str, tuple[float, ...]] = {
     "snapshots": (4, 3, 2),
     "same": (0.005, 0.01, 0.015, 0.02),
     "uniform": (0.99, 0.98, 0.97, 0.95),
-    "cosine": (0.95, 0.9, 0.85, 0.8),
+    "cosine": (0.98, 0.95, 0.9, 0.85),
     "rank": (0.15, 0.2, 0.25, 0.3, 0.4),
     "loss": (0.3, 0.2, 0.1, 0.05),
+    "low_entropy": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "alike": (0.9, 0.6, 0.3, 0.1),
     "swing": (1.5, 1.0, 0.8, 0.6, 0.4),
 }
 """Values to choose among, the strictest first, which is taken of equally good ones."""

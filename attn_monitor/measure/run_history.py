@@ -51,6 +51,11 @@ class RunHistory:
         return [Point(*point) for point in sorted(self.values.get((role, metric), {}).items())]
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is watched."""
+        return any(role.endswith("teacher") for role, _ in self.values)
+
+    @property
     def last_step(self) -> int:
         """Return the step of the latest snapshot, -1 without any."""
         return max((step for line in self.values.values() for step in line), default=-1)

@@ -48,7 +48,7 @@ def test_a_list_of_runs_sorts_draws_and_opens_them(watched: Watched, file: Path)
     assert page.locator("th[aria-sort=ascending]").inner_text().startswith("knn accuracy")
     assert order("pick") == ["rises", "falls", "peaks<b>"]
     assert order("flags")[0] == "peaks<b>"
-    assert "dense features decaying" in rows.first.inner_text()
+    assert "no verdict yet" in rows.first.inner_text()
     assert page.locator(".of-runs").count() == 3, "kNN accuracy, separability, entropy"
     lines = page.locator("figure[data-metric=dense_separability] path")
     assert lines.count() == 3

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from attn_monitor.commands.report import snapshot_player
     from attn_monitor.commands.summary import summarise_run
     from attn_monitor.commands.support.matrices import save_matrices
+    from attn_monitor.commands.support.patch_rows import attention_player
     from attn_monitor.commands.video import attention_video
     from attn_monitor.weights.loading import load_checkpoint
     from attn_monitor.weights.models import load_model
 
 __all__ = [
+    "attention_player",
     "attention_video",
     "backfill_run",
     "compare_many",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "attention_player": "commands.support.patch_rows",
     "attention_video": "commands.video",
     "backfill_run": "commands.backfill",
     "compare_many": "commands.leaderboard",

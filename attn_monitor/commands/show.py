@@ -19,6 +19,7 @@ from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
+from attn_monitor.commands.support.patch_rows import FILE_ROOM, page_of_model
 from attn_monitor.commands.support.results import (
     check_all_read,
     check_out,
@@ -35,6 +36,7 @@ from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.panels import panel
 from attn_monitor.measure.outliers import CUTOFF, LEAST_RATIO, Outliers
 from attn_monitor.monitor import AttentionMonitor
+from attn_monitor.player.report import write_whole
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.weights.models import load_model
@@ -63,6 +65,7 @@ def show(
     drawing: DrawingOptions = DrawingOptions(),
     separate: bool = False,
     raw: bool = False,
+    player: bool = False,
     drop_artifacts: bool = False,
     device: str | None = None,
 ) -> None:
@@ -95,6 +98,8 @@ def show(
             overlay.png (the mean over heads), attn-head{j}.png, mask_th{t}_mean.png and mask_th{t}_head{j}.png. Several
             images have a folder each, of the image's name, and several layers folders layer{L} in it.
         raw: also write the whole attention matrix of each image and layer, {name}-layer{L}.npy, (heads, queries, keys).
+        player: also write player.html, an interactive page: a click on a patch shows what this patch attends to, of all
+            patches or of evenly spaced ones, as many as fit into 8 MB.
         drop_artifacts: leave outlier patches out of the pictures: tokens with a norm far above the others',
             or where norms are not known, that receive far more attention. They are listed and hatched.
         device: where the model runs; by default a GPU if there is one. When memory runs out, images are taken a few at
@@ -138,6 +143,10 @@ def show(
             settings: dict[str, Any] = {"names": probe.names, "layers": captured, "query": monitor.query}
             for path in with_memory_for(lambda: save_matrices(loaded, probe.images, folder, **settings), loaded):
                 results.add(path)
+        if player:
+            make = partial(page_of_model, loaded, probe, snapshot, monitor.query, FILE_ROOM)
+            write_whole(folder / "player.html", with_memory_for(make, loaded))
+            results.add(folder / "player.html")
     print_metrics(snapshot, "metrics, means over heads and images")
     check_all_read(unreadable)
 

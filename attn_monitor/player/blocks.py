@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,20 @@ from attn_monitor.workers import safe_point
 Layout = list[dict[str, Any]]
 
 
-def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
-    """The snapshot's layers, in the order of their numbers in blocks; ``features`` as in `block`.
+@dataclass(frozen=True)
+class PatchRows:
+    """Attention of some patches of a layer: their indices, ascending, and their rows (B, H, len(patches), T)."""
+
+    patches: list[int]
+    rows: Tensor
+
+
+OfPatches = Mapping[tuple[str, int], PatchRows]
+"""By role and layer."""
+
+
+def layout_of(snapshot: Snapshot, *, features: bool = True, of_patches: OfPatches = MappingProxyType({})) -> Layout:
+    """The snapshot's layers, in the order of their numbers in blocks; other arguments as in `block`.
 
     ``prefix`` has the names of the tokens before the patches. ``geometry`` gives the position of patches in pixels of
     the image, None where they tile it. ``features`` is the number of features of a patch.
@@ -46,27 +59,36 @@ def layout_of(snapshot: Snapshot, *, features: bool = True) -> Layout:
             "heads": a.rows.shape[1],
             "colors": _optional(a, "colors") is not None,
             "features": _width(a) if features else 0,
+            "queries": of_patches[role, layer].patches if (role, layer) in of_patches else [],
         }
         for (role, layer), a in snapshot.layers.items()
     ]
 
 
-def block(snapshot: Snapshot, layer: int, *, features: bool = True) -> bytes:
-    """Deflated rows (B, H, T) of the layer in every role, then features (B, N, K), then colours (B, N, 3) of 0…255."""
+def block(
+    snapshot: Snapshot, layer: int, *, features: bool = True, of_patches: OfPatches = MappingProxyType({})
+) -> bytes:
+    """Deflated rows (B, H, T) of the layer in every role, then features (B, N, K), then rows of patches (B, H, Q, T).
+
+    At the end there are colours (B, N, 3) of 0…255.
+    """
     safe_point()
     parts = [a for (_, index), a in snapshot.layers.items() if index == layer]
     numbers = [a.rows for a in parts]
     numbers += [f for a in parts if features and (f := _optional(a, "features")) is not None]
+    numbers += [of_patches[key].rows for key in snapshot.layers if key[1] == layer and key in of_patches]
     colours = [c for a in parts if (c := _optional(a, "colors")) is not None]
     halves = np.concatenate([n.half().numpy().astype("<f2").ravel() for n in numbers]).view(np.uint8).reshape(-1, 2)
     bytes_of_colours = [(c.clamp(0, 1).nan_to_num() * 255).round().byte().numpy().tobytes() for c in colours]
     return zlib.compress(np.ascontiguousarray(halves.T).tobytes() + b"".join(bytes_of_colours), 6)
 
 
-def blocks(snapshot: Snapshot, *, features: bool = True) -> dict[int, bytes]:
+def blocks(
+    snapshot: Snapshot, *, features: bool = True, of_patches: OfPatches = MappingProxyType({})
+) -> dict[int, bytes]:
     """The `block` of each layer."""
     layers = dict.fromkeys(layer for _, layer in snapshot.layers)
-    return {layer: block(snapshot, layer, features=features) for layer in layers}
+    return {layer: block(snapshot, layer, features=features, of_patches=of_patches) for layer in layers}
 
 
 def has_features(snapshot: Snapshot) -> bool:

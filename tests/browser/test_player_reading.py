@@ -12,10 +12,15 @@ import pytest
 import torch
 
 from attn_monitor import AttentionSnapshot, ProbeBatch, load_snapshots
+from attn_monitor import functional as F
+from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.commands.report import report
 from attn_monitor.measurements import Verdict
+from attn_monitor.offline import attention_player
 from attn_monitor.record.archive import snapshot_path
 from tests.support.browser import CHROMIUM, Watched, browsing
+from tests.support.helpers import tiny_vit
+from tests.support.oracle import attention_matrices
 from tests.support.runs import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
@@ -238,3 +243,32 @@ def test_the_verdict_is_above_everything(watched: Watched, pages: dict[str, Path
     watched.open(pages["both"])
     assert [text.split()[0] for text in page.locator("details.verdict").all_inner_texts()] == ["A", "B"]
     assert "complete collapse" in verdict.inner_text()
+
+
+def test_a_click_shows_what_the_patch_attends_to(watched: Watched, pages: dict[str, Path], tmp_path: Path) -> None:
+    """Where the model is there: maps, numbers and caption are those of float64. Elsewhere it is refused in words."""
+    torch.manual_seed(5)
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.4)
+    truth = attention_matrices(model, images, default_forward)[1][0, :, 1:, 1:]  # (H, patches, patches)
+    (tmp_path / "model.html").write_text(attention_player(model, images).page)
+    page = watched.open(tmp_path / "model.html")
+    page.mouse.click(*at_patch(large(page, "backbone"), 1, 2))
+    watched.settle()
+    assert page.get_by_role("button", name="Patch", exact=True).get_attribute("aria-pressed") == "true"
+    caption = " ".join(page.locator("figcaption").inner_text().split())
+    entropy = float(F.entropy(truth[:, 6].mean(0)))
+    assert caption.startswith(f"mean, of patch 1, 2 entropy {entropy:.2f}")
+    assert "of patch 1, 2" in page.locator(".patch .reading").inner_text()
+    page.mouse.move(*at_patch(large(page, "backbone"), 3, 0))
+    watched.settle()
+    numbers = [float(t.rstrip("×")) for t in page.locator(".bars .number").all_inner_texts()]
+    expected = [float(row[12]) * 16 for row in (truth[:, 6].mean(0), *truth[:, 6])]
+    assert numbers == pytest.approx(expected, rel=0.01, abs=0.006)
+    page.get_by_role("button", name="Attention", exact=True).click()
+    watched.settle()
+    of_cls = attention_matrices(model, images, default_forward)[1][0, :, 0, 1:].mean(0)
+    assert f"entropy {float(F.entropy(of_cls)):.2f}" in " ".join(page.locator("figcaption").inner_text().split())
+    watched.open(pages["short"], "pin=6")
+    assert "not kept in archives" in page.locator(".patch").inner_text()

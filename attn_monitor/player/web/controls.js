@@ -1,7 +1,7 @@
 // What can be selected: image, layer, head, arrangement, colours, mask, and how two runs are compared.
 import { changeDetector, el } from "./elements.js";
 import { percent, range } from "./numbers.js";
-import { hasColours, hasFeatures } from "./tile.js";
+import { hasColours, hasFeatures, hasQueries } from "./tile.js";
 import {
   change,
   headName,
@@ -74,9 +74,9 @@ export function makeControls() {
     choice(
       "Show",
       "show",
-      { attention: "Attention", colors: "PCA", cosine: "Cosine" },
-      () => hasColours() || hasFeatures(),
-      { colors: hasColours, cosine: hasFeatures },
+      { attention: "Attention", patch: "Patch", colors: "PCA", cosine: "Cosine" },
+      () => hasColours() || hasFeatures() || hasQueries(),
+      { patch: hasQueries, colors: hasColours, cosine: hasFeatures },
     ),
     choice("Arrange", "arrange", { focus: "Large + heads", grid: "Heads", single: "Large" }),
     choice("Sort heads", "sort", { index: "By number", entropy: "By entropy" }),

@@ -9,6 +9,7 @@ const WORDS = [
   ["IoU", "Overlap of the mask with ground truth: 1 if they are equal, 0 if they do not meet."],
   ["peak", "The largest weight of a patch, × uniform."],
   ["CLS, registers", "Tokens that are no patch; the card shows how much attention stays with them."],
+  ["of patch", "What the pinned patch itself attends to, in pages of a model: show --player, attention_player."],
   ["PCA", "Features of patches as colours: like colour, like feature, in all images and steps."],
   ["cosine", "How alike the features of the pinned patch and of each other patch are: 1 the same direction."],
   ["attention moved", "Of B − A: half the sum of all differences, so 100 % if nothing is where it was."],

@@ -3,9 +3,10 @@ import { partsOf, shownColumns } from "./columns.js";
 import { changeDetector, el } from "./elements.js";
 import { LineChart, rangeOf } from "./line_chart.js";
 import { cosines, formatted, grouped, percent, range } from "./numbers.js";
-import { clamp, matchingPatch } from "./patch_grid.js";
+import { clamp, matchingPatch, placeOf } from "./patch_grid.js";
+import { hasQueries } from "./tile.js";
 import { shownDomain } from "./timeline.js";
-import { headName, pinnedPatch, roleClass, selectedPatch, shownStep, view } from "./view.js";
+import { headName, pinnedPatch, roleClass, selectedPatch, shownQuery, shownStep, view } from "./view.js";
 
 /** @import {Column, Curve, Layer, PatchGrid, PatchRef} from "./types" */
 /** @import {Part} from "./columns.js" */
@@ -17,6 +18,10 @@ const PLACES = {
   "exact but masked": "exact, with some patches masked in the model",
   centres: "centres: each token follows most the image at its patch's centre",
 };
+
+const NO_QUERIES =
+  "What this patch itself attends to is not kept in archives: attn-monitor show MODEL IMAGES --player shows it, " +
+  "and attention_player(model, images) in a notebook.";
 
 const HISTORY = 60; // snapshots that are fetched for it, evenly spaced
 
@@ -52,7 +57,8 @@ function makePatchCard() {
   const bars = new Bars("bars");
   const cosine = el("p", { class: "hint" });
   const history = makeHistory();
-  const values = el("div", { class: "values" }, key, bars.element, cosine, history.element);
+  const refusal = el("p", { class: "hint" }, NO_QUERIES);
+  const values = el("div", { class: "values" }, key, bars.element, cosine, history.element, refusal);
   const element = el("section", { class: "card patch", "aria-label": "patch" }, title, hint, values);
 
   /** @type {(parts: InspectedPart[], patch: PatchRef | null) => void} */
@@ -62,11 +68,14 @@ function makePatchCard() {
     values.hidden = found < 0;
     title.textContent = "Patch";
     if (!patch || found < 0) return;
-    const columns = parts[0].layer.grid[1];
-    const [first, second] = parts[0].layer.axes.map((axis) => (["h", "w", ""].includes(axis) ? "" : `${axis} `));
+    const { layer } = parts[0];
+    const columns = layer.grid[1];
+    const [first, second] = layer.axes.map((axis) => (["h", "w", ""].includes(axis) ? "" : `${axis} `));
     title.textContent = `Patch ${first}${Math.floor(found / columns)}, ${second}${found % columns}`;
+    const query = shownQuery(layer, patch.image);
+    refusal.hidden = view.pin < 0 || hasQueries();
     key.replaceChildren(
-      "× uniform",
+      query < 0 ? "× uniform" : `× uniform, of patch ${placeOf({ patch: layer.queries[query], ...layer }).join(", ")}`,
       ...parts.map((part) => el("span", { class: `value ${part.className}` }, part.title)),
     );
     bars.draw(weightRows(parts, patch));
@@ -87,7 +96,7 @@ function weightRows(parts, patch) {
   const rows = range(parts[0].layer.heads + 1).flatMap((i) =>
     parts.map(({ layer, block, title, className }, p) => {
       const found = matchingPatch(layer.patchGrid, patch);
-      const weight = block.patchWeight(patch.image, i - 1, found);
+      const weight = block.patchWeight(patch.image, i - 1, found, shownQuery(layer, patch.image));
       const chosen = i - 1 === view.head ? " chosen" : "";
       return {
         label: p ? "" : i ? headName(i - 1) : "mean",
@@ -128,10 +137,11 @@ function makeHistory() {
   /** @type {(parts: InspectedPart[], patch: PatchRef) => void} */
   function draw(parts, patch) {
     const sources = parts.flatMap(({ run, title, layer }) => [run, run.steps, run.cache.size, title, layer.layer]);
-    if (patchChanged(patch.image, patch.patch, patch.patchGrid, view.head, ...sources)) {
+    if (patchChanged(patch.image, patch.patch, patch.patchGrid, view.head, view.show, view.pin, ...sources)) {
       curves = parts.map((part) => historyOf(part, patch));
     }
     const [first, last] = shownDomain();
+    element.hidden = first === last;
     chart.draw(curves, [first, last], shownStep(), (value) => `${formatted(value)}×`, rangeOf("weight"));
     caption.textContent = `${headName(view.head)} over steps ${grouped(first)} to ${grouped(last)}`;
   }
@@ -149,7 +159,8 @@ function historyOf({ run, layer: { role, layer }, className }, patch) {
     const found = run.layer(index, role, layer);
     const match = found ? matchingPatch(found.patchGrid, patch) : -1;
     const block = run.cached(index, layer)?.[role];
-    return [step, block ? block.patchWeight(patch.image, view.head, match) : NaN];
+    const query = found ? shownQuery(found, patch.image) : -1;
+    return [step, block ? block.patchWeight(patch.image, view.head, match, query) : NaN];
   });
   return { className: `${className} mean`, dotted: true, points: points.filter((point) => Number.isFinite(point[1])) };
 }
@@ -176,7 +187,7 @@ function makePrefixCard() {
     title.textContent = `Prefix tokens, ${headName(view.head)}`;
     const rows = shown.flatMap(({ layer, block, title, className }) =>
       layer.prefix.map((name, token) => {
-        const share = block.weight(view.image, view.head, token);
+        const share = block.weight(view.image, view.head, token, shownQuery(layer, view.image));
         return { label: `${title} ${name}`, title: "", share, text: percent(share), className };
       }),
     );

@@ -1,7 +1,7 @@
 // A large tile, and pinning a patch of it by the pointer or by keys.
 import { el } from "./elements.js";
 import { clamp, matchingPatch } from "./patch_grid.js";
-import { hasFeatures, Tile } from "./tile.js";
+import { hasFeatures, hasQueries, Tile } from "./tile.js";
 import { change, firstLayer, hover, runB, selectedPatch, unpin, view } from "./view.js";
 
 /** @import {PatchRef} from "./types" */
@@ -36,15 +36,21 @@ export class LargeTile extends Tile {
   }
 }
 
+/** What is shown of a patch once it is pinned: its own attention, or else its cosine to the others, where there is any. */
+function ofPinned() {
+  if (view.show === "cosine" && hasFeatures()) return view.show;
+  return hasQueries() ? "patch" : hasFeatures() ? "cosine" : view.show;
+}
+
 /**
- * Pin a patch, or unpin it where it is pinned. Where there are features, its cosine to the others is shown.
+ * Pin a patch, or unpin it where it is pinned.
  * @param {PatchRef | null} patch
  */
 export function pin(patch) {
   if (!patch) return;
   const index = matchingPatch(firstLayer().patchGrid, patch);
   if (view.pin === index && view.image === patch.image) unpin();
-  else change({ pin: index, image: patch.image, show: hasFeatures() ? "cosine" : view.show });
+  else change({ pin: index, image: patch.image, show: ofPinned() });
 }
 
 /**

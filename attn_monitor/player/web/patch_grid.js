@@ -136,3 +136,9 @@ export function overlaps(mask, patchGrid, objects) {
     return either ? both / either : NaN;
   });
 }
+
+/**
+ * Row and column of a patch in its grid.
+ * @param {{patch: number, patchGrid: PatchGrid}} patch
+ */
+export const placeOf = ({ patch, patchGrid: { shape } }) => [Math.floor(patch / shape[1]), patch % shape[1]];

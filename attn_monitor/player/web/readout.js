@@ -2,8 +2,8 @@
 import { partsOf } from "./columns.js";
 import { el } from "./elements.js";
 import { cosines, formatted } from "./numbers.js";
-import { cellOf, clamp, matchingPatch } from "./patch_grid.js";
-import { headName, pinnedPatch, roleClass, selectedPatch, view } from "./view.js";
+import { cellOf, clamp, matchingPatch, placeOf } from "./patch_grid.js";
+import { headName, pinnedPatch, roleClass, selectedPatch, shownQuery, view } from "./view.js";
 
 /** @import {Column, PatchRef} from "./types" */
 /** @import {Tile} from "./tile.js" */
@@ -33,12 +33,6 @@ export function makeReadout() {
 }
 
 /**
- * Row and column of a patch in its grid.
- * @param {PatchRef} patch
- */
-export const placeOf = ({ patch, patchGrid: { shape } }) => [Math.floor(patch / shape[1]), patch % shape[1]];
-
-/**
  * @param {Column} column
  * @param {PatchRef} patch
  * @param {number} head
@@ -48,7 +42,7 @@ function valuesOf(column, patch, head, cosine) {
   return partsOf(column).flatMap(({ layer, block }, i) => {
     if (!layer || !block || head >= layer.heads) return [];
     const found = matchingPatch(layer.patchGrid, patch);
-    const weight = `${formatted(block.patchWeight(patch.image, head, found))}×`;
+    const weight = `${formatted(block.patchWeight(patch.image, head, found, shownQuery(layer, patch.image)))}×`;
     const pinned = cosine && block.width ? matchingPatch(layer.patchGrid, pinnedPatch()) : -1;
     const text = pinned < 0 ? weight : formatted(cosines(block.features(patch.image), block.width, pinned)[found]);
     const label = column.runs.length > 1 ? `${column.role} ${"AB"[i]}` : column.title;

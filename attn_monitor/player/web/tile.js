@@ -5,9 +5,9 @@ import { contextOf, el } from "./elements.js";
 import { drawing } from "./manifest.js";
 import { cosines } from "./numbers.js";
 import { fitCanvas, lineWidth, outlinedMask, paintMap } from "./painting.js";
-import { clamp, matchingPatch, patchAt } from "./patch_grid.js";
+import { clamp, matchingPatch, patchAt, placeOf } from "./patch_grid.js";
 import { comparisonOf, featuresOf, statisticsOf } from "./statistics.js";
-import { headName, hover, pinnedPatch, selectedPatch, shownLayers, state, view } from "./view.js";
+import { headName, hover, pinnedPatch, selectedPatch, shownLayers, shownQuery, state, view } from "./view.js";
 
 /** @import {Column, Layer, PatchGrid, PatchRef} from "./types" */
 /** @import {Part} from "./columns.js" */
@@ -17,6 +17,8 @@ import { headName, hover, pinnedPatch, selectedPatch, shownLayers, state, view }
 /** Whether the shown layer has features, or colours, of its patches. */
 export const hasFeatures = () => shownLayers().some((layer) => layer.features > 0);
 export const hasColours = () => shownLayers().some((layer) => layer.colors);
+/** Whether there is attention of patches themselves. */
+export const hasQueries = () => shownLayers().some((layer) => layer.queries.length > 0);
 
 /**
  * The coloured dot of run A or B.
@@ -117,7 +119,9 @@ export class Tile {
     const { image, large } = this;
     const [first, second] = parts;
     const { patchGrid } = first.layer;
-    const maps = parts.map(({ block }) => block.map(image, head));
+    const pinned = matchingPatch(patchGrid, pinnedPatch());
+    const query = shownQuery(first.layer, image);
+    const maps = parts.map(({ block, layer }) => block.map(image, head, shownQuery(layer, image)));
     const comparable = maps[0].length === maps.at(-1)?.length && samePlace(first.layer, parts[parts.length - 1].layer);
     const painting = {
       photo: first.run.photos[image],
@@ -126,14 +130,14 @@ export class Tile {
       table: view.table,
       truths: view.truth ? first.run.truths[image] : [],
       hovered: state.hover?.image === image ? matchingPatch(patchGrid, state.hover) : -1,
-      pinned: large && view.image === image ? matchingPatch(patchGrid, pinnedPatch()) : -1,
+      pinned: query >= 0 ? first.layer.queries[query] : large && view.image === image ? pinned : -1,
     };
     fitCanvas(this.canvas, patchGrid, this.width || 64);
     if (second && view.compare === "difference") {
       paintMap(this.canvas, { ...painting, content: comparable ? { pair: [maps[0], maps[1]] } : null });
     } else {
       parts.forEach((part, i) => {
-        const outlined = view.mask && !(large && view.show !== "attention");
+        const outlined = view.mask && !(large && !["attention", "patch"].includes(view.show));
         const mask = outlined ? outlinedMask(maps[i], view.threshold) : null;
         const content = this.contentOf(part, maps[i]);
         const from = i ? view.swipe : 0;
@@ -147,8 +151,9 @@ export class Tile {
       ? comparisonOf(maps, comparable, large)
       : statisticsOf(maps[0], patchGrid, first.run.truths[image], large);
     const name = head < 0 ? "mean" : large ? `head ${head}` : String(head);
+    const place = placeOf({ patch: first.layer.queries[query], patchGrid }).join(", ");
     if (features) this.drawCaption(features.name, features.statistics);
-    else this.drawCaption(name, statistics);
+    else this.drawCaption(query >= 0 && large ? `${name}, of patch ${place}` : name, statistics);
     const text = statistics.map(({ before, value, after = "" }) => before + value + after).join(", ");
     const selected = large ? selectedPatch() : null;
     const label = `${column.title}, ${first.run.images[image].name}, ${headName(head)}: ${text}`;

@@ -1,6 +1,7 @@
 // One slider of steps for everything: playback, curves with a line at the shown step, health flags as marks.
-import { changeDetector, el } from "./elements.js";
+import { byId, changeDetector, el } from "./elements.js";
 import { LineChart, rangeOf } from "./line_chart.js";
+import { manifest } from "./manifest.js";
 import { formatted, grouped } from "./numbers.js";
 import { togglePlay } from "./playback.js";
 import {
@@ -44,7 +45,10 @@ export function makeTimeline() {
   const attributes = { class: "timeline", "aria-label": "timeline" };
   return {
     element: el("section", attributes, transport, track, curves),
-    draw: () => parts.forEach((part) => part.draw()),
+    draw: () => {
+      byId("time").hidden = shownSteps().length === 1 && !manifest.server; // a model, not a run
+      parts.forEach((part) => part.draw());
+    },
   };
 }
 

@@ -23,6 +23,8 @@ export interface Layer {
   heads: number;
   colors: boolean;
   features: number;
+  /** Patches whose own attention is in the block, in ascending order. */
+  queries: number[];
   /** Made on the page, see Run.layout. */
   patchGrid: PatchGrid;
 }

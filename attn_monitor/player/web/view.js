@@ -1,9 +1,9 @@
 // What is shown. Changing it requests a new drawing of the page, and a link restores it.
 import { changeDetector } from "./elements.js";
 import { drawing, manifest } from "./manifest.js";
-import { clamp } from "./patch_grid.js";
+import { clamp, matchingPatch } from "./patch_grid.js";
 
-/** @import {PatchRef, View} from "./types" */
+/** @import {Layer, PatchRef, View} from "./types" */
 /** @import {Run} from "./run.js" */
 
 /** @type {View} */
@@ -40,7 +40,7 @@ const DEFAULTS = {
 const CHOICES = {
   arrange: ["focus", "grid", "single"],
   sort: ["index", "entropy"],
-  show: ["attention", "colors", "cosine"],
+  show: ["attention", "patch", "colors", "cosine"],
   scale: Object.keys(drawing.scales),
   table: Object.keys(drawing.tables),
   compare: ["side", "swipe", "difference"],
@@ -96,7 +96,7 @@ export function hover(patch) {
 
 export function unpin() {
   hover(null);
-  change({ pin: -1, show: view.show === "cosine" ? "attention" : view.show });
+  change({ pin: -1, show: ["cosine", "patch"].includes(view.show) ? "attention" : view.show });
 }
 
 export const runA = () => state.runs[0];
@@ -135,6 +135,24 @@ export const selectedPatch = () => state.hover ?? (view.pin >= 0 ? pinnedPatch()
 
 /** @returns {PatchRef} the index of a pinned patch is that in the grid of the first role */
 export const pinnedPatch = () => ({ image: view.image, patch: view.pin, patchGrid: firstLayer().patchGrid });
+
+/**
+ * Which of a layer's queries is shown instead of the recorded one: the nearest to the pinned patch; -1 for none.
+ * @param {Layer} layer
+ * @param {number} image
+ */
+export function shownQuery({ patchGrid, queries }, image) {
+  if (view.show !== "patch" || view.pin < 0 || image !== view.image || !queries.length) return -1;
+  const pinned = matchingPatch(patchGrid, pinnedPatch());
+  const columns = patchGrid.shape[1];
+  const distances = queries.map((patch) => {
+    return Math.hypot(
+      Math.floor(patch / columns) - Math.floor(pinned / columns),
+      (patch % columns) - (pinned % columns),
+    );
+  });
+  return pinned < 0 ? -1 : distances.indexOf(Math.min(...distances));
+}
 
 /** The shown layer of the first run, in all roles that have it. */
 export function shownLayers() {

@@ -40,7 +40,8 @@ class LayerAttention:
     """Hold what one layer's query token attends to, for every image and head.
 
     Shapes: B images, H heads, T tokens in the order of ``rows``, N patches on a grid of (gh, gw), or of as many axes as
-    the images have, D channels. Optional tensors are None if they were not requested or do not exist.
+    the images have, D channels. Optional tensors are None if they were not requested or do not exist. A notebook shows
+    a layer as a sheet of its maps.
 
     Args:
         layer: index in order of execution.
@@ -103,6 +104,16 @@ class LayerAttention:
     features: Tensor | None = None
     features_error: tuple[float, float] | None = None
     patch_colors: PatchColors | None = None
+
+    def __repr__(self) -> str:
+        rows, grid = (" x ".join(map(str, shape)) for shape in (self.rows.shape, self.grid))
+        about = f"layer={self.layer}, name={self.name!r}, rows={rows}, grid={grid}, num_prefix={self.num_prefix}"
+        return f"LayerAttention({about}, query={self.query!r}, verified_error={self.verified_error:.1e})"
+
+    def _repr_png_(self) -> bytes:
+        from attn_monitor.draw.notebook import layer_sheet, png_of  # here, as values know nothing of pictures
+
+        return png_of(layer_sheet(self))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", Grid(self.grid))  # a plain tuple is a grid that tiles the image

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attn_monitor.draw.notebook import snapshot_figure, snapshot_png
+from attn_monitor.draw.notebook import png_of, snapshot_figure, snapshot_sheet
 from attn_monitor.record.archive import load_step, snapshot_paths
 from attn_monitor.record.snapshot_file import read_snapshot, write_snapshot
 from attn_monitor.snapshot import Snapshot
@@ -69,7 +69,7 @@ class AttentionSnapshot(Snapshot):
         return snapshot_figure(self, image, role, layer)
 
     def _repr_png_(self) -> bytes:
-        return snapshot_png(self)
+        return png_of(snapshot_sheet(self))
 
 
 def load_snapshots(folder: str | os.PathLike[str]) -> list[AttentionSnapshot]:

@@ -1,13 +1,15 @@
-"""Pictures of a snapshot for notebooks: a sheet of its maps, and a matplotlib figure."""
+"""Pictures for notebooks: sheets of a snapshot's or a layer's maps, and a matplotlib figure."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, HEADER, LINE, Pixels, blank_picture, draw_text, draw_text_within, up_to_block
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.legend import LEGEND, draw_legend
@@ -26,10 +28,25 @@ SHEET_IMAGES, SHEET_WIDTH, CELL = 4, 1200, 128  # images; pixels: all columns ab
 def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions()) -> Pixels:
     """Draw head mean and heads of the last role's last layer on the first four images, (height, width, 3).
 
-    The maps are not over photographs, which a snapshot does not hold; `panel` draws these.
+    The title says which role, layer and images of how many. Maps are not over photographs, which a snapshot does not
+    hold; `panel` draws these.
     """
     role = snapshot.roles[-1]
-    attention = snapshot.layer(role).in_plane()
+    of = f" of {' and '.join(snapshot.roles)}" if len(snapshot.roles) > 1 else ""
+    return _sheet(snapshot.layer(role), snapshot.names, f"{role}{of}", f"step {snapshot.step:,}", options)
+
+
+def layer_sheet(attention: LayerAttention, options: DrawingOptions = DrawingOptions()) -> Pixels:
+    """Draw head mean and heads of a layer on the first four images, (height, width, 3)."""
+    names = [f"image {n}" for n in range(len(attention.rows))]
+    return _sheet(attention, names, attention.model or "attention", f"query {attention.query or 'unknown'}", options)
+
+
+def _sheet(attention: LayerAttention, names: Sequence[str], of: str, when: str, options: DrawingOptions) -> Pixels:
+    attention = attention.to("cpu").in_plane()
+    shown = min(SHEET_IMAGES, len(names))
+    images = f"{shown} of {len(names)} images" if shown < len(names) else ""
+    parts = [of, f"layer {attention.layer} ({attention.name})", when, images]
     rows = [mean_and_heads(maps, options.drawn_heads) for maps in attention.maps[:SHEET_IMAGES]]
     labels = rows[0][1]
     painter = CellPainter(blank_picture(8, 8), attention.grid, options, min(CELL, SHEET_WIDTH // len(labels)))
@@ -37,10 +54,9 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
     down, across = up_to_block(height) + LINE + GAP, up_to_block(width) + GAP
     size = max(len(labels) * across + GAP, 58 * GAP), HEADER + len(rows) * (down + 2 * LINE) + LEGEND
     sheet = Image.fromarray(blank_picture(*size))
-    title = f"{role} · layer {attention.layer} ({attention.name}) · step {snapshot.step:,}"
-    draw_text_within(sheet, (GAP, 7), title, size[0] - 2 * GAP, 17)
+    draw_text_within(sheet, (GAP, 7), " · ".join(filter(None, parts)), size[0] - 2 * GAP, 17)
     y = HEADER
-    for name, (maps, _) in zip(snapshot.names, rows, strict=False):
+    for name, (maps, _) in zip(names, rows, strict=False):
         draw_text(sheet, (GAP, y), name, 15)
         y += 3 * GAP
         pictures = painter.paint(maps.numpy(), map_statistics(maps, options.threshold).mask.numpy())
@@ -52,10 +68,10 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
     return np.asarray(sheet)
 
 
-def snapshot_png(snapshot: Snapshot) -> bytes:
-    """Encode `snapshot_sheet` as PNG."""
+def png_of(picture: Pixels) -> bytes:
+    """Encode a picture as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(snapshot_sheet(snapshot)).save(buffer, "PNG")
+    Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 

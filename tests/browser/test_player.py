@@ -401,7 +401,7 @@ def test_keys_alone_are_enough(watched: Watched, file: Path) -> None:
         "PNG",
         "All",
         "coffee",
-        "Large + heads",
+        "Both",
         "By entropy",
         "Overlay",
         "Mask mass",

@@ -10,8 +10,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from attn_monitor import ProbeBatch
+from attn_monitor.draw import notebook
 from tests.support.runs import write_run
 
 
@@ -20,6 +23,23 @@ def test_a_snapshot_shows_itself(tmp_path: Path) -> None:
     with Image.open(io.BytesIO(snapshot._repr_png_())) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def test_a_layer_shows_itself_and_both_say_what_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Titles name role and layer, and how many of the images are shown; in a list a layer is one line of text."""
+    titles: list[str] = []
+    monkeypatch.setattr(notebook, "draw_text_within", lambda picture, at, text, *rest: titles.append(text))
+    probe = ProbeBatch(torch.randn(6, 3, 32, 32))
+    (snapshot,) = write_run(tmp_path, [0], sharpness=[5], probe=probe)
+    snapshot._repr_png_()
+    assert titles[0] == "teacher of student and teacher · layer 1 (blocks.1.attn) · step 0 · 4 of 6 images"
+    del titles[:]
+    layer = snapshot.layer("student")
+    with Image.open(io.BytesIO(layer._repr_png_())) as picture:
+        assert picture.height > 4 * 100, "four images"
+    assert titles[0] == "VisionTransformer · layer 1 (blocks.1.attn) · query cls · 4 of 6 images"
+    assert "\n" not in repr(layer)
+    assert repr(layer).startswith("LayerAttention(layer=1, name='blocks.1.attn', rows=6 x 4 x 17, grid=4 x 4, ")
 
 
 def test_a_figure_holds_the_maps(tmp_path: Path) -> None:

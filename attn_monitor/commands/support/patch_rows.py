@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +149,7 @@ def _grid_of(grid: Sequence[int], every: int) -> list[int]:
 
 def _read(
     site: ReadableSite, seen: ReadObservation, patches: Sequence[int], images: int
-) -> tuple[blocks.PatchRows, Any]:
+) -> tuple[blocks.PatchRows, Tensor | None]:
     """Return rows of patches in the order of patches, keys as in `LayerAttention`, and the error of the check."""
     tokens = {site.places.patch_queries[patch]: place for place, patch in enumerate(patches)}
     order = list(site.layout.order)

@@ -78,7 +78,7 @@ export function makeControls() {
       () => hasColours() || hasFeatures() || hasQueries(),
       { patch: hasQueries, colors: hasColours, cosine: hasFeatures },
     ),
-    choice("Arrange", "arrange", { focus: "Large + heads", grid: "Heads", single: "Large" }),
+    choice("Arrange", "arrange", { focus: "Both", grid: "Heads", single: "Large" }),
     choice("Sort heads", "sort", { index: "By number", entropy: "By entropy" }),
     choice("Scale", "scale", { uniform: "× uniform", minmax: "Per map" }),
     choice("Colours", "table", { inferno: "Inferno", viridis: "Viridis" }),

@@ -57,7 +57,8 @@ class LayerAttention:
             softmax), "signed" if some entries are negative.
         places: how the patch of each key was found: "exact", "exact but masked" or "centres", see
             `capture.token_places`.
-        distance: (B, H), mean attention distance in pixels; a frame, a slice and a sample count as a pixel.
+        distance: (B, H), mean attention distance in pixels. Where axes have several units, (B, H, axes): along each
+            axis, in its frames, slices, samples, channels or pixels.
         norms: (B, T), norms of the tokens that enter the layer's block.
         cosine: (B,), mean cosine between the CLS token and the patches that enter the block.
         max_logit: (B, H), largest logit, scale · q·k + bias, of pairs that are not masked, over all keys and the

@@ -89,6 +89,11 @@ class Grid(tuple[int, ...]):
         unflattened: Tensor = values.unflatten(-1, tuple(self))
         return unflattened
 
+    @property
+    def has_one_unit(self) -> bool:
+        """Whether lengths along the axes may be added: rows and columns of a picture, or one axis alone."""
+        return len(self) == 1 or self.axes == ("h", "w")
+
     def placed(self, size: Sequence[int]) -> GridGeometry:
         """The geometry, or that of cells which tile an image of this size where there is none."""
         whole = tuple(pixels / cells for pixels, cells in zip(size, self, strict=True))

@@ -25,11 +25,15 @@ class MeanDistance:
     Args:
         site: A site for which `has_query_of_each_patch` holds.
         image_size: Number of pixels on each axis.
+        axes: Names of the axes.
         device: The device of the rows.
     """
 
-    def __init__(self, site: ReadableSite, image_size: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, site: ReadableSite, image_size: Sequence[int], axes: Sequence[str], device: torch.device
+    ) -> None:
         grid = site.layout.grid
+        self._apart = not Grid(grid, axes=axes).has_one_unit
         middles = Grid(grid, site.layout.geometry).centres(image_size)  # pixels
         lines = zip(middles, Grid(grid).lines, strict=True)
         axes = [torch.tensor(axis, dtype=torch.float32, device="cpu")[line] for axis, line in lines]
@@ -45,9 +49,11 @@ class MeanDistance:
             return
         index, patches = (torch.tensor(one, device=self._centres.device) for one in zip(*found, strict=True))
         p = chunk.rows[:, :, index][..., self._patches]  # (B, H, queries, N)
-        self._total = self._total + F.attention_distance(p, self._centres[patches], self._centres).sum(-1)
+        places = self._centres.split(1, -1) if self._apart else [self._centres]
+        found_on = [F.attention_distance(p, place[patches], place).sum(-1) for place in places]
+        self._total = self._total + (torch.stack(found_on, -1) if self._apart else found_on[0])
 
     @property
     def value(self) -> Tensor:
-        """Return the mean distance, (B, H), in pixels."""
+        """Return the mean distance, (B, H), in pixels; (B, H, axes), along each axis, where axes have several units."""
         return self._total / len(self._patches)

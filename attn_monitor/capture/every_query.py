@@ -62,7 +62,7 @@ class Statistics(NamedTuple):
 
 @F.full_precision()
 def query_statistics(
-    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: Sequence[int]
+    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: Sequence[int], axes: Sequence[str]
 ) -> Statistics:
     """Compute the requested statistics that are defined here, in at most one pass over all rows.
 
@@ -71,6 +71,7 @@ def query_statistics(
         planned: The site and its token order.
         asked: The requested statistics.
         image_size: Number of pixels on each axis.
+        axes: Names of the axes.
     """
     of_row: dict[str, Tensor | None] = {}
     of_many: dict[str, Tensor | None] = {}
@@ -84,7 +85,7 @@ def query_statistics(
     distance = asked.distance and has_query_of_each_patch(planned.site)
     checked = seen.checked_rows
     if distance or received or (asked.whole and asked.logits):
-        mean = MeanDistance(planned.site, image_size, seen.rows.device) if distance else None
+        mean = MeanDistance(planned.site, image_size, axes, seen.rows.device) if distance else None
         largest, total = [], torch.zeros((), device=seen.rows.device)
         for chunk in checked.chunks(counted or None, logits=asked.logits and asked.whole):
             if mean is not None:

@@ -97,7 +97,7 @@ class Recording:
                 seen = seen.of_query(plan.sites[key].query)
             whole = self.every_query == "all" or (self.every_query == "last" and key == last)
             asked = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
-            measured[key] = query_statistics(seen, plan.sites[key], asked, images.shape[2:])
+            measured[key] = query_statistics(seen, plan.sites[key], asked, images.shape[2:], axes)
             error = seen.error
             if on_layer is not None and (others := on_layer(site, seen)) is not None:
                 error = others if error is None else torch.maximum(error, others)

@@ -110,7 +110,12 @@ def _gram_drift(inputs: MetricInputs) -> dict[str, Tensor]:
 
 
 def _distance(inputs: MetricInputs) -> dict[str, Tensor]:
-    return {} if inputs.attention.distance is None else {"distance": inputs.attention.distance}
+    distance, axes = inputs.attention.distance, inputs.attention.grid.axes
+    if distance is None:
+        return {}
+    if distance.ndim == 2:
+        return {"distance": distance}
+    return {f"distance_{axis}": along for axis, along in zip(axes, distance.unbind(-1), strict=True)}
 
 
 def _max_logit(inputs: MetricInputs) -> dict[str, Tensor]:

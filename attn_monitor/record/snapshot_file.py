@@ -163,7 +163,7 @@ def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> 
     heads = entry.integer("heads", least=1)
     shapes: dict[str, Shape] = {
         "rows": (images, heads, prefix + grid.cells),
-        "distance": (images, heads),
+        "distance": (images, heads) if grid.has_one_unit else (images, heads, len(grid)),
         "norms": (images, prefix + grid.cells),
         "cosine": (images,),
         "max_logit": (images, heads),

@@ -132,13 +132,14 @@ def test_tokens_of_a_volume_in_another_order_are_put_back(linear: bool) -> None:
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_distance_over_three_axes(linear: bool) -> None:
-    """It is the mean over queries of the weighted distance of cells' middles, in pixels, slices too."""
+    """Along each axis it is the mean over queries of the weighted distance of cells' middles, in pixels or slices."""
     model, images = sharp(AnyViT(VOLUME[2:], (4, 8, 8), channels=1, linear=linear)), images_of(VOLUME)
     (seen,) = AttentionRecorder(model, distance=True)(images)
     patches = attention_matrices(model, images, default_forward)[-1][:, :, 1:, 1:]
     patches = patches / patches.sum(-1, keepdim=True)
     middles = torch.cartesian_prod(2 + 4 * torch.arange(3.0), 4 + 8 * torch.arange(2.0), 4 + 8 * torch.arange(3.0))
-    expected = (patches * torch.cdist(middles, middles).double()).sum(-1).mean(-1)
+    apart = (middles[:, None] - middles).abs().double()  # (N, N, axes)
+    expected = torch.einsum("bhqk,qka->bha", patches, apart) / 18
     assert seen.distance is not None
     torch.testing.assert_close(seen.distance.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -207,10 +208,12 @@ def test_statistics_over_all_sequences() -> None:
     assert seen.max_logit is not None
     torch.testing.assert_close(seen.received.double(), expected, rtol=1e-4, atol=1e-6)
     middles = torch.cartesian_prod(*[4 + 8 * torch.arange(4.0)] * 2)
+    apart = (middles[:, None] - middles).abs().double()
     patches = in_frames[..., 1:, 1:]
     patches = patches / patches.sum(-1, keepdim=True)
-    distance = (patches * torch.cdist(middles, middles).double()).sum(-1).mean((1, 3))
-    torch.testing.assert_close(seen.distance.double(), distance, rtol=1e-4, atol=1e-4)
+    distance = torch.einsum("bthqk,qka->bha", patches, apart) / 6 / 16
+    assert bool((seen.distance[..., 0] == 0).all())  # no frame attends to another
+    torch.testing.assert_close(seen.distance[..., 1:].double(), distance, rtol=1e-4, atol=1e-4)
 
 
 class FramesFirst(AnyViT):

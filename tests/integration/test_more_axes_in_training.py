@@ -48,7 +48,7 @@ def test_a_run(kind: str, tmp_path: Path) -> None:
     images = torch.rand(8, channels, *size)
     data = DataLoader(TensorDataset(images, torch.arange(8) % 2), batch_size=4)
     module = Classifier(AnyViT(size, patch, channels=channels))
-    callback = AttentionMapCallback(every_n_train_steps=2, on_error="raise")
+    callback = AttentionMapCallback(every_n_train_steps=2, on_error="raise", metrics="all")
     trainer(tmp_path, callback, max_steps=4).fit(module, data)
 
     folder = tmp_path / "run" / "version_0" / "attn_monitor"
@@ -64,6 +64,10 @@ def test_a_run(kind: str, tmp_path: Path) -> None:
     events = Events(tmp_path / "run" / "version_0")
     assert [step for step, _ in events.images("attn_maps/image0")] == [0, 2, 4]
     assert len(events.scalars("attn/backbone/layer1/entropy")) == 3
+    for name in ("distance",) if kind == "signal" else (f"distance_{axis}" for axis in axes):
+        assert len(events.scalars(f"attn/backbone/layer1/{name}")) == 3
+    assert attention.distance is not None
+    assert attention.distance.shape[2:] == (() if kind == "signal" else (3,))
 
 
 @pytest.mark.parametrize(

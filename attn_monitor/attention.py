@@ -148,7 +148,7 @@ class LayerAttention:
         geometry, axes = self.geometry, self.grid.axes
         flat = Grid((1, *self.grid)[-2:], axes=("", *axes)[-2:])
         if geometry is not None and more > 0:
-            flat = Grid(flat, GridGeometry(geometry.origin[-2:], geometry.cell[-2:]))
+            flat = Grid(flat, GridGeometry(geometry.origin[-2:], geometry.cell[-2:], geometry.margin[-2:]))
 
         def summed(x: Tensor) -> Tensor:
             prefix, patches = x[..., : self.num_prefix], self.grid.unflatten(x[..., self.num_prefix :])

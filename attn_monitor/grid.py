@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,13 @@ class GridGeometry:
 
     Cell i of an axis sees the pixels from origin + i · cell to origin + (i + 1) · cell, as far as the image has them:
     a model that pads begins before the image or ends behind it, and one that drops a remainder or crops leaves pixels
-    that no cell sees.
+    that no cell sees. Where patches overlap, cells are their middles, and ``margin`` is how far on each axis the
+    outermost patches see beyond their cells; it is empty where patches do not overlap.
     """
 
     origin: tuple[float, ...]
     cell: tuple[float, ...]
+    margin: tuple[float, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         cell, origin = (" × ".join(f"{x:.4g}" for x in self.cell), ", ".join(f"{x:.4g}" for x in self.origin))
@@ -129,10 +131,15 @@ class Grid(tuple[int, ...]):
         """On each axis the line (row, column, slice) of each cell, (axes, cells); the last axis runs fastest."""
         return torch.stack(torch.unravel_index(torch.arange(self.cells, device="cpu"), tuple(self)))
 
+    def seen(self, size: Sequence[int]) -> list[tuple[float, float]]:
+        """First and last border on each axis of what patches see, in pixels, with the margin of overlapping ones."""
+        margin = self.placed(size).margin or (0.0,) * len(self)
+        axes = zip(self.placed(size).origin, self.placed(size).cell, self, margin, size, strict=True)
+        return [(max(o - m, 0.0), min(o + c * g + m, float(n))) for o, c, g, m, n in axes]
+
     def seen_share(self, size: Sequence[int]) -> float:
-        """Share of the image that cells see, 0…1."""
-        shares = [(x[-1] - x[0]) / n for x, n in zip(self.borders(size), size, strict=True)]
-        return float(np.prod(shares))
+        """Share of the image that patches see, 0…1."""
+        return float(np.prod([(end - start) / n for (start, end), n in zip(self.seen(size), size, strict=True)]))
 
     def over_pixels(self, cells: Tensor, size: Sequence[int]) -> Tensor:
         """Values of cells (..., *grid) at each pixel of an image, (..., *size); 0 where no cell is."""

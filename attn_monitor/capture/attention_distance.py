@@ -36,8 +36,8 @@ class MeanDistance:
         self._apart = not Grid(grid, axes=axes).has_one_unit
         middles = Grid(grid, site.layout.geometry).centres(image_size)  # pixels
         lines = zip(middles, Grid(grid).lines, strict=True)
-        axes = [torch.tensor(axis, dtype=torch.float32, device="cpu")[line] for axis, line in lines]
-        self._centres = torch.stack(axes, -1).to(device)  # (N, axes) pixels
+        places = [torch.tensor(axis, dtype=torch.float32, device="cpu")[line] for axis, line in lines]
+        self._centres = torch.stack(places, -1).to(device)  # (N, axes) pixels
         self._patches = torch.tensor(site.layout.patches, device=device)
         self._patch_of_query = {query: patch for patch, query in site.places.patch_queries.items()}
         self._total = torch.zeros((), device=device)

@@ -42,7 +42,7 @@ class CellPainter:
         # Blurred a little: the photograph only locates the attention, and sharp texture fills the event file.
         grey = Image.fromarray(self.photo).convert("L").filter(ImageFilter.GaussianBlur(max(self.size) / 180))
         self.grey: Array = np.asarray(grey, dtype=np.float32)
-        self.unseen = unseen_picture(self.grey)
+        self.unseen = unseen_picture(self.grey, self.frame.seen((photo.shape[0], photo.shape[1])))
         objects = [(mask * np.uint8(255)).astype(np.uint8) for mask in truth if mask.any()] if truth is not None else []
         self.truth = [resize(mask, self.size, Image.Resampling.NEAREST) > 0 for mask in objects]
         self._outline_truth(self.photo)

@@ -52,12 +52,15 @@ class Frame:
         """True if the patches tile the picture."""
         return (self.at, self.size) == ((0, 0), self._extent)
 
-    @property
-    def unseen(self) -> Array:
-        """Pixels of the picture that no patch covers, bool (h, w)."""
-        unseen = np.ones(self.size, dtype=bool)
-        unseen[self._inside] = False
-        return unseen
+    def seen(self, image: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of the picture that patches see, with the margin of overlapping ones beyond their cells.
+
+        Args:
+            image: Height and width of the model's image.
+        """
+        ends = zip(self.grid.seen(image), self.size, image, strict=True)
+        rows, cols = (slice(round(a * s / n), round(b * s / n)) for (a, b), s, n in ends)
+        return rows, cols
 
     def enlarge(self, cells: Array) -> Array:
         """Enlarge patches (..., gh, gw, channels) to the picture, (..., h, w, channels); 0 where no patch is."""

@@ -19,10 +19,12 @@ def hatch(pictures: Pixels, inside: Array, patch: int) -> None:
     pictures[..., inside & diagonal, :] = TEXT
 
 
-def unseen_picture(grey: Array) -> Pixels:
-    """Darken and hatch a grey photograph (h, w), for parts that no patch covers. Returns (h, w, 3)."""
+def unseen_picture(grey: Array, seen: tuple[slice, slice]) -> Pixels:
+    """Darken a grey photograph (h, w), and hatch it outside of what patches see. Returns (h, w, 3)."""
     picture: Pixels = np.repeat((grey * DIMMED).astype(np.uint8)[..., None], 3, axis=-1)
-    picture[_lines(grey.shape, 4 * LINE_WIDTH)] = UNSEEN
+    lines = _lines(grey.shape, 4 * LINE_WIDTH)
+    lines[seen] = False
+    picture[lines] = UNSEEN
     return picture
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from attn_monitor.draw.canvas import BACKGROUND, MASK, MISSING, Array, Pixels, draw_outline
 from attn_monitor.draw.cells import blend
 from attn_monitor.draw.colormap import colour_table
+from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.hatching import DIMMED, hatch, unseen_picture
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import SCALES
@@ -34,6 +35,7 @@ class PixelPictures:
         self.photo, self.grid, self.options, self.hatched = photo, Grid(grid), options, hatched
         size = photo.shape[0], photo.shape[1]
         self._rows, self._cols = self.grid.cells_of_pixels(size)
+        self._seen = Frame(self.grid, 1, size).seen(size)
         self._unseen = (self._rows < 0)[:, None] | (self._cols < 0)
 
     def heat_map(self, weights: Array) -> Pixels:
@@ -69,7 +71,7 @@ class PixelPictures:
 
     def _finished(self, picture: Pixels, grey: Array) -> Pixels:
         if self._unseen.any():
-            picture[self._unseen] = unseen_picture(grey)[self._unseen]
+            picture[self._unseen] = unseen_picture(grey, self._seen)[self._unseen]
         if self.hatched is not None:
             hatch(picture, self._over_pixels(self.hatched) & ~self._unseen, picture.shape[0] // self.grid[0])
         return picture

@@ -243,7 +243,10 @@ def _row_facts(rows: Tensor, kind: str) -> dict[str, bool]:
 
 def _geometry_facts(geometry: GridGeometry | None) -> dict[str, Any]:
     """Return the header's field for the geometry, none if patches tile the image."""
-    return {} if geometry is None else {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell)}}
+    if geometry is None:
+        return {}
+    margin = {"margin": list(geometry.margin)} if any(geometry.margin) else {}
+    return {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell), **margin}}
 
 
 def _geometry(entry: Fields, axes: int) -> GridGeometry | None:
@@ -252,11 +255,12 @@ def _geometry(entry: Fields, axes: int) -> GridGeometry | None:
         return None
     stored = entry.child("geometry")
     origin, cell = stored.numbers("origin"), stored.numbers("cell")
-    if not len(origin) == len(cell) == axes or min(cell) <= 0:
+    margin = stored.numbers("margin") if "margin" in stored else ()
+    if not len(origin) == len(cell) == axes or min(cell) <= 0 or len(margin) not in (0, axes):
         raise ArchiveError(
             f"origin={origin}, cell={cell} in the {stored.where}, expected {axes} numbers each, and cells above 0"
         )
-    return GridGeometry(origin, cell)
+    return GridGeometry(origin, cell, margin)
 
 
 def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:

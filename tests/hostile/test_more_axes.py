@@ -156,6 +156,7 @@ def test_an_audio_transformer_as_published(length: int, mels: int) -> None:
     assert seen.grid.axes == ("t", "f")
     assert off_by(seen.maps.flatten(2), expected.flatten(2)) <= LIMIT
     assert seen.geometry == GridGeometry((3.0, 3.0), (10.0, 10.0))  # the middles of the patches: 8, 18, …
+    assert seen.grid.seen((length, mels)) == [(0, 10 * times + 6), (0, 10 * bands + 6)]
 
 
 def timesformer() -> nn.Module:

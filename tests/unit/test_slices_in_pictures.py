@@ -14,7 +14,7 @@ from attn_monitor.draw.panels import layer_title, panel
 from attn_monitor.draw.slices import MOST, middle_frame, shown_slices, slice_cells, slice_photo
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.errors import ArgumentError
-from attn_monitor.grid import Grid
+from attn_monitor.grid import Grid, GridGeometry
 from attn_monitor.snapshot import Snapshot
 
 
@@ -89,3 +89,14 @@ def test_uniform_attention_has_no_outline_in_slices_either() -> None:
     cells = slice_cells(flat, 0, PHOTO, None, DrawingOptions(), 96)
     unlined = CellPainter(PHOTO, (4, 6), DrawingOptions(), 96).paint((flat.maps[0].mean(0)[0] * 3).numpy())
     assert np.array_equal(cells[1][1], unlined)
+
+
+def test_what_overlapping_patches_see_beyond_their_cells_is_dark_and_not_hatched() -> None:
+    grid = Grid((3, 4), GridGeometry((3.0, 3.0), (10.0, 10.0), (3.0, 3.0)))  # patches of 16, stride 10, in 40 × 48
+    photo = np.full((40, 48, 3), 200, np.uint8)
+    below = CellPainter(photo, grid, DrawingOptions(), 480).unseen
+    rows, columns = round(36 / 40 * below.shape[0]), round(46 / 48 * below.shape[1])
+    assert (below[:rows, :columns] == below[0, 0]).all()
+    assert (below[rows:] != below[0, 0]).any()
+    assert (below[:, columns:] != below[0, 0]).any()
+    assert grid.seen_share((40, 48)) == pytest.approx(36 * 46 / (40 * 48))

@@ -266,7 +266,7 @@ class AttentionObserver(TorchDispatchMode):
         if disjoint or not self._cropped:
             overlap = [(k - s) / 2 if on_pixels else 0.0 for k, s in zip(kernel, stride, strict=True)]
             origin = tuple(float(o - p) for o, p in zip(overlap, padding, strict=True))
-            geometry = GridGeometry(origin, tuple(map(float, stride)))
+            geometry = GridGeometry(origin, tuple(map(float, stride)), tuple(overlap))
             grid, size = tuple(out.shape[2:]), tuple(x.shape[2:])
             # A mirrored image has the same size; where orientation matters, accept only the image's own memory.
             tiled = geometry.unless_whole(grid, size) is None or self._is_image(x)

@@ -114,7 +114,7 @@ def _in_image_pixels(
         The convolution, None where no resize, crop or shift explains the changes.
     """
     order = sorted(range(len(size)), key=lambda axis: abs(middle[axis].weaker))  # of the input's axes in the image
-    origins, cells, mirrored = [], [], []
+    origins, cells, margin, mirrored = [], [], [], []
     for axis, pixels in zip(order, size, strict=True):
         backwards = middle[axis].weaker > 0
         found = _pixel_map(pixels, middle[axis], whole[axis], backwards)
@@ -124,8 +124,9 @@ def _in_image_pixels(
         first = conv.geometry.origin[axis] + backwards * conv.grid[axis] * conv.geometry.cell[axis]
         origins.append((first - shift) / scale)
         cells.append(conv.geometry.cell[axis] / abs(scale))
+        margin += [beyond / abs(scale) for beyond in conv.geometry.margin[axis : axis + 1]]
         mirrored.append(backwards)
-    geometry = GridGeometry(tuple(origins), tuple(cells))
+    geometry = GridGeometry(tuple(origins), tuple(cells), tuple(margin))
     return PatchConv(
         tuple(conv.grid[axis] for axis in order), geometry, conv.disjoint, mirrored=tuple(mirrored), on_pixels=True
     )

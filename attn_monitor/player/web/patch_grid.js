@@ -4,13 +4,14 @@
 
 /**
  * @param {Pair} shape
- * @param {{origin: Pair, cell: Pair} | null} geometry null where the patches tile the image
+ * @param {{origin: Pair, cell: Pair, margin: number[]} | null} geometry null where the patches tile the image
  * @param {Pair} size of the image
  * @returns {PatchGrid}
  */
 export function makePatchGrid(shape, geometry, size) {
-  const { origin, cell } = geometry ?? { origin: [0, 0], cell: [size[0] / shape[0], size[1] / shape[1]] };
-  return { shape, origin, cell, size };
+  const whole = { origin: [0, 0], cell: [size[0] / shape[0], size[1] / shape[1]], margin: [] };
+  const { origin, cell, margin } = /** @type {{origin: Pair, cell: Pair, margin: number[]}} */ (geometry ?? whole);
+  return { shape, origin, cell, margin, size };
 }
 
 /**
@@ -90,7 +91,7 @@ export function cellOf(patchGrid, row, column, width, height) {
 }
 
 /**
- * The parts of a canvas around the box of all patches, each [x, y, width, height].
+ * The parts of a canvas around what patches see, which may be more than the box of their cells, each [x, y, width, height].
  * @param {PatchGrid} patchGrid
  * @param {number} width
  * @param {number} height
@@ -98,10 +99,13 @@ export function cellOf(patchGrid, row, column, width, height) {
  */
 export function unseenBands(patchGrid, width, height) {
   const box = boxOf(patchGrid, width, height);
-  const left = clamp(Math.round(box.x), 0, width);
-  const right = clamp(Math.round(box.x + box.width), 0, width);
-  const top = clamp(Math.round(box.y), 0, height);
-  const bottom = clamp(Math.round(box.y + box.height), 0, height);
+  const [down, across] = [0, 1].map((axis) => patchGrid.margin[axis] ?? 0);
+  const x = (across * width) / patchGrid.size[1];
+  const y = (down * height) / patchGrid.size[0];
+  const left = clamp(Math.round(box.x - x), 0, width);
+  const right = clamp(Math.round(box.x + box.width + x), 0, width);
+  const top = clamp(Math.round(box.y - y), 0, height);
+  const bottom = clamp(Math.round(box.y + box.height + y), 0, height);
   /** @type {[number, number, number, number][]} */
   const bands = [
     [0, 0, width, top],

@@ -19,7 +19,7 @@ export interface Layer {
   grid: Pair;
   /** Names of the two axes, such as h and w, or f and t. */
   axes: string[];
-  geometry: { origin: Pair; cell: Pair } | null;
+  geometry: { origin: Pair; cell: Pair; margin: number[] } | null;
   heads: number;
   colors: boolean;
   features: number;
@@ -107,6 +107,8 @@ export interface PatchGrid {
   shape: Pair;
   origin: Pair;
   cell: Pair;
+  /** How far patches see beyond the outermost cells on each axis; empty where they do not overlap. */
+  margin: number[];
   size: Pair;
 }
 

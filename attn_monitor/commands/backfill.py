@@ -26,13 +26,16 @@ from attn_monitor.commands.support.results import check_all_read, notify, progre
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
 from attn_monitor.extras import needs
+from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.player.report import write_report
+from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.snapshot import Snapshot
 from attn_monitor.trackers.publisher import Publisher
+from attn_monitor.train.evaluation import KNN, Evaluation
 from attn_monitor.weights.models import load_model
 from attn_monitor.weights.run_checkpoints import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
 
@@ -69,6 +72,7 @@ def backfill_run(
     trust: bool = False,
     loggers: LoggerName | Sequence[Any] = "tensorboard",
     drawing: DrawingOptions = DrawingOptions(),
+    evaluation: EvaluationOptions | Labelled | None = None,
     notify: Notify = notify,
 ) -> Backfilled:
     """Add what a callback would have recorded at the checkpoints' steps to an archive, and log it.
@@ -85,6 +89,8 @@ def backfill_run(
         trust: as in `load_checkpoint`.
         loggers: "tensorboard" or "wandb" to open one in ``out``, "none", or loggers of the caller.
         drawing: how to draw, with the threshold of the monitor.
+        evaluation: labelled images to evaluate the models on, as in `AttentionMapCallback`; a folder is read in the
+            size and with the normalisation of the probe.
         notify: takes notes, one line each; by default they go to stderr.
 
     Returns:
@@ -101,8 +107,10 @@ def backfill_run(
         left_out[path] = str(error)
         notify(f"left out: {error}")
 
+    options, failures, first = EvaluationOptions.of(evaluation), Failures(), dict[str, float]()
+    evaluate = None if options is None else Evaluation(options, first, failures, notify)
     found = _by_step(Path(checkpoints), trust, leave_out, notify)
-    settings = _settings(model, monitor, key)
+    settings = _settings(model, monitor, key, options)
     with archive_to_fill(Path(out) / "attn_monitor", monitor.probe, settings, notify) as archive, ExitStack() as stack:
         there = archive.snapshots
         missing = sorted(found.keys() - there.keys())
@@ -111,14 +119,22 @@ def backfill_run(
         publish: Callable[[Snapshot], None] | None = None
         for step in progress(needed, "backfilling"):
             if step in there:
-                remember(monitor, load_step(there[step]))
+                before = load_step(there[step])
+                remember(monitor, before)
+                knn = {k.role: value for k, value in before.metrics.items() if k.metric == KNN}
+                first.update({role: value for role, value in knn.items() if role not in first})
                 continue
             try:
                 loaded = models.load(found[step])
             except (OSError, ValueError) as error:
                 leave_out(found[step].path, error)
                 continue
-            snapshot = monitor.snapshot(loaded, step=step, epoch=found[step].epoch)
+            others, flags = Metrics(), tuple[HealthFlag, ...]()
+            if evaluate is not None:
+                monitor.check(loaded)
+                others, flags = evaluate(monitor, loaded, step, last=step == needed[-1])
+                failures.report(notify)
+            snapshot = monitor.snapshot(loaded, step=step, epoch=found[step].epoch, others=others, flags=flags)
             archive.check(snapshot)
             if publish is None:  # loggers are opened where there is something to log
                 opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
@@ -153,6 +169,7 @@ def backfill(
     features: bool = False,
     gram_step: int | None = None,
     drawing: DrawingOptions = DrawingOptions(),
+    evaluation: str | None = None,
     device: str = "cpu",
 ) -> None:
     """Run `attn-monitor backfill`, which this module describes.
@@ -180,6 +197,7 @@ def backfill(
         features: keep patch features in at most 32 dimensions, and measure Gram drift.
         gram_step: against the first snapshot from this step on; by default the first of all.
         drawing: how to draw; its values are options of their own.
+        evaluation: a folder with a folder of images for each class, to measure kNN and a linear probe on.
         device: where the model runs, such as cuda.
     """
     chosen_device = choose_device(device)
@@ -198,7 +216,9 @@ def backfill(
     )
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     move_to(chosen_device, backbone)
-    filled = backfill_run(checkpoints, backbone, monitor, out, loggers=logger, drawing=drawing, **choice)
+    filled = backfill_run(
+        checkpoints, backbone, monitor, out, loggers=logger, drawing=drawing, evaluation=evaluation, **choice
+    )
     for step in filled.added:
         print(snapshot_path(filled.archive, step))
     print(f"{filled.archive}: {len(filled.added)} snapshots added, {len(filled.there)} were there")
@@ -231,13 +251,16 @@ def probe_of(
     return loaded if bands is None else loaded.with_bands(bands)
 
 
-def _settings(model: nn.Module, monitor: AttentionMonitor, key: str | None) -> dict[str, Any]:
+def _settings(
+    model: nn.Module, monitor: AttentionMonitor, key: str | None, options: EvaluationOptions | None
+) -> dict[str, Any]:
     """Return what a snapshot depends on beside its checkpoint and probe, in plain values."""
     count = sum(parameter.numel() for parameter in model.parameters())
     return {
         "model": f"{type(model).__name__} of {count:,} parameters",
         "key": key,
         **{n: getattr(monitor, n) for n in ("layers", "query", "threshold", "metrics", "features", "gram_step")},
+        "evaluation": None if options is None else str(options),
     }
 
 

@@ -167,6 +167,7 @@ def pick(
     key: str | None = None,
     size: int | tuple[int, int] | None = None,
     num_images: int = 8,
+    evaluation: str | None = None,
     checkpoints: str | None = None,
     start: int = 1,
     device: str = "cpu",
@@ -184,6 +185,7 @@ def pick(
         size: for checkpoints: size of images from a folder in pixels, one number or [height, width]; by default
             what the model takes.
         num_images: for checkpoints: how many images of a folder; multiples of 8 are the score's own groups.
+        evaluation: for checkpoints: a folder with a folder of images for each class, to rank by kNN for global use.
         checkpoints: for a run: its folder of checkpoints, to name the nearest to each pick.
         start: the first step to rank; 0 for a run that continues a trained model.
         device: for checkpoints: where the model runs, such as cuda.
@@ -201,7 +203,7 @@ def pick(
             images = probe_of(probe, backbone, size, num_images, None)
             monitor = AttentionMonitor(images, metrics=MetricOptions(["dense"]), or_mean=True)
             move_to(choose_device(device), backbone)
-            backfill_run(path, backbone, monitor, out or folder, key=key, loggers="none")
+            backfill_run(path, backbone, monitor, out or folder, key=key, loggers="none", evaluation=evaluation)
             found, files = pick_checkpoints(out or folder, start=start), _files(Path(path))
     if json:
         print(jsonlib.dumps(found.as_dict(), indent=1))
@@ -223,7 +225,10 @@ def _print(found: Picked, files: Mapping[int, Path]) -> None:
     if found.anchor is not None:
         print(f"Anchor Gram matrices to the teacher of step {found.anchor:,}.")
     if found.best("global") is None:
-        notify('no ranking for global use: neither evaluation= nor global features ("rankme") were recorded')
+        notify(
+            'no ranking for global use: neither evaluation= nor global features ("rankme") were recorded. Checkpoints '
+            "are ranked by labels: --evaluation FOLDER"
+        )
 
 
 def _course(ranking: Ranking) -> str:

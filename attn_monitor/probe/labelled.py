@@ -62,6 +62,11 @@ class EvaluationOptions:
     batch_size: int = 64
     tolerance: float = 0.2
 
+    def __str__(self) -> str:
+        """Describe what results depend on, but not the images themselves, in one line."""
+        data = [_described(source) for source in (self.data, self.test) if source is not None]
+        return f"{', '.join(data)}; every={self.every}, max_images={self.max_images}, k={self.k}"
+
     def __post_init__(self) -> None:
         for name in ("every", "max_images", "k", "batch_size"):
             value = getattr(self, name)
@@ -131,6 +136,12 @@ def held_out(labels: Sequence[int]) -> list[bool]:
         seen[label] = seen.get(label, 0) + 1
         chosen.append(seen[label] % HELD_OUT == 0)
     return chosen
+
+
+def _described(source: Labelled) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.path.realpath(source)
+    return f"{len(source[1]) if isinstance(source, (tuple, list)) else len(source)} samples"  # type: ignore[arg-type]
 
 
 def _check(source: Any) -> None:

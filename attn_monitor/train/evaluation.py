@@ -16,7 +16,6 @@ from attn_monitor.measure.label_probes import accuracy, knn_predictions, ridge_p
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled, batches, held_out
-from attn_monitor.train.kept import Kept
 from attn_monitor.train.role_features import global_rows
 
 KNN, RIDGE = "knn_accuracy", "ridge_accuracy"
@@ -29,15 +28,20 @@ class Evaluation:
 
     Args:
         options: which images, and how often.
-        kept: holds the kNN accuracy of each role at the run's first evaluation, which later ones are compared with.
+        first: kNN accuracy of each role at the run's first evaluation, which later ones are compared with; what is
+            missing is added.
         failures: records failures, which cost the evaluation alone.
         inform: shows the cost once.
     """
 
     def __init__(
-        self, options: EvaluationOptions, kept: Kept, failures: Failures, inform: Callable[[str], None]
+        self,
+        options: EvaluationOptions,
+        first: dict[str, float],
+        failures: Failures,
+        inform: Callable[[str], None],
     ) -> None:
-        self.options, self._kept = options, kept
+        self.options, self._first = options, first
         self._failures, self._inform = failures, inform
         self._snapshots, self._step = 0, -1
         self._told = False
@@ -131,7 +135,7 @@ class Evaluation:
 
     def _loss(self, role: str, knn: float, chance: float, tested: int, step: int) -> HealthFlag | None:
         """Return a flag where kNN has lost what it had at the first evaluation."""
-        first = self._kept.first_accuracy.setdefault(role, knn)
+        first = self._first.setdefault(role, knn)
         error = math.sqrt((first * (1 - first) + knn * (1 - knn)) / tested)
         if first - knn <= max(self.options.tolerance * (first - chance), CERTAIN * error):
             return None

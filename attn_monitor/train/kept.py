@@ -128,7 +128,9 @@ class Kept:
         if not isinstance(last_step, (int, type(None))) or not isinstance(archive, (str, type(None))):
             raise ValueError(f"last_step={last_step!r}, archive={archive!r}: expected a number and a folder's name")
         self.monitor, self.resumed, self.archive = monitor, True, ArchiveId(archive, run)
-        self.first_accuracy = {str(role): float(value) for role, value in state.get("first_accuracy", {}).items()}
+        first = {str(role): float(value) for role, value in state.get("first_accuracy", {}).items()}
+        self.first_accuracy.clear()
+        self.first_accuracy.update(first)  # the run's evaluation holds this dictionary
         self.schedule.taken(last_step)
         self.schedule.postpone(int(state.get("not_before", 0)))
         if given is None or given.probe.has_same_images_as(monitor.probe):

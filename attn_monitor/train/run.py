@@ -83,7 +83,7 @@ class Run:
         self._training = TrainingWatch(self.failures, inform) if options.metrics.training else None
         self._evaluate: Evaluation | None = None
         if options.evaluation is not None:
-            self._evaluate = Evaluation(options.evaluation, kept, self.failures, inform)
+            self._evaluate = Evaluation(options.evaluation, kept.first_accuracy, self.failures, inform)
         kept.start(distributed=distributed)
         if kept.monitor is None and (probe := rank_zero.run(options.probe.load)) is not None:
             kept.watch(probe)

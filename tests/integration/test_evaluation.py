@@ -17,6 +17,7 @@ from torch import Tensor
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, EvaluationOptions, Watch, load_snapshots
 from attn_monitor.errors import ArgumentError
 from attn_monitor.offline import pick_checkpoints
+from tests.integration.test_watch import hugging_face
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
@@ -122,3 +123,20 @@ def test_a_failure_costs_the_evaluation_alone(tmp_path: Path, capsys: pytest.Cap
     assert "evaluation of backbone on 31 images of 3 classes, and 9 for the test: 40 extra forwards" in told.err
     with pytest.raises(ArgumentError, match="evaluation: received a int"):
         AttentionMapCallback(evaluation=3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    """Curves of the Trainer's model at each snapshot, from its own features, and the same training."""
+    (images, labels), (new, truth) = labelled(), labelled(60, seed=1)
+    options = EvaluationOptions((images, labels), test=(new, truth), k=9)
+    plain = hugging_face(tmp_path / "plain", 3, watched=False).model.state_dict()
+    model = hugging_face(tmp_path / "judged", 3, evaluation=options).model
+    assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
+    found = {s.step: s.metrics["attn/backbone/knn_accuracy"] for s in load_snapshots(tmp_path / "judged/attn_monitor")}
+    assert list(found) == [0, 1, 2, 3]
+    with torch.no_grad():
+        x, z = (model.eval().vit(part).last_hidden_state[:, 0].double().numpy() for part in (images, new))
+    knn = KNeighborsClassifier(9, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    assert found[3] == knn.fit(x, labels).score(z, truth)

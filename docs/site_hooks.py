@@ -15,8 +15,9 @@ COPIES = "repository"  # where they are in the site
 
 def on_files(files: Any, config: Any) -> Any:
     """Add what pages link to: programs, settings, and the pages at the top of the repository."""
+    examples = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/notebooks/*.ipynb")]
     top = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"]
-    for path in [ROOT / name for name in top] + [*ROOT.glob("examples/*.py"), *ROOT.glob("configs/*.yaml")]:
+    for path in [ROOT / name for name in top] + [*examples, *ROOT.glob("configs/*.yaml")]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, f"{COPIES}/{name}", abs_src_path=str(path)))
     return files

@@ -10,7 +10,7 @@ Example: attn-monitor report runs/version_0 --out report.html
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attn_monitor.commands.compare import compare_runs
@@ -47,7 +47,7 @@ def report(run: str, other: str | None = None, *, out: str = "report.html", embe
 class Player:
     """The page in a frame of a notebook, ``height`` pixels high, apart from the notebook and without requests."""
 
-    page: str
+    page: str = field(repr=False)
     height: int = 900
 
     def _repr_html_(self) -> str:

@@ -83,7 +83,9 @@ def test_patches_that_are_no_queries_are_refused_in_words() -> None:
 def test_the_page_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
-    page = attention_player(model, images).page
+    player = attention_player(model, images)
+    assert len(repr(player)) < 100, "notebooks keep it beside the frame"
+    page = player.page
     manifest = json.loads(page.partition('id="manifest">')[2].partition("</script>")[0])
     (run,) = manifest["runs"]
     (layer,) = run["layouts"][0]

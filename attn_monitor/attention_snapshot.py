@@ -58,15 +58,16 @@ class AttentionSnapshot(Snapshot):
         """
         return cls.of(read_snapshot(Path(path)))
 
-    def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1) -> Figure:
+    def plot(self, image: int = 0, *, role: str | None = None, layer: int = -1, slice: int | None = None) -> Figure:
         """Plot one image's maps; this requires matplotlib.
 
         Args:
             image: index of the image.
             role: None is the last role.
             layer: index of a captured layer; a negative one counts from the last.
+            slice: frame of a clip, or slice of a volume, the last one where there are fewer; None is their mean.
         """
-        return snapshot_figure(self, image, role, layer)
+        return snapshot_figure(self, image, role, layer, slice)
 
     def _repr_png_(self) -> bytes:
         return png_of(snapshot_sheet(self))

@@ -16,7 +16,9 @@ from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.scales import HIGH, LOW, SCALES
+from attn_monitor.draw.slices import has_slices, mean_in_slices, shown_slices, slice_word
 from attn_monitor.extras import needs
+from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def snapshot_sheet(snapshot: Snapshot, options: DrawingOptions = DrawingOptions(
     """Draw head mean and heads of the last role's last layer on the first four images, (height, width, 3).
 
     The title says which role, layer and images of how many. Maps are not over photographs, which a snapshot does not
-    hold; `panel` draws these.
+    hold; `panel` draws these. Of clips and volumes they are their mean, with frames or slices in a second line.
     """
     role = snapshot.roles[-1]
     of = f" of {' and '.join(snapshot.roles)}" if len(snapshot.roles) > 1 else ""
@@ -43,7 +45,8 @@ def layer_sheet(attention: LayerAttention, options: DrawingOptions = DrawingOpti
 
 
 def _sheet(attention: LayerAttention, names: Sequence[str], of: str, when: str, options: DrawingOptions) -> Pixels:
-    attention = attention.to("cpu").in_plane()
+    whole = attention.to("cpu")
+    attention = whole.in_plane()
     shown = min(SHEET_IMAGES, len(names))
     images = f"{shown} of {len(names)} images" if shown < len(names) else ""
     parts = [of, f"layer {attention.layer} ({attention.name})", when, images]
@@ -52,18 +55,27 @@ def _sheet(attention: LayerAttention, names: Sequence[str], of: str, when: str, 
     painter = CellPainter(blank_picture(8, 8), attention.grid, options, min(CELL, SHEET_WIDTH // len(labels)))
     height, width = painter.size
     down, across = up_to_block(height) + LINE + GAP, up_to_block(width) + GAP
-    size = max(len(labels) * across + GAP, 58 * GAP), HEADER + len(rows) * (down + 2 * LINE) + LEGEND
+    slices = thin(shown_slices(whole), max(len(labels), min(8, SHEET_WIDTH // across)))
+    wide = max(len(labels), len(slices)) * across + GAP
+    size = max(wide, 58 * GAP), HEADER + len(rows) * (down * (1 + bool(slices)) + 2 * LINE) + LEGEND
     sheet = Image.fromarray(blank_picture(*size))
     draw_text_within(sheet, (GAP, 7), " · ".join(filter(None, parts)), size[0] - 2 * GAP, 17)
     y = HEADER
-    for name, (maps, _) in zip(names, rows, strict=False):
+    for image, (name, (maps, _)) in enumerate(zip(names, rows, strict=False)):
         draw_text(sheet, (GAP, y), name, 15)
         y += 3 * GAP
-        pictures = painter.paint(maps.numpy(), map_statistics(maps, options.threshold).mask.numpy())
-        for column, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-            sheet.paste(Image.fromarray(picture), (GAP + column * across, y))
-            draw_text_within(sheet, (GAP + column * across, y + height + 2), label, across, 13)
-        y += down + GAP
+        lines = [(labels, maps, map_statistics(maps, options.threshold).mask)]
+        if slices:
+            in_slices, masks = mean_in_slices(whole, image, options)
+            captions = [f"{slice_word(whole)} {number}" for number in slices]
+            lines.append((captions, in_slices[slices], masks[slices]))
+        for captions, values, masks in lines:
+            pictures = painter.paint(values.numpy(), masks.numpy())
+            for column, (label, picture) in enumerate(zip(captions, pictures, strict=True)):
+                sheet.paste(Image.fromarray(picture), (GAP + column * across, y))
+                draw_text_within(sheet, (GAP + column * across, y + height + 2), label, across, 13)
+            y += down
+        y += GAP
     draw_legend(sheet, y + 6, options)
     return np.asarray(sheet)
 
@@ -75,7 +87,9 @@ def png_of(picture: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None, layer: int = -1) -> Figure:
+def snapshot_figure(
+    snapshot: Snapshot, image: int = 0, role: str | None = None, layer: int = -1, only: int | None = None
+) -> Figure:
     """Plot head mean and heads of one image in units of uniform attention, in the colours of panels.
 
     Args:
@@ -83,6 +97,7 @@ def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None,
         image: Index of the probe image.
         role: Role of the model; None for the last.
         layer: Layer; a negative one counts from the last.
+        only: Frame or slice of a clip or volume; None for their mean.
 
     Returns:
         A matplotlib figure, closed in pyplot so that a notebook shows it once.
@@ -93,7 +108,9 @@ def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None,
     with needs("matplotlib", "plot()"):
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm
-    attention = snapshot.layer(snapshot.roles[-1] if role is None else role, layer).in_plane()
+    whole = snapshot.layer(snapshot.roles[-1] if role is None else role, layer)
+    attention = whole.in_plane(only)
+    part = "" if only is None or not has_slices(whole) else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)}"
     maps, labels = mean_and_heads(attention.maps[image], None)
     units = (maps * attention.grid.cells).numpy()
     figure: Figure
@@ -104,8 +121,7 @@ def snapshot_figure(snapshot: Snapshot, image: int = 0, role: str | None = None,
         shown = axis.imshow(np.maximum(values, 1e-6), norm=LogNorm(2.0**LOW, 2.0**HIGH), cmap="inferno")
         axis.set(title=label, xticks=[], yticks=[])
     figure.colorbar(shown, ax=axes[0].tolist(), label=SCALES["uniform"].unit)
-    figure.suptitle(
-        f"{snapshot.names[image]} · {role or snapshot.roles[-1]} · layer {attention.layer} · step {snapshot.step:,}"
-    )
+    of = f"{snapshot.names[image]} · {role or snapshot.roles[-1]} · layer {attention.layer}{part}"
+    figure.suptitle(f"{of} · step {snapshot.step:,}")
     plt.close(figure)
     return figure

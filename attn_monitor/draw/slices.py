@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import Pixels
@@ -36,6 +37,16 @@ def shown_slices(attention: LayerAttention) -> list[int]:
     return thin(list(range(attention.grid[0])), MOST) if has_slices(attention) else []
 
 
+def mean_in_slices(attention: LayerAttention, image: int, options: DrawingOptions) -> tuple[Tensor, Tensor]:
+    """Return the mean of heads of an image, (slices, rows, columns), and its mask, which holds its share of all slices.
+
+    Weights are in units of those of all slices; the mask is empty where attention is practically uniform.
+    """
+    maps = attention.maps[image].mean(0)
+    mask = map_statistics(maps.flatten()[None, None], options.threshold).mask.view_as(maps)
+    return maps * attention.grid[0], mask
+
+
 def slice_cells(
     attention: LayerAttention, image: int, photo: Pixels, frames: Pixels | None, options: DrawingOptions, side: int
 ) -> list[tuple[str, Pixels]]:
@@ -55,17 +66,16 @@ def slice_cells(
         Captions and pictures, the maximum first.
     """
     depth, flat = attention.grid[0], attention.in_plane().grid
-    maps = attention.maps[image].mean(0)  # (depth, rows, columns)
-    mask = map_statistics(maps.flatten()[None, None], options.threshold).mask.view_as(maps)  # none where it is uniform
+    maps, mask = mean_in_slices(attention, image, options)
     shares = (maps.flatten(1).sum(1) / maps.sum()).tolist()
     painter = CellPainter(photo, flat, options, side)
-    cells = [(f"maximum of {depth} {slice_word(attention)}s", painter.paint((maps.amax(0) * depth).numpy()))]
+    cells = [(f"maximum of {depth} {slice_word(attention)}s", painter.paint(maps.amax(0).numpy()))]
     for number in shown_slices(attention):
         if frames is not None:
             below = np.ascontiguousarray(frames[middle_frame(number, depth, len(frames))])
             painter = CellPainter(below, flat, options, side)
         share = f" · {shares[number]:.0%}" if attention.kind != "signed" and torch.isfinite(maps).all() else ""
-        picture = painter.paint((maps[number] * depth).numpy(), mask[number].numpy())
+        picture = painter.paint(maps[number].numpy(), mask[number].numpy())
         cells.append((f"{slice_word(attention)} {number}{share}", picture))
     return cells
 

@@ -10,6 +10,7 @@ import torch
 
 from attn_monitor import DrawingOptions, LayerAttention
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.notebook import snapshot_figure, snapshot_sheet
 from attn_monitor.draw.panels import layer_title, panel
 from attn_monitor.draw.slices import MOST, middle_frame, shown_slices, slice_cells, slice_photo
 from attn_monitor.draw.strips import filmstrip
@@ -100,3 +101,18 @@ def test_what_overlapping_patches_see_beyond_their_cells_is_dark_and_not_hatched
     assert (below[rows:] != below[0, 0]).any()
     assert (below[:, columns:] != below[0, 0]).any()
     assert grid.seen_share((40, 48)) == pytest.approx(36 * 46 / (40 * 48))
+
+
+def test_notebooks_show_frames_too() -> None:
+    taken = snapshot(Grid((3, 4, 6)))
+    flat, sheet = snapshot_sheet(taken.in_plane()), snapshot_sheet(taken)
+    assert sheet.shape[0] > flat.shape[0]
+    assert np.array_equal(sheet[20:90, :400], flat[20:90, :400])  # the mean and heads, then frames
+    attention = taken.layer("backbone")
+    for number in (None, 1, 9):
+        figure = snapshot_figure(taken, only=number)
+        values = figure.axes[0].images[0].get_array()
+        maps = attention.maps[0].mean(0)
+        expected = maps.sum(0) if number is None else maps[min(number, 2)] * 3
+        assert np.allclose(values, np.maximum(expected * 24, 1e-6), rtol=1e-5)
+        assert ("frame" in figure.get_suptitle()) == (number is not None)

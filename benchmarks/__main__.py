@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.asking import measure_asking
 from benchmarks.measure import machine
 from benchmarks.memory import measure_memory
-from benchmarks.metrics_cost import measure_metrics, measure_watched_step
+from benchmarks.metrics_cost import measure_dense, measure_metrics, measure_watched_step
 from benchmarks.peers import Size
 from benchmarks.pictures import measure_pictures
 from benchmarks.player import measure_player
@@ -51,6 +51,7 @@ def _quick(results: Results) -> None:
     results.growth = measure_growth((4, 8), (1, 2), (1, 2), budget=0.05)
     results.metrics = measure_metrics(tiny, budget=0.1)
     results.watched_step = measure_watched_step(tiny, rounds=2)
+    results.dense = measure_dense(tiny, rounds=2)
     results.startup = measure_startup(1)
     results.asking = measure_asking(tiny, budget=0.1)
 
@@ -72,6 +73,7 @@ def _full(results: Results) -> None:
     _tell("metrics")
     results.metrics = measure_metrics(replace(SMALL, batch=8), budget=10)
     results.watched_step = measure_watched_step(replace(SMALL, batch=8), rounds=8)
+    results.dense = measure_dense(replace(SMALL, batch=8), rounds=8)
     _tell("start")
     results.startup = measure_startup(4)
     _tell("asking")

@@ -12,6 +12,7 @@ from torch import nn
 
 from attn_monitor import AttentionRecorder
 from attn_monitor.background.failures import Failures
+from attn_monitor.measure.dense_quality import dense_metrics
 from attn_monitor.measure.metrics import METRICS, measure, summarise
 from attn_monitor.train.training_watch import TrainingWatch
 from attn_monitor.train.weak_hooks import WeakHook
@@ -38,6 +39,21 @@ def measure_metrics(size: Size, budget: float) -> Spread:
         summarise(measure(layers, before, metrics=names, threshold=THRESHOLD))
 
     return take_turns({"forward": twice, "metrics": metrics}, budget=budget).ratio("metrics", "forward")
+
+
+def measure_dense(size: Size, rounds: int) -> Spread:
+    """Processor time of dense quality, of one role and in the thread that writes, over a plain forward of the probe."""
+    model, images = timm_vit(size), size.images()
+    (layer,) = AttentionRecorder(model, patches=True)(images)
+    layers, forward = {("teacher", layer.layer): layer}, no_grad(model, images)
+    shares = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        forward()
+        between = time.thread_time()
+        dense_metrics(layers)
+        shares.append((time.thread_time() - between) / (between - began))
+    return Spread.of(shares)
 
 
 def measure_watched_step(size: Size, rounds: int) -> Spread:

@@ -182,6 +182,11 @@ def _rest(results: Results) -> Iterator[str]:
             f"take {_figure(results.watched_step)} of the step: forwards of student and teacher (ViT-S/16, 224 px, "
             "batch of eight, 4,096 prototypes) and a backward pass."
         )
+    if results.dense is not None:
+        yield (
+            f"Dense quality takes {_figure(results.dense)} of the processor time of a plain forward of its probe, for "
+            "each role (ViT-S/16, 224 px, eight images), on the thread that writes, behind training."
+        )
     if results.growth:
         yield "## Growth"
         yield _GROWTH.format(heads=HEADS, width=WIDTH, layers=LAYERS, patches=SIDE**2)

@@ -31,6 +31,7 @@ class Results:
     growth: list[Growth] = field(default_factory=list)
     metrics: Spread | None = None
     watched_step: Spread | None = None
+    dense: Spread | None = None
     startup: Startup | None = None
     asking: Asking | None = None
     minutes: float = 0.0

@@ -28,7 +28,7 @@ class Thresholds:
     loss: float = 0.3  # rise of the loss above its start, over that
     swing: float = 1.0  # way of the loss to and fro, over ln K
     alike: float = 0.3  # share of prototypes with a near copy
-    low_entropy: float = 0.2  # of attention
+    low_entropy: float = 0.15  # of attention
     high_entropy: float = 0.995
     dense: float = 0.15  # fall of dense separability below its highest value
     at_ln_k: float = 0.002  # relative distance of a loss from ln K that counts as equal

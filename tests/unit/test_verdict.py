@@ -82,7 +82,7 @@ def test_a_loss_that_stands_at_ln_k_means_uniform_answers(k: int) -> None:
         ("diverging", 800, "global features is NaN", {"teacher/mean_cosine": [math.nan, math.nan]}),
         ("diverging", 700, "above 8.32 of the start", {"training/loss": [14, 15, 16]}),
         ("diverging", 500, "swings between 0.5 and 8", {"training/loss": [0.5, 6, 1, 8, 2]}),
-        ("attention collapsed", 700, "on a few patches", {"teacher/11/entropy": [0.2, 0.15, 0.1]}),
+        ("attention collapsed", 700, "on a few patches", {"teacher/11/entropy": [0.15, 0.12, 0.1]}),
         ("attention collapsed", 0, "on a few patches", {"teacher/11/entropy": [0.1] * 10}),
         ("prototype collapse", 700, "60% of the prototypes", {"student/prototypes_alike": [0.5, 0.5, 0.6]}),
         ("dimensional collapse", 700, "is 12, and was 95", {"teacher/effective_rank": [14, 13, 12]}),

@@ -97,8 +97,8 @@ class AttentionMapCallback(Base):
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics`` for
           ``ModelCheckpoint(monitor=…)``; of layers before the last watched one ``attn_layers/{role}/…``; dense metrics
           only if a callback monitors one, and are computed at once then
-        - ``attn/{role}/{metric}``: global features and prototypes in training's own forwards; ``attn/training/loss``
-        - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
+        - ``attn_model/{role}/{metric}``: global features and prototypes in training's forwards; ``attn/training/loss``
+        - ``attn/flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head, with ``heads="curves"``
         - ``attn_maps/{image}``: one panel; ``attn_strips/{image}``: the run so far, at growing distances
         - ``attn_overview/logits``: the largest logits of all layers over the run; ``…/heads_{entropy|logits}``: with

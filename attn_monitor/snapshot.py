@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics, Verdict
+from attn_monitor.measurements import HEALTH_TAG, TRAINING, HealthFlag, MetricKey, Metrics, Verdict
 
 Same = TypeVar("Same", bound="Snapshot")
 
@@ -78,8 +78,8 @@ class Snapshot:
     def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
         """Return values for loggers by tag.
 
-        These are ``attn/health_flags``, means of the last layer and of the whole model ``attn/…``, means of layers
-        before it ``attn_layers/…``, as dashboards sort by name, and heads ``attn_heads/…``.
+        These are ``attn/flags``, means of the last layer ``attn/…``, of layers before it ``attn_layers/…`` and of the
+        whole model ``attn_model/…``, and heads ``attn_heads/…``: in this order where dashboards sort by name.
 
         Args:
             heads: whether to include single heads, or the layers to include the heads of.
@@ -89,8 +89,7 @@ class Snapshot:
         values = {HEALTH_TAG: float(self.flags_raised)}
         for key, value in self.metrics.items():
             if key.head is None:
-                before = key.layer is not None and key.layer != last.get(key.role, key.layer)
-                values[key.tag.replace("attn/", "attn_layers/", 1) if before else key.tag] = value
+                values[key.tag.replace("attn/", f"{_group(key, last)}/", 1)] = value
             elif key.layer in layers:
                 values[key.tag] = value
         return values
@@ -117,3 +116,10 @@ class Snapshot:
             for key, value in self.layers.items()
         }
         return replace(self, layers=layers, metrics=Metrics({**self.metrics, **other.metrics}))
+
+
+def _group(key: MetricKey, last: Mapping[str, int]) -> str:
+    """Return the first part of a mean's tag; ``last`` is each role's last layer."""
+    if key.layer is None:
+        return "attn" if key.role == TRAINING else "attn_model"
+    return "attn" if key.layer == last.get(key.role, key.layer) else "attn_layers"

@@ -40,7 +40,7 @@ Events = Iterator[ev.Event[Any]]
 
 MASKED_IMAGES = 2
 THUMBNAIL = 64  # pixels
-VERDICT_TEXT = "attn/verdict"  # not attn_monitor, so that flags and the verdict come before other texts
+VERDICT_TEXT = "attn/health/verdict"  # comes before attn_monitor, as TensorBoard sorts / and _ alike
 HEAD_COLUMNS = ("image", "role", "layer", "head", "entropy", "mask area", "attention")
 
 
@@ -162,7 +162,7 @@ def events_at_end(
 def events_of_flags(flags: Sequence[HealthFlag]) -> Events:
     """Yield health flags as a text and as an alert."""
     text = "\n".join(f"- {flag}" for flag in flags)
-    yield ev.Text("attn/health", lambda: text)
+    yield ev.Text("attn/health/flags", lambda: text)
     yield ev.Alert("attn_health", lambda: text, "attention health")
 
 

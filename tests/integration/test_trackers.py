@@ -211,7 +211,7 @@ def test_a_writers_methods_on_it_or_its_experiment() -> None:
         tags = {name: {args[0] for args, _ in writer.of(name)} for name in methods}
         assert {"attn_maps/a", "attn_overview/heads_entropy"} <= tags["add_image"]
         assert "attn_histogram/student/layer0/entropy" in tags["add_histogram"]
-        assert tags["add_text"] == {"attn_monitor/how_to_read", "attn_monitor/sinks", "attn/verdict"}
+        assert tags["add_text"] == {"attn_monitor/how_to_read", "attn_monitor/sinks", "attn/health/verdict"}
         assert {args[2] for args, _ in writer.of("add_image")} == {0, 1}
         assert all(named == {"dataformats": "HWC"} for _, named in writer.of("add_image"))
 

@@ -54,7 +54,7 @@ def test_uniform_answers_are_diagnosed_by_ln_k(
     flags = [flag for snapshot in snapshots for flag in snapshot.flags if flag.kind == "complete_collapse"]
     assert len(flags) == 1
     assert f"verdict: {last.verdict}" in caplog.text
-    assert Events(folder).text("attn/verdict") == str(last.verdict)
+    assert Events(folder).text("attn/health/verdict") == str(last.verdict)
     assert step_facts(last)["verdict"] == last.verdict.as_dict()
     found = summarise_run(folder)
     assert found.health == last.verdict  # from the metrics in the files

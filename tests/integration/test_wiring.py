@@ -104,9 +104,9 @@ def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFix
     assert (flag.step, [s.step for s in snapshots if s.flags], snapshots[-1].flags_raised) == (4, [6], 1)
     assert warned.endswith(f"attention health\n  {flag}")
     events = Events(run)
-    assert str(flag) in events.text("attn/health")
-    assert events.scalars("attn/health_flags") == [(0, 0.0), (6, 1.0), (10, 1.0)]
-    assert running.callback_metrics["attn/health_flags"] == 1
+    assert str(flag) in events.text("attn/health/flags")
+    assert events.scalars("attn/flags") == [(0, 0.0), (6, 1.0), (10, 1.0)]
+    assert running.callback_metrics["attn/flags"] == 1
     capsys.readouterr()
     summary(str(run))
     said = capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_distance_by_the_full_matrix() -> None:
     assert set(snapshot.scalars()) == {
         "attn/backbone/layer1/distance",
         *(f"attn_heads/backbone/layer1/distance/head{h}" for h in range(HEADS)),
-        "attn/health_flags",
+        "attn/flags",
     }
 
 

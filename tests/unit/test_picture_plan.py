@@ -92,11 +92,11 @@ def test_all_layers_of_a_vit_tiny_in_a_dashboard(tmp_path: Path) -> None:
     groups = {tag.split("/")[0] for tag in tags}
     assert groups == {"attn", "attn_layers"}
     first = [tag for tag in tags if tag.startswith("attn/")]
-    assert first[0] == "attn/health_flags"
+    assert first[0] == "attn/flags"
     assert all(tag.startswith("attn/student/layer11/") for tag in first[1:])
     assert len(tags) <= 160
     assert events.charts()["entropy per layer"] == ["attn(_layers)?/student/layer[0-9]+/entropy$"]
-    assert min(events.tags["images"]) == "attn_maps/image0/layer11"
+    assert min(events.tags["images"]) == "attn_maps/image0"
 
 
 def test_pictures_are_encoded_as_small_as_a_browser_can_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
+CPU_BUILD   := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
 
 .PHONY: demo test test-oldest test-gpu check docs site bench clean
 
@@ -52,7 +53,12 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A setup is repeated when the list of dependencies has changed.
+# A setup is repeated when the list of dependencies has changed. Where there is no GPU, PyTorch comes without CUDA if one
+# of pip's indexes or PyTorch's own has that build: of two equal versions pip prefers the one that ends in +cpu. What
+# cannot be reached or does not fit is left to the command after it.
 $(VENV)/.setup-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint $(CONSTRAINTS)
+	@echo "installing the extra '$*' into $(VENV), once: 6 GB with PyTorch's CUDA build, 2 GB with its build for CPUs"
+	@test -e /dev/nvidiactl || $(BIN)/python -m pip install torch torchvision --constraint $(CONSTRAINTS) $(CPU_BUILD) \
+		|| echo "no build of PyTorch for CPUs alone; the one with CUDA runs on CPUs too"
+	$(BIN)/python -m pip install --editable '.[$*]' --constraint $(CONSTRAINTS)
 	touch $@

@@ -171,6 +171,9 @@ class AttentionObserver(TorchDispatchMode):
         if call is not None:
             self._attended(call)
             return call.returned(out)
+        if kind is None:
+            for each in self._kinds.values():
+                each.see(operation, out)
         if operation.func is torch.ops.aten.convolution.default:
             self._convolution(operation.args, out)
         elif "linear_dynamic" in str(operation.func):

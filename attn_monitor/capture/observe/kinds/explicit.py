@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.attention_rows import Chunk, Query, chunks_of, widen
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.kinds.derived import Derived
 from attn_monitor.capture.observe.kinds.kind import (
     AttentionCall,
     AttentionKind,
@@ -32,6 +33,7 @@ SOFTMAX = {aten._softmax.default, aten._softmax.out, aten.softmax.int_out}
 if hasattr(aten, "_safe_softmax"):  # from PyTorch 2.5 on
     SOFTMAX.add(aten._safe_softmax.default)
 ELEMENTWISE = {aten.sigmoid.default, aten.relu.default, aten.exp.default}  # turn scores into weights without a softmax
+IN_PLACE = {aten.sigmoid_.default, aten.relu_.default, aten.exp_.default}  # the same
 PRODUCT = {aten.bmm.default, aten.bmm.out, aten.baddbmm.default}
 
 
@@ -43,25 +45,32 @@ class ExplicitAttention(AttentionKind):
         self.pending: list[Weights] = []  # softmaxes that have not met their V yet
         self.met: list[tuple[Weights, str]] = []  # softmaxes that have and are not freed, and the module
         self._scores: list[tuple[int, ...]] = []  # shapes of the last few products
+        self._derived = Derived()  # what was made of the softmaxes
 
     @staticmethod
     def concerns(func: Any) -> bool:
         """Return whether the operation could be scores becoming weights, or a batched product."""
-        return func in SOFTMAX or func in ELEMENTWISE or func in PRODUCT
+        return func in SOFTMAX or func in ELEMENTWISE or func in IN_PLACE or func in PRODUCT
 
     def run(self, operation: Operation) -> tuple[Any, ExplicitCall | None]:
         """Run an operation; a product that applies known weights is an attention."""
         func, args = operation.func, operation.args
         if func in PRODUCT:
             return self._run_product(operation)
+        scores = args[0]
+        could_be = func in SOFTMAX or self._is_made_of_scores(scores)
+        if could_be and func in IN_PLACE:
+            scores = scores.clone()
         out = operation.run()
-        could_be = _is_over_keys(args, out) if func in SOFTMAX else self._is_made_of_scores(out)
-        if could_be:
+        if could_be and (func not in SOFTMAX or _is_over_keys(args, out)):
             # Inputs of exp are logits up to a constant per query, so their maximum is unknown.
-            largest = args[0].amax(-1) if self.state.logits and func is not aten.exp.default else None
+            largest = scores.amax(-1) if self.state.logits and "exp" not in str(func) else None
             weights = Weights.of(out, self.state.path, self.state.queries, largest)
             self.pending = [*self.pending[-31:], weights]  # bounded: softmaxes of gates never meet a V
-            self.see_weights(weights, args[0], out)
+            self._derived.add(out)
+            self.see_weights(weights, scores, out)
+        else:
+            self.see(operation, out)
         return out, None
 
     def _run_product(self, operation: Operation) -> tuple[Any, ExplicitCall | None]:
@@ -75,9 +84,15 @@ class ExplicitAttention(AttentionKind):
         call = self._take(operands)
         if call is None:
             self._scores = [*self._scores[-3:], tuple(out.shape)]  # the result of attention is never scores
+            self.see(operation, out)
             self.see_other_product(operands, out)
             return out, None
         return out, replace(call, out=out, residual=residual, images=self.state.images)
+
+    def see(self, operation: Operation, out: Any) -> None:
+        """Take note of what is made of the softmaxes by an operation of no kind."""
+        if self.pending:
+            self._derived.see((*operation.args, *operation.kwargs.values()), out)
 
     def see_weights(self, weights: Weights, scores: Tensor, out: Tensor) -> None:
         """Take note of new weights and the scores that they were made of; subclasses override this."""
@@ -88,10 +103,11 @@ class ExplicitAttention(AttentionKind):
     def forget(self) -> None:
         """Drop the softmaxes."""
         self.pending, self.met = [], []
+        self._derived.forget()
 
-    def _is_made_of_scores(self, out: Any) -> bool:
-        return isinstance(out, Tensor) and any(
-            out.shape[-2:] == scores[-2:] and out.numel() == math.prod(scores) for scores in self._scores
+    def _is_made_of_scores(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and any(
+            x.shape[-2:] == scores[-2:] and x.numel() == math.prod(scores) for scores in self._scores
         )
 
     def _call(self, operands: tuple[Tensor, Tensor]) -> ExplicitCall | None:
@@ -101,7 +117,9 @@ class ExplicitAttention(AttentionKind):
         call = _first_product(self.pending, operands, self.state.images)
         if call is not None and any(w.memory.overlaps(call.applied) for w in call.weights):
             return call
-        return _further_product(self.met, operands, self.state.path) or call
+        further = _further_product(self.met, operands, self.state.path)
+        # With as many tokens as channels of a head, q and V have the shape of a softmax too.
+        return further or (call if call is not None and self._derived.holds(call.applied) else None)
 
     def _take(self, operands: tuple[Tensor, Tensor]) -> ExplicitCall | None:
         """Interpret a product as attention; keep the softmaxes that it does not use pending."""
@@ -110,6 +128,8 @@ class ExplicitAttention(AttentionKind):
             return None
         used = [w for w in call.weights if w.memory.holds(call.applied)][-1:] or call.weights
         self.pending = [p for p in self.pending if p not in used]
+        if not self.pending:
+            self._derived.forget()
         met = [(w, p) for w, p in self.met if not w.memory.is_freed and w not in used]
         self.met = [*met, *((w, self.state.path) for w in used)]
         logits = used[0].largest_logits if len(used) == 1 else None  # several are ambiguous

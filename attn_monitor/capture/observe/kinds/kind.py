@@ -160,6 +160,9 @@ class AttentionKind(ABC):
             The operation's result, and the attention if one is complete with it.
         """
 
+    def see(self, operation: Operation, out: Any) -> None:  # noqa: B027 - most kinds need not know
+        """Take note of an operation that concerns no kind."""
+
     def forget(self) -> None:  # noqa: B027 - most kinds keep nothing
         """Drop what was kept of the forward, which has ended."""
 

@@ -100,6 +100,9 @@ class NonFiniteAttentionError(AttentionError):
 class ForwardError(AttentionError):
     """The model failed on the images, or its output differs between equal calls."""
 
+    batch: int | None = None
+    """How many images the model failed on, if it did."""
+
 
 class HeadError(AttentionError):
     """The requested head does not exist in this model."""

@@ -72,7 +72,7 @@ class Discovery:
     def covers(self, images: Tensor, structure: int) -> bool:
         """Return whether it holds for images in the order that the model takes."""
         same = images.ndim == 1 + len(self.axes.names)
-        return same and self.known.conditions.cover(Conditions.of(images, self.axes, structure))
+        return same and self.known.cover(Conditions.of(images, self.axes, structure))
 
     @property
     def forward(self) -> Forward:

@@ -153,14 +153,8 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
     """Return the query's token index at this site, "mean", or the indices to average; raise `QueryError` if absent."""
     where, places = f"layer {site.index} ({site.name})", site.places
     if query == "mean":
-        if places.partial_queries:
-            tokens = f"more queries ({site.queries}) than tokens" if site.queries > site.keys else "some of the queries"
-            raise QueryError(f"{where} has {tokens}: there is no mean over the tokens here")
-        if not places.counted:
-            raise QueryError(
-                f"{where} has {site.queries} queries, and which of them are patches or the model's own tokens was not "
-                "found: there is no mean over them here. Choose one by its index, query=<index>"
-            )
+        if reason := _no_mean(site):
+            raise QueryError(f"{where} has {reason}")
         return "mean" if len(places.counted) == site.queries else places.counted
     if isinstance(query, int):
         if query < site.queries:
@@ -175,6 +169,19 @@ def resolve_query(site: ReadableSite, query: QuerySpec) -> Query:
     raise QueryError(_no_cls(site, where))
 
 
+def _no_mean(site: ReadableSite) -> str:
+    """Return why there is no mean over the queries of a site; "" where there is one."""
+    if site.places.partial_queries:
+        tokens = f"more queries ({site.queries}) than tokens" if site.queries > site.keys else "some of the queries"
+        return f"{tokens}: there is no mean over the tokens here"
+    if not site.places.counted:
+        return (
+            f"{site.queries} queries, and which of them are patches or the model's own tokens was not found: there is "
+            "no mean over them here. Choose one by its index, query=<index>"
+        )
+    return ""
+
+
 def _patch_query(site: ReadableSite, query: tuple[int, ...], where: str) -> int:
     finer = site.places.query_grid
     grid = site.layout.grid if finer is None else finer
@@ -187,7 +194,9 @@ def _patch_query(site: ReadableSite, query: tuple[int, ...], where: str) -> int:
     if index is None:
         what = "a single query token" if site.queries == 1 else f"{site.queries} queries"
         raise QueryError(
-            f'{where} has {what}, none of which is known to be patch {query}; use query="mean" or a token index'
+            f"{where} has {what}, none of which is known to be patch {query}; use "
+            + 'query="mean" or ' * (not _no_mean(site))
+            + "a token index"
         )
     return index
 
@@ -204,4 +213,5 @@ def _no_cls(site: ReadableSite, where: str) -> str:
             f'{where} has {what}, so there is no CLS token. Use query="mean": the attention each patch receives, '
             "averaged over all queries"
         )
-    return f'{where}: {site.places.no_cls_reason}. Choose one by its index, query=<index>, or use query="mean"'
+    mean = ', or use query="mean"' * (not _no_mean(site))
+    return f"{where}: {site.places.no_cls_reason}. Choose one by its index, query=<index>{mean}"

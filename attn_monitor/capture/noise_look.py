@@ -24,6 +24,7 @@ from attn_monitor.capture.observe.random_projections import (
     relative_change,
     sketch,
 )
+from attn_monitor.capture.token_places.ablated_model import seed_everything
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 
 IMAGES = 3  # the first two are equal
@@ -39,6 +40,7 @@ class Candidate:
     moving: int = 0  # keys that depend on the image; meaningful before attention mixes them
     repeatable: bool = True  # equal images gave equal tokens
     reordered: bool = False  # equal images gave equal tokens at other indices of the batch
+    of_batch: bool = False  # equal images gave different tokens, and the same ones again in another random state
     overlooked: bool = False  # it mixes tokens, but no attention was observed in it
     sums_rows: bool = False  # a channel of V is constant over keys, so that row·V contains each row's sum
 
@@ -87,13 +89,41 @@ def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[l
     if len(images) > 1:
         noise = torch.stack([one, one, other])
         joins = images.ndim > 4
-        return candidates, _observe(model, noise, forward, lambda k, seen: candidates.append(_examine(k, seen, joins)))
+        observer = _observe(model, noise, forward, lambda k, seen: candidates.append(_examine(k, seen, joins)))
+        if not all(candidate.repeatable or candidate.reordered for candidate in candidates):
+            steady = _steady(model, noise, forward)
+            candidates = [c if c.repeatable else replace(c, of_batch=c.key in steady) for c in candidates]
+        return candidates, observer
     alone: list[dict[SiteKey, _Alone | RefusedObservation]] = []
     for image in (one, one, other):
         sites: dict[SiteKey, _Alone | RefusedObservation] = {}
         observer = _observe(model, image[None], forward, partial(_keep_alone, sites, images.ndim > 4))
         alone.append(sites)
     return [_put_together(key, [sites.get(key) for sites in alone]) for key in alone[0]], observer
+
+
+def _steady(model: nn.Module, noise: Tensor, forward: Forward) -> set[SiteKey]:
+    """Return the sites that have the same values again in another random state."""
+    looks: list[dict[SiteKey, Tensor]] = [{}, {}]
+    for seed, values in enumerate(looks):
+
+        def keep(key: SiteKey, seen: Observation, values: dict[SiteKey, Tensor] = values) -> None:
+            if isinstance(seen, ObservedRows):
+                values[key] = off_device(sketch(seen.values))
+
+        def seeded(model: nn.Module, images: Tensor, seed: int = seed) -> Any:
+            seed_everything(seed, images.device)
+            return forward(model, images)
+
+        _observe(model, noise, seeded, keep)
+    first, second = looks
+    return {
+        key
+        for key, values in first.items()
+        if key in second
+        and values.shape == second[key].shape
+        and bool((relative_change(values, second[key]) <= change_threshold(noise.dtype, noise.device)).all())
+    }
 
 
 def _observe(

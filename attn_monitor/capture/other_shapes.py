@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.capture.observe.forward import Forward, default_forward
 from attn_monitor.capture.observe.isolation import isolated_forward
 
 _WAYS = {
@@ -26,17 +26,18 @@ def shape_that_runs(model: nn.Module, images: Tensor) -> str:
         if way == "images[:, 0]" and images.shape[1] > 1:
             continue
         turned = eval(way, {"images": images})  # one of the texts above
-        if _runs(model, turned):
+        if runs(model, turned):
             return f"It does run on {way}, of shape {tuple(turned.shape)}: pass that if it is what the images are"
-    if images.ndim == 5 and _runs(model, images.flatten(0, 1)):
+    if images.ndim == 5 and runs(model, images.flatten(0, 1)):
         return f"It does run on each frame alone: pass {_FRAMES_ALONE}"
     return ""
 
 
-def _runs(model: nn.Module, images: Tensor) -> bool:
+def runs(model: nn.Module, images: Tensor, forward: Forward = default_forward) -> bool:
+    """Return whether a model, which is left as it was found, runs on images."""
     try:
         with isolated_forward(model):
-            default_forward(model, images)
+            forward(model, images)
     except Exception:  # whatever a model raises on images of another shape
         return False
     return True

@@ -128,7 +128,7 @@ class Recording:
         if missing:
             raise OtherLayersError(
                 f"layer {missing[0].index} ({missing[0].name}): attention was not where it had been found on the first "
-                "look; the model takes another path for these images"
+                "look; the model takes another path for these images, by chance (as in layer drop), or in later calls"
             )
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [

@@ -101,8 +101,8 @@ def other_number(model: nn.Module, layers: Layers, plan: RecordingPlan, more: bo
     name, number, found = type(model).__name__, "more" if more else "fewer", len(plan.known)
     return (
         f"{name} ran {number} attention layers on these images than on noise images of the same size ({found}): how "
-        f"many run depends on the images, and layers={layers!r} names no layer in particular. Choose a layer by its "
-        "path, or by its index from the front"
+        "many run depends on the images, on chance (as in layer drop) or on earlier calls, and "
+        f"layers={layers!r} names no layer in particular. Choose a layer by its path, or by its index from the front"
     )
 
 

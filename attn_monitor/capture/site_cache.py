@@ -17,6 +17,7 @@ from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.capture.observe.isolation import all_modules
 from attn_monitor.capture.site_discovery import discover
 from attn_monitor.capture.sites import Site
+from attn_monitor.capture.token_places.site_places import ONE_IMAGE
 from attn_monitor.image_axes import ImageAxes
 
 
@@ -34,10 +35,6 @@ class Conditions(NamedTuple):
     def of(cls, images: Tensor, axes: ImageAxes, structure: int) -> Conditions:
         """Build the conditions from images in the model's dtype and order, and the model's `structure_of`."""
         return cls(len(images) > 1, axes, tuple(images.shape[1:]), images.dtype, images.device, structure)
-
-    def cover(self, other: Conditions) -> bool:
-        """Return whether sites that were found under these conditions hold under the others too."""
-        return other in (self, self._replace(together=False))
 
 
 def structure_of(model: nn.Module) -> int:
@@ -72,6 +69,13 @@ class Known:
     changed: frozenset[Key] = frozenset()  # since the previous discovery, with the same result
     looks: int = 0  # number of recordings
     recorded: bool = field(default=False, repr=False)  # since the latest call of `doubt`
+
+    def cover(self, conditions: Conditions) -> bool:
+        """Return whether the sites hold under conditions: those of several images do for one, unless refused there."""
+        if conditions == self.conditions:
+            return True
+        of_batch = any(site.refusal is not None and ONE_IMAGE in str(site.refusal) for site in self.sites)
+        return not of_batch and conditions == self.conditions._replace(together=False)
 
     def doubt(self, model: nn.Module, forward: Forward, *, last: bool = False) -> Doubt:
         """Return the doubt before a recording: a check is due after 1, 2, 4, 8, … of them, and before the ``last``."""
@@ -119,7 +123,7 @@ _SIZE = 8  # entries per model, such as several image sizes
 def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Conditions) -> Known:
     """Return the model's sites, discovered once per conditions, state of the model and forward."""
     entries, state = _CACHE.setdefault(model, []), state_of(model, forward)
-    alike = [known for known in reversed(entries) if known.conditions.cover(conditions)]
+    alike = [known for known in reversed(entries) if known.cover(conditions)]
     for known in alike:
         if not known.changes(state):
             return known

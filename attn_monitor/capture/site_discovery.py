@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from attn_monitor.capture.noise_look import IMAGES, Candidate, DiscoveringObserver, look_at_noise
-from attn_monitor.capture.observe.forward import Forward, default_forward
+from attn_monitor.capture.observe.forward import Forward, default_forward, in_one_line
 from attn_monitor.capture.observe.isolation import model_device_dtype
 from attn_monitor.capture.observe.kinds.kind import ForwardState
 from attn_monitor.capture.observe.observation import ObservedRows, RefusedObservation, SiteKey
+from attn_monitor.capture.other_shapes import runs
 from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
 from attn_monitor.capture.stacks import Ran, second_stacks
 from attn_monitor.capture.token_places.find_places import find_places
-from attn_monitor.capture.token_places.site_places import SitePlaces
+from attn_monitor.capture.token_places.site_places import ONE_IMAGE, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images
 from attn_monitor.capture.token_places.tokens import SiteFormat
 from attn_monitor.capture.unseen_attention import overlooked
@@ -47,6 +48,20 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
         UnsupportedAttentionError: The model runs in another thread, or with tensor parallelism.
         ForwardError: The model failed.
     """
+    try:
+        return _discover(model, images, forward)
+    except ForwardError as error:
+        if error.batch in (None, len(images)) or not runs(model, noise_images(images, len(images)), forward):
+            raise
+        cause = "" if error.__cause__ is None else f": {in_one_line(error.__cause__)}"
+        raise ForwardError(
+            f"{type(model).__name__} ran on {len(images)} images of {tuple(images.shape[1:])} and failed on "
+            f"{error.batch}{cause}. Its patches are found by running it on batches of several sizes: let it take any "
+            "number of images (where it was exported or traced, by dynamic shapes)"
+        ) from error
+
+
+def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, ...]:
     with refuse_split_parameters(model):
         candidates, observer = look_at_noise(model, images, forward)
     if observer.elsewhere:
@@ -242,6 +257,12 @@ def _refusal(where: str, candidate: Candidate, check: CheckResult | None) -> Att
         return UnsupportedAttentionError(
             f"{where}: two identical images gave equal tokens at other places in the batch, so the model puts a batch "
             "in another order before it attends. Pass a forward=lambda model, images: ... that leaves it as it is"
+        )
+    if candidate.of_batch:
+        return ForwardError(
+            f"{where}: two identical images in one batch gave different tokens, and the same ones again in another "
+            "random state, so the tokens of an image depend on its place in the batch, on the images beside it, or on "
+            f"a random generator of the model's own. {ONE_IMAGE}"
         )
     if not candidate.repeatable:
         return ForwardError(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.errors import UnsupportedAttentionError, VerificationError
-from tests.hostile.test_unseen_attention import IMAGES, Block, ViT, check_layers, plain, scores
+from attn_monitor.errors import AttentionError, ForwardError, QueryError, UnsupportedAttentionError, VerificationError
+from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,3 +104,184 @@ def test_cells_are_the_middles_of_patches_that_overlap_and_are_cut_out(size: int
         assert placed is not None
         assert placed.origin == (origin, origin)
         assert placed.cell == (8, 8)
+
+
+class OfTheBatch(ViT):
+    """A model with images that depend on their place in the batch, on its size, or on the images beside them."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(plain, plain)
+        self.change = change
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images).flatten(2).mT + self.pos[:, 1:]
+        return self.run(torch.cat([self.cls.expand(len(x), -1, -1), self.change(x)], 1))[:, 0]
+
+
+def with_the_next(x: Tensor) -> Tensor:
+    return x + 0.5 * x.roll(1, 0)
+
+
+def rolled_by_place(x: Tensor) -> Tensor:
+    return torch.stack([tokens.roll(i, 0) for i, tokens in enumerate(x)])
+
+
+def last_one_reversed(x: Tensor) -> Tensor:
+    return torch.cat([x[:-1], x[-1:].flip(1)])
+
+
+def reversed_in_pairs(x: Tensor) -> Tensor:
+    return x.flip(1) if len(x) == 2 else x
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_the_next, "depend on its place in the batch, on the images beside it"),
+        (rolled_by_place, "depend on its place in the batch, on the images beside it"),
+        (last_one_reversed, "an image alone has other tokens than the same image in a batch"),
+        (reversed_in_pairs, "an image alone has other tokens than the same image in a batch"),
+    ],
+)
+def test_what_depends_on_the_batch_is_not_called_random_and_is_read_alone(
+    change: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    model = OfTheBatch(change).eval()
+    with pytest.raises(AttentionError, match=f"{reason}.*Record one image at a time"):
+        record_attention(model, IMAGES)
+    (layer,) = record_attention(model, IMAGES[:1])
+    model(IMAGES[:1])
+    weights = model.blocks[1].truth[:, :, 0, 1:]
+    weights = weights.flip(2) if change is last_one_reversed else weights
+    torch.testing.assert_close(layer.maps.flatten(2), weights, atol=1e-5, rtol=1e-3)
+
+
+def test_a_batch_of_one_size_alone_is_refused_for_its_size() -> None:
+    model = OfTheBatch(lambda x: x.reshape(3, 24, 32)).eval()
+    with pytest.raises(ForwardError, match=r"ran on 3 images of \(3, 32, 48\) and failed on 2: RuntimeError: shape"):
+        record_attention(model, torch.cat([IMAGES, IMAGES[:1]]))
+
+
+def by_distance(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.truth = (-torch.cdist(q, k)).softmax(-1)
+    return block.truth @ v
+
+
+def test_a_remedy_is_named_only_where_it_works() -> None:
+    model = ViT(by_distance, by_distance)
+    for query in ("cls", "mean", (1, 2)):
+        with pytest.raises(QueryError) as caught:
+            record_attention(model, IMAGES, query=query)
+        assert 'query="mean"' not in str(caught.value)
+    (layer,) = record_attention(model, IMAGES, query=0)
+    model(IMAGES)
+    torch.testing.assert_close(layer.rows, model.blocks[1].truth[:, :, 0], atol=1e-5, rtol=1e-3)
+
+
+def entropy_first(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.shared["entropy"] = scores(q, k).softmax(-1).log().sum(-1)
+    block.truth = scores(q, k).softmax(-1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def entropy_and_product(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.shared["entropy"] = scores(q, k).softmax(-1).log().sum(-1)
+    return plain(block, q, k, v)
+
+
+def values_projected_after_the_softmax(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.truth = scores(q, k).softmax(-1)
+    to_out = block.out.weight.unflatten(1, (2, 16))[:16]  # (16, H, 16)
+    return block.truth @ torch.einsum("bhkd,ehd->bhke", v, to_out)
+
+
+@pytest.mark.parametrize("core", [entropy_first, entropy_and_product, values_projected_after_the_softmax])
+def test_queries_and_values_of_the_shape_of_a_softmax_are_none(core: Core) -> None:
+    """With 16 tokens and 16 channels of a head, q, k and V have the shape of the weights."""
+    model, images = ViT(core, core, core), IMAGES[..., :24, :40].contiguous()
+    model.pos = nn.Parameter(model.pos.detach()[:, :16])
+    check_layers(model, {0: 0, 1: 1, -1: 2}, images)
+
+
+def exp_in_place(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k)
+    weights -= weights.amax(-1, keepdim=True)
+    weights.exp_()
+    weights /= weights.sum(-1, keepdim=True)
+    block.truth = weights
+    return weights @ v
+
+
+def test_exponentials_in_place_are_weights() -> None:
+    check_layers(ViT(exp_in_place, plain, exp_in_place), {0: 0, 1: 1, -1: 2})
+
+
+def mean_map_logged_before(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    block.shared["seen"] = scores(q, k).softmax(-1).mean(1) @ v.mean(1)
+    block.truth = scores(q, k).softmax(-1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def mean_map_logged_after(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = plain(block, q, k, v)
+    block.shared["seen"] = F.scaled_dot_product_attention(q.mean(1), k.mean(1), v.mean(1))
+    return out
+
+
+@pytest.mark.parametrize("core", [mean_map_logged_before, mean_map_logged_after])
+def test_a_product_that_reaches_no_tokens_is_no_part_of_its_layer(core: Core) -> None:
+    check_layers(ViT(core, plain, core), {0: 0, 1: 1, -1: 2})
+
+
+def chunks_of_keys(_: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    most, total, out = scores(q, k).new_full((*q.shape[:-1], 1), -1e9), 0.0, 0.0
+    for keys, values in zip(k.split(10, 2), v.split(10, 2), strict=True):
+        s = scores(q, keys)
+        now = torch.maximum(most, s.amax(-1, keepdim=True))
+        p, shrunk = (s - now).exp(), (most - now).exp()
+        total, out, most = total * shrunk + p.sum(-1, keepdim=True), out * shrunk + p @ values, now
+    return out / total
+
+
+def test_chunks_of_keys_are_refused_for_what_they_are() -> None:
+    with pytest.raises(UnsupportedAttentionError, match="its queries meet 3 sets of keys in one call"):
+        record_attention(ViT(plain, chunks_of_keys), IMAGES)
+
+
+def test_patches_that_several_tokens_hold_are_counted_without_a_layer_of_the_patches() -> None:
+    model = OfTheBatch(lambda x: x.repeat_interleave(2, 1))
+    with pytest.raises(UnsupportedAttentionError, match="each patch of the image is held by 2 of its keys"):
+        record_attention(model, IMAGES)
+
+
+def log_mean_exp(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Means of exponentials have a logarithm; the queries that replace them have none."""
+    block.truth = scores(q, k).softmax(-1)
+    return (block.truth @ v.exp()).log()
+
+
+def test_tokens_that_are_nan_without_results_are_said_to_be() -> None:
+    model = ViT(log_mean_exp, plain)
+    with pytest.raises(UnsupportedAttentionError, match="its tokens are NaN or infinite"):
+        record_attention(model, IMAGES)
+    check_layers(model, {0: 0})
+
+
+class Dropping(ViT):
+    """Blocks are dropped by chance, in evaluation too."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x) if number == 0 or torch.rand(()) < 0.5 else x
+        return x
+
+
+def test_layers_that_are_dropped_by_chance_are_not_called_dependent_on_the_images() -> None:
+    torch.manual_seed(0)
+    model, seen = Dropping(plain, plain, plain, plain).eval(), set()
+    for _ in range(6):
+        try:
+            record_attention(model, IMAGES)
+        except AttentionError as error:
+            seen.add("chance" in str(error))
+    assert seen <= {True}

@@ -126,22 +126,22 @@ def values_alone(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 UNSEEN = [multiplied_and_summed, of_two_softmaxes, over_dim_2]
 
 
-def truth(model: ViT, number: int) -> Tensor:
-    """What a block applies in float64, for CLS: (B, H, 4, 6)."""
+def truth(model: ViT, number: int, images: Tensor = IMAGES) -> Tensor:
+    """What a block applies in float64, for CLS: (B, H, rows, columns)."""
     double = copy.deepcopy(model).double()
     with torch.no_grad():
-        double(IMAGES.double())
+        double(images.double())
     applied: Tensor = double.blocks[number].truth
-    return applied[:, :, 0, 1:].unflatten(-1, (4, 6))
+    return applied[:, :, 0, 1:].unflatten(-1, (images.shape[2] // 8, -1))
 
 
-def check_layers(model: ViT, wanted: dict[int, int]) -> None:
+def check_layers(model: ViT, wanted: dict[int, int], images: Tensor = IMAGES) -> None:
     """``wanted`` maps what is asked for to the block that must be shown."""
     for asked, number in wanted.items():
-        (layer,) = record_attention(model, IMAGES, layers=asked)
+        (layer,) = record_attention(model, images, layers=asked)
         assert layer.layer == number
         assert layer.name.startswith(f"blocks.{number}")
-        torch.testing.assert_close(layer.maps.double(), truth(model, number), atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(layer.maps.double(), truth(model, number, images), atol=1e-5, rtol=1e-3)
 
 
 def test_a_last_block_that_applies_only_the_row_of_cls_is_the_last_layer() -> None:

@@ -81,16 +81,18 @@ def run_forward(
         if is_monitor_error(error):
             raise
         given = forward.as_given(images) if hasattr(forward, "as_given") else images  # in the order that it takes
-        raise ForwardError(
+        failure = ForwardError(
             f"{type(model).__name__} failed on images {tuple(given.shape)} {images.dtype}: {in_one_line(error)}. "
             "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
             "images: ... where it wants other arguments"
-        ) from error
+        )
+        failure.batch = len(images)
+        raise failure from error
     if observer.failure is not None:
         raise observer.failure
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return an error's type and the first and last line of its text; the whole error is chained."""
     lines = [line.strip() for line in text_of(error).splitlines() if line.strip(" .")]
     ends = dict.fromkeys((*lines[:1], *lines[-1:]))

@@ -93,7 +93,7 @@ class AblatedModel:
         )
 
         def seeded(model: nn.Module, x: Tensor) -> Any:
-            _seed_everything(seed, x.device)
+            seed_everything(seed, x.device)
             return self.forward(model, x)
 
         with ExitStack() as stack:
@@ -104,7 +104,7 @@ class AblatedModel:
         return observer.tokens
 
 
-def _seed_everything(seed: int, device: torch.device) -> None:
+def seed_everything(seed: int, device: torch.device) -> None:
     """Seed all random generators; the isolation around every forward restores their state."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

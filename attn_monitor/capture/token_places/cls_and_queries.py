@@ -229,8 +229,8 @@ def _choose_cls(
         f"it has {len(others)} queries that are not patches, at {list(others)[:20]}, and none was found to be the CLS "
         "token: "
         + (f"by the names of their parameters ({names}), {named[:20]} are others, and " if named else "")
-        + f"no {'other ' * bool(named)}parameter changes one of them alone (registers, padding and pooled tokens are "
-        "not CLS)"
+        + f"no {'other ' * bool(named)}parameter that could be a token changes one of them alone (registers, padding "
+        "and pooled tokens are not CLS)"
     )
 
 

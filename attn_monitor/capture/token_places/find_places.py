@@ -22,14 +22,20 @@ from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_que
 from attn_monitor.capture.token_places.counted_lines import counted_grids
 from attn_monitor.capture.token_places.mosaics import describe_keys, keys_of_each_cell, read_mosaics
 from attn_monitor.capture.token_places.other_mixing import (
+    name_chunks_of_keys,
     refuse_mixtures,
     refuse_other_mixing,
     refuse_side_by_side,
 )
 from attn_monitor.capture.token_places.output_places import check_outputs
 from attn_monitor.capture.token_places.pixel_maps import locate_convs
-from attn_monitor.capture.token_places.place_checks import check_on_user_images, refuse_overlaps, refuse_partial_views
-from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
+from attn_monitor.capture.token_places.place_checks import (
+    check_on_user_images,
+    depend_on_batch,
+    refuse_overlaps,
+    refuse_partial_views,
+)
+from attn_monitor.capture.token_places.site_places import ONE_IMAGE, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat
 from attn_monitor.grid import Grid
@@ -72,6 +78,9 @@ def find_places(
     grids = [*(c for c in convs if c.disjoint and math.prod(c.grid) > keys), *grids]
     search = read_mosaics(search, grids)
     search = read_mosaics(search, counted_grids(search))
+    if not any(search.placed()):  # where several tokens hold each patch, the reason should say so
+        live = moving[next(iter(formats))]
+        search = read_mosaics(search, [c for c in convs if c.disjoint and 0 < math.prod(c.grid) < live])
     if not search.mosaics:
         reason = f"no grid of patches that fits images of {Grid(search.size)} has so many keys"
         return search.refusing(dict.fromkeys(search.sites, reason)).sites
@@ -90,11 +99,20 @@ def find_places(
         search = stage(search)
     without = [key for key, site in search.sites.items() if site.layout is None and not site.reason]
     reasons = {key: describe_keys(key, search.mosaics, depends_on_image=moving[key] > 0) for key in without}
+    seen = search.reference.sites
+    reasons |= {key: _NOT_FINITE for key in without if key in seen and not bool(seen[key].v.isfinite().all())}
     search = search.refusing(reasons)
+    refused = [key for key, site in search.sites.items() if site.layout is None]
+    search = search.refusing(dict.fromkeys(depend_on_batch(search, refused), _OF_BATCH))
     several = {key: keys_of_each_cell(key, search.mosaics) for key in without}
     return search.with_sites({key: replace(search.sites[key], at_one_place=n) for key, n in several.items()}).sites
 
 
+_NOT_FINITE = "where results of attention are replaced to find its patches, its tokens are NaN or infinite"
+_OF_BATCH = (
+    f"an image alone has other tokens than the same image in a batch, so where its patches are cannot be found out. "
+    f"{ONE_IMAGE}"
+)
 _STAGES: tuple[Callable[[PlaceSearch], PlaceSearch], ...] = (
     refuse_partial_views,
     refuse_overlaps,
@@ -104,6 +122,7 @@ _STAGES: tuple[Callable[[PlaceSearch], PlaceSearch], ...] = (
     refuse_other_mixing,
     refuse_side_by_side,
     check_outputs,
+    name_chunks_of_keys,
 )
 
 

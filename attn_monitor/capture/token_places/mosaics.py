@@ -100,7 +100,10 @@ def describe_keys(key: SiteKey, mosaics: Sequence[Mosaic], *, depends_on_image: 
     """
     seen = [m for m in mosaics if key in m.v]
     if not seen:
-        return "it runs with other shapes on the synthetic images that find its patches"
+        return (
+            "on the synthetic images that find its patches it does not run each time, or not with the same shapes, as "
+            "where layers or tokens are dropped by chance"
+        )
     if (count := keys_of_each_cell(key, seen)) > 1:
         return (
             f"each patch of the image is held by {count} of its keys, such as one for each group of channels, one for "

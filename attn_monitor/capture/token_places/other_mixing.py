@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -135,15 +136,53 @@ def refuse_side_by_side(search: PlaceSearch) -> PlaceSearch:
         beside = [key for key in others if key in after and not _differs(after[key])]
         if not beside:
             continue
-        search = search.with_sites({first: replace(search.sites[first], together=tuple(beside))})
-        queries = [query for key in (first, *beside) for query in search.sites[key].patch_queries]
-        if len(queries) == len(set(queries)):  # chunks of queries, each with complete rows
+        applied = _reaching_tokens(search, [first, *beside])
+        dropped = [key for key in (first, *beside) if key not in applied]
+        search = search.with_sites({applied[0]: replace(search.sites[applied[0]], together=(*applied[1:], *dropped))})
+        queries = [query for key in applied for query in search.sites[key].patch_queries]
+        if len(queries) == len(set(queries)):  # one, or chunks of queries, each with complete rows
             continue
-        for key in (first, *beside):
+        for key in applied:
             reasons[key] = (
-                f"{1 + len(beside)} attentions run side by side in one call of {key[0] or 'the model'}, such as heads "
+                f"{len(applied)} attentions run side by side in one call of {key[0] or 'the model'}, such as heads "
                 "in a loop: a map of one is no map of the layer. Compute them in one product"
             )
+    return search.refusing(reasons)
+
+
+def _reaching_tokens(search: PlaceSearch, keys: Sequence[SiteKey]) -> Sequence[SiteKey]:
+    """Leave out the sites with results that reach no tokens, such as statistics; return all where none would stay."""
+    images = torch.cat([noise_images(search.images, 1, seed=8)] * (1 + len(keys)))
+    slots = torch.arange(len(images), device=search.images.device)
+    of_sites = {key: slots == 1 + keys.index(key) if key in keys else slots < 0 for key in search.reference.sites}
+    marks = {key: of_sites[key][:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
+    after = search.ablated_model(images, 1, marks=marks)
+    tokens = [*(seen.v for seen in after.sites.values()), *(t for leaving in after.exits.values() for t in leaving)]
+    reaching = [
+        key
+        for slot, key in enumerate(keys, 1)
+        if any(
+            bool((relative_change(t[slot], t[0]) > search.reference.sites[key].threshold / 16).any()) for t in tokens
+        )
+    ]
+    return reaching or keys
+
+
+def name_chunks_of_keys(search: PlaceSearch) -> PlaceSearch:
+    """Give products of one set of queries with several sets of keys, in one call of a module, this as their reason."""
+    groups: dict[object, list[SiteKey]] = {}
+    for key, seen in search.reference.sites.items():
+        if key in search.sites and search.sites[key].layout is None and seen.q is not None:
+            groups.setdefault((seen.within, seen.q.numpy().tobytes()), []).append(key)
+    reasons: dict[SiteKey, str] = {}
+    for keys in groups.values():
+        values = {search.reference.sites[key].v.numpy().tobytes() for key in keys}
+        if len(values) == len(keys) > 1:
+            reason = (
+                f"its queries meet {len(keys)} sets of keys in one call of {keys[0][0] or 'the model'}, such as chunks "
+                "of keys in a loop: a map of one is no map of the layer. Compute them in one product"
+            )
+            reasons |= dict.fromkeys(keys, reason)
     return search.refusing(reasons)
 
 

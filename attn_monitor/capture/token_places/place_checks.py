@@ -24,6 +24,7 @@ from attn_monitor.capture.token_places.synthetic_images import (
     thirds_changed,
 )
 from attn_monitor.capture.token_places.tokens import SiteTokens
+from attn_monitor.errors import ForwardError
 from attn_monitor.grid import Grid, GridGeometry
 
 _MOVED = 0.25  # least share of the patches that must change where noise is weak at the ends of the range
@@ -77,6 +78,20 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic, inside:
         if (inside and moved < _MOVED) or share_of_wrong_weight(share, places, mosaic.cells, slack) > 0.02:
             return True
     return False
+
+
+def depend_on_batch(search: PlaceSearch, keys: Sequence[SiteKey]) -> list[SiteKey]:
+    """Return the sites with other values for an image alone than for the same image at some place in a batch."""
+    count = search.ablated_model.batch_size
+    if count == 1 or not keys:
+        return []
+    base = noise_images(search.images, 1, seed=4)
+    try:
+        alone, many = (search.ablated_model(images, 3).sites for images in (base, torch.cat([base] * count)))
+    except ForwardError:  # it takes batches of some sizes only
+        return []
+    both = [key for key in keys if key in alone and key in many and alone[key].v.shape[1:] == many[key].v.shape[1:]]
+    return [k for k in both if bool((relative_change(many[k].v, alone[k].v) > alone[k].threshold).any())]
 
 
 def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:

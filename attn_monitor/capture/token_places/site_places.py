@@ -18,6 +18,9 @@ from attn_monitor.capture.token_places.layout import Places, TokenLayout
 from attn_monitor.capture.token_places.tokens import Call, Tokens
 from attn_monitor.grid import GridGeometry
 
+ONE_IMAGE = "Record one image at a time"
+"""The remedy where tokens depend on the batch."""
+
 
 @dataclass(frozen=True)
 class Held:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ with needs("transformers", "AttentionMapTrainerCallback"):
     from transformers import TrainerCallback
 
 STATE = "attn_monitor.pt"  # in each checkpoint
+CURRENT_RUN: Mapping[str, Callable[[Any], Any]] = {
+    "wandb": lambda wandb: wandb.run,
+    "comet_ml": lambda comet_ml: comet_ml.get_running_experiment(),
+    "clearml": lambda clearml: clearml.Task.current_task(),
+    "swanlab": lambda swanlab: swanlab.get_run(),
+    "trackio": lambda trackio: trackio.context_vars.current_run.get(),
+}  # by name in ``report_to``: the run that transformers has opened
 
 
 class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
@@ -30,8 +38,9 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
         Trainer(..., callbacks=[AttentionMapTrainerCallback()]).train()
 
-    Pictures and metrics go to TensorBoard, beside the Trainer's own curves, and to the current W&B run, as selected by
-    ``report_to``; the archive goes to ``{output_dir}/attn_monitor``. Checkpoints hold the state of a resumed run.
+    Pictures and metrics go to TensorBoard, beside the Trainer's own curves, and to the current run of W&B, Comet,
+    ClearML, SwanLab and Trackio, as selected by ``report_to``; the archive goes to ``{output_dir}/attn_monitor``.
+    Checkpoints hold the state of a resumed run.
 
     Args:
         probe: Probe as in `Watch`, or a data set, whose samples the Trainer's collator combines. None takes evenly
@@ -129,10 +138,13 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _find_loggers(self, args: Any) -> list[Any]:
         """Return the loggers of ``report_to`` that accept pictures."""
         loggers: list[Any] = []
-        if "wandb" in args.report_to:
-            import wandb
-
-            loggers += [wandb.run] if wandb.run is not None else []
+        for package in [name for name in CURRENT_RUN if name in args.report_to]:
+            try:
+                run = CURRENT_RUN[package](importlib.import_module(package))
+            except Exception as error:  # some raise where no run is open
+                warn(f"attn_monitor: no run of {package} is found, so it gets no attention maps. {error}")
+            else:
+                loggers += [] if run is None else [run]
         if "tensorboard" in args.report_to:
             from torch.utils.tensorboard import SummaryWriter
 

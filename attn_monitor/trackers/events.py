@@ -114,6 +114,13 @@ class Table(Event[Sequence[Sequence[Any]]]):
 
     columns: Sequence[str] = ()
 
+    @property
+    def without_pictures(self) -> tuple[list[str], list[list[Any]]]:
+        """Return columns and rows without the columns of pictures."""
+        rows = list(self.content)
+        kept = [i for i in range(len(self.columns)) if not any(isinstance(row[i], np.ndarray) for row in rows)]
+        return [self.columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
 
 class Lines(Event[tuple[Sequence[int], Sequence[Sequence[float]]]]):
     """A chart with a title: steps, and for each head its values at these steps."""

@@ -36,6 +36,8 @@ class Generic(Tracker):
     ``log_attention_event(event, step)``, which receives every event that none of the others takes.
     """
 
+    names_ignored = True
+
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
         if own := _method(logger, "log_attention_event"):
@@ -59,6 +61,7 @@ class CSV(Generic):
     """
 
     scalars_on_training_thread = True
+    names_ignored = False
 
     @classmethod
     def accepts(cls, logger: Any) -> bool:

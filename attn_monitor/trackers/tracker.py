@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attn_monitor.trackers.events import KINDS, Animation, Event, Picture
+from attn_monitor.trackers.events import KINDS, Animation, Event, Picture, Scalars
 
 
 class Tracker(ABC):
@@ -24,6 +24,11 @@ class Tracker(ABC):
     head_keys: int | None = None
     """How many metrics of single heads to log at most, by whole layers from the last one back; None logs all."""
 
+    title = ""
+    """The tracker's name in messages; empty for that of the logger's class."""
+    names_ignored = False
+    """Whether what it does not take is named when a run begins."""
+
     def __init__(self, logger: Any) -> None:
         self.logger = logger
         self.methods: dict[type[Event[Any]], Callable[..., Any]] = {}  # by kind of event, called by `batch`
@@ -36,7 +41,17 @@ class Tracker(ABC):
     @property
     def label(self) -> str:
         """Return the tracker's name in messages."""
-        return type(self.logger).__name__
+        return self.title or type(self.logger).__name__
+
+    @property
+    def run(self) -> Any:
+        """Return the run of a Lightning logger, or the logger itself if it is a run."""
+        return self.logger.experiment if hasattr(self.logger, "log_hyperparams") else self.logger
+
+    def numbers(self, scalars: Scalars) -> dict[str, float]:
+        """Return numbers by tag, with a Lightning logger's prefix."""
+        prefix = prefix_of(self.logger)
+        return {f"{prefix}{tag}": value for tag, value in scalars.content.items()}
 
     @contextmanager
     def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
@@ -74,6 +89,22 @@ class Tracker(ABC):
         return event.content.nbytes if isinstance(event, Picture) else 0
 
 
+class RowTracker(Tracker):
+    """Log all events of a batch as one row; ``methods`` return parts of it."""
+
+    @abstractmethod
+    def log_row(self, row: Mapping[str, Any], step: int) -> None:
+        """Log a row of values by tag."""
+
+    @contextmanager
+    def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
+        """Collect the events of a row, and log it."""
+        row: dict[str, Any] = {}
+        yield lambda event: row.update(self.methods[type(event)](event))
+        if row:
+            self.log_row(row, step)
+
+
 def is_a(logger: Any, package: str, *names: str) -> bool:
     """Whether a base class has one of these names and this top-level package, without importing the package."""
     return any(b.__name__ in names and b.__module__.split(".")[0] == package for b in type(logger).__mro__)
@@ -87,5 +118,5 @@ def is_lightning(logger: Any, name: str) -> bool:
 
 def prefix_of(logger: Any) -> str:
     """Return a Lightning logger's prefix for names of metrics, empty if it has none."""
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
+    prefix, joint = getattr(logger, "_prefix", ""), getattr(logger, "LOGGER_JOIN_CHAR", None)
+    return f"{prefix}{joint}" if prefix and joint is not None else ""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from attn_monitor.trackers.events import Alert, Animation, Event, Lines, Masks, Page, Picture, Scalars, Table
-from attn_monitor.trackers.tracker import Tracker, is_a, is_lightning, prefix_of
+from attn_monitor.trackers.events import Alert, Animation, Lines, Masks, Page, Picture, Scalars, Table
+from attn_monitor.trackers.tracker import RowTracker, is_a, is_lightning, prefix_of
 
 AXIS = "trainer/global_step"  # the same key as Lightning's logger
 
 
-class WeightsAndBiases(Tracker):
+class WeightsAndBiases(RowTracker):
     """Log to a W&B run. All events of a batch are one row, so that the slider shows them together."""
 
     head_keys = 2_000  # W&B advises fewer than 10,000 distinct metrics in a project, the run's own among them
@@ -25,7 +24,7 @@ class WeightsAndBiases(Tracker):
         super().__init__(logger)
         self._has_axis = False
         self.methods = {
-            Scalars: self._scalars,
+            Scalars: self.numbers,  # the logger's ``log_metrics`` would drop the step with ``sync_tensorboard``
             Picture: self._picture,
             Masks: self._masks,
             Table: self._table,
@@ -41,11 +40,6 @@ class WeightsAndBiases(Tracker):
         return is_a(logger, "wandb", "Run") or is_lightning(logger, "WandbLogger")
 
     @property
-    def run(self) -> Any:
-        """Return the logger's run, or the logger itself if it is one."""
-        return self.logger.experiment if hasattr(self.logger, "experiment") else self.logger
-
-    @property
     def run_folder(self) -> Path | None:
         """Return the run's first folder, which keeps the archive: W&B makes another one when a run is resumed."""
         run = self.run
@@ -55,15 +49,10 @@ class WeightsAndBiases(Tracker):
         parts = [p for p in folder.parent.glob(f"*run-*-{run.id}") if p.is_dir()]
         return min([folder, *parts], key=lambda p: p.name.partition("run-")[2])
 
-    @contextmanager
-    def batch(self, step: int) -> Iterator[Callable[[Event[Any]], object]]:
-        """Log all events as one row."""
-        row: dict[str, Any] = {}
-        yield lambda event: row.update(self.methods[type(event)](event))
-        if row:
-            self._define_axis()
-            # Without W&B's own step, which must not decrease: this thread logs later than training.
-            self.run.log({**row, AXIS: step})
+    def log_row(self, row: Mapping[str, Any], step: int) -> None:
+        """Log a row without W&B's own step, which must not decrease: this thread logs later than training."""
+        self._define_axis()
+        self.run.log({**row, AXIS: step})
 
     def _define_axis(self) -> None:
         """Draw charts and pictures of attention over the global step.
@@ -75,11 +64,6 @@ class WeightsAndBiases(Tracker):
             for tags in {"attn*", f"{prefix_of(self.logger)}attn*"}:
                 self.run.define_metric(tags, step_metric=AXIS)
             self._has_axis = True
-
-    def _scalars(self, scalars: Scalars) -> Mapping[str, float]:
-        """Prefix the tags; the logger's ``log_metrics`` would drop the step with ``sync_tensorboard``."""
-        prefix = prefix_of(self.logger)
-        return {f"{prefix}{tag}": value for tag, value in scalars.content.items()}
 
     def _picture(self, picture: Picture) -> Mapping[str, Any]:
         import wandb

@@ -11,7 +11,6 @@ from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.grid import Grid
 from attn_monitor.measurements import HealthFlag, Verdict
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.trackers.generic import Generic
 from attn_monitor.trackers.registry import tracker_for
 from attn_monitor.train.cost import SHARE
 from attn_monitor.train.options import RunOptions
@@ -117,8 +116,8 @@ def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Sched
 
 
 def ignored_text(loggers: Sequence[Any]) -> str:
-    """Name what loggers of unknown classes do not get, as they lack a method; empty if nothing."""
-    generic = [tracker for tracker in map(tracker_for, loggers) if type(tracker) is Generic and tracker.ignored]
+    """Name what loggers do not get, as they lack a method; empty if nothing."""
+    generic = [tracker for tracker in map(tracker_for, loggers) if tracker.names_ignored and tracker.ignored]
     return "; ".join(
         f"{tracker.label} gets no {', '.join(map(str.lower, tracker.ignored))}: it has no methods for "
         "these, see docs/trackers.md"

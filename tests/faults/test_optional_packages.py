@@ -162,7 +162,7 @@ tifffile.imwrite(FOLDER / "bands/x.tif", np.ones((5, 8, 8), np.uint16))
 assert ProbeBatch.from_folder(FOLDER / "bands", size=8, channels=5)
 """,
 }
-CLIENTS = {"wandb", "mlflow"}
+CLIENTS = {"wandb", "mlflow", "comet", "clearml", "aim", "swanlab", "trackio"}
 """Extras that bring what a tracker's own run object comes from, and nothing else."""
 
 CHILD = """

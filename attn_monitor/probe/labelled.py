@@ -77,6 +77,13 @@ class EvaluationOptions:
         for source in (self.data, self.test):
             if source is not None:
                 _check(source)
+        labels = _labels(self.data)
+        if labels is not None and (len(set(labels)) < 2 or (self.test is None and not any(held_out(labels)))):
+            most = max((labels.count(label) for label in set(labels)), default=0)
+            raise ArgumentError(
+                f"evaluation: {len(labels)} images of {len(set(labels))} classes, at most {most} of one; expected two "
+                f"classes, and {HELD_OUT} images of one where no test= is given"
+            )
 
     @classmethod
     def of(cls, evaluation: EvaluationOptions | Labelled | None) -> EvaluationOptions | None:
@@ -136,6 +143,13 @@ def held_out(labels: Sequence[int]) -> list[bool]:
         seen[label] = seen.get(label, 0) + 1
         chosen.append(seen[label] % HELD_OUT == 0)
     return chosen
+
+
+def _labels(source: Labelled) -> list[int] | None:
+    """Return the labels of a source that are known without reading images."""
+    if isinstance(source, (str, os.PathLike)):
+        return [label for _, label in class_files(source)]
+    return source[1].tolist() if isinstance(source, (tuple, list)) else None
 
 
 def _described(source: Labelled) -> str:

@@ -140,3 +140,12 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         x, z = (model.eval().vit(part).last_hidden_state[:, 0].double().numpy() for part in (images, new))
     knn = KNeighborsClassifier(9, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     assert found[3] == knn.fit(x, labels).score(z, truth)
+
+
+@pytest.mark.parametrize(("count", "classes"), [(8, 1), (6, 3), (0, 0)])
+def test_too_few_labels_are_refused_before_training(count: int, classes: int) -> None:
+    given = torch.randn(count, 3, 32, 32), torch.arange(count) % max(1, classes)
+    with pytest.raises(ArgumentError, match=f"evaluation: {count} images of {classes} classes, at most .*expected two"):
+        EvaluationOptions(given)
+    if classes == 3:
+        assert EvaluationOptions(given, test=given).k == 20

@@ -37,6 +37,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 FROM_START = 8  # snapshots in a row for what every run begins with: answers that are uniform, and the same
+APART = 0.95  # a mean cosine below which features must have been, to become alike
 FORMED = 1.05  # times its first value that dense separability must have reached, to decay
 INTERVALS = 5  # between snapshots in which a loss that swings is looked for
 LIKELY_K = tuple(2**power for power in range(9, 19))  # where the number of prototypes is not known
@@ -114,7 +115,7 @@ def _same_answer(history: RunHistory, t: Thresholds) -> Verdict | None:
 def _alike(history: RunHistory, t: Thresholds) -> Verdict | None:
     """Global features have become alike; in some models they are so from the start, and stay useful."""
     cosine = history.of("mean_cosine", "teacher")
-    if all(p.value >= t.cosine for p in cosine):
+    if all(p.value >= APART for p in cosine):
         return None
     return _found(
         "complete collapse",

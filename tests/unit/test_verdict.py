@@ -132,6 +132,7 @@ def test_a_lower_rank_without_a_teacher_is_only_noted() -> None:
 def test_what_every_run_begins_with_needs_longer() -> None:
     """Answers are uniform in the first snapshots of any run; features that are alike from the start may be well."""
     assert verdict({"teacher/mean_cosine": [0.99] * 10}) == Verdict("healthy")
+    assert verdict({"teacher/mean_cosine": [0.96, *[0.99] * 9]}) == Verdict("healthy")
     for tag in ("student/assignment_entropy_each",):
         for first in (FROM_START - 1, FROM_START):
             history = RunHistory()

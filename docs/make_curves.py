@@ -30,8 +30,11 @@ RUNS = ROOT / "runs" / "curves"
 BROKEN = ("--model.center_momentum", "1.0")  # the centre stays at zero
 TOO_FAST = ("--model.lr", "0.02", "--model.warmup_steps", "40", "--trainer.max_steps", "100")
 COLOURS = {"demo": "#1a7f8e", "without centring": "#d9541e"}
-IMAGE = "coffee"
-FEATURED, CELL = ("coffee", "flower", "china", "chelsea"), 96  # images whose features are shown, and pixels of each
+IMAGE = "1_coffee"
+FEATURED, CELL = (
+    ("1_coffee", "0_flower", "2_china", "6_chelsea"),
+    96,
+)  # images whose features are shown, and pixels of each
 
 History = list[AttentionSnapshot]
 

@@ -46,16 +46,16 @@ _SOURCES = {
     "rocket": _Source("skimage", "data/rocket.jpg"),
 }
 
-# The photographs with something to look at, each framed on it.
+# The photographs with something to look at, each framed on it; first those that attention of a short training outlines.
 _PROBES = {
-    "astronaut": _Square(),
-    "chelsea": _Square(x=0.45),
-    "china": _Square(x=0.33),
-    "coffee": _Square(x=0.48),
     "flower": _Square(x=0.48),
+    "coffee": _Square(x=0.48),
+    "china": _Square(x=0.33),
+    "astronaut": _Square(),
     "motorcycle": _Square(x=0.54),
-    "retina": _Square(),
     "rocket": _Square(),
+    "chelsea": _Square(x=0.45),
+    "retina": _Square(),
 }
 
 
@@ -112,6 +112,11 @@ def probe_images_of(folder: str | os.PathLike[str], size: int, count: int = 8) -
 def probe_masks(size: int) -> dict[str, Image.Image]:
     """The objects in each of the eight probe images, as a picture of labels: 0 is background, 1 and up are objects."""
     return {name: _read_labels(_MASKS / f"{name}.png", size) for name in _PROBES}
+
+
+def numbered(images: Mapping[str, Image.Image], count: int) -> dict[str, Image.Image]:
+    """The first images, with their place in their names, so that folders and dashboards keep the order."""
+    return {f"{i}_{name}": images[name] for i, name in enumerate(list(images)[:count])}
 
 
 def no_masks(images: Mapping[str, Image.Image]) -> dict[str, Image.Image]:

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from photographs import (
     image_files,
     no_masks,
+    numbered,
     photograph_files,
     probe_images,
     probe_images_of,
@@ -233,9 +234,10 @@ class Photographs(L.LightningDataModule):
         local_size: Side of the local crops, in pixels.
         local_scale: Smallest and largest part of the window in a local crop.
         local_crops: Number of local crops.
-        probe_folder: Where the eight probe images are written; None writes none.
+        probe_folder: Where the probe images are written; None writes none.
         mask_folder: Where masks of the objects in them are written; empty ones for a folder, whose objects are unknown.
         probe_size: Side of the probe images, in pixels.
+        probe_count: Number of probe images, at most eight of the photographs.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class Photographs(L.LightningDataModule):
         probe_folder: str | None = None,
         mask_folder: str | None = None,
         probe_size: int = 224,
+        probe_count: int = 8,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -263,10 +266,11 @@ class Photographs(L.LightningDataModule):
         probe_folder, mask_folder = self.hparams["probe_folder"], self.hparams["mask_folder"]
         if probe_folder is None:
             return
-        images = probe_images_of(folder, size) if folder else probe_images(size)
+        count = self.hparams["probe_count"]
+        images = probe_images_of(folder, size, count) if folder else numbered(probe_images(size), count)
         write_pngs(probe_folder, images)
         if mask_folder is not None:
-            write_pngs(mask_folder, no_masks(images) if folder else probe_masks(size))
+            write_pngs(mask_folder, no_masks(images) if folder else numbered(probe_masks(size), count))
 
     def train_dataloader(self) -> DataLoader[list[Tensor]]:
         """Batches of crops, each batch a list of tensors."""
@@ -438,13 +442,16 @@ def tensorboard_command(log_dir: Path) -> str:
     return shlex.join(words)
 
 
-def report(log_dir: Path, seconds: float, steps: int, tensorboard: bool) -> str:
-    """What to do next, as the last thing on the screen."""
+def report(log_dir: Path, seconds: float, steps: int, planned: int, tensorboard: bool) -> str:
+    """What was done and what to do next, as the last thing on the screen."""
+    snapshots = len(list(log_dir.rglob("attn_monitor*/step-*.npz")))
+    size = sum(file.stat().st_size for file in log_dir.rglob("*") if file.is_file()) / 1e6
+    done = f"trained all {steps} steps" if steps >= planned else f"stopped at step {steps} of {planned}"
     look = ["look at them with", f"  {tensorboard_command(log_dir)}", "then open the address it prints"]
     return "\n".join(
         [
             "",
-            f"trained {steps} steps in {seconds:.0f} s; logs are in {log_dir}",
+            f"{done}, in {seconds:.0f} s; {snapshots} snapshots, {size:.0f} MB; logs are in {log_dir}",
             "",
             attention_summary(log_dir),
             *(["", *look] if tensorboard else []),
@@ -487,9 +494,9 @@ def main(args: ArgsType = None) -> None:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     log_dir = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
     if cli.trainer.is_global_zero:
-        seconds = time.monotonic() - started
+        seconds, planned = time.monotonic() - started, cli.trainer.max_steps
         tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in cli.trainer.loggers)
-        print(report(log_dir, seconds, cli.trainer.global_step, tensorboard), flush=True)
+        print(report(log_dir, seconds, cli.trainer.global_step, planned, tensorboard), flush=True)
 
 
 if __name__ == "__main__":

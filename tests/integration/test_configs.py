@@ -34,7 +34,7 @@ def command(config: Path) -> list[str]:
 def check_events(run: Path) -> None:
     events = Events(run)
     assert [step for step, _ in events.scalars(ENTROPY)] == STEPS
-    assert [step for step, _ in events.images("attn_maps/coffee")] == STEPS
+    assert [step for step, _ in events.images("attn_maps/1_coffee")] == STEPS
 
 
 def check_tiny(runs: Path) -> Path:
@@ -49,7 +49,7 @@ def check_tensorboard(runs: Path) -> Path:
 
 def check_wandb(runs: Path) -> Path:
     rows = wandb_runs.history(runs / "dino_wandb")
-    for tag in (ENTROPY, "attn_maps/coffee"):
+    for tag in (ENTROPY, "attn_maps/1_coffee"):
         assert [row["trainer/global_step"] for row in rows if tag in row] == STEPS
     return runs / "dino_wandb"
 
@@ -79,7 +79,7 @@ def check_csv(runs: Path) -> Path:
 
 def check_no_logger(runs: Path) -> Path:
     pictures = {path.name for path in (runs / "dino_no_logger" / "attn_monitor" / "pictures").iterdir()}
-    assert {"attn_maps-coffee.jpg", "attn_strips-coffee.jpg"} <= pictures
+    assert {"attn_maps-1_coffee.jpg", "attn_strips-1_coffee.jpg"} <= pictures
     return runs / "dino_no_logger"
 
 

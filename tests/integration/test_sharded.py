@@ -1,13 +1,14 @@
-"""Models whose parameters are spread over processes: FSDP2, FSDP1, and tensor parallelism, which is refused."""
+"""Models whose parameters are spread over processes: FSDP2, FSDP1; tensor parallelism and ZeRO 3, which are refused."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from attn_monitor import AttentionMonitor, ProbeBatch
+from attn_monitor import AttentionMonitor, ProbeBatch, load_snapshots
 from tests.faults.test_harmless import assert_equal
 from tests.integration.test_distributed import assert_same_attention
 from tests.support.helpers import Distillation
@@ -90,3 +91,45 @@ def test_heads_split_over_processes_are_refused(by_hand: list[Seen]) -> None:
         assert kind == "UnsupportedAttentionError"
         assert "its parameter 'blocks.0.attn.qkv.weight' is split over devices" in text
         assert "tensor parallelism" in text
+
+
+# Loops of one's own with `Watch`, in processes as torchrun starts them
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Seen]]:
+    folder = tmp_path_factory.mktemp("loops")
+    return folder, launch("tests.support.spread_work:loops", folder, processes=2)
+
+
+def assert_same_weights(seen: list[Seen], way: str) -> None:
+    for rank in seen:
+        alone, watched = rank[way]
+        assert all(map(torch.equal, alone["weights"], watched["weights"]))
+
+
+@pytest.mark.parametrize("way", ["DDP", "optimizer states spread"])
+def test_watch_under_torchrun(loops: tuple[Path, list[Seen]], way: str) -> None:
+    """DDP, and optimizer states in parts (ZeRO stage 1, as stage 2, leaves parameters whole)."""
+    folder, seen = loops
+    assert_same_weights(seen, way)
+    assert [rank[way][1]["warnings"] for rank in seen] == [[], []]
+    assert [s.step for s in load_snapshots(folder / way / "attn_monitor")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("tensor parallelism", "'blocks.0.attn.qkv.weight' is split over devices"),
+        ("partitioned", "is partitioned by DeepSpeed's ZeRO stage 3"),
+    ],
+)
+def test_watch_refuses_parts_and_training_goes_on(loops: tuple[Path, list[Seen]], way: str, reason: str) -> None:
+    """At once: in the first process alone, a forward that gathers parameters would wait for the others for ever."""
+    folder, seen = loops
+    assert_same_weights(seen, way)
+    (text,) = seen[0][way][1]["warnings"]
+    assert text.startswith("attn_monitor: attention is not watched in this run. ")
+    assert reason in text
+    assert seen[1][way][1]["warnings"] == []
+    assert not list((folder / way).rglob("*.npz"))

@@ -135,7 +135,7 @@ State = Literal[
     "dimensional collapse",
     "prototype collapse",
     "attention collapsed",
-    "dense features decaying",
+    "dense features decaying",  # in archives of before; only noted now
     "diverging",
 ]
 """What a verdict says of a run."""

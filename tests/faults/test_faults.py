@@ -220,7 +220,7 @@ def test_encoding_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: Any) -> bytes:
         raise OSError("encoder error -2")
 
-    monkeypatch.setattr(drawing, "jpeg", broken)
+    monkeypatch.setattr(drawing, "encoded", broken)
     _, _, told = fit(tmp_path)
     assert [t.split(". ")[0].split(": ")[1] for t in told] == [
         "logging some pictures to TensorBoardLogger failed, training goes on",
@@ -253,7 +253,7 @@ def test_slow_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_raise_ends_training_at_the_next_safe_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "jpeg", lambda *_: 1 / 0)
+    monkeypatch.setattr(drawing, "encoded", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, on_error="raise")
 

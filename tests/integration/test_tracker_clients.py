@@ -71,7 +71,7 @@ def test_clearml_and_what_it_takes_from_tensorboard(tmp_path: Path) -> None:
 def test_aim(tmp_path: Path) -> None:
     result = run_of("aim", tmp_path)
     assert result["pictures"] == [["attn_maps/a", "jpeg", "a, step 0"], ["attn_maps/a", "jpeg", "a, step 1"]]
-    assert {"images attn_overview/logits", "texts attn/verdict"} <= set(result["names"])
+    assert {"images attn_overview/logits", "texts attn/health/verdict"} <= set(result["names"])
     assert "distributions attn_histogram/student/layer0/entropy" in result["names"]
     assert "nearly all attention" in result["alerts"][0]
 

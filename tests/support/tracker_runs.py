@@ -122,7 +122,7 @@ def aim(folder: Path) -> Result:
         "curve": list(zip(steps, values, strict=True)),
         "pictures": [("attn_maps/a", image.format, image.caption) for image in images],
         "names": [f"{kind} {one['name']}" for kind, sequences in shown.items() for one in sequences],
-        "text": [text.data for text in found.get_text_sequence("attn/health", plain).values.sparse_list()[1]],
+        "text": [text.data for text in found.get_text_sequence("attn/health/flags", plain).values.sparse_list()[1]],
         "alerts": [str(record.message) for record in found.get_log_records().values.sparse_list()[1]],
     }
 

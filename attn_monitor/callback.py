@@ -95,12 +95,11 @@ class AttentionMapCallback(Base):
 
     These are logged, with {role} student, teacher or backbone:
         - ``attn/{role}/layer{L}/{metric}``: means over heads and images, also in ``trainer.callback_metrics`` for
-          ``ModelCheckpoint(monitor=…)``; of layers before the last watched one ``attn_layers/{role}/…``; dense metrics
-          only if a callback monitors one, and are computed at once then
-        - ``attn_model/{role}/{metric}``: global features and prototypes in training's forwards; ``attn/training/loss``
-        - ``attn/flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
+          ``ModelCheckpoint(monitor=…)``; dense metrics only if a callback monitors one, and are computed at once then
+        - ``attn/{role}/{metric}``: global features and prototypes in training's forwards; ``attn/training/loss``
+        - ``attn/health_flags``: how many health flags have been raised, each also a warning, a W&B alert, a text
         - ``attn_heads/{role}/layer{L}/{metric}/head{h}``: the same for each head, with ``heads="curves"``
-        - ``attn_maps/{image}``: one panel; ``attn_strips/{image}``: the run so far, at growing distances
+        - ``attn_maps/{image}``: one panel; ``attn_filmstrip/{image}``: the run so far, at growing distances
         - ``attn_overview/logits``: the largest logits of all layers over the run; ``…/heads_{entropy|logits}``: with
           several layers, a heat map of all their heads; ``attn_sinks``, ``attn_monitor/sinks``: a table at the end
         - ``<log_dir>/attn_monitor/step-*.npz``: every snapshot, as `AttentionSnapshot`; the folder of another run is

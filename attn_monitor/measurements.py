@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
-HEALTH_TAG = "attn/flags"  # the number of health flags that a run has raised so far
+HEALTH_TAG = "attn/health_flags"  # the number of health flags that a run has raised so far
 TRAINING = "training"  # the role of what belongs to no model, such as the loss
 
 _TAG = re.compile(
-    r"attn(_layers|_model|(?P<heads>_heads))?/(?P<role>.+?)(/layer(?P<layer>[0-9]+))?/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
+    r"attn(?P<heads>_heads)?/(?P<role>.+?)(/layer(?P<layer>[0-9]+))?/(?P<metric>\w+)(?(heads)/head(?P<head>[0-9]+))"
 )
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.measurements import HEALTH_TAG, TRAINING, HealthFlag, MetricKey, Metrics, Verdict
+from attn_monitor.measurements import HEALTH_TAG, HealthFlag, Metrics, Verdict
 
 Same = TypeVar("Same", bound="Snapshot")
 
@@ -76,23 +76,14 @@ class Snapshot:
         return self.layer(role, layer).maps
 
     def scalars(self, *, heads: bool | Collection[int] = True) -> dict[str, float]:
-        """Return values for loggers by tag.
-
-        These are ``attn/flags``, means of the last layer ``attn/…``, of layers before it ``attn_layers/…`` and of the
-        whole model ``attn_model/…``, and heads ``attn_heads/…``: in this order where dashboards sort by name.
+        """Return values for loggers by tag: means ``attn/…``, ``attn/health_flags`` and heads ``attn_heads/…``.
 
         Args:
             heads: whether to include single heads, or the layers to include the heads of.
         """
         layers = heads if isinstance(heads, Collection) else {key.layer for key in self.metrics} if heads else ()
-        last = dict(list(self.layers))  # role to layer
-        values = {HEALTH_TAG: float(self.flags_raised)}
-        for key, value in self.metrics.items():
-            if key.head is None:
-                values[key.tag.replace("attn/", f"{_group(key, last)}/", 1)] = value
-            elif key.layer in layers:
-                values[key.tag] = value
-        return values
+        values = {key.tag: value for key, value in self.metrics.items() if key.head is None or key.layer in layers}
+        return {**values, HEALTH_TAG: float(self.flags_raised)}
 
     def only(self, layers: Sequence[int]) -> Snapshot:
         """Return a snapshot with only the rows and patches of some layers, as film strips need, without metrics."""
@@ -116,10 +107,3 @@ class Snapshot:
             for key, value in self.layers.items()
         }
         return replace(self, layers=layers, metrics=Metrics({**self.metrics, **other.metrics}))
-
-
-def _group(key: MetricKey, last: Mapping[str, int]) -> str:
-    """Return the first part of a mean's tag; ``last`` is each role's last layer."""
-    if key.layer is None:
-        return "attn" if key.role == TRAINING else "attn_model"
-    return "attn" if key.layer == last.get(key.role, key.layer) else "attn_layers"

@@ -71,7 +71,7 @@ def _charts_of_means(snapshot: Snapshot, metrics: Sequence[str]) -> dict[tuple[s
     several = len({layer for _, layer in snapshot.layers}) > 1
     if several:
         return {
-            (f"{_words(metric)} per layer", role): f"attn(_layers)?/{re.escape(role)}/layer[0-9]+/{metric}$"
+            (f"{_words(metric)} per layer", role): f"attn/{re.escape(role)}/layer[0-9]+/{metric}$"
             for metric, role in itertools.product(metrics, snapshot.roles)
         }
     roles = "|".join(map(re.escape, snapshot.roles))
@@ -110,7 +110,7 @@ def events_at_snapshot(
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
         below = slice_photo(probe.frames_of(index), photo, snapshot.layer(snapshot.roles[-1], layer), drawing)
         strip = partial(_filmstrip, history, index, below, **settings)
-        yield ev.Picture(f"attn_strips/{image}{suffix}", strip, caption=caption, so_far=True)
+        yield ev.Picture(f"attn_filmstrip/{image}{suffix}", strip, caption=caption, so_far=True)
     if logits := curves.of(LARGEST):
         caption = f"largest logits, step {snapshot.step}"
         yield ev.Picture("attn_overview/logits", partial(logit_chart, logits), caption=caption, so_far=True)
@@ -173,7 +173,7 @@ def _how_to_read(drawing: DrawingOptions, settings: str, name: str, heads: bool)
         if drawing.scale == "uniform"
         else "Colours stretch each map from its own minimum to its own maximum, so strengths cannot be compared."
     )
-    tags = ("attn_strips", "attn_maps", "attn_overview/logits", HEALTH_TAG)
+    tags = ("attn_filmstrip", "attn_maps", "attn_overview/logits", HEALTH_TAG)
     strips_tag, panels_tag, logits_tag, health_tag = (prefixed(tag, name) for tag in tags)
     return (
         f"### {titled('How to read the attention maps', name)}\n\n{colours} Outlined in cyan: the smallest set of "

@@ -68,8 +68,7 @@ def monitors_late_metrics(trainer: pl.Trainer, name: str) -> bool:
     monitored = {getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
     for tag in filter(None, monitored):
         first, _, rest = str(tag).partition("/")
-        ours = first in [prefixed(group, name) for group in ("attn", "attn_layers", "attn_model")]
-        key = MetricKey.from_tag(f"attn/{rest}") if ours else None
+        key = MetricKey.from_tag(f"attn/{rest}") if first == prefixed("attn", name) else None
         if key is not None and (key.layer is None or key.metric in DENSE):
             return True
     return False

@@ -29,7 +29,7 @@ def tensorboard(tmp_path: Path, free_port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), *options]
     address = f"http://127.0.0.1:{free_port}"
     tags = f"{address}/data/plugin/images/tags"
-    with serving(command, tags, tmp_path, text=b"attn_strips", env={**os.environ, "PYTHONWARNINGS": "ignore"}):
+    with serving(command, tags, tmp_path, text=b"attn_filmstrip", env={**os.environ, "PYTHONWARNINGS": "ignore"}):
         yield address
 
 

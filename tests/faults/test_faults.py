@@ -265,7 +265,7 @@ def test_error_in_user_code_keeps_what_was_captured(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="own mistake"):
         fit(tmp_path, At(4, fail))
     assert steps(tmp_path) == [0, 1, 2, 3]
-    assert len(Events(tmp_path / RUN).images("attn_strips/image0")) == 4
+    assert len(Events(tmp_path / RUN).images("attn_filmstrip/image0")) == 4
 
 
 SCRIPT = """

@@ -355,7 +355,7 @@ def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, m
         return real(snapshot, index, *args, **settings)
 
     def refuse(what: str, step: int) -> None:
-        if what == "attn_strips/image2":
+        if what == "attn_filmstrip/image2":
             raise OSError(36, "File name too long")
 
     monkeypatch.setattr(panels, "panel", panel)
@@ -363,7 +363,7 @@ def test_one_image_that_cannot_be_drawn_or_logged_is_one_image(tmp_path: Path, m
     watch = AttentionMapCallback(num_images=4, every_n_train_steps=1)
     told, _ = fit(tmp_path, logger, Waits(), steps=6, watch=watch)
     for step in range(7):
-        so_far = {"attn_strips/image0", "attn_strips/image1", "attn_strips/image3", "attn_overview/logits"}
+        so_far = {"attn_filmstrip/image0", "attn_filmstrip/image1", "attn_filmstrip/image3", "attn_overview/logits"}
         assert {key for s, key in logger.images if s == step} == {
             *("attn_maps/image1", "attn_maps/image2", "attn_maps/image3"),
             *(() if step == 4 else so_far),  # these at growing distances

@@ -40,9 +40,9 @@ def test_no_arguments_watch_student_and_teacher(tmp_path: Path) -> None:
     assert len(events.scalars("attn/student/layer1/student_teacher_divergence")) == len(steps)
     for image in range(4):
         assert [s for s, _ in events.images(f"attn_maps/image{image}")] == steps
-        assert [s for s, _ in events.images(f"attn_strips/image{image}")] == [0, 1, 2, 3, 5, 6]
+        assert [s for s, _ in events.images(f"attn_filmstrip/image{image}")] == [0, 1, 2, 3, 5, 6]
     assert not [tag for tag in events.tags["scalars"] if tag.startswith("attn_heads")]
-    for tag in ("attn_maps/image0", "attn_strips/image0"):
+    for tag in ("attn_maps/image0", "attn_filmstrip/image0"):
         encoded = events.encoded(tag)[0][1]
         assert encoded[:4] + encoded[8:12] == b"RIFFWEBP"
     assert "uniform" in events.text("attn_monitor/how_to_read")
@@ -290,7 +290,7 @@ def test_works_without_a_logger(tmp_path: Path) -> None:
         trainer(tmp_path, AttentionMapCallback(), max_steps=2, logger=False).fit(Distillation(), loader())
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor")] == [0, 1, 2]
     pictures = {p.name for p in (tmp_path / "attn_monitor" / "pictures").iterdir()}
-    assert {"attn_maps-image0.jpg", "attn_strips-image3.jpg"} <= pictures
+    assert {"attn_maps-image0.jpg", "attn_filmstrip-image3.jpg"} <= pictures
 
 
 def test_a_run_ends_with_a_report_beside_its_archive(tmp_path: Path) -> None:

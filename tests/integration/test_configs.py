@@ -79,7 +79,7 @@ def check_csv(runs: Path) -> Path:
 
 def check_no_logger(runs: Path) -> Path:
     pictures = {path.name for path in (runs / "dino_no_logger" / "attn_monitor" / "pictures").iterdir()}
-    assert {"attn_maps-1_coffee.jpg", "attn_strips-1_coffee.jpg"} <= pictures
+    assert {"attn_maps-1_coffee.jpg", "attn_filmstrip-1_coffee.jpg"} <= pictures
     return runs / "dino_no_logger"
 
 

@@ -229,13 +229,15 @@ def test_a_flag_in_a_run_is_told_everywhere(tmp_path: Path) -> None:
     (flag,) = [f for s in load_snapshots(tmp_path / "run" / "version_0" / "attn_monitor") for f in s.flags]
     assert (flag.kind, flag.heads, flag.step) == ("high_entropy", (1,), step)
     events = Events(tmp_path / "run" / "version_0")
-    assert events.scalars("attn/flags") == [(n, float(n >= step)) for n in range(9)]
+    assert events.scalars("attn/health_flags") == [(n, float(n >= step)) for n in range(9)]
     assert "head 1" in events.text("attn/health/flags")
-    assert running.callback_metrics["attn/flags"] == 1
+    assert running.callback_metrics["attn/health_flags"] == 1
 
 
 def test_flags_can_stop_a_run(tmp_path: Path) -> None:
-    stop = EarlyStopping("attn/flags", stopping_threshold=0.5, mode="max", check_on_train_epoch_end=True, patience=99)
+    stop = EarlyStopping(
+        "attn/health_flags", stopping_threshold=0.5, mode="max", check_on_train_epoch_end=True, patience=99
+    )
     running, _ = fit(tmp_path, AttentionMapCallback(every_n_train_steps=1, health=ONLY_DEAD_HEADS), stop, max_steps=64)
     assert running.global_step == 8  # at the end of the first epoch
 

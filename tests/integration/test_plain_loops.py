@@ -61,7 +61,7 @@ def test_plain_pytorch_with_only_the_archive(tmp_path: Path) -> None:
     out = run("plain_pytorch.py", tmp_path, "--archive-only")
     assert [path.name for path in out.iterdir()] == ["attn_monitor"]
     assert [s.step for s in load_snapshots(out / "attn_monitor")] == STEPS
-    assert (out / "attn_monitor" / "pictures" / "attn_strips-coffee.jpg").is_file()
+    assert (out / "attn_monitor" / "pictures" / "attn_filmstrip-coffee.jpg").is_file()
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         assert float(running.callback_metrics[f"attn{suffix}/{tag}"]) == pytest.approx(logged[-1][1])
         assert len(events.scalars(f"attn_heads{suffix}/{tag}/head3")) == 4
         panel = f"attn_maps{suffix}/image1" + ("/layer0" if suffix == "-3" else "")
-        for picture in (panel, panel.replace("attn_maps", "attn_strips")):
+        for picture in (panel, panel.replace("attn_maps", "attn_filmstrip")):
             assert [step for step, _ in events.images(picture)] == [0, 1, 2, 3], picture
         assert len(events.encoded(f"attn_timelapse{suffix}")) == 1
         assert f"attn_histogram{suffix}/{tag}" in events.tags["histograms"]

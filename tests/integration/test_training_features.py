@@ -113,7 +113,7 @@ def test_values_are_those_of_trainings_own_forwards(tmp_path: Path) -> None:
     loss = torch.stack([seen["loss"] for seen in module.seen[6:]]).mean()
     assert snapshot.metrics[TRAINING, None, "loss", None] == pytest.approx(float(loss), rel=1e-6)
     events = Events(folder)
-    assert events.scalars("attn_model/teacher/rankme")[-1] == (
+    assert events.scalars("attn/teacher/rankme")[-1] == (
         12,
         pytest.approx(snapshot.metrics["attn/teacher/rankme"]),
     )

@@ -106,7 +106,7 @@ def test_everything_is_drawn_over_the_global_step(
     tag = train(offline)
     assert wandb_runs.axes(offline)["attn*"] == AXIS
     rows = wandb_runs.history(offline)
-    for name in (tag, "attn_maps/image0", "attn_strips/image1", "attn_overlay/image0"):
+    for name in (tag, "attn_maps/image0", "attn_filmstrip/image1", "attn_overlay/image0"):
         assert steps(rows, name) == [0, 1, 2, 3, 4], name
     assert steps(rows, "attn_table") == [4]
     assert all(AXIS in row for row in rows if any("attn" in key for key in row))
@@ -137,7 +137,7 @@ def test_a_resumed_run_goes_on(offline: Path) -> None:
     rows = [row for part in wandb_runs.parts(offline) for row in wandb_runs.history(part)]
     for tag in (ENTROPY, "attn_maps/image0", "attn_overlay/image1"):
         assert steps(rows, tag) == list(range(9)), tag
-    assert steps(rows, "attn_strips/image0") == [0, 1, 2, 3, 4, 5, 8]
+    assert steps(rows, "attn_filmstrip/image0") == [0, 1, 2, 3, 4, 5, 8]
     assert steps(rows, "attn/teacher/layer1/drift") == list(range(1, 9))
     assert steps(rows, "attn_table") == [4, 8]
     (archive,) = offline.rglob("attn_monitor")

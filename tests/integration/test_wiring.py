@@ -105,8 +105,8 @@ def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFix
     assert warned.endswith(f"attention health\n  {flag}")
     events = Events(run)
     assert str(flag) in events.text("attn/health/flags")
-    assert events.scalars("attn/flags") == [(0, 0.0), (6, 1.0), (10, 1.0)]
-    assert running.callback_metrics["attn/flags"] == 1
+    assert events.scalars("attn/health_flags") == [(0, 0.0), (6, 1.0), (10, 1.0)]
+    assert running.callback_metrics["attn/health_flags"] == 1
     capsys.readouterr()
     summary(str(run))
     said = capsys.readouterr().out

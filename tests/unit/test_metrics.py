@@ -144,7 +144,7 @@ def test_distance_by_the_full_matrix() -> None:
     assert set(snapshot.scalars()) == {
         "attn/backbone/layer1/distance",
         *(f"attn_heads/backbone/layer1/distance/head{h}" for h in range(HEADS)),
-        "attn/flags",
+        "attn/health_flags",
     }
 
 
@@ -164,7 +164,7 @@ def test_tokens_that_enter_the_block() -> None:
     assert beyond[:, 5].all()
     got = snapshot.scalars()
     assert got["attn/backbone/layer1/outlier_fraction"] == pytest.approx(beyond.mean())
-    assert got["attn_layers/backbone/layer0/outlier_fraction"] == 0
+    assert got["attn/backbone/layer0/outlier_fraction"] == 0
     cosines = (x[:, 3:] @ x[:, 0, :, None])[..., 0] / norms / np.linalg.norm(x[:, :1], axis=-1)
     assert got["attn/backbone/layer1/cls_patch_cosine"] == pytest.approx(cosines.mean(), abs=1e-6)
     np.testing.assert_allclose(snapshot.layer("backbone").norms[:, 3:], norms, rtol=1e-5)
@@ -286,8 +286,8 @@ def test_of_signed_weights_only_what_needs_no_distribution() -> None:
     probe = ProbeBatch(torch.randn(2, 3, 32, 32))
     snapshot = AttentionMonitor(probe, layers="all", query="mean").snapshot({"backbone": model}, step=0)
     assert next(iter(snapshot.layers.values())).kind == "signed"
-    names = {tag.rsplit("/", 1)[1] for tag in snapshot.scalars() if tag.startswith("attn_layers/backbone/layer0/")}
+    names = {tag.rsplit("/", 1)[1] for tag in snapshot.scalars() if tag.startswith("attn/backbone/layer0/")}
     assert "entropy" not in names
     assert names <= {"prefix_mass", "outlier_fraction", "cls_patch_cosine"}
-    assert "attn_layers/backbone/layer1/entropy" in snapshot.scalars()
+    assert "attn/backbone/layer1/entropy" in snapshot.scalars()
     assert all(np.isfinite(v) for v in snapshot.metrics.values())

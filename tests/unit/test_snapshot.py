@@ -134,7 +134,7 @@ def test_metrics_are_found_by_key_and_by_tag() -> None:
         assert key.tag in metrics
         assert tuple(key) in metrics
         assert MetricKey.from_tag(key.tag) == key
-    for missing in ("attn/a/b/layer3/entropy", "attn/flags", "attn_heads/a/layer3/peak", "x", ("a", 1)):
+    for missing in ("attn/a/b/layer3/entropy", "attn/health_flags", "attn_heads/a/layer3/peak", "x", ("a", 1)):
         assert missing not in metrics
         assert metrics.get(missing, 7) == 7
         with pytest.raises(KeyError):

@@ -69,7 +69,7 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
         for name in ("knn_accuracy", "ridge_accuracy"):
             stored = {s.step: s.metrics[role, None, name, None] for s in snapshots}
             assert list(stored) == [0, 2, 4]
-            assert dict(events.scalars(f"attn_model/{role}/{name}")) == pytest.approx(stored)
+            assert dict(events.scalars(f"attn/{role}/{name}")) == pytest.approx(stored)
     assert pick_checkpoints(run, start=0).best("global").measure == "knn_accuracy"
 
 

@@ -1,7 +1,7 @@
 import js from "@eslint/js";
 
 export default [
-  { ignores: [".*/", "**/node_modules/"] },
+  { ignores: [".*/", "**/node_modules/", "build/", "dist/", "runs/"] },
   js.configs.recommended,
   {
     rules: {

@@ -47,7 +47,7 @@ TENSOR = torch.zeros(4, 3, 32, 32)
         ({"image_size": 224, "probe": ProbeBatch(TENSOR)}, "image_size=224: probe is a ProbeBatch"),
         ({"image_size": 224}, "image_size=224: probe is None"),
         ({"image_size": (0, 4), "probe": "x"}, r"image_size=\(0, 4\)"),
-        ({"image_size": (1, 2, 3), "probe": "x"}, r"image_size=\(1, 2, 3\)"),
+        ({"image_size": (1, 2, 3, 4), "probe": "x"}, r"image_size=\(1, 2, 3, 4\)"),
         ({"num_images": -2}, "num_images=-2"),
         ({"num_images": 2.5}, "num_images=2.5"),
         ({"probe": 7}, "probe: received a int"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attn_monitor import errors
 from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, PATCH_TENSORS, LayerAttention
-from attn_monitor.errors import text_of
+from attn_monitor.errors import chain_of, text_of
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
@@ -102,10 +102,11 @@ def share(count: int) -> Share:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return True for CUDA's out-of-memory error, the CPU allocator's, or an error caused by one."""
-    if error is None:
-        return False
-    cpu = isinstance(error, (RuntimeError, MemoryError)) and "DefaultCPUAllocator" in text_of(error)
-    return cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_out_of_memory(error.__cause__)
+    return any(
+        isinstance(each, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(each, RuntimeError) and "DefaultCPUAllocator" in text_of(each))
+        for each in chain_of(error)
+    )
 
 
 def run_in_all(action: Callable[[], Result]) -> Result:

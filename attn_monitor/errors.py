@@ -1,5 +1,9 @@
 """Exception types; every error that this package raises for its own reasons is an `AttnMonitorError`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 
 class AttnMonitorError(Exception):
     """Base of all errors. The message names what was received, what was expected and what to do.
@@ -114,6 +118,20 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception as another:  # raised by a faulty exception class
         return f"(its text is {another!r})"
+
+
+def chain_of(error: BaseException | None, *, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error and its chain of causes, each once, as an exception that is raised twice can be its own cause.
+
+    Args:
+        error: the error, None for an empty chain.
+        contexts: whether to go on with the error that was being handled where there is no cause.
+    """
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or (error.__context__ if contexts else None)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from attn_monitor import AttentionMapCallback, load_snapshots
+from attn_monitor import AttentionMapCallback, load_snapshots, record_attention
 from attn_monitor.background.disk_reserve import require_space
-from tests.support.helpers import Distillation, loader, trainer
+from attn_monitor.distributed import is_out_of_memory
+from attn_monitor.errors import ForwardError
+from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 
 class Deletes(pl.Callback):
@@ -71,3 +73,20 @@ def test_data_that_a_copy_cannot_ask_are_not_said_to_be_tried_again(tmp_path: Pa
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a file system without a size, which Linux has")
 def test_where_nothing_can_be_written_the_disk_is_not_said_to_be_full() -> None:
     require_space(Path("/proc/attn_monitor"), 1000, None)  # no DiskReserveError: writing itself says why
+
+
+def test_one_exception_that_is_raised_again_and_again() -> None:
+    """A user's module may keep its exception, which then has what was raised from it before in its own chain."""
+    error = KeyError("deliberate")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model = tiny_vit()
+    model.blocks[0].register_forward_pre_hook(fail)
+    for _ in range(2):
+        with pytest.raises(ForwardError, match="KeyError: 'deliberate'"):
+            record_attention(model, torch.randn(2, 3, 32, 32))
+    error.__cause__ = ValueError("of it")
+    error.__cause__.__cause__ = error
+    assert not is_out_of_memory(error)

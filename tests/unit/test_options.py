@@ -27,7 +27,7 @@ TENSOR = torch.zeros(4, 3, 32, 32)
         ({"num_images": True}, "num_images=True", "at least 1"),
         ({"image_size": 64, "images": ProbeBatch(TENSOR)}, "image_size=64: probe is a ProbeBatch", "Leave image_size"),
         ({"image_size": 64}, "image_size=64: probe is None", "Leave image_size"),
-        ({"image_size": [1, 2, 3], "images": "x"}, "image_size=[1, 2, 3]", "(height, width)"),
+        ({"image_size": [1, 2, 3, 4], "images": "x"}, "image_size=[1, 2, 3, 4]", "(height, width)"),
         ({"mean": [0.5]}, "mean=[0.5], std=None", "expected both"),
         ({"mean": [0.5], "std": [0]}, "std=[0]", "no std of 0"),
         ({"mean": [0, 0, 0], "std": [1, 1, 1], "images": ProbeBatch(TENSOR)}, "mean=", "of its own"),

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+from attn_monitor.errors import chain_of
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 _ORIGIN = "_attn_monitor_origin"
 
@@ -30,6 +32,4 @@ def errors_from(origin: Literal["model", "monitor"]) -> Callable[[Function], Fun
 
 def is_monitor_error(error: BaseException | None) -> bool:
     """Return whether an error, or one in its chain of causes, is a bug of this package."""
-    if error is None:
-        return False
-    return getattr(error, _ORIGIN, "") == "monitor" or is_monitor_error(error.__cause__ or error.__context__)
+    return any(getattr(each, _ORIGIN, "") == "monitor" for each in chain_of(error, contexts=True))

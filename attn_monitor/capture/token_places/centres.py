@@ -18,7 +18,6 @@ from attn_monitor.capture.token_places.decoding import (
     centres,
     is_warped,
     places_by_centre,
-    row_by_row,
     share_far_from,
 )
 from attn_monitor.capture.token_places.finer_queries import by_centre
@@ -177,7 +176,7 @@ def _ranked(
         centres_of_keys = [_centre([s.v for s in some], conv, search.size, limit) for some in seen]
         geometry = conv.geometry.unless_whole(conv.grid, search.size)
         others = [o for _, _, o in search.placed() if o.grid == conv.grid and len(o.order) == len(moving)]
-        hopeful = hopeful or rounds < 2 or _agreement(centres_of_keys, conv.grid) >= 0.2
+        hopeful = hopeful or rounds < 2 or _agreement(centres_of_keys, conv.grid) >= 0.5
         places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
         if places is None:
             continue
@@ -229,8 +228,8 @@ def _in_several_orders(mosaic: Mosaic, key: SiteKey, places: Places, limit: floa
 def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: Sequence[TokenLayout]) -> Places | None:
     """Return the assignment on which both halves of the base images agree, None where there is none.
 
-    From the third round on it is enough that both halves together, or another layer, or the order of the tokens give it
-    and that each half comes close to it.
+    From the third round on it is enough that both halves together, or another layer, give it and that each half comes
+    close to it.
 
     Args:
         halves: (axes, T) centres in cells, one tensor for each half of the base images.
@@ -245,8 +244,7 @@ def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: S
         return None
     both = places_by_centre(torch.stack(list(halves)).nanmean(0), grid)
     guesses = [places for places in (both, *(layout.places for layout in others)) if places is not None]
-    near = next((g for g in guesses if all(share_far_from(half, g, grid, 0.9) <= 0.02 for half in halves)), None)
-    return near or row_by_row(halves, grid)
+    return next((g for g in guesses if all(share_far_from(half, g, grid, 0.9) <= 0.02 for half in halves)), None)
 
 
 def _queries_by_centre(

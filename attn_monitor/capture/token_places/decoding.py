@@ -15,8 +15,6 @@ from attn_monitor.capture.token_places.layout import SEVERAL, STATIC, Places
 from attn_monitor.capture.token_places.synthetic_images import cell_weights
 from attn_monitor.grid import Grid
 
-_FARTHEST = 1.5  # cells by which large fields may move a line of tokens
-
 
 def places_in_mosaics(sketches: Tensor, codes: Sequence[tuple[int, ...]], limit: float) -> Places:
     """Assign each token to the cell with the code that its changes between mosaics spell out.
@@ -102,54 +100,6 @@ def places_by_centre(centre: Tensor, grid: Sequence[int]) -> Places | None:
         return None
     found = iter(cells)
     return tuple(next(found) if alive else STATIC for alive in live.tolist())
-
-
-def row_by_row(halves: Sequence[Tensor], grid: Sequence[int], most: float = 0.0) -> Places | None:
-    """Return the tokens with a centre as the cells in their order, if all halves agree with it; None otherwise.
-
-    With large fields, lines near the borders lie so close together that ranks are left to chance, while no token is a
-    whole line beside its own.
-
-    Args:
-        halves: (axes, T) centres, one tensor for each half of the base images.
-        grid: Number of cells on each axis; there must be one token with a centre for each cell.
-        most: Share of tokens that may be in another line, 0 to 1.
-    """
-    live: list[bool] = (~halves[0].isnan().any(0)).tolist()
-    if sum(live) != math.prod(grid):
-        return None
-    cells = iter(range(sum(live)))
-    places = tuple(next(cells) if alive else STATIC for alive in live)
-    return places if agree_by_lines(halves, places, grid, most) else None
-
-
-def agree_by_lines(halves: Sequence[Tensor], places: Places, grid: Sequence[int], most: float) -> bool:
-    """Check that at most the share ``most`` of tokens lies in another line, on average over halves of the images."""
-    if any(share_in_other_lines(half, places, grid, 0.9) > 0.05 for half in halves):
-        return False
-    return share_in_other_lines(torch.stack(list(halves)).nanmean(0), places, grid, 0.9 if most else 0.6) <= most
-
-
-def share_in_other_lines(centre: Tensor, places: Places, grid: Sequence[int], slack: float) -> float:
-    """Return the share, 0 to 1, of assigned tokens that lie more than ``slack`` lines beside the others of their line.
-
-    Where fields are large, lines lie closer together near the borders of the image, and all of them may be shifted. So
-    (axes, T) centres are measured by the medians of the lines. The share is 1 where these are not in order.
-    """
-    tokens = [t for t, p in enumerate(places) if p >= 0]
-    at = Grid(grid).lines[:, [places[t] for t in tokens]]
-    off = torch.zeros(len(tokens), dtype=torch.bool)
-    for own, line, count in zip(centre[:, tokens].double().cpu(), at, grid, strict=True):
-        medians = torch.stack([own[line == n].nanmedian() for n in range(count)])
-        if count == 1:
-            continue
-        if not bool((medians.diff() > 0).all()) or float((medians - torch.arange(count)).abs().max()) > _FARTHEST:
-            return 1.0
-        between = torch.searchsorted(medians, own.contiguous()).clamp(1, count - 1)
-        before, after = medians[between - 1], medians[between]
-        position = between - 1 + (own - before) / (after - before)
-        off |= ((position.clamp(-0.5, count - 0.5) - line).abs() > slack) | own.isnan()
-    return float(off.double().mean())
 
 
 def are_clear(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> bool:

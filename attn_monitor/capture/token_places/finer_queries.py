@@ -6,16 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.capture.observe.random_projections import relative_change
-from attn_monitor.capture.token_places.decoding import (
-    centres,
-    places_by_centre,
-    row_by_row,
-)
-from attn_monitor.capture.token_places.layout import is_whole
+from attn_monitor.capture.token_places.decoding import centres, places_by_centre, share_far_from
+from attn_monitor.capture.token_places.layout import STATIC, Places, is_whole
 from attn_monitor.capture.token_places.site_places import PlaceSearch
 from attn_monitor.capture.token_places.tokens import SiteTokens
 from attn_monitor.grid import Grid
@@ -62,9 +59,19 @@ def by_centre(
         found = [
             torch.stack([centres(q, conv, size, limit) for q in half if q is not None]).nanmean(0) for half in queries
         ]
+        cells = iter(range(sum(moving)))
+        in_order = tuple(next(cells) if moves else STATIC for moves in moving)
         one, other = (places_by_centre(half, conv.grid) for half in found)
         places = one if one == other else None
-        places = places or row_by_row(found, conv.grid, most=0.02)
+        if places is None and all(_are_near(half, in_order, conv.grid) for half in found):
+            places = in_order
         if places is not None:
             return {p: t for t, p in enumerate(places) if p >= 0}, conv.grid
     return {}, None
+
+
+def _are_near(centre: Tensor, places: Places, grid: Cells) -> bool:
+    """Check whether (axes, T) centres lie by their cells, but for the half cell by which padding moves all of them."""
+    tokens = [t for t, p in enumerate(places) if p >= 0]
+    off = (centre[:, tokens] - Grid(grid).lines.to(centre)).nanmedian(1, keepdim=True).values
+    return float(off.abs().amax()) <= 0.75 and share_far_from(centre - off, places, grid, 0.9) <= 0.02

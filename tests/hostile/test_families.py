@@ -150,11 +150,11 @@ def check_place(case: Family, site: Site, response: tuple[Tensor, Tensor | None]
     assert float((centre - wanted).mean(1).abs().amax()) <= 0.5, f"{site.name}: a crop, or another grid"
     seen = prefix > 1e-12 * patches.amax()  # of a token that is no patch, all cells or none
     assert bool((seen.all(0) == seen.any(0)).all()), f"{site.name}: hidden patches"
-    held = site.places.patch_queries
+    held, grid = site.places.patch_queries, site.places.query_grid or layout.grid
     if held and response[1] is not None:
         queries = response[1][:, [held[p] for p in sorted(held)]]
-        if len(held) == gh * gw:
-            assert true_cells(queries, lattice, layout.grid)[0].tolist() == sorted(held), f"{site.name}: queries"
+        if len(held) == grid[0] * grid[1]:
+            assert true_cells(queries, lattice, grid)[0].tolist() == sorted(held), f"{site.name}: queries"
         else:
             assert queries.argmax(0).tolist() == sorted(held), f"{site.name}: queries"
 
@@ -201,7 +201,7 @@ def query_index(site: Site, query: Any) -> int:
         assert site.places.cls is not None
         return site.places.cls
     assert site.layout is not None
-    return site.places.patch_queries[query[0] * site.layout.grid[1] + query[1]]
+    return site.places.patch_queries[query[0] * (site.places.query_grid or site.layout.grid)[1] + query[1]]
 
 
 def recorded(model: nn.Module, case: Family, site: Site, query: Any) -> LayerAttention | None:
@@ -225,7 +225,8 @@ def test_each_map_is_right_or_refused(case: Family) -> None:
     assert len(matrices) == len(sites)
     assert all(len(str(s.refusal)) > 60 for s in sites if s.refusal is not None)
     layouts = [s.layout for s in placed if s.layout is not None]
-    lattice = (max(o.grid[0] for o in layouts), max(o.grid[1] for o in layouts))
+    grids = [o.grid for o in layouts] + [s.places.query_grid for s in placed if s.places.query_grid]
+    lattice = (max(grid[0] for grid in grids), max(grid[1] for grid in grids))
     if lattice == (2, 2):
         lattice = (4, 4)
     moved, classes = responses(case, lattice), moved_by_class_token(case)

@@ -9,7 +9,7 @@ import torch
 
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.token_places.marked_results import MarkedResults, Marks
-from attn_monitor.capture.token_places.site_places import PlaceSearch
+from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 
 _OTHER_RESULTS = (
     "the token of query {} also gets results of other queries, which are mixed after the product with V, so that the "
@@ -58,12 +58,16 @@ def check_outputs(search: PlaceSearch) -> PlaceSearch:
         spared=spared,
         images_of_spared={key: n for n, key in enumerate(key for key in spared if key in (*doubtful, *unknown))},
     )
-    for key, _, layout in search.placed():
-        if key in doubtful and (key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(layout))):
+    unplaced: dict[SiteKey, SitePlaces] = {}
+    for key, site, layout in search.placed():
+        wrong = key in doubtful and (key not in alone.tokens.sites or not alone.is_right(key, search.mosaic_of(layout)))
+        if wrong and site.query_grid is not None:  # a convolution on that grid may spread them; "mean" has no order
+            unplaced[key] = replace(site, patch_queries={}, query_grid=None)
+        elif wrong:
             reasons[key] = "not all results of its queries go to the tokens that its queries are"
         elif alone.spared_gets_others(key):
             reasons[key] = _OTHER_RESULTS.format(spared[key])
-    return search.refusing(reasons)
+    return search.with_sites(unplaced).refusing(reasons)
 
 
 def _choose_spared(search: PlaceSearch) -> dict[SiteKey, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.errors import QueryError, UnsupportedAttentionError
+from attn_monitor.errors import QueryError
 from tests.support.oracle import attention_matrices
 from tests.support.zoo import enliven
 
@@ -53,12 +53,16 @@ def test_a_patch_of_the_finer_grid(build: type[nn.Module]) -> None:
         record_attention(model, images, layers=0)
 
 
-def test_results_of_finer_queries_must_return_to_them() -> None:
+def test_finer_queries_whose_results_go_elsewhere_are_no_patches() -> None:
+    """The mean over all of them does not depend on where results go."""
     torch.manual_seed(0)
     model, images = enliven(pvt_v2()).eval(), torch.randn(3, 3, 128, 128)
     model.stages[0].blocks[0].attn.register_forward_hook(lambda module, args, out: out.roll(5, 1))
-    with pytest.raises(UnsupportedAttentionError, match="not all results of its queries go to the tokens"):
-        record_attention(model, images, layers=0, query="mean")
+    with pytest.raises(QueryError, match=r"none of which is known to be patch \(30, 3\)"):
+        record_attention(model, images, layers=0, query=(30, 3))
+    (seen,) = record_attention(model, images, layers=0, query="mean")
+    expected = attention_matrices(model, images, default_forward)[0].mean(2)
+    assert float((seen.rows - expected).abs().max()) * 16 <= 1e-3
 
 
 def test_finer_queries_in_another_order_are_unknown() -> None:

@@ -111,8 +111,8 @@ def test_notebooks_show_frames_too() -> None:
     attention = taken.layer("backbone")
     for number in (None, 1, 9):
         figure = snapshot_figure(taken, only=number)
-        values = figure.axes[0].images[0].get_array()
+        values = np.asarray(figure.axes[0].images[0].get_array())
         maps = attention.maps[0].mean(0)
         expected = maps.sum(0) if number is None else maps[min(number, 2)] * 3
-        assert np.allclose(values, np.maximum(expected * 24, 1e-6), rtol=1e-5)
+        assert np.allclose(values, (expected * 24).clamp_min(1e-6).numpy(), rtol=1e-5)
         assert ("frame" in figure.get_suptitle()) == (number is not None)

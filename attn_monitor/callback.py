@@ -71,8 +71,8 @@ class AttentionMapCallback(Base):
         every_n_train_steps: optimizer steps between snapshots. Steps are those of Lightning's loggers: batches that
             ended in an optimizer step, each counted once even if several optimizers step in it.
         every_n_epochs: epochs between snapshots. With neither, a run takes 50 snapshots, a short one about ten, and
-            fewer where they would take more than 5 % of the loop's time. There is always one before the first step and
-            one after the last.
+            fewer where they would take more than a second and 5 % of the loop's time. There is always one before the
+            first step and one after the last.
         drawing: colours, heads and sizes of pictures, see `DrawingOptions`.
         health: when a health flag is raised, see `HealthLimits`.
         forward: how to call a model if ``model(images)`` is not right: a function of (model, images), or its import

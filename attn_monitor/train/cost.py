@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 SHARE = 0.05  # of the loop's time, for snapshots whose distance the user has not given
+FREE = 1.0  # seconds of them in all that are taken in any case, as runs of seconds are made to see attention form
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Cost:
         """Return the step to look again at, None if a snapshot fits now.
 
         It fits if all snapshots after the first of this run would, with one more like the latest, stay within ``SHARE``
-        of the loop's time. Otherwise the step is that at which it will, if steps take as long as so far; as they may
-        not, it is at most twice as far from the latest snapshot.
+        of the loop's time, ``FREE`` seconds aside. Otherwise the step is that at which it will, if steps take as long
+        as so far; as they may not, it is at most twice as far from the latest snapshot.
 
         Args:
             step: optimizer steps done.
@@ -64,7 +65,7 @@ class Cost:
             return None
         began, before = self._loop
         passed = time.perf_counter() - began
-        missing = (self.blocked - before + self._latest) / SHARE - passed
+        missing = max(0.0, self.blocked - before + self._latest - FREE) / SHARE - passed
         if missing <= 0:
             return None
         self.postponed += 1

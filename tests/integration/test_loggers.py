@@ -247,8 +247,8 @@ class Supervised(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 pl.Trainer(max_steps=3, accelerator="cpu", logger=TensorBoardLogger(sys.argv[1], name="run", version=0),
-           callbacks=[AttentionMapCallback()], enable_progress_bar=False, enable_checkpointing=False,
-           enable_model_summary=False).fit(Supervised(), loader())
+           callbacks=[AttentionMapCallback(every_n_train_steps=1)], enable_progress_bar=False,
+           enable_checkpointing=False, enable_model_summary=False).fit(Supervised(), loader())
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, env=dict(os.environ))
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 4
@@ -262,7 +262,7 @@ warnings.simplefilter("ignore")
 from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.servers import serving
-watch = AttentionMapCallback(on_error="raise")
+watch = AttentionMapCallback(on_error="raise", every_n_train_steps=1)
 trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(), loader())
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

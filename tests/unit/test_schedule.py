@@ -66,10 +66,11 @@ def test_by_epoch() -> None:
 class Clock:
     """Seconds that pass when they are told to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float = 0.05) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float = 0.05, free: float = 0.0) -> None:
         self.now = 100.0
         monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(cost, "SHARE", share)
+        monkeypatch.setattr(cost, "FREE", free)
 
 
 def run_of(clock: Clock, steps: int, *, snapshot: float, seconds: float = 1.0, schedule: Schedule) -> tuple[Cost, int]:
@@ -111,6 +112,14 @@ def test_sixty_steps_take_about_ten_snapshots(monkeypatch: pytest.MonkeyPatch) -
     schedule = Schedule()
     schedule.start(60)
     assert run_of(Clock(monkeypatch), 60, snapshot=0.25, schedule=schedule)[1] + 2 == 11  # the last one is at the end
+
+
+def test_a_run_of_a_second_has_its_snapshots_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, taken_after_first in ((0.0, 0), (1.0, 9)):
+        schedule = Schedule()
+        schedule.start(60)
+        clock = Clock(monkeypatch, free=free)
+        assert run_of(clock, 60, snapshot=0.1, seconds=0.02, schedule=schedule)[1] == taken_after_first
 
 
 def test_steps_that_get_slower_or_faster(monkeypatch: pytest.MonkeyPatch) -> None:

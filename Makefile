@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
-CPU_BUILD   := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
 
 .PHONY: demo test test-oldest test-gpu check docs site bench clean
 
@@ -53,12 +52,9 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A setup is repeated when the list of dependencies has changed. Where there is no GPU, PyTorch comes without CUDA if one
-# of pip's indexes or PyTorch's own has that build: of two equal versions pip prefers the one that ends in +cpu. What
-# cannot be reached or does not fit is left to the command after it.
+# A setup is repeated when the list of dependencies has changed. Of two equal versions of PyTorch pip prefers the one that
+# ends in +cpu, so PIP_EXTRA_INDEX_URL with an index of such builds is enough to come without CUDA.
 $(VENV)/.setup-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing the extra '$*' into $(VENV), once: 6 GB with PyTorch's CUDA build, 2 GB with its build for CPUs"
-	@test -e /dev/nvidiactl || $(BIN)/python -m pip install torch torchvision --constraint $(CONSTRAINTS) $(CPU_BUILD) \
-		|| echo "no build of PyTorch for CPUs alone; the one with CUDA runs on CPUs too"
 	$(BIN)/python -m pip install --editable '.[$*]' --constraint $(CONSTRAINTS)
 	touch $@

@@ -310,6 +310,16 @@ def test_options_of_checkpoints_are_passed_on(run: Path, tmp_path: Path, capsys:
     assert len(load_snapshots(tmp_path / "out" / "attn_monitor")) == 3
 
 
+def test_an_unreadable_image_among_others_is_left_out_and_named(run: Path, photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs, tmp_path / "images")
+    (tmp_path / "images" / "aaa.png").write_text("no image")
+    words = ["backfill", str(run / "checkpoints"), "--model", "tests.support.helpers:tiny_vit", "--logger", "none"]
+    with pytest.raises(SystemExit, match=r"1 image is left out that cannot be read: aaa\.png \("):
+        cli.main([*words, "--probe", str(tmp_path / "images"), "--size", "32", "--out", str(tmp_path / "out")])
+    snapshots = load_snapshots(tmp_path / "out" / "attn_monitor")
+    assert [len(snapshot.names) for snapshot in snapshots] == [4] * len(STEPS)
+
+
 @pytest.mark.slow
 def test_sharded_checkpoints_of_lightning(tmp_path: Path) -> None:
     launch("tests.support.sharded_work:saved_in_shards", tmp_path, processes=1)

@@ -14,9 +14,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
-from attn_monitor import AttentionMapCallback, DrawingOptions, load_snapshots
+from attn_monitor import (
+    AttentionError,
+    AttentionMapCallback,
+    AttentionMonitor,
+    DrawingOptions,
+    ProbeBatch,
+    load_snapshots,
+)
 from attn_monitor.train.kept import STATE_VERSION
 from tests.support import forwards
 from tests.support.helpers import Distillation, loader, trainer
@@ -79,6 +86,20 @@ def test_after_any_fit_the_model_is_gone_and_so_are_the_threads(tmp_path: Path, 
     assert model() is None
     assert not [t.name for t in threading.enumerate() if "attn_monitor" in t.name]
     assert watch.monitor is None or watch.monitor.found() == {}
+
+
+def test_a_model_that_failed_is_let_go_too() -> None:
+    """Its error has a traceback, whose frames hold the model."""
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(2, 3, 32, 32)))
+    model = nn.Linear(3, 3)  # takes no images
+    with pytest.raises(AttentionError):
+        monitor.check({"backbone": model})
+    assert monitor.failed
+    monitor.let_go()
+    released = weakref.ref(model)
+    del model
+    gc.collect()
+    assert released() is None
 
 
 def test_in_a_step_it_can_be_copied(tmp_path: Path) -> None:

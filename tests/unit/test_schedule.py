@@ -133,6 +133,19 @@ def test_steps_that_get_slower_or_faster(monkeypatch: pytest.MonkeyPatch) -> Non
     assert schedule.not_before % 200 == 0
 
 
+def test_a_dear_snapshot_is_put_off_to_the_step_at_which_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a second each, two fit into 40 s after the first; with steps of 2 s, one of them taken, that is at step 20."""
+    clock, spent = Clock(monkeypatch), Cost()
+    for step in (0, 10):
+        with spent.of_a_snapshot(step):
+            clock.now += 1.0
+            spent.snapshots += 1
+        clock.now += 20.0 if step == 0 else 16.0
+    assert spent.fits_from(18, last=10) == 20
+    clock.now += 4.0
+    assert spent.fits_from(20, last=10) is None
+
+
 def test_what_the_user_asks_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Schedule(every_n_train_steps=5)
     schedule.start(20)

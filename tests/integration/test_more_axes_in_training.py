@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionSnapshot
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import find_images
@@ -83,3 +83,15 @@ def test_a_run(kind: str, tmp_path: Path) -> None:
 def test_images_of_a_batch(batch: Any, found: tuple[int, ...] | None) -> None:
     images = find_images(batch)
     assert (None if images is None else tuple(images.shape)) == found
+
+
+def test_a_monitor_takes_the_axes_of_the_images_that_it_restores() -> None:
+    size, patch, channels, _, _ = KINDS["volume"]
+    images, model = torch.randn(2, channels, *size), AnyViT(size, patch, channels=channels)
+    named = {"mean": (0.0,), "std": (1.0,)}
+    stored = AttentionMonitor(ProbeBatch(images, axes="cdhw", **named)).state_dict()
+    restored = AttentionMonitor(ProbeBatch(images, axes="cthw", **named))
+    assert restored.snapshot({"backbone": model}, step=0).layer("backbone").grid.axes == ("t", "h", "w")
+    restored.let_go()
+    restored.load_state_dict(stored)
+    assert restored.snapshot({"backbone": model}, step=1).layer("backbone").grid.axes == ("d", "h", "w")

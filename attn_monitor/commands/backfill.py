@@ -9,39 +9,32 @@ Example: attn-monitor backfill checkpoints --model timm:vit_small_patch16_224 --
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from attn_monitor.background.failures import Failures
-from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
 from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
+from attn_monitor.commands.support.loggers import LoggerName, opened, publishing
 from attn_monitor.commands.support.results import check_all_read, notify, progress
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArchiveError
-from attn_monitor.extras import needs
 from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
-from attn_monitor.player.report import write_report
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_path
 from attn_monitor.snapshot import Snapshot
-from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train.evaluation import KNN, Evaluation
 from attn_monitor.weights.models import load_model
 from attn_monitor.weights.run_checkpoints import Checkpoint, RoleModels, checkpoint_files, read_checkpoint
-
-LoggerName = Literal["tensorboard", "wandb", "none"]
-
-SECONDS = 600.0  # seconds that a logger may take for one step's pictures: no training waits for it
 
 
 @dataclass(frozen=True)
@@ -137,9 +130,9 @@ def backfill_run(
             snapshot = monitor.snapshot(loaded, step=step, epoch=found[step].epoch, others=others, flags=flags)
             archive.check(snapshot)
             if publish is None:  # loggers are opened where there is something to log
-                opened = stack.enter_context(_opened(loggers, Path(out), archive.run))
+                taking = stack.enter_context(opened(loggers, Path(out), archive.run))
                 archive.note_settings()
-                publish = stack.enter_context(_publishing(opened, monitor, archive.folder, drawing, notify))
+                publish = stack.enter_context(publishing(taking, monitor, archive.folder, drawing, notify))
             publish(snapshot)
     added = [step for step in missing if snapshot_path(archive.folder, step).exists()]
     for step in missing:
@@ -279,62 +272,3 @@ def _by_step(
         if first is not checkpoint:
             notify(f"{path} is of step {checkpoint.step}, as is {first.path.name}, which is taken")
     return found
-
-
-@contextmanager
-def _opened(loggers: LoggerName | Sequence[Any], out: Path, run: str) -> Iterator[Sequence[Any]]:
-    """Open loggers that write to a folder and close them at the end; the caller's own stay as they are."""
-    if loggers == "tensorboard":
-        with needs("tensorboard", "logger='tensorboard'"):
-            from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(out)) as writer:
-            yield [writer]
-    elif loggers == "wandb":
-        with _wandb_run(out, run) as opened:
-            yield [opened]
-    else:
-        yield () if isinstance(loggers, str) else loggers
-
-
-def _wandb_run(folder: Path, run: str) -> Any:
-    with needs("wandb", "logger='wandb'"):
-        import wandb
-    try:
-        return wandb.init(dir=folder, id=run, name=folder.resolve().name, resume="allow")
-    except wandb.errors.Error as error:
-        raise ValueError(f"logger='wandb': {error} Or set WANDB_MODE=offline") from error
-
-
-@contextmanager
-def _publishing(
-    loggers: Sequence[Any], monitor: AttentionMonitor, archive: Path, drawing: DrawingOptions, notify: Notify
-) -> Iterator[Callable[[Snapshot], None]]:
-    """Yield a function that publishes a snapshot while the next one is taken, and never leaves pictures out."""
-    failures = Failures()
-    publisher = Publisher(
-        loggers,
-        monitor.probe,
-        folder=archive,
-        style=replace(drawing, threshold=monitor.threshold),
-        every_layer=monitor.draws_every_layer,
-        history=monitor.history,
-        curves=monitor.curves,
-        failures=failures,
-        budget=WaitBudget(SECONDS),
-        write_report=write_report,
-    )
-
-    def publish(snapshot: Snapshot) -> None:
-        publisher.drain(SECONDS)
-        publisher.publish(snapshot)
-        failures.report(notify)
-
-    finished = False
-    try:
-        yield publish
-        publisher.drain(SECONDS)
-        finished = True
-    finally:
-        publisher.close(finish=finished)
-        failures.report(notify)

@@ -87,7 +87,7 @@ def absent(what, extra, use):
     else:
         raise AssertionError(f"{what} works without {extra}")
 
-from attn_monitor.commands.backfill import _opened
+from attn_monitor.commands.support.loggers import opened
 from attn_monitor.commands.cli import parser_of
 from attn_monitor.commands.summary import summary
 from attn_monitor.draw.animation_files import animation_file
@@ -97,7 +97,7 @@ absent("the command attn-monitor", "cli", lambda: parser_of(summary))
 absent("plot()", "plot", lambda: load_snapshots(FOLDER / "attn_monitor")[0].plot())
 absent("a video", "video", lambda: animation_file(FOLDER / "x.mp4").__enter__())
 for name in ("tensorboard", "wandb"):
-    absent(f"logger={name!r}", name, lambda: _opened(name, FOLDER, "run").__enter__())
+    absent(f"logger={name!r}", name, lambda: opened(name, FOLDER, "run").__enter__())
 """
 
 ALONE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,13 +35,27 @@ def needs(package: str, what: str) -> Iterator[None]:
         package: the name by which it is imported.
         what: what needs it, the subject of the error's sentence.
 
+    A folder of the package's name in the working directory, as ``./wandb`` that W&B writes to, is imported by Python as
+    a package without contents. It does not count as installed.
+
     Raises:
         MissingPackageError: The package is not installed. Other missing modules, such as one of its own, are Python's.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package:
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
+        if not missing and not _is_folder_alone(package):
             raise
-        text = f"{what} needs {package}, which is not installed. {remedy(package)}"
-        raise MissingPackageError(text, name=package) from error
+        raise _missing(package, what) from error
+    if _is_folder_alone(package):
+        raise _missing(package, what)
+
+
+def _missing(package: str, what: str) -> MissingPackageError:
+    return MissingPackageError(f"{what} needs {package}, which is not installed. {remedy(package)}", name=package)
+
+
+def _is_folder_alone(package: str) -> bool:
+    module = sys.modules.get(package)
+    return module is not None and getattr(module, "__file__", None) is None

@@ -20,9 +20,10 @@ from attn_monitor.capture.recording_plan import ModelSummary
 from attn_monitor.draw.history import History
 from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
-from attn_monitor.measure.metrics import TOKEN_METRICS, check_threshold, measure, summarise
+from attn_monitor.measure.metrics import TOKEN_METRICS, measure, summarise
 from attn_monitor.measure.patch_features import with_features
 from attn_monitor.measure.run_history import RunHistory
+from attn_monitor.measure.threshold import check_threshold
 from attn_monitor.measure.verdict import judge
 from attn_monitor.measurements import HealthFlag, MetricKey, Metrics, Verdict
 from attn_monitor.metric_options import MetricOptions

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -150,7 +150,7 @@ def backfill(
     key: str | None = None,
     allow_missing: bool = False,
     trust: bool = False,
-    logger: LoggerName = "tensorboard",
+    logger: Literal["tensorboard", "wandb", "none"] = "tensorboard",
     size: int | tuple[int, ...] | None = None,
     num_images: int = 8,
     masks: str | None = None,

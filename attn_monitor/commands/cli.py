@@ -40,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 and one line on stderr where the words are wrong, with status 1 and one line where
             the command fails. Errors in this program have a traceback.
     """
-    run, values = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        run(**values)
-        sys.stdout.flush()  # a full disk is met here, and not while Python ends
+        try:
+            name, values = _parse(list(sys.argv[1:] if arguments is None else arguments))
+            run = getattr(importlib.import_module(f"attn_monitor.commands.{name}"), name)  # and PyTorch: seconds
+            run(**values)
+        finally:
+            sys.stdout.flush()  # a full disk is met here, and not while Python ends; so are readers who left help
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         _forget_output()
         sys.exit(1)
@@ -53,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"attn-monitor: {' '.join(str(error).split())}")
 
 
-def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
-    """Return the command and its arguments; mistakes end the program with status 2 and one line."""
+def _parse(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Return the command's name and its arguments; mistakes end the program with status 2 and one line."""
     run = command_of(words)
     try:
         values = parser_of(run).parse_args(spelled_out(words[1:], run)).as_dict()
@@ -65,21 +68,22 @@ def _parse(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
             values[DRAWING] = options(**{f.name: values.pop(f.name) for f in fields(options)})
     except MissingPackageError as error:
         sys.exit(f"attn-monitor: {error}")
+    except BrokenPipeError:  # of who reads the help
+        raise
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         _end(f"attn-monitor {run.__name__}", str(error))
     del values["config"]
-    return run, values
+    return run.__name__, values
 
 
 def command_of(words: Sequence[str]) -> Callable[..., None]:
-    """Return the function of the command in the first word, which is imported here, as PyTorch takes seconds to import.
+    """Return the function of the command in the first word, without its body.
 
     Without one, the program ends: with the list of commands, its version, or one line.
     """
     name = words[0] if words else ""
     if name in COMMANDS:
-        found: Callable[..., None] = getattr(importlib.import_module(f"attn_monitor.commands.{name}"), name)
-        return found
+        return _declared(name)
     if name in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
@@ -93,6 +97,29 @@ def command_of(words: Sequence[str]) -> Callable[..., None]:
     )
 
 
+def _declared(name: str) -> Callable[..., None]:
+    """Return a command's function as its source declares it: signature and docstring, of which a parser is made.
+
+    The module is not imported, as PyTorch takes seconds: only what stands in the signature is.
+    """
+    module = _source(name)
+    (found,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    found.body = found.body[:1]
+    named = {node.id for node in ast.walk(found.args) if isinstance(node, ast.Name)}
+    imports = [node for node in module.body if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        node.names = [alias for alias in node.names if alias.name in named | {"annotations"}]
+    declared = ast.Module([*(node for node in imports if node.names), found], type_ignores=[])
+    values: dict[str, Any] = {"__name__": __name__, "__doc__": ast.get_docstring(module)}  # its module is looked up
+    exec(compile(declared, name, "exec"), values)
+    made: Callable[..., None] = values[name]
+    return made
+
+
+def _source(name: str) -> ast.Module:
+    return ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+
+
 def _end(name: str, text: str) -> NoReturn:
     print(f"{name}: {' '.join(text.split())} (see {name} --help)", file=sys.stderr)
     sys.exit(2)
@@ -101,9 +128,8 @@ def _end(name: str, text: str) -> NoReturn:
 def _overview() -> str:
     """Return the help of the program: what each command does, from its module's docstring, without importing it."""
     lines = ["usage: attn-monitor COMMAND ...", "", "Attention of checkpoints and of runs that have ended.", ""]
-    for name in COMMANDS:
-        module = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-        lines.append(f"  {name:12s} {(ast.get_docstring(module) or '').partition(chr(10) * 2)[0]}")
+    texts = {name: ast.get_docstring(_source(name)) or "" for name in COMMANDS}
+    lines += [f"  {name:12s} {text.partition(chr(10) * 2)[0]}" for name, text in texts.items()]
     return "\n".join([*lines, "", "attn-monitor COMMAND --help describes a command, --version prints the version."])
 
 
@@ -157,7 +183,7 @@ def parser_of(command: Callable[..., None]) -> ArgumentParser:
     words = [f"{word} [{word} ...]" if word in several else word for word in words]
     words += [f"[{p.name}]" for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is None]
     usage = f"attn-monitor {command.__name__} {' '.join(words)} [options]"
-    parser = _plain_parser(description=_help(command), usage=usage)
+    parser = _plain_parser(description=command.__globals__["__doc__"], usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with arguments")
     options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
@@ -193,7 +219,3 @@ def _plain_parser(**settings: Any) -> ArgumentParser:
     return ArgumentParser(
         formatter_class=Formatter, exit_on_error=False, allow_abbrev=True, print_config=None, **settings
     )
-
-
-def _help(command: Callable[..., None]) -> str:
-    return (sys.modules[command.__module__].__doc__ or "").strip()

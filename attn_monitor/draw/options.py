@@ -8,7 +8,7 @@ from typing import Literal
 from attn_monitor.draw.colormap import COLORMAPS
 from attn_monitor.draw.scales import SCALES
 from attn_monitor.errors import ArgumentError
-from attn_monitor.measure.metrics import check_threshold
+from attn_monitor.measure.threshold import check_threshold
 
 Heads = tuple[int, ...] | int | Literal["all", "mean"]
 

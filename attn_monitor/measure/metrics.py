@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -175,15 +174,6 @@ SINK_SHARES = ("sink_share", "sink_share_cls")
 TOKEN_METRICS = {"outlier_fraction", "cls_patch_cosine"}
 METRICS_OF_ANY_WEIGHTS = {"prefix_mass", "gram_drift", *TOKEN_METRICS, "max_logit"}
 """Metrics that are defined for signed weights too; all others need a distribution."""
-
-
-def check_threshold(threshold: float) -> float:
-    """Return ``threshold``; `ArgumentError` if it is not a share above 0 and up to 1."""
-    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 0 < threshold <= 1:
-        raise ArgumentError(
-            f"threshold={threshold!r}: expected a share of attention mass above 0 and up to 1, such as 0.6"
-        )
-    return threshold
 
 
 def select_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:

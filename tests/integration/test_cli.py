@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import os
 import resource
 import shlex
@@ -121,21 +123,33 @@ def test_a_command_is_a_module_whose_docstring_is_its_help(name: str, capsys: py
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
     printed = capsys.readouterr().out
-    assert str(sys.modules[f"attn_monitor.commands.{name}"].__doc__).strip() in printed
+    assert str(importlib.import_module(f"attn_monitor.commands.{name}").__doc__).strip() in printed
     assert [noise for noise in ("Optional[", "Union[", "print_config", " | null", "(type:") if noise in printed] == []
     assert [word for word in printed.split() if word.startswith("--") and "_" in word] == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["shwo"], []])
-def test_what_names_no_command_is_answered_without_pytorch(words: list[str]) -> None:
+WRONG = [
+    "shwo",
+    "",
+    "show m",
+    "show m i --sizes 3",
+    "show m i --size abc",
+    "replay r --format avi",
+    "show m i --cell 0",
+]
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "backfill --help", *WRONG])
+def test_help_and_wrong_usage_need_no_pytorch(words: str) -> None:
     code = (
         "import sys\nfrom attn_monitor.__main__ import main\ntry:\n    main()\n"
         "finally:\n    assert 'torch' not in sys.modules, 'imported'"
     )
-    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert ran.returncode == (2 if words in WRONG else 0)
     assert "imported" not in ran.stderr
-    assert all(name in ran.stdout for name in cli.COMMANDS) == (words == ["--help"])
-    assert (ran.stdout == f"attn-monitor {attn_monitor.__version__}\n") == (words == ["--version"])
+    assert all(name in ran.stdout for name in cli.COMMANDS) == (words == "--help")
+    assert (ran.stdout == f"attn-monitor {attn_monitor.__version__}\n") == (words == "--version")
 
 
 def test_check_groups_layers_that_are_refused_for_one_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +185,14 @@ def test_help_has_an_example_to_copy(name: str, capsys: pytest.CaptureFixture[st
     assert words[0] == name
     command = cli.command_of(words)
     assert cli.parser_of(command).parse_args(cli.spelled_out(words[1:], command))
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_is_parsed_as_its_function_is_declared(name: str) -> None:
+    function = getattr(importlib.import_module(f"attn_monitor.commands.{name}"), name)
+    declared = cli.command_of([name])
+    assert inspect.signature(declared) == inspect.signature(function)
+    assert declared.__doc__ == function.__doc__
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path, photographs: Path) -> None:
@@ -343,12 +365,13 @@ def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
         f"import os, signal\n{handled}\nos.kill(os.getpid(), signal.SIGINT)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-    ran = subprocess.run([sys.executable, *start, "check"], capture_output=True, text=True, env=environment)
+    ran = subprocess.run([sys.executable, *start, "check", "model"], capture_output=True, text=True, env=environment)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attn-monitor: interrupted\n")
 
 
-def test_a_reader_that_has_had_enough_is_no_mistake(archive: Path) -> None:
-    command = [sys.executable, "-m", "attn_monitor", "summary", str(archive)]
+@pytest.mark.parametrize("words", ["--help", "show --help", "summary ARCHIVE"])
+def test_a_reader_that_has_had_enough_is_no_mistake(archive: Path, words: str) -> None:
+    command = [sys.executable, "-m", "attn_monitor", *words.replace("ARCHIVE", str(archive)).split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()  # before anything is written, as `head` does after its lines

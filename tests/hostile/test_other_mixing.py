@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_monitor import record_attention
-from attn_monitor.errors import QueryError, UnsupportedAttentionError
+from attn_monitor.errors import AttentionError, QueryError, UnsupportedAttentionError
 from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
 
 
@@ -58,6 +58,14 @@ def plus_a_uniform_product_before(_: Block, q: Tensor, k: Tensor, v: Tensor) -> 
     return 0.7 * (weights @ v) + 0.3 * mean
 
 
+def plus_largest_of_the_batch(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(block, q, k, v) + v.amax()
+
+
+def scaled_by_the_batch(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(block, q, k, v) * v.norm() / 10
+
+
 REFUSED = {
     divided_after: "scaled by something of other tokens, such as the sums of weights",
     divided_by_sums_from_before: "scaled by something of other tokens, such as the sums of weights",
@@ -66,6 +74,8 @@ REFUSED = {
     divided_by_a_channel: "a channel of V is one number for all keys",
     plus_mean: "its weights are not all that mixes them there",
     cls_plus_mean: "its weights are not all that mixes them there",
+    plus_largest_of_the_batch: "its weights are not all that mixes them there",
+    scaled_by_the_batch: "scaled by something of other tokens, such as the sums of weights",
     plus_a_uniform_product_before: r"meet the same values in two products",
 }
 
@@ -78,6 +88,16 @@ def test_weights_that_are_not_all_are_refused(core: Core) -> None:
     with pytest.raises(UnsupportedAttentionError, match=REFUSED[core]):
         record_attention(model, IMAGES)
     check_layers(model, {0: 0})
+
+
+@pytest.mark.parametrize("core", [plus_largest_of_the_batch, scaled_by_the_batch], ids=lambda core: core.__name__)
+def test_what_is_the_same_for_a_whole_batch_is_seen_however_large_it_is(core: Core) -> None:
+    model, images = ViT(core, plain).eval(), torch.cat([IMAGES] * 4)
+    for layer in (0, 1):
+        with pytest.raises(AttentionError):
+            record_attention(model, images, layers=layer)
+    with pytest.raises(UnsupportedAttentionError, match=REFUSED[core]):
+        record_attention(ViT(plain, core).eval(), images)
 
 
 class Convolution(Block):

@@ -156,9 +156,38 @@ def test_what_depends_on_the_batch_is_not_called_random_and_is_read_alone(
     torch.testing.assert_close(layer.maps.flatten(2), weights, atol=1e-5, rtol=1e-3)
 
 
+class OfTheBatchLater(OfTheBatch):
+    """The first block comes before what depends on the batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(images), -1, -1), self.embed(images).flatten(2).mT], 1) + self.pos
+        x = self.blocks[0](x)
+        return self.run(torch.cat([x[:, :1], self.change(x[:, 1:])], 1))[:, 0]
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.blocks[1](x)  # type: ignore[no-any-return]
+
+
+def without_half_of_the_mean(x: Tensor) -> Tensor:
+    return x - x.mean(0, keepdim=True) / 2
+
+
+@pytest.mark.parametrize("change", [last_one_reversed, reversed_in_pairs, without_half_of_the_mean])
+def test_a_layer_that_depends_on_the_batch_is_refused_for_that_beside_one_that_does_not(
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    model = OfTheBatchLater(change).eval()
+    with pytest.raises(
+        UnsupportedAttentionError, match=r"layer 1 .*an image alone has other tokens.*one image at a time"
+    ):
+        record_attention(model, IMAGES)
+    check_layers(model, {0: 0})
+    record_attention(model, IMAGES[:1])
+
+
 def test_a_batch_of_one_size_alone_is_refused_for_its_size() -> None:
     model = OfTheBatch(lambda x: x.reshape(3, 24, 32)).eval()
-    with pytest.raises(ForwardError, match=r"ran on 3 images of \(3, 32, 48\) and failed on 2: RuntimeError: shape"):
+    with pytest.raises(ForwardError, match=r"ran on 3 images of \(3, 32, 48\) and failed on 1: RuntimeError: shape"):
         record_attention(model, torch.cat([IMAGES, IMAGES[:1]]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class AblatedModel:
         nudged: Sequence[TokenParameter] = (),
         by_head: int = 0,
         exchanged: Mapping[Call, Tensor] | None = None,
+        first_alone: bool = False,
     ) -> Tokens:
         """Run the model on images and return the tokens.
 
@@ -63,11 +65,16 @@ class AblatedModel:
             nudged: As in `AblatingObserver`.
             by_head: As in `AblatingObserver`.
             exchanged: As in `AblatingObserver`, for all B images.
+            first_alone: Whether the first image runs in a batch of its own, so that its tokens differ from those of the
+                others where they depend on the images beside it.
         """
+        starts = [*range(0, len(images), self.batch_size)]
+        if first_alone and self.batch_size > 1:
+            starts = [0, *range(1, len(images), self.batch_size)]
         while True:
             parts = []
-            for start in range(0, len(images), self.batch_size):
-                batch = slice(start, start + self.batch_size)
+            for start, end in pairwise([*starts, len(images)]):
+                batch = slice(start, end)
                 marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
                 others = {call: tokens[batch] for call, tokens in (exchanged or {}).items()}
                 parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head, others))

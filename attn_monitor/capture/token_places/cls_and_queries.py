@@ -110,7 +110,7 @@ def find_cls(search: PlaceSearch) -> PlaceSearch:
             entries=entries,
             cls_at=cls_at,
         )
-    return search.with_sites(changed)
+    return replace(search.with_sites(changed), nudged=tuple(nudge.tokens for nudge in nudges))
 
 
 def _moved_by(nudge: _Nudge, key: SiteKey, before: SiteTokens, held: set[int], patches: set[int]) -> _Moved | None:

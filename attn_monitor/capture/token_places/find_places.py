@@ -102,7 +102,7 @@ def find_places(
     seen = search.reference.sites
     reasons |= {key: _NOT_FINITE for key in without if key in seen and not bool(seen[key].v.isfinite().all())}
     search = search.refusing(reasons)
-    refused = [] if any(search.placed()) else [key for key, site in search.sites.items() if site.layout is None]
+    refused = [key for key, site in search.sites.items() if site.layout is None]
     search = search.refusing(dict.fromkeys(depend_on_batch(search, refused), _OF_BATCH))
     several = {key: keys_of_each_cell(key, search.mosaics) for key in without}
     return search.with_sites({key: replace(search.sites[key], at_one_place=n) for key, n in several.items()}).sites

@@ -28,7 +28,7 @@ def read_mosaics(search: PlaceSearch, grids: Sequence[PatchConv]) -> PlaceSearch
         conv = waiting.pop(0)
         if any(m.conv == conv for m in search.mosaics) or any(o.grid == conv.grid for _, _, o in search.placed()):
             continue
-        tokens = search.ablated_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid))
+        tokens = search.ablated_model(mosaics(search.images, conv), 1, by_head=math.prod(conv.grid), first_alone=True)
         mosaic = _read(tokens, conv, search.size)
         reference = search.reference if search.reference.sites else tokens
         search = replace(search, mosaics=(*search.mosaics, mosaic), reference=reference)

@@ -78,35 +78,39 @@ def refuse_other_mixing(search: PlaceSearch) -> PlaceSearch:
     the results of attention are fixed: at 0, and at strong marks. Then all other tokens must leave the module
     unchanged. A change that reaches neither CLS nor most tokens is taken for a convolution and accepted.
 
-    The test runs only where tokens did not leave the module as they had entered in the mosaics, where rows do not sum
-    to 1, or where the queries are not known.
+    The test runs only where tokens did not leave the module as they had entered in the mosaics, where the patches did
+    not when CLS alone was changed, where rows do not sum to 1, or where the queries are not known.
     """
     calls = {key: call for key in search.sites if (call := _doubtful_call(search, key)) is not None}
     if not calls:
         return search
     reasons: dict[SiteKey, str] = {}
-    exchanged: dict[Call, Tensor] = {}
-    at_marks = [False, False, True, True]  # at 0, what scales the results is not seen
+    nothing, exchanged = dict[Call, Tensor](), dict[Call, Tensor]()
     for key, call in calls.items():
         entry = search.sites[key].entries[call[0]]
-        exchanged[call] = torch.zeros(len(at_marks), len(entry.order), dtype=torch.bool, device="cpu")
-        exchanged[call][1::2, _corner(entry, search.sites[key].cls)] = True
-    marked = torch.tensor(at_marks, device=search.images.device)
+        nothing[call] = torch.zeros(2, len(entry.order), dtype=torch.bool, device="cpu")
+        exchanged[call] = nothing[call].clone()
+        exchanged[call][:, _corner(entry, search.sites[key].cls)] = True
+    marked = torch.tensor([False, True], device=search.images.device)  # at 0, what scales the results is not seen
     marks = {key: marked[:, None].expand(-1, seen.queries) for key, seen in search.reference.sites.items()}
-    images = torch.cat([noise_images(search.images, 1, seed=8)] * len(at_marks))
-    tokens = search.ablated_model(images, 1, marks=marks, exchanged=exchanged)
+    images = torch.cat([noise_images(search.images, 1, seed=8)] * 2)
+    # Not in one batch: a term that is the same for all its images would not differ between them.
+    looks = [search.ablated_model(images, 1, marks=marks, exchanged=e) for e in (nothing, exchanged)]
     for key, call in calls.items():
-        site, left = search.sites[key], tokens.exits.get(call, ())
-        if key not in tokens.sites or not left or not len(left[0]):
+        site, left = search.sites[key], [look.exits.get(call, ()) for look in looks]
+        if not all(key in look.sites and out and len(out[0]) for look, out in zip(looks, left, strict=True)):
             continue
-        limit, kept = tokens.sites[key].threshold, ~exchanged[call][1]
-        moved = [relative_change(left[0][n + 1], left[0][n]).cpu() > limit for n in (0, 2)]
-        if _reach_most(moved[0], kept, site.cls):
+        if left[0][0].shape != left[1][0].shape:
+            continue
+        limit, kept = looks[0].sites[key].threshold, ~exchanged[call][0]
+        moved = [change.cpu() > limit for change in relative_change(left[1][0], left[0][0])]
+        both = _reach_most(moved[0], kept, site.cls), _reach_most(moved[1], kept, site.cls)
+        if both[0] or (not both[1] and _change_with_tokens(search, call, limit)):
             reasons[key] = (
                 f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
                 "weights are not all that mixes them there"
             )
-        elif _reach_most(moved[1], kept, site.cls):
+        elif both[1]:
             reasons[key] = (
                 "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
                 "that are normalised after V, so the weights are not those that the model applies in the end"
@@ -203,8 +207,26 @@ def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
             continue
         as_entered = exits[0] == mosaic.entries.get(call) and SEVERAL not in exits[0]
         known = seen.q is not None and search.ablated_model.formats[key].sums_to_1
-        return None if as_entered and known else call
+        changing = _change_with_tokens(search, call, seen.threshold)
+        return None if as_entered and known and not changing else call
     return None
+
+
+def _change_with_tokens(search: PlaceSearch, call: Call, limit: float) -> bool:
+    """Check whether most tokens leave a module otherwise when a parameter changes others that enter it, such as CLS."""
+    entering, leaving = search.reference.entries.get(call), search.reference.exits.get(call)
+    if entering is None or not leaving:
+        return False
+    for tokens in search.nudged:
+        entered, left = tokens.entries.get(call), tokens.exits.get(call)
+        if entered is None or not left or len({t[0].shape for t in (entered, left[0], entering, leaving[0])}) > 1:
+            continue
+        still = relative_change(entered[0], entering[0]) <= limit / 16
+        if bool(still.any()) and not bool(still.all()):
+            moved = relative_change(left[0][0], leaving[0][0])[still] > limit
+            if float(moved.double().mean()) >= _MOST:
+                return True
+    return False
 
 
 def _corner(entry: TokenLayout, cls: int | None) -> list[int]:

@@ -18,13 +18,13 @@ from attn_monitor.capture.token_places.synthetic_images import (
     border_changed,
     cell_weighted_noise,
     corners_changed,
+    mosaics,
     noise_images,
     quarters_changed,
     quarters_of_cells,
     thirds_changed,
 )
 from attn_monitor.capture.token_places.tokens import SiteTokens
-from attn_monitor.errors import ForwardError
 from attn_monitor.grid import Grid, GridGeometry
 
 _MOVED = 0.25  # least share of the patches that must change where noise is weak at the ends of the range
@@ -81,17 +81,16 @@ def _holds_other_patches(seen: SiteTokens, key: SiteKey, mosaic: Mosaic, inside:
 
 
 def depend_on_batch(search: PlaceSearch, keys: Sequence[SiteKey]) -> list[SiteKey]:
-    """Return the sites with other values for an image alone than for the same image at some place in a batch."""
-    count = search.ablated_model.batch_size
-    if count == 1 or not keys:
-        return []
-    base = noise_images(search.images, 1, seed=4)
-    try:
-        alone, many = (search.ablated_model(images, 3).sites for images in (base, torch.cat([base] * count)))
-    except ForwardError:  # it takes batches of some sizes only
-        return []
-    both = [key for key in keys if key in alone and key in many and alone[key].v.shape[1:] == many[key].v.shape[1:]]
-    return [k for k in both if bool((relative_change(many[k].v, alone[k].v) > alone[k].threshold).any())]
+    """Return the sites with other values for an image alone than for the same image at either end of a batch."""
+    seen, reference = set[SiteKey](), search.reference.sites
+    shown, size = mosaics(search.images, search.mosaics[0].conv), search.ablated_model.batch_size
+    for number in {1, min(size, len(shown) - 1)} if size > 1 and keys else ():  # the first one runs alone
+        alone = search.ablated_model(shown[number : number + 1], 1).sites
+        for key in keys:
+            if key in alone and key in reference and alone[key].v.shape[1:] == reference[key].v.shape[1:]:
+                change = relative_change(alone[key].v[0], reference[key].v[number])
+                seen |= {key} if bool((change > alone[key].threshold).any()) else set()
+    return [*seen]
 
 
 def refuse_partial_views(search: PlaceSearch) -> PlaceSearch:

@@ -120,6 +120,7 @@ class PlaceSearch:
         sites: The sites, with what is known of each.
         mosaics: The grids that were tried.
         reference: The tokens in the images of the first mosaic.
+        nudged: The tokens in the first of these images, once with each parameter changed that could be a token.
     """
 
     ablated_model: AblatedModel
@@ -128,6 +129,7 @@ class PlaceSearch:
     sites: Mapping[SiteKey, SitePlaces]
     mosaics: tuple[Mosaic, ...] = ()
     reference: Tokens = field(default_factory=Tokens)
+    nudged: tuple[Tokens, ...] = ()
 
     @property
     def size(self) -> tuple[int, ...]:

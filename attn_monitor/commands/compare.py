@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_monitor.commands.support.results import notify, print_table, progress, results_in
-from attn_monitor.commands.support.runs import Run
+from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.charts import Line, chart_sheet
 from attn_monitor.draw.differences import COLOURS, comparison
@@ -33,7 +33,7 @@ class Side:
     """One side of a comparison: a run, and the metrics of each of its steps that can be read."""
 
     def __init__(self, path: str | Path) -> None:
-        self.run = Run(path)
+        self.run = StoredRun(path)
         self.name, self.probe = self.run.name, self.run.probe
         self.metrics: dict[int, Metrics] = {snapshot.step: snapshot.metrics for snapshot in self.run}
 

@@ -23,7 +23,7 @@ import numpy as np
 from attn_monitor.commands.backfill import backfill_run, probe_of
 from attn_monitor.commands.support.devices import choose_device, move_to
 from attn_monitor.commands.support.results import notify, print_table
-from attn_monitor.commands.support.runs import Run
+from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.errors import ArchiveError, ArgumentError, CheckpointError
 from attn_monitor.measure.checkpoint_scores import FEWEST, dense_scores, local_maxima, neighbour_noise
 from attn_monitor.measure.dense_quality import DENSE, SEPARABILITY
@@ -134,7 +134,7 @@ def pick_checkpoints(run: str | Path, *, start: int = 1) -> Picked:
         FileNotFoundError: there are no snapshots.
         ArchiveError: none can be read, or none has a metric to rank by.
     """
-    found = Run(run)
+    found = StoredRun(run)
     metrics = {snapshot.step: snapshot.metrics for snapshot in found if snapshot.step >= start}
     rankings = rank(metrics)
     if not rankings:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from attn_monitor.commands.support.results import notify, print_metrics, results_in
-from attn_monitor.commands.support.runs import Run
+from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.draw.animation_files import Animation, animation_file, check_ending
 from attn_monitor.draw.animations import with_durations
 from attn_monitor.draw.canvas import Pixels, blank_picture, paste
@@ -51,7 +51,7 @@ def replay(
             gif up to 100, evenly spaced.
         drawing: how to draw; its values are options of their own.
     """
-    found = Run(run)
+    found = StoredRun(run)
     panels = _Panels(found, drawing)
     with results_in(found.folder / "pictures" if out is None else Path(out)) as results:
         folder = results.folder
@@ -76,7 +76,7 @@ def replay(
 class _Panels:
     """Draws the panels of a run's probe images."""
 
-    def __init__(self, run: Run, options: DrawingOptions) -> None:
+    def __init__(self, run: StoredRun, options: DrawingOptions) -> None:
         self.run, self.probe, self.options = run, run.probe, options
         self.photos = self.probe.pixels
 
@@ -118,7 +118,7 @@ def _animate(panels: _Panels, paths: Sequence[Path], most: int) -> tuple[list[Sn
     return kept, flags
 
 
-def _chosen(run: Run, steps: Collection[int], flags: list[HealthFlag]) -> Iterator[Snapshot]:
+def _chosen(run: StoredRun, steps: Collection[int], flags: list[HealthFlag]) -> Iterator[Snapshot]:
     """Yield the snapshots of these steps (of all, where there are none) and the last one; collect the flags of all."""
     last: Snapshot | None = None
     for snapshot in run:

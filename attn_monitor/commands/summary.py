@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.commands.support.results import print_table
-from attn_monitor.commands.support.runs import Run
+from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.errors import ArchiveError
 from attn_monitor.measure.run_history import RunHistory
 from attn_monitor.measure.verdict import judge
@@ -174,7 +174,7 @@ def summarise_run(run: str | Path) -> RunSummary:
         FileNotFoundError: there are no snapshots.
         ArchiveError: none can be read, or several archives are below the path.
     """
-    found = Run(run)
+    found = StoredRun(run)
     steps: list[int] = []
     images: tuple[str, ...] = ()
     progress = RunHistory()

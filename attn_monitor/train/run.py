@@ -17,6 +17,7 @@ from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.cost import Cost
+from attn_monitor.train.ema_reports import EmaReports
 from attn_monitor.train.ema_watch import EmaWatch
 from attn_monitor.train.evaluation import Evaluation
 from attn_monitor.train.fitting_probe import check_models
@@ -26,7 +27,6 @@ from attn_monitor.train.run_errors import SNAPSHOT, USER_ERRORS, RunErrors, Stag
 from attn_monitor.train.run_output import RunOutput
 from attn_monitor.train.targets import FindTargets
 from attn_monitor.train.training_watch import TrainingWatch
-from attn_monitor.train.wiring_watch import WiringWatch
 
 PLACES = "checking the places of tokens"  # the part's name in `Failures`
 
@@ -77,7 +77,7 @@ class Run:
         self.output = RunOutput(kept, rank_zero, self.failures, self.budget, name=name, warn=warn, inform=inform)
         self._roles_given, self._checks_ema = roles_given, checks_ema and options.health.check_ema
         self._inputs = ObservedInputs(options.probe, rank_zero, self.failures)
-        self._ema = EmaWatch(options.health, self.failures, self._found)
+        self._ema = EmaReports(options.health, self.failures, self._found)
         self._findings: list[HealthFlag] = []  # flags of the EMA watch, stored with the next snapshot
         self._roles = WatchedRoles(self.failures, inform)
         self._training = TrainingWatch(self.failures, inform) if options.metrics.training else None
@@ -287,7 +287,7 @@ class Run:
 
     def batch_ended(self) -> None:
         """Sample weights at the end of a batch, and compare the probe with what it held if that was observed."""
-        self._ema.look(WiringWatch.batch_ended, self.kept.schedule.last_step or 0)
+        self._ema.look(EmaWatch.batch_ended, self.kept.schedule.last_step or 0)
         self.settle()
 
     def close(self) -> None:

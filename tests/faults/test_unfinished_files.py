@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_monitor.commands.support.runs import Run
+from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.record.folder_claim import CLAIM, claim_free
 from tests.support.processes import ROOT
 from tests.support.runs import write_run
@@ -48,7 +48,7 @@ ALL = [".mine", ".writing-host-1-aaaa.npz", ".writing-host-2-bbbb.npz"]
 
 def test_a_command_that_opens_an_archive(archive: Path) -> None:
     signed = (archive / CLAIM).read_text()
-    Run(archive)
+    StoredRun(archive)
     assert hidden(archive) == KEPT
     assert (archive / CLAIM).read_text() == signed
 
@@ -64,10 +64,10 @@ def test_nothing_goes_while_a_process_writes_there(archive: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "True\n"
-        Run(archive)
+        StoredRun(archive)
         assert hidden(archive) == ALL
         other.kill()
-    Run(archive)
+    StoredRun(archive)
     assert hidden(archive) == KEPT
 
 
@@ -77,12 +77,12 @@ def test_nothing_goes_while_this_process_writes_there(tmp_path: Path) -> None:
     unfinished = claim.folder / ".writing-host-1-aaaa.npz"
     unfinished.touch()
     os.utime(unfinished, (0, 0))
-    Run(claim.folder)
+    StoredRun(claim.folder)
     assert unfinished.exists()
     claim.release()
 
 
 def test_nothing_goes_where_nobody_has_signed(archive: Path) -> None:
     (archive / CLAIM).unlink()
-    Run(archive)
+    StoredRun(archive)
     assert hidden(archive) == ALL

@@ -18,9 +18,9 @@ from attn_monitor import AttentionMapCallback, HealthLimits, Watch, load_snapsho
 from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.commands.summary import summary
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
+from attn_monitor.train.ema_watch import MOMENTS
 from attn_monitor.train.weak_hooks import WeakHook
 from attn_monitor.train.weight_samples import WeightSamples
-from attn_monitor.train.wiring_watch import MOMENTS
 from tests.faults.test_harmless import assert_equal
 from tests.support.events import Events
 from tests.support.helpers import NoiseImages, loader, tiny_vit, trainer
@@ -88,7 +88,7 @@ def wiring_hooks(module: nn.Module) -> int:
     hooks = [hook for m in module.modules() for hook in m._forward_pre_hooks.values()]
     hooks = [*hooks, *optimizers._global_optimizer_post_hooks.values()]
     methods = [hook._method() for hook in hooks if isinstance(hook, WeakHook)]
-    return sum(method is not None and "wiring_watch" in method.__module__ for method in methods)
+    return sum(method is not None and "ema_watch" in method.__module__ for method in methods)
 
 
 def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ def test_what_fails_is_one_warning(tmp_path: Path, where: str, monkeypatch: pyte
     alone, watched = Averaged(), Averaged()
     watched.load_state_dict(alone.state_dict())
     trainer(tmp_path, max_steps=10, logger=False).fit(alone, loader(20, batch_size=2))
-    monkeypatch.setattr(f"attn_monitor.train.wiring_watch._Batch.{where}", fail)
+    monkeypatch.setattr(f"attn_monitor.train.ema_watch._Batch.{where}", fail)
     with pytest.warns(UserWarning, match="wired failed, training goes on. RuntimeError: deliberate") as caught:
         assert fit(tmp_path, watched) == []
     assert len([w for w in caught if "deliberate" in str(w.message)]) == 1

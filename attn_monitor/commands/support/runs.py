@@ -18,7 +18,7 @@ from attn_monitor.snapshot import Snapshot
 SHOWN = "attention.npz"  # the one snapshot in a folder of results of `show`
 
 
-class Run:
+class StoredRun:
     """The snapshots at a path, read one at a time, and their probe.
 
     The path is an archive, a log directory that holds one, a folder that `show` has written to, or one snapshot's file.

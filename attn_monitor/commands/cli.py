@@ -68,8 +68,6 @@ def _parse(words: list[str]) -> tuple[str, dict[str, Any]]:
             values[DRAWING] = options(**{f.name: values.pop(f.name) for f in fields(options)})
     except MissingPackageError as error:
         sys.exit(f"attn-monitor: {error}")
-    except BrokenPipeError:  # of who reads the help
-        raise
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files
         _end(f"attn-monitor {run.__name__}", str(error))
     del values["config"]

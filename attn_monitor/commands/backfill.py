@@ -20,7 +20,7 @@ from torch import nn
 from attn_monitor.background.failures import Failures
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
-from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to
+from attn_monitor.commands.support.devices import check_taken, choose_device, fitting_size, move_to
 from attn_monitor.commands.support.loggers import LoggerName, opened, publishing
 from attn_monitor.commands.support.results import check_all_read, notify, progress
 from attn_monitor.draw.options import DrawingOptions
@@ -241,6 +241,7 @@ def probe_of(
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
     loaded = ProbeBatch.load(path)
+    check_taken(model, loaded.images, f"probe {path}")
     return loaded if bands is None else loaded.with_bands(bands)
 
 

@@ -31,7 +31,7 @@ from attn_monitor import (
 from attn_monitor.commands import cli
 from attn_monitor.commands.backfill import Backfilled, backfill, backfill_run
 from attn_monitor.commands.pick import rank
-from attn_monitor.errors import CheckpointError, LayerError, MissingPackageError
+from attn_monitor.errors import CheckpointError, LayerError, MissingPackageError, ProbeError
 from attn_monitor.record.folder_claim import claim_free
 from attn_monitor.weights.run_checkpoints import step_in_name
 from tests.support.events import Events
@@ -284,6 +284,26 @@ def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
     with pytest.raises(LayerError):
         backfill_run(run / "checkpoints", tiny_vit(), monitor, tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_another_size_than_the_probe(run: Path, tmp_path: Path, photographs: Path) -> None:
+    """It is refused, and what the error advises works."""
+    torch.save({"model": fixed_vit().state_dict()}, tmp_path / "1.pt")
+    model = "tests.integration.test_backfill:fixed_vit"
+    probe = str(live(run) / "attn_monitor" / "probe.npz")
+    told = r"probe\.npz: its images have 32 × 32 pixels, and the model refuses these and takes 64 × 64\. Pass a folder"
+    with pytest.raises(ProbeError, match=told):
+        backfill(str(tmp_path / "1.pt"), model=model, probe=probe, out=str(tmp_path / "out"), logger="none")
+    backfill(str(tmp_path / "1.pt"), model=model, probe=str(photographs), out=str(tmp_path / "out"), logger="none")
+    assert ProbeBatch.load(tmp_path / "out" / "attn_monitor" / "probe.npz").images.shape[-2:] == (64, 64)
+    smaller = f"{model}(img_size=32)"
+    torch.save({"model": fixed_vit(img_size=32).state_dict()}, tmp_path / "1.pt")
+    backfill(str(tmp_path / "1.pt"), model=smaller, probe=probe, out=str(tmp_path / "smaller"), logger="none")
+
+
+def fixed_vit(**changes: Any) -> nn.Module:
+    """A model that takes images of 64 × 64 pixels alone, or of another size."""
+    return tiny_vit(**{"dynamic_img_size": False, "img_size": 64, **changes})
 
 
 def test_options_of_checkpoints_are_passed_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

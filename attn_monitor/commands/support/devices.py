@@ -12,7 +12,7 @@ from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
 from attn_monitor.commands.support.results import notify
 from attn_monitor.distributed import is_out_of_memory
-from attn_monitor.errors import text_of
+from attn_monitor.errors import ProbeError, text_of
 from attn_monitor.probe.image_folder import check_size
 from attn_monitor.probe.options import IMAGE_SIZE
 from attn_monitor.probe.sizes import sizes_in
@@ -84,7 +84,9 @@ def fitting_size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[
     Raises ValueError where not even one patch would be left.
     """
     if size is None:
-        size = _accepted_size(model)
+        size = _accepted_size(model) or IMAGE_SIZE
+        if size != IMAGE_SIZE:
+            notify(f"the model refuses images of {IMAGE_SIZE} pixels, and is run on images of {size} (see --size)")
     wanted, patch = check_size(size), _patch(model)
     fitting = wanted
     if len(patch) == len(wanted):
@@ -98,23 +100,34 @@ def fitting_size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[
     return fitting
 
 
-def _accepted_size(model: nn.Module) -> int:
+def _accepted_size(model: nn.Module, side: int = IMAGE_SIZE) -> int | None:
+    """Return ``side``, or another one that the error of a model names that refuses it, and that it takes; else None."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
-    sizes, refused = [IMAGE_SIZE], False
+    sizes, refused = [side], False
     while sizes:
         size = sizes.pop(0)
         try:
             with isolated_forward(model):
                 default_forward(model, _noise(model, channels, size))
         except Exception as error:  # whatever a model raises; without another size it is raised again where it is run
-            sizes = sizes if refused else sizes_in(text_of(error), IMAGE_SIZE)
+            sizes = sizes if refused else sizes_in(text_of(error), side)
             refused = True
         else:
-            if refused:
-                notify(f"the model refuses images of {IMAGE_SIZE} pixels, and is run on images of {size} (see --size)")
             return size
-    return IMAGE_SIZE
+    return None
+
+
+def check_taken(model: nn.Module, images: torch.Tensor, source: str) -> None:
+    """Raise `ProbeError` where a model refuses the size of images (B, C, H, W) and is known to take another."""
+    side = images.shape[-1]
+    if images.ndim != 4 or images.shape[-2] != side or (size := _accepted_size(model, side)) in (None, side):
+        return
+    raise ProbeError(
+        f"{source}: its images have {side} × {side} pixels, and the model refuses these and takes {size} × {size}. "
+        f"Pass a folder of images, which are read in {size} × {size}, or a model of {side} × {side} pixels, such as "
+        f'"package.module:factory(img_size={side})"'
+    )
 
 
 def _noise(model: nn.Module, channels: int, size: int) -> torch.Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -43,13 +48,29 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], list[int]]] = {
         STUDENT_AND_TEACHER,
         [0, 1, 2],
     ),
+    "stable-pretraining": (
+        {**TINY, "SIZES": (96, 48), "PROTOTYPES": 64, "STEPS": 2},
+        STUDENT_AND_TEACHER,
+        [0, 1, 2],
+    ),
+    "monai": (
+        {
+            "SIZE": (32, 32, 32),
+            "MODEL": {"patch_size": (8, 8, 8), "hidden_size": 48, "mlp_dim": 96, "num_layers": 2, "num_heads": 4},
+            "STEPS": 3,
+        },
+        ("backbone",),
+        [0, 1, 2, 3],
+    ),
     "fabric": ({**TINY, "SIZE": 96, "DEVICES": 1, "EPOCHS": 1}, ("backbone",), [0, 1, 2]),
 }
+# Libraries that are too large for the extra "dev", or contradict it: their recipes are run where they are installed.
+NEEDS = {"stable-pretraining": "stable_pretraining", "monai": "monai"}
 ELSEWHERE = {  # recipes that have a test of their own, here or in the file that they name, or no program
     "lightning-cli": "test_lightning_cli",
     "slurm": "test_slurm",
     "lightly-train": "tests/integration/test_environment.py",
-    "not-tested": "",
+    "solo-learn": "test_solo_learn",
     "index": "",
 }
 
@@ -90,9 +111,15 @@ def test_every_recipe_is_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*CASES} - {"main-dino"}))  # which is run twice below
 def test_recipe(name: str, photos: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{name} is not installed")
     constants, roles, steps = CASES[name]
     if name == "hugging-face":
         tiny_dinov2(photos / "tiny-dinov2")
+    if name == "monai":
+        lay_volumes(photos / "volumes")
+    if name == "stable-pretraining":
+        sys.modules["stable_pretraining"].set(cache_dir=str(photos / "runs"))
     run(made_small(recipe(name), **constants), f"recipe_{name.replace('-', '_')}")
     snapshots = snapshots_in(photos)
     assert [s.step for s in snapshots] == steps
@@ -143,6 +170,26 @@ def test_slurm(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s.step for s in snapshots_in(photos / "runs" / "17")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_solo_learn(photos: Path) -> None:
+    """The command of the page, on a CPU."""
+    solo = pytest.importorskip("solo", reason="solo-learn is not installed")
+    (block,) = blocks(ROOT / "docs" / "recipes" / "solo-learn.md", "bash")
+    _, switch, *words = shlex.split(f"env {block.code}".replace("\\\n", ""))
+    assert switch == "ATTN_MONITOR=1"
+    program = Path(solo.__file__).parent.parent / words[1]
+    small = ["optimizer.batch_size=2", "data.num_workers=0", "method_kwargs.num_prototypes=64", "max_epochs=1"]
+    on_cpu = ["accelerator=cpu", "strategy=auto", 'devices="1"', "sync_batchnorm=false", "precision=32"]
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", program, *words[2:], *small, *on_cpu],
+        env={**os.environ, "ATTN_MONITOR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert {s.roles for s in snapshots_in(photos / "lightning_logs")} == {STUDENT_AND_TEACHER}
+
+
 def test_lightly_trains_settings_are_understood(photos: Path) -> None:
     """The YAML of the page, and the variable beside it."""
     text = (ROOT / "docs" / "recipes" / "lightly-train.md").read_text()
@@ -151,6 +198,16 @@ def test_lightly_trains_settings_are_understood(photos: Path) -> None:
     made = callback_from({"ATTN_MONITOR_CONFIG": "attention.yaml", "ATTN_MONITOR_EVERY_N_TRAIN_STEPS": "500"})
     assert (made.options.layers, made.options.drawing.scale) == ("all", "minmax")
     assert "ATTN_MONITOR_EVERY_N_TRAIN_STEPS=500" in text
+
+
+def lay_volumes(folder: Path) -> None:
+    """Two classes of two volumes of noise each."""
+    nibabel = pytest.importorskip("nibabel")
+    for kind in ("a", "b"):
+        (folder / kind).mkdir(parents=True)
+        for seed in range(2):
+            voxels = np.random.default_rng(seed).normal(size=(40, 36, 32)).astype(np.float32)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), folder / kind / f"{seed}.nii.gz")
 
 
 def tiny_dinov2(folder: Path) -> None:

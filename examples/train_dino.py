@@ -477,12 +477,12 @@ def leave_cores_for(workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - workers))
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: ArgsType = None, model: type[DINO] = DINO) -> None:
     """Train as configured, then say where the results are."""
     quiet_libraries()
     description = "Trains a ViT with DINO; --data DIR takes a folder of images instead of the photographs."
     cli = TrainCLI(
-        DINO,
+        model,
         Photographs,
         parser_kwargs={"description": description},
         args=args,

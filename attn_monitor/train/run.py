@@ -75,7 +75,7 @@ class Run:
         self.errors = RunErrors(warn, strict=strict, raises=options.on_error == "raise", watched=watched)
         self.failures, self.budget, self.cost = self.errors.failures, budget or WaitBudget(), Cost()
         self.output = RunOutput(kept, rank_zero, self.failures, self.budget, name=name, warn=warn, inform=inform)
-        self._roles_given, self._checks_ema = roles_given, checks_ema and options.health.check_ema
+        self._roles_given, self.checks_ema = roles_given, checks_ema and options.health.check_ema
         self._inputs = ObservedInputs(options.probe, rank_zero, self.failures)
         self._ema = EmaReports(options.health, self.failures, self._found)
         self._findings: list[HealthFlag] = []  # flags of the EMA watch, stored with the next snapshot
@@ -374,7 +374,7 @@ class Run:
         looks = looks and self._inputs.observe(models.values(), batch, self.kept.root)
         if not looks or self.kept.options.probe.are_given:
             self.output.publish(self._findings)
-        if self._checks_ema and self.rank_zero.is_here:
+        if self.checks_ema and self.rank_zero.is_here:
             self._ema.begin(models, self.kept.root, step)
         if self._training is not None and self.rank_zero.is_here:
             firsts = {role: snapshot.layer(role).prefix_names[:1] == ("CLS",) for role in snapshot.roles}

@@ -65,9 +65,11 @@ def fabric_loader(shuffle: bool) -> Any:
     ],
 )
 def test_what_gives_samples_or_batches(tmp_path: Path, data: Any, images: Tensor) -> None:
-    probe = Watch(tiny_vit(), data, folder=tmp_path)._find_images(torch.zeros(2, 3, 32, 32))
-    assert torch.equal(probe.images, images)
-    assert probe.caption == "original"
+    with Watch(tiny_vit(), data, folder=tmp_path) as watch:
+        assert watch.step(0, batch=torch.zeros(2, 3, 32, 32)) is not None
+    assert watch.monitor is not None
+    assert torch.equal(watch.monitor.probe.images, images)
+    assert watch.monitor.probe.caption == "original"
 
 
 def test_fabrics_loader_of_shuffled_data(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from attn_monitor.background import failures as account
@@ -18,6 +16,17 @@ def told_by(failures: Failures) -> list[str]:
     told: list[str] = []
     failures.report(told.append)
     return told
+
+
+class Clock:
+    """In place of `time`, and moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(account, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 def test_a_failure_and_its_end_are_told_once_each() -> None:
@@ -62,24 +71,21 @@ def test_on_and_off_or_of_changing_types_is_not_told_each_time(recovers: bool) -
 
 
 def test_a_later_outage_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "SILENCE", 0.0)
-    failures = Failures()
-    failures._parts["metrics"] = account._Part(silence=0.01)
+    failures, clock = Failures(), Clock(monkeypatch)
     for _ in range(2):
         failures.attempt("metrics", lambda: fail(OSError("x")))
         failures.attempt("metrics", lambda: None)
-        time.sleep(0.05)
+        clock.now += account.SILENCE + 1
     assert len(told_by(failures)) == 4
 
 
-def test_an_outage_that_began_in_silence_is_told_when_it_lasts() -> None:
-    failures = Failures()
-    failures._parts["metrics"] = account._Part(silence=0.2)
+def test_an_outage_that_began_in_silence_is_told_when_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, clock = Failures(), Clock(monkeypatch)
     failures.attempt("metrics", lambda: fail(OSError("first")))
     failures.attempt("metrics", lambda: None)
     failures.attempt("metrics", lambda: fail(OSError("second")))
     assert len(told_by(failures)) == 2
-    time.sleep(0.25)
+    clock.now += account.SILENCE + 1
     failures.attempt("metrics", lambda: fail(OSError("still")))
     assert told_by(failures) == ["metrics failed, training goes on. OSError: still"]
 

@@ -162,7 +162,7 @@ def test_a_callback_of_the_environment_takes_no_place(tmp_path: Path) -> None:
         callback.setup(running, model, "fit")
     assert not idle.active
     assert own.run is not None
-    assert (own.run.name, own.run._checks_ema) == ("", True)
+    assert (own.run.name, own.run.checks_ema) == ("", True)
     own.teardown(running, model, "fit")
 
 

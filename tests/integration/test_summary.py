@@ -13,7 +13,8 @@ import pytest
 
 from attn_monitor import ArchiveError, HealthLimits
 from attn_monitor.commands import cli
-from attn_monitor.commands.summary import BEST, sparkline, summarise_run, summary
+from attn_monitor.commands.summary import sparkline, summary
+from attn_monitor.commands.support.run_summary import BEST, summarise_run
 from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.record.archive import snapshot_path
 from tests.support.runs import write_run

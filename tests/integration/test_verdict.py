@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from attn_monitor import AttentionMapCallback, HealthLimits, load_snapshots
 from attn_monitor.commands import cli
-from attn_monitor.commands.summary import summarise_run
+from attn_monitor.commands.support.run_summary import summarise_run
 from attn_monitor.player.contents import step_facts
 from tests.integration.test_training_features import Crops, Dino, K
 from tests.support.events import Events

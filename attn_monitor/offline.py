@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from attn_monitor.commands.leaderboard import compare_many
     from attn_monitor.commands.pick import pick_checkpoints
     from attn_monitor.commands.report import snapshot_player
-    from attn_monitor.commands.summary import summarise_run
     from attn_monitor.commands.support.matrices import save_matrices
     from attn_monitor.commands.support.patch_rows import attention_player
+    from attn_monitor.commands.support.run_summary import summarise_run
     from attn_monitor.commands.video import attention_video
     from attn_monitor.weights.loading import load_checkpoint
     from attn_monitor.weights.models import load_model
@@ -52,7 +52,7 @@ _MODULES = {
     "pick_checkpoints": "commands.pick",
     "save_matrices": "commands.support.matrices",
     "snapshot_player": "commands.report",
-    "summarise_run": "commands.summary",
+    "summarise_run": "commands.support.run_summary",
 }
 
 

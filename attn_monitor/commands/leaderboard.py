@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attn_monitor.commands.pick import GLOBAL, Picked, pick_checkpoints
-from attn_monitor.commands.summary import RunSummary, summarise_run
 from attn_monitor.commands.support.results import notify, print_path, print_table, writing_to
+from attn_monitor.commands.support.run_summary import RunSummary, summarise_run
 from attn_monitor.errors import ArchiveError, ArgumentError
 from attn_monitor.measure.dense_quality import DENSE, RANK, SEPARABILITY, SPREAD
 from attn_monitor.player.page import page_of_runs

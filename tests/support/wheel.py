@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,6 +46,10 @@ def build(folder: Path) -> Path:
     for file in files:
         assert file.read_bytes() == (places[1] / file.name).read_bytes(), f"{file.name} is not reproducible"
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], check=True)
+    with zipfile.ZipFile(files[0]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        relative = re.findall(r"\]\((?!https?:)[^)]*\)", wheel.read(name).decode())
+    assert not relative, f"links that lead nowhere on an index: {relative}"
     return files[0]
 
 

@@ -11,6 +11,7 @@ import yaml
 
 import attn_monitor
 from attn_monitor import offline
+from hatch_build import for_an_index
 from tests.support.documents import DOCUMENTS, RECIPES, ROOT, prose
 
 PAGES = [*DOCUMENTS, *RECIPES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
@@ -62,7 +63,33 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## [{attn_monitor.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_conda_recipe_is_that_of_the_project() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
+    assert recipe["package"]["version"] == attn_monitor.__version__
+    dependencies = re.search(r"^dependencies = \[(.+?)^\]", project, re.M | re.S)
+    assert dependencies is not None
+    needed = {name.replace("torch", "pytorch") for name in re.findall(r'"(.+?)"', dependencies[1])}
+    needed |= {f"python{wanted}" for wanted in re.findall(r'^requires-python = "(.+)"$', project, re.M)}
+    assert {name.replace(" ", "") for name in recipe["requirements"]["run"]} == needed
+    assert '"' + recipe["requirements"]["host"][1].replace(" ", "") + '"' in project  # hatchling
+    for command in recipe["build"]["python"]["entry_points"]:
+        assert command.replace(" = ", ' = "') in project
+    assert recipe["about"]["summary"] in project
+
+
 def test_nothing_is_promised_to_be_on_an_index() -> None:
     """Until there is a release, one installs from the repository."""
     for page in PAGES:
         assert not re.search(r"pip install [\"']?attn[_-]monitor", page.read_text()), page
+
+
+def test_links_of_readme_lead_to_the_repository_on_an_index() -> None:
+    text = "![a picture](docs/a.png) [page](docs/b.md#part) [far](https://example.org/x)"
+    assert for_an_index(text, "https://example.org/me/it/") == (
+        "![a picture](https://example.org/me/it/raw/HEAD/docs/a.png) "
+        "[page](https://example.org/me/it/blob/HEAD/docs/b.md#part) [far](https://example.org/x)"
+    )
+    assert for_an_index(text, None) == " page [far](https://example.org/x)"
+    assert "](docs/" in (ROOT / "README.md").read_text()
+    assert "](docs/" not in for_an_index((ROOT / "README.md").read_text(), None)

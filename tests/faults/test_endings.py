@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import threading
@@ -21,6 +20,7 @@ from attn_monitor.background.job_queue import Job, JobQueue
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.draw import panels
 from attn_monitor.workers import Worker, safe_point
+from tests.support import forked
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.processes import ROOT
@@ -70,7 +70,7 @@ def endings(work: str, count: int, imports: str = QUEUE) -> list[tuple[int, floa
     script = script.replace("    WORK", textwrap.indent(textwrap.dedent(work), "    "))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", script, str(count)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    ran = forked.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert ran.returncode in (0, 1), ran.stderr[-3000:]
     told = [line.split() for line in ran.stdout.splitlines() if line.startswith("code")]
     assert len(told) == count, ran.stderr[-3000:]

@@ -17,6 +17,7 @@ import torch
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, load_snapshots
 from attn_monitor.record.archive import snapshot_path
 from tests.integration.test_resume import RUN, first_part, steps
+from tests.support import forked
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.processes import ROOT
@@ -53,9 +54,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     archive = tmp_path / RUN / "attn_monitor"
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as killed:
+    with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as killed:
         assert killed.stdout is not None
         for line in killed.stdout:
             if line.startswith("step 7"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor.trackers.events import Picture
 from attn_monitor.trackers.tensorboard import TensorBoard
+from tests.support import forked
 from tests.support.events import Events
 from tests.support.processes import ROOT
 
@@ -83,7 +83,7 @@ def main() -> None:
 def test_a_handler_that_flushes_the_writer_never_waits_for_ever(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults.test_requeue_signal", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    ran = forked.run(command, capture_output=True, text=True, env=environment, timeout=400)
     codes = ran.stdout.split()[1::2]
     # The signal may also come while a scalar is put into the queue, which takes microseconds and hangs without us too.
     assert codes.count("7") >= COUNT - 1, (codes, ran.stderr[-2000:])

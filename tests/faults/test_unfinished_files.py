@@ -12,6 +12,7 @@ import pytest
 
 from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.record.folder_claim import CLAIM, claim_free
+from tests.support import forked
 from tests.support.processes import ROOT
 from tests.support.runs import write_run
 
@@ -61,7 +62,7 @@ def test_a_run_that_begins_beside_it(archive: Path) -> None:
 def test_nothing_goes_while_a_process_writes_there(archive: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLDS, str(archive)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+    with forked.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "True\n"
         StoredRun(archive)

@@ -24,7 +24,7 @@ from attn_monitor import (
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import HeadError
 from tests.integration.test_trainer_features import files
-from tests.support import forwards
+from tests.support import forked, forwards
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 RUN = Path("run") / "version_0"
@@ -110,7 +110,7 @@ print("accepted")
 def by_command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     words = ["--trainer.callbacks+=attn_monitor.AttentionMapCallback"]
     words += [f"--trainer.callbacks.{argument}" for argument in arguments]
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", CLI, *words], capture_output=True, text=True)
+    return forked.run([sys.executable, "-W", "ignore", "-c", CLI, *words], capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -238,5 +238,5 @@ trainer:
       every_n_train_steps: 1
       dirpath: {tmp_path / "archive"}
 """)
-    subprocess.run([sys.executable, "-c", code, "fit", "--config", str(config)], check=True, capture_output=True)
+    forked.run([sys.executable, "-c", code, "fit", "--config", str(config)], check=True, capture_output=True)
     assert [s.step for s in load_snapshots(tmp_path / "archive")] == [0, 1, 2]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import forked
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -15,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_a_quick_run_writes_the_document(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = forked.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "benchmarks.json").read_text())
     (table,) = stored["speed"]

@@ -29,6 +29,7 @@ from torch import nn
 
 from attn_monitor.errors import CheckpointError, ModelNameError
 from attn_monitor.weights.models import load_model
+from tests.support import forked
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 MODEL = "tests.support.helpers:tiny_vit"
@@ -208,7 +209,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_pieces_of_two_processes_are_put_together(tmp_path: Path, free_port: int) -> None:
     work = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path), str(free_port)], stderr=subprocess.PIPE)
+        forked.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path), str(free_port)], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     assert [(process.communicate(timeout=200), process.returncode)[1] for process in work] == [0, 0]

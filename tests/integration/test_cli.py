@@ -28,6 +28,7 @@ from attn_monitor.commands.replay import replay
 from attn_monitor.commands.show import show
 from attn_monitor.draw import canvas as drawing
 from attn_monitor.weights.models import load_model
+from tests.support import forked
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.runs import write_run
 
@@ -36,7 +37,7 @@ MODEL = "tests.support.helpers:tiny_vit"
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     pipes = {"capture_output": True} if "stdout" not in options else {"stderr": subprocess.PIPE}
-    return subprocess.run([sys.executable, "-m", "attn_monitor", *arguments], text=True, **pipes, **options)
+    return forked.run([sys.executable, "-m", "attn_monitor", *arguments], text=True, **pipes, **options)
 
 
 def mistake(*arguments: str, **options: Any) -> str:
@@ -372,7 +373,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path, start: list[str]) -> None:
 @pytest.mark.parametrize("words", ["--help", "show --help", "summary ARCHIVE"])
 def test_a_reader_that_has_had_enough_is_no_mistake(archive: Path, words: str) -> None:
     command = [sys.executable, "-m", "attn_monitor", *words.replace("ARCHIVE", str(archive)).split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()  # before anything is written, as `head` does after its lines
         assert process.stderr is not None

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from attn_monitor import load_snapshots
-from tests.support import wandb_runs
+from tests.support import forked, wandb_runs
 from tests.support.events import Events
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -110,7 +110,7 @@ def test_the_first_line_names_the_config_itself_and_settings_are_below(config: P
 def test_config_trains(config: Path, tmp_path: Path) -> None:
     quiet = {**wandb_runs.without_wandb(os.environ), "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
     words = [*command(config), "--trainer.max_steps", "2", *EVERY_STEP]
-    ran = subprocess.run(words, cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    ran = forked.run(words, cwd=tmp_path, env=quiet, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "failed" not in ran.stderr
     run = CHECKS[config.stem](tmp_path / "runs")

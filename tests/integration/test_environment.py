@@ -15,6 +15,7 @@ from PIL import Image
 from attn_monitor import AttentionMapCallback, DrawingOptions, MetricOptions, load_snapshots
 from attn_monitor.environment import callback_from
 from attn_monitor_auto import callbacks
+from tests.support import forked
 from tests.support.helpers import Distillation, loader, trainer
 
 
@@ -128,7 +129,7 @@ def test_lightly_train(tmp_path: Path) -> None:
         Image.effect_noise((48, 48), 50 + 20 * index).convert("RGB").save(tmp_path / "images" / f"{index}.png")
     (tmp_path / "pretrain.py").write_text(PRETRAIN)
     command = [sys.executable, "pretrain.py", "out", "images"]
-    ran = subprocess.run(
+    ran = forked.run(
         command, cwd=tmp_path, env={**os.environ, "ATTN_MONITOR": "1"}, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]

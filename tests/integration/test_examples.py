@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from attn_monitor import ProbeBatch, load_snapshots
+from tests.support import forked
 from tests.support.events import Events
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,7 +21,7 @@ MASKS = ("--data.mask_folder", "runs/probe_masks", "--trainer.callbacks.init_arg
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "examples" / "train_dino.py", "--config", ROOT / "configs" / "dino_tiny_cpu.yaml"]
-    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+    return forked.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_demo_names_a_missing_folder(tmp_path: Path) -> None:
 def test_fabric_on_two_processes(tmp_path: Path) -> None:
     """Lightning Fabric starts two processes; the first one writes what both have seen."""
     command = [sys.executable, ROOT / "examples" / "fabric.py", "--steps", "4", "--every", "2", "--folder", "run"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ran = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     snapshots = load_snapshots(tmp_path / "run" / "attn_monitor")
     assert [s.step for s in snapshots] == [0, 2, 4]

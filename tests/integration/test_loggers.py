@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from attn_monitor import AttentionMapCallback, load_snapshots
 from attn_monitor.train.lightning_run import run_folder
-from tests.support import wandb_runs
+from tests.support import forked, wandb_runs
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.servers import serving
@@ -250,7 +249,7 @@ pl.Trainer(max_steps=3, accelerator="cpu", logger=TensorBoardLogger(sys.argv[1],
            callbacks=[AttentionMapCallback(every_n_train_steps=1)], enable_progress_bar=False,
            enable_checkpointing=False, enable_model_summary=False).fit(Supervised(), loader())
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, env=dict(os.environ))
+    forked.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, env=dict(os.environ))
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 4
 
 
@@ -265,7 +264,7 @@ from tests.support.servers import serving
 watch = AttentionMapCallback(on_error="raise", every_n_train_steps=1)
 trainer(pathlib.Path({str(tmp_path)!r}), watch, max_steps=2).fit(Distillation(), loader())
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    forked.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 3
 
 

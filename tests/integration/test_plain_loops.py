@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from attn_monitor import load_snapshots
-from tests.support import wandb_runs
+from tests.support import forked, wandb_runs
 from tests.support.events import Events
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -23,7 +22,7 @@ def run(example: str, folder: Path, *options: str) -> Path:
     command = [sys.executable, EXAMPLES / example, "--steps", "5", "--every", "2", "--folder", out, *options]
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(folder / "cache")}
     offline = {**wandb_runs.without_wandb(os.environ), **settings}
-    ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
+    ran = forked.run(command, cwd=folder, env=offline, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert f"logs are in {out}" in ran.stdout
     assert "Warning: attn_monitor" not in ran.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from attn_monitor import AttentionMapCallback, ProbeBatch
 from attn_monitor import functional as F
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.measure.metrics import METRICS, measure
+from tests.support import forked
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 METRICS_OF_ALL = tuple(METRICS)
@@ -125,6 +125,6 @@ for device in ("cuda", "cpu"):
 )
 def test_what_float32_products_are_made_of(setting: str, cuda: str, cpu: str) -> None:
     """In a process of its own: once the new setting is used, the old one can never be read again."""
-    ran = subprocess.run([sys.executable, "-c", TF32, setting], capture_output=True, text=True)
+    ran = forked.run([sys.executable, "-c", TF32, setting], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [cuda, cpu]

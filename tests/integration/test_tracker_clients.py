@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from PIL import Image
 
 from attn_monitor.hugging_face import CURRENT_RUN, AttentionMapTrainerCallback
 from attn_monitor.trackers.registry import tracker_for
-from tests.support import tracker_runs
+from tests.support import forked, tracker_runs
 
 PACKAGES = {"comet": "comet_ml", "clearml": "clearml", "aim": "aim", "swanlab": "swanlab", "trackio": "trackio"}
 
@@ -33,7 +32,7 @@ def run_of(tracker: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.support.tracker_runs", tracker, str(folder)]
     root = str(Path(__file__).parent.parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "default"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=500)
+    done = forked.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "failed" not in done.stderr
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())

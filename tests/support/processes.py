@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import forked
+from tests.support.forked import ROOT
 
 
 def launch(
@@ -65,7 +66,7 @@ def _start(work: str, folder: Path, rank: int, processes: int, port: int) -> sub
     environment = {**os.environ, **{name: str(value) for name, value in {**place, **where}.items()}}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with (folder / f"{rank}.txt").open("wb") as output:
-        return subprocess.Popen(
+        return forked.Popen(
             [sys.executable, "-m", "tests.support.processes", work, str(folder)],
             cwd=folder,
             env=environment,

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 SIZE = 16  # numbers in the sketch of one token
+FINE = 64  # numbers where changes are compared in their direction too: the error falls with the square root
 _SAMPLE = 8192  # numbers from which the precision of a tensor is estimated
 
 
-def sketch(x: Tensor) -> Tensor:
+def sketch(x: Tensor, size: int = SIZE) -> Tensor:
     """Sketch the tokens of (B, H, T, D), all heads together, as (B, T, S)."""
-    return project(x.transpose(1, 2).flatten(2))
+    return project(x.transpose(1, 2).flatten(2), size)
 
 
-def project(x: Tensor) -> Tensor:
+def project(x: Tensor, size: int = SIZE) -> Tensor:
     """Project (..., D) to (..., S) float32, which nearly keeps distances and proportions."""
-    return x.float() @ random_matrix(x.shape[-1], SIZE, x.float())
+    return x.float() @ random_matrix(x.shape[-1], size, x.float())
 
 
 def off_device(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.observe.forward import Forward, run_forward
 from attn_monitor.capture.observe.observation import SiteKey
+from attn_monitor.capture.observe.random_projections import SIZE
 from attn_monitor.capture.token_places.ablating_observer import AblatingObserver
 from attn_monitor.capture.token_places.token_parameters import ParameterUses, TokenParameter
 from attn_monitor.capture.token_places.tokens import Call, SiteFormat, Tokens, concatenate
@@ -55,6 +56,7 @@ class AblatedModel:
         by_head: int = 0,
         exchanged: Mapping[Call, Tensor] | None = None,
         first_alone: bool = False,
+        sketch_size: int = SIZE,
     ) -> Tokens:
         """Run the model on images and return the tokens.
 
@@ -67,6 +69,7 @@ class AblatedModel:
             exchanged: As in `AblatingObserver`, for all B images.
             first_alone: Whether the first image runs in a batch of its own, so that its tokens differ from those of the
                 others where they depend on the images beside it.
+            sketch_size: As in `AblatingObserver`.
         """
         starts = [*range(0, len(images), self.batch_size)]
         if first_alone and self.batch_size > 1:
@@ -77,7 +80,7 @@ class AblatedModel:
                 batch = slice(start, end)
                 marks_of_batch = None if marks is None else {key: m[batch] for key, m in marks.items()}
                 others = {call: tokens[batch] for call, tokens in (exchanged or {}).items()}
-                parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head, others))
+                parts.append(self._run(images[batch], seed, marks_of_batch, nudged, by_head, others, sketch_size))
                 wrong = [site for site in self.formats.values() if site.decide()]
                 if wrong:  # repeat without what was wrongly taken for queries
                     break
@@ -92,11 +95,19 @@ class AblatedModel:
         nudged: Sequence[TokenParameter],
         by_head: int,
         exchanged: Mapping[Call, Tensor],
+        sketch_size: int,
     ) -> Tokens:
         images = images.to(self.device)
         first = ParameterUses(self.model, len(images)) if self.token_parameters is None else None
         observer = AblatingObserver(
-            images, self.formats, marks=marks, nudged=nudged, uses=first, by_head=by_head, exchanged=exchanged
+            images,
+            self.formats,
+            marks=marks,
+            nudged=nudged,
+            uses=first,
+            by_head=by_head,
+            exchanged=exchanged,
+            sketch_size=sketch_size,
         )
 
         def seeded(model: nn.Module, x: Tensor) -> Any:

@@ -26,6 +26,7 @@ from attn_monitor.capture.observe.kinds.memory import is_same
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.observe.random_projections import (
+    SIZE,
     coarsest,
     noise_like,
     off_device,
@@ -51,6 +52,7 @@ class AblatingObserver(AttentionObserver):
         by_head: Sites with fewer keys than this have V of each head kept too.
         exchanged: For each call (B, T) bool: the call receives noise as its tokens, the same in every image except at
             the exchanged tokens.
+        sketch_size: Numbers in the sketch of a value or query.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class AblatingObserver(AttentionObserver):
         uses: ParameterUses | None = None,
         by_head: int = 0,
         exchanged: Mapping[Call, Tensor] | None = None,
+        sketch_size: int = SIZE,
     ) -> None:
         super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
-        self.exchanged = exchanged or {}
+        self.exchanged, self.sketch_size = exchanged or {}, sketch_size
         self.tokens = Tokens()
         self._products = self._kinds[ExplicitAttention] = TracedProducts(self.state, formats, self.tokens)
         self._calls: dict[str, int] = {}
@@ -191,9 +194,9 @@ class AblatingObserver(AttentionObserver):
             # Queries replace results, so a rounding in them reaches all later sites.
             self._precision = coarsest(*(precision_of(t) for t in (v, q, k) if t is not None), self._precision)
             self.tokens.sites[key] = SiteTokens(
-                v=off_device(sketch(v)),
-                heads=off_device(project(v)) if v.shape[2] < self.by_head else None,
-                q=None if q is None else off_device(sketch(q)),
+                v=off_device(sketch(v, self.sketch_size)),
+                heads=off_device(project(v, self.sketch_size)) if v.shape[2] < self.by_head else None,
+                q=None if q is None else off_device(sketch(q, self.sketch_size)),
                 k=None if k is None else off_device(sketch(k)),
                 queries=product.queries(site.folding),
                 dtype=self._precision,

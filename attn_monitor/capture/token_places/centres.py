@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
-from attn_monitor.capture.observe.random_projections import relative_change
+from attn_monitor.capture.observe.random_projections import FINE, relative_change
 from attn_monitor.capture.token_places.decoding import (
     are_clear,
     cells_by_rank,
@@ -21,13 +21,15 @@ from attn_monitor.capture.token_places.decoding import (
     share_far_from,
 )
 from attn_monitor.capture.token_places.finer_queries import by_centre
+from attn_monitor.capture.token_places.known_order import is_order, row_by_row
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
-from attn_monitor.capture.token_places.synthetic_images import middles_changed, noise_images, ramps
+from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
-from attn_monitor.grid import Grid, GridGeometry
+from attn_monitor.grid import Grid
 
 _ROUNDS = 5  # each has two base images: the user's and noise
+_RISING = 0.9  # least correlation of centres with lines, row by row, for which more images may help
 
 Cells = tuple[int, ...]
 
@@ -73,7 +75,8 @@ def rank_centres(
     for number in range(_ROUNDS):
         for tokens, base in ((on_user_image, image), (on_noise, noise[number])):
             changed = ramps(base, strength, seed=10 + number)
-            tokens.append(search.ablated_model(changed, 4 + number, by_head=coarsest))
+            seen = search.ablated_model(changed, 4 + number, by_head=coarsest, sketch_size=FINE)
+            tokens.append(Tokens(seen.sites))  # of all rounds, and nothing else is read
         still = []
         for key in waiting:
             site, done = _ranked(search, key, (on_user_image, on_noise))
@@ -84,67 +87,6 @@ def rank_centres(
         if not waiting:
             break
     return search, Ranked(clear, noise[0], on_noise[0])
-
-
-def refuse_shared_cells(search: PlaceSearch, ranked: Ranked) -> PlaceSearch:
-    """Refuse sites where two tokens depend on the same two cells: they share one centre and are ranked by chance.
-
-    Other noise in the middles of every second cell changes such a token although its own cell stays the same, and in
-    the mosaics both tokens change as much with the one cell as with the other. Where most tokens change like this,
-    their fields overlap too much for this test, and the site is kept.
-    """
-    reasons: dict[SiteKey, str] = {}
-    grids: dict[tuple[Cells, GridGeometry | None], list[SiteKey]] = {}
-    for key in ranked.keys:
-        layout = search.sites[key].layout
-        if layout is not None and layout.evidence == "centres" and len(layout.patches) > 4:
-            grids.setdefault((layout.grid, layout.geometry), []).append(key)
-    for (grid, geometry), alike in grids.items():
-        conv = PatchConv(grid, Grid(grid, geometry).placed(search.size), disjoint=False)
-        after = search.ablated_model(middles_changed(ranked.base, conv)[None], 4).sites
-        for key in alike:
-            layout, before = search.sites[key].layout, ranked.seen.sites[key].v
-            mosaic = next((m for m in search.mosaics if m.conv.grid == grid and key in m.changes), None)
-            if layout is None or mosaic is None or key not in after or after[key].v.shape[1:] != before.shape[1:]:
-                continue
-            patches = list(layout.patches)
-            change = relative_change(after[key].v[0], before[0]) / relative_change(before[1], before[0])
-            if _some_share_cells(change[patches].cpu(), mosaic.changes[key][..., patches].cpu(), mosaic.codes, grid):
-                reasons[key] = (
-                    "two of its keys change about as much with one another's patch as with their own, so that which of "
-                    "them is which patch is not known"
-                )
-    return search.refusing(reasons)
-
-
-def _some_share_cells(change: Tensor, changes: Tensor, codes: Sequence[tuple[int, ...]], grid: Cells) -> bool:
-    """Check whether two neighbouring tokens depend on the same two cells.
-
-    Args:
-        change: (T,) changes of the tokens, in order of their cells, with the middles of every second cell.
-        changes: (M, M, T) changes of the tokens between the M images of the mosaics.
-        codes: For each cell, the picture that it shows in each image of the mosaics.
-        grid: Number of cells on each axis.
-    """
-    lines = Grid(grid).lines  # (axes, cells)
-    changed = lines.sum(0) % 2 == 0
-    expected, usual = float(change[changed].median()), float(change[~changed].median())
-    if usual > expected / 5:
-        return False
-    for cell in (~changed & (change > max(expected / 6, 2 * usual))).nonzero().flatten().tolist():
-        beside = ((lines - lines[:, cell, None]).abs().sum(0) == 1).nonzero().flatten().tolist()
-        if any(_prefer_own_cells(changes, codes, cell, other) < 1.25 for other in beside):
-            return True
-    return False
-
-
-def _prefer_own_cells(changes: Tensor, codes: Sequence[tuple[int, ...]], one: int, other: int) -> float:
-    """Return the log-ratio of how two tokens change in the mosaics with their own cell alone and with the other's."""
-    code = torch.tensor(codes, device="cpu")[[one, other]]
-    differs = code[:, :, None] != code[:, None]
-    alone = [differs[0] & ~differs[1], differs[1] & ~differs[0]]  # images between which one of the two cells changes
-    power = [[changes[..., t][i].square().mean().clamp_min(1e-16).log() for i in alone] for t in (one, other)]
-    return float(power[0][0] - power[0][1] + power[1][1] - power[1][0]) / 2
 
 
 def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
@@ -171,12 +113,16 @@ def _ranked(
         return replace(site, reason=reason), True
     first, rounds = seen[0][0], len(seen[0])
     limit = first.threshold / 4
-    moving, hopeful = relative_change(first.v[1], first.v[0]) > limit, False
+    # A token may hardly change with one noise, as where a large position embedding is added.
+    moving, hopeful = (
+        torch.stack([relative_change(s.v[1], s.v[0]) > limit for some in seen for s in some]).any(0),
+        False,
+    )
     for conv in candidate_grids(search.size, len(moving), int(moving.sum()), search.convs):
         centres_of_keys = [_centre([s.v for s in some], conv, search.size, limit) for some in seen]
         geometry = conv.geometry.unless_whole(conv.grid, search.size)
         others = [o for _, _, o in search.placed() if o.grid == conv.grid and len(o.order) == len(moving)]
-        hopeful = hopeful or rounds < 2 or _agreement(centres_of_keys, conv.grid) >= 0.5
+        hopeful = hopeful or rounds < 2 or _are_promising(centres_of_keys, conv.grid)
         places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
         if places is None:
             continue
@@ -203,10 +149,17 @@ def _ranked(
     return site, not hopeful
 
 
-def _agreement(halves: Sequence[Tensor], grid: Cells) -> float:
-    """Return the share of tokens, 0 to 1, that both halves of the base images assign to the same cell."""
+def _are_promising(halves: Sequence[Tensor], grid: Cells) -> bool:
+    """Check whether centres come near to cells: both halves mostly rank alike, or centres rise row by row."""
     one, other = (cells_by_rank(half[:, ~half.isnan().any(0)], grid) for half in halves)
-    return float((one == other).double().mean()) if len(one) == len(other) else 0.0
+    if len(one) == len(other) and float((one == other).double().mean()) >= 0.5:
+        return True
+    both = torch.stack(list(halves)).mean(0)
+    both = both[:, ~both.isnan().any(0)].cpu()
+    if both.shape[1] != math.prod(grid):
+        return False
+    axes = zip(both, Grid(grid).lines.to(both), grid, strict=True)
+    return all(count == 1 or float(torch.corrcoef(torch.stack([c, at]))[0, 1]) > _RISING for c, at, count in axes)
 
 
 def _in_several_orders(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:
@@ -228,8 +181,8 @@ def _in_several_orders(mosaic: Mosaic, key: SiteKey, places: Places, limit: floa
 def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: Sequence[TokenLayout]) -> Places | None:
     """Return the assignment on which both halves of the base images agree, None where there is none.
 
-    From the third round on it is enough that both halves together, or another layer, give it and that each half comes
-    close to it.
+    An order row by row, or of another layer, needs no more than that nothing contradicts it (`known_order`). From the
+    third round on it is enough that both halves together, or another layer, give one and that each half comes close.
 
     Args:
         halves: (axes, T) centres in cells, one tensor for each half of the base images.
@@ -240,9 +193,12 @@ def _agreed_places(halves: Sequence[Tensor], grid: Cells, rounds: int, others: S
     one, other = (places_by_centre(half, grid) for half in halves)
     if one is not None and one == other and (rounds > 2 or are_clear(halves, one, grid)):
         return one
-    if rounds < 3:
-        return None
-    both = places_by_centre(torch.stack(list(halves)).nanmean(0), grid)
+    together = torch.stack(list(halves)).mean(0)
+    known = [places for places in (row_by_row(together, grid), *(layout.places for layout in others)) if places]
+    found = next((places for places in dict.fromkeys(known) if is_order(halves, places, grid)), None)
+    if found is not None or rounds < 3:
+        return found
+    both = places_by_centre(together, grid)
     guesses = [places for places in (both, *(layout.places for layout in others)) if places is not None]
     return next((g for g in guesses if all(share_far_from(half, g, grid, 0.9) <= 0.02 for half in halves)), None)
 

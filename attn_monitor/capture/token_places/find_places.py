@@ -17,7 +17,7 @@ from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.borders import place_by_borders
-from attn_monitor.capture.token_places.centres import rank_centres, refuse_shared_cells
+from attn_monitor.capture.token_places.centres import rank_centres
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
 from attn_monitor.capture.token_places.counted_lines import counted_grids
 from attn_monitor.capture.token_places.mosaics import describe_keys, keys_of_each_cell, read_mosaics
@@ -35,6 +35,7 @@ from attn_monitor.capture.token_places.place_checks import (
     refuse_overlaps,
     refuse_partial_views,
 )
+from attn_monitor.capture.token_places.shared_cells import refuse_shared_cells
 from attn_monitor.capture.token_places.site_places import ONE_IMAGE, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, small_strength
 from attn_monitor.capture.token_places.tokens import SiteFormat

@@ -69,7 +69,7 @@ def read_image(files: Sequence[Path], *, channels: int | None, volume: bool, lar
     if channels not in (None, len(found)) or len(found) > MOST_BANDS:
         wanted = "channels" if channels is None else f"{channels} channels, as the model takes them"
         axes = "(channels, depth, height, width)" if volume else "(channels, height, width)"
-        raise ProbeError(f"it holds numbers of shape {read.values.shape}, expected {axes} with {wanted}")
+        raise ProbeError(f"it holds numbers of shape {read.values.shape}, expected {axes} with {wanted}{read.way}")
     numbers = torch.from_numpy(np.ascontiguousarray(found.astype(np.float32)))
     byte = found.dtype == np.uint8
     return ReadImage(numbers / 255 if byte else numbers, to_1=byte, part=part)
@@ -162,6 +162,7 @@ class _Numbers:
     values: np.ndarray[Any, Any]
     sliced: bool = False  # the first axis is known to be slices in space
     bands_last: bool | None = None  # None where the file does not say
+    way: str = ""  # what to do where it holds more than one volume
 
 
 def _array(file: Path, large: bool) -> _Numbers:
@@ -181,7 +182,11 @@ def _array(file: Path, large: bool) -> _Numbers:
     volume = _package("nibabel", file).load(file)
     values = np.asarray(volume.get_fdata(dtype=np.float32))  # (x, y, z) or (x, y, z, t)
     axes = (2, 1, 0)[-values.ndim :] if values.ndim > 2 else (1, 0)
-    return _Numbers(values.transpose(*axes, *range(3, values.ndim)), values.ndim > 2, values.ndim > 3 or None)
+    way = f'. Save one of its volumes: nibabel.save(nibabel.load("{file.name}").slicer[..., 0], "one.nii.gz")'
+    several = values.ndim > 3
+    return _Numbers(
+        values.transpose(*axes, *range(3, values.ndim)), values.ndim > 2, several or None, way if several else ""
+    )
 
 
 def _dicom(files: Sequence[Path]) -> _Numbers:
@@ -247,7 +252,7 @@ def _channels_first(read: _Numbers, channels: int | None, volume: bool) -> tuple
         return values[None], part
     if values.ndim != size + 1:
         axes = "three axes, or four with channels" if volume else "two axes, or three with channels"
-        raise ProbeError(f"it holds numbers of shape {values.shape}, expected {axes}")
+        raise ProbeError(f"it holds numbers of shape {values.shape}, expected {axes}{read.way}")
     last = read.bands_last or (read.bands_last is None and _are_bands(values.shape[-1], values.shape[0], channels))
     return (np.moveaxis(values, -1, 0) if last else values), part
 

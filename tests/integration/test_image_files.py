@@ -208,6 +208,20 @@ def test_a_run_reads_a_folder_of_volumes(tmp_path: Path) -> None:
         ProbeOptions(tmp_path, image_size=(1, 2, 3, 4))
 
 
+def test_several_volumes_in_one_file(tmp_path: Path) -> None:
+    """The way that the refusal names is tried."""
+    nibabel.save(nibabel.Nifti1Image(np.ones((6, 5, 4, 3), np.float32), np.eye(4)), tmp_path / "bold.nii.gz")
+    for size in (4, (4, 5, 6)):
+        with pytest.raises(ProbeError, match="Save one of its volumes") as refused:
+            read_images(tmp_path, size=size, num_images=1, channels=1)
+    way = str(refused.value).partition("volumes: ")[2].partition(")")[0]
+    assert way.startswith('nibabel.save(nibabel.load("bold.nii.gz"')
+    (tmp_path / "one").mkdir()
+    nibabel.save(nibabel.load(tmp_path / "bold.nii.gz").slicer[..., 0], tmp_path / "one/one.nii.gz")
+    read = read_images(tmp_path / "one", size=(4, 5, 6), num_images=1, channels=1)
+    assert read.pixels.shape == (1, 1, 4, 5, 6)
+
+
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "head.nii")
     monkeypatch.setitem(sys.modules, "nibabel", None)

@@ -149,17 +149,29 @@ def _forget_output() -> None:
 
 
 def spelled_out(words: Sequence[str], command: Callable[..., None]) -> list[str]:
-    """Write options as jsonargparse takes them: with underscores, and switches without a value with ``=true``."""
+    """Write options as jsonargparse takes them: underscores, switches with ``=true``, numbers 3,2,1 as a list."""
     switches = {f"--{p.name}" for p in _parameters(command) if isinstance(p.default, bool)}
-    spelled = []
+    numbers = {f"--{p.name}": str(p.annotation) for p in _parameters(command) if "tuple[int" in str(p.annotation)}
+    spelled, before = list[str](), ""
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
             if option in switches and not equals and following.lower() not in ("true", "false"):
                 equals, value = "=", "true"
+            if option in numbers:
+                value = _as_list(value, numbers[option])
+        elif before in numbers:
+            option, equals, value = _as_list(word, numbers[before]), "", ""
         spelled.append(option + equals + value)
+        before = spelled[-1]
     return spelled
+
+
+def _as_list(numbers: str, annotation: str) -> str:
+    """Return 3,2,1 or (3, 2, 1) as [3,2,1], and as is a single number that need be no list, and anything else."""
+    found = re.fullmatch(r"\(?\s*(\d+(?:\s*,\s*\d+)*)\s*\)?", numbers.strip())
+    return f"[{found[1]}]" if found and ("," in numbers or annotation.startswith("tuple")) else numbers
 
 
 def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:

@@ -80,6 +80,10 @@ def test_options_are_spelled_as_users_spell_them() -> None:
     ]
     kept = ["m", "a-b", "--weights", "false", "--out", "my-folder"]
     assert cli.spelled_out(kept, show) == kept
+    for given in (["--bands", "3,2,1"], ["--bands=3, 2, 1"], ["--bands", "(3,2,1)"], ["--bands", "[3,2,1]"]):
+        parsed = cli.parser_of(show).parse_args(cli.spelled_out(["m", "images", *given], show))
+        assert parsed.bands == (3, 2, 1)
+    assert cli.parser_of(show).parse_args(cli.spelled_out(["m", "images", "--bands", "5"], show)).bands == (5,)
 
 
 def test_a_configuration_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

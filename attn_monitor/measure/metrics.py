@@ -64,14 +64,17 @@ class Metric:
 
 
 def _prefix_mass(inputs: MetricInputs) -> dict[str, Tensor]:
-    """Sum the attention on all prefix tokens and, if there are several, on the CLS token and each register."""
+    """Sum the attention on all prefix tokens and, if there are several, on the CLS token and each register.
+
+    Of the CLS tokens of frames, "CLS 0", "CLS 1" and so on, only the sum is a metric.
+    """
     prefix = inputs.attention.rows[..., : inputs.attention.num_prefix]
     if inputs.attention.num_prefix == 0:
         return {}
     masses = {"prefix_mass": prefix.sum(-1)}
     if inputs.attention.num_prefix > 1:
         for index, name in enumerate(inputs.attention.prefix_names):
-            if "token" not in name:  # known to be CLS or a register
+            if "token" not in name and not name.startswith("CLS "):  # known to be the CLS token or a register
                 masses[f"prefix_mass_{name.lower().replace(' ', '')}"] = prefix[..., index]
     return masses
 

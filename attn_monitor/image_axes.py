@@ -70,6 +70,9 @@ def parse_axes(axes: str | None, images: Tensor) -> ImageAxes | None:
     return ImageAxes(tuple(axes), axes.find("c") if "c" in axes else None)
 
 
+_FEW = 4  # channels of a signal without a convolution
+
+
 def likely_axes(shape: Sequence[int]) -> ImageAxes:
     """Name the dimensions of images (B, …) by their sizes alone, as far as these tell: channels are the fewest.
 
@@ -77,8 +80,8 @@ def likely_axes(shape: Sequence[int]) -> ImageAxes:
         shape: That of the images, batch included.
     """
     sizes = tuple(shape[1:])
-    if len(sizes) == 2:
-        return named_axes(sizes, None)
+    if len(sizes) == 2:  # a spectrogram has more bins of frequency than a signal has channels
+        return named_axes(sizes, sizes.index(min(sizes)) if min(sizes) <= _FEW < max(sizes) else None)
     if len(sizes) == 4 and sizes[1] < sizes[0]:
         return named_axes(sizes, 1)
     return named_axes(sizes, 0)

@@ -65,7 +65,7 @@ class RoleFeatures:
         with torch.no_grad():
             images, output = _largest(args, kwargs, output)
             if images is None:
-                self.unread = "no images (batch, channels, height, width) enter it"
+                self.unread = "no images (batch, channels, height, width), clips, volumes or spectrograms enter it"
                 return
             pixels = images.shape[-2] * images.shape[-1]
             if pixels < self._pixels:
@@ -126,8 +126,9 @@ def marks_of(images: Tensor) -> Tensor:
 
 
 def images_in(container: Any) -> list[Tensor]:
-    """Return all tensors of images in a container."""
-    return [t for t in pytree.tree_leaves(container) if _are_images(t)]
+    """Return all tensors of images in a container; where there are none, all spectrograms or signals."""
+    leaves = pytree.tree_leaves(container)
+    return [t for t in leaves if _are_images(t)] or [t for t in leaves if _are_spectrograms(t)]
 
 
 def _largest(args: Any, kwargs: Any, output: Any) -> tuple[Tensor | None, Any]:
@@ -144,6 +145,12 @@ def _are_images(tensor: Any) -> bool:
     """Whether an argument is (B, C, H, W), or a clip or a volume, (B, C, T, H, W) or (B, T, C, H, W)."""
     is_one = isinstance(tensor, Tensor) and tensor.ndim in (4, 5) and tensor.is_floating_point()
     return is_one and 0 < min(tensor.shape[1:-2]) <= MAX_CHANNELS and not hasattr(tensor, "to_local")
+
+
+def _are_spectrograms(tensor: Any) -> bool:
+    """Whether an argument is (B, F, T), (B, T, F) or (B, C, T)."""
+    is_one = isinstance(tensor, Tensor) and tensor.ndim == 3 and tensor.is_floating_point()
+    return is_one and 0 not in tensor.shape and not hasattr(tensor, "to_local")
 
 
 def _tensors(output: Any) -> list[Tensor]:

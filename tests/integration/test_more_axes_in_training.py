@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, AttentionSnapshot
 from attn_monitor.capture.observe.forward import default_forward
+from attn_monitor.player.contents import gather
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.batch_images import find_images
 from tests.support.events import Events
@@ -25,7 +26,16 @@ KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], s
     "clip": ((4, 32, 32), (2, 8, 8), 3, (2, 4, 4), "thw"),
     "volume": ((12, 16, 24), (4, 8, 8), 1, (3, 2, 3), "dhw"),
     "signal": ((64,), (4,), 2, (16,), "t"),
+    "bands": ((24, 32), (8, 8), 13, (3, 4), "hw"),
+    "spectrogram": ((64, 32), (8, 8), 0, (8, 4), "tf"),  # (B, T, F), without channels
 }
+
+
+class Spectrograms(AnyViT):
+    """A ViT on (B, T, F), as audio transformers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])
 
 
 class Classifier(pl.LightningModule):
@@ -45,16 +55,17 @@ class Classifier(pl.LightningModule):
 def test_a_run(kind: str, tmp_path: Path) -> None:
     size, patch, channels, grid, axes = KINDS[kind]
     torch.manual_seed(0)
-    images = torch.rand(8, channels, *size)
-    data = DataLoader(TensorDataset(images, torch.arange(8) % 2), batch_size=4)
-    module = Classifier(AnyViT(size, patch, channels=channels))
+    images = torch.rand(16, *([channels] if channels else []), *size)
+    data = DataLoader(TensorDataset(images, torch.arange(16) % 2), batch_size=8)
+    kind_of_model = AnyViT if channels else Spectrograms
+    module = Classifier(kind_of_model(size, patch, channels=max(channels, 1)))
     callback = AttentionMapCallback(every_n_train_steps=2, on_error="raise", metrics="all")
     trainer(tmp_path, callback, max_steps=4).fit(module, data)
 
     folder = tmp_path / "run" / "version_0" / "attn_monitor"
     assert (folder / "report.html").exists()
     probe = ProbeBatch.load(folder / "probe.npz")
-    assert probe.images.shape[2:] == size
+    assert probe.channels_first.shape[2:] == size
     last = AttentionSnapshot.load(folder / "step-000000004.npz")
     attention = last.layer("backbone")
     assert attention.grid == grid
@@ -64,10 +75,15 @@ def test_a_run(kind: str, tmp_path: Path) -> None:
     events = Events(tmp_path / "run" / "version_0")
     assert [step for step, _ in events.images("attn_maps/image0")] == [0, 2, 4]
     assert len(events.scalars("attn/backbone/layer1/entropy")) == 3
-    for name in ("distance",) if kind == "signal" else (f"distance_{axis}" for axis in axes):
+    for name in ("distance",) if kind in ("signal", "bands") else (f"distance_{axis}" for axis in axes):
         assert len(events.scalars(f"attn/backbone/layer1/{name}")) == 3
     assert attention.distance is not None
-    assert attention.distance.shape[2:] == (() if kind == "signal" else (3,))
+    assert attention.distance.shape[2:] == {"signal": (), "bands": (), "spectrogram": (2,)}.get(kind, (3,))
+    assert len(events.scalars("attn/backbone/rankme")) >= 1
+    shown = gather(folder, "run", 4_000_000).manifest()
+    assert [step["step"] for step in shown["steps"]] == [0, 2, 4]
+    assert bool(shown["pictures"]) == (len(size) == 3)
+    assert shown["layouts"][0][0]["grid"][-1] == grid[-1]
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,12 @@ check: $(VENV)/.setup-dev
 	$(BIN)/python -m tests.support.javascript
 	$(BIN)/python -m tests.support.wheel
 
-# The charts come from two training runs of five minutes, kept in runs/curves.
+# The charts come from two training runs of five minutes, kept in runs/curves, the gallery from short ones.
 docs: $(VENV)/.setup-dev
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_curves.py
 	$(BIN)/python docs/make_divergence.py
+	$(BIN)/python docs/make_gallery.py
 
 # The documents as pages in build/site; a link that leads nowhere is an error.
 site: $(VENV)/.setup-docs

@@ -63,6 +63,17 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## [{attn_monitor.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_gallery_shows_the_runs_that_are_made_and_stays_small() -> None:
+    page, folder = (ROOT / "docs" / "gallery.md").read_text(), ROOT / "docs" / "gallery"
+    made = re.findall(r'^    "([a-z-]+)": Run\(', (ROOT / "docs" / "make_gallery.py").read_text(), re.M)
+    assert sorted(re.findall(r"make_gallery\.py ([a-z-]+)`", page)) == sorted(made)
+    assert {file.stem for file in folder.glob("*.jpg")} == {*made}
+    assert all(file.stat().st_size < 150_000 for file in folder.glob("*.jpg"))
+    reports = list(folder.glob("*.html"))
+    assert len(reports) <= 3
+    assert all(file.stat().st_size < 400_000 and f"(gallery/{file.name})" in page for file in reports)
+
+
 def test_the_conda_recipe_is_that_of_the_project() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())

@@ -262,6 +262,6 @@ def summarise(measured: Measured) -> Metrics:
             largest = name in LARGEST
             metrics[MetricKey(role, layer, name)] = float(value.amax() if largest else value.mean())
             if value.ndim == 2:
-                for head, summary in enumerate(value.amax(0) if largest else value.mean(0)):
-                    metrics[MetricKey(role, layer, name, head)] = float(summary)
+                for head, summary in enumerate((value.amax(0) if largest else value.mean(0)).tolist()):
+                    metrics[MetricKey(role, layer, name, head)] = summary
     return metrics

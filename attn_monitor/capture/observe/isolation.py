@@ -36,7 +36,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())  # a cache that the model fills must stay usable for training
         modules = all_modules(model)
         stack.enter_context(_eval_mode(modules))
-        if may_be_sharded() and is_sharded(model):  # FSDP keeps its own state in attributes and parameters
+        if may_be_sharded() and are_sharded(modules):  # FSDP keeps its own state in attributes and parameters
             stack.enter_context(_values_restored(_buffers(modules)))
         else:
             stack.enter_context(_state_restored(model, modules))
@@ -249,5 +249,10 @@ def may_be_sharded() -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP manages the parameters, so that every forward must run to its end to reshard them."""
-    bases = {base.__name__ for kind in {*map(type, all_modules(model))} for base in kind.__mro__}
+    return are_sharded(all_modules(model))
+
+
+def are_sharded(modules: Sequence[nn.Module]) -> bool:
+    """Return the same as `is_sharded`, of all modules of a model."""
+    bases = {base.__name__ for kind in {*map(type, modules)} for base in kind.__mro__}
     return any("FSDP" in name or "FullySharded" in name for name in bases)

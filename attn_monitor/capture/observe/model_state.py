@@ -66,6 +66,7 @@ _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 }
 _TABLES_LEFT_ALONE = vars(nn.Module()).keys() - _OWN_TABLES
+_NOTHING: dict[Any, Any] = {}  # stands for every empty container
 _Path = tuple[Any, ...]  # (path of the owner, name or key); formatted only for reports
 
 
@@ -177,7 +178,7 @@ class HeldState:
             if isinstance(item, (types.MethodType, functools.partial)) and hasattr(type(module), name):
                 continue  # a user's wrapper of the module's own method
             if type(item) in CONTAINERS and (name in _OWN_TABLES or not item):
-                self._containers.append((item, item.copy()))
+                self._containers.append((item, item.copy() if item else _NOTHING))
             elif name not in _OWN_TABLES:  # a ScriptModule's are views of C++ objects
                 self._later(((type(module).__name__,), name), item)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.asking import measure_asking
+from benchmarks.long_run import measure_long_run
 from benchmarks.measure import machine
 from benchmarks.memory import measure_memory
 from benchmarks.metrics_cost import measure_dense, measure_metrics, measure_watched_step
@@ -47,6 +48,7 @@ def _quick(results: Results) -> None:
     results.memory = measure_memory(tiny)
     results.pictures = measure_pictures(1, budget=0.1)
     results.player = measure_player(1, 3, 1)
+    results.long_run = measure_long_run(3, 2)
     results.training = measure_training(replace(tiny, batch=8), steps=5, every=2)
     results.growth = measure_growth((4, 8), (1, 2), (1, 2), budget=0.05)
     results.metrics = measure_metrics(tiny, budget=0.1)
@@ -66,6 +68,8 @@ def _full(results: Results) -> None:
     results.pictures = measure_pictures(8, budget=15)
     _tell("player")
     results.player = measure_player(8, 50, 5)
+    _tell("a long run's report")
+    results.long_run = measure_long_run(1000, 12)
     _tell("training")
     results.training = measure_training(TRAINED, steps=36, every=5)
     _tell("growth")

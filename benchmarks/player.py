@@ -61,8 +61,8 @@ def measure_player(images: int, steps: int, rounds: int) -> Player | None:
     return Player(images, steps, len(page.encode()), len(embed.encode()), first, speed)
 
 
-def write_run(folder: Path, images: int, steps: int) -> None:
-    """An archive of photographs and made-up attention, smooth with some noise, sharper with every step."""
+def write_run(folder: Path, images: int, steps: int, layers: int = 1) -> None:
+    """An archive of photographs and made-up attention of the last layers, noisy and sharper with every step."""
     photos = torch.from_numpy(np.stack(photographs(images))).permute(0, 3, 1, 2).float() / 255
     ProbeBatch(photos, mean=(0, 0, 0), std=(1, 1, 1)).save(folder / "probe.npz")
     generator = torch.Generator().manual_seed(0)
@@ -71,11 +71,13 @@ def write_run(folder: Path, images: int, steps: int) -> None:
     for step in range(steps):
         noisy = smooth * 6 * step / steps + 0.3 * torch.randn(smooth.shape, generator=generator)
         rows = torch.cat([torch.zeros_like(noisy[..., :1]), noisy], -1).softmax(-1)
-        layers = {
-            (role, 11): LayerAttention(11, "blocks.11", rows[i], 1, GRID, False, 0.0) for i, role in enumerate(ROLES)
+        captured = {
+            (role, layer): LayerAttention(layer, f"blocks.{layer}", rows[i], 1, GRID, False, 0.0)
+            for layer in range(12 - layers, 12)
+            for i, role in enumerate(ROLES)
         }
         names = tuple(f"image{i}" for i in range(images))
-        AttentionSnapshot(100 * step, 0, names, layers).save(snapshot_path(folder, 100 * step))
+        AttentionSnapshot(100 * step, 0, names, captured).save(snapshot_path(folder, 100 * step))
 
 
 def _open(chromium: str, path: Path, steps: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.asking import Asking
+from benchmarks.long_run import LongRun
 from benchmarks.measure import Spread
 from benchmarks.memory import Memory
 from benchmarks.pictures import Pictures
@@ -27,6 +28,7 @@ class Results:
     memory: Memory | None = None
     pictures: Pictures | None = None
     player: Player | None = None
+    long_run: LongRun | None = None
     training: Training | None = None
     growth: list[Growth] = field(default_factory=list)
     metrics: Spread | None = None

@@ -127,7 +127,8 @@ class _Reader:
             value = own[name]
             kind = type(value)
             if kind in _EQUAL_BY_VALUE:  # most attributes: what `value` does, in a tenth of its time
-                self._items[(*key, name)] = Item("number" if kind is int else "other", (kind, value))
+                where = (*key, name)
+                self._items[where] = Item("number" if kind is int else "other", (kind, value))
             else:
                 self.anything((*key, name), value)
 

@@ -16,18 +16,7 @@ Same = TypeVar("Same", bound="Snapshot")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Hold attention of every role and layer on the probe at one step, with its metrics and health flags.
-
-    Args:
-        step: optimizer steps done.
-        epoch: from 0 on.
-        names: names of the probe's images.
-        layers: (role, layer) to a `LayerAttention` on the CPU.
-        metrics: values by `MetricKey` (role, layer, metric, head).
-        flags: the health flags raised at this step.
-        flags_raised: how many flags the run has raised so far, these included.
-        verdict: what has become of the run so far, None if it was not judged.
-    """
+    """Hold attention of every role and layer on the probe at one step, as `AttentionSnapshot` describes it."""
 
     step: int
     epoch: int

@@ -39,8 +39,8 @@ def measure_features(z: Tensor, views: tuple[Tensor, Tensor] | None = None) -> d
     z = different = z.detach().cpu().double()
     found = {"feature_samples": float(len(z)), "feature_std": feature_std(z)}
     variances = _eigenvalues(z - z.mean(0))
-    found |= {"rankme": rankme(z), "effective_rank": _spread(variances)}
-    if math.isfinite(fitted := _exponent(variances[: len(z) - 1])):
+    found |= {"rankme": rankme(z), "effective_rank": effective_rank(variances)}
+    if math.isfinite(fitted := alpha(variances[: len(z) - 1])):
         found["alpha"] = fitted
     if views is not None and len(views[0]) >= LEAST_SAMPLES:
         different, other = (view.detach().cpu().double() for view in views)
@@ -74,25 +74,31 @@ def rankme(z: Tensor) -> float:
     return _spread(_eigenvalues(z).sqrt())
 
 
-def effective_rank(z: Tensor) -> float:
-    """Exponential of the entropy of the variances along the principal axes of ``z``.
+def effective_rank(variances: Tensor) -> float:
+    """Exponential of the entropy of the variances along the principal axes, as shares of their sum.
 
-    Unlike `rankme` it is centred, so that a large mean does not hide that features vary in a few directions alone.
+    Unlike `rankme` it is of centred features, so that a large mean does not hide that they vary in a few directions.
 
     Returns:
         1 (one direction) … min(S, D). The package `reptrix` calls it RankMe.
     """
-    return _spread(_eigenvalues(z - z.mean(0)))
+    return _spread(variances)
 
 
-def alpha(z: Tensor) -> float:
-    """Exponent of the decay of the covariance's eigenvalues, λᵢ ~ i^-alpha, fitted from the 11th to the 100th.
+def alpha(variances: Tensor) -> float:
+    """Exponent of the decay of the variances along the principal axes, λᵢ ~ i^-alpha, fitted from 11th to 100th.
 
     Returns:
-        Above 0; about 1 in good representations. NaN with fewer than 20 eigenvalues above 0. Source: α-ReQ, Agrawal et
-        al. 2022, and its package `reptrix`, where each eigenvalue counts with weight 1 / i.
+        Above 0; about 1 in good representations. NaN with fewer than 20 variances above 0. Source: α-ReQ, Agrawal et
+        al. 2022, and its package `reptrix`, where each one counts with weight 1 / i.
     """
-    return _exponent(_eigenvalues(z - z.mean(0))[: len(z) - 1])
+    values = variances[:LAST]
+    if len(values) < FIRST + LEAST_FITTED or not bool((values > 0).all()):
+        return math.nan
+    order = torch.arange(FIRST + 1, len(values) + 1, dtype=torch.float64, device="cpu")
+    x, y, weight = -order.log(), values[FIRST:].log(), 1 / order
+    x = x - (weight * x).sum() / weight.sum()
+    return float((weight * x * y).sum() / (weight * x * x).sum())
 
 
 def alignment(one: Tensor, other: Tensor) -> float:
@@ -130,17 +136,6 @@ def koleo(z: Tensor) -> float:
     cosines = (unit @ unit.T).fill_diagonal_(-1)
     nearest = (unit - unit[cosines.argmax(1)]).norm(dim=1)
     return float(-(nearest + 1e-8).log().mean())
-
-
-def _exponent(values: Tensor) -> float:
-    """Fit `alpha` to eigenvalues, the largest first."""
-    values = values[:LAST]
-    if len(values) < FIRST + LEAST_FITTED or not bool((values > 0).all()):
-        return math.nan
-    order = torch.arange(FIRST + 1, len(values) + 1, dtype=torch.float64, device="cpu")
-    x, y, weight = -order.log(), values[FIRST:].log(), 1 / order
-    x = x - (weight * x).sum() / weight.sum()
-    return float((weight * x * y).sum() / (weight * x * x).sum())
 
 
 def _unit(z: Tensor) -> Tensor:

@@ -28,13 +28,14 @@ def test_spectra_equal_numpy_and_scikit_learn(shape: tuple[int, int]) -> None:
     z = features(*shape)
     sigma = np.linalg.svd(z.numpy(), compute_uv=False)
     shares = sigma / sigma.sum() + 1e-7
+    found = G.measure_features(z)
     assert G.rankme(z) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
     variances = PCA(svd_solver="full").fit(z.numpy()).explained_variance_ratio_  # as reptrix has it
     shares = variances + 1e-7
-    assert G.effective_rank(z) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert found["effective_rank"] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
     index = np.arange(10, min(100, len(variances), len(z) - 1))
     slope = np.polyfit(np.log(index + 1), np.log(variances[index]), 1, w=np.sqrt(1 / (index + 1)))[0]
-    assert G.alpha(z) == pytest.approx(-slope, rel=1e-5)
+    assert found["alpha"] == pytest.approx(-slope, rel=1e-5)
 
 
 def test_closed_forms() -> None:
@@ -44,7 +45,7 @@ def test_closed_forms() -> None:
     z = (basis - basis.mean(0)) * torch.arange(
         1, channels + 1
     ) ** -0.75  # standard deviations: variances fall by i^-1.5
-    assert G.alpha(z) == pytest.approx(1.5, rel=2e-2)  # the mean is nearly 0
+    assert G.measure_features(z)["alpha"] == pytest.approx(1.5, rel=2e-2)  # the mean is nearly 0
     eye = torch.eye(64, dtype=torch.float64)
     assert G.rankme(eye) == pytest.approx(64, rel=1e-4)  # RankMe's epsilon
     assert G.mean_cosine(eye) == pytest.approx(0, abs=1e-12)

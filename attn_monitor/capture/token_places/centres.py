@@ -21,15 +21,13 @@ from attn_monitor.capture.token_places.decoding import (
     share_far_from,
 )
 from attn_monitor.capture.token_places.finer_queries import by_centre
-from attn_monitor.capture.token_places.known_order import is_order, row_by_row
+from attn_monitor.capture.token_places.known_order import is_order, may_be_order, row_by_row
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
-from attn_monitor.grid import Grid
 
 _ROUNDS = 5  # each has two base images: the user's and noise
-_RISING = 0.9  # least correlation of centres with lines, row by row, for which more images may help
 
 Cells = tuple[int, ...]
 
@@ -122,7 +120,7 @@ def _ranked(
         centres_of_keys = [_centre([s.v for s in some], conv, search.size, limit) for some in seen]
         geometry = conv.geometry.unless_whole(conv.grid, search.size)
         others = [o for _, _, o in search.placed() if o.grid == conv.grid and len(o.order) == len(moving)]
-        hopeful = hopeful or rounds < 2 or _are_promising(centres_of_keys, conv.grid)
+        hopeful = hopeful or rounds < 2 or _are_promising(centres_of_keys, conv.grid, rounds)
         places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
         if places is None:
             continue
@@ -149,17 +147,12 @@ def _ranked(
     return site, not hopeful
 
 
-def _are_promising(halves: Sequence[Tensor], grid: Cells) -> bool:
-    """Check whether centres come near to cells: both halves mostly rank alike, or centres rise row by row."""
+def _are_promising(halves: Sequence[Tensor], grid: Cells, rounds: int) -> bool:
+    """Check whether all rounds may tell an order: both halves mostly rank alike, or lines may come clear."""
     one, other = (cells_by_rank(half[:, ~half.isnan().any(0)], grid) for half in halves)
     if len(one) == len(other) and float((one == other).double().mean()) >= 0.5:
         return True
-    both = torch.stack(list(halves)).mean(0)
-    both = both[:, ~both.isnan().any(0)].cpu()
-    if both.shape[1] != math.prod(grid):
-        return False
-    axes = zip(both, Grid(grid).lines.to(both), grid, strict=True)
-    return all(count == 1 or float(torch.corrcoef(torch.stack([c, at]))[0, 1]) > _RISING for c, at, count in axes)
+    return may_be_order(halves, grid, _ROUNDS / rounds)
 
 
 def _in_several_orders(mosaic: Mosaic, key: SiteKey, places: Places, limit: float) -> bool:

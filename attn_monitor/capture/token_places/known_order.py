@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,22 +43,41 @@ def is_order(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> b
         places: The cell of each token, in the order to check; one token for each cell.
         grid: Number of cells on each axis.
     """
-    tokens = sorted((token for token, place in enumerate(places) if place >= 0), key=lambda token: places[token])
-    parts = [half[:, tokens].double().cpu().unflatten(1, tuple(grid)) for half in halves]
-    both = torch.stack(parts).mean(0)
-    if bool(both.isnan().any()):
+    if distance_of_lines(halves, places, grid) < _SEEN:
         return False
-    for axis, count in enumerate(grid):
-        if count == 1:
-            continue
-        own = [part[axis].movedim(axis, 0).flatten(1) for part in (both, *parts)]  # (count, others)
-        lines = own[0].quantile(0.5, 1)
-        offset = lines - torch.arange(count)
+    for axis, (both, *parts) in _axes(halves, places, grid):
+        offset = both.quantile(0.5, 1) - torch.arange(grid[axis])
         if float(offset.abs().max()) > _LARGEST_OFFSET or float(offset.mean().abs()) > _MEAN_OFFSET:
             return False
-        if float(lines.diff().min()) < _SEEN * _spread(own[0]) or any(_contradict(centre) for centre in own):
+        if any(_contradict(centre) for centre in (both, *parts)):
             return False
     return True
+
+
+def may_be_order(halves: Sequence[Tensor], grid: Sequence[int], times: float) -> bool:
+    """Return whether tokens could be seen to lie row by row with so many times as many images."""
+    places = row_by_row(torch.stack(list(halves)).mean(0), grid)
+    return places is not None and distance_of_lines(halves, places, grid) * math.sqrt(times) >= _SEEN
+
+
+def distance_of_lines(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> float:
+    """Return the least distance of two neighbouring lines, in standard deviations between two of their tokens."""
+    found = math.inf
+    for _, (both, *_) in _axes(halves, places, grid):
+        if bool(both.isnan().any()):
+            return 0.0
+        found = min(found, float(both.quantile(0.5, 1).diff().min()) / max(_spread(both), 1e-9))
+    return found
+
+
+def _axes(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield each axis of several lines with its (lines, tokens) centres: on average, then of each half."""
+    tokens = sorted((token for token, place in enumerate(places) if place >= 0), key=lambda token: places[token])
+    parts = [half[:, tokens].double().cpu().unflatten(1, tuple(grid)) for half in halves]
+    for axis, count in enumerate(grid):
+        if count > 1:
+            own = (torch.stack(parts).mean(0), *parts)
+            yield axis, tuple(part[axis].movedim(axis, 0).flatten(1) for part in own)
 
 
 def _spread(centre: Tensor) -> float:

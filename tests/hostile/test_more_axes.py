@@ -13,10 +13,12 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from attn_monitor import AttentionMonitor
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import ArgumentError, ForwardError, InputTypeError, QueryError, UnsupportedAttentionError
 from attn_monitor.grid import GridGeometry
+from attn_monitor.image_axes import likely_axes
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.more_axes import AnyViT, BandsViT
 from tests.support.oracle import attention_matrices
@@ -195,6 +197,21 @@ def test_attention_in_frames_and_over_frames() -> None:
     assert off_by(mean.maps.flatten(3).flatten(2), expected.flatten(2)) <= LIMIT
     with pytest.raises(QueryError, match="all of them patches"):
         record_attention(model, images, layers=0)
+
+
+def test_signals_and_spectrograms_by_their_sizes() -> None:
+    """A signal has few channels, a spectrogram many bins, unless statistics are of one channel."""
+    for shape, axes in (((2, 2, 900), "ct"), ((2, 900, 2), "tc"), ((2, 128, 64), "tf"), ((2, 64, 100), "ft")):
+        assert "".join(likely_axes(shape).names) == axes
+    few = images_of((2, 3, 64))
+    assert ProbeBatch(few, mean=[0.0], std=[1.0]).image_axes.channel is None
+    assert ProbeBatch(few, mean=[0.0] * 3, std=[1.0] * 3).image_axes.channel == 0
+
+
+def test_each_frame_has_no_curve_for_its_cls_token() -> None:
+    probe = ProbeBatch(images_of(FRAMES_FIRST), mean=[0.0] * 3, std=[1.0] * 3, axes="tchw")
+    snapshot = AttentionMonitor(probe, layers=[1]).snapshot({"backbone": sharp(timesformer())}, step=0)
+    assert {k.metric for k in snapshot.metrics if k.metric.startswith("prefix_mass")} == {"prefix_mass"}
 
 
 def test_statistics_over_all_sequences() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_monitor import AttentionSnapshot, DrawingOptions, MetricKey, ProbeBatch, load_snapshots
 from attn_monitor.draw.strips import filmstrip
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import train_dino  # noqa: E402  # in examples
 from train_dino import ProgressLines  # noqa: E402, F401  # which the demo's settings look for in the program
 
+PATCHES_UNTIL, LATER = 56, 8  # steps with a loss on patches, of dense-decay, and times the learning rate after them
 FOLDER, OUT = ROOT / "runs" / "gallery", ROOT / "docs" / "gallery"
 IMAGE, COLOURS = "0_flower", ("#1a7f8e", "#d9541e")  # of a healthy and a broken run
 PAGES, PAGE_BYTES = ("healthy", "attention-collapsed", "dimensional-collapse"), 400_000  # those in the site
@@ -79,6 +80,28 @@ class OneDirection(train_dino.DINO):
         return loss
 
 
+class PatchesFirst(train_dino.DINO):
+    """A loss that tells patches apart, beside a tenth of DINO's; then DINO's alone, at a higher learning rate."""
+
+    def learning_rate(self) -> float:
+        return super().learning_rate() * (LATER if self.global_step >= PATCHES_UNTIL else 1)
+
+    def training_step(self, crops: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(crops, batch_idx)
+        if self.global_step >= PATCHES_UNTIL:
+            return loss
+        with torch.no_grad():
+            targets = patches(self.teacher_backbone, crops[0] * 1.1 + 0.1)
+        found = patches(self.student_backbone, crops[0]) @ targets.T / 0.2
+        return 0.1 * loss + nn.functional.cross_entropy(found, torch.arange(len(found)))
+
+
+def patches(model: nn.Module, images: Tensor) -> Tensor:
+    """Patch tokens of all images at unit length, (images · patches, D)."""
+    tokens: Tensor = model.forward_features(images)[:, 1:]
+    return nn.functional.normalize(tokens.flatten(0, 1), dim=-1)
+
+
 @dataclass(frozen=True)
 class Run:
     """What differs from the demo."""
@@ -92,6 +115,7 @@ RUNS = {
     "answers-uniform": Run("--model.teacher_temp 1 --model.warmup_teacher_temp 1 --trainer.max_steps 96"),
     "attention-collapsed": Run(model=FastQueriesAndKeys),
     "dimensional-collapse": Run(model=OneDirection),
+    "dense-decay": Run("--model.teacher_momentum 0.9 --trainer.max_steps 136", PatchesFirst),
     "diverging": Run("--model.lr 0.02 --model.min_lr 0.02 --model.teacher_momentum 0 --trainer.max_steps 96"),
 }
 

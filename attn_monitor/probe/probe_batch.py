@@ -62,6 +62,7 @@ class ProbeBatch:
         bands: Sequence[int] | None = None,
     ) -> None:
         one = images.ndim == 3 and axes is None and len(mean) == images.shape[0] > 1  # one image without a batch
+        one = one and len(mean) not in images.shape[1:]  # as many signals as each has channels
         if one or not 3 <= images.ndim <= 5 or not images.is_floating_point() or 0 in images.shape:
             raise ProbeError(
                 f"images: received {tuple(images.shape)} {images.dtype}, expected floats of a shape such as (images, "
@@ -319,7 +320,10 @@ def _axes_with(images: Tensor, channels: int) -> ImageAxes:
 def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise ProbeError(f"{name}: received {len(values)} values, expected one for each of {channels} channels")
+            default = ". Pass mean= and std= of the model's own preparation" * (tuple(mean) == tuple(IMAGENET_MEAN))
+            raise ProbeError(
+                f"{name}: received {len(values)} values, expected one for each of {channels} channels{default}"
+            )
 
 
 def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

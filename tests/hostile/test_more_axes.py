@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from attn_monitor import AttentionMonitor
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.errors import ArgumentError, ForwardError, InputTypeError, QueryError, UnsupportedAttentionError
+from attn_monitor.errors import (
+    ArgumentError,
+    ForwardError,
+    InputTypeError,
+    ProbeError,
+    QueryError,
+    UnsupportedAttentionError,
+)
 from attn_monitor.grid import GridGeometry
 from attn_monitor.image_axes import likely_axes
 from attn_monitor.probe.probe_batch import ProbeBatch
@@ -206,6 +213,9 @@ def test_signals_and_spectrograms_by_their_sizes() -> None:
     few = images_of((2, 3, 64))
     assert ProbeBatch(few, mean=[0.0], std=[1.0]).image_axes.channel is None
     assert ProbeBatch(few, mean=[0.0] * 3, std=[1.0] * 3).image_axes.channel == 0
+    assert ProbeBatch(images_of((2, 2, 64)), mean=[0.0] * 2, std=[1.0] * 2).image_axes.channel == 0
+    with pytest.raises(ProbeError, match="Pass mean= and std="):
+        ProbeBatch(images_of((2, 13, 8, 8)))
 
 
 def test_each_frame_has_no_curve_for_its_cls_token() -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import statistics
-import time
 
 import pytest
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
-from attn_monitor import AttentionMonitor, ProbeBatch
 from tests.support.documents import FENCE, ROOT
 
 NO_CLAIM = "no claim: "
@@ -57,7 +52,7 @@ CLAIMS = {
     "What is promised": LINKS,
     "Cheap.": NO_CLAIM + "a heading",
     "Capturing the last layer costs": """
-        unit/test_readme_claims.py::test_a_snapshot_costs_about_one_forward
+        integration/test_benchmarks.py::test_a_quick_run_writes_the_document
         integration/test_capture.py::test_the_forward_is_left_after_the_last_wanted_layer
         integration/test_capture.py::test_memory_is_linear_in_tokens
         faults/test_job_queue.py::test_putting_never_waits_and_drops_the_oldest_pictures""",
@@ -113,22 +108,3 @@ def test_all_commands_are_named() -> None:
 
     (sentence,) = (s for s in sentences() if s.startswith("Commands do"))
     assert set(re.findall(r"`(?:attn-monitor )?(\w+)`", sentence)) == set(COMMANDS)
-
-
-@pytest.mark.slow
-def test_a_snapshot_costs_about_one_forward() -> None:
-    """In CPU time, of a model that a test can afford, and so with room for what is the same for any size."""
-    model = VisionTransformer(img_size=128, embed_dim=192, depth=12, num_heads=3, num_classes=0).eval()
-    images = torch.randn(8, 3, 128, 128)
-    monitor = AttentionMonitor(ProbeBatch(images))
-    monitor.snapshot({"backbone": model}, step=0)  # finds the places of tokens
-    costs = []
-    for step in range(1, 8):
-        times = [time.process_time()]
-        with torch.no_grad():
-            model(images)
-        times.append(time.process_time())
-        monitor.snapshot({"backbone": model}, step=step)
-        times.append(time.process_time())
-        costs.append((times[2] - times[1]) / (times[1] - times[0]))
-    assert statistics.median(costs) < 1.3, costs

@@ -182,7 +182,7 @@ def _actions(profiler: SimpleProfiler) -> dict[str, list[float]]:
 
 
 def _fit(size: Size, steps: int, callbacks: Callable[[Tensor], list[pl.Callback]]) -> tuple[float, SimpleProfiler]:
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(0)
     images = torch.randn(32, 3, size.pixels, size.pixels)
     profiler = _Profiler()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

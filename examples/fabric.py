@@ -23,7 +23,7 @@ from attn_monitor.trackers.publisher import Publisher
 
 def train(fabric: Fabric, options: argparse.Namespace) -> None:
     """DINO on several devices: each takes its own crops, and its own share of the probe."""
-    fabric.seed_everything(fabric.global_rank, verbose=False)
+    fabric.seed_everything(fabric.global_rank)
     images = [v2.functional.resize(v2.functional.pil_to_tensor(image), 128) for image in photographs().values()]
     student, teacher = network(), network().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

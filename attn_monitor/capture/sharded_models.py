@@ -60,9 +60,28 @@ def forward_within(root: nn.Module, forward: Forward = default_forward) -> Forwa
 
 
 def _is_unit(module: nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+    return isinstance(module, (_fsdp2().FSDPModule, FullyShardedDataParallel))
+
+
+def _fsdp2() -> Any:
+    """Return the module that holds FSDP2."""
+    from torch.distributed import fsdp
+
+    if hasattr(fsdp, "FSDPModule"):
+        return fsdp
+    from torch.distributed._composable import fsdp as composable  # PyTorch before 2.6
+
+    return composable
+
+
+def _dtensor() -> Any:
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:  # PyTorch 2.4
+        from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
+    return DTensor
 
 
 def _units_in(model: nn.Module) -> list[nn.Module]:
@@ -86,12 +105,11 @@ def _through(units: list[nn.Module], action: Callable[[Tensor], None], images: T
 
 
 def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tensor) -> None:
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    if isinstance(unit, FSDPModule):
+    fsdp2 = _fsdp2()
+    if isinstance(unit, fsdp2.FSDPModule):
         setattr(unit, _METHOD, action)
         try:
-            register_fsdp_forward_method(unit, _METHOD)
+            fsdp2.register_fsdp_forward_method(unit, _METHOD)
             getattr(unit, _METHOD)(images)
         finally:
             delattr(unit, _METHOD)
@@ -130,11 +148,9 @@ def _freed_afterwards(around: list[nn.Module], below: list[nn.Module]) -> Iterat
             _free(unit)
 
 
-def _end_forward(unit: nn.Module) -> None:
+def _end_forward(unit: Any) -> None:
     """Reset the FSDP2 state of a forward that was cut short."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(unit, FSDPModule):
+    if not isinstance(unit, _fsdp2().FSDPModule):
         return
     if hasattr(unit, "reset_iter_state"):
         unit.reset_iter_state()
@@ -147,16 +163,16 @@ def _outermost(units: list[nn.Module]) -> list[nn.Module]:
     return [unit for unit in units if id(unit) not in inside]
 
 
-def _free(unit: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule, ShardingStrategy
+def _free(unit: Any) -> None:
+    from torch.distributed.fsdp import ShardingStrategy
     from torch.distributed.fsdp._runtime_utils import _reshard
 
-    if isinstance(unit, FSDPModule):
+    if isinstance(unit, _fsdp2().FSDPModule):
         unit.reshard()
         return
-    wrapper: Any = unit  # FullyShardedDataParallel, without a public method to reshard
-    if wrapper._handle is not None and wrapper.sharding_strategy is not ShardingStrategy.NO_SHARD:
-        _reshard(wrapper, wrapper._handle, True)
+    # FullyShardedDataParallel has no public method to reshard.
+    if unit._handle is not None and unit.sharding_strategy is not ShardingStrategy.NO_SHARD:
+        _reshard(unit, unit._handle, True)
 
 
 def refuse_split_parameters(model: nn.Module) -> ExitStack:
@@ -168,20 +184,19 @@ def refuse_split_parameters(model: nn.Module) -> ExitStack:
     stack = ExitStack()
     if not may_be_sharded():
         return stack
-    from torch.distributed.tensor import DTensor
-
+    dtensor = _dtensor()
     for path, module in model.named_modules():
-        if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+        if any(isinstance(p, dtensor) for p in module.parameters(recurse=False)):
             stack.enter_context(module.register_forward_pre_hook(_refusal(path, type(model).__name__)))
     return stack
 
 
 def _refusal(path: str, model: str) -> Callable[..., None]:
-    from torch.distributed.tensor import DTensor
+    dtensor = _dtensor()
 
     def hook(module: nn.Module, args: Any) -> None:
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            if not isinstance(parameter, DTensor):
+            if not isinstance(parameter, dtensor):
                 continue
             mesh = parameter.device_mesh
             split = [p for d, p in enumerate(parameter.placements) if p.is_shard() and mesh.size(d) > 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import stat
 import warnings
 import zipfile
@@ -191,13 +192,16 @@ def _unpickle(path: Path, trust: bool) -> tuple[Any, list[str]]:
 
 
 def _load_plain(path: Path, packed: bool) -> Any:
-    """Load a file of tensors and plain values alone, as PyTorch before 2.5 cannot leave other objects out."""
+    """Load a file of tensors and plain values alone, as PyTorch before 2.6 cannot leave other objects out."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except pickle.UnpicklingError as error:
+        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        if found is None:
+            raise
         raise CheckpointError(
-            f"it holds objects beside tensors: {first_line(error)}. PyTorch {torch.__version__} cannot leave them out. "
-            "Update PyTorch to 2.6 or newer, or trust the file (--trust) if you know who made it"
+            f"it holds objects beside tensors, such as a {found[1]}, which PyTorch {torch.__version__} cannot leave "
+            "out. Update PyTorch to 2.6 or newer, or pass --trust if you know who wrote the file"
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Numbers made of many queries' rows: each of those rows is what the model computed, or the number is absent."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: custom_op of PyTorch 2.4 wants the types themselves.
 import math
 from pathlib import Path
 from typing import Any

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
-from attn_monitor.errors import AttentionError, ForwardError, VerificationError
+from attn_monitor.errors import AttentionError, ForwardError, UnsupportedAttentionError, VerificationError
 from tests.support import styles
 from tests.support.oracle import attention_matrices
+from tests.support.releases import TORCH, since_torch
 from tests.support.styles import PlainViT
 from tests.support.zoo import enliven, timm_vit
 
@@ -186,6 +187,7 @@ def test_ways_to_call_attention(way: str, heads: int, monkeypatch: pytest.Monkey
         assert attention.grid == (4, 6)
 
 
+@since_torch(2, 5, "SDPA takes enable_gqa")
 def test_grouped_queries() -> None:
     model, images = enliven(PlainViT(Variant("grouped queries"))).eval(), torch.randn(2, 3, 32, 48)
     (attention,) = record_attention(model, images)
@@ -270,16 +272,18 @@ def test_user_given_forward_and_its_mistakes() -> None:
     assert off_by(attention.rows, attention_matrices(model, images, lambda m, x: m(x, 0.5))[-1][:, :, 0]) <= 1e-3
 
 
+class _Flex(styles.MemEffAttention):
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (styles.split_heads(t) for t in self.qkv(x).chunk(3, -1))
+        return self.proj(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@since_torch(2, 9, "flex attention is observed")
 def test_flex_attention() -> None:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    class Flex(styles.MemEffAttention):
-        def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
-            q, k, v = (styles.split_heads(t) for t in self.qkv(x).chunk(3, -1))
-            return self.proj(flex_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    model, images = enliven(PlainViT(Flex(), Flex())).eval(), torch.randn(2, 3, 32, 48)
+    model, images = enliven(PlainViT(_Flex(), _Flex())).eval(), torch.randn(2, 3, 32, 48)
     plain = PlainViT(styles.MemEffAttention(), styles.MemEffAttention()).eval()
     plain.load_state_dict(model.state_dict())
     (attention,) = record_attention(model, images)
@@ -287,6 +291,7 @@ def test_flex_attention() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@since_torch(2, 9, "flex attention is observed")
 def test_flex_attention_whose_scores_are_modified_is_refused() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -298,6 +303,16 @@ def test_flex_attention_whose_scores_are_modified_is_refused() -> None:
 
     with pytest.raises(VerificationError, match=r"blocks.0.attn, flex_attention"):
         record_attention(enliven(PlainViT(Biased())).eval(), torch.randn(2, 3, 32, 48))
+
+
+@pytest.mark.skipif(not (2, 5) <= TORCH < (2, 9), reason="flex attention came with PyTorch 2.5, is read from 2.9 on")
+def test_flex_attention_is_refused_where_it_cannot_be_observed() -> None:
+    from torch.nn.attention import flex_attention
+
+    model = PlainViT(_Flex()).eval()
+    with pytest.raises(UnsupportedAttentionError, match=r"calls flex_attention, which .* from PyTorch 2.9 on"):
+        record_attention(model, torch.randn(2, 3, 32, 48))
+    assert flex_attention.torch is torch
 
 
 def test_images_of_the_wrong_kind() -> None:

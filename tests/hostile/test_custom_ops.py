@@ -1,7 +1,6 @@
 """Fused kernels nobody listed: read where a reading reproduces their output, refused where none does."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: custom_op of PyTorch 2.4 wants the types themselves.
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,6 @@
 """Constructions that were refused for reasons that were not the case: read, or refused for what was seen."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: custom_op of PyTorch 2.4 wants the types themselves.
 from collections.abc import Callable
 from typing import Any
 

@@ -17,6 +17,7 @@ from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import LayerError
 from tests.support import styles
 from tests.support.oracle import attention_matrices
+from tests.support.releases import since_torch
 from tests.support.zoo import enliven, timm_model, timm_vit
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
@@ -202,6 +203,7 @@ def test_rows_that_are_not_finite_can_be_kept() -> None:
 
 
 @pytest.mark.slow
+@since_torch(2, 6, "torch.distributed.fsdp holds FSDP2")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 def test_sharded_model_runs_to_its_end(tmp_path: Path) -> None:
     """FSDP2 gathers weights before each block and frees them after: leaving half-way would leave them gathered."""

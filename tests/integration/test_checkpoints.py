@@ -31,6 +31,7 @@ from attn_monitor.errors import CheckpointError, ModelNameError
 from attn_monitor.weights.models import load_model
 from tests.support import forked
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
+from tests.support.releases import TORCH, since_torch
 
 MODEL = "tests.support.helpers:tiny_vit"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -54,8 +55,13 @@ def below(prefix: str, model: nn.Module) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
 
 
+OBJECTS = since_torch(2, 6, "objects beside tensors are left out")
+
+
 def save_sharded(stored: dict[str, Any], folder: Path) -> None:
     """By one process, as PyTorch warns; 2.9 warns of itself too."""
+    if TORCH < (2, 6):
+        pytest.skip("folders of torch.distributed.checkpoint are read, from PyTorch 2.6 on")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled|TypedStorage is deprecated")
         dcp.save(stored, checkpoint_id=folder, no_dist=True)
@@ -150,10 +156,10 @@ def distributed(folder: Path) -> tuple[Path, nn.Module]:
     return folder / "7", source
 
 
-FORMATS = [lightning, plain, before_zip, compiled_and_wrapped, dinov2, dinov2_fsdp, safetensors, safetensors_in_parts]
+FORMATS = [lightning, plain, compiled_and_wrapped, dinov2, dinov2_fsdp, safetensors, safetensors_in_parts]
 
 
-@pytest.mark.parametrize("save", [*FORMATS, distributed])
+@pytest.mark.parametrize("save", [*FORMATS, pytest.param(before_zip, marks=OBJECTS), distributed])
 def test_the_model_answers_as_the_one_that_was_saved(
     tmp_path: Path, save: Callable[[Path], tuple[Path, nn.Module]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +170,7 @@ def test_the_model_answers_as_the_one_that_was_saved(
     assert said.out == ""
 
 
+@OBJECTS
 @pytest.mark.parametrize("key", [None, "student", "teacher", "student.module.backbone."])
 def test_dino_trainings_hold_two(tmp_path: Path, key: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     models = {"student": trained(), "teacher": trained()}
@@ -458,7 +465,7 @@ def test_code_is_not_run(tmp_path: Path, how: str, form: str) -> None:
     line = str(caught.value)
     assert line.startswith(f"checkpoint {path}: ")
     assert "\n" not in line
-    if form != "pickle":  # that has no parts that torch reads first
+    if form != "pickle" and TORCH >= (2, 6):  # a pickle has no parts that torch reads first
         named = {"system": r"(posix|os)\.system", "eval": r"builtins\.eval", "touch": r"builtins\.getattr|Path\.touch"}
         assert re.search(named[how], line), line
         assert "nothing was run" in line
@@ -468,6 +475,7 @@ def test_code_is_not_run(tmp_path: Path, how: str, form: str) -> None:
         assert trace.exists(), "the user said so"
 
 
+@OBJECTS
 def test_objects_beside_weights_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from omegaconf import OmegaConf
 
@@ -577,6 +585,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("make", HOSTILE)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_hostile_files_are_told_in_one_line(tmp_path: Path, make: Callable[[Path], object]) -> None:
     path = tmp_path / "x.pt"
     make(path)

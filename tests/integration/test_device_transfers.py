@@ -1,7 +1,6 @@
 """What the monitor asks of a device: few transfers, tensors where the model is, and no CUDA where there is none."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: custom_op of PyTorch 2.4 wants the types themselves.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

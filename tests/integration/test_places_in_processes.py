@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.support.processes import launch
+from tests.support.releases import since_torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, since_torch(2, 6, "torch.distributed.fsdp holds FSDP2")]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def branch() -> dict[str, nn.Module]:
 
 
 def fit(folder: Path, *callbacks: pl.Callback, **settings: Any) -> Dino:
-    pl.seed_everything(1, verbose=False)
+    pl.seed_everything(1)
     module = Dino()
     data = DataLoader(Crops(), batch_size=8, shuffle=True)
     trainer(folder, *callbacks, **{"max_steps": 12, **settings}).fit(module, data)
@@ -151,7 +151,7 @@ def test_a_compiled_model_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptur
             self.student["backbone"].compile(backend="eager")
 
     torch.compiler.reset()
-    pl.seed_everything(1, verbose=False)
+    pl.seed_everything(1)
     watch = AttentionMapCallback(every_n_train_steps=2)
     with caplog.at_level("INFO"):
         trainer(tmp_path, watch, max_steps=4).fit(Compiled(), DataLoader(Crops(), batch_size=8))

@@ -29,7 +29,7 @@ class Soft(Dino):
 
 
 def fit(folder: Path, module: Dino, **options: Any) -> AttentionMapCallback:
-    pl.seed_everything(1, verbose=False)
+    pl.seed_everything(1)
     watch = AttentionMapCallback(every_n_train_steps=4, **options)
     trainer(folder, watch, max_steps=40).fit(module, DataLoader(Crops(), batch_size=8, shuffle=True))
     return watch

@@ -47,7 +47,7 @@ def attention_of(watch: AttentionMapCallback) -> Seen:
 
 def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
     """A short run in all processes, with the same seed."""
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     running = trainer(folder, *callbacks, **{"strategy": "ddp", "devices": PROCESSES, "max_steps": 6, **settings})
     running.fit(module, loader(24, batch_size=2, shuffle=True), DataLoader(NoiseImages(8), batch_size=2))
     return running
@@ -55,7 +55,7 @@ def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **set
 
 def trained(folder: Path, build: Callable[[], tuple[pl.LightningModule, Seen]], *callbacks: pl.Callback) -> Seen:
     """Everything that training leaves behind."""
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     module, settings = build()
     running = fit(folder, module, *callbacks, **settings)
     states = [v for o in running.optimizers for s in o.state_dict()["state"].values() for v in s.values()]

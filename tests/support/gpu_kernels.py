@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from tests.support.styles import HEADS
 
@@ -150,7 +150,14 @@ def _of_torch(
 _aten.impl("_efficient_attention_forward", _efficient, "CPU")
 _aten.impl("_flash_attention_forward", _flash, "CPU")
 _aten.impl("_cudnn_attention_forward", _cudnn, "CPU")
-torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", _of_torch)
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ModuleNotFoundError:
+
+    def varlen_attn(*_: Any) -> Tensor:
+        pytest.skip("torch.nn.attention.varlen came with PyTorch 2.10")
+else:
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", _of_torch)
 
 _libraries = [torch.library.Library(name, "DEF") for name in ("flash_attn", "flash_attn_3", "xformers_flash")]
 
@@ -398,6 +405,14 @@ def _bias(q: Tensor) -> Tensor:
     return bias.expand(len(q), -1, -1, -1)
 
 
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not hasattr(torch.ops.aten, "_cudnn_attention_forward"):
+        pytest.skip("aten._cudnn_attention_forward came after PyTorch 2.4, with 2.8 at the latest")
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out = torch.ops.aten._cudnn_attention_forward(*heads_first, None, None, None, q.shape[1], k.shape[1], False)
+    return out[0].transpose(1, 2)
+
+
 _SLOPES = torch.tensor([0.3, 0.1, 0.05, 0.01])
 _SINKS = torch.tensor([1.0, 2.0, 0.0, 3.0])
 
@@ -412,9 +427,7 @@ WAYS: dict[str, Way] = {
     "aten flash, packed": packed(
         lambda q, k, v, cu: torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, 25, 25, 0.0, False, False)[0]
     ),
-    "aten cudnn": lambda q, k, v: torch.ops.aten._cudnn_attention_forward(
-        *(t.transpose(1, 2) for t in (q, k, v)), None, None, None, q.shape[1], k.shape[1], False
-    )[0].transpose(1, 2),
+    "aten cudnn": cudnn,
     "torch varlen": packed(lambda q, k, v, cu: varlen_attn(q, k, v, cu, cu, 25, 25)),
     "flash-attn 2": fa2,
     "flash-attn 2, causal": lambda q, k, v: fa2(q, k, v, causal=True),

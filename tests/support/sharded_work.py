@@ -160,7 +160,7 @@ def watched(folder: Path, way: str) -> Seen:
 
 def run(folder: Path, way: str, *callbacks: pl.Callback) -> Seen:
     """Everything that training leaves behind, in whole tensors."""
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     module, settings = WAYS[way]()
     running = trainer(folder, *callbacks, **{"devices": PROCESSES, "max_steps": 4, **settings})
     states: dict[str, Tensor] = {}

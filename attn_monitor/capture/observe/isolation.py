@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attn_monitor.capture.observe.model_state import HeldState
 from attn_monitor.capture.observe.model_state import all_modules as all_modules
 from attn_monitor.capture.observe.parameter_writes import parameters_restored, was_watched
+from attn_monitor.errors import UnsupportedAttentionError
 
 
 @contextmanager
@@ -223,15 +224,34 @@ def _mha_fast_path_off() -> Iterator[None]:
 @contextmanager
 def _flex_attention_uncompiled() -> Iterator[None]:
     # Outside torch.compile it compiles its own wrapper, which fails under force_eager.
-    flex, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
-    before = getattr(flex, name, True)
-    if not before:
-        setattr(flex, name, True)
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    eager: Any = True
+    if flex is not None and not hasattr(flex, name):  # before PyTorch 2.9
+        name, eager = "torch", _TorchThatRefusesToCompile()
+    before = getattr(flex, name, eager)
+    if before is not eager:
+        setattr(flex, name, eager)
     try:
         yield
     finally:
-        if not before:
+        if before is not eager:
             setattr(flex, name, before)
+
+
+class _TorchThatRefusesToCompile:
+    """Stands for ``torch`` in the module of flex attention: before PyTorch 2.9, no observer sees it run eagerly."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def compile(self, *args: Any, **settings: Any) -> Any:
+        if not is_isolated():  # training, in another thread
+            return torch.compile(*args, **settings)
+        raise UnsupportedAttentionError(
+            f"the model calls flex_attention, which can be observed from PyTorch 2.9 on (here {torch.__version__}). "
+            "Update PyTorch, or use F.scaled_dot_product_attention with a mask"
+        )
 
 
 def model_device_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -37,11 +37,11 @@ class Share(nn.Module):
         return torch.stack(tokens, 1)
 
 
-def sites(stem: str, seed: int, *steps: nn.Module, rows: int = 4) -> list[Site]:
-    """Of a model on a grid of six columns, with steps before its two blocks."""
+def sites(stem: str, seed: int, *steps: nn.Module, rows: int = 4, columns: int = 6) -> list[Site]:
+    """Of a model with steps before its two blocks."""
     torch.manual_seed(seed)
-    model = enliven(Net(Stem("C*", embed=STEMS[stem](), grid=(rows, 6)), *steps, Block(), Block())).eval()
-    return [*AttentionRecorder(model).sites(torch.randn(2, 3, 8 * rows, 48))]
+    model = enliven(Net(Stem("C*", embed=STEMS[stem](), grid=(rows, columns)), *steps, Block(), Block())).eval()
+    return [*AttentionRecorder(model).sites(torch.randn(2, 3, 8 * rows, 8 * columns))]
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -68,11 +68,22 @@ def test_tokens_whose_fields_overlap_are_ranked(stem: str, seed: int) -> None:
         assert (site.layout.evidence, site.layout.order) == ("centres", tuple(range(25)))
 
 
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("seed", range(2))
-def test_grids_of_two_rows(seed: int) -> None:
-    alone = sites("GroupNorm", seed, rows=2)
-    assert [site.layout.order if site.layout else () for site in alone] == [tuple(range(13))] * 2
-    assert [site.layout for site in sites("GroupNorm", seed, Share(2 + seed, 3 + seed), rows=2)] == [None, None]
+def test_tokens_that_share_the_cells_at_a_corner_are_not_ranked(stem: str, seed: int) -> None:
+    assert [site.layout for site in sites(stem, seed, Share(1 + seed, 1 + seed + 7))] == [None, None]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("grid", [(2, 6), (6, 2), (2, 3), (2, 2), (1, 4)], ids=str)
+def test_small_grids(grid: tuple[int, int], stem: str) -> None:
+    rows, columns = grid
+    alone = sites(stem, 1, rows=rows, columns=columns)
+    assert [site.layout.order if site.layout else () for site in alone] == [tuple(range(rows * columns + 1))] * 2
+    pairs = [(0, 1), (0, columns + 1)] if rows * columns > 4 else [(1, 2)] if rows == 1 else [(0, 1)]
+    for first, second in pairs:
+        shared = sites(stem, 1, Share(1 + first, 1 + second), rows=rows, columns=columns)
+        assert [site.layout for site in shared] == [None, None], (first, second)
 
 
 class Warped(nn.Module):
@@ -90,7 +101,7 @@ class Warped(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("power", "rows"), [(2.0, 4), (2.0, 6), (1.6, 8)])
+@pytest.mark.parametrize(("power", "rows"), [(2.0, 4), (2.0, 6), (1.6, 8), (1.2, 14)])
 def test_a_warped_image_is_not_drawn_as_equal_cells(power: float, rows: int) -> None:
     torch.manual_seed(0)
     model = enliven(Net(Stem("C*", embed=Warped(power), grid=(rows, 6)), Block())).eval()

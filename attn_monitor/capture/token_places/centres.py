@@ -27,6 +27,7 @@ from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, S
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
 
+SMALL = 12  # cells of a grid in which each can be changed alone
 _ROUNDS = 5  # each has two base images: the user's and noise
 
 Cells = tuple[int, ...]
@@ -37,7 +38,7 @@ class Ranked:
     """Hold the sites that were ranked without doubts, with their tokens on one noise image.
 
     Attributes:
-        keys: The sites.
+        keys: The sites; of small grids, all sites that were ranked.
         base: (C, *size) noise image.
         seen: Tokens of the `ramps` of ``base``.
     """
@@ -80,11 +81,16 @@ def rank_centres(
             site, done = _ranked(search, key, (on_user_image, on_noise))
             search = search.with_sites({key: site})
             still += [] if done else [key]
-        clear += [key for key in waiting if key not in still and number + 1 < _ROUNDS]
+        clear += [key for key in waiting if key not in still and (number + 1 < _ROUNDS or _is_small(search, key))]
         waiting = still
         if not waiting:
             break
     return search, Ranked(clear, noise[0], on_noise[0])
+
+
+def _is_small(search: PlaceSearch, key: SiteKey) -> bool:
+    layout = search.sites[key].layout
+    return layout is not None and math.prod(layout.grid) <= SMALL
 
 
 def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:

@@ -132,7 +132,7 @@ def is_warped(centre: Tensor, places: Places, grid: Sequence[int]) -> bool:
         spacing, third = middle.diff(), (count - 1) // 3
         ends = min(float(spacing[:third].mean()), float(spacing[-third:].mean()))
         off = float((middle - torch.arange(count, device="cpu")).abs().max())
-        if off > 0.5 and ends > 1.5 * float(spacing[third:-third].mean()):
+        if off > 0.5 and ends > 1.15 * float(spacing[third:-third].mean()):
             return True
     return False
 

@@ -264,21 +264,20 @@ def first_lines_changed(image: Tensor, seed: int = 6) -> Tensor:
     return torch.stack(changed)
 
 
-def middles_changed(image: Tensor, conv: PatchConv, seed: int = 6) -> Tensor:
-    """Return the (C, *size) image with other noise in the middles of every second cell, as on a chessboard.
+def middles_changed(image: Tensor, conv: PatchConv, cells: Tensor, seed: int = 6) -> Tensor:
+    """Return the (C, *size) image with other noise in the middles of the chosen ``cells``, (N,) bool.
 
     It has the mean and the spread of the pixels that were there, as a model may standardise each image by its own.
     """
     size = image.shape[1:]
-    cells = [torch.from_numpy(c) for c in conv.placed_grid.cells_of_pixels(size)]
-    chosen = conv.cell_of_pixels(size) >= 0
+    of_pixels = conv.cell_of_pixels(size)
+    chosen = (of_pixels >= 0) & cells[of_pixels]
     middles = []
     for pixels, start, cell in zip(size, conv.geometry.origin, conv.geometry.cell, strict=True):
         from_middle = ((torch.arange(pixels, device="cpu") + 0.5 - start) / cell % 1 - 0.5).abs()
         middles.append(from_middle < max(0.25, 0.51 / cell))  # one or two pixels are the middle of a small cell
     for middle in along_axes(middles):
         chosen = chosen & middle
-    chosen = chosen & (functools.reduce(torch.add, along_axes(cells)) % 2 == 0)
     before = image.flatten(1)[:, chosen.flatten().to(image.device)].float()
     other = noise_images(image[None], 1, seed)[0].flatten(1)[:, chosen.flatten().to(image.device)].float()
     spread = before.std(1, correction=0, keepdim=True) / other.std(1, correction=0, keepdim=True).clamp_min(1e-30)

@@ -175,6 +175,8 @@ def _shape_problem(seen: ObservedRows | RefusedObservation) -> str:
     """Return why the shape of an operation rules out a global row over patches; "" if it does not."""
     if isinstance(seen, RefusedObservation):
         return seen.reason
+    if seen.batch < IMAGES:
+        return f"{IMAGES} images do not run as one batch in it, but one after the other. {ONE_IMAGE}"
     if seen.batch % IMAGES:
         sequences = f"{seen.batch} sequence{'' if seen.batch == 1 else 's'}"
         return f"it runs on {sequences} for {IMAGES} images, which is no whole number for each"

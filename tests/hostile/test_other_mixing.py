@@ -66,6 +66,11 @@ def scaled_by_the_batch(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return plain(block, q, k, v) * v.norm() / 10
 
 
+def without_mean_result(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = plain(block, q, k, v)
+    return out - out.mean(2, keepdim=True)
+
+
 REFUSED = {
     divided_after: "scaled by something of other tokens, such as the sums of weights",
     divided_by_sums_from_before: "scaled by something of other tokens, such as the sums of weights",
@@ -75,6 +80,7 @@ REFUSED = {
     plus_mean: "its weights are not all that mixes them there",
     cls_plus_mean: "its weights are not all that mixes them there",
     plus_largest_of_the_batch: "its weights are not all that mixes them there",
+    without_mean_result: "also gets results of other queries, which are mixed after the product",
     scaled_by_the_batch: "scaled by something of other tokens, such as the sums of weights",
     plus_a_uniform_product_before: r"meet the same values in two products",
 }

@@ -23,6 +23,7 @@ from attn_monitor.capture.token_places.counted_lines import counted_grids
 from attn_monitor.capture.token_places.mosaics import describe_keys, keys_of_each_cell, read_mosaics
 from attn_monitor.capture.token_places.other_mixing import (
     name_chunks_of_keys,
+    refuse_changed_with_others,
     refuse_mixtures,
     refuse_other_mixing,
     refuse_side_by_side,
@@ -123,6 +124,7 @@ _STAGES: tuple[Callable[[PlaceSearch], PlaceSearch], ...] = (
     refuse_other_mixing,
     refuse_side_by_side,
     check_outputs,
+    refuse_changed_with_others,
     name_chunks_of_keys,
 )
 

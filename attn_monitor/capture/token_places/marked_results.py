@@ -13,7 +13,7 @@ from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, is_whole
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.capture.token_places.tokens import Call, Tokens
+from attn_monitor.capture.token_places.tokens import Call, Tokens, concatenate
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class MarkedResults:
                 others = torch.arange(tokens.queries, device="cpu") != self._spared[key]
                 marked_queries[key][self._image_of_spared[key]] = others
         self.search, self.marks = search, marks
-        self.tokens = search.ablated_model(shown, 1, marks=marked_queries)
+        # The other image runs alone: what depends on the images beside it would seem to change with marks.
+        parts = [slice(0, -1), slice(-1, None)]
+        looks = [search.ablated_model(shown[p], 1, marks={k: m[p] for k, m in marked_queries.items()}) for p in parts]
+        self.tokens = concatenate(looks)
         self.order = [key for key in search.sites if key in self.tokens.sites]
 
     def two_hops(self) -> set[SiteKey]:

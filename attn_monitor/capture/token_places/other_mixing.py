@@ -14,7 +14,7 @@ from attn_monitor.capture.observe.random_projections import relative_change
 from attn_monitor.capture.token_places.layout import SEVERAL, TokenLayout
 from attn_monitor.capture.token_places.site_places import PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images
-from attn_monitor.capture.token_places.tokens import Call, SiteTokens
+from attn_monitor.capture.token_places.tokens import Call, SiteTokens, Tokens
 from attn_monitor.grid import Grid
 
 _MOST = 0.9  # share of the tokens; a convolution, such as a position encoding, reaches fewer from one corner
@@ -104,18 +104,33 @@ def refuse_other_mixing(search: PlaceSearch) -> PlaceSearch:
             continue
         limit, kept = looks[0].sites[key].threshold, ~exchanged[call][0]
         moved = [change.cpu() > limit for change in relative_change(left[1][0], left[0][0])]
-        both = _reach_most(moved[0], kept, site.cls), _reach_most(moved[1], kept, site.cls)
-        if both[0] or (not both[1] and _change_with_tokens(search, call, limit)):
+        if _reach_most(moved[0], kept, site.cls):
             reasons[key] = (
                 f"in {call[0]}, tokens change with others also where the result of attention is held fixed, so its "
                 "weights are not all that mixes them there"
             )
-        elif both[1]:
+        elif _reach_most(moved[1], kept, site.cls):
             reasons[key] = (
                 "what its product with V gives is scaled by something of other tokens, such as the sums of weights "
                 "that are normalised after V, so the weights are not those that the model applies in the end"
             )
     return search.refusing(reasons)
+
+
+def refuse_changed_with_others(search: PlaceSearch) -> PlaceSearch:
+    """Refuse sites where patches leave the module otherwise when CLS changes, though results go to their queries alone.
+
+    A number of all tokens, such as the largest, may not change with the patches of one corner.
+    """
+    calls = {key: _doubtful_call(search, key) for key, *_ in search.placed()}
+    return search.refusing(
+        {
+            key: f"in {call[0]}, tokens change with others beside what its attention gives, so its weights are not all "
+            "that mixes them there"
+            for key, call in calls.items()
+            if call is not None and _change_together(search, call)
+        }
+    )
 
 
 def refuse_side_by_side(search: PlaceSearch) -> PlaceSearch:
@@ -207,26 +222,27 @@ def _doubtful_call(search: PlaceSearch, key: SiteKey) -> Call | None:
             continue
         as_entered = exits[0] == mosaic.entries.get(call) and SEVERAL not in exits[0]
         known = seen.q is not None and search.ablated_model.formats[key].sums_to_1
-        changing = _change_with_tokens(search, call, seen.threshold)
-        return None if as_entered and known and not changing else call
+        return None if as_entered and known and not _change_together(search, call) else call
     return None
 
 
-def _change_with_tokens(search: PlaceSearch, call: Call, limit: float) -> bool:
+def _change_together(search: PlaceSearch, call: Call) -> bool:
     """Check whether most tokens leave a module otherwise when a parameter changes others that enter it, such as CLS."""
-    entering, leaving = search.reference.entries.get(call), search.reference.exits.get(call)
-    if entering is None or not leaving:
+    return any(_changes_others(search.reference, tokens, call) for tokens in search.nudged)
+
+
+def _changes_others(before: Tokens, after: Tokens, call: Call) -> bool:
+    """Check whether most of the tokens that enter a call as before, in the first image, leave it otherwise."""
+    ends = [t.entries.get(call) for t in (before, after)] + [
+        next(iter(t.exits.get(call, ())), None) for t in (before, after)
+    ]
+    known = [t[0] for t in ends if t is not None]
+    if len(known) < len(ends) or len({t.shape for t in known}) > 1:
         return False
-    for tokens in search.nudged:
-        entered, left = tokens.entries.get(call), tokens.exits.get(call)
-        if entered is None or not left or len({t[0].shape for t in (entered, left[0], entering, leaving[0])}) > 1:
-            continue
-        still = relative_change(entered[0], entering[0]) <= limit / 16
-        if bool(still.any()) and not bool(still.all()):
-            moved = relative_change(left[0][0], leaving[0][0])[still] > limit
-            if float(moved.double().mean()) >= _MOST:
-                return True
-    return False
+    limit = max((seen.threshold for seen in before.sites.values()), default=1e-3)
+    still = relative_change(known[1], known[0]) <= limit / 16
+    moved = relative_change(known[3], known[2])[still] > limit
+    return 0 < len(moved) < len(still) and float(moved.double().mean()) >= _MOST
 
 
 def _corner(entry: TokenLayout, cls: int | None) -> list[int]:

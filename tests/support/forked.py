@@ -40,7 +40,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *options: Any) -> None:
         """In place of fork and exec; among the options are both ends of stdin, stdout and stderr, -1 for none."""
-        if preexec_fn is not None:
+        if preexec_fn is not None or sys.platform != "linux":  # elsewhere no process can adopt the forks
             super()._execute_child(args, executable, preexec_fn, *options)  # type: ignore[misc]
             return
         _, _, cwd, env, _, _, _, *pipes = options

@@ -117,6 +117,7 @@ REASONS = (
     "no grid of patches",
     "two of its keys change about as much with one another's patch",
     "may not be in one order",
+    "the centres of what its keys hold lie closer together in the middle",
 )
 
 

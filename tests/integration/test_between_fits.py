@@ -33,6 +33,7 @@ RUN = Path("run") / "version_0"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:.*no answer from TensorBoardLogger"),  # of a machine that is busy otherwise
 ]
 
 

@@ -21,9 +21,11 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import warnings
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,11 @@ def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.modules["numpy"].random.seed()  # a fork would continue the server's numbers
+    for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
+        made = finalizer.peek()[0]
+        if isinstance(made, tempfile.TemporaryDirectory):  # W&B's: the first fork to end would remove those of all
+            finalizer.detach()
+            made.__init__()  # type: ignore[misc]
     rank = int(environment.get("RANK", environment.get("LOCAL_RANK", 0)))
     sys.modules["lightning.pytorch.utilities"].rank_zero_only.rank = rank  # which it reads while it is imported
     importlib.invalidate_caches()

@@ -98,7 +98,8 @@ class AblatedModel:
         sketch_size: int,
     ) -> Tokens:
         images = images.to(self.device)
-        first = ParameterUses(self.model, len(images)) if self.token_parameters is None else None
+        alone = len(images) == 1 < self.batch_size  # an embedding of all positions is used like a token then
+        first = ParameterUses(self.model, len(images)) if self.token_parameters is None and not alone else None
         observer = AblatingObserver(
             images,
             self.formats,

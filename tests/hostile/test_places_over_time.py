@@ -307,6 +307,15 @@ def test_batch_norm_is_asked_about_once(counts: dict[str, int]) -> None:
     assert counts["discoveries"] == 2
 
 
+def test_a_plain_counter_is_asked_about_once(counts: dict[str, int]) -> None:
+    model: Any = tiny_vit()
+    monitor = AttentionMonitor(ProbeBatch(torch.randn(8, 3, 32, 32)))
+    for step in range(6):
+        model.calls = step
+        monitor.snapshot({"student": model}, step=step)
+    assert counts["discoveries"] == 2
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("LeViT", "XCiT", "ViTamin", "Twins-SVT", "MaxViT")]
 
 

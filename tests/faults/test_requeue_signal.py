@@ -20,7 +20,7 @@ from tests.support import forked
 from tests.support.events import Events
 from tests.support.processes import ROOT
 
-COUNT, SECONDS = 8, 10.0  # processes, and how long one may take
+COUNT, SECONDS = 8, 30.0  # processes, and how long one may take
 
 
 def pictures(size: int = 400) -> list[Picture]:
@@ -36,7 +36,10 @@ def log_pictures(tracker: TensorBoard, events: list[Picture], step: int) -> None
 
 
 def log_rows_until_a_signal(folder: Path, seconds: float) -> None:
-    """What a training thread does that logs many scalars, beside pictures; ends in a handler like Lightning's."""
+    """What a training thread does that logs many scalars, beside pictures; ends in a handler like Lightning's.
+
+    The signal comes ``seconds`` after the first pictures, however long those take on a busy machine.
+    """
     writer = SummaryWriter(folder)
     tracker = TensorBoard(writer)
 
@@ -45,15 +48,17 @@ def log_rows_until_a_signal(folder: Path, seconds: float) -> None:
         writer.close()
         os._exit(7)
 
+    kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+    kill.daemon = True
+
     def draw() -> None:
         for step in range(10_000):
             log_pictures(tracker, pictures(), step)
+            if step == 0:
+                kill.start()
 
     signal.signal(signal.SIGUSR1, handle)
     threading.Thread(target=draw, daemon=True).start()
-    kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
-    kill.daemon = True
-    kill.start()
     for step in range(10**9):
         for number in range(15):
             writer.add_scalar(f"metric{number}", 0.0, step)

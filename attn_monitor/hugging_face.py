@@ -73,7 +73,7 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.watch = Watch(
             kwargs["model"],
             loader if self.probe is None else _in_batches(self.probe, loader),
-            loggers=self._find_loggers(args) if self.loggers is None else self.loggers,
+            loggers=self._loggers_of(args) if self.loggers is None else self.loggers,
             folder=args.output_dir,
             total_steps=state.max_steps,
             **self.settings,
@@ -135,16 +135,9 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
             else:
                 self.watch.load_state_dict(found)
 
-    def _find_loggers(self, args: Any) -> list[Any]:
+    def _loggers_of(self, args: Any) -> list[Any]:
         """Return the loggers of ``report_to`` that accept pictures."""
-        loggers: list[Any] = []
-        for package in [name for name in CURRENT_RUN if name in args.report_to]:
-            try:
-                run = CURRENT_RUN[package](importlib.import_module(package))
-            except Exception as error:  # some raise where no run is open
-                warn(f"attn_monitor: no run of {package} is found, so it gets no attention maps. {error}")
-            else:
-                loggers += [] if run is None else [run]
+        loggers = current_runs(args.report_to)
         if "tensorboard" in args.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -152,6 +145,19 @@ class AttentionMapTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self._opened = [SummaryWriter(os.path.expanduser(folder or os.path.join(args.output_dir, "runs")))]
             loggers += self._opened
         return loggers
+
+
+def current_runs(report_to: Sequence[str]) -> list[Any]:
+    """Return the runs that transformers has opened for ``report_to``; a tracker without a run is a warning."""
+    runs: list[Any] = []
+    for package in [name for name in CURRENT_RUN if name in report_to]:
+        try:
+            run = CURRENT_RUN[package](importlib.import_module(package))
+        except Exception as error:  # some raise where no run is open
+            warn(f"attn_monitor: no run of {package} is found, so it gets no attention maps. {error}")
+        else:
+            runs += [] if run is None else [run]
+    return runs
 
 
 def _in_batches(probe: Any, loader: Any) -> Any:

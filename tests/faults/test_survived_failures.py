@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots, record_attention
 from attn_monitor.environment import AttentionMapFromEnvironment
@@ -207,20 +208,27 @@ def begin(callback: AttentionMapTrainerCallback, folder: Path) -> tuple[Any, Any
     return args, state
 
 
-def test_a_second_training_after_an_interrupted_one(tmp_path: Path) -> None:
+def test_a_second_training_after_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[SummaryWriter] = []
+
+    def opened(folder: str) -> SummaryWriter:
+        writers.append(SummaryWriter(folder))
+        return writers[-1]
+
+    monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", opened)
     callback, before = AttentionMapTrainerCallback(IMAGES), threading.active_count()
     begin(callback, tmp_path)
-    first, (writer,) = callback.watch, callback._opened
+    first = callback.watch
     args, state = begin(callback, tmp_path)
     assert first is not None
     assert not first.active
-    assert writer.file_writer is None  # closed
-    assert len(callback._opened) == 1
+    assert [writer.file_writer is None for writer in writers] == [True, False]  # the first is closed
     with pytest.warns(UserWarning, match="does not exist") as caught:  # noqa: PT031 - once in both
         callback.on_save(args, state, None)
         callback.on_save(args, state, None)
     assert len(caught) == 1
     callback.on_train_end(args, state, None)
+    assert [writer.file_writer is None for writer in writers] == [True, True]
     assert threading.active_count() <= before
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attn_monitor.hugging_face import CURRENT_RUN, AttentionMapTrainerCallback
+from attn_monitor.hugging_face import CURRENT_RUN, current_runs
 from attn_monitor.trackers.registry import tracker_for
 from tests.support import forked, tracker_runs
 
@@ -227,9 +227,7 @@ def test_runs_that_transformers_has_opened_are_found(monkeypatch: pytest.MonkeyP
     }
     for package, module in packages.items():
         monkeypatch.setitem(sys.modules, package, module)
-    callback = AttentionMapTrainerCallback()
-    found = callback._find_loggers(SimpleNamespace(report_to=list(packages)))
-    assert found == [runs[package] for package in packages if package != "trackio"]
+    assert current_runs(list(packages)) == [runs[package] for package in packages if package != "trackio"]
     monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace())
     with pytest.warns(UserWarning, match="no run of swanlab is found, so it gets no attention maps"):
-        assert callback._find_loggers(SimpleNamespace(report_to=["swanlab"])) == []
+        assert current_runs(["swanlab"]) == []

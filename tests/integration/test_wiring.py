@@ -20,7 +20,7 @@ from attn_monitor.commands.summary import summary
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from attn_monitor.train.ema_watch import MOMENTS
 from attn_monitor.train.weak_hooks import WeakHook
-from attn_monitor.train.weight_samples import WeightSamples
+from attn_monitor.train.weight_samples import Pair, WeightSamples
 from tests.faults.test_harmless import assert_equal
 from tests.support.events import Events
 from tests.support.helpers import NoiseImages, loader, tiny_vit, trainer
@@ -291,16 +291,22 @@ def test_a_loop_of_ones_own(tmp_path: Path, averaged: str, kinds: list[str]) -> 
     assert [flag.kind for s in load_snapshots(tmp_path / "attn_monitor") for flag in s.flags] == kinds
 
 
-def test_a_loop_that_asks_once_an_epoch(tmp_path: Path) -> None:
-    """Nothing piles up, and nothing is told, between two looks that are many steps apart."""
+def test_a_loop_with_one_snapshot_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two snapshots that are many steps apart a bounded number of samples is kept, and there is no flag."""
+    samples, sample = [], Pair.sample
+
+    def counted(pair: Pair) -> Any:
+        samples.append(pair)
+        return sample(pair)
+
+    monkeypatch.setattr(Pair, "sample", counted)
     models = nn.ModuleDict({"student": tiny_vit(), "teacher": tiny_vit().requires_grad_(False)})
     optimizer = torch.optim.SGD(models["student"].parameters(), lr=1e-3)
     watch = Watch(models, PROBE, folder=tmp_path, health=LIMITS)
     watch.step(0)
     for _ in range(50):
         optimizer.step()
-    batch = watch.run._ema.watch._batch  # type: ignore[union-attr]
-    assert len(batch._optimizers) <= len(batch._moments) == MOMENTS  # type: ignore[union-attr]
+    assert MOMENTS <= len(samples) <= 2 * MOMENTS  # of weights, and of a gradient with each
     watch.step(50)
     watch.close()
     assert watch.monitor is not None

@@ -165,8 +165,9 @@ def pick(
     probe: str | None = None,
     out: str | None = None,
     key: str | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, ...] | None = None,
     num_images: int = 8,
+    large_images: bool = False,
     evaluation: str | None = None,
     checkpoints: str | None = None,
     start: int = 1,
@@ -185,6 +186,7 @@ def pick(
         size: for checkpoints: size of images from a folder in pixels, one number or [height, width]; by default
             what the model takes.
         num_images: for checkpoints: how many images of a folder; multiples of 8 are the score's own groups.
+        large_images: for checkpoints: read images of more than Pillow's limit of 89 million pixels.
         evaluation: for checkpoints: a folder with a folder of images for each class, to rank by kNN for global use.
         checkpoints: for a run: its folder of checkpoints, to name the nearest to each pick.
         start: the first step to rank; 0 for a run that continues a trained model.
@@ -200,7 +202,7 @@ def pick(
     else:
         with tempfile.TemporaryDirectory() as folder:
             backbone = load_model(model)
-            images = probe_of(probe, backbone, size, num_images, None)
+            images = probe_of(probe, backbone, size, num_images, None, large_images=large_images)
             monitor = AttentionMonitor(images, metrics=MetricOptions(["dense"]), or_mean=True)
             move_to(choose_device(device), backbone)
             backfill_run(path, backbone, monitor, out or folder, key=key, loggers="none", evaluation=evaluation)

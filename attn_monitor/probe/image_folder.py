@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_monitor.errors import ProbeError
-from attn_monitor.probe.image_files import ARRAYS, PHOTOGRAPHS, dicom_series, is_image, read_image, stem_of
+from attn_monitor.probe.dicom_files import dicom_series, is_dicom
+from attn_monitor.probe.file_numbers import PHOTOGRAPHS, SUFFIXES
+from attn_monitor.probe.image_files import is_image, read_image, stem_of
 
 Item = TypeVar("Item")
 Size = int | tuple[int, ...]
@@ -73,9 +75,9 @@ def read_images(
     return _read(_choose_files(Path(path), num_images, reader), f"probe folder {path}", reader, masks)
 
 
-def read_files(files: Sequence[Path], source: str, size: Size, masks: str | os.PathLike[str] | None) -> Photographs:
+def read_files(files: Sequence[Path], source: str, size: Size, channels: int) -> Photographs:
     """Read photographs, resized and cropped at the centre; the error names every unreadable file."""
-    return _read([[file] for file in files], source, _Reader(check_size(size), 3), masks)
+    return _read([[file] for file in files], source, _Reader(check_size(size), channels), None)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -116,7 +118,7 @@ def _read(
     images: Sequence[Sequence[Path]], source: str, reader: _Reader, masks: str | os.PathLike[str] | None
 ) -> Photographs:
     """Read the images, resized and cropped at the centre; the error names every unreadable file."""
-    pixels, names, files, unreadable, to_1 = list[Tensor](), list[str](), list[Path](), list[str](), True
+    pixels, names, files, unreadable, to_1 = list[Tensor](), list[str](), list[Path](), list[str](), list[bool]()
     class_folders = len({image[0].parent for image in images}) > 1
     for image in images:
         file = image[0]
@@ -128,7 +130,7 @@ def _read(
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             unreadable.append(f"{file.name} ({type(error).__name__}: {error})")
         else:
-            to_1 = to_1 and read.to_1
+            to_1.append(read.to_1)
             files.append(file)
             parts = (file.parent.name if class_folders else "", stem_of(file), read.part)
             names.append("-".join(part for part in parts if part))
@@ -142,6 +144,12 @@ def _read(
         raise ProbeError(
             f"{source}: some files hold {channels[0]} channels, and others {channels[-1]}; expected one number"
         )
+    if len(set(to_1)) > 1:
+        raise ProbeError(
+            f"{source}: {files[to_1.index(True)].name} holds values from 0 to 1 by its format, and "
+            f"{files[to_1.index(False)].name} numbers in a unit of its own; expected one kind. Put each kind into a "
+            "folder of its own, or save all as bytes, or all as numbers"
+        )
     if len({image.dtype for image in pixels}) > 1:
         pixels = [image / 255 if image.dtype == torch.uint8 else image for image in pixels]
     if masks is not None and reader.volume:
@@ -149,7 +157,7 @@ def _read(
             f"masks={os.fspath(masks)!r}: images are volumes, for which masks are not read. Leave masks out"
         )
     found = None if masks is None else _read_masks(Path(masks), files, (reader.size[0], reader.size[1]))
-    return Photographs(torch.stack(pixels), found, names, to_1)
+    return Photographs(torch.stack(pixels), found, names, all(to_1))
 
 
 def _fitted(pixels: Image.Image | Tensor, size: tuple[int, ...]) -> Tensor:
@@ -180,7 +188,7 @@ def _choose_files(folder: Path, count: int, reader: _Reader) -> list[list[Path]]
         return _evenly_spaced(images, count)
     classes = [images for f in sorted(folder.iterdir()) if f.is_dir() and (images := _images_in(f, reader))]
     if not classes:
-        suffixes = ", ".join(sorted(PHOTOGRAPHS | ARRAYS))
+        suffixes = ", ".join(sorted(SUFFIXES))
         raise ProbeError(f"probe folder {folder}: holds no images ({suffixes})")
     ranked = sorted(
         (rank, image) for images in _evenly_spaced(classes, count) for rank, image in enumerate(images[:count])
@@ -191,8 +199,10 @@ def _choose_files(folder: Path, count: int, reader: _Reader) -> list[list[Path]]
 def _images_in(folder: Path, reader: _Reader) -> list[list[Path]]:
     """Return the images of a folder, each as its file, and volumes of a DICOM series as the files of their slices."""
     files = sorted(f for f in folder.iterdir() if is_image(f) and f.is_file())
-    slices = [f for f in files if reader.volume and f.suffix.lower() == ".dcm"]
-    return [[f] for f in files if f not in slices] + (dicom_series(slices) if slices else [])
+    if not reader.volume:
+        return [[f] for f in files]
+    slices = [f for f in files if is_dicom(f)]
+    return [[f] for f in files if not is_dicom(f)] + (dicom_series(slices) if slices else [])
 
 
 def _evenly_spaced(items: list[Item], count: int) -> list[Item]:

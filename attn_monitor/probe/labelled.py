@@ -111,9 +111,15 @@ def batches(source: Labelled, probe: ProbeBatch, count: int, size: int) -> Itera
         for part in _parts(_evenly_spaced(len(files), count), size):
             few = [files[i] for i in part]
             height, width = probe.images.shape[-2:]
-            pixels = read_files([file for file, _ in few], f"evaluation {source}", (height, width), None).pixels
+            read = read_files([file for file, _ in few], f"evaluation {source}", (height, width), len(probe.mean))
+            if not read.to_1:  # the probe's mean and std say how such numbers are shown, and not what a model takes
+                raise ProbeError(
+                    f"evaluation {source}: {few[0][0].name} holds numbers in a unit of its own, expected bytes. Pass a "
+                    "data set of (image, label) with images as the model takes them"
+                )
+            pixels = read.pixels / 255 if read.pixels.dtype == torch.uint8 else read.pixels
             mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (probe.mean, probe.std))
-            yield (pixels.float() / 255 - mean) / std, [label for _, label in few]
+            yield (pixels - mean) / std, [label for _, label in few]
     elif isinstance(source, (tuple, list)):
         images, labels = source
         for part in _parts(_evenly_spaced(len(images), count), size):

@@ -13,8 +13,6 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from skimage import data
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot, ProbeBatch, ProbeError, ProbeOptions, Watch
@@ -24,6 +22,7 @@ from attn_monitor.commands.check import check
 from attn_monitor.commands.show import show
 from attn_monitor.errors import ArgumentError
 from attn_monitor.probe.image_folder import read_images
+from tests.support.dicom_files import empty_header, write_series
 from tests.support.helpers import tiny_vit, trainer
 from tests.support.more_axes import AnyViT
 
@@ -112,30 +111,9 @@ def test_channels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ProbeBatch.from_folder(tmp_path, size=32)
 
 
-def _series(folder: Path, volume: np.ndarray) -> None:
-    """Write a CT series with slices out of order, as int16 with slope 1 and intercept -1024."""
-    folder.mkdir()
-    series = generate_uid()
-    for number in (2, 0, 3, 1):
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        header.SeriesInstanceUID, header.Modality = series, "CT"
-        header.ImagePositionPatient, header.ImageOrientationPatient = [0, 0, 2.5 * number], [1, 0, 0, 0, 1, 0]
-        header.Rows, header.Columns = volume.shape[1:]
-        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
-        header.BitsAllocated = header.BitsStored = 16
-        header.HighBit, header.PixelRepresentation = 15, 0
-        header.RescaleSlope, header.RescaleIntercept = 1, -1024
-        header.PixelData = (volume[number] + 1024).astype(np.uint16).tobytes()
-        header.save_as(folder / f"{'cabd'[number]}.dcm", enforce_file_format=True)
-
-
 def test_volumes_and_one_of_their_slices(tmp_path: Path) -> None:
     volume = np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24))
-    _series(tmp_path / "ct", volume)
+    write_series(tmp_path / "ct", volume)
     (tmp_path / "mri").mkdir()
     nibabel.save(
         nibabel.Nifti1Image(volume.transpose(2, 1, 0).astype(np.int16), np.eye(4)), tmp_path / "mri/head.nii.gz"
@@ -150,16 +128,12 @@ def test_volumes_and_one_of_their_slices(tmp_path: Path) -> None:
     assert middle.names == ("head-slice2",)
     assert torch.equal(middle.images[0, 0], torch.from_numpy(volume[2].astype(np.float32)))
     slices = ProbeBatch.from_folder(tmp_path / "ct", size=(32, 24), channels=1)
-    assert torch.equal(slices.images[0, 0], torch.from_numpy(volume[1].astype(np.float32)))  # a.dcm
+    assert torch.equal(slices.images[0, 0], torch.from_numpy(volume[2].astype(np.float32)))  # a.dcm
     assert ProbeBatch.from_folder(tmp_path / "mri", size=24, channels=3).images.shape == (1, 3, 24, 24)  # in grey
 
 
 def test_bytes_of_dicom_are_from_0_to_1(tmp_path: Path) -> None:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-    header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    header = empty_header()
     header.Rows, header.Columns, header.SamplesPerPixel = 512, 512, 3
     header.PhotometricInterpretation, header.PlanarConfiguration, header.PixelRepresentation = "RGB", 0, 0
     header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
@@ -197,7 +171,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str, size: Any, t
 
 
 def test_a_run_reads_a_folder_of_volumes(tmp_path: Path) -> None:
-    _series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
+    write_series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
     options = ProbeOptions(tmp_path / "ct", image_size=(4, 32, 24))
     model = AnyViT((4, 32, 24), (2, 8, 8), channels=1)
     with Watch({"backbone": model}, options, folder=tmp_path / "run", total_steps=1) as watch:
@@ -263,7 +237,7 @@ def test_show_and_backfill_ask_the_model_for_its_channels(
     assert capsys.readouterr().err == ""
     Image.fromarray(data.camera()).save(tmp_path / "camera.png")
     grey = tiny_vit(in_chans=1)
-    assert image_channels(grey, (32, 32)) == 1
+    assert image_channels(grey, (32, 32)) == (1, "chw")
     assert probe_of(str(tmp_path / "camera.png"), grey, 32, 8, None).images.shape == (1, 1, 32, 32)
 
 
@@ -305,7 +279,7 @@ def test_volumes_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
+    write_series(tmp_path / "ct", np.random.default_rng(1).integers(-1000, 2000, (4, 32, 24)))
     (tmp_path / "volume_model.py").write_text(
         "from tests.support.more_axes import AnyViT\n"
         "def build():\n    return AnyViT((8, 32, 24), (2, 8, 8), channels=1)\n"

@@ -13,7 +13,8 @@ import numpy as np
 
 from attn_monitor.draw.animation_files import import_av
 from attn_monitor.draw.canvas import Pixels
-from attn_monitor.probe.image_files import PHOTOGRAPHS, open_rgb
+from attn_monitor.probe.file_numbers import PHOTOGRAPHS
+from attn_monitor.probe.image_files import open_rgb
 
 
 @dataclass(frozen=True)

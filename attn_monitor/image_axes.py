@@ -29,6 +29,11 @@ class ImageAxes:
     names: tuple[str, ...]
     channel: int | None
 
+    @classmethod
+    def of(cls, axes: str) -> ImageAxes:
+        """Return the axes of letters such as "tchw"."""
+        return cls(tuple(axes), axes.find("c") if "c" in axes else None)
+
     @property
     def spatial(self) -> tuple[str, ...]:
         """Return the names of the axes without the channels."""
@@ -67,7 +72,24 @@ def parse_axes(axes: str | None, images: Tensor) -> ImageAxes | None:
             f"axes={axes!r}: images are {tuple(images.shape)}, expected one letter for each of the {images.ndim - 1} "
             'dimensions behind the batch, with "c" for channels, such as "chw", "tchw", "cdhw" or "ft"'
         )
-    return ImageAxes(tuple(axes), axes.find("c") if "c" in axes else None)
+    return ImageAxes.of(axes)
+
+
+def in_order(images: Tensor, axes: str) -> Tensor:
+    """Return images (B, C, *size) with the dimensions of an image in another order, such as "tchw" or "tf".
+
+    Raises:
+        ArgumentError: The letters do not fit the images.
+    """
+    order = ImageAxes.of(axes)
+    wrong = len(order.spatial) != images.ndim - 2 or len(set(axes)) != len(axes)
+    if wrong or (order.channel is None and images.shape[1] > 1):
+        raise ArgumentError(
+            f"axes={axes!r}: files hold {images.shape[1]} channels and {images.ndim - 2} axes, expected a letter for "
+            'each axis, and "c" where there are channels, such as "chw" or "tf"; clips and volumes, such as "tchw", '
+            "are read with a size of three numbers"
+        )
+    return order.as_given(images)
 
 
 _FEW = 4  # channels of a signal without a convolution

@@ -1,20 +1,24 @@
-"""Ask a model how many channels its images have."""
+"""Ask a model how many channels its images have, and in which order it takes their dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from attn_monitor.capture.observe.forward import default_forward
-from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
+from attn_monitor.capture.observe.isolation import model_device_dtype
+from attn_monitor.capture.other_shapes import runs
+from attn_monitor.image_axes import ImageAxes, named_axes
 
 _MOST = 16  # channels to try where no convolution names a number
 
 
-def image_channels(model: nn.Module, size: Sequence[int] = (224, 224)) -> int:
-    """Return with how many channels the model runs: the number of its first convolution, 3, or the least that it takes.
+def image_channels(model: nn.Module, size: Sequence[int] = (224, 224)) -> tuple[int, str]:
+    """Return how many channels a model takes, and the order of an image's dimensions, such as "chw" or "tchw".
+
+    The number is that of its first convolution, 3, or the least with which it runs. Channels come first, behind the
+    frames of clips, or are left out of spectrograms, as far as the model runs so.
 
     Args:
         model: The model, left as it was found.
@@ -23,14 +27,19 @@ def image_channels(model: nn.Module, size: Sequence[int] = (224, 224)) -> int:
     guesses: list[int] = list(dict.fromkeys([first_channels(model) or 3, 3, *range(1, _MOST + 1)]))
     device, dtype = model_device_dtype(model)
     for channels in guesses:
-        images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), device="cpu")
-        try:
-            with isolated_forward(model):
-                default_forward(model, images.to(device, dtype))
-        except Exception:  # whatever a model raises on images of other channels, or of another size
-            continue
-        return channels
-    return guesses[0]
+        noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        for axes in _orders(channels, size):
+            if runs(model, axes.as_given(noise).to(device, dtype)):
+                return channels, "".join(axes.names)
+    return guesses[0], "".join(next(_orders(guesses[0], size)).names)
+
+
+def _orders(channels: int, size: Sequence[int]) -> Iterator[ImageAxes]:
+    yield named_axes((channels, *size), 0)
+    if len(size) == 3:
+        yield named_axes((size[0], channels, *size[1:]), 1)
+    elif channels == 1:
+        yield named_axes(size, None)
 
 
 def first_channels(model: nn.Module) -> int | None:

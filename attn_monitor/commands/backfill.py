@@ -235,9 +235,10 @@ def probe_of(
     """Load the images of a folder, in a size and with the channels that fit the model, or those of a probe.npz."""
     if Path(path).suffix != ".npz":
         fitting = fitting_size(model, size)
-        channels = image_channels(model, fitting)
+        channels, axes = image_channels(model, fitting)
         reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images, "onerror": onerror}
-        return ProbeBatch.from_folder(path, size=fitting, num_images=num_images, channels=channels, **reading)
+        reading |= {"channels": channels, "axes": axes}
+        return ProbeBatch.from_folder(path, size=fitting, num_images=num_images, **reading)
     if not Path(path).exists():
         raise FileNotFoundError(f"probe {path}: does not exist; expected the probe.npz of an archive, or images")
     loaded = ProbeBatch.load(path)

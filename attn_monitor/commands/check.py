@@ -29,6 +29,7 @@ from attn_monitor.capture.sites import Site
 from attn_monitor.commands.support.devices import fitting_size
 from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.grid import Grid
+from attn_monitor.image_axes import ImageAxes
 from attn_monitor.weights.models import load_model
 
 
@@ -44,8 +45,9 @@ def check(model: str, *, size: int | tuple[int, ...] | None = None, query: Any =
     """
     loaded = load_model(model)
     fitting = fitting_size(loaded, size)
-    channels = image_channels(loaded, fitting)
+    channels, order = image_channels(loaded, fitting)
     images = torch.randn(1, channels, *fitting)
+    images = ImageAxes.of(order).as_given(images)
     of_size = " × ".join(map(str, fitting)) + (f" with {channels} channels" if channels != 3 else "")
     try:
         roles = find_backbones(loaded, images)

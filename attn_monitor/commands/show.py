@@ -112,10 +112,10 @@ def show(
         torch.manual_seed(0)  # for weights that stay at random
         loaded = load_model(model, checkpoint=checkpoint, weights=weights and checkpoint is None, **choice)
     fitting = fitting_size(loaded, size)
-    channels = image_channels(loaded, fitting)
+    channels, axes = image_channels(loaded, fitting)
     unreadable = list[str]()
     reading: dict[str, Any] = {"masks": masks, "bands": bands, "large_images": large_images}
-    reading |= {"channels": channels, "onerror": unreadable.append}
+    reading |= {"channels": channels, "axes": axes, "onerror": unreadable.append}
     probe = ProbeBatch.from_folder(images, size=fitting, num_images=num_images, **reading)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)

@@ -147,19 +147,20 @@ class ProbeOptions:
         """Whether the images are read from files, with as many channels as the model takes."""
         return isinstance(self.images, (str, os.PathLike))
 
-    def load(self, channels: int | None = None) -> ProbeBatch | None:
+    def load(self, channels: int | None = None, axes: str | None = None) -> ProbeBatch | None:
         """Load the images that were given; None if they come from data. Raises `ProbeError`.
 
         Args:
             channels: How many channels the model takes, for a folder; None where it is not known yet.
+            axes: The order of dimensions that it takes, where ``self.axes`` does not say it.
         """
         images, mean, std = self.images, self.mean, self.std
         if isinstance(images, ProbeBatch):
             return images
         if isinstance(images, Tensor):
             if mean is None and 3 <= images.ndim <= 5 and images.is_floating_point() and images.numel():
-                axes = parse_axes(self.axes, images) or likely_axes(images.shape)
-                found = infer_statistics(axes.channels_first(images.detach().cpu()))
+                order = parse_axes(self.axes, images) or likely_axes(images.shape)
+                found = infer_statistics(order.channels_first(images.detach().cpu()))
                 mean, std, source = found.mean, found.std, str(found)
             else:  # it raises for other tensors
                 mean, std, source = mean or IMAGENET_MEAN, std or IMAGENET_STD, ""
@@ -176,6 +177,7 @@ class ProbeOptions:
             channels=channels,
             bands=self.bands,
             large_images=self.large_images,
+            axes=self.axes or axes,
         )
 
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:

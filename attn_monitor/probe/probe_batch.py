@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.errors import ArchiveError, ProbeError
-from attn_monitor.image_axes import SHAPES, ImageAxes, likely_axes, named_axes, parse_axes
+from attn_monitor.image_axes import SHAPES, ImageAxes, in_order, likely_axes, named_axes, parse_axes
 from attn_monitor.probe.image_folder import Size, read_images
 from attn_monitor.probe.normalisation import infer_statistics
 from attn_monitor.record.file_names import tag_safe_names
@@ -172,6 +172,7 @@ class ProbeBatch:
         channels: int | None = None,
         bands: Sequence[int] | None = None,
         large_images: bool = False,
+        axes: str | None = None,
         onerror: Callable[[str], None] | None = None,
     ) -> ProbeBatch:
         """Read one image or those of a folder, resized to cover ``size`` and cropped at the centre.
@@ -191,6 +192,8 @@ class ProbeBatch:
             channels: How many channels the model takes; None takes three of photographs, and those of other files.
             bands: Channels that are shown, one or three; None takes the first.
             large_images: Whether to read images of more than Pillow's limit of 89 million pixels.
+            axes: The order of an image's dimensions that the model takes, such as "tchw" for frames before channels, or
+                "tf" for spectrograms without channels; None puts channels first.
             onerror: Called with the name and the error of each unreadable image, which is left out as long as others
                 can be read; by default one unreadable image is an error.
 
@@ -213,8 +216,10 @@ class ProbeBatch:
         if not read.to_1:
             found = infer_statistics(images)
             mean, std, source = found.mean, found.std, str(found)
-        axes = "cdhw" if images.ndim == 5 else None
-        settings: dict[str, Any] = {"source": source, "bands": bands, "axes": axes}
+        if axes is None:
+            axes = "".join(named_axes(images.shape[1:], 0).names)
+        images = in_order(images, axes)
+        settings: dict[str, Any] = {"source": source, "bands": bands, "axes": None if axes == "chw" else axes}
         return cls(images, mean=mean, std=std, masks=read.masks, names=read.names, **settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -33,8 +34,7 @@ def check_models(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZer
     if kept.resumed:
         kept.monitor.check(models)
         return kept.monitor
-    if options.are_files:
-        _read_channels_of(next(iter(models.values())), kept, rank_zero)
+    taken = _read_as_taken(next(iter(models.values())), kept, rank_zero) if options.are_files else (None, None)
     probe = kept.monitor.probe
     try:
         kept.monitor.check(models)
@@ -42,7 +42,7 @@ def check_models(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZer
         if not options.other_sizes_fit:
             raise
         for size in sizes_in(text_of(error.__cause__ or error), IMAGE_SIZE):
-            other = rank_zero.run(replace(options, image_size=size).load)
+            other = rank_zero.run(partial(replace(options, image_size=size).load, *taken))
             assert other is not None
             try:
                 kept.watch(other).check(models)
@@ -54,12 +54,21 @@ def check_models(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZer
     return kept.monitor
 
 
-def _read_channels_of(model: nn.Module, kept: Kept, rank_zero: RankZero) -> None:
-    """Read the files of the probe again if the model takes other channels than were read."""
+def _read_as_taken(model: nn.Module, kept: Kept, rank_zero: RankZero) -> tuple[int | None, str | None]:
+    """Read the files of the probe again if the model takes other channels, or another order, than were read.
+
+    Returns:
+        The channels and the order of dimensions with which files are to be read, None for what was read first.
+    """
     assert kept.monitor is not None
-    _, read, *size = kept.monitor.probe.images.shape
-    if first_channels(model) in (None, read) or (channels := image_channels(model, size)) == read:
-        return
-    probe = rank_zero.run(lambda: kept.options.probe.load(channels))
-    assert probe is not None
-    kept.watch(probe)
+    read, options = kept.monitor.probe, kept.options.probe
+    _, channels, *size = read.channels_first.shape
+    in_order = options.axes is not None or (len(size) == 2 and channels > 1)
+    if in_order and first_channels(model) in (None, channels):
+        return None, None
+    taken = image_channels(model, size)
+    if taken != (channels, "".join(read.image_axes.names)):
+        probe = rank_zero.run(partial(options.load, *taken))
+        assert probe is not None
+        kept.watch(probe)
+    return taken

@@ -72,7 +72,8 @@ def attention_player(
         probe = images
     else:
         size = fitting_size(model, None)
-        probe = ProbeBatch.from_folder(images, size=size, channels=image_channels(model, size))
+        channels, axes = image_channels(model, size)
+        probe = ProbeBatch.from_folder(images, size=size, channels=channels, axes=axes)
     monitor = AttentionMonitor(probe, layers=layers, query=query, features=True)
     snapshot = monitor.colored(monitor.snapshot({ROLE: model}, step=0))
     return Player(page_of_model(model, probe, snapshot, query, ROOM), height)

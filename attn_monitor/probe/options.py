@@ -183,8 +183,7 @@ class ProbeOptions:
     def with_statistics(self, probe: ProbeBatch) -> ProbeBatch:
         """Apply ``mean``, ``std``, ``axes`` and ``bands``, if any, to images that were found in data."""
         if self.axes is not None:
-            parse_axes(self.axes, probe.images)
-            probe.axes = self.axes
+            probe = probe.with_axes(self.axes)
         if self.bands is not None and tuple(self.bands) != probe.bands:
             probe = probe.with_bands(self.bands)
         return probe if self.mean is None or self.std is None else probe.with_statistics(self.mean, self.std)

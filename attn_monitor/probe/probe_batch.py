@@ -149,15 +149,27 @@ class ProbeBatch:
 
     def with_bands(self, bands: Sequence[int]) -> ProbeBatch:
         """Return the same images, of which other channels are shown."""
-        mean, std, masks, names = self.mean, self.std, self.masks, self.names
-        settings: dict[str, Any] = {"caption": self.caption, "source": self.source, "axes": self.axes, "bands": bands}
-        return ProbeBatch(self.images, mean=mean, std=std, masks=masks, names=names, **settings)
+        return self._with(bands=bands)
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> ProbeBatch:
         """Return the same images with another mean and std."""
-        images, masks, names = self.images, self.masks, self.names
-        settings: dict[str, Any] = {"caption": self.caption, "axes": self.axes, "bands": self.bands}
-        return ProbeBatch(images, mean=mean, std=std, masks=masks, names=names, **settings)
+        return self._with(mean=mean, std=std, source="")
+
+    def with_axes(self, axes: str) -> ProbeBatch:
+        """Return the same images, of which the dimensions behind the batch are named, as in ``"tchw"``.
+
+        Where that makes other dimensions the channels, mean and std are inferred again, and the default bands shown.
+        """
+        named = parse_axes(axes, self.images)
+        assert named is not None
+        if named.channel == self.image_axes.channel:
+            return self._with(axes=axes)
+        found = infer_statistics(named.channels_first(self.images))
+        return self._with(axes=axes, mean=found.mean, std=found.std, source=str(found), bands=None)
+
+    def _with(self, **changes: Any) -> ProbeBatch:
+        names = ("images", "mean", "std", "masks", "names", "caption", "source", "axes", "bands")
+        return ProbeBatch(**{**{name: getattr(self, name) for name in names}, **changes})
 
     @classmethod
     def from_folder(

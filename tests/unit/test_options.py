@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from attn_monitor import DrawingOptions, HealthLimits, MetricOptions, ProbeBatch, ProbeOptions
+from attn_monitor.train.probe_search import probe_from_images
 
 TENSOR = torch.zeros(4, 3, 32, 32)
 
@@ -84,3 +85,15 @@ def test_data_are_read_later() -> None:
     loaded = ProbeOptions(TENSOR, mean=(0, 0, 0), std=(1, 1, 1)).load()
     assert loaded is not None
     assert loaded.mean == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [("dchw", (4, 3, 8, 8)), ("cthw", (3, 5, 8, 8)), ("hwct", (8, 8, 3, 5))])
+def test_named_axes_of_images_that_were_found_in_data(axes: str, shape: tuple[int, ...]) -> None:
+    """The axes are read alike by the recorder (`axes`) and by pictures and captions (`image_axes`)."""
+    found = probe_from_images(torch.rand(2, *shape))
+    probe = ProbeOptions(axes=axes).with_statistics(found)
+    assert "".join(probe.image_axes.names) == probe.axes == axes
+    channels, spatial = axes.index("c"), [size for size, name in zip(shape, axes, strict=True) if name != "c"]
+    assert probe.channels_first.shape == (2, shape[channels], *spatial)
+    assert len(probe.mean) == len(probe.std) == shape[channels]
+    assert found.axes is None

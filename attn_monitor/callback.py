@@ -249,7 +249,6 @@ class AttentionMapCallback(Base):
         else:
             self.run.between_steps(step)
         self.run.begin_batch(step, batch)
-        self.run.errors.begin_step()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any, **kwargs: Any

@@ -269,9 +269,10 @@ class Run:
             self.errors.report()
 
     def begin_batch(self, step: int, batch: Any) -> None:
-        """Observe what the models return in a batch that comes shortly before a snapshot."""
+        """Go on from the start of the run, and observe what the models return if a snapshot follows shortly."""
         if self._training is not None and self.active:
             self._training.begin(step, self.kept.schedule.next_due(), batch)
+        self.errors.begin_step()
 
     def loss_is(self, loss: Any) -> None:
         """Keep the loss of the batch that has ended, a tensor or a number."""

@@ -175,6 +175,26 @@ def test_a_resumed_loop_goes_on_in_its_archive(tmp_path: Path) -> None:
     assert [s.step for s in load_snapshots(tmp_path / "attn_monitor-2")] == [0]
 
 
+def test_after_the_first_step_a_failure_is_retried_even_without_a_snapshot_so_far(tmp_path: Path) -> None:
+    """In a resumed loop the first snapshot comes steps after its start, and then no failure ends the watching."""
+    model = tiny_vit()
+    watch = Watch(model, torch.randn(2, 3, 32, 32), folder=tmp_path, every_n_train_steps=2)
+    watch.step(0)
+    state = watch.state_dict()
+    watch.close()
+    again = Watch(model, folder=tmp_path, every_n_train_steps=2)
+    again.load_state_dict(state)
+    assert again.step(1) is None
+    model.blocks[0].forward = lambda x: 1 / 0
+    with pytest.warns(UserWarning, match="taking a snapshot failed, training goes on.*division by zero"):
+        assert again.step(2) is None
+    del model.blocks[0].forward
+    with pytest.warns(UserWarning, match="taking a snapshot works again; missing: step 2"):
+        assert again.step(4) is not None
+    again.close()
+    assert [s.step for s in archive(tmp_path)] == [0, 4]
+
+
 def test_a_state_that_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
     watch = Watch(tiny_vit(), loader(), folder=tmp_path)
     with pytest.warns(UserWarning, match="reading the state of a checkpoint failed"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.backbones import role_of
 from attn_monitor.capture.observe.kinds.memory import place_of
-from attn_monitor.measure.ema_checks import Sampled
+from attn_monitor.measure.ema_steps import Sampled
 
 LENGTH = 32  # values per sampled parameter
 SCALES, VECTORS, MATRICES, BUFFERS = 3, 4, 5, 3  # number of sampled tensors of each kind

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_monitor.measure.ema_checks import EmaChecker, Moment, OptimizerStep, Sampled, WatchedStep, momentum_of
+from attn_monitor.measure.ema_checks import EmaChecker
+from attn_monitor.measure.ema_steps import Moment, OptimizerStep, Sampled, WatchedStep, momentum_of
 from attn_monitor.measurements import HealthFlag
 
 N = 96

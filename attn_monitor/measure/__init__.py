@@ -1,1 +1,1 @@
-"""Compute metrics and health flags from `LayerAttention`."""
+"""Compute metrics, health flags and the verdict: of attention, patches, global features, prototypes and weights."""

@@ -1,6 +1,7 @@
 """`METRICS`, the metrics by name, and their computation for a snapshot.
 
-Values are computed once, on the device of the rows; loggers, callbacks, the archive and health flags use the same ones.
+Values of attention are computed once, on the device of the rows; loggers, callbacks, the archive and health flags use
+the same ones. Dense metrics are computed where pictures are drawn, see `attn_monitor.draw.history`.
 """
 
 from __future__ import annotations

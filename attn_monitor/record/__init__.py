@@ -1,1 +1,1 @@
-"""Archive files: snapshots of attention, and the history and curves of a run."""
+"""Archive files: snapshots of attention, and the curves of a run."""

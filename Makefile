@@ -1,22 +1,29 @@
-# Each verb does its own set-up in .venv: make demo, make test, make check; make docs redraws the
+# Each verb does its own set-up in .venv: make demo, make test, make test-slow, make check; make docs redraws the
 # documents' charts, make site builds their pages, make bench writes docs/benchmarks.md. make test-oldest has a .venv-oldest of its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
 
-.PHONY: demo test test-oldest test-gpu check docs site bench clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs site bench clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
 
 # Three processes on two cores: many tests wait for other processes. One thread each, or they get in each other's way.
-test: $(VENV)/.setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(PYTEST)
+RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
-# The quick part of the suite on the oldest releases that pyproject.toml promises.
+# Every promise by some of its cases: what a change should pass before it is pushed.
+test: $(VENV)/.setup-dev
+	$(RUN_TESTS) -m "not slow" $(PYTEST)
+
+# The other cases: sweeps over models, seeds and failures, and runs of many seconds. CI runs both.
+test-slow: $(VENV)/.setup-dev
+	$(RUN_TESTS) -m slow $(PYTEST)
+
+# The same as `make test` on the oldest releases that pyproject.toml promises.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt PYTEST='-m "not slow" $(PYTEST)'
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
 
 # What only a GPU can show; kernels of flash-attn and xFormers where they are installed. The figures are printed.
 test-gpu: $(VENV)/.setup-dev

@@ -25,6 +25,7 @@ from attn_monitor.train import process_copy
 from attn_monitor.train.probe_search import probe_from_loaders
 from attn_monitor.train.process_copy import CopyError, call_in_fork
 from tests.support.helpers import Distillation, NoiseImages, tiny_vit, trainer
+from tests.support.tiers import sweep
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no copy of a process to ask")
 MODULE_GENERATOR = np.random.default_rng(0)
@@ -235,7 +236,7 @@ def batches(draw: Callable[[int], float], workers: int, look: bool) -> list[Tens
     return given
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", sweep([0, 1], quick=1))
 @pytest.mark.parametrize("source", SOURCES)
 def test_states_of_data_sets(source: str, workers: int) -> None:
     plain, watched = (batches(SOURCES[source](), workers, look) for look in (False, True))

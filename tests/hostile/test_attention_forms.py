@@ -338,6 +338,7 @@ for mask in (None, create_block_mask(kept, None, None, 17, 17, device="cpu")):
 """
 
 
+@pytest.mark.slow
 @since_torch(2, 9, "flex attention is observed")
 def test_flex_attention_that_has_not_run_before() -> None:
     """In a process of its own, in which nothing has compiled it yet; the CLS token attends to everything."""

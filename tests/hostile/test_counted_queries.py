@@ -15,6 +15,7 @@ from attn_monitor import AttentionMonitor, AttentionRecorder, ProbeBatch, record
 from attn_monitor.errors import AttentionError, QueryError
 from attn_monitor.measure.sinks import find_sinks
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven, hugging_face, timm_vit
 
 GRID, SIZE, DIM, HEADS = (4, 6), (32, 48), 32, 4
@@ -183,7 +184,7 @@ def test_a_padded_token_is_no_cls_token() -> None:
 @pytest.mark.parametrize(
     "way", ["landmarks", "pooled agents", "one pooled agent", "learned agents", "one learned agent", "broadcast"]
 )
-@pytest.mark.parametrize("query", ["cls", "mean"])
+@pytest.mark.parametrize("query", sweep(["cls", "mean"], quick=1))
 def test_queries_that_stand_for_others_are_not_shown(way: str, query: str) -> None:
     with pytest.raises(AttentionError):
         record_attention(made(Model(way)), IMAGES, query=query)

@@ -13,6 +13,7 @@ from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from attn_monitor.errors import AttentionError, NoAttentionError, UnsupportedAttentionError
 from tests.support.gpu_kernels import WAYS, Way, matrices_of, sdpa, unseen
 from tests.support.styles import Packed, PlainViT
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven
 
 SIZE = (32, 48)
@@ -61,7 +62,7 @@ def test_recording_again_needs_no_examination() -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", sweep(range(24), quick=8))
 def test_no_layer_is_silently_another(number: int) -> None:
     """Each block one of the kinds, some of them not seen at all: -1 is the last block, or an error that names it."""
     chance = random.Random(number)

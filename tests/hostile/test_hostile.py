@@ -1,13 +1,20 @@
 """Hostile models: every map that is accepted is true by place, or refused; those that must be right are right."""
 
+from typing import Any
+
 import pytest
 
 from tests.support.hostile import CASES
 from tests.support.hostile_held_out import HELD_OUT
 from tests.support.hostile_judge import Hostile, judge
+from tests.support.tiers import sweep
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in (*CASES, *HELD_OUT)])
+def param(case: Hostile) -> Any:
+    return pytest.param(case, id=case.id)
+
+
+@pytest.mark.parametrize("case", [param(c) for c in CASES] + sweep(map(param, HELD_OUT), quick=0))
 def test_maps_are_true_by_place_or_refused(case: Hostile) -> None:
     judgements = judge(case)
     assert judgements

@@ -13,6 +13,7 @@ from attn_monitor import record_attention
 from attn_monitor.capture.layer_selection import QuerySpec
 from attn_monitor.errors import AttentionError, UnsupportedAttentionError
 from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
+from tests.support.tiers import sweep
 
 REASON = "also gets results of other queries|not all results of its queries go to the tokens"
 
@@ -64,14 +65,14 @@ def test_results_mixed_in_every_layer(change: str) -> None:
     refused_layers(ViT(mixing(MIXED[change]), mixing(MIXED[change])).eval())
 
 
-@pytest.mark.parametrize("change", MIXED)
+@pytest.mark.parametrize("change", sweep(MIXED, quick=4))
 def test_results_mixed_in_the_first_layer_alone(change: str) -> None:
     model = ViT(mixing(MIXED[change]), plain).eval()
     with pytest.raises(UnsupportedAttentionError, match=REASON):
         record_attention(model, IMAGES, layers=0)
 
 
-@pytest.mark.parametrize("change", MIXED)
+@pytest.mark.parametrize("change", sweep(MIXED, quick=4))
 def test_results_mixed_in_the_last_layer_alone(change: str) -> None:
     model = ViT(plain, mixing(MIXED[change])).eval()
     with pytest.raises(UnsupportedAttentionError, match=REASON):

@@ -14,6 +14,7 @@ from attn_monitor.capture.sites import Site
 from attn_monitor.capture.token_places.decoding import is_warped
 from tests.support.hostile_parts import Block, Net, Stem, conv
 from tests.support.styles import DIM
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven
 
 STEMS: dict[str, Callable[[], nn.Module]] = {
@@ -45,7 +46,7 @@ def sites(stem: str, seed: int, *steps: nn.Module, rows: int = 4, columns: int =
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", sweep(range(12), quick=2))
 def test_tokens_that_share_their_cells_are_not_ranked(stem: str, seed: int) -> None:
     cell = 6 * (seed % 4) + seed % 5
     found = sites(stem, seed, Share(1 + cell, 2 + cell))
@@ -75,7 +76,7 @@ def test_tokens_that_share_the_cells_at_a_corner_are_not_ranked(stem: str, seed:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("grid", [(2, 6), (6, 2), (2, 3), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("grid", sweep([((2, 6),), ((2, 2),), ((1, 4),), ((6, 2),), ((2, 3),)], quick=2), ids=str)
 def test_small_grids(grid: tuple[int, int], stem: str) -> None:
     rows, columns = grid
     alone = sites(stem, 1, rows=rows, columns=columns)

@@ -16,6 +16,7 @@ from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 from tests.support.zoo import CASES, Case
 
 LIMIT = 1e-3  # of uniform attention: |difference| times the number of keys
@@ -71,7 +72,7 @@ def test_maps_equal_the_float64_reference(case: Case) -> None:
     assert (alone.layer, alone.name) == (last, every[-1].name)
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
+@pytest.mark.parametrize("case", sweep(PARAMETERS, quick=12))
 def test_other_queries_equal_the_reference(case: Case) -> None:
     model, images = case.model(), case.images(1)
     matrices = attention_matrices(model, images, case.forward or default_forward, case.method)
@@ -87,7 +88,7 @@ def test_other_queries_equal_the_reference(case: Case) -> None:
 HUGGING_FACE = [p for p in PARAMETERS if p.values[0].library == "transformers"]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("case", HUGGING_FACE)
+@pytest.mark.parametrize("case", sweep(HUGGING_FACE, quick=4))
 def test_maps_equal_output_attentions(case: Case) -> None:
     """Hugging Face's own eager path in float64, asked for its attentions."""
     model, images = copy.deepcopy(case.model()).double(), case.images()

@@ -410,6 +410,7 @@ def test_failure_in_mid_training_is_one_warning(tmp_path: Path) -> None:
     assert roles == {step: ("student", "teacher") if step < 3 else ("teacher",) for step in range(9)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*attention health")  # scattered on purpose
 def test_event_file_size(tmp_path: Path, photographs: Path) -> None:
     """8 images, two roles, 12 heads: at most 1 MB for all pictures of a snapshot, strips and charts included."""

@@ -31,6 +31,7 @@ from attn_monitor.weights.models import load_model
 from tests.support import forked
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.runs import write_run
+from tests.support.tiers import sweep
 
 MODEL = "tests.support.helpers:tiny_vit"
 
@@ -157,6 +158,7 @@ def test_help_and_wrong_usage_need_no_pytorch(words: str) -> None:
     assert (ran.stdout == f"attn-monitor {attn_monitor.__version__}\n") == (words == "--version")
 
 
+@pytest.mark.slow
 def test_check_groups_layers_that_are_refused_for_one_reason(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "torchvision:swin_v2_t", "--query", "3"])
     refused = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
@@ -219,7 +221,7 @@ def archive(tmp_path: Path) -> Path:
     return tmp_path / "archive"
 
 
-@pytest.mark.parametrize("name", ["show", "replay"])
+@pytest.mark.parametrize("name", sweep(["replay", "show"], quick=1))
 def test_no_room_for_pictures(tmp_path: Path, photographs: Path, archive: Path, name: str) -> None:
     """A file may not grow beyond some kilobytes, as on a full disk; no half picture stays."""
     subject = (MODEL, str(photographs / "coffee.png"), "--size", "32", "--weights", "false")

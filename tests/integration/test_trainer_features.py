@@ -17,6 +17,7 @@ from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
 from tests.support.releases import LIGHTNING
+from tests.support.tiers import sweep
 
 RUN = Path("run") / "version_0"
 ENTROPY = "attn/teacher/layer1/entropy"
@@ -40,16 +41,19 @@ def watch(**arguments: Any) -> AttentionMapCallback:
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [
-        ({"limit_train_batches": 2, "max_epochs": 3}, range(7)),
-        ({"limit_train_batches": 0.5, "max_epochs": 2}, range(5)),
-        ({"overfit_batches": 2, "max_epochs": 2}, range(5)),
-        ({"val_check_interval": 2, "max_epochs": 2}, range(9)),
-        ({"val_check_interval": 3, "check_val_every_n_epoch": None, "max_steps": 7}, range(8)),
-        ({"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2}, range(9)),
-        ({"num_sanity_val_steps": 0, "max_steps": 3}, range(4)),
-        ({"limit_val_batches": 0, "max_steps": 3}, range(4)),
-    ],
+    sweep(
+        [
+            ({"limit_train_batches": 2, "max_epochs": 3}, range(7)),
+            ({"limit_train_batches": 0.5, "max_epochs": 2}, range(5)),
+            ({"overfit_batches": 2, "max_epochs": 2}, range(5)),
+            ({"val_check_interval": 2, "max_epochs": 2}, range(9)),
+            ({"val_check_interval": 3, "check_val_every_n_epoch": None, "max_steps": 7}, range(8)),
+            ({"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2}, range(9)),
+            ({"num_sanity_val_steps": 0, "max_steps": 3}, range(4)),
+            ({"limit_val_batches": 0, "max_steps": 3}, range(4)),
+        ],
+        quick=2,
+    ),
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*overfit_batches", "ignore:You requested to overfit")
@@ -83,7 +87,7 @@ class Evaluates(Distillation):
         return self.student_backbone(batch)
 
 
-@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+@pytest.mark.parametrize("loop", sweep(["validate", "test", "predict"], quick=1))
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_other_loops_are_not_watched(tmp_path: Path, loop: str, probe: Tensor | None) -> None:
     callback, module = watch(probe=probe), Evaluates()

@@ -25,6 +25,7 @@ from tests.faults.test_harmless import assert_equal
 from tests.support.events import Events
 from tests.support.helpers import NoiseImages, loader, tiny_vit, trainer
 from tests.support.processes import launch
+from tests.support.tiers import sweep
 from tests.support.wandb_runs import records
 from tests.support.wiring_runs import (
     LIMITS,
@@ -59,7 +60,7 @@ def test_faults_are_told(tmp_path: Path, fault: str) -> None:
     assert flags[0].step <= 6
 
 
-@pytest.mark.parametrize("case", RIGHT)
+@pytest.mark.parametrize("case", sweep(RIGHT, quick=9))
 def test_what_is_right_is_not_told(tmp_path: Path, case: str) -> None:
     module, settings = RIGHT[case]
     assert fit(tmp_path, module(), **settings) == []

@@ -143,8 +143,11 @@ class Page(Event[str]):
     """A self-contained HTML page."""
 
 
+@dataclass(frozen=True, eq=False)
 class Text(Event[str]):
-    """Markdown."""
+    """Markdown; ``sums_up`` is whether it is a line on the whole run, for where trackers list runs."""
+
+    sums_up: bool = False
 
 
 class Alert(Event[str]):

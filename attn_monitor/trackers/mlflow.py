@@ -1,4 +1,4 @@
-"""Log to Lightning's MLflow logger. Pictures and flags are artifacts of the run."""
+"""Log to Lightning's MLflow logger. Pictures and flags are artifacts of the run, its verdict is a tag."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from attn_monitor.trackers.events import Alert, Animation, Page, Picture, Scalars
+from attn_monitor.trackers.events import Alert, Animation, Page, Picture, Scalars, Text
 from attn_monitor.trackers.tracker import Tracker, is_lightning
 
 
@@ -22,8 +22,9 @@ class MLflow(Tracker):
             Scalars: self._scalars,
             Picture: self._picture,
             Animation: self._animation,
-            Page: lambda page, step: self._text(page.content, f"{page.tag}.html"),
-            Alert: lambda alert, step: self._text(alert.content, f"{alert.tag}/step-{step:09d}.txt"),
+            Page: lambda page, step: self._file(page.content, f"{page.tag}.html"),
+            Text: self._tag,
+            Alert: lambda alert, step: self._file(alert.content, f"{alert.tag}/step-{step:09d}.txt"),
         }
 
     @classmethod
@@ -51,5 +52,10 @@ class MLflow(Tracker):
             path.write_bytes(animation.content)
             self.logger.experiment.log_artifact(self.logger.run_id, str(path))
 
-    def _text(self, text: str, path: str) -> None:
+    def _tag(self, text: Text, step: int) -> None:
+        """Make a line on the whole run a tag, a column of the table of runs; flags come as alerts."""
+        if text.sums_up:
+            self.logger.experiment.set_tag(self.logger.run_id, text.tag, text.content)
+
+    def _file(self, text: str, path: str) -> None:
         self.logger.experiment.log_text(self.logger.run_id, text, path)

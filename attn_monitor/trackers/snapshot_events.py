@@ -147,7 +147,7 @@ def events_at_end(
     """
     photos = list(probe.pixels)
     if last.verdict is not None:
-        yield ev.Text(VERDICT_TEXT, partial(str, last.verdict))
+        yield ev.Text(VERDICT_TEXT, partial(str, last.verdict), sums_up=True)
     yield ev.Animation("attn_timelapse", lambda: animations.gif(animations.timelapse(history, photos, options=drawing)))
     if any(key.metric in SINK_SHARES for key in last.metrics):
         rows = ev.Once(lambda: sink_rows(last, curves))

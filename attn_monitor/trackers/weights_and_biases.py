@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_monitor.trackers.events import Alert, Animation, Lines, Masks, Page, Picture, Scalars, Table
+from attn_monitor.trackers.events import Alert, Animation, Lines, Masks, Page, Picture, Scalars, Table, Text
 from attn_monitor.trackers.tracker import RowTracker, is_a, is_lightning, prefix_of
 
 AXIS = "trainer/global_step"  # the same key as Lightning's logger
@@ -31,6 +31,7 @@ class WeightsAndBiases(RowTracker):
             Lines: self._lines,
             Animation: self._animation,
             Page: self._page,
+            Text: self._text,
             Alert: self._alert,
         }
 
@@ -106,6 +107,12 @@ class WeightsAndBiases(RowTracker):
         import wandb
 
         return {page.tag: wandb.Html(page.content, inject=False, data_is_not_path=True)}
+
+    def _text(self, text: Text) -> Mapping[str, Any]:
+        """Put a line on the whole run into its summary, a column of the table of runs; flags come as alerts."""
+        if text.sums_up:
+            self.run.summary[text.tag] = text.content
+        return {}
 
     def _alert(self, alert: Alert) -> Mapping[str, Any]:
         self.run.alert(title=alert.title, text=alert.content, level="WARN")

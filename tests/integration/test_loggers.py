@@ -59,6 +59,8 @@ def test_wandb(offline: Path) -> None:
     assert report["_type"] == "html-file"
     page = (next(offline.rglob("files")) / report["path"]).read_text()
     assert page == next(offline.rglob("report.html")).read_text(), "nothing was put into it"
+    (archive,) = offline.rglob("attn_monitor")
+    assert wandb_runs.summary(offline)["attn/health/verdict"] == str(load_snapshots(archive)[-1].verdict)
     steps = [r["_step"] for r in rows if "_step" in r]
     assert steps == sorted(steps)
 
@@ -91,7 +93,9 @@ def test_csv(tmp_path: Path) -> None:
     assert sum(v != "" for v in values) == 5
 
 
-def check_mlflow(client: Any, run_id: str) -> None:
+def check_mlflow(client: Any, run_id: str, archive: Path) -> None:
+    tags = client.get_run(run_id).data.tags
+    assert tags["attn/health/verdict"] == str(load_snapshots(archive)[-1].verdict)
     history = client.get_metric_history(run_id, "attn/teacher/layer1/entropy")
     assert [m.step for m in history] == [0, 1, 2, 3, 4]
     images = [f.path for f in client.list_artifacts(run_id, "images")]
@@ -105,8 +109,8 @@ def test_mlflow_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
     fit(tmp_path, logger)
-    check_mlflow(logger.experiment, logger.run_id)
     (archive,) = tmp_path.rglob("attn_monitor")
+    check_mlflow(logger.experiment, logger.run_id, archive)
     assert archive.parent == tmp_path / "mlruns" / logger.experiment_id / logger.run_id / "artifacts"
 
 
@@ -129,8 +133,8 @@ def mlflow_server(tmp_path: Path, free_port: int) -> Iterator[str]:
 def test_mlflow_server(tmp_path: Path, mlflow_server: str) -> None:
     logger = MLFlowLogger("test", tracking_uri=mlflow_server)
     fit(tmp_path, logger)
-    check_mlflow(logger.experiment, logger.run_id)
     (archive,) = tmp_path.rglob("attn_monitor")
+    check_mlflow(logger.experiment, logger.run_id, archive)
     assert archive.parent == tmp_path / logger.experiment_id / logger.run_id  # the artifacts are the server's
 
 

@@ -65,6 +65,12 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """What was put into the summary of the run beside what W&B puts there itself."""
+    updates = [r.summary.update for r in records(folder) if r.WhichOneof("record_type") == "summary"]
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for some in updates for item in some}
+
+
 def axes(folder: Path) -> dict[str, str]:
     """The step metric of each pattern of names that one was defined for."""
     metrics = [r.metric for r in records(folder) if r.WhichOneof("record_type") == "metric"]

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from attn_monitor import AttentionMonitor, ProbeBatch
+from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, load_snapshots
 from attn_monitor.measurements import HealthFlag
 from attn_monitor.trackers.publisher import Publisher
 from attn_monitor.train.reports import ignored_text
-from tests.support.helpers import tiny_vit
+from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 
 CURVE = "attn/teacher/layer1/entropy"
 PAGE = "<!doctype html><title>player</title>"
@@ -47,7 +47,19 @@ def publish(folder: Path, *loggers: Any, name: str = "") -> Result:
         publisher.drain()
     publisher.alert([FLAG], 1)
     publisher.close()
-    return {"logged": curve, "ignored": ignored_text(loggers)}
+    return {"logged": curve, "ignored": ignored_text(loggers), "said": FLAG.text, "report": PAGE}
+
+
+def fit(folder: Path, logger: Any) -> Result:
+    """Train for four steps with Lightning's logger of a tracker; return what was logged."""
+    watch = AttentionMapCallback(num_images=2, every_n_train_steps=1, heads="curves", dirpath=folder / "archive")
+    trainer(folder, watch, logger=logger, max_steps=4).fit(Distillation(), loader())
+    snapshots = load_snapshots(folder / "archive")
+    return {
+        "logged": [(snapshot.step, snapshot.metrics[CURVE]) for snapshot in snapshots],
+        "said": str(snapshots[-1].verdict),
+        "report": (folder / "archive" / "report.html").read_text(),
+    }
 
 
 def pictures(files: Iterable[tuple[str, bytes]]) -> list[tuple[str, str | None]]:
@@ -61,6 +73,20 @@ def comet(folder: Path) -> Result:
     run = comet_ml.OfflineExperiment(project_name="x", offline_directory=str(folder), log_env_details=False)
     logged = publish(folder, run)
     run.end()
+    return {**logged, **read_comet(folder)}
+
+
+def comet_in_trainer(folder: Path) -> Result:
+    from lightning.pytorch.loggers import CometLogger
+
+    os.environ["COMET_START_ONLINE"] = "0"  # ``online=False`` would disable the experiment, as Lightning 2.6 reads it
+    logger = CometLogger(project="x", offline_directory=str(folder), log_env_details=False)
+    logged = fit(folder, logger)
+    logger.experiment.end()
+    return {**logged, **read_comet(folder)}
+
+
+def read_comet(folder: Path) -> Result:
     (archive,) = folder.glob("*.zip")
     with zipfile.ZipFile(archive) as opened:
         messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
@@ -71,8 +97,8 @@ def comet(folder: Path) -> Result:
         files = [(u["upload_type"], name, content) for u, name, content in zip(uploads, names, contents, strict=True)]
     metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
     return {
-        **logged,
         "curve": [(m["step"], m["metricValue"]) for m in metrics if m["metricName"] == CURVE],
+        "loss": [m["step"] for m in metrics if m["metricName"] == "loss"],
         "pictures": pictures((n, content) for kind, n, content in files if kind == "visualization"),
         "names": [f"{kind} {name}" for kind, name, _ in files],
         "page": next(content.decode() for _, n, content in files if n == "attn_report.html"),
@@ -107,23 +133,40 @@ def clearml(folder: Path) -> Result:
 
 def aim(folder: Path) -> Result:
     import aim
-    from aim.sdk.run import Context
 
     run = aim.Run(repo=str(folder), system_tracking_interval=None, capture_terminal_logs=False)
     logged = publish(folder, run)
     name = run.hash
     run.close()
+    return {**logged, **read_aim(folder, name, "a", "attn/health/flags")}
+
+
+def aim_in_trainer(folder: Path) -> Result:
+    from aim.pytorch_lightning import AimLogger
+
+    logger = AimLogger(repo=str(folder), system_tracking_interval=None, capture_terminal_logs=False)
+    logged = fit(folder, logger)
+    name = logger.version
+    logger.finalize()
+    return {**logged, **read_aim(folder, name, "image0", "attn/health/verdict")}
+
+
+def read_aim(folder: Path, name: str, image: str, text: str) -> Result:
+    import aim
+    from aim.sdk.run import Context
+
     found, plain = aim.Run(name, repo=str(folder)), Context({})  # a run opened to be read alone misses the latest
     steps, (values, *_) = found.get_metric(CURVE, plain).data.items_list()
+    losses, messages = found.get_metric("loss", plain), found.get_log_records()
     shown = found.collect_sequence_info(("images", "texts", "distributions"))
-    images = found.get_image_sequence("attn_maps/a", plain).values.sparse_list()[1]
+    pictures = found.get_image_sequence(f"attn_maps/{image}", plain).values.sparse_list()[1]
     return {
-        **logged,
         "curve": list(zip(steps, values, strict=True)),
-        "pictures": [("attn_maps/a", image.format, image.caption) for image in images],
+        "loss": losses and list(losses.data.items_list()[0]),
+        "pictures": [(f"attn_maps/{image}", picture.format, picture.caption) for picture in pictures],
         "names": [f"{kind} {one['name']}" for kind, sequences in shown.items() for one in sequences],
-        "text": [text.data for text in found.get_text_sequence("attn/health/flags", plain).values.sparse_list()[1]],
-        "alerts": [str(record.message) for record in found.get_log_records().values.sparse_list()[1]],
+        "text": [one.data for one in found.get_text_sequence(text, plain).values.sparse_list()[1]],
+        "alerts": [str(record.message) for record in messages.values.sparse_list()[1]] if messages else [],
     }
 
 
@@ -134,13 +177,39 @@ def swanlab(folder: Path) -> Result:
     logged = publish(folder, run)
     where = Path(run.dir)
     swanlab.finish()
+    return {**logged, **read_swanlab(where)}
+
+
+def swanlab_in_trainer(folder: Path) -> Result:
+    import swanlab
+    from swanlab.integration.pytorch_lightning import SwanLabLogger
+
+    logger = SwanLabLogger(project="x", mode="offline", log_dir=str(folder / "swanlog"), save_dir=folder)
+    logged = fit(folder, logger)
+    where = Path(logger.experiment.dir)
+    swanlab.finish()
+    return {**logged, **read_swanlab(where)}
+
+
+def read_swanlab(where: Path) -> Result:
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    reader = DataStoreReader()
+    reader.open(next(where.glob("*.swanlab")))
+    records = list(map(Record.FromString, reader))
+    reader.close()
+    scalars, shown = ([getattr(r, kind) for r in records if r.HasField(kind)] for kind in ("scalar", "media"))
     media = where / "media"
     (page,) = media.glob("html/*.html")
-    records = next(where.glob("*.swanlab")).read_bytes()
+    files = {path.name: path.read_bytes() for path in media.glob("image/*")}
     return {
-        **logged,
-        "pictures": pictures((path.name, path.read_bytes()) for path in media.glob("image/*")),
-        "names": [name for name in NAMES if name.encode() in records],
+        "curve": [(scalar.step, scalar.value.number) for scalar in scalars if scalar.key == CURVE],
+        "loss": [scalar.step for scalar in scalars if scalar.key == "loss"],
+        "pictures": pictures(
+            (one.key, files[item.filename]) for one in shown for item in one.value.items if item.filename in files
+        ),
+        "names": sorted({one.key for one in (*scalars, *shown)}),
         "charts": [json.loads(path.read_text()) for path in media.glob("echarts/*.json")],
         "page": page.read_text(),
         "text": [path.read_text() for path in media.glob("text/*.txt")],
@@ -170,8 +239,10 @@ def trackio(folder: Path) -> Result:
     }
 
 
-NAMES = (CURVE, "attn_maps/a", "attn_sinks", "attn_table", "attn_heads_chart/teacher/layer1", "attn_report")
-TRACKERS: dict[str, Callable[[Path], Result]] = {f.__name__: f for f in (comet, clearml, aim, swanlab, trackio)}
+TRACKERS: dict[str, Callable[[Path], Result]] = {
+    read.__name__: read
+    for read in (comet, clearml, aim, swanlab, trackio, comet_in_trainer, aim_in_trainer, swanlab_in_trainer)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class AnyViT(nn.Module):
         cls: whether a CLS token comes first.
         linear: whether patches are cut out and multiplied, without a convolution.
         order: what the order of the patch tokens is in the model, None for row by row.
+        attend: computes attention, as in `Packed`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class AnyViT(nn.Module):
         linear: bool = False,
         order: Tensor | None = None,
         depth: int = 2,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] = sdpa,
     ) -> None:
         super().__init__()
         self.patch, self.linear, self.order = tuple(patch), linear, order
@@ -44,7 +46,7 @@ class AnyViT(nn.Module):
         self.embed = nn.Linear(pixels, DIM) if linear else conv(channels, DIM, self.patch, self.patch)
         self.cls_token = nn.Parameter(torch.randn(1, 1, DIM)) if cls else None
         self.positions = nn.Parameter(0.5 * torch.randn(1, cls + math.prod(self.grid), DIM))
-        self.blocks = nn.ModuleList(Block(Packed(sdpa)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(Packed(attend)) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(self._cut(x)) if self.linear else self.embed(x).flatten(2).mT
@@ -65,6 +67,13 @@ class AnyViT(nn.Module):
             x = x.unflatten(2 + 2 * axis, (cells, pixels))
         cells_first = x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
         return cells_first.flatten(1 + axes).flatten(1, axes)
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by two einsums with heads first, as MONAI's `SABlock` has it; takes and gives (B, N, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v).transpose(1, 2)
 
 
 class BandsViT(nn.Module):

@@ -106,6 +106,8 @@ class ForwardError(AttentionError):
 
     batch: int | None = None
     """How many images the model failed on, if it did."""
+    failed: str = ""
+    """What happened, without the remedy, if the model failed."""
 
 
 class HeadError(AttentionError):

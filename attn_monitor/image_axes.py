@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,10 +24,12 @@ class ImageAxes:
     Attributes:
         names: A name for each dimension, such as ("c", "h", "w").
         channel: Which of them holds the channels, None where none does.
+        groups: Groups of channels that are one more axis of the image, before the others; empty where they are none.
     """
 
     names: tuple[str, ...]
     channel: int | None
+    groups: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, axes: str) -> ImageAxes:
@@ -37,22 +39,34 @@ class ImageAxes:
     @property
     def spatial(self) -> tuple[str, ...]:
         """Return the names of the axes without the channels."""
-        return tuple(name for number, name in enumerate(self.names) if number != self.channel)
+        of_space = tuple(name for number, name in enumerate(self.names) if number != self.channel)
+        return ("c", *of_space) if self.groups else of_space
 
     def channels_first(self, images: Tensor) -> Tensor:
-        """Return images in the model's order as (B, C, *size), a view; C is 1 where there are no channels."""
-        return images.unsqueeze(1) if self.channel is None else images.movedim(1 + self.channel, 1)
+        """Return images in the model's order as (B, C, *size); C is 1 where there are no channels.
 
-    def with_channel_axis(self) -> ImageAxes:
-        """Return axes in which the channels are one more axis of the image."""
-        return ImageAxes(self.names, None)
+        Where groups of them are an axis, C is the size of the largest one, and others repeat their first channel.
+        """
+        images = images.unsqueeze(1) if self.channel is None else images.movedim(1 + self.channel, 1)
+        if not self.groups:
+            return images
+        most = max(map(len, self.groups))
+        return images[:, [[group[n] if n < len(group) else group[0] for group in self.groups] for n in range(most)]]
+
+    def with_groups(self, groups: tuple[tuple[int, ...], ...]) -> ImageAxes:
+        """Return axes in which groups that hold all channels are one more axis of the image."""
+        return replace(self, groups=groups)
 
     def size_of(self, images: Tensor) -> tuple[int, ...]:
         """Return the number of pixels of images on each axis."""
-        return tuple(n for number, n in enumerate(images.shape[1:]) if number != self.channel)
+        return tuple(self.channels_first(images).shape[2:])
 
     def as_given(self, images: Tensor) -> Tensor:
-        """Return images (B, C, *size) in the model's order, a view."""
+        """Return images (B, C, *size) in the model's order."""
+        if self.groups:
+            at = {channel: (n, g) for g, group in enumerate(self.groups) for n, channel in enumerate(group)}
+            within, groups = zip(*(at[channel] for channel in sorted(at)), strict=True)
+            images = images[:, list(within), list(groups)]
         return images.squeeze(1) if self.channel is None else images.movedim(1, 1 + self.channel)
 
     def __str__(self) -> str:

@@ -65,9 +65,12 @@ running fastest. Two families are read in another way: in TimeSformer (and vit-p
 frames or over time, and the reference is put together from these; in the audio transformer patches overlap, and its
 places are centres.
 
-MONAI's ViT with `spatial_dims=3` was read too, by hand (1.6, 2 × 4 × 3 + 1, exact, 2e-06), as tests do not need MONAI.
-Refused in words: transformers over time whose tokens hold a frame through the CLS token of other attention alone
-(vit-pytorch's ViViT with `pool="cls"`), uneven groups of channels, and equal frames of one still image.
+MONAI's ViT with `spatial_dims=3` is read where MONAI is installed (1.6: patches by a convolution or cut out, learned
+and sine positions, with and without CLS; 2 × 4 × 3, exact), and a model of its shape everywhere
+(`tests/hostile/test_monai.py`). Groups of channels with tokens of their own, equal or not, are an axis c (ChannelViT,
+SatMAE's bands 0, 1, 2, 6; 3, 4, 5, 7; 8, 9). Refused in words: transformers over time whose tokens hold a frame through
+the CLS token of other attention alone (the second half of vit-pytorch's ViViT with `pool="cls"`; the message names the
+layers within frames, which can be read), groups that share a channel, and equal frames of one still image.
 """
 
 

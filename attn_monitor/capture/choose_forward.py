@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attn_monitor.capture.find_axes import axes_of, taking_channels_first
+from attn_monitor.capture.image_channels import channels_that_run
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, select_sites
 from attn_monitor.capture.masked_models import (
     empty_flat_mask_forward,
@@ -97,7 +98,7 @@ def find_discovery(
 ) -> Discovery:
     """Discover the sites on images in the order that the model takes, see `choose_forward`.
 
-    Where no layer can be read, and several keys hold each patch, channels are taken for one more axis of the image.
+    Where no layer can be read, and several keys hold each patch, groups of channels are one more axis of the image.
 
     Args:
         model: The model to run.
@@ -118,14 +119,18 @@ def find_discovery(
         found = under(first)
     except (ForwardError, InputTypeError) as error:
         by_itself = options[0].forward is default_forward and not is_sharded(model)
-        if not by_itself or not (way := shape_that_runs(model, images)):
+        if not by_itself:
             raise
-        raise type(error)(f"{error}. {way}") from error.__cause__
-    several = [site.places.at_one_place for site in found.sites]
+        way = shape_that_runs(model, images) or (channels_that_run(model, images) if images.ndim == 4 else "")
+        if not way:
+            raise
+        failed = getattr(error, "failed", "") or error  # without the usual remedy, which is another
+        raise type(error)(f"{failed}. {way}") from error.__cause__
+    groups = next((site.places.channel_groups for site in found.sites if site.places.channel_groups), ())
     readable = any(site.layout is not None for site in found.sites)
-    if axes is not None or first.channel is None or readable or not any(several):
+    if axes is not None or first.channel is None or readable or not groups:
         return found
-    apart = under(first.with_channel_axis())
+    apart = under(first.with_groups(groups))
     return apart if any(site.layout is not None for site in apart.sites) else found
 
 

@@ -24,7 +24,7 @@ from attn_monitor.image_axes import SHAPES, ImageAxes, likely_axes, named_axes
 
 def taking_channels_first(forward: Forward, axes: ImageAxes) -> Forward:
     """Return a forward that takes images (B, C, *size)."""
-    return forward if axes.channel == 0 else _Reordered(axes, forward)
+    return forward if axes.channel == 0 and not axes.groups else _Reordered(axes, forward)
 
 
 @dataclass(frozen=True)

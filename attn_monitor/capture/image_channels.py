@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attn_monitor.capture.observe.isolation import model_device_dtype
 from attn_monitor.capture.other_shapes import runs
@@ -46,3 +46,24 @@ def first_channels(model: nn.Module) -> int | None:
     """Return the channels of a model's first convolution; None without one."""
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     return None if first is None else int(first.in_channels)
+
+
+def channels_that_run(model: nn.Module, images: Tensor) -> str:
+    """Return a sentence that names the number of channels with which a model runs, and how to pass these.
+
+    Args:
+        model: The model, left as it was found.
+        images: (B, C, H, W) on which the model fails, on its device and in its dtype.
+
+    Returns:
+        The sentence, empty where it runs with no other number.
+    """
+    given, (channels, _) = images.shape[1], image_channels(model, images.shape[2:])
+    if channels == given or not runs(model, images[:, :1].expand(-1, channels, -1, -1)):
+        return ""
+    way = f"images of {channels} channels, or build the model for {given}"
+    if given == 1:
+        way = f"images.expand(-1, {channels}, -1, -1)"
+    elif channels < given:
+        way = f"those that it was made for, such as images[:, {list(range(channels))}], or build it for {given}"
+    return f"It does run on {channels} channel{'s' * (channels > 1)}, and these images have {given}: pass {way}"

@@ -101,7 +101,7 @@ def select_sites(sites: Sequence[Site], layers: Layers, query: QuerySpec) -> Sel
     selected = {}
     for site in (sites[i] for i in sorted({i for want in wanted for i in _find_layer(sites, want)})):
         if isinstance(site, RefusedSite):
-            raise _with_alternatives(site.refusal, sites)
+            raise _with_alternatives(site.refusal, sites, query)
         selected[site.key] = (site, resolve_query(site, query))
     return selected
 
@@ -121,12 +121,30 @@ def _every_layer(sites: Sequence[Site], query: QuerySpec) -> tuple[Selection, di
     return selected, reasons
 
 
-def _with_alternatives(refusal: AttentionError, sites: Sequence[Site]) -> AttentionError:
-    usable = [s.index for s in sites if isinstance(s, ReadableSite)]
+def _with_alternatives(refusal: AttentionError, sites: Sequence[Site], query: QuerySpec) -> AttentionError:
+    """Return a refusal that names the layers that can be read, and the arguments that choose the last of them."""
     others = "No other layer of this model can be read either"
-    if usable:
-        others = f"Choose another layer. Layers that can be read: {usable}"
+    readable = [site for site in sites if isinstance(site, ReadableSite)]
+    for wanted in dict.fromkeys((query, "mean")):
+        if usable := [site for site in readable if _has_query(site, wanted)]:
+            also = "" if wanted == query else f", query={wanted!r}"
+            others = (
+                f"Choose another layer. Layers that can be read: {[site.index for site in usable]}, the last one by "
+                f"layers={usable[-1].index}{also} ({usable[-1].name})"
+            )
+            break
+    else:
+        if readable:
+            others += f" with query={query!r}"
     return type(refusal)(f"{refusal}. {others}")
+
+
+def _has_query(site: ReadableSite, query: QuerySpec) -> bool:
+    try:
+        resolve_query(site, query)
+    except QueryError:
+        return False
+    return True
 
 
 def _find_layer(sites: Sequence[Site], want: int | str) -> list[int]:

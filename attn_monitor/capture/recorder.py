@@ -182,6 +182,9 @@ class AttentionRecorder:
         notes = [self.forward_note]
         if self._plan is not None and self._discovery is not None and not self._in_second_stacks():
             notes += stack_notes(self._discovery.sites)
+            if groups := self._discovery.axes.groups:
+                held = "; ".join(", ".join(map(str, group)) for group in groups)
+                notes.append(f"each patch has {len(groups)} tokens, for channels {held}: the first axis of its grid")
         if self._plan is not None and self._plan.query != self.query:
             notes.append("it has no CLS token, so maps show the attention that patches receive (query='mean')")
         return tuple(note for note in notes if note)

@@ -366,15 +366,29 @@ def test_a_probe_of_more_axes_is_stored_bit_by_bit(shape: tuple[int, ...], tmp_p
         assert read.image_axes == given.image_axes
 
 
-@pytest.mark.parametrize(("groups", "count"), [(None, 6), (((0, 1, 2), (3, 4, 5)), 2), (((0, 1), (2, 3), (4, 5)), 3)])
-def test_channels_are_an_axis_where_they_have_tokens_of_their_own(groups: Any, count: int) -> None:
-    model, images = sharp(BandsViT(groups)), images_of((2, 6, 16, 24))
+SATMAE = (0, 1, 2, 6), (3, 4, 5, 7), (8, 9)  # of ten bands
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [None, ((0, 1, 2), (3, 4, 5)), ((0, 1), (2, 3), (4, 5)), SATMAE, ((3, 4), (0, 1, 2, 5)), ((0, 1, 2, 3, 4), (5,))],
+)
+def test_channels_are_an_axis_where_they_have_tokens_of_their_own(groups: Any) -> None:
+    """Groups need not be equal, nor in the order of their first channels, in which the axis has them."""
+    channels, count = (6, 6) if groups is None else (sum(map(len, groups)), len(groups))
+    model, images = sharp(BandsViT(groups, channels)), images_of((2, channels, 16, 24))
     recorder = AttentionRecorder(model)
     (seen,) = recorder(images)
     assert seen.grid == (count, 2, 3)
     assert seen.grid.axes == ("c", "h", "w")
-    assert off_by(seen.rows, attention_matrices(model, images, default_forward)[-1][:, :, 0]) <= LIMIT
+    matrix = attention_matrices(model, images, default_forward)[-1][:, :, 0]
+    of_group = matrix[..., 1:].unflatten(-1, (count, 6))[
+        :, :, sorted(range(count), key=lambda n: groups[n] if groups else n)
+    ]
+    assert off_by(seen.rows, torch.cat([matrix[..., :1], of_group.flatten(2)], -1)) <= LIMIT
     assert recorder(images[:1])[0].grid == (count, 2, 3)
+    held = "0; 1; 2" if groups is None else "; ".join(", ".join(map(str, group)) for group in sorted(groups))
+    assert f"for channels {held}" in "".join(recorder.notes)
     plane = seen.in_plane()
     assert plane.grid == (2, 3)
     torch.testing.assert_close(plane.maps, seen.maps.sum(2))
@@ -387,7 +401,7 @@ def still(model: nn.Module, images: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("build", "shape", "forward", "count"),
     [
-        (lambda: BandsViT(((0, 1, 2, 5), (3, 4))), (2, 6, 16, 24), None, 2),  # uneven groups, in no order
+        (lambda: BandsViT(((0, 1, 2, 3), (3, 4, 5))), (2, 6, 16, 24), None, 2),  # groups that share a channel
         (videomae, (2, 3, 32, 32), still, 3),  # equal frames
     ],
 )

@@ -81,12 +81,12 @@ def run_forward(
         if is_monitor_error(error):
             raise
         given = forward.as_given(images) if hasattr(forward, "as_given") else images  # in the order that it takes
+        failed = f"{type(model).__name__} failed on images {tuple(given.shape)} {images.dtype}: {in_one_line(error)}"
         failure = ForwardError(
-            f"{type(model).__name__} failed on images {tuple(given.shape)} {images.dtype}: {in_one_line(error)}. "
-            "Pass images of a size that the model takes (a multiple of its patch size), or forward=lambda model, "
-            "images: ... where it wants other arguments"
+            f"{failed}. Pass images of a size that the model takes (a multiple of its patch size), or "
+            "forward=lambda model, images: ... where it wants other arguments"
         )
-        failure.batch = len(images)
+        failure.batch, failure.failed = len(images), failed
         raise failure from error
     if observer.failure is not None:
         raise observer.failure

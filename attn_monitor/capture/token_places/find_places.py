@@ -18,6 +18,7 @@ from attn_monitor.capture.observe.patch_grids import PatchConv, candidate_grids
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.borders import place_by_borders
 from attn_monitor.capture.token_places.centres import rank_centres
+from attn_monitor.capture.token_places.channel_groups import channel_groups
 from attn_monitor.capture.token_places.cls_and_queries import find_cls, find_queries
 from attn_monitor.capture.token_places.counted_lines import counted_grids
 from attn_monitor.capture.token_places.mosaics import describe_keys, keys_of_each_cell, read_mosaics
@@ -106,8 +107,9 @@ def find_places(
     search = search.refusing(reasons)
     refused = [key for key, site in search.sites.items() if site.layout is None]
     search = search.refusing(dict.fromkeys(depend_on_batch(search, refused), _OF_BATCH))
-    several = {key: keys_of_each_cell(key, search.mosaics) for key in without}
-    return search.with_sites({key: replace(search.sites[key], at_one_place=n) for key, n in several.items()}).sites
+    several = {key: n for key in refused if (n := keys_of_each_cell(key, search.mosaics))}
+    groups = channel_groups(search, several) if several else {}
+    return search.with_sites({key: replace(search.sites[key], channel_groups=of) for key, of in groups.items()}).sites
 
 
 _NOT_FINITE = "where results of attention are replaced to find its patches, its tokens are NaN or infinite"

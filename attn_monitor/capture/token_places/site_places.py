@@ -37,7 +37,7 @@ class SitePlaces:
     Attributes:
         layout: Layout of the keys, None where there is none, for the ``reason``.
         reason: Why the keys have no layout, "" where they have one.
-        at_one_place: How many keys hold each patch, where that is the reason; else 0.
+        channel_groups: The channels that each of several keys at one place holds, where that is the reason; else empty.
         cls: Query index of the CLS token, None where there is none, for the ``no_cls_reason``.
         no_cls_reason: Why no query is the CLS token, "" also where every query is a patch.
         cls_of_sequences: The CLS token of each sequence, where an image has several, such as one for each frame.
@@ -55,7 +55,7 @@ class SitePlaces:
 
     layout: TokenLayout | None = None
     reason: str = ""
-    at_one_place: int = 0
+    channel_groups: tuple[tuple[int, ...], ...] = ()
     cls: int | None = None
     no_cls_reason: str = ""
     cls_of_sequences: tuple[int, ...] = ()

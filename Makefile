@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints/tested.txt
 
-.PHONY: demo test test-slow test-oldest test-gpu check docs site bench clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs site bench pins clean
 
 demo: $(VENV)/.setup-examples
 	$(BIN)/python examples/train_dino.py --config configs/dino_tiny_cpu.yaml
@@ -53,6 +53,12 @@ site: $(VENV)/.setup-docs
 # About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
 bench: $(VENV)/.setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# Bounds of constraints/tested.txt past the newest releases that go together; nothing is installed.
+pins: | $(BIN)/python
+	mkdir -p build
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report build/pins.json '.[dev,docs]'
+	$(BIN)/python constraints/move.py build/pins.json
 
 clean:
 	rm -rf $(VENV) .venv-oldest node_modules build dist *.egg-info

@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from constraints.move import moved
 from tests.support.processes import ROOT
 
 
@@ -25,3 +26,24 @@ def test_the_oldest_set_pins_every_floor() -> None:
             assert floor.operator == ">=", requirement
             pinned, wanted = pins[requirement.name], Version(floor.version)
             assert pinned.release[: len(wanted.release)] == wanted.release, f"{requirement} is run on {pinned}"
+
+
+def test_pins_move_just_past_what_pip_has_chosen() -> None:
+    chosen = {"torch": "2.15.1+cpu", "pillow": "14.0.0", "open-clip-torch": "3.4.0", "tifffile": "2027.1.2"}
+    for before, after in {
+        "torch<2.15": "torch<2.16",
+        "torch<2.17": "torch<2.16",
+        "pillow<14": "pillow<15",
+        "open_clip_torch<3.4": "open_clip_torch<3.5",
+        "tifffile<2027": "tifffile<2028",
+        "numpy<2.5": "numpy<2.5",  # not in the report
+        "# torch<2": "# torch<2",
+        "": "",
+    }.items():
+        assert moved(before, chosen) == after
+
+
+def test_each_package_has_one_pin() -> None:
+    lines = (ROOT / "constraints/tested.txt").read_text().splitlines()
+    names = [line.partition("<")[0] for line in lines if not line.startswith("#")]
+    assert len(names) == len(set(names))

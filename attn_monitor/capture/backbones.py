@@ -288,8 +288,6 @@ def check_paths(module: nn.Module, targets: Mapping[str, str] | None) -> None:
 def resolve_targets(module: nn.Module, targets: Mapping[str, str]) -> dict[str, nn.Module]:
     """Map each role to its module by the paths in ``targets``; raise `TargetError` for an unknown path."""
     known = dict(module.named_modules())
-    if not targets:
-        raise TargetError("targets={}: expected at least one role, such as {'backbone': 'encoder'}, or None to search")
     for role, path in targets.items():
         if path not in known:
             near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)

@@ -218,5 +218,3 @@ def test_targets_given_by_the_user() -> None:
         resolve_targets(made, {"student": "net.encodr"})
     with pytest.raises(TargetError, match=r"targets\['x'\]='zzz'.*it has net, probe"):
         resolve_targets(made, {"x": "zzz"})
-    with pytest.raises(TargetError, match="expected at least one role"):
-        resolve_targets(made, {})

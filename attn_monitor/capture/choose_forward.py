@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -161,23 +162,15 @@ def choose_forward(
     first = next(trials)
     others = trials if first.problem is not None else ()  # it may need other arguments
     chosen = next((trial for trial in itertools.chain([first], others) if trial.problem is None), first)
-    if isinstance(chosen, _Failure):
-        raise chosen.problem
-    return chosen.discovery
+    if isinstance(chosen.found, AttentionError):
+        raise chosen.found
+    return chosen.found
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Hold the error of a forward under which no site was discovered."""
+class _Trial(NamedTuple):
+    """Hold the sites that a forward gave, else its error, and the problem with the requested rows."""
 
-    problem: AttentionError
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Hold the sites that a forward gave, and the error if the requested rows cannot be read."""
-
-    discovery: Discovery
+    found: Discovery | AttentionError
     problem: AttentionError | None = None
 
 
@@ -188,15 +181,15 @@ def _try(
     conditions: Conditions,
     layers: Layers,
     query: QuerySpec,
-) -> _Trial | _Failure:
+) -> _Trial:
     try:
-        discovery = Discovery(option, sites_of(model, images, option.forward, conditions))
+        found = Discovery(option, sites_of(model, images, option.forward, conditions))
     except AttentionError as error:
-        return _Failure(error)
+        return _Trial(error, error)
     try:
-        select_sites(discovery.sites, layers, query)
+        select_sites(found.sites, layers, query)
     except (LayerError, QueryError):  # independent of the forward
-        return _Trial(discovery)
+        pass
     except AttentionError as error:
-        return _Trial(discovery, error)
-    return _Trial(discovery)
+        return _Trial(found, error)
+    return _Trial(found)

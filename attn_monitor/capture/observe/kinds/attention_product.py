@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_monitor.capture.observe.attention_rows import Folding, Sequences, widen
+from attn_monitor.capture.observe.attention_rows import Folding, Sequences, regroup, widen
 from attn_monitor.capture.observe.random_projections import noise_like, off_device, random_matrix
 
 
@@ -92,11 +92,7 @@ def by_image_and_head(x: Tensor, images: int, folding: Folding | None) -> Tensor
     sequences = folding.count if isinstance(folding, Sequences) else 1
     if len(x) % (images * sequences):
         return None
-    if isinstance(folding, Sequences):
-        joined: Tensor = x.unflatten(0, (images, sequences, -1)).transpose(1, 2).flatten(2, 3)
-        return joined
-    grouped: Tensor = x.unflatten(0, (-1, images) if folding == "heads first" else (images, -1))
-    return grouped.transpose(0, 1) if folding == "heads first" else grouped
+    return regroup(x.unflatten(0, (images * sequences, -1)), images, folding or "batch first")
 
 
 _QUERIES = 16  # rows of a matrix that suffice to compare scores with products

@@ -22,7 +22,7 @@ from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head
 from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
-from attn_monitor.capture.observe.kinds.memory import is_same
+from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.observe.random_projections import (
@@ -158,7 +158,7 @@ class AblatingObserver(AttentionObserver):
         if isinstance(argument, Tensor):
             for parameter in self.nudged:
                 now = parameter.tensor
-                if now is not None and is_same(argument, now):
+                if now is not None and Memory(now).holds(argument):
                     with torch.inference_mode(False):  # the model may take views of it, as of a parameter
                         return argument + noise_like(argument.shape, argument) * (widen(now).std(correction=0) + 0.5)
         return argument

@@ -44,11 +44,6 @@ class Memory:
         return other is not None and bool(other.cdata == self._storage.cdata)
 
 
-def is_same(a: Any, b: Tensor) -> bool:
-    """Return whether two tensors of any shape are exactly the same memory."""
-    return Memory(b).holds(a)
-
-
 def fetched_once(fetch: Callable[[Tensor], Value]) -> Callable[[Tensor], Value]:
     """Keep what ``fetch`` reads from the device of the latest tensors, as all layers share masks and lengths."""
     kept: list[tuple[Memory, tuple[Any, ...], Value]] = []

@@ -7,9 +7,10 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from attn_monitor.capture.observe.model_state import HeldState
 from attn_monitor.capture.observe.model_state import all_modules as all_modules
 from attn_monitor.capture.observe.parameter_writes import parameters_restored, was_watched
 from attn_monitor.errors import UnsupportedAttentionError
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
     per model lists changes that cannot be restored.
     """
     with ExitStack() as stack:
-        stack.enter_context(_known_to_be_isolated())
+        stack.enter_context(_exchanged(_isolated.get, _isolated.set, True))
         stack.enter_context(torch.inference_mode(False))  # operations cannot be observed in inference mode
         stack.enter_context(torch.no_grad())  # a cache that the model fills must stay usable for training
         modules = all_modules(model)
@@ -43,8 +46,11 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_state_restored(model, modules))
         stack.enter_context(_nothing_logged(modules))
         stack.enter_context(random_state_restored(model))
-        stack.enter_context(_autocast_cache_off())
-        stack.enter_context(_mha_fast_path_off())
+        # A training step must not reuse a weight that was cast without gradients.
+        stack.enter_context(_exchanged(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False))
+        # nn.MultiheadAttention's inference kernel hides attention from the observer.
+        mha = torch.backends.mha
+        stack.enter_context(_exchanged(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing is compiled before
             stack.enter_context(_uncompiled())
         stack.enter_context(_flex_attention_uncompiled())
@@ -52,18 +58,26 @@ def isolated_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run compiled modules eagerly: by PyTorch's switch from 2.6 on, else without the function that compiles frames."""
-    if hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    frames: Any = sys.modules["torch._dynamo.eval_frame"]
-    original, frames.set_eval_frame = frames.set_eval_frame, lambda callback: None
+def _exchanged(read: Callable[[], Value], write: Callable[[Value], object], value: Value) -> Iterator[None]:
+    """Change a setting for the body."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        frames.set_eval_frame = original
+        write(before)
+
+
+def _attribute_exchanged(owner: Any, name: str, value: Any) -> AbstractContextManager[Any]:
+    return _exchanged(partial(getattr, owner, name), partial(setattr, owner, name), value)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled modules eagerly: by PyTorch's switch from 2.6 on, else without the function that compiles frames."""
+    if hasattr(torch.compiler, "set_stance"):
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return _attribute_exchanged(sys.modules["torch._dynamo.eval_frame"], "set_eval_frame", lambda callback: None)
 
 
 _isolated = ContextVar("isolated", default=False)
@@ -72,15 +86,6 @@ _isolated = ContextVar("isolated", default=False)
 def is_isolated() -> bool:
     """Return whether the current forward is a probe instead of training."""
     return _isolated.get()
-
-
-@contextmanager
-def _known_to_be_isolated() -> Iterator[None]:
-    token = _isolated.set(True)
-    try:
-        yield
-    finally:
-        _isolated.reset(token)
 
 
 @contextmanager
@@ -121,14 +126,9 @@ def _state_restored(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[
 _report: ContextVar[Callable[[str], None]] = ContextVar("report", default=warnings.warn)
 
 
-@contextmanager
-def reporting(report: Callable[[str], None]) -> Iterator[None]:
+def reporting(report: Callable[[str], None]) -> AbstractContextManager[None]:
     """Send the message on what cannot be restored to ``report`` instead of Python's warnings."""
-    token = _report.set(report)
-    try:
-        yield
-    finally:
-        _report.reset(token)
+    return _exchanged(_report.get, _report.set, report)
 
 
 @contextmanager
@@ -199,44 +199,14 @@ def random_state_restored(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-@contextmanager
-def _autocast_cache_off() -> Iterator[None]:
-    # A training step must not reuse a weight that was cast without gradients.
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
-
-
-@contextmanager
-def _mha_fast_path_off() -> Iterator[None]:
-    # nn.MultiheadAttention's inference kernel hides attention from the observer.
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _flex_attention_uncompiled() -> Iterator[None]:
+def _flex_attention_uncompiled() -> AbstractContextManager[Any]:
     # Outside torch.compile it compiles its own wrapper, which fails under force_eager.
-    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
-    eager: Any = True
-    if flex is not None and not hasattr(flex, name):  # before PyTorch 2.9
-        name, eager = "torch", _TorchThatRefusesToCompile()
-    before = getattr(flex, name, eager)
-    if before is not eager:
-        setattr(flex, name, eager)
-    try:
-        yield
-    finally:
-        if before is not eager:
-            setattr(flex, name, before)
+    flex, switch = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    if flex is None:
+        return nullcontext()
+    if hasattr(flex, switch):
+        return _attribute_exchanged(flex, switch, True)
+    return _attribute_exchanged(flex, "torch", _TorchThatRefusesToCompile())  # before PyTorch 2.9
 
 
 class _TorchThatRefusesToCompile:

@@ -97,7 +97,7 @@ class _SaveBeforeWriting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for position, name in _written_arguments(func):
+        for position, name in written_arguments(func):
             value = args[position] if position < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
@@ -106,7 +106,7 @@ class _SaveBeforeWriting(TorchDispatchMode):
 
 
 @functools.lru_cache(maxsize=1024)
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Return (position, name) of the arguments that an operation writes to, by its schema."""
     schema = getattr(func, "_schema", None)
     arguments = () if schema is None else enumerate(schema.arguments)

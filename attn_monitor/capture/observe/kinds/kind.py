@@ -20,6 +20,7 @@ from attn_monitor.capture.observe.checked_rows import CheckedRows
 from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
 from attn_monitor.capture.observe.observation import Observation, ReadObservation
+from attn_monitor.capture.observe.parameter_writes import written_arguments
 from attn_monitor.capture.observe.tolerance import tolerance
 
 
@@ -57,7 +58,7 @@ class Operation:
     @property
     def written(self) -> tuple[str, ...]:
         """Return the names of the arguments that the operation writes to."""
-        return _written(self.func)
+        return tuple(name for _, name in written_arguments(self.func))
 
     def with_arguments(self, named: Mapping[str, Any]) -> Operation:
         """Return the operation with other arguments of the same names."""
@@ -84,12 +85,6 @@ def _argument_names(func: Any) -> tuple[str, ...]:
 def receives_no_context(function: Any) -> bool:
     """Return whether the forward of an autograd function takes the arguments of `apply` alone."""
     return function.setup_context is not torch.autograd.Function.setup_context
-
-
-@functools.lru_cache(maxsize=256)
-def _written(func: Any) -> tuple[str, ...]:
-    arguments = func._schema.arguments if hasattr(func, "_schema") else ()
-    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.block_tokens import CONTAINERS, block_of
 from attn_monitor.capture.observe.isolation import is_sharded
+from attn_monitor.capture.observe.module_paths import is_inside, words_of
 from attn_monitor.capture.site_cache import structure_of
 from attn_monitor.capture.site_discovery import attends_to_images
 from attn_monitor.errors import NoAttentionError, TargetError
@@ -65,7 +66,7 @@ def find_backbones(module: nn.Module, images: Tensor | None = None) -> dict[str,
     named = list(module.named_modules())
     attention = [path for path, m in named if _is_attention(path, m)]
     holders = _holders(module, attention)
-    paths = [p for p, _ in named if p in holders and not any(q != p and _inside(q, p) for q in holders)]
+    paths = [p for p, _ in named if p in holders and not any(q != p and is_inside(q, p) for q in holders)]
     if not paths and images is not None:
         paths = _found_by_running(module, images)
     if not paths:
@@ -115,7 +116,7 @@ def _found_by_running(module: nn.Module, images: Tensor) -> list[str]:
     if _FOUND.get(module, (None, []))[0] != conditions:
         found = list[str]()
         for path in modules_to_run(module):
-            if not any(_inside(other, path) for other in found) and attends_to_images(known[path], images):
+            if not any(is_inside(other, path) for other in found) and attends_to_images(known[path], images):
                 found.append(path)
         _FOUND[module] = conditions, [path for path in known if path in found]
     return _FOUND[module][1]
@@ -129,13 +130,13 @@ def teacher_is_missed(module: nn.Module, roles: Iterable[str]) -> bool:
         *vars(module),
         *(part for path, m in module.named_modules() if _has_parameters(m) for part in path.split(".")),
     ]
-    words = {word for name in names for word in _words(name)}
+    words = {word for name in names for word in words_of(name)}
     return "student" in roles or not {"teacher", "student"}.isdisjoint(words) or _averages(module)
 
 
 def _averages(module: nn.Module) -> bool:
     paths = [path for path, m in module.named_modules() if _has_parameters(m)]
-    return any(not {"ema", "momentum"}.isdisjoint(_words(path.rpartition(".")[2])) for path in paths)
+    return any(not {"ema", "momentum"}.isdisjoint(words_of(path.rpartition(".")[2])) for path in paths)
 
 
 def paths_of_both_roles(module: nn.Module, backbone: nn.Module) -> list[str]:
@@ -153,10 +154,6 @@ def _is_teacher(path: str) -> bool:
     """Return whether a path names a teacher and no student: an EMA may wrap its model, as in ``ema.online_model``."""
     roles = [role_of(part) for part in path.split(".")]
     return "teacher" in roles and "student" not in roles
-
-
-def _inside(path: str, ancestor: str) -> bool:
-    return ancestor == "" or path.startswith(f"{ancestor}.")
 
 
 def _holders(module: nn.Module, attention: list[str]) -> set[str]:
@@ -182,7 +179,7 @@ def _holder(patch_embedding: str, attention: list[str]) -> str | None:
     path = patch_embedding
     while path:
         path = path.rpartition(".")[0]
-        if any(_inside(a, path) for a in attention):
+        if any(is_inside(a, path) for a in attention):
             return path
     return None
 
@@ -263,7 +260,7 @@ def role_of(path: str) -> str | None:
     Only whole words count: ``semantic_encoder`` contains no "ema". MoCo's encoders end in ``_q`` and ``_k``.
     """
     for part in path.split("."):
-        words = _words(part)
+        words = words_of(part)
         ending = words[-1] if len(words) > 1 else ""
         if not TEACHER.isdisjoint(words) or ending == "k":
             which = [word for word in words[:-1] if word not in PARTS] if ending == "teacher" else []
@@ -271,10 +268,6 @@ def role_of(path: str) -> str | None:
         if not STUDENT.isdisjoint(words) or ending == "q":
             return "student"
     return None
-
-
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
 def check_paths(module: nn.Module, targets: Mapping[str, str] | None) -> None:

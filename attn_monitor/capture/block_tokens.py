@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.observe.attention_rows import widen
 from attn_monitor.capture.observe.error_origin import errors_from
+from attn_monitor.capture.observe.module_paths import children_with
 from attn_monitor.functional import full_precision
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -48,12 +49,9 @@ def block_of(path: str, others: Iterable[str], modules: dict[str, nn.Module]) ->
         parent, item = ".".join(parts[: depth - 1]), ".".join(parts[:depth])
         if not isinstance(modules.get(parent), CONTAINERS):
             continue
-        holders = {
-            o[len(parent) :].strip(".").split(".")[0] for o in others if o.startswith(f"{parent}." if parent else "")
-        }
         found = _callable_below(item, path, modules)
         fallback = fallback or found
-        if len(holders) > 1:
+        if len(children_with(others, parent)) > 1:
             return found
     return fallback
 

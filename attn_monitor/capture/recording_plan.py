@@ -12,6 +12,7 @@ from attn_monitor.capture.block_tokens import block_of
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection
 from attn_monitor.capture.observe.attention_rows import Query
 from attn_monitor.capture.observe.forward import is_sharded
+from attn_monitor.capture.observe.module_paths import is_inside
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
 from attn_monitor.grid import Grid
@@ -89,7 +90,7 @@ def plan_recording(
     roots |= {site.scope for site in later}
     roots = {_with_forward(path, modules) for path in roots}
     # Modules without attention of their own need no hooks: their operations count for the watched module around them.
-    watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(_is_below(p, r) for r in roots))]
+    watched = [(p, modules[p]) for p in modules if p in roots or (p in paths and any(is_inside(p, r) for r in roots))]
     if is_sharded(model) or any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
         return RecordingPlan(query, planned, watched, None)  # TorchScript may not survive an exception in it
     known = frozenset(key for site in sites for key in (site.key, *site.places.together) if from_end)
@@ -111,10 +112,6 @@ def _with_forward(path: str, modules: dict[str, nn.Module]) -> str:
     while path and isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
         path = path.rpartition(".")[0]
     return path
-
-
-def _is_below(path: str, root: str) -> bool:
-    return root == "" or path.startswith(f"{root}.")
 
 
 def _order(site: ReadableSite, device: torch.device) -> Tensor | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from attn_monitor.capture.block_tokens import CONTAINERS, block_of
+from attn_monitor.capture.observe.module_paths import children_with, words_of
 
 DECODER = {"decoder", "dec", "predictor"}
 
@@ -52,8 +52,7 @@ def _named_decoder(path: str) -> str:
     """Return the path down to the first name with a word for a decoder; "" if there is none."""
     parts = path.split(".")
     for depth, part in enumerate(parts, 1):
-        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
-        if not DECODER.isdisjoint(words):
+        if not DECODER.isdisjoint(words_of(part)):
             return ".".join(parts[:depth])
     return ""
 
@@ -63,7 +62,6 @@ def _list_of(path: str, others: Sequence[str], modules: dict[str, nn.Module]) ->
     parts = path.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
-        below = {o[len(parent) + 1 :].partition(".")[0] for o in others if o.startswith(f"{parent}.")}
-        if isinstance(modules.get(parent), CONTAINERS) and len(below) > 1:
+        if isinstance(modules.get(parent), CONTAINERS) and len(children_with(others, parent)) > 1:
             return parent
     return ""

@@ -17,6 +17,7 @@ from attn_monitor.capture.block_tokens import CONTAINERS
 from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.forward import Forward, in_one_line
 from attn_monitor.capture.observe.isolation import isolated_forward
+from attn_monitor.capture.observe.module_paths import is_inside
 
 _EQUAL = 1e-2  # relative difference of results that rounding explains
 
@@ -54,7 +55,7 @@ def overlooked(
         like = next((other for other in seen if related(path, other, modules)), None)
         if not seen and path in kernels:
             like = ""
-        if like is not None and not any(_is_around(path, other) or _is_around(other, path) for other in seen):
+        if like is not None and not any(p == path or is_inside(p, path) or is_inside(path, p) for p in seen):
             suspects[path] = like
     if not suspects:
         return {}
@@ -81,10 +82,6 @@ def _are_related(path: str, other: str, modules: Mapping[str, nn.Module]) -> boo
     """Return whether two modules are siblings, or are in modules that are."""
     a, b = path.split("."), other.split(".")
     return any(_are_siblings(".".join(a[:n]), ".".join(b[:n]), modules) for n in range(1, min(len(a), len(b)) + 1))
-
-
-def _is_around(path: str, other: str) -> bool:
-    return path in ("", other) or other.startswith(f"{path}.")
 
 
 def _ask(path: str, mixing: dict[str, str], kernel: bool) -> Callable[..., None]:

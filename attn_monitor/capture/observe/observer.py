@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -28,6 +27,7 @@ from attn_monitor.capture.observe.kinds.kind import (
     receives_no_context,
 )
 from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.module_paths import common_path
 from attn_monitor.capture.observe.observation import Observation, RefusedObservation, SiteKey
 from attn_monitor.capture.observe.patch_grids import PatchConv
 from attn_monitor.grid import GridGeometry
@@ -289,9 +289,3 @@ def with_frames(x: Tensor, batch: Sequence[int]) -> Tensor:
     """Return (B · frames, C, …) as (B, C, *frames, …), for ``batch`` = (B, *frames)."""
     frames: Tensor = x.unflatten(0, tuple(batch))
     return frames.movedim(len(batch), 1)
-
-
-def common_path(paths: Sequence[str]) -> str:
-    """Return the path of the innermost module that contains all of these."""
-    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
-    return ".".join(parts[0] for parts in shared)

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, SequentialSampler
 from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.failures import Failures
-from attn_monitor.capture.backbones import find_backbones, teacher_is_missed
+from attn_monitor.capture.backbones import find_backbones
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.observe.forward import Forward, is_sharded
+from attn_monitor.capture.role_names import teacher_is_missed
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.errors import ArgumentError, NoAttentionError, UnsupportedAttentionError
 from attn_monitor.measure.health import HealthLimits

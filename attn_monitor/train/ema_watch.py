@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from attn_monitor.capture.backbones import paths_of_both_roles
 from attn_monitor.capture.observe.isolation import all_modules, is_isolated
+from attn_monitor.capture.role_names import paths_of_both_roles
 from attn_monitor.measure.ema_checks import EmaChecker
 from attn_monitor.measure.ema_steps import At, Moment, OptimizerStep, WatchedStep
 from attn_monitor.measure.health import HealthLimits

@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from attn_monitor.capture.backbones import find_backbones, resolve_targets, teacher_is_missed
+from attn_monitor.capture.backbones import find_backbones, resolve_targets
+from attn_monitor.capture.role_names import teacher_is_missed
 from attn_monitor.distributed import RankZero
 from attn_monitor.errors import ArgumentError, NoAttentionError
 from attn_monitor.measure.dense_quality import DENSE

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.backbones import role_of
 from attn_monitor.capture.observe.kinds.memory import place_of
+from attn_monitor.capture.role_names import role_of
 from attn_monitor.measure.ema_steps import Sampled
 
 LENGTH = 32  # values per sampled parameter

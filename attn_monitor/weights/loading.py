@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.backbones import name_roles, role_of
+from attn_monitor.capture.role_names import name_roles, role_of
 from attn_monitor.errors import CheckpointError
 from attn_monitor.weights.converting import Resize, convert, find_resize, shortened
 from attn_monitor.weights.files import Weights, read_weights

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from attn_monitor.capture.backbones import name_roles, role_of
+from attn_monitor.capture.role_names import name_roles, role_of
 from attn_monitor.errors import CheckpointError
 from attn_monitor.weights.files import SHARDED, read_stored, read_weights
 from attn_monitor.weights.loading import count_prefixes, load_checkpoint

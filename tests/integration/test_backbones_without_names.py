@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
-from attn_monitor.capture.backbones import check_paths, find_backbones, name_roles, teacher_is_missed
+from attn_monitor.capture.backbones import check_paths, find_backbones
+from attn_monitor.capture.role_names import name_roles, teacher_is_missed
 from attn_monitor.errors import NoAttentionError
 from attn_monitor.weights.loading import load_checkpoint
 from attn_monitor.weights.run_checkpoints import read_checkpoint, roles_in

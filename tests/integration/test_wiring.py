@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
 from attn_monitor import AttentionMapCallback, HealthLimits, Watch, load_snapshots
-from attn_monitor.capture.backbones import paths_of_both_roles
+from attn_monitor.capture.role_names import paths_of_both_roles
 from attn_monitor.commands.summary import summary
 from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from attn_monitor.train.ema_watch import MOMENTS

@@ -113,6 +113,18 @@ def draw_text_within(
     draw_text(canvas, at, text, size, colour)
 
 
+def in_lines(text: str, width: float, size: int) -> list[str]:
+    """Break a line of text that is longer than ``width`` pixels, between its parts, which " · " separates."""
+    lines = [""]
+    for part in text.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and text_width(longer, size) > width:
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def draw_colour_bar(canvas: Image.Image, at: tuple[int, int], colours: Array, ticks: Sequence[str], size: int) -> None:
     """Draw a horizontal bar of colours (width, 3) from pixel (x, y) on, with labels at even distances below.
 
@@ -121,7 +133,7 @@ def draw_colour_bar(canvas: Image.Image, at: tuple[int, int], colours: Array, ti
     canvas.paste(Image.fromarray(np.broadcast_to(colours, (10, *colours.shape)).copy()), at)
     for index, tick in enumerate(ticks):
         x = at[0] + index * (len(colours) - 1) / (len(ticks) - 1)
-        if index % 2 and 1.3 * sum(text_width(one, size) for one in ticks) > len(colours):
+        if index % 2 and 1.7 * sum(text_width(one, size) for one in ticks) > len(colours):
             continue
         anchor = "l" if index == 0 else "r" if index == len(ticks) - 1 else "m"
         draw_text(canvas, (x, at[1] + 12), tick, size, DIM_TEXT, anchor)

@@ -60,10 +60,10 @@ class CellPainter:
         pictures = self.put(pictures)
         self._outline_truth(pictures)
         if masks is not None:
-            width = 2 if self.frame.patch >= BLOCK else 1
+            width = 2 if min(self.frame.patch) >= BLOCK else 1
             draw_outline(pictures, self.frame.enlarge(masks[..., None])[..., 0], MASK, width)
         if hatched is not None:
-            hatch(pictures, self.frame.enlarge(hatched[..., None])[..., 0], self.frame.patch)
+            hatch(pictures, self.frame.enlarge(hatched[..., None])[..., 0], min(self.frame.patch))
         return pictures
 
     def put(self, pictures: Pixels) -> Pixels:
@@ -72,8 +72,8 @@ class CellPainter:
 
     def colors(self, colors: Array) -> Pixels:
         """Paint each patch in its colour, (gh, gw, 3) in 0 to 1, as a picture (h, w, 3)."""
-        patches, side = (colors * 255).round().astype(np.uint8), self.frame.patch
-        return self.put(patches.repeat(side, 0).repeat(side, 1))
+        patches, (height, width) = (colors * 255).round().astype(np.uint8), self.frame.patch
+        return self.put(patches.repeat(height, 0).repeat(width, 1))
 
     def _outline_truth(self, pictures: Pixels) -> None:
         width = 2 if max(self.size) >= DOUBLE_OUTLINE else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,38 +14,40 @@ from attn_monitor.grid import Grid
 
 @dataclass(frozen=True)
 class Frame:
-    """Layout of a picture of an image in which each patch of a grid is a square.
+    """Layout of a picture of an image in which each patch of a grid has whole pixels.
 
     Args:
         grid: The patches.
-        patch: Side of a patch in pixels of the picture.
+        patch: Height and width of a patch in pixels of the picture.
         size: Height and width of the picture.
         at: Row and column of the first patch's corner; negative where the model pads before the image.
     """
 
     grid: Grid
-    patch: int
+    patch: tuple[int, int]
     size: tuple[int, int]
     at: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, grid: tuple[int, ...], side: int, image: tuple[int, int] = (0, 0)) -> Frame:
-        """Choose patches of 2ⁿ pixels so that the longer side is about ``side``.
+        """Choose patches of 2ⁿ by 2ᵐ pixels so that the longer side is about ``side``, and patches have their shape.
 
         Args:
             grid: The patches.
             side: Wanted longer side in pixels.
-            image: Height and width of the model's image, needed if patches do not tile it.
+            image: Height and width of the model's image; patches are taken for squares without it.
         """
         grid = Grid(grid)
         geometry = grid.geometry
+        cells = (
+            [float(n) for n in grid] if geometry is None else [n / c for n, c in zip(image, geometry.cell, strict=True)]
+        )
+        known = "" not in grid.axes and 0 not in image
+        patch = _patch(side, cells, image[0] / cells[0] * cells[1] / image[1] if known else 1.0)
         if geometry is None:
-            patch = _patch(side, grid)
-            return cls(grid, patch, (grid[0] * patch, grid[1] * patch))
-        cells = [n / c for n, c in zip(image, geometry.cell, strict=True)]  # size of the picture in cells
-        patch = _patch(side, cells)
-        height, width = (max(1, round(n * patch)) for n in cells)
-        row, col = (round(o / c * patch) for o, c in zip(geometry.origin, geometry.cell, strict=True))
+            return cls(grid, patch, (grid[0] * patch[0], grid[1] * patch[1]))
+        height, width = (max(1, round(n * p)) for n, p in zip(cells, patch, strict=True))
+        row, col = (round(o / c * p) for o, c, p in zip(geometry.origin, geometry.cell, patch, strict=True))
         return cls(grid, patch, (height, width), (row, col))
 
     @property
@@ -64,7 +67,7 @@ class Frame:
 
     def enlarge(self, cells: Array) -> Array:
         """Enlarge patches (..., gh, gw, channels) to the picture, (..., h, w, channels); 0 where no patch is."""
-        return self.put(cells.repeat(self.patch, -3).repeat(self.patch, -2), np.zeros((), cells.dtype))
+        return self.put(cells.repeat(self.patch[0], -3).repeat(self.patch[1], -2), np.zeros((), cells.dtype))
 
     def put(self, patches: Array, below: Array) -> Array:
         """Place enlarged patches, (..., gh · patch, gw · patch, channels), on a picture (h, w, ...)."""
@@ -87,7 +90,7 @@ class Frame:
 
     @property
     def _extent(self) -> tuple[int, int]:
-        return self.grid[0] * self.patch, self.grid[1] * self.patch
+        return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
 
     @property
     def _inside(self) -> tuple[slice, slice]:
@@ -103,5 +106,15 @@ class Frame:
         return rows.start - row, rows.stop - row, cols.start - col, cols.stop - col
 
 
-def _patch(side: int, cells: tuple[float, ...] | list[float]) -> int:
-    return int(2 ** max(0, round(math.log2(side / max(cells)))))
+def long_side(side: int, photo: Array, longest: int) -> int:
+    """Return ``side``; of images longer than two squares that of a picture with a square's area, up to ``longest``."""
+    ratio = max(photo.shape[:2]) / min(photo.shape[:2])
+    return max(side, min(round(side * math.sqrt(ratio)), longest)) if ratio > 2 else side
+
+
+def _patch(side: int, cells: Sequence[float], ratio: float) -> tuple[int, int]:
+    """Return the height and width of a patch, powers of two with about ``ratio`` between them."""
+    power = round(math.log2(ratio))
+    down, right = 2 ** max(power, 0), 2 ** max(-power, 0)
+    unit = int(2 ** max(0, round(math.log2(side / max(cells[0] * down, cells[1] * right)))))
+    return unit * down, unit * right

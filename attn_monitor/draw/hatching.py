@@ -12,7 +12,7 @@ DIMMED = 0.25  # brightness of the photograph there, and outside a mask
 
 
 def hatch(pictures: Pixels, inside: Array, patch: int) -> None:
-    """Hatch a part, bool (h, w), of pictures (..., h, w, 3) in place; ``patch`` is the height of a patch in pixels."""
+    """Hatch a part, bool (h, w), of pictures (..., h, w, 3) in place; ``patch`` is the shorter side of one."""
     period = 3 * LINE_WIDTH if patch >= 4 * LINE_WIDTH else 2 * LINE_WIDTH  # visible in small patches too
     diagonal = _lines(inside.shape, period)
     pictures[..., inside & ~diagonal, :] = BACKGROUND

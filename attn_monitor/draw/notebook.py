@@ -110,7 +110,11 @@ def snapshot_figure(
         from matplotlib.colors import LogNorm
     whole = snapshot.layer(snapshot.roles[-1] if role is None else role, layer)
     attention = whole.in_plane(only)
-    part = "" if only is None or not has_slices(whole) else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)}"
+    part = (
+        ""
+        if only is None or not has_slices(whole)
+        else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)} of {whole.grid[0]}"
+    )
     maps, labels = mean_and_heads(attention.maps[image], None)
     units = (maps * attention.grid.cells).numpy()
     figure: Figure

@@ -23,10 +23,12 @@ from attn_monitor.draw.canvas import (
     blank_picture,
     draw_text,
     draw_text_within,
+    in_lines,
     paste,
     up_to_block,
 )
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.frame import long_side
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import has_layer, map_captions, map_statistics, mean_and_heads
 from attn_monitor.draw.options import DrawingOptions
@@ -34,6 +36,7 @@ from attn_monitor.draw.slices import shown_slices, slice_cells, slice_word
 from attn_monitor.snapshot import Snapshot
 
 PANEL_PIXELS, LARGEST_CELL = 480_000, 320  # pixels of all cells together, largest side of one
+LONGEST_CELL, CAPTION = 2 * LARGEST_CELL, 15 * GAP  # longest side of one of a long image, least width of a caption
 
 _AXES = {"f": "frequency", "t": "time", "c": "channels", "h": "rows", "w": "columns", "d": "slices"}
 
@@ -87,7 +90,8 @@ def panel(
         slices = shown_slices(whole)
         count = len(labels) + 1 + (attention.colors is not None) + len(slices) + bool(slices)
         side = options.cell or round(math.sqrt(pixels / count / len(snapshot.roles)))
-        side = min(side, LARGEST_CELL)
+        if options.cell is None:
+            side = long_side(min(side, LARGEST_CELL), photo, LONGEST_CELL)
         key = attention.grid, attention.geometry, side
         if key not in painters:
             painters[key] = CellPainter(photo, attention.grid, options, side, truth)
@@ -161,14 +165,16 @@ def _compose(header: str, rows: list[tuple[str, list[Cell]]], options: DrawingOp
     lines = [math.ceil(len(cells) / columns) for _, cells in rows]
     # A dashboard shrinks wide panels more, so their text is larger.
     line, larger = (3 * GAP, 5) if width >= 20 * GAP else (LINE, 0)
-    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + line + GAP
-    title_height, header_height = line + GAP, up_to_block(HEADER + larger)
+    pitch_x, pitch_y = max(up_to_block(width), CAPTION) + GAP, up_to_block(height) + line + GAP
+    header_height = up_to_block(HEADER + larger)
     size = max(columns * pitch_x + GAP, 53 * GAP), header_height + LEGEND
-    pictures = blank_picture(size[0], size[1] + sum(title_height + n * pitch_y for n in lines))
+    wrapped = [in_lines(title, size[0] - 2 * GAP, 15 + larger) for title, _ in rows]
+    below = sum(len(parts) * line + GAP + n * pitch_y for parts, n in zip(wrapped, lines, strict=True))
+    pictures = blank_picture(size[0], size[1] + below)
     top, titles, captions = header_height, [], []
-    for (title, cells), count in zip(rows, lines, strict=True):
-        titles.append((top + 2, title))
-        top += title_height
+    for (_, cells), parts, count in zip(rows, wrapped, lines, strict=True):
+        titles += [(top + 2 + n * line, text) for n, text in enumerate(parts)]
+        top += len(parts) * line + GAP
         for index, (caption, picture) in enumerate(cells):
             x, y = GAP + index % columns * pitch_x, top + index // columns * pitch_y
             paste(pictures, x, y, picture)
@@ -179,6 +185,6 @@ def _compose(header: str, rows: list[tuple[str, list[Cell]]], options: DrawingOp
     for y, title in titles:
         draw_text_within(canvas, (GAP, y), title, size[0] - 2 * GAP, 15 + larger, MASK)
     for at, caption in captions:
-        draw_text_within(canvas, at, caption, width + GAP - 2, 13 + larger)
+        draw_text_within(canvas, at, caption, pitch_x - 2, 13 + larger)
     draw_legend(canvas, top + 6, options, truth=truth, larger_text=larger)
     return np.asarray(canvas)

@@ -35,7 +35,7 @@ class PixelPictures:
         self.photo, self.grid, self.options, self.hatched = photo, Grid(grid), options, hatched
         size = photo.shape[0], photo.shape[1]
         self._rows, self._cols = self.grid.cells_of_pixels(size)
-        self._seen = Frame(self.grid, 1, size).seen(size)
+        self._seen = Frame(self.grid, (1, 1), size).seen(size)
         self._unseen = (self._rows < 0)[:, None] | (self._cols < 0)
 
     def heat_map(self, weights: Array) -> Pixels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from attn_monitor.draw.canvas import Pixels
 from attn_monitor.draw.cells import CellPainter
 from attn_monitor.draw.maps import map_statistics
 from attn_monitor.draw.options import DrawingOptions
+from attn_monitor.grid import Grid
 from attn_monitor.record.thinning import thin
 
 WORDS = {"t": "frame", "d": "slice", "c": "channel group"}
@@ -27,9 +30,29 @@ def slice_word(attention: LayerAttention) -> str:
     return WORDS.get(attention.grid.axes[0], attention.grid.axes[0])
 
 
-def middle_frame(number: int, depth: int, frames: int) -> int:
-    """Return the frame in the middle of those that patches of a slice take."""
-    return (2 * number + 1) * frames // (2 * depth)
+def frames_of(grid: Grid, number: int, frames: int) -> range:
+    """Return the frames, of so many, that patches of a slice of the grid take."""
+    start, end = _span(grid, number, frames)
+    first = min(max(math.floor(start + 1e-6), 0), frames - 1)
+    return range(first, min(max(math.ceil(end - 1e-6), first + 1), frames))
+
+
+def middle_frame(grid: Grid, number: int, frames: int) -> int:
+    """Return the frame in the middle of those that patches of a slice of the grid take."""
+    start, end = _span(grid, number, frames)
+    return min(max(math.floor((start + end) / 2 + 1e-6), 0), frames - 1)
+
+
+def _span(grid: Grid, number: int, frames: int) -> tuple[float, float]:
+    start, cell = (0.0, frames / grid[0]) if grid.geometry is None else (grid.geometry.origin[0], grid.geometry.cell[0])
+    return start + number * cell, start + (number + 1) * cell
+
+
+def slice_name(attention: LayerAttention, number: int, frames: int | None) -> str:
+    """Return what a slice of the grid holds, such as "frames 6-7" of so many; its own number without them."""
+    word = slice_word(attention)
+    taken = range(number, number + 1) if frames is None else frames_of(attention.grid, number, frames)
+    return f"{word} {taken[0]}" if len(taken) == 1 else f"{word}s {taken[0]}-{taken[-1]}"
 
 
 def shown_slices(attention: LayerAttention) -> list[int]:
@@ -69,14 +92,15 @@ def slice_cells(
     maps, mask = mean_in_slices(attention, image, options)
     shares = (maps.flatten(1).sum(1) / maps.sum()).tolist()
     painter = CellPainter(photo, flat, options, side)
-    cells = [(f"maximum of {depth} {slice_word(attention)}s", painter.paint(maps.amax(0).numpy()))]
+    count = None if frames is None else len(frames)
+    cells = [(f"maximum of {count or depth} {slice_word(attention)}s", painter.paint(maps.amax(0).numpy()))]
     for number in shown_slices(attention):
         if frames is not None:
-            below = np.ascontiguousarray(frames[middle_frame(number, depth, len(frames))])
+            below = np.ascontiguousarray(frames[middle_frame(attention.grid, number, len(frames))])
             painter = CellPainter(below, flat, options, side)
         share = f" · {shares[number]:.0%}" if attention.kind != "signed" and torch.isfinite(maps).all() else ""
         picture = painter.paint(maps[number].numpy(), mask[number].numpy())
-        cells.append((f"{slice_word(attention)} {number}{share}", picture))
+        cells.append((f"{slice_name(attention, number, count)}{share}", picture))
     return cells
 
 
@@ -85,4 +109,4 @@ def slice_photo(frames: Pixels | None, photo: Pixels, attention: LayerAttention,
     if frames is None or options.slice is None or not has_slices(attention):
         return photo
     number = min(options.slice, attention.grid[0] - 1)
-    return np.ascontiguousarray(frames[middle_frame(number, attention.grid[0], len(frames))])
+    return np.ascontiguousarray(frames[middle_frame(attention.grid, number, len(frames))])

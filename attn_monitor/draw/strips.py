@@ -13,6 +13,7 @@ from attn_monitor import functional as F
 from attn_monitor.attention import LayerAttention
 from attn_monitor.draw.canvas import GAP, HEADER, Pixels, blank_picture, draw_text, paste, up_to_block
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.frame import long_side
 from attn_monitor.draw.legend import LEGEND, draw_legend
 from attn_monitor.draw.maps import colors_or_missing, map_or_missing
 from attn_monitor.draw.options import DrawingOptions
@@ -21,6 +22,7 @@ from attn_monitor.record.thinning import thin
 from attn_monitor.snapshot import Snapshot
 
 STRIP_COLUMNS, STRIP_CELL, STRIP_HEADS = 10, 64, 4
+LONGEST_CELL = 3 * STRIP_CELL  # of a long image
 
 
 def filmstrip(
@@ -56,13 +58,17 @@ def filmstrip(
     labels = [(role, "mean" if head is None else f"head {head}") for role, head in rows]
     missing = torch.full(attention.grid, math.nan)
     maps = torch.stack([torch.stack([map_or_missing(s, r, layer, image, h, missing) for s in chosen]) for r, h in rows])
-    painter = CellPainter(photo, attention.grid, options, STRIP_CELL)
+    painter = CellPainter(photo, attention.grid, options, long_side(STRIP_CELL, photo, LONGEST_CELL))
     pictures = painter.paint(maps.numpy())  # (rows, steps, h, w, 3); too small for outlines
     features = _features(chosen, layer, image, painter)
     labels = [*((role, "features") for role in features), *labels]
     pictures = np.concatenate([*features.values(), pictures])
     whole = history[-1].layer(main, layer)
-    part = "" if only is None or not has_slices(whole) else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)}"
+    part = (
+        ""
+        if only is None or not has_slices(whole)
+        else f" · {slice_word(whole)} {min(only, whole.grid[0] - 1)} of {whole.grid[0]}"
+    )
     title = f"{last.names[image]}{part} · layer {attention.layer} · steps {chosen[0].step:,} to {last.step:,}"
     return _compose(title, [s.step for s in chosen], labels, pictures, painter)
 
@@ -91,7 +97,7 @@ def _compose(
     title: str, steps: list[int], labels: list[tuple[str, str]], pictures: Pixels, painter: CellPainter
 ) -> Pixels:
     height, width = painter.size
-    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + GAP
+    pitch_x, pitch_y = max(up_to_block(width), 5 * GAP) + GAP, max(up_to_block(height), 5 * GAP) + GAP
     margin = 13 * GAP
     left, top = margin + pitch_x, HEADER + 4 * GAP
     size = max(left + len(steps) * pitch_x, 58 * GAP), top + len(labels) * pitch_y + LEGEND

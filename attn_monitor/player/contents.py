@@ -89,13 +89,10 @@ def step_facts(snapshot: Snapshot) -> dict[str, Any]:
     return {**facts, "verdict": verdict}
 
 
-def images_of(probe: ProbeBatch, pictures: Sequence[str] = ()) -> dict[str, Any]:
-    """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images.
-
-    ``pictures`` are the names of the pictures of each image, see `slices`.
-    """
-    photos, masks = slices.pixels_of(probe, len(pictures)), slices.masks_of(probe, len(pictures))
-    names = [f"{name}, {picture}" for name in probe.names for picture in pictures] or probe.names
+def images_of(probe: ProbeBatch, pictures: slices.Pictures = slices.NO_SLICES) -> dict[str, Any]:
+    """Photographs as data URLs, ground truth run-length encoded, and a hash that is the same for the same images."""
+    photos, masks = slices.pixels_of(probe, pictures), slices.masks_of(probe, pictures)
+    names = [f"{name}, {picture}" for name in probe.names for picture in pictures.names] or probe.names
     truths: list[Any] = [()] * len(photos) if masks is None else list(masks.numpy())
     longest = MAX_PHOTO if len(photos) <= MANY_PHOTOS else MAX_PHOTO // 2
     images = [
@@ -105,7 +102,7 @@ def images_of(probe: ProbeBatch, pictures: Sequence[str] = ()) -> dict[str, Any]
     height, width = photos.shape[1:3]
     same = hashlib.sha256(np.ascontiguousarray(photos).tobytes()).hexdigest()[:16]
     facts = {"images": images, "size": [height, width], "caption": probe.shown_caption, "probe": same}
-    return {**facts, "pictures": list(pictures)}
+    return {**facts, "pictures": list(pictures.names)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def open_archive(folder: Path) -> Opened:
     if not paths or not (folder / "probe.npz").exists():
         raise FileNotFoundError(f"{folder}: no {'probe.npz' if paths else 'snapshots (step-*.npz)'} here")
     probe = ProbeBatch.load(folder / "probe.npz")
-    return Opened(paths, probe, images_of(probe, names_of_slices(paths)))
+    return Opened(paths, probe, images_of(probe, pictures_in(paths, probe)))
 
 
 def gather(
@@ -159,14 +156,14 @@ def gather(
     return contents
 
 
-def names_of_slices(paths: Sequence[Path]) -> list[str]:
-    """Names of the pictures of each image, by the first snapshot that is readable."""
+def pictures_in(paths: Sequence[Path], probe: ProbeBatch) -> slices.Pictures:
+    """Return the pictures of each image, by the first snapshot that is readable."""
     for path in paths:
         try:
-            return slices.slice_names(load_step(path))
+            return slices.pictures_of(load_step(path), probe)
         except (ArchiveError, OSError):
             continue
-    return []
+    return slices.NO_SLICES
 
 
 def _step_size(paths: Sequence[Path], pictures: int) -> float:

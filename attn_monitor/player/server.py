@@ -14,7 +14,7 @@ from typing import Any
 
 from attn_monitor.errors import ArchiveError
 from attn_monitor.player import blocks
-from attn_monitor.player.contents import MAX_VALUES, images_of, names_of_slices, step_facts
+from attn_monitor.player.contents import MAX_VALUES, images_of, pictures_in, step_facts
 from attn_monitor.player.slices import in_slices
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.archive import load_step, snapshot_paths, step_of
@@ -116,8 +116,8 @@ class _Archive:
         if path.is_symlink() or not path.exists():
             raise ArchiveError("this run has no probe.npz")
         probe = ProbeBatch.load(path)
-        pictures = names_of_slices(_own_files(self.folder))
-        self._images, self._names, self._pictures = images_of(probe, pictures), probe.names, len(pictures)
+        pictures = pictures_in(_own_files(self.folder), probe)
+        self._images, self._names, self._pictures = images_of(probe, pictures), probe.names, len(pictures.names)
 
     def _facts_of(self, path: Path, count: int) -> dict[str, Any] | None:
         try:

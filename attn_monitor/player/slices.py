@@ -5,27 +5,45 @@ Each of these is one picture, and numbered like an image: picture p of image i h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attn_monitor.attention import LayerAttention, PatchColors
-from attn_monitor.draw.slices import has_slices, middle_frame, slice_word
+from attn_monitor.draw.slices import has_slices, middle_frame, slice_name
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
 
 
-def slice_names(snapshot: Snapshot) -> list[str]:
-    """Names of the pictures of one image: "mean", "maximum", then each frame or slice; none for images of two axes."""
+class Pictures(NamedTuple):
+    """The pictures of one image: their mean, their maximum, then each frame or slice; none for images of two axes.
+
+    Attributes:
+        names: What they show, such as "frames 6-7".
+        frames: The frame or slice of the image that lies below each but the first two.
+    """
+
+    names: Sequence[str] = ()
+    frames: Sequence[int] = ()
+
+
+NO_SLICES = Pictures()
+
+
+def pictures_of(snapshot: Snapshot, probe: ProbeBatch) -> Pictures:
+    """Return the pictures of one image, of the layer with the most frames or slices."""
     sliced = [a for a in snapshot.layers.values() if has_slices(a)]
     if not sliced:
-        return []
+        return NO_SLICES
     most = max(sliced, key=lambda a: a.grid[0])
-    depth, word = most.grid[0], slice_word(most)
-    return [f"mean of {depth}", "maximum", *(f"{word} {n}" for n in range(depth))]
+    images, depth = probe.channels_first, most.grid[0]
+    frames = images.shape[2] if images.ndim == 5 else None
+    names = [f"mean of {frames or depth}", "maximum", *(slice_name(most, n, frames) for n in range(depth))]
+    return Pictures(names, [] if frames is None else [middle_frame(most.grid, n, frames) for n in range(depth)])
 
 
 def in_slices(snapshot: Snapshot, pictures: int) -> Snapshot:
@@ -59,30 +77,26 @@ def _in_slices(attention: LayerAttention, pictures: int) -> LayerAttention:
     return replace(flat.with_tensors({"rows": rows.flatten(0, 1)}), patch_colors=colors)
 
 
-def pixels_of(probe: ProbeBatch, pictures: int) -> np.ndarray[Any, Any]:
+def pixels_of(probe: ProbeBatch, pictures: Pictures) -> np.ndarray[Any, Any]:
     """Photographs of all pictures, uint8 (images · pictures, H, W, 3): of several frames in a slice the middle one.
 
     Where the slices of a map are groups of channels, each of them has the photograph itself.
     """
-    if not pictures:
+    if not pictures.names:
         return probe.pixels
-    if probe.channels_first.ndim < 5:
-        return probe.pixels.repeat(pictures, 0)
+    if not pictures.frames:
+        return probe.pixels.repeat(len(pictures.names), 0)
     frames = probe.frames  # (B, T, H, W, 3)
-    count = pictures - 2
-    middle = [middle_frame(n, count, frames.shape[1]) for n in range(count)]
     largest = frames.max(1) if probe.image_axes.spatial[0] == "d" else probe.pixels
-    found = np.concatenate([probe.pixels[:, None], largest[:, None], frames[:, middle]], 1)
+    found = np.concatenate([probe.pixels[:, None], largest[:, None], frames[:, list(pictures.frames)]], 1)
     return found.reshape(-1, *found.shape[2:])
 
 
-def masks_of(probe: ProbeBatch, pictures: int) -> Tensor | None:
+def masks_of(probe: ProbeBatch, pictures: Pictures) -> Tensor | None:
     """Ground truth of all pictures, bool (images · pictures, objects, H, W); None without any."""
-    if probe.masks is None or not pictures:
+    if probe.masks is None or not pictures.names:
         return None if probe.masks is None else probe.plane_masks
-    if probe.masks.ndim < 5:
-        return probe.plane_masks.repeat_interleave(pictures, 0)
+    if not pictures.frames:
+        return probe.plane_masks.repeat_interleave(len(pictures.names), 0)
     whole = probe.plane_masks[:, None].expand(-1, 2, -1, -1, -1)
-    count = pictures - 2
-    middle = [middle_frame(n, count, probe.masks.shape[2]) for n in range(count)]
-    return torch.cat([whole, probe.masks[:, :, middle].movedim(2, 1)], 1).flatten(0, 1)
+    return torch.cat([whole, probe.masks[:, :, list(pictures.frames)].movedim(2, 1)], 1).flatten(0, 1)

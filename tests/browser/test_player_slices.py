@@ -14,7 +14,7 @@ from attn_monitor.commands.report import report
 from attn_monitor.player.blocks import layout_of
 from attn_monitor.player.contents import gather
 from attn_monitor.player.server import Library
-from attn_monitor.player.slices import in_slices, masks_of, pixels_of, slice_names
+from attn_monitor.player.slices import in_slices, masks_of, pictures_of, pixels_of
 from attn_monitor.record.archive import snapshot_path
 from tests.support.browser import CHROMIUM, browsing
 from tests.support.browser import pixels_of as drawn_on
@@ -49,9 +49,9 @@ def test_pictures_are_the_mean_the_maximum_and_every_slice(tmp_path: Path, axis:
     probe, snapshots = _archive(tmp_path, axis)
     attention = snapshots[-1].layer("backbone")
     depth, rows, cols = attention.grid
-    names = slice_names(snapshots[-1])
-    word = {"t": "frame", "d": "slice"}[axis]
-    assert names == [f"mean of {depth}", "maximum", *(f"{word} {n}" for n in range(depth))]
+    pictures = pictures_of(snapshots[-1], probe)
+    names, word = pictures.names, {"t": "frames", "d": "slices"}[axis]
+    assert names == [f"mean of {2 * depth}", "maximum", *(f"{word} {2 * n}-{2 * n + 1}" for n in range(depth))]
     flat = in_slices(snapshots[-1], len(names))
     shown = flat.layer("backbone")
     assert shown.grid == (rows, cols)
@@ -66,11 +66,11 @@ def test_pictures_are_the_mean_the_maximum_and_every_slice(tmp_path: Path, axis:
     colours = attention.colors[1].reshape(depth, rows * cols, 3)
     assert torch.equal(shown.colors[len(names) + 2 :], colours)
 
-    photos = pixels_of(probe, len(names)).reshape(2, len(names), *SIZES[axis][1:], 3)
+    photos = pixels_of(probe, pictures).reshape(2, len(names), *SIZES[axis][1:], 3)
     frames = (probe.images.movedim(1, -1) * 255).round().byte().numpy()
     assert np.array_equal(photos[:, 2:], frames[:, 1::2])  # two frames in a patch, of which one is shown
     assert np.array_equal(photos[:, 1], frames.max(1) if axis == "d" else photos[:, 0])
-    truths = masks_of(probe, len(names))
+    truths = masks_of(probe, pictures)
     assert truths is not None
     assert probe.masks is not None
     assert [int(t.sum()) for t in truths[: len(names)]] == [144, 144, 144, *[0] * (depth - 1)]
@@ -95,10 +95,10 @@ def test_the_second_slider(tmp_path: Path) -> None:
         page = watched.open(tmp_path / "report.html")
         slider, output = page.locator("#picture"), page.locator("output[for=picture]")
         assert page.locator("label[for=picture]").inner_text() == "Frame"
-        assert output.inner_text() == "mean of 2"
+        assert output.inner_text() == "mean of 4"
         assert page.locator(".thumbnail").count() == 3  # all, and two clips
         seen = []
-        for number, name in enumerate(("mean of 2", "maximum", "frame 0", "frame 1")):
+        for number, name in enumerate(("mean of 4", "maximum", "frames 0-1", "frames 2-3")):
             slider.fill(str(number))
             watched.settle()
             assert output.inner_text() == name
@@ -108,7 +108,7 @@ def test_the_second_slider(tmp_path: Path) -> None:
         page.keyboard.press("]")
         page.keyboard.press(",")
         watched.settle()
-        assert output.inner_text() == "frame 0"
+        assert output.inner_text() == "frames 0-1"
         page.wait_for_timeout(400)  # a link is written a little later
         assert page.url.endswith("image=6")
         page.locator(".thumbnail.every").click()
@@ -125,10 +125,10 @@ def test_groups_of_channels_have_the_photograph_itself(tmp_path: Path) -> None:
     assert snapshot.layer("backbone").grid.axes == ("c", "h", "w")
     probe.save(tmp_path / "probe.npz")
     snapshot.save(snapshot_path(tmp_path, 0))
-    names = slice_names(snapshot)
-    assert names[2:] == [f"channel group {n}" for n in range(6)]
-    assert np.array_equal(pixels_of(probe, 8), probe.pixels.repeat(8, axis=0))
-    truths = masks_of(probe, 8)
+    pictures = pictures_of(snapshot, probe)
+    assert pictures.names[2:] == [f"channel group {n}" for n in range(6)]
+    assert np.array_equal(pixels_of(probe, pictures), probe.pixels.repeat(8, axis=0))
+    truths = masks_of(probe, pictures)
     assert truths is not None
     assert torch.equal(truths[8:], masks[1:].expand(8, -1, -1, -1))
     assert len(gather(tmp_path, "run", 1e6).images["images"]) == 16

@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from attn_monitor import DrawingOptions, LayerAttention
+from attn_monitor.draw.canvas import in_lines, text_width
 from attn_monitor.draw.cells import CellPainter
+from attn_monitor.draw.frame import Frame
 from attn_monitor.draw.notebook import snapshot_figure, snapshot_sheet
-from attn_monitor.draw.panels import layer_title, panel
-from attn_monitor.draw.slices import MOST, middle_frame, shown_slices, slice_cells, slice_photo
+from attn_monitor.draw.panels import CAPTION, layer_title, panel
+from attn_monitor.draw.slices import (
+    MOST,
+    frames_of,
+    middle_frame,
+    shown_slices,
+    slice_cells,
+    slice_name,
+    slice_photo,
+)
 from attn_monitor.draw.strips import filmstrip
 from attn_monitor.errors import ArgumentError
 from attn_monitor.grid import Grid, GridGeometry
@@ -36,8 +46,8 @@ def test_each_frame_is_painted_over_its_own_photograph() -> None:
     mean = attention.maps[0].mean(0)
     shares = (mean.flatten(1).sum(1) / mean.sum()).tolist()
     assert [caption for caption, _ in cells] == [
-        "maximum of 3 frames",
-        *(f"frame {n} · {share:.0%}" for n, share in enumerate(shares)),
+        "maximum of 6 frames",
+        *(f"frames {2 * n}-{2 * n + 1} · {share:.0%}" for n, share in enumerate(shares)),
     ]
     ranked = mean.flatten().sort(descending=True)
     count = int((ranked.values.cumsum(0) / mean.sum() < 0.6).sum()) + 1
@@ -61,7 +71,6 @@ def test_panels_show_the_mean_first_and_at_most_fourteen_frames() -> None:
     assert (chosen[0], chosen[-1]) == (0, 39)
     assert "slice 39" in slice_cells(many.layer("backbone"), 0, PHOTO, None, DrawingOptions(), 64)[-1][0]
     assert shown_slices(few.in_plane().layer("backbone")) == []
-    assert [middle_frame(n, 3, 6) for n in range(3)] == [1, 3, 5]
 
 
 def test_a_film_strip_of_a_chosen_slice() -> None:
@@ -116,3 +125,46 @@ def test_notebooks_show_frames_too() -> None:
         expected = maps.sum(0) if number is None else maps[min(number, 2)] * 3
         assert np.allclose(values, (expected * 24).clamp_min(1e-6).numpy(), rtol=1e-5)
         assert ("frame" in figure.get_suptitle()) == (number is not None)
+
+
+def test_frames_of_a_slice() -> None:
+    plain, one = Grid((3, 4, 6)), Grid((6, 4, 6))
+    assert [middle_frame(plain, n, 6) for n in range(3)] == [1, 3, 5]
+    assert [middle_frame(one, n, 6) for n in range(6)] == [0, 1, 2, 3, 4, 5]
+    cut = Grid((2, 4, 6), GridGeometry((0.0,) * 3, (16.0, 8.0, 8.0)))  # of 47 frames the last 15 are in no patch
+    assert [list(frames_of(cut, n, 47))[::15] for n in range(2)] == [[0, 15], [16, 31]]
+    assert [middle_frame(cut, n, 47) for n in range(2)] == [8, 24]
+    padded = Grid((2, 4, 6), GridGeometry((-2.0, 0.0, 0.0), (4.0, 8.0, 8.0)))
+    assert [list(frames_of(padded, n, 5)) for n in range(2)] == [[0, 1], [2, 3, 4]]
+    whole = snapshot(plain).layer("backbone")
+    assert [slice_name(whole, 2, frames) for frames in (6, 3, None)] == ["frames 4-5", "frame 2", "frame 2"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "image", "axes"),
+    [((4, 16), (32, 32), "hw"), ((2, 32), (32, 32), "hw"), ((512, 1), (1024, 128), "tf"), ((3, 8), (30, 40), "hw")],
+)
+def test_oblong_patches_do_not_distort_the_image(grid: tuple[int, int], image: tuple[int, int], axes: str) -> None:
+    frame = Frame.of(Grid(grid, axes=tuple(axes)), 320, image)
+    assert frame.size[0] / frame.size[1] == pytest.approx(image[0] / image[1], rel=0.5)
+    assert frame.patch[0] / frame.patch[1] == pytest.approx(image[0] / grid[0] * grid[1] / image[1], rel=0.5)
+    mark = np.zeros((*grid, 1), np.uint8)
+    mark[-1, -1] = 1
+    assert frame.enlarge(mark)[-frame.patch[0] :, -frame.patch[1] :].all()
+    assert frame.enlarge(mark).sum() == frame.patch[0] * frame.patch[1]
+    signal = Frame.of(Grid((1, 16), axes=("", "t")), 320, (1, 64))
+    assert signal.patch[0] == signal.patch[1]
+
+
+def test_long_images_have_readable_panels() -> None:
+    """Spectrograms as published, 1,024 frames of 128 bins: captions lie side by side, the title is whole."""
+    taken = snapshot(Grid((101, 12), axes=("t", "f")))
+    picture = panel(taken, 0, np.zeros((1024, 128, 3), np.uint8))
+    assert picture.shape[0] > 600
+    assert picture.shape[1] >= 4 * CAPTION
+    title = layer_title(taken.layer("backbone"), "backbone", unseen=0.02) + " · what patches receive"
+    lines = in_lines(title, 300, 15)
+    assert " · ".join(lines) == title
+    assert len(lines) > 1
+    assert all(text_width(line, 15) <= 300 for line in lines)
+    assert in_lines("short", 300, 15) == ["short"]

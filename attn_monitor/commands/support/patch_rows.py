@@ -22,7 +22,7 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.player import blocks
 from attn_monitor.player.contents import Contents, Step, images_of, step_facts
 from attn_monitor.player.page import page_of_runs
-from attn_monitor.player.slices import in_slices, slice_names
+from attn_monitor.player.slices import in_slices, pictures_of
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.snapshot import Snapshot
 
@@ -83,8 +83,8 @@ def page_of_model(model: nn.Module, probe: ProbeBatch, snapshot: Snapshot, query
     """Return the player's page of one snapshot of a model, with attention of as many patches as fit into ``room``."""
     wanted = {layer: snapshot.layer(ROLE, layer) for layer in snapshot.layers_of(ROLE)}
     rows, notes = rows_of_patches(model, probe.images, wanted, query, room)
-    pictures = slice_names(snapshot)
-    shown = replace(in_slices(snapshot, len(pictures)), verdict=None)  # this is no run
+    pictures = pictures_of(snapshot, probe)
+    shown = replace(in_slices(snapshot, len(pictures.names)), verdict=None)  # this is no run
     of_patches = {(ROLE, layer): found for layer, found in rows.items()}
     packed = blocks.blocks(shown, of_patches=of_patches)
     step = Step(step_facts(shown), blocks.layout_of(shown, of_patches=of_patches), packed)

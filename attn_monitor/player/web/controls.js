@@ -174,7 +174,7 @@ function pictureSlider() {
     const { pictures } = runA().facts;
     element.hidden = pictures.length === 0;
     if (element.hidden) return;
-    const word = pictures[pictures.length - 1].split(" ")[0];
+    const word = pictures[pictures.length - 1].split(" ")[0].replace(/s$/, "");
     name.textContent = word[0].toUpperCase() + word.slice(1);
     input.max = String(pictures.length - 1);
     input.value = String(shownPicture());

@@ -20,7 +20,7 @@ import {
   view,
 } from "./view.js";
 
-/** @import {Column} from "./types" */
+/** @import {Column, Layer} from "./types" */
 /** @typedef {{draw: (columns: Column[], order: number[]) => void, tiles: Tile[]}} Part of the stage */
 
 /** The scale of the large maps. */
@@ -46,6 +46,8 @@ export function makeStage() {
   function build(columns, heads) {
     const sections = view.all ? galleryItems(columns) : columns.map((column, i) => columnOf(column, i, heads));
     pictures.className = `pictures ${view.all ? "gallery" : view.arrange} columns${columns.length}`;
+    const [height, width] = runA().facts.size;
+    pictures.style.setProperty("--width-by-height", String(width / height));
     pictures.replaceChildren(...sections.map((section) => section.element));
     parts = sections.flatMap((section) => section.parts);
   }
@@ -121,7 +123,20 @@ function detailOf({ runs, role, side }) {
   });
   if (runs.length > 1) return `A ${details[0]} · B ${details[1]}`;
   if (side !== undefined) return details[0];
-  return runs[0].layer(shownIndex(runs[0]), role, shownLayer())?.model ?? "";
+  const layer = runs[0].layer(shownIndex(runs[0]), role, shownLayer());
+  return layer ? [layer.model, axesOf(layer)].filter(Boolean).join(" · ") : "";
+}
+
+/** @type {Record<string, string>} */
+const AXES = { f: "frequency", t: "time", c: "channels", d: "slices" };
+
+/**
+ * What lies along the axes of a map, where it is no picture's rows and columns.
+ * @param {Layer} layer
+ */
+function axesOf({ axes: [down, right] }) {
+  if (down === "h" && right === "w") return "";
+  return [down && `${AXES[down] ?? down} ↓`, `${AXES[right] ?? right} →`].filter(Boolean).join(", ");
 }
 
 /** @param {number} heads */

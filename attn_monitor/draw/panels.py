@@ -165,7 +165,9 @@ def _compose(header: str, rows: list[tuple[str, list[Cell]]], options: DrawingOp
     lines = [math.ceil(len(cells) / columns) for _, cells in rows]
     # A dashboard shrinks wide panels more, so their text is larger.
     line, larger = (3 * GAP, 5) if width >= 20 * GAP else (LINE, 0)
-    pitch_x, pitch_y = max(up_to_block(width), CAPTION) + GAP, up_to_block(height) + line + GAP
+    pitch_x, pitch_y = up_to_block(width) + GAP, up_to_block(height) + line + GAP
+    if height > 2 * width:  # a long spectrogram
+        pitch_x = max(pitch_x, CAPTION + GAP)
     header_height = up_to_block(HEADER + larger)
     size = max(columns * pitch_x + GAP, 53 * GAP), header_height + LEGEND
     wrapped = [in_lines(title, size[0] - 2 * GAP, 15 + larger) for title, _ in rows]

@@ -9,7 +9,7 @@ from attn_monitor.capture.observe.isolation import isolated_forward
 
 _WAYS = {
     3: ("images[None]", "images[:, None]", "images.transpose(1, 2)"),
-    4: ("images[None]", "images[:, 0]", "images.movedim(-1, 1)", "images.transpose(0, 1)[None]"),
+    4: ("images[None]", "images[:, 0]", "images.movedim(-1, 1)", "images.transpose(0, 1)[None]", "images[:, None]"),
     5: ("images.transpose(1, 2)", "images.movedim(-1, 1)", "images.movedim(-1, 2)", "images[:, 0]"),
 }
 _FRAMES_ALONE = "forward=lambda model, images: model(images.flatten(0, 1))"

@@ -302,6 +302,7 @@ def test_other_inputs_are_refused_with_a_remedy(images: Any, text: str) -> None:
         (audio_transformer, (2, 1, 128, 64), "images[:, 0]"),
         (lambda: AnyViT((8, 8), (4, 4)), (3, 8, 8), "images[None]"),
         (lambda: AnyViT((8, 8), (4, 4), channels=1), (2, 8, 8), "images[:, None]"),
+        (lambda: AnyViT((4, 8, 8), (2, 4, 4), channels=1), (2, 4, 8, 8), "images[:, None]"),
         (lambda: AnyViT((8, 8), (4, 4)), (2, 8, 8, 3), "images.movedim(-1, 1)"),
         (lambda: AnyViT((8, 8), (4, 4)), (2, 4, 3, 8, 8), "forward=lambda model, images: model(images.flatten(0, 1))"),
         (videomae, (2, 4, 3, 32, 32), ""),  # too short

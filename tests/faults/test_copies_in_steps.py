@@ -67,6 +67,7 @@ def hooks(model: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_hold_nothing_of_ours(tmp_path: Path) -> None:
     module = Copies()
     trainer(tmp_path / "run", AttentionMapCallback(every_n_train_steps=3), max_steps=5, num_sanity_val_steps=1).fit(

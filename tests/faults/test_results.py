@@ -16,6 +16,7 @@ from tests.support.hostile_judge import Hostile, judge
 from tests.support.hostile_orders import fixed
 from tests.support.hostile_parts import Net, Stem, blocks
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven
 
 
@@ -53,7 +54,7 @@ def test_models_that_return_the_tokens_of_several_layers_are_read(form: str) -> 
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("number", sweep([0, 1, 3], quick=1))
 @pytest.mark.parametrize("form", ["list", "first layer alone", "logits and all layers"])
 def test_results_that_go_to_other_tokens_are_refused_whatever_is_returned(form: str, number: int) -> None:
     def build() -> nn.Module:

@@ -8,13 +8,15 @@ are fetched once, after the step. About eleven of the first steps are watched, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from attn_monitor.background.failures import Failures
 from attn_monitor.capture.observe.isolation import all_modules, is_isolated
 from attn_monitor.capture.role_names import paths_of_both_roles
 from attn_monitor.measure.ema_checks import EmaChecker
@@ -27,89 +29,129 @@ from attn_monitor.train.weight_samples import Pair, WeightSamples, random_module
 FIRST, AGAIN, LATER = 8, 3, 1  # steps to watch: after the first snapshot, once later, after some snapshots
 BATCHES = 16  # to wait for each of these steps, as gradients may be accumulated
 MOMENTS = 16  # samples per batch; a batch with more is dropped
+WIRING = "looking at how student and teacher are wired"  # the part's name in `Failures`
 
 
 class EmaWatch:
-    """Watch how a teacher follows its student.
+    """Watch how a teacher follows its student in one run, on rank zero.
 
-    Call `watch` at a snapshot, then `between_steps` between batches while it `wants` that. `stop` removes all hooks.
+    Call `begin` at a snapshot, `batch_ended` at the end of each batch, and `between_steps` before the next one while it
+    `wants` that. After a failure, nothing is watched until the next snapshot.
 
     Args:
-        models: the models by role; without one student and one teacher nothing is watched.
-        root: the module around all models, if there is one.
         limits: when a health flag is raised.
+        failures: records failures.
+        found: takes flags, and the step, as soon as they are found.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module], root: nn.Module | None, limits: HealthLimits) -> None:
-        self.models, self._limits = dict(models), limits
-        pair = student_and_teacher(models)
-        self._samples = None if pair is None or pair[0] is pair[1] else WeightSamples.of(*pair)
-        self._shared = _shared(models, root, pair, self._samples)
-        self._layer, self._random = _first_layer(self._samples, root), dict[str, nn.Module]()
-        self._wiring: EmaChecker | None = None
+    def __init__(
+        self, limits: HealthLimits, failures: Failures, found: Callable[[Sequence[HealthFlag], int], None]
+    ) -> None:
+        self._limits, self._failures, self._found = limits, failures, found
         self._batch: _Batch | None = None
-        self._left = self._tries = self._snapshots = 0
-        self._again_at = math.inf  # step at which to watch again
+        self.stop()
 
-    def watch(self, step: int) -> list[HealthFlag]:
-        """Begin to watch some of the next steps; return flags that need no watching."""
-        if self._shared:
-            return [HealthFlag("shared_weights", "teacher", None, (), step, None, self._shared)]
-        if self._samples is not None:
-            if self._wiring is None:
-                self._wiring = EmaChecker(self._samples.described(self._samples.parameters()), self._limits.stall_steps)
-                self._random = random_modules(self._samples.teacher)
-                self._again_at, self._left = step + self._limits.stall_steps, FIRST
-            self._snapshots += 1
-            if self._snapshots & (self._snapshots - 1) == 0:  # a power of two
-                self._left = max(self._left, LATER)
-                self._tries = BATCHES * self._left
-            self._begin(step)
-        return []
+    def begin(self, models: Mapping[str, nn.Module], root: nn.Module | None, step: int) -> None:
+        """Begin to watch some of the next steps, and report what needs no watching.
+
+        Args:
+            models: the models by role; without one student and one teacher nothing is watched.
+            root: the module around all models, if there is one.
+            step: optimizer steps done.
+        """
+
+        def begin() -> None:
+            if self._models != models:
+                self._watch(models, root)
+            if self._shared:
+                self._found([HealthFlag("shared_weights", "teacher", None, (), step, None, self._shared)], step)
+            elif self._samples is not None:
+                self._plan(self._samples, step)
+                self._begin_batch(step)
+
+        self._try(begin)
 
     def wants(self, step: int) -> bool:
         """Whether `between_steps` has anything to do."""
         return self._batch is not None or step >= self._again_at
 
-    def between_steps(self, step: int) -> list[HealthFlag]:
-        """End the watched batch, watch the next one if more are needed, and return the flags that were found."""
-        flags = self.end(step)
-        self._begin(step)
-        return flags
+    def between_steps(self, step: int) -> None:
+        """End the watched batch, and watch the next one if more are needed."""
+        self.end(step)
+        self._try(lambda: self._begin_batch(step))
 
-    def end(self, step: int) -> list[HealthFlag]:
-        """End the watched batch, and return the flags that were found."""
-        flags, batch = list[HealthFlag](), self._batch
-        self.stop()
-        if batch is not None and self._wiring is not None:
-            self._tries -= 1
-            seen = batch.seen(step)
-            if seen is not None and len(seen.moments[0].teacher) == len(self._wiring.sampled.precision):
-                self._left -= 1
-                flags = self._wiring.look(seen)
-        return flags
+    def end(self, step: int) -> None:
+        """End the watched batch, if there is one, and report what was found."""
 
-    def batch_ended(self) -> list[HealthFlag]:
-        """Sample at the end of the batch, between two places where loops update an EMA; no flags come of it yet."""
+        def end() -> None:
+            batch = self._drop_batch()
+            if batch is not None and self._checker is not None:
+                self._tries -= 1
+                seen = batch.seen(step)
+                if seen is not None and len(seen.moments[0].teacher) == len(self._checker.sampled.precision):
+                    self._left -= 1
+                    self._found(self._checker.look(seen), step)
+
+        self._try(end)
+
+    def batch_ended(self) -> None:
+        """Sample at the end of the batch, between two places where loops update an EMA."""
         if self._batch is not None:
-            self._batch.moment("batch end")
-        return []
+            self._try(partial(self._batch.moment, "batch end"))
 
     def stop(self) -> None:
-        """Remove all hooks."""
-        if self._batch is not None:
-            self._batch.remove()
-        self._batch = None
+        """Remove all hooks, and forget the models."""
+        self._drop_batch()
+        self._models, self._random = dict[str, nn.Module](), dict[str, nn.Module]()
+        self._samples: WeightSamples | None = None
+        self._checker: EmaChecker | None = None
+        self._layer: nn.Module | None = None
+        self._shared = ""
+        self._left = self._tries = self._snapshots = 0
+        self._again_at = math.inf  # step at which to watch again
 
-    def _begin(self, step: int) -> None:
+    def _watch(self, models: Mapping[str, nn.Module], root: nn.Module | None) -> None:
+        self.stop()
+        pair = student_and_teacher(models)
+        self._samples = None if pair is None or pair[0] is pair[1] else WeightSamples.of(*pair)
+        self._shared = _shared(models, root, pair, self._samples)
+        self._layer = _first_layer(self._samples, root)
+        self._models = dict(models)
+
+    def _plan(self, samples: WeightSamples, step: int) -> None:
+        """Decide at a snapshot how many of the next steps to watch."""
+        if self._checker is None:
+            self._checker = EmaChecker(samples.described(samples.parameters()), self._limits.stall_steps)
+            self._random = random_modules(samples.teacher)
+            self._again_at, self._left = step + self._limits.stall_steps, FIRST
+        self._snapshots += 1
+        if self._snapshots & (self._snapshots - 1) == 0:  # a power of two
+            self._left = max(self._left, LATER)
+            self._tries = BATCHES * self._left
+
+    def _begin_batch(self, step: int) -> None:
         if step >= self._again_at:
             self._again_at, self._left, self._tries = math.inf, max(self._left, AGAIN), BATCHES * AGAIN
         if self._samples is not None and not self._samples.are_there():
             self._samples = None  # the models have changed, and these names do not fit them
-        if self._left > 0 and self._tries > 0 and self._samples is not None and self._wiring is not None:
+        if self._left > 0 and self._tries > 0 and self._samples is not None and self._checker is not None:
             # Not in the first batch, which shows whether training compiles: the hook would cause a recompilation.
-            layer = self._layer if self._wiring.begun and not compiles(()) else None
-            self._batch = _Batch(self._samples, layer, self._random, self._wiring.student_moved, step)
+            layer = self._layer if self._checker.begun and not compiles(()) else None
+            self._batch = _Batch(self._samples, layer, self._random, self._checker.student_moved, step)
+
+    def _drop_batch(self) -> _Batch | None:
+        """Remove the hooks of the watched batch, and return it."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.remove()
+        return batch
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._failures.failed(WIRING, error)
+            self.stop()
 
 
 class _Batch:

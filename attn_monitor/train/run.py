@@ -17,7 +17,6 @@ from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.cost import Cost
-from attn_monitor.train.ema_reports import EmaReports
 from attn_monitor.train.ema_watch import EmaWatch
 from attn_monitor.train.evaluation import Evaluation
 from attn_monitor.train.fitting_probe import check_models
@@ -77,7 +76,7 @@ class Run:
         self.output = RunOutput(kept, rank_zero, self.failures, self.budget, name=name, warn=warn, inform=inform)
         self._roles_given, self.checks_ema = roles_given, checks_ema and options.health.check_ema
         self._inputs = ObservedInputs(options.probe, rank_zero, self.failures)
-        self._ema = EmaReports(options.health, self.failures, self._found)
+        self._ema = EmaWatch(options.health, self.failures, self._found)
         self._findings: list[HealthFlag] = []  # flags of the EMA watch, stored with the next snapshot
         self._roles = WatchedRoles(self.failures, inform)
         self._training = TrainingWatch(self.failures, inform) if options.metrics.training else None
@@ -225,7 +224,7 @@ class Run:
         taken = list[AttentionSnapshot]()
         self.errors.report()
         with self.cost.of_a_snapshot(step):
-            self._ema.look(lambda watch: watch.end(step), step)
+            self._ema.end(step)
             # Rank zero decides, as all processes must agree and their clocks differ.
             now, flags, paused = self.rank_zero.run(
                 lambda: (
@@ -281,14 +280,14 @@ class Run:
 
     def between_steps(self, step: int) -> None:
         """Check how the teacher is updated, between batches without a snapshot; a few steps are checked at times."""
-        if self._ema.watch is not None and self._ema.watch.wants(step):
+        if self._ema.wants(step):
             with self.cost.of_a_snapshot():
-                self._ema.look(lambda watch: watch.between_steps(step), step)
+                self._ema.between_steps(step)
             self.errors.report()
 
     def batch_ended(self) -> None:
         """Sample weights at the end of a batch, and compare the probe with what it held if that was observed."""
-        self._ema.look(EmaWatch.batch_ended, self.kept.schedule.last_step or 0)
+        self._ema.batch_ended()
         self.settle()
 
     def close(self) -> None:

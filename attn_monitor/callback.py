@@ -33,7 +33,7 @@ from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions, check_dirpath
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.targets import FindTargets, check_targets
+from attn_monitor.train.targets import FindTargets, SnapshotRequest, check_targets
 
 with needs("lightning", "AttentionMapCallback"):
     import lightning.pytorch as pl
@@ -213,7 +213,7 @@ class AttentionMapCallback(Base):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's attention, on images of the probe's size, now that it is on its device."""
         if self.run is not None and self.run.active:
-            self.kept.within(trainer.strategy.model)
+            self.kept.set_enclosing(trainer.strategy.model)
             if self.monitor is not None or self.targets is not None:
                 self.run.discover(self._find(trainer, pl_module))
 
@@ -244,7 +244,7 @@ class AttentionMapCallback(Base):
             return
         step = lightning_run.steps_done(trainer)
         find, targets = partial(self._images.of_batch, batch, trainer), self._find(trainer, pl_module)
-        if self.run.due(step) and self.run.ensure_probe(find, step, targets, batch):
+        if self.run.due(step) and self.run.probe.ensure(find, step, targets, batch):
             self._snapshot(trainer, pl_module, batch)
         else:
             self.run.between_steps(step)
@@ -255,7 +255,7 @@ class AttentionMapCallback(Base):
     ) -> None:
         """Sample weights before the module's own hook, which often updates the teacher."""
         if self.run is not None:
-            self.run.loss_is(lightning_run.loss_of(trainer, outputs))
+            self.run.record_loss(lightning_run.loss_of(trainer, outputs))
             self.run.batch_ended()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -326,7 +326,7 @@ class AttentionMapCallback(Base):
         assert self.run is not None
         targets, step = self._find(trainer, pl_module), lightning_run.steps_done(trainer)
         wait = lightning_run.monitors_late_metrics(trainer, self.run.name)
-        snapshot = self.run.snapshot(targets, step=step, epoch=trainer.current_epoch, batch=batch, last=last, wait=wait)
+        snapshot = self.run.snapshot(SnapshotRequest(targets, step, trainer.current_epoch, batch, last, wait))
         if snapshot is not None:
             means = snapshot.scalars(heads=False)
             if wait:

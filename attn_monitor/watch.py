@@ -40,7 +40,7 @@ from attn_monitor.train.probe_search import (
 )
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
-from attn_monitor.train.targets import NO_TEACHER, Targets, check_models
+from attn_monitor.train.targets import NO_TEACHER, SnapshotRequest, Targets, check_models
 
 
 class Watch:
@@ -147,9 +147,9 @@ class Watch:
         rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
         self.run: Run | None = Run(self.kept, rank_zero, warn=_warn, inform=_inform, watched=watched)
         if isinstance(models, nn.Module):
-            self.kept.within(models)
+            self.kept.set_enclosing(models)
         else:
-            self.kept.within(None, tuple(models.values()))
+            self.kept.set_enclosing(None, tuple(models.values()))
 
     @property
     def monitor(self) -> AttentionMonitor | None:
@@ -177,8 +177,8 @@ class Watch:
         """
         if self.run is None:
             return None
-        self.run.loss_is(loss)
-        self.run.settle()
+        self.run.record_loss(loss)
+        self.run.compare_probe()
         if self.run.due(step):
             taken = self._snapshot(self.run, step, batch, epoch)
         else:
@@ -193,7 +193,7 @@ class Watch:
         if run is None:
             return
         try:
-            run.settle()
+            run.compare_probe()
             if step is not None and run.active and step != self.kept.schedule.last_step:
                 self._snapshot(run, step, None, 0, last=True)
             elif step is not None and run.active:
@@ -228,12 +228,12 @@ class Watch:
             self.run.errors.report()
 
     def _snapshot(self, run: Run, step: int, batch: Any, epoch: int, *, last: bool = False) -> AttentionSnapshot | None:
-        if not run.ensure_probe(partial(self._find_images, batch), step, self._find_targets, batch):
+        if not run.probe.ensure(partial(self._find_images, batch), step, self._find_targets, batch):
             return None
         if not run.output.opened:
             folder = None if self.folder is None else self.folder / "attn_monitor"
             run.output.open(self.loggers, folder, step=step, until=step - 1)  # the snapshot of this step is retaken
-        return run.snapshot(self._find_targets, step=step, epoch=epoch, batch=batch, last=last)
+        return run.snapshot(SnapshotRequest(self._find_targets, step, epoch, batch, last))
 
     def _find_images(self, batch: Any) -> ProbeBatch:
         """Take images of the data set or loader that was given, else of a batch."""

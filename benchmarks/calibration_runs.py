@@ -52,7 +52,7 @@ def train(kind: str, data: str, seed: int) -> dict[str, Any]:
                 snapshot = monitor.snapshot({role: watched}, step=step, others=watch.values(step))
                 snapshots.append(monitor.colored(snapshot))
             dense.append(of_patches(watched, images, labels))
-            watch.follow(training.backbones, training.around, dict.fromkeys(training.backbones, True))
+            watch.watch_models(training.backbones, training.around, dict.fromkeys(training.backbones, True))
         if step == STEPS:
             break
         for group in optimizer.param_groups:

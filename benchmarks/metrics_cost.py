@@ -62,7 +62,7 @@ def measure_watched_step(size: Size, rounds: int) -> Spread:
     heads = [nn.Sequential(nn.Linear(size.width, 256), nn.GELU(), nn.Linear(256, PROTOTYPES)) for _ in parts]
     (student, teacher), (ours, theirs) = parts, heads
     watch = TrainingWatch(Failures(), lambda text: None)
-    watch.follow({"student": student, "teacher": teacher}, [*parts, *heads], {})
+    watch.watch_models({"student": student, "teacher": teacher}, [*parts, *heads], {})
     hooked, plain = 0.0, WeakHook.__call__
 
     def timed(hook: WeakHook, *args: Any) -> None:

@@ -50,7 +50,7 @@ class Cost:
                 if self._loop is None:
                     self._loop, self._first = (ended, self.blocked), step
 
-    def fits_from(self, step: int, last: int) -> int | None:
+    def next_check_step(self, step: int, last: int) -> int | None:
         """Return the step to look again at, None if a snapshot fits now.
 
         It fits if all snapshots after the first of this run would, with one more like the latest, stay within ``SHARE``

@@ -44,7 +44,7 @@ class Evaluation:
         self.options, self._first = options, first
         self._failures, self._inform = failures, inform
         self._snapshots, self._step = 0, -1
-        self._told = False
+        self._cost_reported = False
 
     def __call__(
         self, monitor: AttentionMonitor, models: Mapping[str, nn.Module], step: int, *, last: bool
@@ -81,8 +81,8 @@ class Evaluation:
                 flags.append(flag)
             images = f"{len(train):,} images of {classes} classes, and {len(test):,} for the test"
             forwards = len(train) + len(test)
-        if not self._told:
-            self._told, seconds = True, time.perf_counter() - started
+        if not self._cost_reported:
+            self._cost_reported, seconds = True, time.perf_counter() - started
             count = "at each snapshot" if self.options.every == 1 else f"every {self.options.every} snapshots"
             self._inform(
                 f"evaluation of {' and '.join(models)} on {images}: {forwards:,} extra forwards of each, which took "

@@ -17,7 +17,7 @@ from attn_monitor.probe.sizes import sizes_in
 from attn_monitor.train.kept import Kept
 
 
-def check_models(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZero) -> AttentionMonitor:
+def fit_probe(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZero) -> AttentionMonitor:
     """Find the wanted layers of each model on the probe, which is read again from its files where that is needed.
 
     Files are read with the number of channels that the first model takes. Where the models refuse the default size of

@@ -66,7 +66,7 @@ class HeadFeatures:
         self.weight: Tensor | None = None  # some rows of the last layer
 
     def begin(self, since: int) -> None:
-        """Begin a batch; drop what is of before the step ``since``."""
+        """Begin a batch; drop entries of steps before ``since``."""
         while self.parts and self.parts[0].step < since:
             self.parts.popleft()
 

@@ -41,12 +41,12 @@ class Kept:
         self.first_accuracy: dict[str, float] = {}  # by role, of the first evaluation on labels
         self.resumed = False  # whether the present run has loaded a checkpoint
         self.root: nn.Module | None = None  # the outermost module, with FSDP's units around the models
-        self.around: tuple[nn.Module, ...] = ()  # the modules that hold the models and their heads
+        self.enclosing: tuple[nn.Module, ...] = ()  # the modules that hold the models and their heads
         self._folder: Path | None = None  # of the latest run
         self._distributed = False  # whether several processes share the probe
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "root": None, "around": ()}
+        return {**vars(self), "root": None, "enclosing": ()}
 
     def start(self, *, distributed: bool) -> None:
         """Begin a run, which loads a checkpoint later if it does."""
@@ -54,9 +54,9 @@ class Kept:
         if self.monitor is not None:
             self.monitor.roles.distributed = distributed
 
-    def within(self, root: nn.Module | None, around: Sequence[nn.Module] = ()) -> None:
-        """Call the models through this module around them; ``around`` are modules that hold them, if it is None."""
-        self.root, self.around = root, tuple(around) if root is None else (root,)
+    def set_enclosing(self, root: nn.Module | None, around: Sequence[nn.Module] = ()) -> None:
+        """Call the models through the module ``root``; ``around`` are modules that hold them, if it is None."""
+        self.root, self.enclosing = root, tuple(around) if root is None else (root,)
 
     def watch(self, probe: ProbeBatch) -> AttentionMonitor:
         """Watch these images from now on, without a past."""
@@ -71,7 +71,7 @@ class Kept:
         """Go on from a snapshot of this run that a file holds."""
         assert self.monitor is not None
         self.monitor.remember(snapshot)
-        self.schedule.taken(snapshot.step)
+        self.schedule.set_last_step(snapshot.step)
 
     def begin_or_continue(self, step: int, folder: Path, rank_zero: RankZero) -> None:
         """Drop the past, unless this run continues it: resumed, or trained further in the same folder."""
@@ -82,7 +82,7 @@ class Kept:
 
         if not rank_zero.run(goes_on):
             self.archive = ArchiveId()
-            self.schedule.taken(None)
+            self.schedule.set_last_step(None)
             self.first_accuracy.clear()
             if self.monitor is not None:
                 self.monitor.forget()
@@ -90,7 +90,7 @@ class Kept:
 
     def end(self) -> None:
         """Release the run's models."""
-        self.root, self.around = None, ()
+        self.root, self.enclosing = None, ()
         if self.monitor is not None:
             self.monitor.let_go()
 
@@ -131,7 +131,7 @@ class Kept:
         first = {str(role): float(value) for role, value in state.get("first_accuracy", {}).items()}
         self.first_accuracy.clear()
         self.first_accuracy.update(first)  # the run's evaluation holds this dictionary
-        self.schedule.taken(last_step)
+        self.schedule.set_last_step(last_step)
         self.schedule.postpone(int(state.get("not_before", 0)))
         if given is None or given.probe.has_same_images_as(monitor.probe):
             return ""

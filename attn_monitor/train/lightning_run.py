@@ -154,7 +154,7 @@ def open_output(
     found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(lambda: run_folder(trainer)))
     folder, step = found or Path(trainer.default_root_dir), steps_done(trainer)
     run.kept.begin_or_continue(step, folder, run.rank_zero)
-    run.adopt_probe(lambda: images.of_data_sets(trainer, run.failures), lambda: images.are_known)
+    run.probe.adopt(lambda: images.of_data_sets(trainer, run.failures), lambda: images.are_known)
     images.forget()
     archive = None if dirpath is False else dirpath or folder / prefixed("attn_monitor", name or "")
     number = 1 if name is not None else int(run.name or 1)  # the number in its tags

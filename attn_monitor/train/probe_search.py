@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -10,23 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset, SubsetRandomSampler, default_collate
 from torch.utils.data._utils import worker
 
-from attn_monitor.background.failures import Failures
-from attn_monitor.distributed import RankZero
 from attn_monitor.errors import NoImagesError
 from attn_monitor.image_axes import SHAPES, likely_axes
 from attn_monitor.probe.normalisation import Statistics, declared_statistics, infer_statistics
-from attn_monitor.probe.options import ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.backbone_inputs import BackboneInputs, alike, find_preparation, prepared_probe
 from attn_monitor.train.batch_images import describe_batch, find_images
 from attn_monitor.train.process_copy import call_in_fork
 
 TRAINING_CAPTION, VALIDATION_CAPTION = "training crop", "validation image"
-BATCHES = 8  # to observe at most in search of images that enter the models
 
 
 def probe_from_batch(
@@ -199,42 +195,3 @@ def _load(loader: Any, indices: Sequence[int]) -> Any:
     samples = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
     worker._worker_info = None  # with it, collating would use shared memory
     return loader.collate_fn(samples)
-
-
-class ObservedInputs:
-    """Observe some first batches of one run, on rank zero for all processes."""
-
-    def __init__(self, options: ProbeOptions, rank_zero: RankZero, failures: Failures) -> None:
-        self._options, self._rank_zero, self._failures = options, rank_zero, failures
-        self.known = False  # whether the probe is known to be what the models receive
-        self.batches = 0  # observed so far
-        self._present: BackboneInputs | None = None  # hooks on the present batch
-
-    def observe(self, models: Iterable[nn.Module], batch: Any, root: nn.Module | None) -> bool:
-        """Observe what enters the models in the next step; False, in all processes alike, if that is not possible."""
-        self.batches += 1
-        if self.batches > BATCHES:
-            return False
-        inputs = BackboneInputs(models if self._rank_zero.is_here else (), batch, self._options.count, root)
-        self._present = inputs if self._rank_zero.run(lambda: inputs.can_see) else None
-        return self._present is not None
-
-    def stop(self) -> BackboneInputs | None:
-        """End the observation; return what was seen, None if nothing was observed."""
-        seen, self._present = self._present, None
-        if seen is not None:
-            seen.stop()
-        return seen
-
-    def confirm(self, known: bool) -> None:
-        """Remember whether the probe is known to be what the models receive."""
-        self.known = known
-
-    def other_images(self, seen: BackboneInputs, watched: ProbeBatch | None) -> ProbeBatch | None:
-        """Return the images to watch instead, if the models receive others; note what is wrong with those given."""
-        given = self._options.are_given
-        probe, text = self._rank_zero.run(lambda: what_to_watch(watched, seen, given=given))
-        if text:
-            self._failures.note(text)
-        self.known = self.known or probe is not None
-        return probe

@@ -91,8 +91,8 @@ def where_text(folder: Path, report: Path | None) -> str:
 def health_text(flags: Sequence[HealthFlag], verdict: Verdict | None = None) -> str:
     """Give the verdict on the run, and list the health flags that were raised, with their number."""
     many = "" if len(flags) == 1 else "s"
-    said = "" if verdict is None else f"verdict: {verdict}\n"
-    return f"{said}{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
+    verdict_line = "" if verdict is None else f"verdict: {verdict}\n"
+    return f"{verdict_line}{len(flags) or 'no'} health flag{many} raised" + "".join(f"\n  {flag}" for flag in flags)
 
 
 def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Schedule, probe: ProbeBatch) -> str:

@@ -20,7 +20,7 @@ MARKED = 8  # pixels by which an image is recognised
 
 
 @dataclass(frozen=True)
-class Chunk:
+class FeatureRows:
     """Rows that one forward returned.
 
     Args:
@@ -48,12 +48,12 @@ class RoleFeatures:
         self.role, self.first_is_cls = role, first_is_cls
         self.error: Exception | None = None  # of the hook
         self.unread = ""  # why the latest result could not be read
-        self.chunks: deque[Chunk] = deque()
+        self.chunks: deque[FeatureRows] = deque()
         self.step = self.batch = 0
         self._pixels = 0  # of the largest images so far
 
     def begin(self, step: int, batch: int, since: int) -> None:
-        """Begin a batch; drop rows of before the step ``since``."""
+        """Begin a batch; drop rows of steps before ``since``."""
         self.step, self.batch = step, batch
         while self.chunks and self.chunks[0].step < since:
             self.chunks.popleft()
@@ -77,7 +77,7 @@ class RoleFeatures:
             if pixels > self._pixels or (self.chunks and self.chunks[0].rows.shape[1] != rows.shape[1]):
                 self.chunks.clear()
             self._pixels, self.unread = pixels, ""
-            self.chunks.append(Chunk(self.step, self.batch, rows[:MAX_ROWS].clone(), marks_of(images)[:MAX_ROWS]))
+            self.chunks.append(FeatureRows(self.step, self.batch, rows[:MAX_ROWS].clone(), marks_of(images)[:MAX_ROWS]))
             while sum(len(chunk.rows) for chunk in self.chunks) > MAX_ROWS:
                 self.chunks.popleft()
 

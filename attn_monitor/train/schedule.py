@@ -98,7 +98,7 @@ class Schedule:
         """Whether to take a snapshot at the end of this epoch (counted from 0)."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
 
-    def taken(self, step: int | None) -> None:
+    def set_last_step(self, step: int | None) -> None:
         """Remember the step of the latest snapshot; None if there is none."""
         known = step is not None and self.last_step is not None and step > self.last_step
         self._epoch_steps = step - self.last_step if known else self._epoch_steps  # type: ignore[operator]

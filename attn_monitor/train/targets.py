@@ -1,10 +1,11 @@
-"""`Targets`: the models to watch, which are found at each use."""
+"""`Targets`: the models to watch, which are found at each use; `SnapshotRequest`: a snapshot of them to take."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,6 +25,27 @@ class Targets(NamedTuple):
 
 FindTargets = Callable[[], AbstractContextManager[Targets]]
 """A context manager that finds the models at each use, as modules may be replaced, in the run's precision."""
+
+
+@dataclass(frozen=True)
+class SnapshotRequest:
+    """A snapshot to take.
+
+    Args:
+        targets: finds the models.
+        step: optimizer steps done.
+        epoch: from 0 on.
+        batch: what the next step receives.
+        last: whether the run ends with this snapshot.
+        wait: whether to wait for global features that are not known yet; else they are added to what is written.
+    """
+
+    targets: FindTargets
+    step: int
+    epoch: int
+    batch: Any = None
+    last: bool = False
+    wait: bool = False
 
 
 def check_targets(targets: Any) -> Mapping[str, str] | None:

@@ -20,7 +20,7 @@ from attn_monitor.measure.global_features import measure_features
 from attn_monitor.measure.prototypes import measure_assignments, prototypes_alike, total
 from attn_monitor.measurements import TRAINING, MetricKey, Metrics
 from attn_monitor.train.head_features import Head, HeadFeatures, HeadSums, find_centres, find_heads
-from attn_monitor.train.role_features import Chunk, RoleFeatures, images_in, marks_of
+from attn_monitor.train.role_features import FeatureRows, RoleFeatures, images_in, marks_of
 from attn_monitor.train.weak_hooks import add_hook, compiles
 from attn_monitor.workers import Worker
 
@@ -33,7 +33,7 @@ NOT_MEASURED = "global features of {} are not measured: {}"
 class TrainingWatch:
     """Watch the models of one run on rank zero.
 
-    Call `follow` at a snapshot, `begin` and `end` around each batch, and `values` before the next snapshot.
+    Call `watch_models` at a snapshot, `begin` and `end` around each batch, and `values` before the next snapshot.
 
     Args:
         failures: records failures; after one, models are watched again from the next snapshot on.
@@ -54,7 +54,7 @@ class TrainingWatch:
         self._work: _Work | None = None
         self.late: Callable[[], Metrics] | None = None  # waits for what was not ready at the latest snapshot
 
-    def follow(
+    def watch_models(
         self, models: Mapping[str, nn.Module], around: Sequence[nn.Module], first_is_cls: Mapping[str, bool]
     ) -> None:
         """Watch these models from the next batch on.
@@ -65,7 +65,7 @@ class TrainingWatch:
             first_is_cls: by role, whether a backbone's first token is known to be the CLS token.
         """
 
-        def follow() -> None:
+        def watch() -> None:
             if self._models != models:
                 self.stop()
                 self._models = dict(models)
@@ -73,7 +73,7 @@ class TrainingWatch:
                 self._heads = self._find_heads(around)
                 self._compiled = compiles(m for module in (*around, *models.values()) for m in all_modules(module))
 
-        self._try(follow)
+        self._try(watch)
 
     def begin(self, step: int, due: int | None, batch: Any) -> None:
         """Begin a batch.
@@ -202,7 +202,7 @@ class _Work:
 
     def __init__(
         self,
-        chunks: Mapping[str, Sequence[Chunk]],
+        chunks: Mapping[str, Sequence[FeatureRows]],
         views: Sequence[tuple[int, Tensor, Tensor]],
         heads: Sequence[tuple[Sequence[HeadSums], Tensor | None]],
     ) -> None:
@@ -240,7 +240,7 @@ class _Work:
         except BaseException as error:
             self._error.append(error)
 
-    def _of_role(self, role: str, chunks: Sequence[Chunk]) -> None:
+    def _of_role(self, role: str, chunks: Sequence[FeatureRows]) -> None:
         rows = torch.cat([chunk.rows for chunk in chunks]).cpu()
         self._add(role, measure_features(rows, _pairs(rows, chunks, self._views)))
 
@@ -277,7 +277,7 @@ def _two_views(batch: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _pairs(
-    rows: Tensor, chunks: Sequence[Chunk], views: Sequence[tuple[int, Tensor, Tensor]]
+    rows: Tensor, chunks: Sequence[FeatureRows], views: Sequence[tuple[int, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor] | None:
     """Return the rows of two views of the same images, which are known where images enter as the batch holds them."""
     found: dict[tuple[int, tuple[float, ...]], int] = {}

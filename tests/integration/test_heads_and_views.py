@@ -63,7 +63,7 @@ def watched(head: Head, backbone_by: Call = plain, head_by: Call = plain, *, sta
     torch.manual_seed(0)
     student, teacher, theirs = tiny_vit(), tiny_vit(), copy.deepcopy(head)
     watch = TrainingWatch(Failures(), lambda text: None)
-    watch.follow({"student": student, "teacher": teacher}, [student, teacher, head, theirs], {})
+    watch.watch_models({"student": student, "teacher": teacher}, [student, teacher, head, theirs], {})
     for step in range(STEPS):
         views = torch.randn(8, 2, 3, 32, 32)
         watch.begin(step, None, views if stacked else list(views.unbind(1)))

@@ -179,7 +179,7 @@ def watched(
     """Metrics, and what was said, of a loop that calls a model on 16 images in each of its steps."""
     said: list[str] = []
     watch = TrainingWatch(failures or Failures(), said.append)
-    watch.follow({"backbone": model}, [model], {"backbone": True})
+    watch.watch_models({"backbone": model}, [model], {"backbone": True})
     for step in range(rounds):
         watch.begin(step, None, ())
         model(**(inputs or {"x": torch.randn(16, 3, 32, 32)}))

@@ -25,7 +25,7 @@ def taken(schedule: Schedule, steps: range) -> list[int]:
     found = []
     for step in steps:
         if schedule.due(step):
-            schedule.taken(step)
+            schedule.set_last_step(step)
             found.append(step)
     return found
 
@@ -86,7 +86,7 @@ def run_of(clock: Clock, steps: int, *, snapshot: float, seconds: float = 1.0, s
             with run.cost.of_a_snapshot(step):
                 clock.now += snapshot
                 run.cost.snapshots += 1
-            schedule.taken(step)
+            schedule.set_last_step(step)
         clock.now += seconds
     return run.cost, run.cost.snapshots - 1
 
@@ -141,9 +141,9 @@ def test_a_dear_snapshot_is_put_off_to_the_step_at_which_it_fits(monkeypatch: py
             clock.now += 1.0
             spent.snapshots += 1
         clock.now += 20.0 if step == 0 else 16.0
-    assert spent.fits_from(18, last=10) == 20
+    assert spent.next_check_step(18, last=10) == 20
     clock.now += 4.0
-    assert spent.fits_from(20, last=10) is None
+    assert spent.next_check_step(20, last=10) is None
 
 
 def test_what_the_user_asks_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_a_snapshot_that_is_put_off_stays_so_in_a_resumed_run() -> None:
     kept, again = (AttentionMapCallback().kept for _ in range(2))
     kept.watch(noise_probe())
     kept.schedule.start(660)
-    kept.schedule.taken(0)
+    kept.schedule.set_last_step(0)
     kept.schedule.postpone(40)
     again.load_state_dict(kept.state_dict(Failures()))
     again.schedule.start(660)
@@ -193,5 +193,5 @@ def test_the_next_snapshot_is_known_before_it(
     schedule = Schedule(**arguments)
     schedule.start(total)
     for step in taken:
-        schedule.taken(step)
+        schedule.set_last_step(step)
     assert schedule.next_due() == due

@@ -145,6 +145,7 @@ class AttentionMonitor:
         flags: Sequence[HealthFlag] = (),
         last: bool = False,
         others: Mapping[MetricKey, float] = MappingProxyType({}),
+        late: Callable[[], Metrics] | None = None,
     ) -> AttentionSnapshot:
         """Capture every role's attention on the probe and compute its metrics, compared with the snapshot before.
 
@@ -155,6 +156,7 @@ class AttentionMonitor:
             flags: health flags from elsewhere to store with the snapshot.
             last: whether the run ends with it, so that the order of tokens is checked in any case.
             others: metrics from elsewhere to store with the snapshot.
+            late: waits for more of them, on the thread that writes the snapshot; None if there are none.
 
         Returns:
             The snapshot, on the CPU.
@@ -186,7 +188,7 @@ class AttentionMonitor:
             found += self.health.add([verdict.flag(step)])
         raised = len(self.health.flags)
         snapshot = AttentionSnapshot(step, epoch, self.probe.names, layers, metrics, found, raised, verdict)
-        self.remember(snapshot)
+        self.remember(snapshot, late=late)
         return snapshot
 
     def colored(self, snapshot: Same) -> Same:
@@ -280,8 +282,8 @@ class AttentionMonitor:
         self.curves = Curves.from_state_dict(state["curves"])
         self.progress = RunHistory.from_state_dict(state.get("progress", []))
 
-    def remember(self, snapshot: Snapshot) -> None:
-        """Make a snapshot the latest one, which the next is compared with."""
+    def remember(self, snapshot: Snapshot, *, late: Callable[[], Metrics] | None = None) -> None:
+        """Make a snapshot the latest one, which the next is compared with; ``late`` is as in `snapshot`."""
         self.previous = snapshot
         if self.reference is not None and snapshot.step <= self.reference.step:
             self.reference = None  # it is from before the run was resumed
@@ -290,7 +292,7 @@ class AttentionMonitor:
         if self.features and self.reference is None and whole and snapshot.step >= self.gram_step:
             self.reference = snapshot
         self.health.add(snapshot.flags)
-        self.history.add(snapshot, self.drawn_layers(snapshot))
+        self.history.add(snapshot, self.drawn_layers(snapshot), late=late)
         self.curves.add(snapshot.step, snapshot.metrics)
         self.progress.add(snapshot.step, snapshot.metrics)
 

@@ -105,7 +105,6 @@ class History:
     def __init__(self, snapshots: Sequence[Snapshot] = (), *, dense: bool = False) -> None:
         self.entries: list[Entry] = []
         self.dense = dense
-        self.late: dict[int, Callable[[], Metrics]] = {}  # by step: waits for more metrics of a snapshot to come
         for snapshot in snapshots:
             self.entries.append(self._entry(snapshot, self.entries))
 
@@ -121,20 +120,24 @@ class History:
     def __reduce__(self) -> tuple[partial[History], tuple[list[Snapshot]]]:
         return partial(History, dense=self.dense), (list(self),)
 
-    def _entry(self, snapshot: Snapshot, before: Sequence[Entry]) -> Entry:
-        late = self.late.get(snapshot.step)
+    def _entry(self, snapshot: Snapshot, before: Sequence[Entry], late: Callable[[], Metrics] | None = None) -> Entry:
         return Entry(snapshot, before[-1] if before else None, dense=self.dense, late=late)
 
-    def add(self, snapshot: Snapshot, layers: Sequence[int]) -> None:
-        """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed."""
+    def add(self, snapshot: Snapshot, layers: Sequence[int], *, late: Callable[[], Metrics] | None = None) -> None:
+        """Append some layers of a snapshot; drop snapshots of its step and later, from before a run was resumed.
+
+        Args:
+            snapshot: the snapshot.
+            layers: the layers to keep.
+            late: waits for more metrics of the snapshot; None if there are none.
+        """
         kept = [entry for entry in self.entries if entry.snapshot.step < snapshot.step]
-        kept.append(self._entry(snapshot.only(layers), kept))
+        kept.append(self._entry(snapshot.only(layers), kept, late))
         if len(kept) > MAX_SNAPSHOTS:
             kept = [kept[i] for i in thin([entry.snapshot.step for entry in kept], MAX_SNAPSHOTS * 3 // 4)]
             for entry, following in pairwise(kept):  # so that nothing holds those that are left out
                 following.before = entry
         self.entries = kept
-        self.late = {step: late for step, late in self.late.items() if step >= snapshot.step}
 
     def colored(self, snapshot: Same) -> Same:
         """Return a snapshot of the history with all its layers, and the colours and metrics of its patches."""

@@ -57,8 +57,9 @@ class Publisher:
         folder: the archive's folder; None writes no archive.
         style: how to draw pictures.
         every_layer: whether to draw each captured layer, or the last one only.
-        history: the run's past for film strips, to which snapshots are added; None is empty.
-        curves: the run's past for charts, to which metrics are added; None is empty.
+        history: the run's past for film strips, to which a monitor has added each snapshot before it is published; None
+            is a past of the publisher's own.
+        curves: the run's past for charts, of the same monitor.
         settings: Markdown that records how the run is watched.
         name: distinguishes several publishers of one run by tags such as ``attn-{name}/…``; the archive has plain tags.
         failures: records failures for the caller to report; None warns at the next call of a method.
@@ -97,6 +98,7 @@ class Publisher:
         self._reports = failures is None
         self._probe, self._style, self._every_layer = probe, style, every_layer
         self._history, self._curves = History() if history is None else history, Curves() if curves is None else curves
+        self._fills_past = history is None
         # A path in it may hold bytes that are no UTF-8, which trackers cannot store.
         self._settings = settings.encode("utf-8", "backslashreplace").decode()
         self._name, self._reserve = name, check_reserve(disk_reserve)
@@ -130,8 +132,9 @@ class Publisher:
     def publish(self, snapshot: Snapshot) -> None:
         """Queue a snapshot for the archive and every logger."""
         step, layers = snapshot.step, snapshot.drawn_layers(self._every_layer)
-        self._history.add(snapshot, layers)
-        self._curves.add(step, snapshot.metrics)
+        if self._fills_past:
+            self._history.add(snapshot, layers)
+            self._curves.add(step, snapshot.metrics)
         if self._last is None:
             start = self._style, self._settings, self._name
             for destination in self._destinations:

@@ -26,8 +26,6 @@ from attn_monitor.train.run_probe import RunProbe
 from attn_monitor.train.targets import FindTargets, SnapshotRequest
 from attn_monitor.train.training_watch import TrainingWatch
 
-PLACES = "checking the places of tokens"  # the part's name in `Failures`
-
 
 class Run:
     """Watch one run: made when it is set up, dropped after `end`.
@@ -182,7 +180,7 @@ class Run:
 
         if self.errors.stage is Stage.WATCHING:
             with self.cost.of_a_snapshot():
-                self.errors.attempt(PLACES, check)
+                self.errors.attempt("checking the places of tokens", check)
             self.errors.report()
 
     def begin_batch(self, step: int, batch: Any) -> None:
@@ -274,10 +272,9 @@ class Run:
             if (evaluate := self._evaluate) is not None:
                 values, lost = self.rank_zero.run(partial(evaluate, monitor, looked_at, step, last=wanted.last))
                 training, flags = Metrics({**training, **values}), (*flags, *lost)
-            if self._training.late is not None:
-                monitor.history.late[step] = self._training.late
+            late, last = self._training.late, wanted.last
             snapshot = monitor.snapshot(
-                looked_at, step=step, epoch=wanted.epoch, flags=flags, last=wanted.last, others=training
+                looked_at, step=step, epoch=wanted.epoch, flags=flags, last=last, others=training, late=late
             )
         self._roles.took(snapshot, monitor, models, paths)
         self.errors.enter(Stage.WATCHING)

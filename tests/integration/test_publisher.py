@@ -98,3 +98,20 @@ def test_health_flags_are_warnings_too() -> None:
         publisher.publish(monitor.snapshot({"backbone": model}, step=1))
     publisher.close()
     assert [w.filename for w in told] == [__file__]
+
+
+def test_the_past_of_a_monitor_is_filled_once(tmp_path: Path) -> None:
+    """Pictures, the archive and the next verdict read one entry of it, so that a step has the same metrics in all."""
+    monitor = AttentionMonitor(PROBE, metrics="all")
+    publisher = Publisher([], PROBE, folder=tmp_path, history=monitor.history, curves=monitor.curves)
+    entries = []
+    for step in range(2):
+        snapshot = monitor.snapshot({"backbone": tiny_vit()}, step=step)
+        entries.append(monitor.history.entries[-1])
+        publisher.publish(snapshot)
+    publisher.close()
+    assert all(a is b for a, b in zip(monitor.history.entries, entries, strict=True))
+    for entry, stored in zip(entries, load_snapshots(tmp_path), strict=True):
+        measured = {key: value for key, value in entry.snapshot.metrics.items() if "dense" in key.metric}
+        assert measured
+        assert measured == {key: stored.metrics[key] for key in measured}

@@ -22,15 +22,13 @@ from attn_monitor.errors import HeadError
 from attn_monitor.measure.health import Health, HealthLimits
 from attn_monitor.measure.metrics import TOKEN_METRICS, measure, summarise
 from attn_monitor.measure.patch_features import with_features
-from attn_monitor.measure.run_history import RunHistory
 from attn_monitor.measure.threshold import check_threshold
-from attn_monitor.measure.verdict import judge
-from attn_monitor.measurements import HealthFlag, MetricKey, Metrics, Verdict
+from attn_monitor.measurements import HealthFlag, MetricKey, Metrics
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.record.curves import Curves
-from attn_monitor.record.snapshot_file import snapshot_from_state, snapshot_state
 from attn_monitor.role_recorders import RoleRecorders
+from attn_monitor.run_past import RunPast, layers_before
 from attn_monitor.snapshot import Same, Snapshot
 
 
@@ -88,9 +86,9 @@ class AttentionMonitor:
         alone: bool = False,
     ) -> None:
         options = MetricOptions.of(metrics, features=features)
-        self.probe, self.metrics, self.health = probe, options.selected, Health(health)
+        self.probe, self.metrics = probe, options.selected
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.features, self.gram_step = features, options.gram_step or 0
+        self.features = features
         self.roles = RoleRecorders(
             {
                 "layers": self.layers,
@@ -112,10 +110,28 @@ class AttentionMonitor:
             alone=alone,
             distributed=distributed,
         )
-        self.reference: Snapshot | None = None  # of Gram drift
-        self.previous: Snapshot | None = None
-        self.history, self.curves = History(dense="dense" in self.metrics), Curves()
-        self.progress = RunHistory()  # what the verdict is made of
+        gram_step = (options.gram_step or 0) if features else None
+        self.past = RunPast(health, dense="dense" in self.metrics, gram_step=gram_step)
+
+    @property
+    def previous(self) -> Snapshot | None:
+        """Return the latest snapshot, None before the first."""
+        return self.past.previous
+
+    @property
+    def history(self) -> History:
+        """Return the past of the drawn layers."""
+        return self.past.history
+
+    @property
+    def curves(self) -> Curves:
+        """Return a few metrics of every layer over the run."""
+        return self.past.curves
+
+    @property
+    def health(self) -> Health:
+        """Return the health flags of the run."""
+        return self.past.health
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Find the wanted layers in each model on images of the probe's size; `AttentionError` if one is unreadable."""
@@ -165,17 +181,15 @@ class AttentionMonitor:
             AttentionError: A model's attention cannot be read, or is not what the model computed.
         """
         layers = self.roles.record(models, self.probe.images, step, last=last)
-        before = self.previous.layers if self.previous is not None and self.previous.step < step else {}
-        reference = self.reference.layers if self.reference is not None and self.reference.step < step else None
         if self.features:
             layers = with_features(layers, {} if self.previous is None else self.previous.layers)
         measured = measure(
             layers,
-            before,
+            layers_before(self.past.previous, step) or {},
             metrics=self.metrics,
             threshold=self.threshold,
             truth=self.probe.masks,
-            reference=reference,
+            reference=layers_before(self.past.reference, step),
         )
         if self.roles.is_shared and not distributed.is_rank_zero():  # only rank zero draws and writes
             layers = {key: replace(attention, patches=None) for key, attention in layers.items()}
@@ -183,7 +197,7 @@ class AttentionMonitor:
         self.health.add(flags)
         found = (*flags, *self._take_reordered(), *self.health.examine(step, layers, measured))
         metrics = Metrics({**summarise(measured), **others})
-        verdict = self._judge(step, metrics)
+        verdict = self.past.judge(step, metrics)
         if verdict is not None and verdict.is_bad:
             found += self.health.add([verdict.flag(step)])
         raised = len(self.health.flags)
@@ -232,10 +246,7 @@ class AttentionMonitor:
 
     def forget(self) -> None:
         """Drop the past, so that the next snapshot is the first of a run."""
-        self.previous, self.reference = None, None
-        self.history, self.curves = History(dense=self.history.dense), Curves()
-        self.progress = RunHistory()
-        self.health = Health(self.health.limits)
+        self.past.clear()
 
     @property
     def failed(self) -> dict[str, Exception]:
@@ -261,57 +272,19 @@ class AttentionMonitor:
 
         The history has at most 24 snapshots of the drawn layers in float16, so the size does not grow with the run.
         """
-        return {
-            "probe": self.probe.state_dict(),
-            "previous": _state(self.previous),
-            "reference": _state(self.reference),
-            "history": [snapshot_state(s, patches=True) for s in self.history],
-            "health": self.health.state_dict(),
-            "curves": self.curves.state_dict(),
-            "progress": self.progress.state_dict(),
-        }
+        return {"probe": self.probe.state_dict(), **self.past.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the images and the past from `state_dict`."""
         self.probe = ProbeBatch.from_state_dict(state["probe"])
         self.roles.options = {**self.roles.options, "axes": self.probe.axes}
         self.roles.images_at_a_time = len(self.probe)
-        self.previous, self.reference = _snapshot(state["previous"]), _snapshot(state["reference"])
-        self.history = History([snapshot_from_state(s) for s in state["history"]], dense=self.history.dense)
-        self.health.load_state_dict(state["health"])
-        self.curves = Curves.from_state_dict(state["curves"])
-        self.progress = RunHistory.from_state_dict(state.get("progress", []))
+        self.past.load_state_dict(state)
 
     def remember(self, snapshot: Snapshot, *, late: Callable[[], Metrics] | None = None) -> None:
         """Make a snapshot the latest one, which the next is compared with; ``late`` is as in `snapshot`."""
-        self.previous = snapshot
-        if self.reference is not None and snapshot.step <= self.reference.step:
-            self.reference = None  # it is from before the run was resumed
-        stored = [a.features for a in snapshot.layers.values() if a.features is not None]
-        whole = bool(stored) and all(bool(features.isfinite().all()) for features in stored)
-        if self.features and self.reference is None and whole and snapshot.step >= self.gram_step:
-            self.reference = snapshot
-        self.health.add(snapshot.flags)
-        self.history.add(snapshot, self.drawn_layers(snapshot), late=late)
-        self.curves.add(snapshot.step, snapshot.metrics)
-        self.progress.add(snapshot.step, snapshot.metrics)
+        self.past.add(snapshot, self.drawn_layers(snapshot), late)
 
     def _take_reordered(self) -> tuple[HealthFlag, ...]:
         found, self.roles.reordered = self.health.add(self.roles.reordered), []
         return found
-
-    def _judge(self, step: int, metrics: Metrics) -> Verdict | None:
-        """Judge the run so far, with what other threads have computed of earlier snapshots."""
-        self.progress.add(step, metrics)
-        for entry in self.history.entries:
-            if entry.is_settled and entry.snapshot.step < step:
-                self.progress.complete(entry.snapshot.step, entry.snapshot.metrics)
-        return judge(self.progress) if self.health.limits.verdict else None
-
-
-def _state(snapshot: Snapshot | None) -> dict[str, Any] | None:
-    return None if snapshot is None else snapshot_state(snapshot)
-
-
-def _snapshot(state: dict[str, Any] | None) -> Snapshot | None:
-    return None if state is None else snapshot_from_state(state)

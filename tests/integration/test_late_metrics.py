@@ -50,7 +50,7 @@ def test_a_snapshot_does_not_wait_for_features(tmp_path: Path) -> None:
     assert files[4].metrics[RANK] > 1
     assert [step for step, _ in Events(tmp_path).scalars(RANK)] == [4, 8, 9]
     assert watch.monitor is not None
-    assert [point.step for point in watch.monitor.progress.of("mean_cosine")] == [4, 8, 9]
+    assert [point.step for point in watch.monitor.past.progress.of("mean_cosine")] == [4, 8, 9]
 
 
 def writer(folder: Path) -> object:

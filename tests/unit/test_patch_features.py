@@ -117,14 +117,14 @@ def test_a_run_stores_features_and_logs_gram_drift(tmp_path: Path) -> None:
         assert 0 < archived[8].layer(role).features_error[0] <= archived[8].layer(role).features_error[1] < 0.1
     again = AttentionMonitor(ProbeBatch(torch.randn(2, 3, 32, 32)), features=True)
     again.load_state_dict(pickle.loads(pickle.dumps(callback.monitor.state_dict())))
-    assert again.reference.step == 2
-    assert torch.equal(again.reference.layer("teacher").features, archived[2].layer("teacher").features)
+    assert again.past.reference.step == 2
+    assert torch.equal(again.past.reference.layer("teacher").features, archived[2].layer("teacher").features)
     again.remember(archived[2])  # resumed from before it
-    assert again.reference is again.previous
+    assert again.past.reference is again.previous
     again.forget()
     broken = replace(archived[4].layer("teacher"), features=archived[4].layer("teacher").features * torch.nan)
     again.remember(replace(archived[4], layers={("teacher", 1): broken}))
-    assert again.reference is None  # against NaN there would be no curve
+    assert again.past.reference is None  # against NaN there would be no curve
 
 
 def test_features_on_request_alone(tmp_path: Path) -> None:

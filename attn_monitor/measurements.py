@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -180,3 +181,8 @@ class Verdict:
     def flag(self, step: int) -> HealthFlag:
         """Return a bad verdict as a health flag."""
         return HealthFlag(self.state.replace(" ", "_"), TRAINING, None, (), step, None, str(self))
+
+
+def finite_or_none(value: float) -> float | None:
+    """Replace NaN and infinity, which JSON does not have, by None."""
+    return value if math.isfinite(value) else None

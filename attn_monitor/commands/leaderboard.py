@@ -21,6 +21,7 @@ from attn_monitor.commands.support.results import notify, print_path, print_tabl
 from attn_monitor.commands.support.run_summary import RunSummary, summarise_run
 from attn_monitor.errors import ArchiveError, ArgumentError
 from attn_monitor.measure.dense_quality import DENSE, RANK, SEPARABILITY, SPREAD
+from attn_monitor.measurements import finite_or_none
 from attn_monitor.player.page import page_of_runs
 from attn_monitor.player.report import FILE_BYTES, contents_within, names_of, write_whole
 
@@ -78,8 +79,8 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without curves."""
-        values = {name: _finite(value) for name, value in self.values.items()}
-        picks = {"dense": self.dense, "certainty": self.certainty, "global": self.best, PICK: _finite(self.pick)}
+        values = {name: finite_or_none(value) for name, value in self.values.items()}
+        picks = {"dense": self.dense, "certainty": self.certainty, "global": self.best, PICK: finite_or_none(self.pick)}
         facts = {"run": self.name, "archive": str(self.archive), "snapshots": len(self.steps), "last": self.steps[-1]}
         judged = {"role": self.role, "verdict": self.verdict, "flags": self.flags}
         return {**facts, **judged, "picks": picks, "at": self.at, "metrics": values}
@@ -225,7 +226,3 @@ def _there(row: Row, column: str) -> bool:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else ""
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -27,7 +27,7 @@ from attn_monitor.commands.support.runs import StoredRun
 from attn_monitor.errors import ArchiveError, ArgumentError, CheckpointError
 from attn_monitor.measure.checkpoint_scores import FEWEST, dense_scores, local_maxima, neighbour_noise
 from attn_monitor.measure.dense_quality import DENSE, SEPARABILITY
-from attn_monitor.measurements import TRAINING, Metrics
+from attn_monitor.measurements import TRAINING, Metrics, finite_or_none
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.weights.models import load_model
@@ -90,8 +90,8 @@ class Ranking:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         scores = [{"step": step, "score": score} for step, score in zip(self.steps, self.scores, strict=True)]
-        facts = {"use": self.use, "role": self.role, "measure": self.measure, "noise": _finite(self.noise)}
-        picks = [{"step": step, "gap": _finite(self.gap(step))} for step in self.picks]
+        facts = {"use": self.use, "role": self.role, "measure": self.measure, "noise": finite_or_none(self.noise)}
+        picks = [{"step": step, "gap": finite_or_none(self.gap(step))} for step in self.picks]
         return {**facts, "certainty": self.certainty, "picks": picks, "scores": scores}
 
 
@@ -276,7 +276,3 @@ def _curve(metrics: Mapping[int, Metrics], role: str, name: str) -> dict[int, fl
     last = max(keys, key=lambda key: -1 if key.layer is None else key.layer, default=None)
     curve = {step: values.get(last, math.nan) for step, values in sorted(metrics.items())}
     return {step: value for step, value in curve.items() if np.isfinite(value)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

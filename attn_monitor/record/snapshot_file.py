@@ -7,7 +7,6 @@ uint8, `features` float16 and all other optional tensors float32. `numpy.load(pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,18 @@ from torch import Tensor
 
 from attn_monitor.attention import KINDS, OPTIONAL_TENSORS, LayerAttention, PatchColors
 from attn_monitor.errors import ArchiveError
-from attn_monitor.grid import Grid, GridGeometry
-from attn_monitor.measurements import STATES, HealthFlag, MetricKey, Metrics, Verdict
+from attn_monitor.grid import Grid
+from attn_monitor.measurements import Metrics, finite_or_none
 from attn_monitor.record.header_fields import Fields
 from attn_monitor.record.npz import Shape, TensorReader, header_text, open_npz, parse_header, tensor_reader, write_npz
+from attn_monitor.record.stored_values import (
+    geometry_fields,
+    metric_fields,
+    read_flag,
+    read_geometry,
+    read_metrics,
+    read_verdict,
+)
 from attn_monitor.snapshot import Snapshot
 
 PRECISION = 1e-2  # of sums over a row, which is stored in float16 and may be a softmax in bfloat16
@@ -72,6 +79,7 @@ def snapshot_from_state(state: dict[str, Any]) -> Snapshot:
 
 
 def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a snapshot as the header's fields and arrays by name, in the precision of the file."""
     arrays = {f"rows/{role}/{layer}": a.rows.half() for (role, layer), a in snapshot.layers.items()}
     metrics = snapshot.metrics.by_layer()
     header = {
@@ -82,7 +90,7 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "flags_raised": snapshot.flags_raised,
         "verdict": None if snapshot.verdict is None else snapshot.verdict.as_dict(),
         "models": [
-            {"role": role, "metrics": _stored_metrics(values)}
+            {"role": role, "metrics": metric_fields(values)}
             for (role, layer), values in metrics.items()
             if layer is None
         ],
@@ -100,12 +108,12 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "model": a.model,
                 "query": a.query,
                 "prefix_names": list(a.prefix_names),
-                "verified_error": _finite(a.verified_error),
+                "verified_error": finite_or_none(a.verified_error),
                 "heads": a.rows.shape[1],
-                "metrics": _stored_metrics(metrics.get((role, layer), Metrics())),
+                "metrics": metric_fields(metrics.get((role, layer), Metrics())),
                 **_row_facts(arrays[f"rows/{role}/{layer}"].float(), a.kind),
                 **_patch_facts(a),
-                **_geometry_facts(a.geometry),
+                **geometry_fields(a.geometry),
             }
             for (role, layer), a in snapshot.layers.items()
         ],
@@ -122,6 +130,7 @@ def _stored(snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
+    """Make a snapshot of the header's fields and of arrays, each checked, and all for consistency."""
     names, metrics = header.names("names"), Metrics()
     layers: dict[tuple[str, int], LayerAttention] = {}
     for number, item in enumerate(header.items("layers")):
@@ -129,16 +138,16 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
         key = entry.text("role"), entry.integer("layer")
         if key in layers:
             raise ArchiveError(f"layer {key[1]} of {key[0]!r} is stored twice")
-        of_layer = _metrics(entry, *key)
+        of_layer = read_metrics(entry, *key)
         layers[key] = _layer(entry, len(names), of_layer, read)
         metrics.update(of_layer)
     for number, item in enumerate(header.items("models") if "models" in header else ()):
         entry = Fields(item, f"header's entry {number} of models")
-        metrics.update(_metrics(entry, entry.text("role"), None))
+        metrics.update(read_metrics(entry, entry.text("role"), None))
     if not layers:
         raise ArchiveError("the header has no layers: expected at least one")
     flags = tuple(
-        _flag(Fields(item, f"header's flag {number}"), layers) for number, item in enumerate(header.items("flags"))
+        read_flag(Fields(item, f"header's flag {number}"), layers) for number, item in enumerate(header.items("flags"))
     )
     return Snapshot(
         header.integer("step"),
@@ -148,7 +157,7 @@ def _from_stored(header: Fields, read: TensorReader) -> Snapshot:
         metrics,
         flags,
         header.integer("flags_raised"),
-        None if "verdict" not in header or header.is_none("verdict") else _verdict(header.child("verdict")),
+        None if "verdict" not in header or header.is_none("verdict") else read_verdict(header.child("verdict")),
     )
 
 
@@ -159,7 +168,7 @@ def _layer(entry: Fields, images: int, metrics: Metrics, read: TensorReader) -> 
     axes = entry.names("axes") if "axes" in entry else None
     if not 1 <= len(sizes) <= 3 or len(axes or sizes) != len(sizes):
         raise ArchiveError(f"grid={sizes}, axes={axes} of layer {index} of {role!r}, expected one to three of each")
-    grid = Grid(sizes, _geometry(entry, len(sizes)), axes)
+    grid = Grid(sizes, read_geometry(entry, len(sizes)), axes)
     heads = entry.integer("heads", least=1)
     shapes: dict[str, Shape] = {
         "rows": (images, heads, prefix + grid.cells),
@@ -216,7 +225,7 @@ def _patch_facts(attention: LayerAttention) -> dict[str, Any]:
     if attention.patch_colors is not None:
         facts["color_scale"] = attention.patch_colors.scale
     if attention.features is not None and attention.features_error is not None:
-        facts["features_error"] = list(map(_finite, attention.features_error))
+        facts["features_error"] = list(map(finite_or_none, attention.features_error))
     return facts
 
 
@@ -239,81 +248,3 @@ def _row_facts(rows: Tensor, kind: str) -> dict[str, bool]:
     finite = rows.isfinite().all(-1)
     shares = (rows.amin(-1) >= 0) & ((rows.sum(-1) - 1).abs() <= PRECISION)
     return {"finite": bool(finite.all()), "distribution": kind == "distribution" and bool((shares | ~finite).all())}
-
-
-def _geometry_facts(geometry: GridGeometry | None) -> dict[str, Any]:
-    """Return the header's field for the geometry, none if patches tile the image."""
-    if geometry is None:
-        return {}
-    margin = {"margin": list(geometry.margin)} if any(geometry.margin) else {}
-    return {"geometry": {"origin": list(geometry.origin), "cell": list(geometry.cell), **margin}}
-
-
-def _geometry(entry: Fields, axes: int) -> GridGeometry | None:
-    """Read the geometry of `_geometry_facts`."""
-    if "geometry" not in entry:
-        return None
-    stored = entry.child("geometry")
-    origin, cell = stored.numbers("origin"), stored.numbers("cell")
-    margin = stored.numbers("margin") if "margin" in stored else ()
-    if not len(origin) == len(cell) == axes or min(cell) <= 0 or len(margin) not in (0, axes):
-        raise ArchiveError(
-            f"origin={origin}, cell={cell} in the {stored.where}, expected {axes} numbers each, and cells above 0"
-        )
-    return GridGeometry(origin, cell, margin)
-
-
-def _stored_metrics(metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """Return one layer's metrics by name: the mean and, if heads have values, these from head 0 on."""
-    stored: dict[str, dict[str, Any]] = {}
-    for key, value in metrics.items():
-        if key.head is None:
-            stored.setdefault(key.metric, {})["mean"] = _finite(value)
-        else:
-            stored.setdefault(key.metric, {}).setdefault("heads", []).append(_finite(value))
-    return stored
-
-
-def _metrics(entry: Fields, role: str, layer: int | None) -> Metrics:
-    """Read the metrics of `_stored_metrics`."""
-    metrics, stored = Metrics(), entry.child("metrics")
-    for name in stored:
-        values = stored.child(name)
-        metrics[MetricKey(role, layer, name)] = values.number("mean")
-        if "heads" in values:
-            heads = values.numbers("heads", missing=True)
-            if len(heads) != entry.integer("heads"):
-                raise ArchiveError(
-                    f"{name} in the {stored.where} has {len(heads)} values for {entry.integer('heads')} heads"
-                )
-            metrics.update({MetricKey(role, layer, name, head): value for head, value in enumerate(heads)})
-    return metrics
-
-
-def _flag(stored: Fields, layers: Mapping[tuple[str, int], LayerAttention]) -> HealthFlag:
-    """Read a flag about one of these layers, or about a whole model if its layer is null."""
-    role, heads = stored.text("role"), stored.integers("heads")
-    layer = None if stored.is_none("layer") else stored.integer("layer")
-    there = layers[role, layer].rows.shape[1] if layer is not None and (role, layer) in layers else 0
-    if layer is not None and (there == 0 or any(head >= there for head in heads)):
-        raise ArchiveError(f"the {stored.where} is about layer {layer} of {role!r}, heads {heads}, which are not here")
-    value = stored.number("value")
-    known = None if math.isnan(value) else value
-    return HealthFlag(stored.text("kind"), role, layer, heads, stored.integer("step"), known, stored.text("text"))
-
-
-def _verdict(stored: Fields) -> Verdict:
-    """Read what `Verdict.as_dict` returned."""
-    state = next((s for s in STATES if s == stored.text("state")), None)
-    if state is None:
-        raise ArchiveError(f"state={stored.text('state')!r} in the {stored.where}, expected one of {', '.join(STATES)}")
-    evidence = stored.items("evidence")
-    if not all(isinstance(text, str) for text in evidence):
-        raise ArchiveError(f"evidence={evidence!r} in the {stored.where}, expected strings")
-    since = None if stored.is_none("since") else stored.integer("since")
-    return Verdict(state, since, tuple(evidence), stored.text("advice"))
-
-
-def _finite(value: float) -> float | None:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    return value if math.isfinite(value) else None

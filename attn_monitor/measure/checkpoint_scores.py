@@ -46,12 +46,11 @@ def _scaled(values: Numbers) -> Numbers:
     return (values - level) / deviation if deviation > 1e-9 * max(1.0, abs(level)) else values * 0
 
 
-def local_maxima(scores: Sequence[float] | Numbers, count: int = PICKS) -> list[int]:
-    """Return the highest local maxima, the best first: none of the two neighbours on each side is higher.
+def local_maxima(scores: Sequence[float] | Numbers) -> list[int]:
+    """Return the highest ``PICKS`` local maxima, the best first: none of the two neighbours on each side is higher.
 
     Args:
         scores: One a checkpoint, in order of steps; without NaN.
-        count: How many to return at most.
 
     Example:
         >>> local_maxima([0, 3, 1, 0, 0, 2, 5])
@@ -59,7 +58,7 @@ def local_maxima(scores: Sequence[float] | Numbers, count: int = PICKS) -> list[
     """
     values = np.asarray(scores, float)
     tops = [i for i in range(len(values)) if values[i] == values[max(0, i - WINDOW) : i + WINDOW + 1].max()]
-    return sorted(tops, key=lambda i: (-values[i], i))[:count]
+    return sorted(tops, key=lambda i: (-values[i], i))[:PICKS]
 
 
 def neighbour_noise(steps: Sequence[int], scores: Sequence[float] | Numbers) -> float:

@@ -111,13 +111,12 @@ def principal_start(points: Tensor, count: int) -> Tensor:
     return torch.stack([points[part].mean(0) for part in order.tensor_split(count)])
 
 
-def kmeans(points: Tensor, start: Tensor, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
-    """Cluster by Lloyd's algorithm, until nothing changes.
+def kmeans(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Cluster by Lloyd's algorithm, until nothing changes or ``ITERATIONS`` are done.
 
     Args:
         points: (n, D).
         start: First centroids, (k, D). One that no point is nearest to goes to the point that is farthest from its own.
-        iterations: The most that are done.
 
     Returns:
         Centroids, (k, D), and the cluster of each point, (n,) from 0 on.
@@ -129,7 +128,7 @@ def kmeans(points: Tensor, start: Tensor, iterations: int = ITERATIONS) -> tuple
         ([0.5, 6.0], [0, 0, 1, 1])
     """
     centroids, labels = start, torch.full((len(points),), -1, device=points.device)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         # The nearest by |c|² - 2 x·c, as |x|² is the same for all.
         nearest = torch.addmm(centroids.square().sum(1), points, centroids.T, alpha=-2).argmin(1)
         if torch.equal(nearest, labels):

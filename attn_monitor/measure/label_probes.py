@@ -8,16 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's
-PENALTY = 1.0  # of the ridge, on features of unit variance
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's; the lower the temperature, the more the nearest count
+PENALTY = 1.0  # weight of the squared norm in the ridge, on features of unit variance
 CHUNK = 1024  # rows that are compared with all others at a time
 
 
 @torch.no_grad()
-def knn_predictions(
-    train: Tensor, labels: Tensor, test: Tensor, *, k: int = NEIGHBOURS, temperature: float = TEMPERATURE
-) -> Tensor:
-    """Predict classes by the nearest neighbours in cosine, weighted by exp(cosine / temperature).
+def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, *, k: int = NEIGHBOURS) -> Tensor:
+    """Predict classes by the nearest neighbours in cosine, weighted by exp(cosine / ``TEMPERATURE``).
 
     Source: the kNN evaluation of DINO, Caron et al. 2021, arXiv 2104.14294, App. E, after Wu et al. 2018.
 
@@ -26,7 +24,6 @@ def knn_predictions(
         labels: Their classes, (n,) from 0 on.
         test: Features to classify, (m, D).
         k: Number of neighbours, or all of fewer.
-        temperature: Above 0; the smaller, the more the nearest count.
 
     Returns:
         Classes, (m,); the first of several that are as likely.
@@ -41,12 +38,12 @@ def knn_predictions(
     for rows in _unit(test).split(CHUNK):
         nearest = (rows @ known.T).topk(min(k, len(known)))
         votes = torch.zeros(len(rows), count, dtype=known.dtype, device=known.device)
-        found.append(votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp()).argmax(1))
+        found.append(votes.scatter_add_(1, labels[nearest.indices], (nearest.values / TEMPERATURE).exp()).argmax(1))
     return torch.cat(found)
 
 
 @torch.no_grad()
-def ridge_predictions(train: Tensor, labels: Tensor, test: Tensor, *, penalty: float = PENALTY) -> Tensor:
+def ridge_predictions(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     """Predict classes by a linear probe that is solved in closed form: ridge regression onto ±1 for each class.
 
     Features are scaled to mean 0 and variance 1 over ``train``; the intercept is free.
@@ -55,7 +52,6 @@ def ridge_predictions(train: Tensor, labels: Tensor, test: Tensor, *, penalty: f
         train: Features with labels, (n, D).
         labels: Their classes, (n,) from 0 on.
         test: Features to classify, (m, D).
-        penalty: Weight of the squared norm, above 0.
 
     Returns:
         Classes, (m,).
@@ -72,7 +68,7 @@ def ridge_predictions(train: Tensor, labels: Tensor, test: Tensor, *, penalty: f
     classes = torch.arange(int(labels.max()) + 1, device=labels.device)
     y = 2.0 * (labels[:, None] == classes).to(x.dtype) - 1
     middle = y.mean(0)
-    small = penalty * torch.eye(min(x.shape), dtype=x.dtype, device=x.device)
+    small = PENALTY * torch.eye(min(x.shape), dtype=x.dtype, device=x.device)
     if x.shape[1] <= len(x):
         weights = torch.linalg.solve(x.T @ x + small, x.T @ (y - middle))
     else:

@@ -251,7 +251,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 _GO_BACK = (
-    "Go back to a checkpoint of before; lower the learning rate or lengthen its warm-up, clip gradients, keep the head "
+    "Go back to an earlier checkpoint; lower the learning rate or lengthen its warm-up, clip gradients, keep the head "
     "and the loss in float32, and let the teacher lag further behind"
 )
 

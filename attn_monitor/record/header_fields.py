@@ -20,7 +20,7 @@ class Fields:
         where: Name of the object in errors.
 
     Example:
-        >>> Fields({"step": 3, "grid": [14, 14]}, "header").integers("grid", count=2)
+        >>> Fields({"step": 3, "grid": [14, 14]}, "header").integers("grid")
         (14, 14)
     """
 
@@ -36,12 +36,11 @@ class Fields:
             raise self._wrong(name, f"an integer of at least {least}")
         return int(value)
 
-    def integers(self, name: str, *, count: int | None = None, least: int = 0) -> tuple[int, ...]:
-        """Return a list of integers of at least ``least``, ``count`` of them unless it is None."""
+    def integers(self, name: str, *, least: int = 0) -> tuple[int, ...]:
+        """Return a list of integers of at least ``least``."""
         values = self.items(name)
-        fits = all(_is_integer(value) and least <= value <= MAX_INTEGER for value in values)
-        if not fits or count not in (None, len(values)):
-            raise self._wrong(name, f"{'' if count is None else f'{count} '}integers of at least {least}")
+        if not all(_is_integer(value) and least <= value <= MAX_INTEGER for value in values):
+            raise self._wrong(name, f"integers of at least {least}")
         return tuple(values)
 
     def number(self, name: str) -> float:

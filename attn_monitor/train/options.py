@@ -20,7 +20,6 @@ from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.probe.labelled import EvaluationOptions, Labelled
 from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
-from attn_monitor.trackers.picture_plan import KEEP
 from attn_monitor.trackers.publisher import Heads
 
 OnError = Literal["warn", "raise"]
@@ -46,14 +45,14 @@ class RunOptions:
         query: QuerySpec,
         metrics: MetricOptions | Sequence[str] | str | None,
         features: bool,
-        evaluation: EvaluationOptions | Labelled | None = None,
+        evaluation: EvaluationOptions | Labelled | None,
         drawing: DrawingOptions,
         health: HealthLimits,
         forward: Forward | str | None,
         on_error: OnError,
+        heads: Heads,
+        keep_pictures: int | None,
         disk_reserve: int | None = None,
-        heads: Heads = "pictures",
-        keep_pictures: int | None = KEEP,
     ) -> None:
         for name, value, kind in (("drawing", drawing, DrawingOptions), ("health", health, HealthLimits)):
             if not isinstance(value, kind):

@@ -114,6 +114,12 @@ class HeadError(AttentionError):
     """The requested head does not exist in this model."""
 
 
+def check_whole(name: str, value: object, least: int, expected: str) -> None:
+    """Raise `ArgumentError` unless an argument is None or a whole number of at least ``least``."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ArgumentError(f"{name}={value!r}: expected {expected}")
+
+
 def text_of(error: BaseException) -> str:
     """Return an exception's text, even if its class fails to format it."""
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_monitor.capture.recorder import Verify, check_verify
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import ArgumentError, check_whole
 from attn_monitor.measure.metrics import select_metrics
 
 
@@ -42,9 +42,7 @@ class MetricOptions:
         check_verify(self.verify)
         if not isinstance(self.training, bool):
             raise ArgumentError(f"training={self.training!r}: expected True or False")
-        step = self.gram_step
-        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
-            raise ArgumentError(f"gram_step={step!r}: expected a step of at least 0, or None for the first snapshot")
+        check_whole("gram_step", self.gram_step, 0, "a step of at least 0, or None for the first snapshot")
 
     @classmethod
     def of(cls, metrics: MetricOptions | Sequence[str] | str | None, *, features: bool = False) -> MetricOptions:

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import check_whole
 
 
 class DiskReserveError(OSError):
@@ -22,11 +22,8 @@ def check_reserve(reserve: int | None) -> int | None:
     Raises:
         ArgumentError: The value is neither.
     """
-    if reserve is not None and (isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0):
-        raise ArgumentError(
-            f"disk_reserve={reserve!r}: expected a number of bytes from 0 on, or None for the smaller of 1 GB and "
-            "1 % of the disk"
-        )
+    expected = "a number of bytes from 0 on, or None for the smaller of 1 GB and 1 % of the disk"
+    check_whole("disk_reserve", reserve, 0, expected)
     return reserve
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from attn_monitor.draw.colormap import COLORMAPS
 from attn_monitor.draw.scales import SCALES
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import ArgumentError, check_whole
 from attn_monitor.measure.threshold import check_threshold
 
 Heads = tuple[int, ...] | int | Literal["all", "mean"]
@@ -53,10 +53,8 @@ class DrawingOptions:
             raise ArgumentError(f"scale={self.scale!r}: expected {expected}")
         if self.colormap not in [*COLORMAPS]:
             raise ArgumentError(f"colormap={self.colormap!r}: expected one of {', '.join(COLORMAPS)}")
-        if self.cell is not None and (not isinstance(self.cell, int) or self.cell < 1):
-            raise ArgumentError(f"cell={self.cell!r}: expected a number of pixels of at least 1, or None")
-        if self.slice is not None and (type(self.slice) is not int or self.slice < 0):
-            raise ArgumentError(f"slice={self.slice!r}: expected the number of a frame or slice from 0 on, or None")
+        check_whole("cell", self.cell, 1, "a number of pixels of at least 1, or None")
+        check_whole("slice", self.slice, 0, "the number of a frame or slice from 0 on, or None")
         if isinstance(self.heads, list):
             object.__setattr__(self, "heads", tuple(self.heads))
         numbers = self.heads if isinstance(self.heads, tuple) else (self.heads,)

@@ -13,7 +13,7 @@ from attn_monitor.background.disk_reserve import check_reserve
 from attn_monitor.capture.layer_selection import Layers, QuerySpec, check_layers, check_query
 from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.draw.options import DrawingOptions
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import ArgumentError, check_whole
 from attn_monitor.measure.health import HealthLimits
 from attn_monitor.metric_options import MetricOptions
 from attn_monitor.monitor import AttentionMonitor
@@ -61,8 +61,7 @@ class RunOptions:
             raise ArgumentError(f'on_error={on_error!r}: expected "warn" or "raise"')
         if heads not in get_args(Heads):
             raise ArgumentError(f'heads={heads!r}: expected "pictures" or "curves"; which are drawn is DrawingOptions')
-        if keep_pictures is not None and (type(keep_pictures) is not int or keep_pictures < 1):
-            raise ArgumentError(f"keep_pictures={keep_pictures!r}: expected a number of at least 1, or None for all")
+        check_whole("keep_pictures", keep_pictures, 1, "a number of at least 1, or None for all")
         self.heads, self.keep_pictures = heads, keep_pictures
         self.probe = ProbeOptions.of(probe, num_images=num_images, image_size=image_size)
         self.layers, self.query = check_layers(layers), check_query(query)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import ArgumentError, check_whole
 
 SNAPSHOTS, FEWEST = 50, 10  # in a run without a schedule: in a long one, and in a short one
 CLOSEST = 6  # steps between them, unless that makes less than `FEWEST`
@@ -26,8 +26,7 @@ class Schedule:
 
     def __init__(self, every_n_train_steps: int | None = None, every_n_epochs: int | None = None) -> None:
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+            check_whole(name, value, 1, "a whole number of at least 1, or None")
         if every_n_train_steps is not None and every_n_epochs is not None:
             raise ArgumentError(
                 f"every_n_train_steps={every_n_train_steps}, every_n_epochs={every_n_epochs}: expected only one of them"

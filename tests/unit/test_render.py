@@ -207,6 +207,7 @@ def test_encodings_are_what_they_say() -> None:
         ({"heads": "some"}, "heads='some': "),
         ({"heads": None}, "heads=None: "),
         ({"cell": 0}, "cell=0: expected "),
+        ({"cell": True}, "cell=True: expected "),
     ],
 )
 def test_unknown_options(options: dict[str, Any], text: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 
 from attn_monitor import distributed, messages
 from attn_monitor.attention_snapshot import AttentionSnapshot
@@ -29,15 +28,9 @@ from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.picture_plan import KEEP
 from attn_monitor.trackers.publisher import Heads
-from attn_monitor.train.batch_images import find_images
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
-from attn_monitor.train.probe_search import (
-    TRAINING_CAPTION,
-    probe_from_batch,
-    probe_from_first_batch,
-    probe_from_loaders,
-)
+from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_source
 from attn_monitor.train.run import Run
 from attn_monitor.train.schedule import Schedule
 from attn_monitor.train.targets import NO_TEACHER, SnapshotRequest, Targets, check_models
@@ -60,20 +53,7 @@ class Watch:
         every_n_train_steps: optimizer steps between snapshots; None is as in `AttentionMapCallback`, about 50 in a run.
             Without ``total_steps`` the distances grow: steps 1, 2, 4, …, 64, then 50 steps and more.
         total_steps: length of the run in optimizer steps, None if unknown.
-        layers: this and all arguments below are those of `AttentionMapCallback`.
-        query: likewise.
-        metrics: likewise.
-        features: likewise.
-        evaluation: likewise.
-        drawing: likewise.
-        health: likewise.
-        forward: likewise.
-        heads: likewise.
-        keep_pictures: likewise.
-        on_error: likewise.
-        num_images: likewise.
-        image_size: likewise.
-        threshold: likewise.
+        layers: this and all other arguments are those of `AttentionMapCallback`.
 
     Raises:
         ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.
@@ -241,16 +221,10 @@ class Watch:
         if source is None:
             return probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 
-        def ask() -> ProbeBatch:
-            loader = source if hasattr(source, "collate_fn") else DataLoader(source)
-            caption = TRAINING_CAPTION if _shuffles(loader) else "original"
-            batches = isinstance(source, list) and bool(source) and _is_batch(source[0])
-            found = None if batches else probe_from_loaders([loader], count, caption=caption)
-            return found or probe_from_first_batch(source, count, caption=caption)
-
         if batch is None or self.run is None:
-            return ask()
-        found = self.run.failures.result_of("finding images of the data", ask)
+            return probe_from_source(source, count)
+        find = partial(probe_from_source, source, count)
+        found = self.run.failures.result_of("finding images of the data", find)
         return found or probe_from_batch(batch, count, caption=TRAINING_CAPTION)
 
     @contextmanager
@@ -270,21 +244,6 @@ class Watch:
                 "AttentionMonitor(distributed=True) with forward_within, in every process"
             )
         yield targets
-
-
-def _is_batch(item: Any) -> bool:
-    """Whether a list's item holds a batch of grey or colour images, and not one clip or volume."""
-    images = find_images(item)
-    return images is not None and images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[0] not in (1, 3)
-
-
-def _shuffles(loader: Any) -> bool:
-    """Whether a loader shuffles and so is for training, also if accelerate has wrapped its sampler."""
-    batches: Any = getattr(loader, "batch_sampler", None)
-    while hasattr(batches, "batch_sampler"):
-        batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
-    return sampler is not None and not isinstance(sampler, SequentialSampler)
 
 
 def _only_backbone(model: nn.Module, images: Tensor | None) -> str:

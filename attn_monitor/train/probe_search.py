@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils.data import IterableDataset, SubsetRandomSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler, default_collate
 from torch.utils.data._utils import worker
 
 from attn_monitor.errors import NoImagesError
@@ -106,6 +106,24 @@ def probe_from_first_batch(data: Any, num_images: int, *, caption: str = "origin
     return call_in_fork(first)
 
 
+def probe_from_source(source: Any, num_images: int) -> ProbeBatch:
+    """Make a probe of a data set or a loader: of evenly spaced images if it has indices, else of its first batch.
+
+    Args:
+        source: the data set, its loader, or an iterable of batches or samples.
+        num_images: how many images to take at most.
+
+    Raises:
+        NoImagesError: It yields no floating-point images.
+        CopyError: This process cannot be copied, or the copy does not answer.
+    """
+    loader = source if hasattr(source, "collate_fn") else DataLoader(source)
+    caption = TRAINING_CAPTION if _shuffles(loader) else "original"
+    batches = isinstance(source, list) and bool(source) and _is_batch(source[0])
+    found = None if batches else probe_from_loaders([loader], num_images, caption=caption)
+    return found or probe_from_first_batch(source, num_images, caption=caption)
+
+
 def what_to_watch(watched: ProbeBatch | None, inputs: BackboneInputs, *, given: bool) -> tuple[ProbeBatch | None, str]:
     """Decide after a step whether the watched images are what the models receive.
 
@@ -195,3 +213,18 @@ def _load(loader: Any, indices: Sequence[int]) -> Any:
     samples = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
     worker._worker_info = None  # with it, collating would use shared memory
     return loader.collate_fn(samples)
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether a list's item holds a batch of grey or colour images, and not one clip or volume."""
+    images = find_images(item)
+    return images is not None and images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[0] not in (1, 3)
+
+
+def _shuffles(loader: Any) -> bool:
+    """Whether a loader shuffles and so is for training, also if accelerate has wrapped its sampler."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
+    return sampler is not None and not isinstance(sampler, SequentialSampler)

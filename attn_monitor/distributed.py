@@ -1,7 +1,7 @@
 """Record one probe in several processes: each runs a share of the images, and all get the merged result.
 
-All functions except `is_distributed`, `is_rank_zero` and `share` are collective: every process calls them in the same
-order.
+All functions except `portable`, `is_distributed`, `is_rank_zero` and `share` are collective: every process calls them
+in the same order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import pickle
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,6 +24,15 @@ from attn_monitor.errors import chain_of, text_of
 
 Result = TypeVar("Result")
 Captured = dict[tuple[str, int], LayerAttention]
+
+
+def portable(error: BaseException, otherwise: type[Exception] = RuntimeError) -> Exception:
+    """Return the error if it can be pickled and ends no process, else one of another type with its text."""
+    with suppress(Exception):  # raised by the constructor of the error
+        pickle.loads(pickle.dumps(error))
+        if isinstance(error, Exception):
+            return error
+    return otherwise(f"{type(error).__name__}: {text_of(error)}")
 
 
 def is_distributed() -> bool:
@@ -67,7 +77,7 @@ class RankZero:
             try:
                 outcome = action(), None
             except Exception as error:
-                outcome = None, _portable(error)
+                outcome = None, portable(error)
         result: Result
         result, failure = self.broadcast(outcome)
         if failure is not None:
@@ -178,15 +188,6 @@ def merge(mine: Captured, part: Share) -> Captured:
     for key, verdict in _verdicts(mine, flat.device).items():
         whole[key].update(verdict)
     return {key: replace(attention, **whole[key]) for key, attention in mine.items()}
-
-
-def _portable(error: Exception) -> Exception:
-    """Return the error if it can be pickled, otherwise a RuntimeError with its text."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # raised by the constructor of the error
-        return RuntimeError(f"{type(error).__name__}: {text_of(error)}")
-    return error
 
 
 def _spread(values: Tensor, part: Share) -> Tensor:

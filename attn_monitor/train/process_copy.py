@@ -26,6 +26,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from attn_monitor.distributed import portable
+
 Result = TypeVar("Result")
 
 END_SECONDS = 5.0  # timeout for the end of a killed fork: one that waits for a lost network disk cannot be killed
@@ -133,20 +135,11 @@ def _answer(function: Callable[[], Any], sending: int) -> NoReturn:
             answer = pickle.dumps((True, function()))
             status = 0
         except BaseException as error:  # SystemExit of the data too
-            answer = pickle.dumps((False, _portable(error)))
+            answer = pickle.dumps((False, portable(error, CopyError)))
         with open(sending, "wb", closefd=False) as pipe:
             pipe.write(answer)
     finally:
         os._exit(status)
-
-
-def _portable(error: BaseException) -> Exception:
-    """Return the error if it can be pickled and ends no process, else a `CopyError` with its text."""
-    with suppress(Exception):
-        pickle.loads(pickle.dumps(error))
-        if isinstance(error, Exception):
-            return error
-    return CopyError(f"{type(error).__name__}: {error}")
 
 
 def _keep_to_itself(sending: int) -> None:

@@ -67,6 +67,7 @@ class Evaluation:
     def _evaluate(
         self, monitor: AttentionMonitor, models: Mapping[str, nn.Module], step: int
     ) -> tuple[Metrics, tuple[HealthFlag, ...]]:
+        """Evaluate all models, and report once how much that is."""
         metrics, flags, started = Metrics(), list[HealthFlag](), time.perf_counter()
         images, forwards = "", 0
         for role, model in models.items():

@@ -270,7 +270,8 @@ class AttentionMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return probe, latest snapshot and history as tensors and plain values, for ``weights_only`` loading.
 
-        The history has at most 24 snapshots of the drawn layers in float16, so the size does not grow with the run.
+        The history has at most 24 snapshots of the drawn layers in float16; only the few numbers that the verdict reads
+        are kept of every snapshot.
         """
         return {"probe": self.probe.state_dict(), **self.past.state_dict()}
 

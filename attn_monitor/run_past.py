@@ -66,10 +66,7 @@ class RunPast:
         return judge(self.progress) if self._limits.verdict else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values: at most 24 snapshots of the drawn layers in float16, and a few numbers each.
-
-        Numbers for the verdict are kept of every snapshot.
-        """
+        """Return tensors and plain values, see `AttentionMonitor.state_dict`."""
         return {
             "previous": _state(self.previous),
             "reference": _state(self.reference),

@@ -20,7 +20,7 @@ from torch import nn
 from attn_monitor.background.failures import Failures
 from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.support.archive_to_fill import Notify, archive_to_fill, remember
-from attn_monitor.commands.support.devices import check_taken, choose_device, fitting_size, move_to
+from attn_monitor.commands.support.devices import check_taken, choose_device, fitting_size, move_to, naming_sizes
 from attn_monitor.commands.support.loggers import LoggerName, opened, publishing
 from attn_monitor.commands.support.results import check_all_read, notify, progress
 from attn_monitor.draw.options import DrawingOptions
@@ -178,8 +178,9 @@ def backfill(
         allow_missing: accept checkpoints that lack a part of the backbone, which stays at random.
         trust: unpickle what else the checkpoints hold, which can run any code; for files whose author you know.
         logger: "tensorboard", "wandb", or "none": then the latest pictures are files in the archive.
-        size: size of images from a folder in pixels, one number or [height, width]; cropped to a multiple of the patch.
-            Without it, 224, or what the model takes where it refuses that.
+        size: size of images from a folder in pixels, one number or [height, width], of clips and volumes [frames or
+            slices, height, width]; cropped to a multiple of the patch. Without it, 224, or what the model takes where
+            it refuses that.
         num_images: how many images of a folder.
         masks: folder of ground-truth masks, PNGs with the images' names.
         bands: which channels pictures show, one in grey or three in red, green and blue, counted from 0.
@@ -209,9 +210,10 @@ def backfill(
     )
     choice: dict[str, Any] = {"key": key, "allow_missing": allow_missing, "trust": trust}
     move_to(chosen_device, backbone)
-    filled = backfill_run(
-        checkpoints, backbone, monitor, out, loggers=logger, drawing=drawing, evaluation=evaluation, **choice
-    )
+    with naming_sizes(None if Path(probe).suffix == ".npz" else probe):
+        filled = backfill_run(
+            checkpoints, backbone, monitor, out, loggers=logger, drawing=drawing, evaluation=evaluation, **choice
+        )
     for step in filled.added:
         print(snapshot_path(filled.archive, step))
     print(f"{filled.archive}: {len(filled.added)} snapshots added, {len(filled.there)} were there")

@@ -26,7 +26,7 @@ from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.observe.isolation import isolated_forward
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.capture.sites import Site
-from attn_monitor.commands.support.devices import fitting_size
+from attn_monitor.commands.support.devices import fitting_size, naming_sizes
 from attn_monitor.errors import AttentionError, NoAttentionError
 from attn_monitor.grid import Grid
 from attn_monitor.image_axes import ImageAxes
@@ -39,8 +39,8 @@ def check(model: str, *, size: int | tuple[int, ...] | None = None, query: Any =
     Args:
         model: timm:NAME, hf:NAME_OR_DIR, torchvision:NAME, hub:REPO_OR_DIR:NAME, package.module:factory or
             package.module:factory(arguments).
-        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch.
-            Without it, 224, or what the model takes where it refuses that.
+        size: image size in pixels, one number or [height, width], of clips and volumes [frames or slices, height,
+            width]; cropped to a multiple of the patch. Without it, 224, or what the model takes where it refuses that.
         query: "cls", "mean", a token index, or [row, col] of a patch.
     """
     loaded = load_model(model)
@@ -57,7 +57,8 @@ def check(model: str, *, size: int | tuple[int, ...] | None = None, query: Any =
     for role, path in roles.items():
         backbone = loaded.get_submodule(path)
         recorder = AttentionRecorder(backbone, layers="all", query=query)
-        sites = recorder.sites(images)
+        with naming_sizes():
+            sites = recorder.sites(images)
         where = f"{role} at {path}" if path else role
         print(f"{model}: {where}, {type(backbone).__name__}, images of {of_size}, {len(sites)} attention layers")
         for text in _descriptions(sites):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.image_channels import image_channels
-from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, with_memory_for
+from attn_monitor.commands.support.devices import choose_device, fitting_size, move_to, naming_sizes, with_memory_for
 from attn_monitor.commands.support.matrices import save_matrices
 from attn_monitor.commands.support.outliers import find_outliers, without_outliers
 from attn_monitor.commands.support.patch_rows import FILE_ROOM, page_of_model
@@ -83,9 +83,9 @@ def show(
         weights: whether to load the library's own pretrained weights where no checkpoint is given.
         allow_missing: accept a checkpoint that lacks a part of the backbone, which stays at random.
         trust: unpickle what else the checkpoint holds, which can run any code; for files whose author you know.
-        size: image size in pixels, one number or [height, width]; cropped to a multiple of the patch.
-            Without it, 224, or what the model takes where it refuses that. Images are
-            resized to cover it and cropped at the centre.
+        size: image size in pixels, one number or [height, width], of clips and volumes [frames or slices, height,
+            width]; cropped to a multiple of the patch. Without it, 224, or what the model takes where it refuses that.
+            Images are resized to cover it and cropped at the centre.
         num_images: how many images of a folder.
         layers: index, module path, list of these, or "all".
         query: "cls", "mean", a token index, or [row, col] of a patch.
@@ -119,7 +119,8 @@ def show(
     probe = ProbeBatch.from_folder(images, size=fitting, num_images=num_images, **reading)
     monitor = AttentionMonitor(probe, layers=layers, query=query, threshold=drawing.threshold, metrics=metrics)
     move_to(chosen_device, loaded)
-    with doing(f"running {model} on {len(probe)} images of {probe.images.shape[-2]} × {probe.images.shape[-1]}"):
+    of_size = " × ".join(map(str, probe.images.shape[1:]))
+    with naming_sizes(images), doing(f"running {model} on {len(probe)} images of {of_size}"):
         snapshot = monitor.colored(with_memory_for(lambda: monitor.snapshot({ROLE: loaded}, step=0), loaded))
     monitor.check_heads(drawing.drawn_heads)
     for text in _notes(monitor):

@@ -189,9 +189,17 @@ def _channels_first(read: FileNumbers, channels: int | None, volume: bool) -> tu
     order = [axes.find(axis) for axis in ("czyx" if volume else "cyx") if axis in axes or axis != "c"]
     if sorted(order) != list(range(values.ndim)):
         expected = "three axes, or four with channels" if volume else "two axes, or three with channels"
-        raise ProbeError(f"it holds numbers of shape {read.values.shape}, expected {expected}{read.way}")
+        way = read.way or ("" if volume or values.ndim != 4 else _as_a_clip(values.shape, channels))
+        raise ProbeError(f"it holds numbers of shape {read.values.shape}, expected {expected}{way}")
     values = values.transpose(order)
     return (values if "c" in axes else values[None]), part
+
+
+def _as_a_clip(shape: tuple[int, ...], channels: int | None) -> str:
+    """Return how to read numbers of four axes, such as a clip."""
+    where = _channel_axis(shape, channels)
+    size = ", ".join(str(n) for axis, n in enumerate(shape) if axis != where)
+    return f'. Clips and volumes are read with a size of three numbers: image_size=({size}), or --size "[{size}]"'
 
 
 def _without_ones(values: Numbers, axes: str, most: int) -> tuple[Numbers, str]:

@@ -75,6 +75,18 @@ def read_images(
     return _read(_choose_files(Path(path), num_images, reader), f"probe folder {path}", reader, masks)
 
 
+def own_size(path: str | os.PathLike[str], *, volume: bool) -> tuple[int, ...]:
+    """Return the size in pixels of an image, or of the first in a folder, as it is in the file.
+
+    Raises:
+        ProbeError: It is not there, or no volume. Libraries raise nearly anything else.
+    """
+    reader = _Reader((1,) * (2 + volume), None, large=True)
+    files = [Path(path)] if Path(path).is_file() else _choose_files(Path(path), 1, reader)[0]
+    pixels = read_image(files, channels=None, volume=volume, large=True).pixels
+    return pixels.size[::-1] if isinstance(pixels, Image.Image) else tuple(pixels.shape[1:])
+
+
 def read_files(files: Sequence[Path], source: str, size: Size, channels: int) -> Photographs:
     """Read photographs, resized and cropped at the centre; the error names every unreadable file."""
     return _read([[file] for file in files], source, _Reader(check_size(size), channels), None)

@@ -16,7 +16,7 @@ from attn_monitor.capture.image_channels import image_channels
 from attn_monitor.commands.backfill import probe_of
 from attn_monitor.commands.check import check
 from attn_monitor.commands.show import show
-from attn_monitor.errors import ArgumentError
+from attn_monitor.errors import ArgumentError, AttnMonitorError
 from tests.support.helpers import tiny_vit
 from tests.support.more_axes import AnyViT
 
@@ -41,6 +41,13 @@ class Spectrograms(AnyViT):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, None])
+
+
+class Volumes(AnyViT):
+    """A ViT on (B, 1, D, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__((6, 64, 64), (2, 16, 16), channels=1)
 
 
 def _write(folder: Path) -> None:
@@ -121,3 +128,26 @@ def test_another_size_is_read_with_the_models_channels(tmp_path: Path) -> None:
         watch.step(0)
         watch.close(1)
     assert ProbeBatch.load(next(tmp_path.rglob("probe.npz"))).images.shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "size", "text"),
+    [
+        (FramesFirst, "clips", None, r'a\.npy: .* a size of three numbers: .* --size "\[6, 64, 64\]"'),
+        (Volumes, "volumes", None, r"Pass another --size: .*; the first file has \[6, 64, 64\] or \[64, 64\]"),
+        (Spectrograms, "sounds", 32, r"Pass another --size: .* \[time, frequency\]; the first file has \[64, 32\]"),
+    ],
+)
+def test_a_size_that_a_command_needs_is_named(
+    model: type[nn.Module], folder: str, size: int | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path)
+    (tmp_path / "volumes").mkdir()
+    np.save("volumes/a.npy", CLIP[..., 0])
+    name = f"tests.integration.test_orders_of_files:{model.__name__}"
+    with pytest.raises(AttnMonitorError, match=text) as refused:
+        show(name, folder, size=size, out="shown")
+    assert "forward=" not in str(refused.value)
+    with pytest.raises(AttnMonitorError, match="Pass another --size: a number"):
+        check(name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -12,8 +13,8 @@ from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
 from attn_monitor.commands.support.results import notify
 from attn_monitor.distributed import is_out_of_memory
-from attn_monitor.errors import ProbeError, text_of
-from attn_monitor.probe.image_folder import check_size
+from attn_monitor.errors import ForwardError, ProbeError, text_of
+from attn_monitor.probe.image_folder import check_size, own_size
 from attn_monitor.probe.options import IMAGE_SIZE
 from attn_monitor.probe.sizes import sizes_in
 
@@ -64,6 +65,29 @@ def move_to(device: torch.device, model: nn.Module) -> None:
             raise
         notify(f"the model has no room on {device}: going on, on the CPU")
         model.to("cpu")
+
+
+@contextmanager
+def naming_sizes(images: str | None = None) -> Iterator[None]:
+    """Name the sizes that a command takes where a model fails on images, as it takes no ``forward=``.
+
+    Args:
+        images: The images, whose own sizes are named too; None where there are none.
+    """
+    try:
+        yield
+    except ForwardError as error:
+        failed, _, remedy = str(error).partition(". Pass images of a size that the model takes")
+        if not remedy:
+            raise
+        own = []
+        for volume in (True, False):
+            with suppress(Exception):  # whatever libraries raise on files that are no such images
+                own += [] if images is None else [str(list(own_size(images, volume=volume)))]
+        raise ForwardError(
+            f"{failed}. Pass another --size: a number, [height, width], of clips and volumes [frames or slices, "
+            "height, width], of spectrograms [time, frequency]" + f"; the first file has {' or '.join(own)}" * bool(own)
+        ) from error
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:

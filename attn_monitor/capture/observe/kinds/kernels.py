@@ -93,11 +93,11 @@ class KernelCall(AttentionCall):
         return self._call.product()
 
     @functools.cached_property
-    def _call(self) -> FusedCall | RefusedKernel | UnfitKernel:
+    def _call(self) -> FusedCall | RefusedKernel:
         options = KernelOptions.of(self.operation.named)
         candidates = [*_possible_calls(self.operation, options, self.results)]
         if not candidates:  # with other lengths before, they fitted
-            return UnfitKernel(self.operation, self.results[0])
+            return RefusedKernel.unfit(self.operation, self.results[0])
         if reason := _not_read(options):
             return RefusedKernel.of(candidates, reason)
         return next((call for call in candidates if call.convention == self.convention), candidates[0])
@@ -105,43 +105,34 @@ class KernelCall(AttentionCall):
 
 @dataclass
 class RefusedKernel(AttentionCall):
-    """Hold a kernel of which no rows can be read, and the reason."""
+    """Hold a kernel of which no rows can be read, with the reason."""
 
-    call: FusedCall
-    reason: str
+    refusal: RefusedObservation
+    operands: AttentionProduct
 
     @staticmethod
     def of(candidates: Sequence[FusedCall], reason: str) -> RefusedKernel:
         """Take the result to be laid out like q, which takes its place where attention is ablated."""
         alike = (c for c in candidates if c.convention and c.convention.tokens_first != c.convention.heads_first_out)
-        return RefusedKernel(next(alike, candidates[0]), reason)
+        call = next(alike, candidates[0])
+        shape: dict[str, Any] = {"batch": 1, "heads": call.q.shape[1], "queries": call.q.shape[2]}
+        refusal = RefusedObservation(op=call.op, keys=call.k.shape[2], reason=reason, **shape)
+        return RefusedKernel(refusal, call.product())
+
+    @staticmethod
+    def unfit(operation: Operation, result: Tensor) -> RefusedKernel:
+        """Refuse packed sequences that do not fill the arguments, so that queries and keys are unknown."""
+        reason = "its packed sequences do not fill the tensors that hold them, and have no rows of one length"
+        refusal = RefusedObservation(op=operation.name, batch=1, heads=1, queries=0, keys=0, reason=reason)
+        return RefusedKernel(refusal, AttentionProduct(result, result.shape[:-1], None, None, result))
 
     def read(self, query: Query, *, verify: bool) -> Observation:
         """Return the reason."""
-        shape: dict[str, Any] = {"batch": 1, "heads": self.call.q.shape[1], "queries": self.call.q.shape[2]}
-        return RefusedObservation(op=self.call.op, keys=self.call.k.shape[2], reason=self.reason, **shape)
+        return self.refusal
 
     def product(self) -> AttentionProduct:
         """Return the operands and the result."""
-        return self.call.product()
-
-
-@dataclass
-class UnfitKernel(AttentionCall):
-    """Hold a kernel that is attention, on packed sequences that do not fill its arguments."""
-
-    operation: Operation
-    result: Tensor
-
-    def read(self, query: Query, *, verify: bool) -> Observation:
-        """Return the reason."""
-        reason = "its packed sequences do not fill the tensors that hold them, and have no rows of one length"
-        name = self.operation.name
-        return RefusedObservation(op=name, batch=1, heads=1, queries=0, keys=0, reason=reason)
-
-    def product(self) -> AttentionProduct:
-        """Return the result, with queries and keys unknown."""
-        return AttentionProduct(self.result, self.result.shape[:-1], None, None, self.result)
+        return self.operands
 
 
 @dataclass(frozen=True)

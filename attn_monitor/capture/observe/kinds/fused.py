@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.attention_rows import Chunk, Query, chunks_of, widen
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
+from attn_monitor.capture.observe.kinds.kernel_arguments import KernelOptions
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
 from attn_monitor.capture.observe.kinds.memory import fetched_once
 from attn_monitor.capture.observe.observation import Observation, RefusedObservation
@@ -39,16 +40,18 @@ class FusedAttention(AttentionKind):
             k=named["key"],
             v=named["value"],
             result=out if isinstance(out, Tensor) else out[0],  # some return statistics too
-            bias=named.get("attn_mask", named.get("attn_bias")),
-            causal=bool(named.get("is_causal")),
-            scale=named.get("scale"),
+            options=KernelOptions(
+                scale=named.get("scale"),
+                causal=bool(named.get("is_causal")),
+                bias=named.get("attn_mask", named.get("attn_bias")),
+            ),
         )
         return out, split_sequences(call)
 
 
 def split_sequences(call: FusedCall) -> FusedCall:
     """Give a batch dimension to sequences of one length that are packed into one, where a mask keeps them apart."""
-    tokens, bias = call.q.shape[-2], call.bias
+    tokens, bias = call.q.shape[-2], call.options.bias
     packed = call.q.ndim == 4 and call.q.shape[0] == 1 and tokens == call.k.shape[-2]
     if bias is None or not packed or bias.shape[-2:] != (tokens, tokens):
         return call
@@ -58,7 +61,8 @@ def split_sequences(call: FusedCall) -> FusedCall:
     q, k, v, result = (t[0].unflatten(1, (count, -1)).transpose(0, 1) for t in (call.q, call.k, call.v, call.result))
     of_heads = bias.reshape(-1, tokens, tokens)  # (1 or H, T, T)
     apart = of_heads.unflatten(-1, (count, -1)).unflatten(1, (count, -1)).diagonal(dim1=1, dim2=3)
-    return replace(call, q=q, k=k, v=v, result=result, bias=apart.permute(3, 0, 1, 2))
+    options = replace(call.options, bias=apart.permute(3, 0, 1, 2))
+    return replace(call, q=q, k=k, v=v, result=result, options=options)
 
 
 @fetched_once
@@ -95,13 +99,7 @@ class FusedCall(AttentionCall):
         k: Keys, (B, H, K, D), with fewer heads where queries are grouped.
         v: Values, likewise.
         result: What the operation returned, (B, H, Q, D), in the memory that the model reads.
-        bias: Added to the scores, or False where a key is masked.
-        causal: Whether each query sees only the keys up to its own index.
-        scale: Factor of q·k; None for 1/√D.
-        window: How many keys before and after its own index a query sees, -1 for all.
-        softcap: Scores are softcap · tanh(score / softcap); 0 for none.
-        alibi: (H,) or (B, H), slopes of a bias that falls with the distance between query and key.
-        sinks: (H,) scores of a further column that takes part in the softmax and meets no V.
+        options: What it was given beside these; without a scale it is 1/√D.
         convention: That of a kernel whose layout had to be found.
     """
 
@@ -110,13 +108,7 @@ class FusedCall(AttentionCall):
     k: Tensor
     v: Tensor
     result: Tensor
-    bias: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-    window: tuple[int, int] = (-1, -1)
-    softcap: float = 0.0
-    alibi: Tensor | None = None
-    sinks: Tensor | None = None
+    options: KernelOptions
     convention: CallingConvention | None = None
     _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # scores of one query
 
@@ -171,23 +163,22 @@ class FusedCall(AttentionCall):
 
     def _scores(self, queries: slice) -> Tensor:
         """Compute the softmax inputs of some queries, (B, H, queries, K)."""
-        q, k = widen(self.q[:, :, queries]), self._keys
-        scale = self.scale if self.scale is not None else 1 / math.sqrt(q.shape[-1])
-        q = q * scale
+        q, k, given = widen(self.q[:, :, queries]), self._keys, self.options
+        q = q * (given.scale if given.scale is not None else 1 / math.sqrt(q.shape[-1]))
         # For a single query compute k · q: q · kᵀ would copy and transpose the keys of several images.
         scores = (k @ q.mT).mT if q.shape[2] == 1 else q @ k.mT  # (B, H, queries, K)
-        if self.softcap:
-            scores = self.softcap * (scores / self.softcap).tanh()
-        if self.bias is not None:
-            bias = self.bias[..., queries, :] if self.bias.ndim > 1 and self.bias.shape[-2] > 1 else self.bias
+        if given.softcap:
+            scores = given.softcap * (scores / given.softcap).tanh()
+        if given.bias is not None:
+            bias = given.bias[..., queries, :] if given.bias.ndim > 1 and given.bias.shape[-2] > 1 else given.bias
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        if not self.causal and self.window == (-1, -1) and self.alibi is None:
+        if not given.causal and given.window == (-1, -1) and given.alibi is None:
             return scores
         distance = self._distances(queries)
-        if self.alibi is not None:
-            scores = scores - self.alibi.reshape(-1, scores.shape[1], 1, 1) * distance.abs()
-        left, right = self.window
-        hidden = distance > 0 if self.causal else distance != distance
+        if given.alibi is not None:
+            scores = scores - given.alibi.reshape(-1, scores.shape[1], 1, 1) * distance.abs()
+        left, right = given.window
+        hidden = distance > 0 if given.causal else distance != distance
         hidden = hidden | (distance < -left if left >= 0 else False) | (distance > right if right >= 0 else False)
         return scores.masked_fill(hidden, -math.inf)
 
@@ -199,7 +190,7 @@ class FusedCall(AttentionCall):
 
     def _weights(self, scores: Tensor) -> Tensor:
         """Return the softmax of scores (B, H, queries, K), in which sinks take part."""
-        if self.sinks is None:
+        if self.options.sinks is None:
             return scores.softmax(-1)
-        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = self.options.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]

@@ -40,7 +40,7 @@ class KernelOptions:
     Attributes:
         scale: Factor of q·k, None where none is given.
         causal: Whether each query sees only the keys up to its own index, None where no argument says.
-        bias: Added to the scores.
+        bias: Added to the scores, or False where a key is masked.
         window: How many keys before and after its own index a query sees, -1 for all.
         softcap: Scores are softcap · tanh(score / softcap); 0 for none.
         alibi: (H,) or (B, H), slopes of a bias that falls with the distance between query and key.

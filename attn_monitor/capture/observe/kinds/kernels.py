@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -264,14 +264,8 @@ def _possible_calls(operation: Operation, options: KernelOptions, results: Seque
                 k,
                 v,
                 view,
-                bias=options.bias,
-                causal=is_causal,
-                scale=scale,
-                window=options.window,
-                softcap=options.softcap,
-                alibi=options.alibi,
-                sinks=options.sinks,
-                convention=CallingConvention(dim, tokens_first, place, is_causal, heads_first, number),
+                replace(options, scale=scale, causal=is_causal),
+                CallingConvention(dim, tokens_first, place, is_causal, heads_first, number),
             )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attn_monitor.capture.observe.attention_rows import AttentionSource, Query
 from attn_monitor.capture.observe.checked_rows import CheckedRows
@@ -64,6 +65,11 @@ class Operation:
         """Return the operation with other arguments of the same names."""
         args = tuple(named[name] for name in self._names[: len(self.args)])
         return Operation(self.func, args, {name: named[name] for name in self.kwargs})
+
+    def with_copies(self, names: Collection[str]) -> Operation:
+        """Return the operation with copies of the tensors among these arguments, also of those in lists."""
+        copied = {n: tree_map_only(Tensor, torch.clone, a) if n in names else a for n, a in self.named.items()}
+        return self.with_arguments(copied)
 
     @property
     def _names(self) -> tuple[str, ...]:

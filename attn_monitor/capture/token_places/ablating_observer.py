@@ -20,7 +20,8 @@ from attn_monitor.capture.observe import kinds
 from attn_monitor.capture.observe.attention_rows import Sequences, widen
 from attn_monitor.capture.observe.error_origin import errors_from
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head
-from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
+from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention
+from attn_monitor.capture.observe.kinds.explicit_call import ExplicitCall
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
 from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.capture.observe.observation import SiteKey

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct, by_image_and_head, some_queries
-from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention, ExplicitCall
+from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention
+from attn_monitor.capture.observe.kinds.explicit_call import ExplicitCall
 from attn_monitor.capture.observe.kinds.kind import ForwardState
 from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.capture.observe.kinds.weights import Weights, both_ways
@@ -78,7 +79,7 @@ class TracedProducts(ExplicitAttention):
         factors = min(possible, key=lambda f: (keys - f.shape[1], f.shape[0] != queries), default=None)
         known = factors is not None and self._undecided()
         made_of = [some_queries(part) for part in factors.laid_out(scores)] if factors and known else [], factors
-        kept = {*self.pending, *(w for w, _ in self.met)}
+        kept = {*self.pending, *(w for w, _ in self.used)}
         self._made_of = {w: m for w, m in self._made_of.items() if w in kept} | {weights: made_of}
 
     def see_other_product(self, operands: tuple[Tensor, Tensor], out: Tensor) -> None:
@@ -142,8 +143,8 @@ class TracedProducts(ExplicitAttention):
                     self.tokens.mixed.add(key)
                     out.zero_()
                     return
-            for met, path in self.met:
-                same = left.shape[-2:] == met.shape[-2:] and left.numel() == met.shape.numel()
+            for used, path in self.used:
+                same = left.shape[-2:] == used.shape[-2:] and left.numel() == used.shape.numel()
                 if same and path == self.state.path:
                     self.tokens.rivals.add(self._latest[path])
 

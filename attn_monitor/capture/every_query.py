@@ -46,12 +46,12 @@ def check_every_query(every_query: str) -> EveryQueryOf:
     return every_query  # type: ignore[return-value]
 
 
-class Statistics(NamedTuple):
+class QueryStatistics(NamedTuple):
     """Hold optional fields of `LayerAttention` by name, float32.
 
     Attributes:
-        of_row: Statistics of the recorded row.
-        of_many: Statistics over many queries.
+        of_row: QueryStatistics of the recorded row.
+        of_many: QueryStatistics over many queries.
         error: Largest relative error of the rows that were read, see `CheckedRows`; None if not compared.
     """
 
@@ -62,32 +62,32 @@ class Statistics(NamedTuple):
 
 @F.full_precision()
 def query_statistics(
-    seen: ReadObservation, planned: SitePlan, asked: WantedStatistics, image_size: Sequence[int], axes: Sequence[str]
-) -> Statistics:
+    seen: ReadObservation, planned: SitePlan, wanted: WantedStatistics, image_size: Sequence[int], axes: Sequence[str]
+) -> QueryStatistics:
     """Compute the requested statistics that are defined here, in at most one pass over all rows.
 
     Args:
         seen: The attention, while it can still be read.
         planned: The site and its token order.
-        asked: The requested statistics.
+        wanted: The requested statistics.
         image_size: Number of pixels on each axis.
         axes: Names of the axes.
     """
     of_row: dict[str, Tensor | None] = {}
     of_many: dict[str, Tensor | None] = {}
-    if asked.logits and asked.query == "cls" and isinstance(planned.query, int):
+    if wanted.logits and wanted.query == "cls" and isinstance(planned.query, int):
         of_row["max_logit_cls"] = seen.source.largest_logit(planned.query)
-    if asked.sinks and asked.query in ("cls", "mean"):
+    if wanted.sinks and wanted.query in ("cls", "mean"):
         of_row["value_norms"] = _in_order(_value_norms(seen.values, seen.rows), planned.order)
     counted = planned.site.places.counted
-    asked = replace(asked, whole=asked.whole and bool(counted))
-    received = asked.whole and asked.sinks and asked.query != "mean"
-    distance = asked.distance and has_query_of_each_patch(planned.site)
+    wanted = replace(wanted, whole=wanted.whole and bool(counted))
+    received = wanted.whole and wanted.sinks and wanted.query != "mean"
+    distance = wanted.distance and has_query_of_each_patch(planned.site)
     checked = seen.checked_rows
-    if distance or received or (asked.whole and asked.logits):
+    if distance or received or (wanted.whole and wanted.logits):
         mean = MeanDistance(planned.site, image_size, axes, seen.rows.device) if distance else None
         largest, total = [], torch.zeros((), device=seen.rows.device)
-        for chunk in checked.chunks(counted or None, logits=asked.logits and asked.whole):
+        for chunk in checked.chunks(counted or None, logits=wanted.logits and wanted.whole):
             if mean is not None:
                 mean.add(chunk)
             if received:
@@ -101,7 +101,7 @@ def query_statistics(
             of_many["value_norms"] = _in_order(_value_norms(seen.values, total), planned.order)
             of_many["received"] = _in_order(total.mean(1), planned.order)
     row, many = ({name: t.float() for name, t in found.items() if t is not None} for found in (of_row, of_many))
-    return Statistics(row, many, checked.error)
+    return QueryStatistics(row, many, checked.error)
 
 
 def _in_order(per_key: Tensor, order: Tensor | None) -> Tensor:

@@ -117,7 +117,7 @@ class _Reader:
     def value(self, key: Key, value: Any) -> None:
         """Read a value, including the contents of containers and objects."""
         self._numbers = True
-        seen = self._seen(value, 4)
+        seen = self._comparable_key(value, 4)
         self._items[key] = Item("number" if self._numbers else "other", seen)
 
     def attributes(self, key: Key, value: Any) -> None:
@@ -180,7 +180,7 @@ class _Reader:
         for name, value in arguments.items():
             if isinstance(value, _SCALARS):  # constants count as code
                 where = (*key, name)
-                self._items[where] = Item("code", self._seen(value, 0))
+                self._items[where] = Item("code", self._comparable_key(value, 0))
             else:
                 self.anything((*key, name), value)
 
@@ -203,7 +203,7 @@ class _Reader:
             elif value is not None and (isinstance(value, _PLAIN) or (of_user and _is_object(value))):
                 self.value(where, value)
 
-    def _seen(self, value: Any, budget: int) -> Any:
+    def _comparable_key(self, value: Any, budget: int) -> Any:
         """Return a key to compare a value by, equal if the value is equal."""
         kind = type(value)
         if kind in _SCALARS:
@@ -237,10 +237,12 @@ class _Reader:
             self._numbers = False
             return len(value)
         if isinstance(value, Set):
-            return frozenset(self._seen(item, budget) for item in list(value))
+            return frozenset(self._comparable_key(item, budget) for item in list(value))
         if isinstance(value, dict):
-            return tuple((self._seen(k, budget), self._seen(v, budget)) for k, v in list(value.items()))
-        return tuple(self._seen(item, budget) for item in list(value))
+            return tuple(
+                (self._comparable_key(k, budget), self._comparable_key(v, budget)) for k, v in list(value.items())
+            )
+        return tuple(self._comparable_key(item, budget) for item in list(value))
 
     def _tensor(self, tensor: Tensor) -> Any:
         self._numbers &= tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 1

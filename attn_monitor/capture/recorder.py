@@ -242,7 +242,7 @@ class AttentionRecorder:
         """Run the model on a few coded images to check the token-to-patch assignment."""
         images, discovery = self._look(images)
         known = discovery.known
-        hold = places_hold(self.model, images, discovery.forward, known.sites, known.looks)
+        hold = places_hold(self.model, images, discovery.forward, known.sites, known.recordings)
         return Doubt.NONE if hold else Doubt.MOVED
 
     def ask_again(self, images: Tensor, doubt: Doubt) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.every_query import EveryQueryOf, Statistics, WantedStatistics, query_statistics
+from attn_monitor.capture.every_query import EveryQueryOf, QueryStatistics, WantedStatistics, query_statistics
 from attn_monitor.capture.layer_selection import Layers, QuerySpec
 from attn_monitor.capture.observe.attention_rows import Query, Sequences
 from attn_monitor.capture.observe.forward import Forward, run_forward
@@ -83,7 +83,7 @@ class Recording:
             AttentionError: A row is not what the model computed.
         """
         observed: dict[SiteKey, ObservedRows] = {}
-        measured: dict[SiteKey, Statistics] = {}
+        measured: dict[SiteKey, QueryStatistics] = {}
         last = list(plan.sites)[-1]
 
         def report(key: SiteKey, seen: Observation) -> None:
@@ -96,8 +96,8 @@ class Recording:
             if isinstance(site.folding, Sequences):
                 seen = seen.of_query(plan.sites[key].query)
             whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-            asked = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
-            measured[key] = query_statistics(seen, plan.sites[key], asked, images.shape[2:], axes)
+            wanted = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
+            measured[key] = query_statistics(seen, plan.sites[key], wanted, images.shape[2:], axes)
             error = seen.error
             if on_layer is not None and (others := on_layer(site, seen)) is not None:
                 error = others if error is None else torch.maximum(error, others)
@@ -146,9 +146,10 @@ class Recording:
         query: QuerySpec,
         seen: ObservedRows,
         check: CheckResult,
-        found: Statistics,
+        found: QueryStatistics,
         tokens: TokenStatistics | None,
     ) -> LayerAttention:
+        """Check the rows of one site, and order their keys: the prefix first, then patches row by row."""
         site = planned.site
         if self.nonfinite == "raise" and not check.finite:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
@@ -177,7 +178,7 @@ class Recording:
             **measured,
         )
 
-    def _holds(self, site: ReadableSite, found: Statistics, check: CheckResult) -> bool:
+    def _holds(self, site: ReadableSite, found: QueryStatistics, check: CheckResult) -> bool:
         """Return whether the rows behind statistics over many queries passed their latest check."""
         if math.isnan(check.error_of_all) or not check.finite:  # not compared, or the model's own NaN
             return site.index not in self.without_statistics

@@ -105,6 +105,7 @@ def _through(units: list[nn.Module], action: Callable[[Tensor], None], images: T
 
 
 def _as_forward(unit: nn.Module, action: Callable[[Tensor], None], images: Tensor) -> None:
+    """Run ``action`` in place of an FSDP unit's forward, so that its parameters are gathered meanwhile."""
     fsdp2 = _fsdp2()
     if isinstance(unit, fsdp2.FSDPModule):
         setattr(unit, _METHOD, action)

@@ -67,7 +67,7 @@ class Known:
     state: State
     ignored: frozenset[Key] = frozenset()
     changed: frozenset[Key] = frozenset()  # since the previous discovery, with the same result
-    looks: int = 0  # number of recordings
+    recordings: int = 0
     recorded: bool = field(default=False, repr=False)  # since the latest call of `doubt`
 
     def cover(self, conditions: Conditions) -> bool:
@@ -79,10 +79,10 @@ class Known:
 
     def doubt(self, model: nn.Module, forward: Forward, *, last: bool = False) -> Doubt:
         """Return the doubt before a recording: a check is due after 1, 2, 4, 8, … of them, and before the ``last``."""
-        self.looks, self.recorded = self.looks + self.recorded, False
+        self.recordings, self.recorded = self.recordings + self.recorded, False
         if self.changes(state_of(model, forward)):
             return Doubt.CHANGED
-        return Doubt.DUE if last or (self.looks and self.looks & (self.looks - 1) == 0) else Doubt.NONE
+        return Doubt.DUE if last or (self.recordings and self.recordings & (self.recordings - 1) == 0) else Doubt.NONE
 
     def changes(self, now: State) -> set[Key]:
         """Return the keys of items that differ from the fingerprint, without the ignored ones."""
@@ -91,7 +91,7 @@ class Known:
         keys = (self.state.keys() | now.keys()) - self.ignored
         return {key for key in keys if now.get(key) != self.state.get(key)}
 
-    def follow(self, before: Known) -> None:
+    def inherit_ignored(self, before: Known) -> None:
         """Ignore items that differ from an earlier discovery with the same result."""
         if not same_places(before.sites, self.sites):
             return
@@ -131,7 +131,7 @@ def sites_of(model: nn.Module, images: Tensor, forward: Forward, conditions: Con
     found = Known(conditions, sites, state_of(model, forward))  # read again: some models change as they run
     before = next((known for known in alike if not _is_of_another_forward(known, state)), None)
     if before is not None:
-        found.follow(before)
+        found.inherit_ignored(before)
     entries.append(found)
     del entries[:-_SIZE]
     return found

@@ -16,7 +16,7 @@ from attn_monitor.capture.observe.observation import ObservedRows, RefusedObserv
 from attn_monitor.capture.other_shapes import runs
 from attn_monitor.capture.sharded_models import refuse_split_parameters
 from attn_monitor.capture.sites import ReadableSite, RefusedSite, Site, site_name
-from attn_monitor.capture.stacks import Ran, second_stacks
+from attn_monitor.capture.stacks import ObservedLayer, second_stacks
 from attn_monitor.capture.token_places.find_places import find_places
 from attn_monitor.capture.token_places.site_places import ONE_IMAGE, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images
@@ -62,6 +62,7 @@ def discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, 
 
 
 def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site, ...]:
+    """Find the attention of a model on noise images, and then which token is which patch in each."""
     with refuse_split_parameters(model):
         candidates, observer = look_at_noise(model, images, forward)
     if observer.elsewhere:
@@ -93,7 +94,8 @@ def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site,
         reason = "its linear layers are quantised by the range of the whole image, on which each token depends"
         reasons = {key: reason for key, site in places.items() if site.layout is None}
     stacks = second_stacks(
-        [Ran(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates], dict(model.named_modules())
+        [ObservedLayer(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates],
+        dict(model.named_modules()),
     )
     parts = {key for site in places.values() for key in site.together}
     others = _other_paths(model)

@@ -13,14 +13,14 @@ from attn_monitor.capture.observe.module_paths import children_with, words_of
 DECODER = {"decoder", "dec", "predictor"}
 
 
-class Ran(NamedTuple):
+class ObservedLayer(NamedTuple):
     """Describe an attention that ran."""
 
     path: str  # of its module
     queries: int  # per image, over all windows
 
 
-def second_stacks(ran: Sequence[Ran], modules: dict[str, nn.Module]) -> list[str]:
+def second_stacks(ran: Sequence[ObservedLayer], modules: dict[str, nn.Module]) -> list[str]:
     """Return the path of the second stack around each attention, in order of execution; "" for the encoder's.
 
     The encoder is the longest list of blocks (the first of equal ones). A list that runs entirely after it is a second

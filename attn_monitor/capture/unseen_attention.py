@@ -62,7 +62,7 @@ def overlooked(
     mixing: dict[str, str] = {}
     with isolated_forward(model), ExitStack() as stack:
         for path in suspects:
-            hook = _ask(path, mixing, path in kernels)
+            hook = _mixing_hook(path, mixing, path in kernels)
             # Other hooks may free the module's parameters or change its results.
             stack.enter_context(modules[path].register_forward_hook(hook, with_kwargs=True, prepend=True))
         forward(model, images)
@@ -84,7 +84,7 @@ def _are_related(path: str, other: str, modules: Mapping[str, nn.Module]) -> boo
     return any(_are_siblings(".".join(a[:n]), ".".join(b[:n]), modules) for n in range(1, min(len(a), len(b)) + 1))
 
 
-def _ask(path: str, mixing: dict[str, str], kernel: bool) -> Callable[..., None]:
+def _mixing_hook(path: str, mixing: dict[str, str], kernel: bool) -> Callable[..., None]:
     """Return a forward hook that calls the module's forward again with single tokens changed, see `_mixes_tokens`."""
 
     @errors_from("monitor")

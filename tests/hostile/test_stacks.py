@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attn_monitor import Watch, attention_rollout, record_attention
 from attn_monitor.capture.recorder import AttentionRecorder
-from attn_monitor.capture.stacks import Ran, second_stacks
+from attn_monitor.capture.stacks import ObservedLayer, second_stacks
 from attn_monitor.commands.check import check
 from attn_monitor.errors import LayerError
 from tests.hostile.test_masking import hugging_face_mae
@@ -185,11 +185,11 @@ def lists(**lengths: int) -> dict[str, nn.Module]:
     ],
 )
 def test_which_lists_are_second_stacks(stages: dict[str, tuple[int, int]], second: set[str]) -> None:
-    ran = [Ran(f"{name}.{i}", queries) for name, (count, queries) in stages.items() for i in range(count)]
+    ran = [ObservedLayer(f"{name}.{i}", queries) for name, (count, queries) in stages.items() for i in range(count)]
     found = second_stacks(ran, lists(**{name: count for name, (count, _) in stages.items()}))
     assert found == [path.partition(".")[0] if path.partition(".")[0] in second else "" for path, _ in ran]
 
 
 def test_lists_that_take_turns_are_one_stack() -> None:
-    ran = [Ran(f"{name}.{i}", 197) for i in range(4) for name in ("frame_blocks", "global_blocks")]
+    ran = [ObservedLayer(f"{name}.{i}", 197) for i in range(4) for name in ("frame_blocks", "global_blocks")]
     assert second_stacks(ran, lists(frame_blocks=4, global_blocks=4)) == [""] * 8

@@ -130,6 +130,7 @@ class HeldState:
             self._waiting.append((path, value))
 
     def _visit(self, path: _Path, value: Any) -> None:
+        """Save a value by its type, once, and queue what it holds."""
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -247,6 +248,7 @@ class HeldState:
         self._saved.append(_Saved(path, changed, lambda: ctypes.memmove(ctypes.addressof(value), before, size)))
 
     def _save_object(self, path: _Path, value: Any) -> None:
+        """Save an object's attributes and slots; opaque objects, and ones that hold locks, are only compared."""
         package = type(value).__module__.partition(".")[0]
         attributes = getattr(value, "__dict__", None)
         slots = [s for c in type(value).__mro__ for s in slots_of(c) if hasattr(value, s)]

@@ -159,6 +159,7 @@ class AttentionObserver(TorchDispatchMode):
 
     @errors_from("monitor")
     def _dispatched(self, operation: Operation) -> Any:
+        """Run an operation by the kind of attention that it concerns, if there is one, and read what is attention."""
         if torch.is_inference_mode_enabled():  # composite operations are not decomposed in it
             with self:
                 out = operation.run_in_parts()
@@ -173,7 +174,7 @@ class AttentionObserver(TorchDispatchMode):
             return call.returned(out)
         if kind is None:
             for each in self._kinds.values():
-                each.see(operation, out)
+                each.on_other_operation(operation, out)
         if operation.func is torch.ops.aten.convolution.default:
             self._convolution(operation.args, out)
         elif "linear_dynamic" in str(operation.func):
@@ -252,6 +253,7 @@ class AttentionObserver(TorchDispatchMode):
         raise StopForward
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """Keep the grid of a convolution on the images, or on features of whole images."""
         x, of_frames = args[0], self.size[: len(self.size) - (out.ndim - 2)]
         if out.ndim - 2 > len(self.size) or out.shape[0] != self.batch * math.prod(of_frames):
             return

@@ -61,7 +61,7 @@ class ExplicitAttention(AttentionKind):
             self._derived.add(out)
             self.see_weights(weights, scores, out)
         else:
-            self.see(operation, out)
+            self.on_other_operation(operation, out)
         return out, None
 
     def _run_product(self, operation: Operation) -> tuple[Any, ExplicitCall | None]:
@@ -75,12 +75,12 @@ class ExplicitAttention(AttentionKind):
         call = self._consume(operands)
         if call is None:
             self._scores = [*self._scores[-3:], tuple(out.shape)]  # the result of attention is never scores
-            self.see(operation, out)
+            self.on_other_operation(operation, out)
             self.see_other_product(operands, out)
             return out, None
         return out, replace(call, out=out, residual=residual, images=self.state.images)
 
-    def see(self, operation: Operation, out: Any) -> None:
+    def on_other_operation(self, operation: Operation, out: Any) -> None:
         """Take note of what is made of the softmaxes by an operation of no kind."""
         if self.pending:
             self._derived.see((*operation.args, *operation.kwargs.values()), out)

@@ -10,8 +10,8 @@ from torch.autograd import Function
 
 from attn_monitor.capture.observe.kinds.kernels import known_kernels
 
-Forward = Callable[..., Any]
-Observe = Callable[[type[Function], Forward, tuple[Any, ...]], Any]
+FunctionForward = Callable[..., Any]
+Observe = Callable[[type[Function], FunctionForward, tuple[Any, ...]], Any]
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def observed_functions(observe: Observe, *, known: bool) -> Iterator[None]:
             cls.forward = forward
 
 
-def _routed(observe: Observe, cls: type[Function], forward: Forward) -> Forward:
+def _routed(observe: Observe, cls: type[Function], forward: FunctionForward) -> FunctionForward:
     def routed(*args: Any) -> Any:
         return observe(cls, forward, args)
 

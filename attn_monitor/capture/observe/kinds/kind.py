@@ -1,6 +1,6 @@
-"""Define the duties of a kind of attention: recognise a call, read rows of it, and be answered in its place.
+"""Define the duties of a kind of attention: recognise a call, read its rows, hand over operands and result.
 
-The list of kinds is in the folder's `__init__.py`. Observers loop over it, so a new kind is one file and one entry.
+The list of kinds is in the folder's `__init__.py`; observers loop over it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class AttentionKind(ABC):
             The operation's result, and the attention if one is complete with it.
         """
 
-    def see(self, operation: Operation, out: Any) -> None:  # noqa: B027 - most kinds need not know
+    def on_other_operation(self, operation: Operation, out: Any) -> None:  # noqa: B027 - most kinds need not know
         """Take note of an operation that concerns no kind."""
 
     def forget(self) -> None:  # noqa: B027 - most kinds keep nothing

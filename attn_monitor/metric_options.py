@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attn_monitor.capture.recorder import Verify, check_verify
+from attn_monitor.capture.recording_options import Verify, check_verify
 from attn_monitor.errors import ArgumentError, check_whole
 from attn_monitor.measure.metrics import select_metrics
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,37 +12,8 @@ from attn_monitor import functional as F
 from attn_monitor.capture.attention_distance import MeanDistance, has_query_of_each_patch
 from attn_monitor.capture.observe.attention_rows import widen
 from attn_monitor.capture.observe.observation import ReadObservation
+from attn_monitor.capture.recording_options import RecordingOptions
 from attn_monitor.capture.recording_plan import SitePlan
-from attn_monitor.errors import ArgumentError
-
-EveryQueryOf = Literal["none", "last", "all"]
-"""The requested layers in which every query is read: one layer costs about one percent of a forward."""
-
-
-@dataclass(frozen=True)
-class WantedStatistics:
-    """Select the statistics of a layer.
-
-    Attributes:
-        logits: Measure the largest logits.
-        sinks: Measure the norms of V and, with ``whole``, the attention that each key receives.
-        distance: Measure the mean attention distance, always over the whole matrix.
-        whole: Measure logits and sinks over every query too, not only for the recorded row.
-        query: The requested query, such as "cls" or "mean".
-    """
-
-    logits: bool
-    sinks: bool
-    distance: bool
-    whole: bool
-    query: object
-
-
-def check_every_query(every_query: str) -> EveryQueryOf:
-    """Return ``every_query`` if it is valid; raise `ArgumentError` otherwise."""
-    if every_query not in get_args(EveryQueryOf):
-        raise ArgumentError(f'every_query={every_query!r}: expected "none", "last" (wanted layer) or "all"')
-    return every_query  # type: ignore[return-value]
 
 
 class QueryStatistics(NamedTuple):
@@ -62,32 +32,40 @@ class QueryStatistics(NamedTuple):
 
 @F.full_precision()
 def query_statistics(
-    seen: ReadObservation, planned: SitePlan, wanted: WantedStatistics, image_size: Sequence[int], axes: Sequence[str]
+    seen: ReadObservation,
+    planned: SitePlan,
+    query: object,
+    options: RecordingOptions,
+    whole: bool,
+    image_size: Sequence[int],
+    axes: Sequence[str],
 ) -> QueryStatistics:
     """Compute the requested statistics that are defined here, in at most one pass over all rows.
 
     Args:
         seen: The attention, while it can still be read.
         planned: The site and its token order.
-        wanted: The requested statistics.
+        query: The requested query, such as "cls" or "mean".
+        options: Select the statistics.
+        whole: Measure logits and sinks over every query too, not only for the recorded row.
         image_size: Number of pixels on each axis.
         axes: Names of the axes.
     """
     of_row: dict[str, Tensor | None] = {}
     of_many: dict[str, Tensor | None] = {}
-    if wanted.logits and wanted.query == "cls" and isinstance(planned.query, int):
+    if options.logits and query == "cls" and isinstance(planned.query, int):
         of_row["max_logit_cls"] = seen.source.largest_logit(planned.query)
-    if wanted.sinks and wanted.query in ("cls", "mean"):
+    if options.sinks and query in ("cls", "mean"):
         of_row["value_norms"] = _in_order(_value_norms(seen.values, seen.rows), planned.order)
     counted = planned.site.places.counted
-    wanted = replace(wanted, whole=wanted.whole and bool(counted))
-    received = wanted.whole and wanted.sinks and wanted.query != "mean"
-    distance = wanted.distance and has_query_of_each_patch(planned.site)
+    whole = whole and bool(counted)
+    received = whole and options.sinks and query != "mean"
+    distance = options.distance and has_query_of_each_patch(planned.site)
     checked = seen.checked_rows
-    if distance or received or (wanted.whole and wanted.logits):
+    if distance or received or (whole and options.logits):
         mean = MeanDistance(planned.site, image_size, axes, seen.rows.device) if distance else None
         largest, total = [], torch.zeros((), device=seen.rows.device)
-        for chunk in checked.chunks(counted or None, logits=wanted.logits and wanted.whole):
+        for chunk in checked.chunks(counted or None, logits=options.logits and whole):
             if mean is not None:
                 mean.add(chunk)
             if received:

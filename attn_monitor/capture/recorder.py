@@ -9,43 +9,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
-from attn_monitor.capture.choose_forward import Discovery, ForwardOption, find_discovery, forward_options
-from attn_monitor.capture.every_query import EveryQueryOf, check_every_query
-from attn_monitor.capture.inputs import check_finite, check_images, check_model
+from attn_monitor.capture.choose_forward import Discovery, ForwardOption, forward_options
+from attn_monitor.capture.inputs import check_model
 from attn_monitor.capture.layer_selection import (
     Layers,
     QuerySpec,
     check_layers,
     check_query,
-    counts_from_end,
     encoder_of,
     left_out,
-    select_sites,
     stack_notes,
 )
-from attn_monitor.capture.observe.forward import Forward, check_materialised
+from attn_monitor.capture.observe.forward import Forward
 from attn_monitor.capture.observe.isolation import isolated_forward, model_device_dtype
-from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recording import OnLayer, OtherLayersError, Recording
+from attn_monitor.capture.recording_options import EveryQueryOf, RecordingOptions, Verify, check_verify
 from attn_monitor.capture.recording_plan import ModelSummary, RecordingPlan, plan_recording
-from attn_monitor.capture.site_cache import Doubt, forget, same_places, structure_of
+from attn_monitor.capture.site_cache import Doubt
 from attn_monitor.capture.sites import Site, prefix_names
-from attn_monitor.errors import ArgumentError, QueryError
+from attn_monitor.capture.watched_model import WatchedModel
 from attn_monitor.grid import Grid
-
-Verify = bool | Literal["first"]
-
-
-def check_verify(verify: Verify | str) -> Verify:
-    """Return a valid ``verify``; raise `ArgumentError` otherwise."""
-    if isinstance(verify, bool) or (isinstance(verify, str) and verify == "first"):
-        return verify  # type: ignore[return-value]
-    raise ArgumentError(f'verify={verify!r}: expected True (every recording), "first" (and after changes) or False')
 
 
 def record_attention(
@@ -159,17 +147,24 @@ class AttentionRecorder:
     ) -> None:
         self.model = check_model(model)
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
-        if nonfinite not in ("raise", "keep"):
-            raise ArgumentError(f'nonfinite={nonfinite!r}: expected "raise" or "keep"')
         self.verify = check_verify(verify)
-        self._recording = Recording(
-            self.layers, nonfinite, distance, tokens, patches, logits, sinks, check_every_query(every_query)
-        )
-        self._follow, self._axes = follow, axes
-        self._options = forward_options(forward)
-        self._discovery: Discovery | None = None
-        self._plan: RecordingPlan | None = None
-        self._verified = False
+        self._measured = RecordingOptions(nonfinite, distance, tokens, patches, logits, sinks, every_query)
+        self._watched, self._follows = WatchedModel(model, forward_options(forward), axes, layers, query), follow
+        self._latest: Recording | None = None
+
+    @property
+    def _discovery(self) -> Discovery | None:
+        return self._watched.discovery
+
+    @property
+    def _recording(self) -> Recording | None:
+        """Return the recording that was planned for what is discovered now; None before."""
+        latest = self._latest
+        return None if latest is None or latest.discovery is not self._discovery else latest
+
+    @property
+    def _plan(self) -> RecordingPlan | None:
+        return None if self._recording is None else self._recording.plan
 
     @property
     def forward_note(self) -> str:
@@ -202,7 +197,7 @@ class AttentionRecorder:
     @property
     def without_statistics(self) -> dict[int, str]:
         """Return the layers without statistics over many queries, because rows failed the check, with the reasons."""
-        return dict(self._recording.without_statistics)
+        return {} if self._recording is None else dict(self._recording.without_statistics)
 
     @property
     def heads(self) -> dict[int, int]:
@@ -214,7 +209,7 @@ class AttentionRecorder:
         """Summarise what was discovered; raise RuntimeError before the first `check` or recording."""
         if self._discovery is None:
             raise RuntimeError("the model has not been run yet, expected a call of check(images) before summary()")
-        sites = [planned.site for planned in self._planned(self._discovery).sites.values()]
+        sites = [planned.site for planned in self._planned(self._discovery).plan.sites.values()]
         last, layers = sites[-1], tuple(site.index for site in sites)
         every = self._discovery.sites if self._in_second_stacks() else encoder_of(self._discovery.sites)
         model, count = type(self.model).__name__, 1 + max(site.index for site in every)
@@ -224,36 +219,26 @@ class AttentionRecorder:
 
     def sites(self, images: Tensor) -> tuple[Site, ...]:
         """Return every attention site in order of execution, readable or not, for this image size."""
-        return self._follow_model(images)[1].sites
+        return self._look(images)[1].sites
 
     def check(self, images: Tensor) -> None:
         """Raise an `AttentionError` with the reason if a requested layer cannot be read on images of this size."""
-        self._planned(self._follow_model(images)[1])
+        self._planned(self._look(images)[1])
 
     def doubt(self, images: Tensor, *, last: bool = False) -> Doubt:
         """Return whether the discovery still holds, after making it if necessary; call this before each recording.
 
         ``last`` announces the final recording, before which a check of the tokens is always due.
         """
-        discovery = self._look(images)[1]
-        return discovery.known.doubt(self.model, discovery.option.forward, last=last)
+        return self._watched.doubt(images, last=last)
 
     def check_places(self, images: Tensor) -> Doubt:
         """Run the model on a few coded images to check the token-to-patch assignment."""
-        images, discovery = self._look(images)
-        known = discovery.known
-        hold = places_hold(self.model, images, discovery.forward, known.sites, known.recordings)
-        return Doubt.NONE if hold else Doubt.MOVED
+        return self._watched.check_places(images)
 
     def ask_again(self, images: Tensor, doubt: Doubt) -> bool:
         """Discover the sites again; return whether tokens had moved, so that recordings may be in the old order."""
-        before = self._look(images)[1].sites
-        if doubt == Doubt.MOVED:
-            forget(self.model)
-        self._discovery = None
-        now = self._look(images)[1].sites
-        lost = {site.key for site in before if site.layout is not None} - {s.key for s in now if s.layout is not None}
-        return doubt == Doubt.MOVED and (bool(lost) or not same_places(before, now))
+        return self._watched.discover_again(images, doubt)
 
     def __call__(self, images: Tensor, *, on_layer: OnLayer | None = None) -> list[LayerAttention]:
         """Record the requested layers.
@@ -269,18 +254,15 @@ class AttentionRecorder:
         Raises:
             AttentionError: A requested layer cannot be read, or its row is not what the model computed.
         """
-        images, discovery = self._follow_model(images, recording=True)
-        verify = self.verify is True or (self.verify == "first" and not self._verified)
-        plan = self._planned(discovery)
+        images, discovery = self._look(images, recording=True)
+        recording = self._planned(discovery)
+        verify = self.verify is True or (self.verify == "first" and not recording.verified)
         try:
-            recorded = self._recording(
-                self.model, images, discovery.axes.spatial, discovery.forward, plan, verify, on_layer
-            )
+            recorded = recording(self.model, images, verify, on_layer)
         except OtherLayersError:
-            self._discovery = None  # discover again next time
-            forget(self.model)
+            self._watched.drop(with_cache=True)
             raise
-        self._verified, discovery.known.recorded = self._verified or verify, True
+        recording.verified, discovery.known.recorded = recording.verified or verify, True
         return recorded
 
     @contextmanager
@@ -291,7 +273,7 @@ class AttentionRecorder:
         """
         if self._discovery is None:
             raise RuntimeError("the model has not been run yet, expected a call of check(images) before forwards()")
-        call, sites = self._discovery.option.forward, self._planned(self._discovery).sites.values()
+        call, sites = self._discovery.option.forward, self._planned(self._discovery).plan.sites.values()
         device, dtype = model_device_dtype(self.model)
         with isolated_forward(self.model):
             yield (
@@ -299,50 +281,15 @@ class AttentionRecorder:
                 all(prefix_names(planned.site)[:1] == ("CLS",) for planned in sites),
             )
 
-    def _follow_model(self, images: Tensor, *, recording: bool = False) -> tuple[Tensor, Discovery]:
-        """Repeat the discovery if it is in doubt, then return as `_look`; check the tokens only before a recording."""
-        if self._follow:
-            doubt = self.doubt(images)
-            if doubt == Doubt.DUE and recording:
-                doubt = self.check_places(images)
-            if doubt >= Doubt.CHANGED and self.ask_again(images, doubt):
-                warnings.warn(
-                    f"the tokens of {type(self.model).__name__} hold other parts of the image than before, and its "
-                    "attention is read in the new order from now on. Recordings since the latest check of the places "
-                    "(they come after 1, 2, 4, 8, … recordings) may be in the old order: record those again",
-                    stacklevel=3,
-                )
-        return self._look(images)
+    def _look(self, images: Tensor, *, recording: bool = False) -> tuple[Tensor, Discovery]:
+        return self._watched.follow(images, recording=recording) if self._follows else self._watched.look(images)
 
-    def _look(self, images: Tensor) -> tuple[Tensor, Discovery]:
-        """Return images (B, C, *size) for the model, and its sites for the current modules and image size."""
-        images = check_images(images)
-        known, structure = self._discovery, structure_of(self.model)
-        if known is None or structure != known.known.conditions.structure:
-            check_materialised(self.model)
-        device, dtype = model_device_dtype(self.model)
-        images = images.to(device=device, dtype=dtype)
-        if known is None or not known.covers(images, structure):
-            check_finite(images)
-            known = find_discovery(
-                self.model, images, self._axes, self._options, structure, layers=self.layers, query=self.query
-            )
-            self._discovery, self._plan, self._verified = known, None, False
-            self._recording.without_statistics.clear()
-        return known.axes.channels_first(images), known
-
-    def _planned(self, discovery: Discovery) -> RecordingPlan:
-        if self._plan is None:
-            query = self.query
-            try:
-                wanted = select_sites(discovery.sites, self.layers, query)
-            except QueryError:
-                if not self.or_mean or query != "cls":
-                    raise
-                query = "mean"
-                wanted = select_sites(discovery.sites, self.layers, query)
-            device, tokens = discovery.known.conditions.device, self._recording.tokens or self._recording.patches
-            self._plan = plan_recording(
-                self.model, discovery.sites, query, wanted, device, tokens=tokens, from_end=counts_from_end(self.layers)
-            )
-        return self._plan
+    def _planned(self, discovery: Discovery) -> Recording:
+        if (planned := self._recording) is not None:
+            return planned
+        device, tokens = discovery.known.conditions.device, self._measured.tokens or self._measured.patches
+        plan = plan_recording(
+            self.model, discovery.sites, self.layers, self.query, device, or_mean=self.or_mean, tokens=tokens
+        )
+        self._latest = Recording(discovery, plan, self.layers, self._measured)
+        return self._latest

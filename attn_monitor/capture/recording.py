@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from attn_monitor.attention import LayerAttention
 from attn_monitor.capture.block_tokens import TokenStatistics, watch_tokens
-from attn_monitor.capture.every_query import EveryQueryOf, QueryStatistics, WantedStatistics, query_statistics
-from attn_monitor.capture.layer_selection import Layers, QuerySpec
+from attn_monitor.capture.choose_forward import Discovery
+from attn_monitor.capture.every_query import QueryStatistics, query_statistics
+from attn_monitor.capture.layer_selection import Layers
 from attn_monitor.capture.observe.attention_rows import Query, Sequences
-from attn_monitor.capture.observe.forward import Forward, run_forward
+from attn_monitor.capture.observe.forward import run_forward
 from attn_monitor.capture.observe.observation import (
     Observation,
     ObservedRows,
@@ -26,6 +27,7 @@ from attn_monitor.capture.observe.observation import (
     SiteKey,
 )
 from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.recording_options import RecordingOptions
 from attn_monitor.capture.recording_plan import RecordingPlan, SitePlan, other_number
 from attn_monitor.capture.sites import ReadableSite, prefix_names
 from attn_monitor.capture.verification import CheckResult, fetch_checks, mismatch, no_statistics
@@ -44,44 +46,32 @@ class Recording:
     """Record the layers of a plan, once for each call.
 
     Attributes:
+        discovery: The sites, and how to call the model.
+        plan: The sites to read.
         layers: The requested layers, for messages and for which tokens are kept.
-        nonfinite: "raise" refuses rows with NaN or infinity, "keep" returns them.
-        distance: Measure the mean attention distance over all queries.
-        tokens: Measure the tokens that enter each block.
-        patches: Keep the patch tokens of each layer, or of the last one for layers="all".
-        logits: Measure the largest logits.
-        sinks: Measure the norms of V and the attention that keys receive.
-        every_query: The layers in which every query is read.
+        options: What to measure.
+        verified: Whether an earlier call has compared rows with the model's output; the caller sets it.
         without_statistics: The layers without statistics over many queries, because rows failed the check, with the
             reasons.
     """
 
+    discovery: Discovery
+    plan: RecordingPlan
     layers: Layers
-    nonfinite: str
-    distance: bool
-    tokens: bool
-    patches: bool
-    logits: bool
-    sinks: bool
-    every_query: EveryQueryOf
+    options: RecordingOptions
+    verified: bool = False
     without_statistics: dict[int, str] = field(default_factory=dict)
 
     def __call__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        axes: Sequence[str],
-        forward: Forward,
-        plan: RecordingPlan,
-        verify: bool,
-        on_layer: OnLayer | None,
+        self, model: nn.Module, images: Tensor, verify: bool, on_layer: OnLayer | None
     ) -> list[LayerAttention]:
-        """Run the model on images (B, C, *size), whose ``axes`` have names, and return an entry for each planned site.
+        """Run the model on images (B, C, *size), and return an entry for each planned site.
 
         Raises:
             OtherLayersError: Not the sites that were discovered have run.
             AttentionError: A row is not what the model computed.
         """
+        plan, options, axes = self.plan, self.options, self.discovery.axes.spatial
         observed: dict[SiteKey, ObservedRows] = {}
         measured: dict[SiteKey, QueryStatistics] = {}
         last = list(plan.sites)[-1]
@@ -95,9 +85,8 @@ class Recording:
                 return
             if isinstance(site.folding, Sequences):
                 seen = seen.of_query(plan.sites[key].query)
-            whole = self.every_query == "all" or (self.every_query == "last" and key == last)
-            wanted = WantedStatistics(self.logits, self.sinks, self.distance, whole, plan.query)
-            measured[key] = query_statistics(seen, plan.sites[key], wanted, images.shape[2:], axes)
+            whole = options.every_query == "all" or (options.every_query == "last" and key == last)
+            measured[key] = query_statistics(seen, plan.sites[key], plan.query, options, whole, images.shape[2:], axes)
             error = seen.error
             if on_layer is not None and (others := on_layer(site, seen)) is not None:
                 error = others if error is None else torch.maximum(error, others)
@@ -116,12 +105,12 @@ class Recording:
             verify=verify,
             last=plan.last,
             known=plan.known,
-            logits=self.logits,
+            logits=options.logits,
         )
         with ExitStack() as stack:
             kept = list(plan.sites)[-1:] if self.layers == "all" else plan.sites
-            tokens = _watch_tokens(stack, len(images), plan, kept if self.patches else ())
-            run_forward(model, images, forward, observer, plan.watched)
+            tokens = _watch_tokens(stack, len(images), plan, kept if options.patches else ())
+            run_forward(model, images, self.discovery.forward, observer, plan.watched)
         if observer.beyond or (plan.known and not observer.passed_last):
             raise OtherLayersError(other_number(model, self.layers, plan, more=observer.beyond))
         missing = [planned.site for key, planned in plan.sites.items() if key not in observed]
@@ -133,7 +122,7 @@ class Recording:
         checks = fetch_checks([observed[key] for key in plan.sites])
         return [
             self._layer_attention(
-                type(model).__name__, axes, planned, plan.query, observed[key], check, measured[key], tokens.get(key)
+                type(model).__name__, axes, planned, observed[key], check, measured[key], tokens.get(key)
             )
             for (key, planned), check in zip(plan.sites.items(), checks, strict=True)
         ]
@@ -143,7 +132,6 @@ class Recording:
         model: str,
         axes: Sequence[str],
         planned: SitePlan,
-        query: QuerySpec,
         seen: ObservedRows,
         check: CheckResult,
         found: QueryStatistics,
@@ -151,13 +139,14 @@ class Recording:
     ) -> LayerAttention:
         """Check the rows of one site, and order their keys: the prefix first, then patches row by row."""
         site = planned.site
-        if self.nonfinite == "raise" and not check.finite:
+        if self.options.nonfinite == "raise" and not check.finite:
             raise NonFiniteAttentionError(f"layer {site.index} ({site.name}): its attention row holds NaN or infinity")
         if check.finite and not check.reproduces_output:
             raise mismatch(f"layer {site.index} ({site.name}, {seen.op})", check)
         measured: dict[str, Any] = {**found.of_row, **(found.of_many if self._holds(site, found, check) else {})}
         if check.kind == "signed":
             measured.pop("distance", None)
+        entering = tokens if self.options.tokens else None
         rows = seen.rows.float() if planned.order is None else seen.rows.float()[..., planned.order]
         return LayerAttention(
             layer=site.index,
@@ -169,10 +158,10 @@ class Recording:
             verified_error=check.error,
             kind=check.kind,
             places=site.layout.evidence,
-            norms=tokens.norms.float() if tokens is not None and self.tokens else None,
-            cosine=tokens.cosine.float() if tokens is not None and tokens.cosine is not None and self.tokens else None,
+            norms=None if entering is None else entering.norms.float(),
+            cosine=None if entering is None or entering.cosine is None else entering.cosine.float(),
             model=model,
-            query=str(query),
+            query=str(self.plan.query),
             prefix_names=prefix_names(site),
             patches=None if tokens is None else tokens.patches,
             **measured,

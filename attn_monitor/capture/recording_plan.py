@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.block_tokens import block_of
-from attn_monitor.capture.layer_selection import Layers, QuerySpec, Selection
+from attn_monitor.capture.layer_selection import Layers, QuerySpec, counts_from_end, select_sites
 from attn_monitor.capture.observe.attention_rows import Query
 from attn_monitor.capture.observe.forward import is_sharded
 from attn_monitor.capture.observe.module_paths import is_inside
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.sites import ReadableSite, Site
+from attn_monitor.errors import QueryError
 from attn_monitor.grid import Grid
 
 
@@ -60,24 +61,35 @@ class RecordingPlan:
 def plan_recording(
     model: nn.Module,
     sites: Sequence[Site],
+    layers: Layers,
     query: QuerySpec,
-    wanted: Selection,
     device: torch.device,
     *,
+    or_mean: bool,
     tokens: bool,
-    from_end: bool,
 ) -> RecordingPlan:
-    """Plan the recording of some sites.
+    """Plan the recording of the requested layers.
 
     Args:
         model: The model.
         sites: All of its sites.
+        layers: The requested layers; if counted from the encoder's end, their number must stay as discovered.
         query: The query to read.
-        wanted: The sites to record, each with the row to read there.
         device: The model's device.
+        or_mean: Read query="mean" instead of "cls" if there is no CLS token.
         tokens: Measure the tokens that enter the blocks too.
-        from_end: The layers were counted from the encoder's end, so the number of layers must be as discovered.
+
+    Raises:
+        AttentionError: A requested layer cannot be read, with the reason.
     """
+    try:
+        wanted = select_sites(sites, layers, query)
+    except QueryError:
+        if not or_mean or query != "cls":
+            raise
+        query = "mean"
+        wanted = select_sites(sites, layers, query)
+    from_end = counts_from_end(layers)
     modules = dict(model.named_modules())
     planned = {
         key: SitePlan(site, index, _order(site, device), _block(site, sites, modules, device) if tokens else None)

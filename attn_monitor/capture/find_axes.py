@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_monitor.capture.observe.forward import Forward, run_forward
-from attn_monitor.capture.observe.observer import AttentionObserver, with_frames
+from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.observe.patch_grids import with_frames
 from attn_monitor.errors import AttentionError, InputTypeError
 from attn_monitor.image_axes import SHAPES, ImageAxes, likely_axes, named_axes
 
@@ -83,7 +84,7 @@ class _ChannelObserver(AttentionObserver):
     """Leave the forward at the first convolution that takes the images, and keep the axes that it shows."""
 
     def __init__(self, likely: ImageAxes, images: Tensor) -> None:
-        super().__init__(lambda *_: None, lambda _: None, images=likely.channels_first(images), verify=False)
+        super().__init__(likely.channels_first(images))
         self.given = images
         self.found: ImageAxes | None = None
 

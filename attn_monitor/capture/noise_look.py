@@ -18,6 +18,7 @@ from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
 from attn_monitor.capture.observe.kinds.unwritten_memory import UnwrittenMemory
 from attn_monitor.capture.observe.observation import Observation, ObservedRows, RefusedObservation, SiteKey
 from attn_monitor.capture.observe.observer import AttentionObserver
+from attn_monitor.capture.observe.patch_grids import ObservedConvolutions
 from attn_monitor.capture.observe.random_projections import (
     change_threshold,
     off_device,
@@ -49,13 +50,15 @@ class DiscoveringObserver(AttentionObserver):
     """Observe a forward of which nothing is known; see `AttentionObserver`.
 
     Attributes:
+        convolutions: Those on images, or on features of whole images.
         memory: What unseen kernels leave.
     """
 
     discovers = True
 
     def __init__(self, report: Callable[[SiteKey, Observation], None], images: Tensor) -> None:
-        super().__init__(report, lambda key: 0, images=images, queries=(0,))
+        super().__init__(images, report, lambda key: 0, queries=(0,))
+        self.convolutions = ObservedConvolutions(images)
         self.memory = UnwrittenMemory()
 
     @errors_from("monitor")
@@ -68,6 +71,9 @@ class DiscoveringObserver(AttentionObserver):
     def _attended(self, call: AttentionCall) -> None:
         self.memory.written(call.product().out)
         super()._attended(call)
+
+    def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
+        self.convolutions.add(args, out)
 
 
 def look_at_noise(model: nn.Module, images: Tensor, forward: Forward) -> tuple[list[Candidate], DiscoveringObserver]:

@@ -98,9 +98,9 @@ class Recording:
             key: 0 if key in joined else planned.query for key, planned in plan.sites.items()
         }
         observer = AttentionObserver(
+            images,
             report,
-            lambda key: queries.get(key),
-            images=images,
+            queries.get,
             queries=set(queries.values()),
             verify=verify,
             last=plan.last,

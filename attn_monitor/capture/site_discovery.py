@@ -86,7 +86,7 @@ def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site,
             {c.key: SiteFormat(c.folding, checks[c.key].kind == "distribution") for c in global_sites},
             keys=first.seen.keys,
             moving={c.key: c.moving for c in global_sites},
-            convs=observer.convs,
+            convs=observer.convolutions.found,
             batch_size=min(len(images), 8),
         )
     reasons: dict[SiteKey, str] = {}

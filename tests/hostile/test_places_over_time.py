@@ -50,9 +50,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seen["discoveries"] += 1
         return discover(*args)
 
-    def begun(self: AttentionObserver, *args: Any, images: Tensor, **settings: Any) -> None:
+    def begun(self: AttentionObserver, images: Tensor, *args: Any, **settings: Any) -> None:
         seen["images"] += len(images)
-        begin(self, *args, images=images, **settings)
+        begin(self, images, *args, **settings)
 
     monkeypatch.setattr(site_cache, "discover", discovered)
     monkeypatch.setattr(AttentionObserver, "__init__", begun)

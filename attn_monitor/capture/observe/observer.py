@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -26,11 +25,8 @@ from attn_monitor.capture.observe.kinds.kind import (
     Operation,
     receives_no_context,
 )
-from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.capture.observe.module_paths import common_path
 from attn_monitor.capture.observe.observation import Observation, RefusedObservation, SiteKey
-from attn_monitor.capture.observe.patch_grids import PatchConv
-from attn_monitor.grid import GridGeometry
 
 
 class StopForward(BaseException):
@@ -44,9 +40,9 @@ class AttentionObserver(TorchDispatchMode):
     """Report each attention operation that runs inside the watched modules.
 
     Args:
-        report: Called with (key, observation) for each operation that is read.
-        query: Returns the query to read at a site; None to skip the operation.
         images: (B, C, *size), those that the model runs on.
+        report: Called with (key, observation) for each operation that is read.
+        query: Returns the query to read at a site; None to skip the operation, as all are by default.
         queries: Every query that ``query`` may return.
         verify: Compare row·V with the operation's output.
         last: The site after which the forward can be left; None to run to its end.
@@ -61,10 +57,10 @@ class AttentionObserver(TorchDispatchMode):
 
     def __init__(
         self,
-        report: Callable[[SiteKey, Observation], None],
-        query: Callable[[SiteKey], Query | None],
-        *,
         images: Tensor,
+        report: Callable[[SiteKey, Observation], None] = lambda *_: None,
+        query: Callable[[SiteKey], Query | None] = lambda _: None,
+        *,
         queries: Collection[Query] = (),
         verify: bool = True,
         last: SiteKey | None = None,
@@ -72,14 +68,10 @@ class AttentionObserver(TorchDispatchMode):
         logits: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.report, self.query, self.verify, self.last = report, query, verify, last
-        self.known = known
+        self.report, self.query, self.verify, self.last, self.known = report, query, verify, last, known
         self.passed_last, self.beyond = False, False
         self.stopped = False  # the forward was left; nothing more is observed if the model continues
-        self.batch, self.channels, *self.size = images.shape
-        self._images, self._strides = Memory(images), images.stride()
-        self.convs: list[PatchConv] = []  # convolutions on pixels, and on features of whole images
-        self._cropped = False  # the current convolutions see a part of the images
+        self.batch = len(images)
         self.failure: Exception | None = None  # a bug in the observer itself, which then stops observing
         self.quantised = False  # linear layers are quantised by the range of the whole tensor
         self.elsewhere = ""  # path of a module that ran in another thread, where operations are not observed
@@ -127,8 +119,7 @@ class AttentionObserver(TorchDispatchMode):
             if here and self.state.modules and self.state.path == path:
                 self.state.modules.pop()
                 if not self.state.modules:
-                    self._forget()
-                    self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                    self._exit_mode()
 
         return hook
 
@@ -136,12 +127,12 @@ class AttentionObserver(TorchDispatchMode):
         # PyTorch calls no hooks after `StopForward`, which is no `Exception`.
         if self.state.modules:
             self.state.modules.clear()
-            self._forget()
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._exit_mode()
 
-    def _forget(self) -> None:
+    def _exit_mode(self) -> None:
         for kind in self._kinds.values():
             kind.forget()
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -253,41 +244,4 @@ class AttentionObserver(TorchDispatchMode):
         raise StopForward
 
     def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
-        """Keep the grid of a convolution on the images, or on features of whole images."""
-        x, of_frames = args[0], self.size[: len(self.size) - (out.ndim - 2)]
-        if out.ndim - 2 > len(self.size) or out.shape[0] != self.batch * math.prod(of_frames):
-            return
-        # A convolution that runs on single frames, with a batch of them, has a kernel of one frame.
-        x, out = (with_frames(t, (self.batch, *of_frames)) for t in (x, out))
-        each = [1] * len(of_frames)
-        rank, kernel = out.ndim - 2 - len(each), (*each, *args[1].shape[2:])
-        stride, padding = ((*each, *a * (rank // len(a))) for a in args[3:5])  # one number stands for all axes
-        padding = (*(0 for _ in each), *padding[len(each) :])
-        on_pixels = x.shape[1] == self.channels
-        if on_pixels:
-            sizes = (sorted(size) for size in (x.shape[2:], self.size))  # axes may be exchanged
-            self._cropped = any(seen < whole for seen, whole in zip(*sizes, strict=True))
-        disjoint = on_pixels and kernel == stride
-        if disjoint or not self._cropped:
-            overlap = [(k - s) / 2 if on_pixels else 0.0 for k, s in zip(kernel, stride, strict=True)]
-            origin = tuple(float(o - p) for o, p in zip(overlap, padding, strict=True))
-            geometry = GridGeometry(origin, tuple(map(float, stride)), tuple(overlap))
-            grid, size = tuple(out.shape[2:]), tuple(x.shape[2:])
-            # A mirrored image has the same size; where orientation matters, accept only the image's own memory.
-            tiled = geometry.unless_whole(grid, size) is None or self._is_image(x)
-            seen = None if [*size] == self.size and tiled else size
-            self.convs.append(PatchConv(grid, geometry, disjoint, seen, on_pixels=on_pixels))
-            if on_pixels and seen is not None:
-                self._saw_other_pixels(x)
-
-    def _is_image(self, x: Tensor) -> bool:
-        return self._images.holds(x) and x.stride() == self._strides
-
-    def _saw_other_pixels(self, x: Tensor) -> None:
-        """Handle a convolution on pixels (B, C, *size) that are not the unchanged images; subclasses override this."""
-
-
-def with_frames(x: Tensor, batch: Sequence[int]) -> Tensor:
-    """Return (B · frames, C, …) as (B, C, *frames, …), for ``batch`` = (B, *frames)."""
-    frames: Tensor = x.unflatten(0, tuple(batch))
-    return frames.movedim(len(batch), 1)
+        """Take note of a convolution that has run; subclasses override this."""

@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.grid import Grid, GridGeometry
 
 _MERGES = (2, 4, 8, 16)  # patches per side in a coarser token of a pyramid
@@ -47,6 +49,59 @@ class PatchConv:
     def cell_of_pixels(self, size: Sequence[int]) -> Tensor:
         """Return the cell index of each pixel, (*size), or -1 where no cell covers it."""
         return self.placed_grid.cell_of_pixels(size)
+
+
+class ObservedConvolutions:
+    """Collect the grids of the convolutions on images, or on features of whole images, in one forward.
+
+    Args:
+        images: (B, C, *size), those that the model runs on.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.found: list[PatchConv] = []
+        self._batch, self._channels, *self._size = images.shape
+        self._images, self._strides = Memory(images), images.stride()
+        self._cropped = False  # the current convolutions see a part of the images
+
+    def add(self, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        """Keep the grid of a convolution.
+
+        Returns:
+            Its input (B, C, *size), if it sees pixels, but not the unchanged images; None otherwise.
+        """
+        x, of_frames = args[0], self._size[: len(self._size) - (out.ndim - 2)]
+        if out.ndim - 2 > len(self._size) or out.shape[0] != self._batch * math.prod(of_frames):
+            return None
+        # A convolution that runs on single frames, with a batch of them, has a kernel of one frame.
+        x, out = (with_frames(t, (self._batch, *of_frames)) for t in (x, out))
+        each = [1] * len(of_frames)
+        rank, kernel = out.ndim - 2 - len(each), (*each, *args[1].shape[2:])
+        stride, padding = ((*each, *a * (rank // len(a))) for a in args[3:5])  # one number stands for all axes
+        padding = (*(0 for _ in each), *padding[len(each) :])
+        on_pixels = x.shape[1] == self._channels
+        if on_pixels:
+            sizes = (sorted(size) for size in (x.shape[2:], self._size))  # axes may be exchanged
+            self._cropped = any(seen < whole for seen, whole in zip(*sizes, strict=True))
+        disjoint = on_pixels and kernel == stride
+        if self._cropped and not disjoint:
+            return None
+        overlap = [(k - s) / 2 if on_pixels else 0.0 for k, s in zip(kernel, stride, strict=True)]
+        origin = tuple(float(o - p) for o, p in zip(overlap, padding, strict=True))
+        geometry = GridGeometry(origin, tuple(map(float, stride)), tuple(overlap))
+        grid, size = tuple(out.shape[2:]), tuple(x.shape[2:])
+        # A mirrored image has the same size; where orientation matters, accept only the image's own memory.
+        same_memory = self._images.holds(x) and x.stride() == self._strides
+        tiled = geometry.unless_whole(grid, size) is None or same_memory
+        seen = None if [*size] == self._size and tiled else size
+        self.found.append(PatchConv(grid, geometry, disjoint, seen, on_pixels=on_pixels))
+        return x if on_pixels and seen is not None else None
+
+
+def with_frames(x: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return (B · frames, C, …) as (B, C, *frames, …), for ``batch`` = (B, *frames)."""
+    frames: Tensor = x.unflatten(0, tuple(batch))
+    return frames.movedim(len(batch), 1)
 
 
 def candidate_grids(

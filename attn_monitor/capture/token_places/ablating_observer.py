@@ -68,7 +68,7 @@ class AblatingObserver(AttentionObserver):
         exchanged: Mapping[Call, Tensor] | None = None,
         sketch_size: int = SIZE,
     ) -> None:
-        super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
+        super().__init__(images)
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.exchanged, self.sketch_size = exchanged or {}, sketch_size
         self.tokens = Tokens()

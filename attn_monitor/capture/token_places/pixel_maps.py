@@ -10,13 +10,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_monitor.capture.observe.forward import run_forward
 from attn_monitor.capture.observe.observer import AttentionObserver
-from attn_monitor.capture.observe.patch_grids import PatchConv
+from attn_monitor.capture.observe.patch_grids import ObservedConvolutions, PatchConv
 from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.capture.token_places.synthetic_images import along_axes, evenly_changed
 from attn_monitor.grid import GridGeometry
@@ -38,12 +39,14 @@ class _PixelObserver(AttentionObserver):
     """Record which input pixels of convolutions differ between the first image and each of the others."""
 
     def __init__(self, images: Tensor) -> None:
-        super().__init__(lambda *_: None, lambda _: None, images=images, verify=False)
+        super().__init__(images)
+        self._convolutions = ObservedConvolutions(images)
         self.changed: dict[int, list[list[_Extent]]] = {}  # by convolution, then image, then axis
 
-    def _saw_other_pixels(self, x: Tensor) -> None:
-        differences = (x[1:] - x[:1]).abs().float().amax(1)  # (B - 1, *size)
-        self.changed[len(self.convs) - 1] = [[_extent(d, axis) for axis in range(d.ndim)] for d in differences]
+    def _convolution(self, args: tuple[Any, ...], out: Tensor) -> None:
+        if (x := self._convolutions.add(args, out)) is not None:
+            differences, number = (x[1:] - x[:1]).abs().float().amax(1), len(self._convolutions.found) - 1
+            self.changed[number] = [[_extent(d, axis) for axis in range(d.ndim)] for d in differences]
 
 
 def locate_convs(ablated_model: AblatedModel, images: Tensor, convs: Sequence[PatchConv], keys: int) -> list[PatchConv]:

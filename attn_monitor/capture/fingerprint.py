@@ -11,16 +11,15 @@ from __future__ import annotations
 import functools
 import logging
 import types
-import weakref
 import zlib
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.capture.comparable import Checksum, SameObject, checksum_of
 from attn_monitor.capture.observe.isolation import all_modules, are_sharded
 from attn_monitor.capture.observe.kinds.memory import place_of
 
@@ -48,7 +47,6 @@ _PLAIN = (*_SCALARS, list, tuple, dict, Set, Tensor, np.ndarray, np.generic)
 # Limits on time: values with more bytes or items are compared by address and length; objects within objects, and those
 # reached through more functions, by identity.
 _BYTES, _ITEMS, _STEPS = 2**20, 1000, 8
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def state_of(model: nn.Module, forward: Callable[..., Any]) -> State:
@@ -86,14 +84,14 @@ class _Reader:
     def __init__(self, sharded: bool) -> None:
         self._sharded = sharded
         self._items: dict[Key, Item] = {}
-        self._sums: list[tuple[_Sum, Tensor]] = []
+        self._sums: list[tuple[Checksum, Tensor]] = []
         self._open: set[int] = set()  # ids of values being read, against cycles
         self._objects: dict[int, Any] = {}  # results by id, for objects such as a configuration that all modules share
         self._numbers = True  # whether the current value contains only numbers
 
     def finished(self) -> State:
         """Fetch the checksums of tensors and return all items."""
-        by_device: dict[torch.device, list[tuple[_Sum, Tensor]]] = {}
+        by_device: dict[torch.device, list[tuple[Checksum, Tensor]]] = {}
         for entry in self._sums:
             by_device.setdefault(entry[1].device, []).append(entry)
         for entries in by_device.values():
@@ -150,7 +148,7 @@ class _Reader:
             self.value(key, value)
 
     def _object(self, key: Key, value: Any) -> None:
-        self._items[key] = Item("other", _Same(value) if isinstance(value, nn.Module) else type(value))
+        self._items[key] = Item("other", SameObject(value) if isinstance(value, nn.Module) else type(value))
         known = id(value) in self._open or len(key) > _STEPS
         if not known and not _is_ours(value) and (not self._sharded or key[0] == "forward"):
             self._open.add(id(value))
@@ -160,7 +158,7 @@ class _Reader:
     def _function(self, key: Key, function: Any) -> None:
         """Read a function's code and default arguments, then each value that it can reach as an item of its own."""
         if id(function) in self._open or len(key) > _STEPS:
-            self._items[key] = Item("other", _Same(function))
+            self._items[key] = Item("other", SameObject(function))
             return
         self._open.add(id(function))
         if isinstance(function, functools.partial):
@@ -227,7 +225,7 @@ class _Reader:
                 self._objects[id(value)] = kind, inner
             return kind, inner
         self._numbers = False
-        return (kind, len(value)) if container else _Same(value)
+        return (kind, len(value)) if container else SameObject(value)
 
     def _inside(self, value: Any, budget: int) -> Any:
         if not isinstance(value, (list, tuple, dict, Set)):
@@ -254,48 +252,8 @@ class _Reader:
             return *facts, place_of(tensor), None if tensor.is_inference() else tensor._version
         if tensor.is_quantized or not tensor.nbytes or not storage.nbytes():  # FSDP frees what it has sharded
             return facts
-        self._sums.append((_Sum(), _checksum(tensor)))
+        self._sums.append((Checksum(), checksum_of(tensor)))
         return *facts, self._sums[-1][0]
-
-
-@torch.no_grad()
-def _checksum(tensor: Tensor) -> Tensor:
-    """Compute a checksum that depends on every element and its position."""
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    words = flat.view(_INTEGERS[flat.element_size()]).long()
-    weights = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131  # the golden ratio's 64 bits
-    return (words * (weights ^ (weights >> 29))).sum()
-
-
-@dataclass(slots=True)
-class _Sum:
-    """Hold the checksum of a tensor once it has been fetched."""
-
-    value: int = 0
-
-    def __hash__(self) -> int:
-        return 0
-
-
-class _Same:
-    """Refer to an object by identity without keeping it alive."""
-
-    __slots__ = ("_id", "_ref")
-
-    def __init__(self, value: Any) -> None:
-        self._id = id(value)
-        try:
-            self._ref: weakref.ref[Any] | None = weakref.ref(value)
-        except TypeError:  # functions written in C, and objects with slots
-            self._ref = None
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or self._id != other._id or (self._ref is None) != (other._ref is None):
-            return False
-        return self._ref is None or other._ref is None or self._ref() is other._ref() is not None
-
-    def __hash__(self) -> int:
-        return self._id
 
 
 def _is_object(value: Any) -> bool:

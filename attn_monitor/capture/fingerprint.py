@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attn_monitor.capture.comparable import Checksum, SameObject, checksum_of
 from attn_monitor.capture.observe.isolation import all_modules, are_sharded
-from attn_monitor.capture.observe.kinds.memory import place_of
+from attn_monitor.capture.observe.memory import place_of
 
 Key = tuple[Any, ...]
 """The location of an item, such as (number of the module, name of the attribute)."""

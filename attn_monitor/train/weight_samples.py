@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attn_monitor.capture.observe.kinds.memory import place_of
+from attn_monitor.capture.observe.memory import place_of
 from attn_monitor.capture.role_names import role_of
 from attn_monitor.measure.ema_steps import Sampled
 

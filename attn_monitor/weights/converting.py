@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attn_monitor.capture.observe.kinds.memory import place_of
+from attn_monitor.capture.observe.memory import place_of
 
 POSITIONS = re.compile(r"pos(ition(al)?)?_emb")
 MOST_PREFIX_TOKENS = 16  # CLS, distillation, registers

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_monitor.attention import on_host, packed, unpacked
-from attn_monitor.capture.observe.kinds.memory import fetched_once
+from attn_monitor.capture.observe.memory import fetched_once
 from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.measure.metrics import measure, select_metrics
 from attn_monitor.monitor import AttentionMonitor

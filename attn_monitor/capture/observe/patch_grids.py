@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.memory import Memory
 from attn_monitor.grid import Grid, GridGeometry
 
 _MERGES = (2, 4, 8, 16)  # patches per side in a coarser token of a pyramid

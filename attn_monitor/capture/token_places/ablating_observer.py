@@ -23,7 +23,7 @@ from attn_monitor.capture.observe.kinds.attention_product import AttentionProduc
 from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention
 from attn_monitor.capture.observe.kinds.explicit_call import ExplicitCall
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, Operation
-from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.memory import Memory
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.observer import AttentionObserver
 from attn_monitor.capture.observe.random_projections import (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from attn_monitor.capture.observe.isolation import may_be_sharded
-from attn_monitor.capture.observe.kinds.memory import place_of
+from attn_monitor.capture.observe.memory import place_of
 
 _LARGEST, _MOST = 65536, 8
 _BESIDE = ("cat", "stack", "copy", "where", "masked", "index", "slice", "select", "scatter", "expand", "repeat")

@@ -12,8 +12,8 @@ from attn_monitor.capture.observe.kinds.attention_product import AttentionProduc
 from attn_monitor.capture.observe.kinds.explicit import ExplicitAttention
 from attn_monitor.capture.observe.kinds.explicit_call import ExplicitCall
 from attn_monitor.capture.observe.kinds.kind import ForwardState
-from attn_monitor.capture.observe.kinds.memory import Memory
 from attn_monitor.capture.observe.kinds.weights import Weights, both_ways
+from attn_monitor.capture.observe.memory import Memory
 from attn_monitor.capture.observe.observation import SiteKey
 from attn_monitor.capture.observe.random_projections import off_device, sketch
 from attn_monitor.capture.token_places.tokens import SiteFormat, Tokens

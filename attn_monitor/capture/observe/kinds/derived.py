@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from attn_monitor.capture.observe.kinds.memory import storage_of
+from attn_monitor.capture.observe.memory import storage_of
 
 
 class Derived:

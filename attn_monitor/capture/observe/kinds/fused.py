@@ -16,7 +16,7 @@ from attn_monitor.capture.observe.attention_rows import Chunk, Query, chunks_of,
 from attn_monitor.capture.observe.kinds.attention_product import AttentionProduct
 from attn_monitor.capture.observe.kinds.kernel_arguments import KernelOptions
 from attn_monitor.capture.observe.kinds.kind import AttentionCall, AttentionKind, Operation, read_rows, unreadable
-from attn_monitor.capture.observe.kinds.memory import fetched_once
+from attn_monitor.capture.observe.memory import fetched_once
 from attn_monitor.capture.observe.observation import Observation, RefusedObservation
 
 _HIDES = 5e3  # no score makes up for such a bias; masks hold -1e4, -1e9, the smallest number or -inf

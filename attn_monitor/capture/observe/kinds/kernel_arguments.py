@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from attn_monitor.capture.observe.kinds.kind import Operation
-from attn_monitor.capture.observe.kinds.memory import fetched_once
+from attn_monitor.capture.observe.memory import fetched_once
 
 _QKV = (("query", "key", "value"), ("q", "k", "v"))
 _SCALE = ("scale", "softmax_scale", "sm_scale")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_monitor.capture.observe.kinds.kind import Operation
-from attn_monitor.capture.observe.kinds.memory import storage_of
+from attn_monitor.capture.observe.memory import storage_of
 
 aten = torch.ops.aten
 _ALLOCATE = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_monitor.capture.observe.attention_rows import Query, widen, widened_dtype
 from attn_monitor.capture.observe.kinds.kind import is_foreign_type
-from attn_monitor.capture.observe.kinds.memory import Memory
+from attn_monitor.capture.observe.memory import Memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class Watch:
         every_n_train_steps: optimizer steps between snapshots; None is as in `AttentionMapCallback`, about 50 in a run.
             Without ``total_steps`` the distances grow: steps 1, 2, 4, …, 64, then 50 steps and more.
         total_steps: length of the run in optimizer steps, None if unknown.
-        layers: this and all other arguments are those of `AttentionMapCallback`.
+        layers: this and the arguments after it are those of `AttentionMapCallback`.
 
     Raises:
         ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's; the lower the temperature, the more the nearest count
 PENALTY = 1.0  # weight of the squared norm in the ridge, on features of unit variance
@@ -33,9 +34,9 @@ def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, *, k: int = NEI
         >>> knn_predictions(train, labels, torch.tensor([[0.1, 1.0]]), k=2).tolist()
         [1]
     """
-    known, count = _unit(train), int(labels.max()) + 1
+    known, count = normalize(train.double()), int(labels.max()) + 1
     found = []
-    for rows in _unit(test).split(CHUNK):
+    for rows in normalize(test.double()).split(CHUNK):
         nearest = (rows @ known.T).topk(min(k, len(known)))
         votes = torch.zeros(len(rows), count, dtype=known.dtype, device=known.device)
         found.append(votes.scatter_add_(1, labels[nearest.indices], (nearest.values / TEMPERATURE).exp()).argmax(1))
@@ -80,9 +81,3 @@ def ridge_predictions(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Return the share of predictions that are right, 0 to 1."""
     return float((predictions == labels).double().mean())
-
-
-def _unit(features: Tensor) -> Tensor:
-    rows = features.double()
-    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
-    return unit

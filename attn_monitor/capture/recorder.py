@@ -149,7 +149,8 @@ class AttentionRecorder:
         self.layers, self.query, self.or_mean = check_layers(layers), check_query(query), or_mean
         self.verify = check_verify(verify)
         self._measured = RecordingOptions(nonfinite, distance, tokens, patches, logits, sinks, every_query)
-        self._watched, self._follows = WatchedModel(model, forward_options(forward), axes, layers, query), follow
+        self._watched = WatchedModel(self.model, forward_options(forward), axes, self.layers, self.query)
+        self._follows = follow
         self._latest: Recording | None = None
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from attn_monitor.attention_snapshot import AttentionSnapshot
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.distributed import RankZero
-from attn_monitor.errors import with_role
+from attn_monitor.errors import ForwardError, ProbeError, with_role
 from attn_monitor.measurements import HealthFlag, Metrics
 from attn_monitor.monitor import AttentionMonitor
 from attn_monitor.train.cost import Cost
@@ -144,7 +144,7 @@ class Run:
 
     def snapshot(self, wanted: SnapshotRequest) -> AttentionSnapshot | None:
         """Take a snapshot and publish it; return None if it failed."""
-        taken, step = list[AttentionSnapshot](), wanted.step
+        taken, step = list[AttentionSnapshot | None](), wanted.step
         self.errors.report()
         with self.cost.of_a_snapshot(step):
             self._ema.end(step)
@@ -251,8 +251,10 @@ class Run:
 
     def _take(
         self, wanted: SnapshotRequest, flags: Sequence[HealthFlag], paused: Sequence[str], training: Metrics
-    ) -> AttentionSnapshot:
+    ) -> AttentionSnapshot | None:
         """Take a snapshot, publish it unless its images are yet to be compared, and watch the next steps.
+
+        There is none yet where the models refuse images as the data holds them.
 
         Args:
             wanted: the snapshot to take.
@@ -266,7 +268,12 @@ class Run:
             looked_at = {role: model for role, model in models.items() if role not in paused} or models
             if first:
                 with self.cost.of_discovery():
-                    monitor = self._check(looked_at)
+                    try:
+                        monitor = self._check(looked_at)
+                    except (ForwardError, ProbeError):
+                        if not self.errors.strict and self.probe.await_entering(models.values(), wanted.batch):
+                            return None
+                        raise
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
             if (evaluate := self._evaluate) is not None:

@@ -41,7 +41,7 @@ class RunErrors:
     def __init__(self, warn: Callable[[str], None], *, strict: bool, raises: bool, watched: bool) -> None:
         self.failures = Failures(HINT)
         self.stage = Stage.STARTING if watched else Stage.UNWATCHED
-        self._warn, self._strict, self._raises = warn, strict or raises, raises
+        self._warn, self.strict, self._raises = warn, strict or raises, raises
         self._searches = 2  # for models; those that are not found may be built in the first step
         self._missed = False  # whether the latest search found none, and another one follows
 
@@ -66,13 +66,13 @@ class RunErrors:
         Before the first step, an error that the user can fix ends the run if ``strict``, else only its watching. Models
         that are not found may be built in the first step, so they are searched once more after it.
         """
-        raising = {Stage.STARTING: USER_ERRORS, Stage.TRAINING: () if self._strict else (NoAttentionError,)}
+        raising = {Stage.STARTING: USER_ERRORS, Stage.TRAINING: () if self.strict else (NoAttentionError,)}
         self._missed = False
         try:
             with reporting(self.failures.note):
                 return self.failures.attempt(part, action, raising=raising.get(self.stage, ()))
         except USER_ERRORS as error:
-            if self._strict:
+            if self.strict:
                 raise
             self._missed = self._searches > 1 and isinstance(error, NoAttentionError)
             if not self._missed:

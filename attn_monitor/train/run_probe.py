@@ -87,6 +87,21 @@ class RunProbe:
         """Observe what enters the models after a first snapshot, unless that is known; return whether that is done."""
         return not self._is_known and not self._kept.resumed and self._observe(models, batch)
 
+    def await_entering(self, models: Iterable[nn.Module], batch: Any) -> bool:
+        """Drop images of the run's data that the models refuse, as its steps may turn, stack or clean them.
+
+        Those that enter the models in the next step are watched then.
+
+        Returns:
+            Whether that is done; not where the images were given, or models are known to receive them.
+        """
+        if self._kept.options.probe.are_given or self._is_known or self._kept.resumed:
+            return False
+        if not self._observe(models, batch):
+            return False
+        self._kept.monitor = None
+        return True
+
     @property
     def is_observing(self) -> bool:
         """Whether hooks are on the models."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
 from attn_monitor.train.backbone_inputs import BackboneInputs, alike, find_preparation
 from tests.support.helpers import Distillation, tiny_vit, trainer
+from tests.support.more_axes import AnyViT
 from tests.support.oracle import attention_matrices
 
 PIXELS = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(255).round()
@@ -181,3 +183,43 @@ def test_what_is_compiled_gets_no_hook() -> None:
     compiled = torch.compile(model, backend="eager")
     assert not BackboneInputs([compiled], batch, 8).can_see
     assert not BackboneInputs([model], batch, 8).can_see  # something is: a function of the loop could be
+
+
+VOLUME = torch.rand(1, 8, 32, 24, generator=torch.Generator().manual_seed(1))
+GAPS = VOLUME.where(VOLUME > 0.1, torch.nan)
+
+
+class Turns(pl.LightningModule):
+    """A volume model that gets its batch in another shape than data holds it, or cleaned, by ``turn``."""
+
+    def __init__(self, turn: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.backbone, self.turn = AnyViT((8, 32, 24), (2, 8, 8), channels=1), turn
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(self.turn(batch))
+        return self.backbone(self.seen[-1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sample", "turn", "collate"),
+    [
+        (VOLUME[0], lambda batch: batch[:, None], None),
+        (VOLUME.movedim(0, -1), lambda batch: batch.movedim(-1, 1), None),
+        (VOLUME, torch.stack, list),
+        (GAPS, torch.nan_to_num, None),
+    ],
+)
+def test_images_that_the_step_turns_are_watched_as_they_enter(
+    sample: Tensor, turn: Callable[[Any], Tensor], collate: Any, tmp_path: Path
+) -> None:
+    callback, module = AttentionMapCallback(every_n_train_steps=1), Turns(turn)
+    loader = DataLoader([sample + n for n in range(4)], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    trainer(tmp_path, callback, max_steps=2).fit(module, loader)
+    assert callback.monitor is not None
+    assert torch.equal(callback.monitor.probe.images, module.seen[0])
+    assert load_snapshots(tmp_path / "run" / "version_0" / "attn_monitor")

@@ -13,15 +13,12 @@ from tests.faults.test_harmless import assert_equal
 from tests.integration.test_distributed import assert_same_attention
 from tests.support.helpers import Distillation
 from tests.support.processes import launch
-from tests.support.releases import LIGHTNING, TORCH
-
-if TORCH < (2, 6) or LIGHTNING < (2, 4):
-    reason = "torch.distributed.fsdp holds FSDP2 from PyTorch 2.6 on, Lightning has ModelParallelStrategy from 2.4 on"
-    pytest.skip(reason, allow_module_level=True)
-
+from tests.support.releases import since_lightning, since_torch
 from tests.support.sharded_work import WAYS
 
 pytestmark = pytest.mark.slow
+in_trainer = since_lightning(2, 4, "ModelParallelStrategy shards by FSDP2")
+on_cpus = since_torch(2, 6, "FSDP2 needs no CUDA, and torch.distributed.fsdp holds it")
 Seen = dict[str, Any]
 
 
@@ -35,6 +32,7 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     return launch("tests.support.sharded_work:by_hand", tmp_path_factory.mktemp("by_hand"), processes=2)
 
 
+@in_trainer
 @pytest.mark.parametrize("way", WAYS)
 def test_sharded_training_is_bit_identical(trained: list[Seen], way: str) -> None:
     seen = [rank[way] for rank in trained]
@@ -46,6 +44,7 @@ def test_sharded_training_is_bit_identical(trained: list[Seen], way: str) -> Non
     assert seen[0]["attention"]["step"] == 4
 
 
+@in_trainer
 @pytest.mark.parametrize("way", WAYS)
 def test_the_whole_is_that_of_an_unsharded_model(trained: list[Seen], way: str) -> None:
     seen = trained[0][way]
@@ -59,12 +58,14 @@ def test_the_whole_is_that_of_an_unsharded_model(trained: list[Seen], way: str) 
         torch.testing.assert_close(rows, alone.rows(role), atol=tolerance, rtol=10 * tolerance)
 
 
+@on_cpus
 def test_parts_of_a_unit_are_run_through_it(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         for together, alone in rank["rows"]:
             torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
+@on_cpus
 def test_a_unit_that_is_not_entered_is_named(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         kind, text = rank["outside"]
@@ -72,6 +73,7 @@ def test_a_unit_that_is_not_entered_is_named(by_hand: list[Seen]) -> None:
         assert "forward=forward_within(the outermost FSDP module)" in text
 
 
+@on_cpus
 def test_a_failed_forward_does_not_harm_training(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         kind, text = rank["fails"]
@@ -83,6 +85,7 @@ def test_a_failed_forward_does_not_harm_training(by_hand: list[Seen]) -> None:
         assert not rank["stuck"]
 
 
+@on_cpus
 def test_a_role_that_fails_leaves_the_other_whole(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         seen = rank["one of two"]
@@ -91,6 +94,7 @@ def test_a_role_that_fails_leaves_the_other_whole(by_hand: list[Seen]) -> None:
         assert seen["whole"] == []
 
 
+@on_cpus
 def test_heads_split_over_processes_are_refused(by_hand: list[Seen]) -> None:
     for rank in by_hand:
         kind, text = rank["split"]

@@ -10,25 +10,18 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    MixedPrecisionPolicy,
-    StateDictType,
-    fully_shard,
-)
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from attn_monitor import AttentionMapCallback, AttentionMonitor, ProbeBatch, forward_within
 from tests.faults.test_harmless import Recorded
 from tests.support.distributed_work import IMAGES, PROCESSES, Seen, attention_of
+from tests.support.fsdp import CPUOffloadPolicy, DTensor, MixedPrecisionPolicy, fully_shard
 from tests.support.helpers import Distillation, error_of, loader, tiny_vit, trainer
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -127,7 +120,9 @@ class Averageless(Recorded):
         pass
 
 
-def two() -> ModelParallelStrategy:
+def two() -> Any:
+    from lightning.pytorch.strategies import ModelParallelStrategy  # from Lightning 2.4 on
+
     return ModelParallelStrategy(data_parallel_size=PROCESSES, tensor_parallel_size=1)
 
 

@@ -30,7 +30,8 @@ def default_forward(model: nn.Module, images: Tensor) -> Any:
 def check_materialised(model: nn.Module) -> None:
     """Raise `ForwardError` if a parameter has no values here (meta device, lazy module, ZeRO stage 3)."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+        # Not isinstance(…, UninitializedParameter): PyTorch 2.4 takes a DTensor for one.
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
             raise ForwardError(
                 f"{type(model).__name__} cannot run yet: its parameter {name!r} has no values (meta device, or a lazy "
                 "module). Look at it after it has been materialised: Lightning does so in configure_model"

@@ -14,6 +14,7 @@ from attn_monitor.capture.backbones import find_backbones, resolve_targets
 from attn_monitor.errors import NoAttentionError, TargetError
 from tests.support import zoo
 from tests.support.helpers import tiny_vit
+from tests.support.releases import TRANSFORMERS
 
 vit = functools.partial(tiny_vit, depth=1)
 
@@ -167,7 +168,7 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     ),
     "Hugging Face CLIP": (
         lambda: module(clip=hugging_face("CLIPVisionModel", "CLIPVisionConfig")),
-        {"backbone": "clip"},
+        {"backbone": "clip" if TRANSFORMERS >= (5, 0) else "clip.vision_model"},
     ),
     "torchvision": (lambda: module(net=zoo.torchvision_vit()), {"backbone": "net"}),
     "open_clip": (zoo.open_clip_tower, {"backbone": "visual"}),

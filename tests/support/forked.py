@@ -71,7 +71,9 @@ def _server() -> socket.socket:
     """The connection to this process's server, which ends when it is closed."""
     here, there = socket.socketpair()
     command = [sys.executable, "-m", "tests.support.forked", str(there.fileno())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    # Threads of OpenBLAS, and of the pyarrow that older torchmetrics imports by way of transformers.
+    alone = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    environment = {**os.environ, **alone, "PYTHONPATH": ""}
     null = subprocess.DEVNULL
     server = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[there.fileno()], stdin=null, stdout=null)
     server.returncode = 0  # ends with this process: nothing waits for it

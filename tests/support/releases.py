@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import lightning
 import pytest
 import torch
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".")[:2])
 
 
 TORCH, LIGHTNING = _numbers(torch.__version__), _numbers(lightning.__version__)
+TRANSFORMERS = _numbers(version("transformers"))
 """Major and minor number, such as (2, 14)."""
 
 

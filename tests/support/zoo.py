@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support import styles
+from tests.support.releases import TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def hugging_face(model: str, config: str, attention: str, **changes: Any) -> nn.
         "image_size": 32,
         "patch_size": 8,
     }
+    for name in (model, config):
+        if TRANSFORMERS < (5, 0) and not hasattr(transformers, name):
+            pytest.skip(f"transformers {transformers.__version__} has no {name}")
     made = getattr(transformers, config)(**{**settings, **changes})
     made._attn_implementation = attention
     built: nn.Module = getattr(transformers, model)(made)

@@ -23,6 +23,7 @@ from attn_monitor.capture.token_places.decoding import (
 from attn_monitor.capture.token_places.finer_queries import by_centre
 from attn_monitor.capture.token_places.known_order import is_order, may_be_order, row_by_row
 from attn_monitor.capture.token_places.layout import STATIC, Places, TokenLayout, layout_of
+from attn_monitor.capture.token_places.shifted_images import ShiftedOrder, orders_that_shift
 from attn_monitor.capture.token_places.site_places import Mosaic, PlaceSearch, SitePlaces
 from attn_monitor.capture.token_places.synthetic_images import noise_images, ramps
 from attn_monitor.capture.token_places.tokens import SiteTokens, Tokens
@@ -78,13 +79,23 @@ def rank_centres(
             tokens.append(Tokens(seen.sites))  # of all rounds, and nothing else is read
         still = []
         for key in waiting:
-            site, done = _ranked(search, key, (on_user_image, on_noise))
+            site, done = _ranked(search, key, (on_user_image, on_noise), None)
             search = search.with_sites({key: site})
             still += [] if done else [key]
         clear += [key for key in waiting if key not in still and (number + 1 < _ROUNDS or _is_small(search, key))]
         waiting = still
         if not waiting:
             break
+        if number == 0:  # more images would tell centres apart; these tell orders that need no centres
+            bases = [(image, on_user_image[0]), (noise[0], on_noise[0])]
+            for key, order in orders_that_shift(search, bases, strength, 4, waiting).items():
+                site, done = _ranked(search, key, (on_user_image, on_noise), order)
+                search = search.with_sites({key: site})
+                if done:
+                    waiting.remove(key)
+                    clear.append(key)
+            if not waiting:
+                break
     return search, Ranked(clear, noise[0], on_noise[0])
 
 
@@ -107,7 +118,10 @@ def _hold_single_cells(search: PlaceSearch, key: SiteKey) -> bool:
 
 
 def _ranked(
-    search: PlaceSearch, key: SiteKey, halves: tuple[Sequence[Tokens], Sequence[Tokens]]
+    search: PlaceSearch,
+    key: SiteKey,
+    halves: tuple[Sequence[Tokens], Sequence[Tokens]],
+    known: ShiftedOrder | None,
 ) -> tuple[SitePlaces, bool]:
     """Assign a site's keys and queries; return the site, and False where more base images may help."""
     site = search.sites[key]
@@ -127,7 +141,10 @@ def _ranked(
         geometry = conv.geometry.unless_whole(conv.grid, search.size)
         others = [o for _, _, o in search.placed() if o.grid == conv.grid and len(o.order) == len(moving)]
         hopeful = hopeful or rounds < 2 or _are_promising(centres_of_keys, conv.grid, rounds)
-        places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
+        if known is not None:
+            places = known.places if known.grid == conv.grid else None
+        else:
+            places = _agreed_places(centres_of_keys, conv.grid, rounds, others)
         if places is None:
             continue
         if _distance_of_heads([s.heads for some in seen for s in some], conv, search.size, places, limit) > 0.35:
@@ -137,7 +154,7 @@ def _ranked(
                 "between some of the synthetic images, most of its tokens do not change where their patches do "
                 "not, and between others they do, so its tokens may not be in one order"
             )
-        elif is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):
+        elif known is None and is_warped(torch.stack(centres_of_keys).nanmean(0), places, conv.grid):
             reason = (
                 "the centres of what its keys hold lie closer together in the middle of the image, more than half a "
                 "cell beside the equal cells of a grid"
@@ -145,6 +162,8 @@ def _ranked(
         else:
             layout = layout_of(places, conv.grid, "centres", geometry)
             queries = {} if layout is None else _queries_by_centre(seen, layout, conv, search.size, limit)
+            if layout is not None and known is not None and known.of_queries:
+                queries = dict(enumerate(layout.patches))
             finer = None
             if not queries:
                 queries, finer = by_centre(seen, math.prod(conv.grid), search.convs, search.size, limit)

@@ -108,7 +108,7 @@ def find_places(
     refused = [key for key, site in search.sites.items() if site.layout is None]
     search = search.refusing(dict.fromkeys(depend_on_batch(search, refused), _OF_BATCH))
     several = {key: n for key in refused if (n := keys_of_each_cell(key, search.mosaics))}
-    groups = channel_groups(search, several) if several else {}
+    groups = channel_groups(search, several) if several and not any(search.placed()) else {}
     return search.with_sites({key: replace(search.sites[key], channel_groups=of) for key, of in groups.items()}).sites
 
 

@@ -43,15 +43,21 @@ def is_order(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> b
         places: The cell of each token, in the order to check; one token for each cell.
         grid: Number of cells on each axis.
     """
-    if distance_of_lines(halves, places, grid) < _SEEN:
+    if distance_of_lines(halves, places, grid) < _SEEN or not lies_over_image(halves, places, grid):
         return False
     for axis, (both, *parts) in _axes(halves, places, grid):
         offset = both.quantile(0.5, 1) - torch.arange(grid[axis])
-        if float(offset.abs().max()) > _LARGEST_OFFSET or float(offset.mean().abs()) > _MEAN_OFFSET:
+        if float(offset.abs().max()) > _LARGEST_OFFSET:
             return False
         if any(_contradict(centre) for centre in (both, *parts)):
             return False
     return True
+
+
+def lies_over_image(halves: Sequence[Tensor], places: Places, grid: Sequence[int]) -> bool:
+    """Check that the centres of an order lie around the middle of the image, but for what padding moves all of them."""
+    lines = [(both.quantile(0.5, 1), grid[axis]) for axis, (both, *_) in _axes(halves, places, grid)]
+    return all(abs(float(line.mean()) - (count - 1) / 2) <= _MEAN_OFFSET for line, count in lines)
 
 
 def may_be_order(halves: Sequence[Tensor], grid: Sequence[int], times: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -40,14 +41,18 @@ def check_on_user_images(search: PlaceSearch, images: Sequence[Tensor], strength
         strength: Standard deviation of the noise, relative to that of the image.
     """
     reasons: dict[SiteKey, str] = {}
+    # Models that round their images need more noise, and those that take a logarithm less of it near 0.
+    ways = deque([(1, False), (3, False), (10, False), (5, True)])
     for mosaic in search.mosaics:
         keys = [key for key, _, layout in search.placed() if search.mosaic_of(layout) is mosaic]
         for number, image in enumerate(images if keys else ()):
             waiting = [key for key in keys if key not in reasons]
-            # Models that round their images need more noise, and those that take a logarithm less of it near 0.
-            for times, inside in ((1, False), (3, False), (10, False), (5, True)):
+            for tried, (times, inside) in enumerate(tuple(ways)):
+                if not waiting:
+                    break
+                ways.rotate(-min(tried, 1))  # the one that was right comes first the next time
                 weighted = cell_weighted_noise(image, mosaic.conv, times * strength, inside=inside)
-                seen = search.ablated_model(weighted, 2 + number).sites if waiting else {}
+                seen = search.ablated_model(weighted, 2 + number).sites
                 for key in waiting:
                     keys_here = seen[key].v.shape[1] if key in seen else 0
                     if keys_here != len(mosaic.v[key]):

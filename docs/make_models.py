@@ -43,6 +43,23 @@ Small models with random weights and sharp attention, run on {versions}.
 
 
 KERNELS = """\
+## Pyramids at several sizes
+
+Layers that can be read at 64, 128 and 224 pixels, small members with weights as they start. For the first point two
+draws of weights were run (224 pixels once for the pyramids), for the others one. Maps equal float64: in
+`tests/hostile/test_sizes_of_pyramids.py` the first point's, in `test_families.py` those of Twins-SVT and MViT v2 at 64;
+of DaViT those at 224 alone were compared.
+
+* PVT v2: 4 of 4, and Twins-PCPVT: 4 of 4, at each size, with the mean over finer queries, and each query by its row and
+  column but for one stage of Twins at 64. ViTPose with its padding of 2: 2 of 2, exact. Twins-PCPVT's third stage was
+  refused for one draw of weights and noise at 128, as if two keys shared their cells.
+* Twins-SVT: layers over the whole image at 64 and 128; those in windows only where one window holds the whole stage
+  (4 × 4 and 2 × 2 at 64, 4 × 4 at 128). Queries of its first two stages have a mean, and no row and column.
+* DaViT: layers over channels have no map; those in windows of 7 × 7 only where one window holds the stage: the last two
+  stages at 64, the last at 128 and 224.
+* MViT v2: 1 or 2 of 5. Its first layer hardly sees the outermost pixels; in the others keys are pooled from convolved
+  tokens by strided convolutions, and their order is not known.
+
 ## Kernels that run on GPUs
 
 Each kernel under its own name and schema on the CPU, with a float64 inside, in the last block after one with SDPA; the

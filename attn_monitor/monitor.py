@@ -88,7 +88,7 @@ class AttentionMonitor:
         options = MetricOptions.of(metrics, features=features)
         self.probe, self.metrics = probe, options.selected
         self.layers, self.query, self.threshold = check_layers(layers), check_query(query), check_threshold(threshold)
-        self.features = features
+        self.features, self.gram_step = features, options.gram_step or 0
         self.roles = RoleRecorders(
             {
                 "layers": self.layers,
@@ -110,7 +110,7 @@ class AttentionMonitor:
             alone=alone,
             distributed=distributed,
         )
-        gram_step = (options.gram_step or 0) if features else None
+        gram_step = self.gram_step if features else None
         self.past = RunPast(health, dense="dense" in self.metrics, gram_step=gram_step)
 
     @property

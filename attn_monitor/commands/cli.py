@@ -111,6 +111,7 @@ def _declared(name: str) -> Callable[..., None]:
     values: dict[str, Any] = {"__name__": __name__, "__doc__": ast.get_docstring(module)}  # its module is looked up
     exec(compile(declared, name, "exec"), values)
     made: Callable[..., None] = values[name]
+    made.__annotations__ = inspect.get_annotations(made, eval_str=True)  # older jsonargparse would look in this module
     return made
 
 

@@ -37,6 +37,7 @@ from attn_monitor.weights.run_checkpoints import step_in_name
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
 from tests.support.processes import launch
+from tests.support.releases import TORCH
 
 EASILY_RAISED = HealthLimits(peak=0.25, divergence_growth=1.001, divergence_floor=1e-12)
 STEPS = [0, 2, 4, 6, 8]
@@ -325,7 +326,8 @@ def test_options_of_checkpoints_are_passed_on(run: Path, tmp_path: Path, capsys:
     ]
     with pytest.raises(SystemExit, match=r"2 checkpoints are left out: 3\.pt, 2\.pt"):
         cli.main([*words, "--out", out])
-    assert "unpickling it would call builtins.getattr" in capsys.readouterr().err
+    reason = "unpickling it would call builtins.getattr" if TORCH >= (2, 6) else "it holds objects beside tensors"
+    assert reason in capsys.readouterr().err
     cli.main([*words, "--out", out, "--trust", "--allow-missing"])
     assert len(load_snapshots(tmp_path / "out" / "attn_monitor")) == 3
 

@@ -198,7 +198,7 @@ def test_help_has_an_example_to_copy(name: str, capsys: pytest.CaptureFixture[st
 def test_a_command_is_parsed_as_its_function_is_declared(name: str) -> None:
     function = getattr(importlib.import_module(f"attn_monitor.commands.{name}"), name)
     declared = cli.command_of([name])
-    assert inspect.signature(declared) == inspect.signature(function)
+    assert inspect.signature(declared) == inspect.signature(function, eval_str=True)
     assert declared.__doc__ == function.__doc__
 
 

@@ -200,6 +200,7 @@ def changed_checkpoint(folder: Path, change: Any) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.*`torch.load` with `weights_only=False`:FutureWarning")  # Lightning's, 2.4
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_state_that_cannot_be_read_is_a_warning_and_a_fresh_start(tmp_path: Path, name: str) -> None:
     path = changed_checkpoint(tmp_path / "a", CHANGES[name])

@@ -134,3 +134,15 @@ def named_axes(sizes: Sequence[int], channel: int | None) -> ImageAxes:
     if channel is not None:
         names.insert(channel, "c")
     return ImageAxes(tuple(names), channel)
+
+
+def axes_with(images: Tensor, channels: int) -> ImageAxes:
+    """Name the dimensions of images; of two that could hold the channels, the one with so many of them does."""
+    likely = likely_axes(images.shape)
+    if images.ndim == 4 or likely.channels_first(images).shape[1] == channels:
+        return likely
+    if images.ndim == 3 and channels == 1:  # a spectrogram of few bins
+        return named_axes(images.shape[1:], None)
+    if channels not in images.shape[1:3]:
+        return likely
+    return named_axes(images.shape[1:], 0 if images.shape[1] == channels else 1)

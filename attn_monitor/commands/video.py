@@ -29,7 +29,7 @@ from attn_monitor.draw.canvas import Pixels, resize
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
 from attn_monitor.probe.image_folder import check_size
-from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
+from attn_monitor.probe.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from attn_monitor.weights.models import load_model
 
 Size = int | tuple[int, int] | None
@@ -206,8 +206,7 @@ def _cover(frame: Pixels, resized: tuple[int, int], cropped: tuple[int, int]) ->
 
 def _normalise(photos: list[Pixels]) -> torch.Tensor:
     """Normalise frames by ImageNet's mean and std: (B, 3, H, W)."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return normalise(torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _check_heads(heads: tuple[int, ...] | None, layers: list[LayerAttention]) -> None:

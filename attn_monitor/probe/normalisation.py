@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attn_monitor.errors import ProbeError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 EIGHT_BIT_TOLERANCE = 0.05  # mean distance from whole grey levels up to which images count as 8-bit
 MAX_OBJECTS = 2000  # objects to search below a data set for transforms
 
@@ -38,7 +42,7 @@ class Statistics:
 
 
 COMMON_STATISTICS = (
-    Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's statistics"),
+    Statistics(IMAGENET_MEAN, IMAGENET_STD, "ImageNet's statistics"),
     Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "the statistics 0.5 and 0.5"),
     Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "CLIP's statistics"),
     Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10's statistics"),
@@ -48,6 +52,26 @@ COMMON_STATISTICS = (
     Statistics((0.5,), (0.5,), "the statistics 0.5 and 0.5"),
     Statistics((0.1307,), (0.3081,), "MNIST's statistics"),
 )
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raise `ProbeError` unless there is one number for each channel."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            default = ". Pass mean= and std= of the model's own preparation" * (tuple(mean) == tuple(IMAGENET_MEAN))
+            raise ProbeError(
+                f"{name}: received {len(values)} values, expected one for each of {channels} channels{default}"
+            )
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (images - mean) / std for (B, C, *size); bytes become 0 to 1 first."""
+    values = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (values - _of_channels(mean, images)) / _of_channels(std, images)
+
+
+def _of_channels(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, *(1 for _ in images.shape[2:]))
 
 
 def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Statistics:
@@ -87,9 +111,7 @@ def infer_statistics(images: Tensor, declared: Sequence[Statistics] = ()) -> Sta
 
 
 def _denormalise(images: Tensor, statistics: Statistics) -> Tensor:
-    shape = (1, -1, *(1 for _ in images.shape[2:]))
-    mean, std = (torch.tensor(v, device="cpu").view(shape) for v in (statistics.mean, statistics.std))
-    return images * std + mean
+    return images * _of_channels(statistics.std, images) + _of_channels(statistics.mean, images)
 
 
 def _distance_from_eight_bit(images: Tensor, statistics: Statistics) -> float:

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from attn_monitor.errors import ArgumentError
 from attn_monitor.image_axes import likely_axes, parse_axes
-from attn_monitor.probe.normalisation import infer_statistics
-from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD, ProbeBatch
+from attn_monitor.probe.normalisation import IMAGENET_MEAN, IMAGENET_STD, infer_statistics
+from attn_monitor.probe.probe_batch import ProbeBatch
 
 NUM_IMAGES, IMAGE_SIZE = 8, 224  # defaults; the size is in pixels
 

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_monitor.errors import ArchiveError, ProbeError
-from attn_monitor.image_axes import SHAPES, ImageAxes, in_order, likely_axes, named_axes, parse_axes
+from attn_monitor.errors import ProbeError
+from attn_monitor.image_axes import SHAPES, axes_with, in_order, named_axes, parse_axes
+from attn_monitor.probe.bands import shown_bands
 from attn_monitor.probe.image_folder import Size, read_images
-from attn_monitor.probe.normalisation import infer_statistics
+from attn_monitor.probe.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_statistics, infer_statistics, normalise
+from attn_monitor.probe.stored_probe import read_probe, stored_tensors
 from attn_monitor.record.file_names import tag_safe_names
 from attn_monitor.record.header_fields import Fields
-from attn_monitor.record.npz import TensorReader, open_npz, tensor_reader, write_npz
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from attn_monitor.record.npz import open_npz, tensor_reader, write_npz
 
 
 class ProbeBatch:
@@ -68,8 +67,8 @@ class ProbeBatch:
                 f"images: received {tuple(images.shape)} {images.dtype}, expected floats of a shape such as (images, "
                 f"channels, H, W): {SHAPES}{'. Pass images[None] for one image' * one}"
             )
-        self.axes, self.image_axes = axes, parse_axes(axes, images) or _axes_with(images, len(mean))
-        _check_statistics(mean, std, self.image_axes.channels_first(images).shape[1])
+        self.axes, self.image_axes = axes, parse_axes(axes, images) or axes_with(images, len(mean))
+        check_statistics(mean, std, self.image_axes.channels_first(images).shape[1])
         if names is not None and len(names) != len(images):
             raise ProbeError(f"names: received {len(names)}, expected one for each of {len(images)} images")
         size = self.image_axes.channels_first(images).shape[2:]
@@ -81,7 +80,7 @@ class ProbeBatch:
             )
         self.images = images.detach().cpu()
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.bands = _bands(bands, len(self.mean))
+        self.bands = shown_bands(bands, len(self.mean))
         self.caption = caption
         self.source = source
         self.masks = masks.bool().cpu() if masks is not None and masks.any() else None
@@ -103,7 +102,7 @@ class ProbeBatch:
         if images.ndim == 5:
             word = {"t": "frames", "d": "slices"}.get(self.image_axes.spatial[0], self.image_axes.spatial[0])
             caption += f", mean of {images.shape[2]} {word}"
-        if count in (1, 3) and self.bands == _bands(None, count):
+        if count in (1, 3) and self.bands == shown_bands(None, count):
             return caption
         word = "band" if len(self.bands) == 1 else "bands"
         return f"{caption}, {word} {', '.join(map(str, self.bands))} of {count}"
@@ -219,12 +218,9 @@ class ProbeBatch:
             grey = tuple(sum(values) / 3 for values in (IMAGENET_MEAN, IMAGENET_STD))
             mean, std = (IMAGENET_MEAN, IMAGENET_STD) if count == 3 else ((grey[0],) * count, (grey[1],) * count)
             mean, std = (mean, std) if read.to_1 else ((0.0,) * count, (1.0,) * count)
-        _check_statistics(mean, std, count)
+        check_statistics(mean, std, count)
         source = ""
-        if read.pixels.dtype == torch.uint8:
-            images = _normalise(read.pixels, mean, std)
-        else:
-            images = (read.pixels - _of_channels(mean, read.pixels)) / _of_channels(std, read.pixels)
+        images = normalise(read.pixels, mean, std)
         if not read.to_1:
             found = infer_statistics(images)
             mean, std, source = found.mean, found.std, str(found)
@@ -238,19 +234,19 @@ class ProbeBatch:
         """Write the probe to an `.npz` file, in 8 bits if that is lossless."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}
         header.update(caption=self.caption, source=self.source, bands=list(self.bands), **self._axes_fact())
-        arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in self._stored().items()}
+        arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in stored_tensors(self).items()}
         write_npz(Path(path), header, arrays)  # NumPy has no bfloat16
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeBatch:
         """Read a file that `save` wrote; `ArchiveError` if it is no valid probe."""
         with open_npz(Path(path)) as file:
-            return cls._from_stored(file.header, file.tensor)
+            return cls(**read_probe(file.header, file.tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probe as tensors and plain values, loadable with ``weights_only=True``."""
         return {
-            "tensors": self._stored(),
+            "tensors": stored_tensors(self),
             "names": list(self.names),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -269,80 +265,4 @@ class ProbeBatch:
     def from_state_dict(cls, state: dict[str, Any]) -> ProbeBatch:
         """Restore a probe from `state_dict`, bit by bit; `ArchiveError` if it is no valid probe."""
         stored = Fields(state, "state of a probe")
-        return cls._from_stored(stored, tensor_reader(stored.mapping("tensors")))
-
-    def _stored(self) -> dict[str, Tensor]:
-        stored = {"images": self.images}
-        plain = self.images.ndim == 4 and self.image_axes.channel == 0 and self.bands == (0, 1, 2)
-        if plain and self.images.shape[1] == 3:
-            pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
-            if torch.equal(_normalise(pixels, self.mean, self.std), self.images):
-                stored = {"pixels": pixels}
-        return stored if self.masks is None else {**stored, "masks": self.masks}
-
-    @classmethod
-    def _from_stored(cls, header: Fields, read: TensorReader) -> ProbeBatch:
-        names, mean, std = header.names("names"), header.numbers("mean"), header.numbers("std")
-        axes = header.text("axes") if "axes" in header else None
-        sizes = [len(mean) if letter == "c" else None for letter in axes or "chw"]
-        images = read("images", ("float32", "float16", "float64", "bfloat16"), (len(names), *sizes))
-        if not 0 < len(mean) == len(std) or 0 in std:
-            raise ArchiveError(
-                f"mean={mean}, std={std} in the {header.where}; expected one each per channel, no std of 0"
-            )
-        if images is None:
-            pixels = read("pixels", ("uint8",), (len(names), 3, None, None))
-            if pixels is None or len(mean) != 3:
-                raise ArchiveError("has neither 'images' nor 'pixels' with a mean and std for each channel")
-            images = _normalise(pixels, mean, std)
-        size = (parse_axes(axes, images) or likely_axes(images.shape)).channels_first(images).shape[2:]
-        masks = read("masks", ("bool",), (len(names), None, *size))
-        caption, source = header.text("caption"), header.text("source")
-        bands = header.integers("bands") if "bands" in header else None
-        if bands is not None and not _are_bands(bands, len(mean)):
-            raise ArchiveError(f"bands={bands} in the {header.where}, expected one or three of {len(mean)} channels")
-        settings: dict[str, Any] = {"caption": caption, "source": source, "axes": axes, "bands": bands}
-        return cls(images, mean=mean, std=std, masks=masks, names=names, **settings)
-
-
-def _bands(bands: Sequence[int] | None, channels: int) -> tuple[int, ...]:
-    """Return the channels to show, by default the first three or the first."""
-    if bands is None:
-        return (0, 1, 2) if channels >= 3 else (0,)
-    if not _are_bands(bands, channels):
-        raise ProbeError(f"bands={bands!r}: expected one channel, or three, of 0 to {channels - 1}")
-    return tuple(bands)
-
-
-def _are_bands(bands: Sequence[int], channels: int) -> bool:
-    return len(bands) in (1, 3) and all(isinstance(band, int) and 0 <= band < channels for band in bands)
-
-
-def _of_channels(values: Sequence[float], images: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, *(1 for _ in images.shape[2:]))
-
-
-def _axes_with(images: Tensor, channels: int) -> ImageAxes:
-    """Name the dimensions of images; of two that could hold the channels, the one with so many of them does."""
-    likely = likely_axes(images.shape)
-    if images.ndim == 4 or likely.channels_first(images).shape[1] == channels:
-        return likely
-    if images.ndim == 3 and channels == 1:  # a spectrogram of few bins
-        return named_axes(images.shape[1:], None)
-    if channels not in images.shape[1:3]:
-        return likely
-    return named_axes(images.shape[1:], 0 if images.shape[1] == channels else 1)
-
-
-def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            default = ". Pass mean= and std= of the model's own preparation" * (tuple(mean) == tuple(IMAGENET_MEAN))
-            raise ProbeError(
-                f"{name}: received {len(values)} values, expected one for each of {channels} channels{default}"
-            )
-
-
-def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise uint8 pixels (B, C, H, W): (pixels / 255 - mean) / std."""
-    return (pixels.float() / 255 - _of_channels(mean, pixels)) / _of_channels(std, pixels)
+        return cls(**read_probe(stored, tensor_reader(stored.mapping("tensors"))))

@@ -26,7 +26,7 @@ from attn_monitor.draw.animation_files import animation_file
 from attn_monitor.draw.canvas import MISSING
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.draw.video_frames import FrameDrawing
-from attn_monitor.probe.probe_batch import IMAGENET_MEAN, IMAGENET_STD
+from attn_monitor.probe.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.faults.test_optional_packages import run_without
 from tests.integration.test_cli import MODEL, mistake
 from tests.integration.test_replay import read

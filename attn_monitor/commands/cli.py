@@ -66,6 +66,8 @@ def _parse(words: list[str]) -> tuple[str, dict[str, Any]]:
         if DRAWING in inspect.signature(run).parameters:
             options = _drawing_options()
             values[DRAWING] = options(**{f.name: values.pop(f.name) for f in fields(options)})
+    except BrokenPipeError:  # of help, on Python 3.10
+        raise
     except MissingPackageError as error:
         sys.exit(f"attn-monitor: {error}")
     except (ArgumentError, OSError, ValueError) as error:  # the latter two of configuration files

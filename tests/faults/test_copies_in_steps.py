@@ -20,6 +20,7 @@ from attn_monitor import AttentionMapCallback
 from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.weak_hooks import WeakHook
 from tests.support.helpers import Distillation, loader, trainer
+from tests.support.releases import since_torch
 
 ELSEWHERE = """
 import pickle, sys, torch
@@ -145,6 +146,7 @@ def test_a_model_that_is_compiled_in_a_watched_step_is_one_graph(tmp_path: Path,
     torch._dynamo.reset()
 
 
+@since_torch(2, 5, "a module with a hook of the standard library is compiled")
 def test_a_copy_of_a_hooked_model_compiles_as_ever() -> None:
     torch._dynamo.reset()
     model, counter = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), CompileCounter()

@@ -24,6 +24,7 @@ from attn_monitor.background import job_queue, wait_budget
 from attn_monitor.draw import panels
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
+from tests.support.tiers import sweep
 
 RUN = Path("run") / "version_0"
 ENTROPY = "attn/student/layer1/entropy"
@@ -154,7 +155,7 @@ def fill(disk: Path, free: int = 0) -> None:
 
 
 @pytest.mark.usefixtures("little_patience")
-@pytest.mark.parametrize("hangs", ["metrics", "attn_maps/image0"])
+@pytest.mark.parametrize("hangs", sweep(["metrics", "attn_maps/image0"], quick=1))
 def test_a_logger_that_never_answers(tmp_path: Path, release: threading.Event, hangs: str) -> None:
     """Training is not held, the others get everything, and the end says in one warning what is missing."""
     main, held = threading.get_ident(), []

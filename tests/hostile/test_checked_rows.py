@@ -160,9 +160,7 @@ def test_rollout_and_whole_matrices_are_refused_too(tmp_path: Path) -> None:
 def test_rounding_alone_takes_no_number_away(dtype: torch.dtype, gain: float) -> None:
     """Fused and explicit attention of a sharp ViT, in each precision: all rows are right, so every number is there."""
     if TORCH < (2, 5) and (dtype, gain) == (torch.float16, 3.0):
-        pytest.skip(
-            "PyTorch 2.4's float16 kernel on CPUs is 40 times its precision off its own rows here"
-        )
+        pytest.skip("PyTorch 2.4's float16 kernel on CPUs is 40 times its precision off its own rows here")
     for fused in (True, False):
         torch.manual_seed(0)
         model = enliven(tiny_vit(depth=2))

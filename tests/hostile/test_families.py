@@ -28,6 +28,7 @@ from attn_monitor.capture.token_places.ablated_model import AblatedModel
 from attn_monitor.errors import AttentionError
 from tests.support.families import FAMILIES, Family
 from tests.support.oracle import _method, _replaced, attention_matrices
+from tests.support.tiers import sweep
 
 LIMIT = 2e-3  # of uniform attention: |difference| times the number of keys
 MOST_IMAGES = 100
@@ -211,9 +212,7 @@ def recorded(model: nn.Module, case: Family, site: Site, query: Any) -> LayerAtt
         return None
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name.replace(" ", "_"), marks=[pytest.mark.slow] if c.slow else []) for c in FAMILIES]
-)
+@pytest.mark.parametrize("case", sweep([pytest.param(c, id=c.name.replace(" ", "_")) for c in FAMILIES], quick=6))
 def test_each_map_is_right_or_refused(case: Family) -> None:
     sites, asked = sites_asked(case)
     placed = [s for s in sites if s.layout is not None and s.refusal is None]

@@ -102,7 +102,7 @@ MIRRORED: dict[str, tuple[Change, tuple[int, int], Change, GridGeometry]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("linear", [False, True], ids=["convolution", "linear"])
+@pytest.mark.parametrize("linear", sweep([False, True], quick=1), ids=["convolution", "linear"])
 @pytest.mark.parametrize("name", MIRRORED)
 def test_images_that_are_mirrored_or_turned(name: str, linear: bool) -> None:
     pixels, size, turn, geometry = MIRRORED[name]

@@ -49,7 +49,7 @@ def difference(attention: LayerAttention, matrix: Tensor, query: object) -> floa
     return float((attention.rows.double() - expected).abs().amax()) * expected.shape[-1]
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
+@pytest.mark.parametrize("case", sweep(PARAMETERS, quick=24))
 def test_maps_equal_the_float64_reference(case: Case) -> None:
     model, images = case.model(), case.images()
     matrices = attention_matrices(model, images, case.forward or default_forward, case.method)

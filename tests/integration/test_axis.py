@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attn_monitor import AttentionMapCallback, load_snapshots
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
+from tests.support.tiers import sweep
 
 RUN = Path("run") / "version_0"
 ENTROPY = "attn/teacher/layer1/entropy"
@@ -63,7 +64,7 @@ def logged(folder: Path, tag: str) -> list[int]:
     ],
     ids=["automatic", "accumulation", "two optimizers", "two optimizers, epochs", "one, manual", "own accumulation"],
 )
-@pytest.mark.parametrize("schedule", [None, 1])
+@pytest.mark.parametrize("schedule", sweep([None, 1], quick=1))
 def test_attention_and_loss_have_the_same_steps(
     tmp_path: Path, build: Any, settings: dict[str, Any], batches: int, schedule: int | None
 ) -> None:
@@ -95,7 +96,7 @@ def test_csv_rows_have_both(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows if row[ENTROPY]] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+@pytest.mark.parametrize("stop", sweep([3, 1, 4, 6], quick=1))
 @pytest.mark.parametrize("end", [8, None], ids=["goes on", "is complete"])
 def test_resumed_with_two_optimizers(tmp_path: Path, stop: int, end: int | None) -> None:
     """Stopped within an epoch, at its end, and after it: no step twice, none missing, none under another's number."""

@@ -27,6 +27,7 @@ from attn_monitor import (
 from attn_monitor.train.kept import STATE_VERSION
 from tests.support import forwards
 from tests.support.helpers import Distillation, loader, trainer
+from tests.support.tiers import sweep
 
 RUN = Path("run") / "version_0"
 
@@ -69,7 +70,7 @@ def fit(folder: Path, watch: AttentionMapCallback, how: str) -> weakref.ref[Dist
 WAYS = ["finished", "failed", "failed at the start"]
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", sweep(WAYS, quick=1))
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_after_any_fit_it_can_be_copied_and_trained_with(tmp_path: Path, how: str, probe: Tensor | None) -> None:
     watch = AttentionMapCallback(probe, every_n_train_steps=1, layers="all", drawing=DrawingOptions(heads=[0]))
@@ -201,7 +202,7 @@ def changed_checkpoint(folder: Path, change: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*`torch.load` with `weights_only=False`:FutureWarning")  # Lightning's, 2.4
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", sweep(CHANGES, quick=2))
 def test_a_state_that_cannot_be_read_is_a_warning_and_a_fresh_start(tmp_path: Path, name: str) -> None:
     path = changed_checkpoint(tmp_path / "a", CHANGES[name])
     watch = AttentionMapCallback(every_n_train_steps=1, on_error="raise")

@@ -268,8 +268,8 @@ class Silent(socketserver.BaseRequestHandler):
                 pass
 
 
-@pytest.mark.parametrize("network", ["refused", "silent"])
-@pytest.mark.parametrize("model", ["timm:vit_tiny_patch16_224", "hf:google/vit-base-patch16-224"])
+@pytest.mark.parametrize("network", sweep(["silent", "refused"], quick=1))
+@pytest.mark.parametrize("model", sweep(["timm:vit_tiny_patch16_224", "hf:google/vit-base-patch16-224"], quick=1))
 def test_without_network_the_answer_comes_at_once(
     tmp_path: Path, photographs: Path, free_port: int, network: str, model: str
 ) -> None:

@@ -18,6 +18,7 @@ from attn_monitor.train.backbone_inputs import BackboneInputs, alike, find_prepa
 from tests.support.helpers import Distillation, tiny_vit, trainer
 from tests.support.more_axes import AnyViT
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 
 PIXELS = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(255).round()
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -72,7 +73,7 @@ def assert_true_map(folder: Path, step: int, model: nn.Module, images: Tensor) -
 
 
 @pytest.mark.parametrize("sanity", [True, False])
-@pytest.mark.parametrize("largest", [255, 10_000])
+@pytest.mark.parametrize("largest", sweep([255, 10_000], quick=1))
 def test_batches_that_the_step_normalises(tmp_path: Path, sanity: bool, largest: int) -> None:
     """A sanity check tells before the first snapshot; without, the first is that after the first step."""
     module = Prepares(lambda images: normalised(images, largest))

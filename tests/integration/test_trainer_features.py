@@ -106,7 +106,7 @@ def test_other_loops_are_not_watched(tmp_path: Path, loop: str, probe: Tensor | 
     assert steps(tmp_path) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+@pytest.mark.parametrize("loop", sweep(["validate", "test", "predict"], quick=1))
 def test_other_loops_load_checkpoints_of_watched_runs(tmp_path: Path, loop: str) -> None:
     module = Evaluates()
     running = trainer(tmp_path / "a", watch(), max_steps=2)
@@ -146,7 +146,7 @@ def lr_find(running: pl.Trainer, module: Tunable) -> None:
     assert len(finder.results["lr"]) > 1
 
 
-@pytest.mark.parametrize("tune", [scale_batch_size, lr_find])
+@pytest.mark.parametrize("tune", sweep([scale_batch_size, lr_find], quick=1))
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_tuners_leave_the_callback_as_it_was(tmp_path: Path, tune: Any, probe: Tensor | None) -> None:
     callback, module = watch(probe=probe), Tunable()
@@ -167,7 +167,7 @@ def test_tuners_leave_the_callback_as_it_was(tmp_path: Path, tune: Any, probe: T
     "finder", [BatchSizeFinder(max_trials=2, steps_per_trial=1), LearningRateFinder(num_training_steps=5)],
     ids=["batch size", "learning rate"],
 )  # fmt: skip
-@pytest.mark.parametrize("first", [True, False], ids=["finder first", "finder last"])
+@pytest.mark.parametrize("first", sweep([True, False], quick=1), ids=["finder first", "finder last"])
 def test_finders_as_callbacks(tmp_path: Path, finder: Any, first: bool) -> None:
     callbacks = [finder, watch()] if first else [watch(), finder]
     trainer(tmp_path, *callbacks, max_steps=3).fit(Tunable())

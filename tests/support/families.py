@@ -31,7 +31,6 @@ class Family:
     class_parameter: str = ""
     forward: Callable[[nn.Module, Tensor], Any] = default_forward
     count: int = 2
-    slow: bool = False
 
     def model(self) -> nn.Module:
         """The model in eval mode, the same every time."""
@@ -183,14 +182,13 @@ FAMILIES = [
         lively=False,
     ),
     Family("CAFormer", _caformer, 3, lively=False),
-    Family("MaxViT", _registered("maxvit_rmlp_pico_rw_256", img_size=64), 4, lively=False, slow=True),
+    Family("MaxViT", _registered("maxvit_rmlp_pico_rw_256", img_size=64), 4, lively=False),
     Family(
         "EfficientFormer",
         _timm("efficientformer", "EfficientFormer", depths=(1, 1, 1, 2), embed_dims=(16, 32, 64, 64), num_vit=1,
               num_classes=0),
         1,
         size=(224, 224),
-        slow=True,
     ),
     Family(
         "EfficientFormer v2",

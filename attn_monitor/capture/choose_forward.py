@@ -125,8 +125,11 @@ def find_discovery(
         way = shape_that_runs(model, images) or (channels_that_run(model, images) if images.ndim == 4 else "")
         if not way:
             raise
-        failed = getattr(error, "failed", "") or error  # without the usual remedy, which is another
-        raise type(error)(f"{failed}. {way}") from error.__cause__
+        if isinstance(error, InputTypeError):
+            raise InputTypeError(f"{error}. {way}") from error.__cause__
+        failure = ForwardError(f"{error.failed or error}. {way}")  # without the usual remedy, which is another
+        failure.batch = error.batch
+        raise failure from error.__cause__
     groups = next((site.places.channel_groups for site in found.sites if site.places.channel_groups), ())
     readable = any(site.layout is not None for site in found.sites)
     if axes is not None or first.channel is None or readable or not groups:

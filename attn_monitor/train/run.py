@@ -270,8 +270,10 @@ class Run:
                 with self.cost.of_discovery():
                     try:
                         monitor = self._check(looked_at)
-                    except (ForwardError, ProbeError):
-                        if not self.errors.strict and self.probe.await_entering(models.values(), wanted.batch):
+                    except (ForwardError, ProbeError) as error:
+                        on_images = isinstance(error, ProbeError) or error.batch is not None
+                        waits = on_images and not self.errors.strict
+                        if waits and self.probe.await_entering(models.values(), wanted.batch):
                             return None
                         raise
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}

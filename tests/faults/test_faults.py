@@ -78,6 +78,7 @@ def out_of_memory_above(images: int) -> Callable[[nn.Module, Any], None]:
     return hook
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_chunk(tmp_path: Path) -> None:
     """The probe of 4 images is recorded one by one, and the maps are the same."""
 
@@ -107,6 +108,7 @@ def test_out_of_memory_even_for_one_image(tmp_path: Path) -> None:
     assert roles == {step: ("student", "teacher") if step < 4 else ("teacher",) for step in range(STEPS + 1)}
 
 
+@pytest.mark.slow
 def test_a_swapped_backbone_is_the_one_that_is_shown(tmp_path: Path) -> None:
     def swap(running: pl.Trainer, module: Any) -> None:
         torch.manual_seed(5)
@@ -121,6 +123,7 @@ def test_a_swapped_backbone_is_the_one_that_is_shown(tmp_path: Path) -> None:
     assert entropy[4] < 0.8
 
 
+@pytest.mark.slow
 def test_a_swapped_layer_freezing_and_compiling(tmp_path: Path) -> None:
     def change(running: pl.Trainer, module: Any) -> None:
         module.student_backbone.blocks[1] = tiny_vit().blocks[1]
@@ -133,6 +136,7 @@ def test_a_swapped_layer_freezing_and_compiling(tmp_path: Path) -> None:
     assert steps(tmp_path) == list(range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_removed_layer(tmp_path: Path) -> None:
     """One block less in both: what is the last layer now is recorded as such, from then on."""
 
@@ -193,6 +197,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list((tmp_path / RUN / "attn_monitor").glob(".writing*"))
 
 
+@pytest.mark.slow
 def test_archive_deleted_in_mid_run(tmp_path: Path) -> None:
     def delete(running: pl.Trainer, module: Any) -> None:
         written(running)
@@ -206,6 +211,7 @@ def test_archive_deleted_in_mid_run(tmp_path: Path) -> None:
     assert (tmp_path / RUN / "attn_monitor" / "probe.npz").exists()
 
 
+@pytest.mark.slow
 def test_closed_event_file(tmp_path: Path) -> None:
     """TensorBoard's writer is closed by somebody else: it may reopen, but nothing ends and the archive is whole."""
 
@@ -216,6 +222,7 @@ def test_closed_event_file(tmp_path: Path) -> None:
     assert steps(tmp_path) == list(range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_encoding_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> bytes:
         raise OSError("encoder error -2")
@@ -240,6 +247,7 @@ class SlowLogger(TensorBoardLogger):
         return super().experiment
 
 
+@pytest.mark.slow
 def test_slow_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are skipped instead of piling up; the scalars are all there."""
     monkeypatch.setattr(job_queue, "WAITING", 2)
@@ -258,6 +266,7 @@ def test_raise_ends_training_at_the_next_safe_point(tmp_path: Path, monkeypatch:
         fit(tmp_path, on_error="raise")
 
 
+@pytest.mark.slow
 def test_error_in_user_code_keeps_what_was_captured(tmp_path: Path) -> None:
     def fail(running: pl.Trainer, module: Any) -> None:
         raise RuntimeError("the user's own mistake")

@@ -169,7 +169,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     "ignore:.*isinstance",
     "ignore:`torch.cpu.amp.autocast:FutureWarning",  # by torch.utils.checkpoint of PyTorch 2.4
 )
-@pytest.mark.parametrize("name", sweep(RUNS, quick=6))
+@pytest.mark.parametrize("name", sweep(RUNS, quick=3))
 def test_bit_identical(tmp_path: Path, name: str) -> None:
     plain = run(tmp_path / "plain", RUNS[name])
     watch = AttentionMapCallback(every_n_train_steps=1, layers="all")

@@ -102,6 +102,7 @@ def test_a_damaged_snapshot_does_not_end_a_resumed_run(tmp_path: Path, damage: b
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_resumed_in_a_place_where_another_run_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = first_part(tmp_path / "a", 4, AttentionMapCallback(every_n_train_steps=2))
     first_part(tmp_path / "b", 4, AttentionMapCallback(every_n_train_steps=2))

@@ -214,6 +214,7 @@ def link(requirements: Sequence[str], folder: Path) -> None:
                 (folder / top).symlink_to(str(found.locate_file(top)))
 
 
+@pytest.mark.slow
 def test_the_core_and_each_extra_alone(tmp_path: Path) -> None:
     """In an interpreter with the packages that pyproject.toml names, and what these require, and no others."""
     packages = tmp_path / "packages"

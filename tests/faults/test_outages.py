@@ -182,6 +182,7 @@ def test_the_patience_of_a_run_is_one_minute() -> None:
     assert wait_budget.EXCEPTION_SECONDS <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_patience")
 def test_two_callbacks_share_the_patience(tmp_path: Path, release: threading.Event) -> None:
     hung = Mine(lambda what, step: release.wait(120))
@@ -259,6 +260,7 @@ def test_an_outage_of_a_logger_costs_no_metrics(tmp_path: Path) -> None:
     assert (12, "attn_maps/image0") in logger.images
 
 
+@pytest.mark.slow
 def test_every_other_time_and_errors_of_alternating_types(tmp_path: Path) -> None:
     errors = [ConnectionError("a"), ValueError("b"), KeyError("c")]
     calls: list[int] = []
@@ -314,6 +316,7 @@ def test_a_killed_process_of_a_logger(tmp_path: Path) -> None:
     assert "Mine 2" not in "".join(told)
 
 
+@pytest.mark.slow
 def test_rows_of_csv_are_not_lost_to_a_second_thread(tmp_path: Path) -> None:
     class Watched(CSVLogger):
         def log_metrics(self, *args: Any, **settings: Any) -> None:

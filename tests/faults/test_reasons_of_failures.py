@@ -36,6 +36,7 @@ class Deletes(pl.Callback):
             shutil.rmtree(self.folder)
 
 
+@pytest.mark.slow
 def test_steps_of_a_deleted_archive_are_missing(tmp_path: Path) -> None:
     watch = AttentionMapCallback(every_n_train_steps=1, dirpath=tmp_path / "archive")
     with warnings.catch_warnings(record=True) as told:
@@ -61,6 +62,7 @@ class Asks(Dataset[Tensor]):
         return torch.from_numpy(self.ours.recv())
 
 
+@pytest.mark.slow
 def test_data_that_a_copy_cannot_ask_are_not_said_to_be_tried_again(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="finding a training crop failed") as told:
         trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Distillation(), DataLoader(Asks(), 4))

@@ -85,6 +85,7 @@ def main() -> None:
         print("code", code_of(process), flush=True)
 
 
+@pytest.mark.slow
 def test_a_handler_that_flushes_the_writer_never_waits_for_ever(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults.test_requeue_signal", str(tmp_path)]

@@ -212,7 +212,7 @@ def recorded(model: nn.Module, case: Family, site: Site, query: Any) -> LayerAtt
         return None
 
 
-@pytest.mark.parametrize("case", sweep([pytest.param(c, id=c.name.replace(" ", "_")) for c in FAMILIES], quick=6))
+@pytest.mark.parametrize("case", sweep([pytest.param(c, id=c.name.replace(" ", "_")) for c in FAMILIES], quick=1))
 def test_each_map_is_right_or_refused(case: Family) -> None:
     sites, asked = sites_asked(case)
     placed = [s for s in sites if s.layout is not None and s.refusal is None]

@@ -53,6 +53,7 @@ def test_a_patch_of_the_finer_grid(build: type[nn.Module]) -> None:
         record_attention(model, images, layers=0)
 
 
+@pytest.mark.slow
 def test_finer_queries_whose_results_go_elsewhere_are_no_patches() -> None:
     """The mean over all of them does not depend on where results go."""
     torch.manual_seed(0)

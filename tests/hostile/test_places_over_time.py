@@ -253,6 +253,7 @@ def test_resumed_run_has_the_order_of_its_checkpoint(tmp_path: Path) -> None:
     assert set(drawn(tmp_path / "c/run/version_0/attn_monitor", again.backbone, MIRRORED)) == {"R"}
 
 
+@pytest.mark.slow
 def test_ordinary_training_of_student_and_teacher_asks_nothing_again(tmp_path: Path, counts: dict[str, int]) -> None:
     images_run = []
     for steps in (2, 6):

@@ -301,6 +301,7 @@ def test_results_that_are_read_again_are_two_hops(name: str) -> None:
     assert not any("V) does not depend" in j.reason for j in judgements)
 
 
+@pytest.mark.slow
 def test_prompts_that_hold_results_are_no_second_hop() -> None:
     case = Hostile("", "", lambda: Net(Stem("*"), Block(), TwoWay(), Block()))
     judgements = {(j.layer, j.query): j for j in judge(case)}

@@ -130,6 +130,7 @@ def test_a_decoder_is_asked_for_by_its_path_or_by_indices() -> None:
         record(model, layers=-4)
 
 
+@pytest.mark.slow
 def test_the_second_stack_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "decoder_blocks (layers 3 to 4) is a second stack, which is watched by layers='decoder_blocks'"
     recorder = AttentionRecorder(MaskedAutoencoderViT())

@@ -177,6 +177,7 @@ def test_forward_calls_the_model(tmp_path: Path, forward: Any) -> None:
     assert AttentionMapCallback(forward=forward).options.forward is forwards.with_flag
 
 
+@pytest.mark.slow
 def test_dirpath_is_the_archive(tmp_path: Path) -> None:
     """As `ModelCheckpoint` has it: the files are right in it, and a second run does not write among them."""
     for expected in ("mine", "mine-2"):

@@ -54,15 +54,18 @@ def logged(folder: Path, tag: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("build", "settings", "batches"),
-    [
-        (Distillation, {"max_steps": 8}, 8),
-        (Distillation, {"max_steps": 4, "accumulate_grad_batches": 2}, 4),
-        (Manual, {"max_steps": 16}, 8),
-        (Manual, {"max_steps": -1, "max_epochs": 2}, 8),
-        (lambda: Manual(1), {"max_steps": 8}, 8),
-        (lambda: Manual(2, every=2), {"max_steps": -1, "max_epochs": 2}, 8),
-    ],
-    ids=["automatic", "accumulation", "two optimizers", "two optimizers, epochs", "one, manual", "own accumulation"],
+    sweep(
+        [
+            (Manual, {"max_steps": 16}, 8),
+            (Distillation, {"max_steps": 4, "accumulate_grad_batches": 2}, 4),
+            (Distillation, {"max_steps": 8}, 8),
+            (Manual, {"max_steps": -1, "max_epochs": 2}, 8),
+            (lambda: Manual(1), {"max_steps": 8}, 8),
+            (lambda: Manual(2, every=2), {"max_steps": -1, "max_epochs": 2}, 8),
+        ],
+        quick=2,
+    ),
+    ids=["two optimizers", "accumulation", "automatic", "two optimizers, epochs", "one, manual", "own accumulation"],
 )
 @pytest.mark.parametrize("schedule", sweep([None, 1], quick=1))
 def test_attention_and_loss_have_the_same_steps(
@@ -78,6 +81,7 @@ def test_attention_and_loss_have_the_same_steps(
     assert sorted(set(logged(tmp_path, "loss"))) == steps[:-1]
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_in_steps_of_loggers(tmp_path: Path) -> None:
     """Neither twice the snapshots nor half of them: every fourth batch, of 20 in which two optimizers step."""
     watch = AttentionMapCallback(every_n_train_steps=4, on_error="raise")

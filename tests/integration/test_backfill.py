@@ -110,6 +110,7 @@ def backfilled(run: Path, out: Path, checkpoints: Path | None = None, **argument
     return backfill_run(checkpoints or run / "checkpoints", tiny_vit(), monitor, out, **arguments)
 
 
+@pytest.mark.slow
 def test_it_is_what_the_callback_recorded(run: Path, tmp_path: Path) -> None:
     result = backfilled(run, tmp_path / "out")
     assert result.added == tuple(STEPS)
@@ -442,6 +443,7 @@ def test_steps_are_those_of_loggers_with_two_optimizers(tmp_path: Path) -> None:
         assert np.array_equal(snapshot.rows("teacher"), rows[snapshot.step])
 
 
+@pytest.mark.slow
 def test_weights_and_biases(run: Path, tmp_path: Path, offline: Path) -> None:
     result = backfilled(run, tmp_path / "out", loggers="wandb")
     assert len(result.added) == 5

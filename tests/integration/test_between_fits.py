@@ -140,6 +140,7 @@ def test_processes_that_are_spawned_get_it(tmp_path: Path, free_port: int, monke
     assert [s.step for s in load_snapshots(tmp_path / "b" / RUN / "attn_monitor")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_folds_of_a_cross_validation(tmp_path: Path) -> None:
     """One callback, copied for each fold by people who write `copy.deepcopy(callbacks)`."""
     watch = AttentionMapCallback(every_n_train_steps=1)
@@ -150,6 +151,7 @@ def test_the_folds_of_a_cross_validation(tmp_path: Path) -> None:
             assert [s.step for s in load_snapshots(tmp_path / name / RUN / "attn_monitor")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_made_during_a_fit_takes_no_part_in_it(tmp_path: Path) -> None:
     copies: list[AttentionMapCallback] = []
 
@@ -202,7 +204,7 @@ def changed_checkpoint(folder: Path, change: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*`torch.load` with `weights_only=False`:FutureWarning")  # Lightning's, 2.4
-@pytest.mark.parametrize("name", sweep(CHANGES, quick=2))
+@pytest.mark.parametrize("name", sweep(CHANGES, quick=1))
 def test_a_state_that_cannot_be_read_is_a_warning_and_a_fresh_start(tmp_path: Path, name: str) -> None:
     path = changed_checkpoint(tmp_path / "a", CHANGES[name])
     watch = AttentionMapCallback(every_n_train_steps=1, on_error="raise")
@@ -217,7 +219,7 @@ def test_a_state_that_cannot_be_read_is_a_warning_and_a_fresh_start(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "change",
-    [lambda state: state.update(new=1), lambda state: state["monitor"].update(x=1)],
+    sweep([lambda state: state.update(new=1), lambda state: state["monitor"].update(x=1)], quick=1),
     ids=["an extra key", "an extra key within"],
 )
 def test_a_state_with_more_in_it_is_gone_on_with(tmp_path: Path, change: Any) -> None:

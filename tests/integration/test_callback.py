@@ -50,6 +50,7 @@ def test_no_arguments_watch_student_and_teacher(tmp_path: Path) -> None:
     assert "custom_scalars__config__" in events.tags["tensors"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_is_a_time_lapse(tmp_path: Path) -> None:
     trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader(), loader(8))
     events = Events(tmp_path / RUN)
@@ -104,6 +105,7 @@ def test_maps_are_what_the_model_computes(tmp_path: Path) -> None:
         assert last.maps(role).shape == (8, 4, 4, 4)
 
 
+@pytest.mark.slow
 def test_snapshots_see_finished_steps_under_accumulation(tmp_path: Path) -> None:
     """With accumulation, each optimizer step is seen once, with the teacher already updated."""
     seen: dict[int, Tensor] = {}
@@ -160,6 +162,7 @@ def test_training_is_bit_identical(tmp_path: Path) -> None:
     assert plain[3] == watched[3]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     module = Distillation()
     trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(module, loader(), loader(8))
@@ -179,6 +182,7 @@ def test_checkpoints_load_with_weights_only(tmp_path: Path) -> None:
     torch.testing.assert_close(ProbeBatch.from_state_dict(ours["monitor"]["probe"]).images, loader(8).dataset.images)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_early_stopping_can_monitor_attention(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="attn/teacher/layer1/entropy", every_n_train_steps=1)
     stop = EarlyStopping("attn/student/layer1/entropy", patience=100)
@@ -252,6 +256,7 @@ def test_validation_batches_without_images_are_passed_over(tmp_path: Path) -> No
     assert [s.step for s in archive(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_two_fits_with_one_callback(tmp_path: Path) -> None:
     callback = AttentionMapCallback()
     for name in ("a", "b"):
@@ -261,6 +266,7 @@ def test_two_fits_with_one_callback(tmp_path: Path) -> None:
         assert [s.step for s in callback.monitor.history] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_archives_of_two_runs_are_never_mixed(tmp_path: Path) -> None:
     """Without versions (no logger), a second run gets a folder of its own; so does a second callback."""
     for _ in range(2):
@@ -275,6 +281,7 @@ def test_archives_of_two_runs_are_never_mixed(tmp_path: Path) -> None:
     assert layers == [(0,), (1,)]
 
 
+@pytest.mark.slow
 def test_runs_of_unknown_length(tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

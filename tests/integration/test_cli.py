@@ -51,6 +51,7 @@ def mistake(*arguments: str, **options: Any) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_check_prints_what_it_found() -> None:
     ran = command("check", MODEL, "--size", "[32, 64]")
     assert ran.returncode == 0, ran.stderr
@@ -356,6 +357,7 @@ def test_show_one_image_from_a_training_checkpoint(tmp_path: Path, photographs: 
     assert (tmp_path / "o" / "coffee-layer1.png").exists()
 
 
+@pytest.mark.slow
 def test_replay_redraws_a_run(tmp_path: Path) -> None:
     trainer(tmp_path, AttentionMapCallback(), max_steps=3).fit(Distillation(), loader())
     replay(str(tmp_path / "run" / "version_0" / "attn_monitor"), out=str(tmp_path / "o"))

@@ -57,6 +57,7 @@ def test_a_run_without_any_code_of_ours(tmp_path: Path, monkeypatch: pytest.Monk
     assert [s.step for s in load_snapshots(tmp_path / "run" / "version_0" / "attn_monitor")] == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_callback_of_its_own_is_left_to_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_MONITOR", "1")
     running = trainer(tmp_path, AttentionMapCallback(), max_steps=2)

@@ -59,6 +59,7 @@ def fit(folder: Path, **settings: Any) -> Distillation:
     return module
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     plain, judged = fit(tmp_path / "plain"), fit(tmp_path / "judged", evaluation=Augmented())
     for (name, a), b in zip(plain.state_dict().items(), judged.state_dict().values(), strict=True):

@@ -66,6 +66,7 @@ def filled(run: Path, out: Path, **settings: Any) -> Backfilled:
     )
 
 
+@pytest.mark.slow
 def test_backfill_evaluates_as_the_callback_did(run: Path, tmp_path: Path) -> None:
     live = {s.step: s.metrics for s in load_snapshots(run / "run" / "version_0" / "attn_monitor")}
     again = filled(run, tmp_path, evaluation=LABELLED)

@@ -122,6 +122,7 @@ def test_a_mistake_of_ours_never_reaches_a_model_that_would_catch_it(monkeypatch
         record_attention(Catching(MemEffAttention()), IMAGES)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_found_costs_the_archive_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any) -> Path:
         raise ConnectionError("the tracking server does not answer")
@@ -132,6 +133,7 @@ def test_a_folder_that_cannot_be_found_costs_the_archive_only(tmp_path: Path, mo
     assert [s.step for s in watch.monitor.history] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_archive_that_cannot_be_made_costs_the_archive_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     watch, told = fit(tmp_path, dirpath=tmp_path / "file" / "archive")
@@ -179,6 +181,7 @@ def test_layers_that_are_left_out_are_named_once(tmp_path: Path, probe: Tensor |
     assert load_snapshots(tmp_path / RUN / "attn_monitor")[-1].layers_of("student") == (0, 1)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path) -> None:
     _, told = fit(tmp_path, layers="all")
     assert told == []

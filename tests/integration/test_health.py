@@ -234,6 +234,7 @@ def test_a_flag_in_a_run_is_told_everywhere(tmp_path: Path) -> None:
     assert running.callback_metrics["attn/health_flags"] == 1
 
 
+@pytest.mark.slow
 def test_flags_can_stop_a_run(tmp_path: Path) -> None:
     stop = EarlyStopping(
         "attn/health_flags", stopping_threshold=0.5, mode="max", check_on_train_epoch_end=True, patience=99
@@ -242,12 +243,14 @@ def test_flags_can_stop_a_run(tmp_path: Path) -> None:
     assert running.global_step == 8  # at the end of the first epoch
 
 
+@pytest.mark.slow
 def test_the_summary_names_the_flags(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(tmp_path, AttentionMapCallback(every_n_train_steps=1, health=ONLY_DEAD_HEADS))
     assert "1 health flag raised\n  student, layer 1, head 1" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_tell_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first, second = (AttentionMapCallback(every_n_train_steps=1, health=ONLY_DEAD_HEADS) for _ in range(2))
@@ -261,6 +264,7 @@ def test_a_resumed_run_does_not_tell_again(tmp_path: Path) -> None:
     assert len(second.monitor.health.flags) == 1
 
 
+@pytest.mark.slow
 def test_alert_on_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)

@@ -17,6 +17,7 @@ from attn_monitor.measure import global_features
 from attn_monitor.train import training_watch
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
+from tests.support.tiers import sweep
 
 DENSE = "attn/teacher/layer1/dense_separability"
 RANK = "attn/backbone/rankme"
@@ -59,7 +60,7 @@ def writer(folder: Path) -> object:
     return SummaryWriter(str(folder))
 
 
-@pytest.mark.parametrize("monitored", [DENSE, "attn/teacher/rankme"])
+@pytest.mark.parametrize("monitored", sweep([DENSE, "attn/teacher/rankme"], quick=1))
 def test_checkpoints_are_kept_by_metrics_that_come_late(tmp_path: Path, monitored: str) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", monitor=monitored, mode="max", save_top_k=1, filename="{step}")
     watch = AttentionMapCallback(every_n_epochs=1, health=HealthLimits(peak=1.0, verdict=False))

@@ -257,6 +257,7 @@ pl.Trainer(max_steps=3, accelerator="cpu", logger=TensorBoardLogger(sys.argv[1],
     assert len(Events(tmp_path / "run" / "version_0").images("attn_maps/image0")) == 4
 
 
+@pytest.mark.slow
 def test_works_where_wandb_and_mlflow_are_not_installed(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib, warnings

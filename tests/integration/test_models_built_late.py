@@ -64,6 +64,7 @@ def run(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback) -> di
     return module.state_dict()
 
 
+@pytest.mark.slow
 def test_a_model_that_the_first_step_builds(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone", Lazy())
     watched = run(tmp_path / "watched", Lazy(), AttentionMapCallback(every_n_train_steps=2))
@@ -71,6 +72,7 @@ def test_a_model_that_the_first_step_builds(tmp_path: Path) -> None:
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_a_step_makes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run(tmp_path, LateTeacher(), AttentionMapCallback(every_n_train_steps=2))

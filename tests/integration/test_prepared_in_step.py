@@ -140,6 +140,7 @@ def test_a_loop_that_prepares(tmp_path: Path) -> None:
         torch.testing.assert_close(watch.monitor.probe.images, images, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:AttentionMapCallback. the step prepares its batch")
 def test_no_hook_stays_and_training_is_bit_identical(tmp_path: Path) -> None:
     ends = []

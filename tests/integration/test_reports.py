@@ -53,6 +53,7 @@ def test_the_last_line_names_the_report(tmp_path: Path, caplog: pytest.LogCaptur
     assert report.exists()
 
 
+@pytest.mark.slow
 def test_without_a_report_the_last_line_names_the_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Blocked(AttentionMapCallback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,6 +74,7 @@ def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog:
     assert "on 2 given images of 32 × 32" in said(caplog, "watching")[0]
 
 
+@pytest.mark.slow
 def test_what_had_to_be_done_differently_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         trainer(tmp_path, AttentionMapCallback(), max_steps=2).fit(Pretraining(hugging_face_mae()), loader())

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from attn_monitor import AttentionMapCallback, ProbeBatch, load_snapshots
 from tests.support.events import Events
 from tests.support.helpers import Distillation, loader, trainer
+from tests.support.tiers import sweep
 
 RUN = Path("run") / "version_0"
 
@@ -34,7 +35,7 @@ def first_part(folder: Path, stop: int, watch: AttentionMapCallback | None) -> P
     return folder / "ckpt" / "last.ckpt"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", sweep([2, 1, 3, 4, 5], quick=1))
 def test_same_folder_no_duplicate_and_none_missing(tmp_path: Path, stop: int) -> None:
     checkpoint = first_part(tmp_path, stop, AttentionMapCallback(every_n_train_steps=2))
     again = AttentionMapCallback(every_n_train_steps=2)
@@ -61,6 +62,7 @@ def test_other_folder_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert [s.step for s in second.monitor.history] == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_other_arguments_is_told(tmp_path: Path) -> None:
     checkpoint = first_part(tmp_path / "a", 2, AttentionMapCallback())
     again = trainer(tmp_path / "b", AttentionMapCallback(layers=0), max_steps=4)
@@ -69,6 +71,7 @@ def test_checkpoint_of_other_arguments_is_told(tmp_path: Path) -> None:
     assert steps(tmp_path / "b") == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_another_probe_is_told_and_the_old_one_kept(tmp_path: Path) -> None:
     checkpoint = first_part(tmp_path / "a", 2, AttentionMapCallback())
     other = AttentionMapCallback(ProbeBatch(torch.randn(2, 3, 32, 32)))
@@ -78,12 +81,14 @@ def test_another_probe_is_told_and_the_old_one_kept(tmp_path: Path) -> None:
     assert len(other.monitor.probe) == 8
 
 
+@pytest.mark.slow
 def test_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
     checkpoint = first_part(tmp_path / "a", 2, None)
     trainer(tmp_path / "b", AttentionMapCallback(), max_steps=4).fit(Distillation(), loader(), ckpt_path=checkpoint)
     assert steps(tmp_path / "b") == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_with_the_callback_removed(tmp_path: Path) -> None:
     checkpoint = first_part(tmp_path / "a", 2, AttentionMapCallback())
     without = trainer(tmp_path / "b", max_steps=4)
@@ -91,6 +96,7 @@ def test_checkpoint_loads_with_the_callback_removed(tmp_path: Path) -> None:
     assert without.global_step == 4
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_grow_with_the_run(tmp_path: Path) -> None:
     sizes = []
     for length in (30, 60):

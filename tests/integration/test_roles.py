@@ -15,6 +15,7 @@ from attn_monitor.background import failures
 from attn_monitor.commands.report import report
 from attn_monitor.errors import ForwardError
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
+from tests.support.tiers import sweep
 
 ARCHIVE = Path("run", "version_0", "attn_monitor")
 PROBE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -72,7 +73,7 @@ def steps_by_role(folder: Path) -> dict[str, list[int]]:
     return steps
 
 
-@pytest.mark.parametrize("probe", [None, PROBE], ids=["adopted", "given"])
+@pytest.mark.parametrize("probe", sweep([PROBE, None], quick=1), ids=["given", "adopted"])
 def test_a_teacher_of_another_image_size_costs_the_student_nothing(tmp_path: Path, probe: Tensor | None) -> None:
     module = SmallTeacher()
     watch, told = fit(tmp_path, module, probe=probe)
@@ -86,6 +87,7 @@ def test_a_teacher_of_another_image_size_costs_the_student_nothing(tmp_path: Pat
     torch.testing.assert_close(watch.monitor.previous.layers["student", 1].rows, expected.rows)
 
 
+@pytest.mark.slow
 def test_a_damaged_teacher_costs_its_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "LONGEST_PAUSE", 0.0)  # it is retried at each step
     watch, told = fit(tmp_path, Damaged())
@@ -102,6 +104,7 @@ def test_a_damaged_teacher_costs_its_own_part(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_teacher_of_nan_from_the_start(tmp_path: Path) -> None:
     module = Damaged(at=(None, None))
     for parameter in module.teacher_backbone.parameters():

@@ -106,6 +106,7 @@ def test_wandb(offline: Path) -> None:
     assert any("attn_heads_chart-2/teacher/layer0" in key for row in rows for key in row)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming")
 def test_each_goes_on_by_itself_after_resuming(tmp_path: Path) -> None:
     def callbacks() -> list[AttentionMapCallback]:

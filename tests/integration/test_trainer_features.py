@@ -52,7 +52,7 @@ def watch(**arguments: Any) -> AttentionMapCallback:
             ({"num_sanity_val_steps": 0, "max_steps": 3}, range(4)),
             ({"limit_val_batches": 0, "max_steps": 3}, range(4)),
         ],
-        quick=2,
+        quick=1,
     ),
     ids=str,
 )
@@ -71,6 +71,7 @@ def test_fast_dev_run_takes_snapshots_and_writes_nothing(tmp_path: Path, batches
     assert files(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_by_the_clock_has_its_last_snapshot(tmp_path: Path) -> None:
     running = trainer(tmp_path, AttentionMapCallback(), max_steps=-1, max_epochs=-1, max_time={"seconds": 2})
     running.fit(Distillation(), loader())
@@ -174,6 +175,7 @@ def test_finders_as_callbacks(tmp_path: Path, finder: Any, first: bool) -> None:
     assert steps(tmp_path) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_continued_goes_on_in_its_archive(tmp_path: Path) -> None:
     callback, module = watch(), Distillation()
     running = trainer(tmp_path, callback, max_steps=4)
@@ -186,6 +188,7 @@ def test_a_fit_that_is_continued_goes_on_in_its_archive(tmp_path: Path) -> None:
     assert [s.step for s in callback.monitor.history] == list(range(9))
 
 
+@pytest.mark.slow
 def test_a_fit_after_one_that_failed_at_once(tmp_path: Path) -> None:
     class Broken(Distillation):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

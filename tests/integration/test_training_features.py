@@ -120,6 +120,7 @@ def test_values_are_those_of_trainings_own_forwards(tmp_path: Path) -> None:
     assert [step for step, _ in events.scalars("attn/training/loss")] == [6, 12]
 
 
+@pytest.mark.slow
 def test_training_is_bit_identical_and_keeps_no_hook(tmp_path: Path) -> None:
     plain = fit(tmp_path / "plain")
     for options in (MetricOptions(), MetricOptions(training=False)):
@@ -131,6 +132,7 @@ def test_training_is_bit_identical_and_keeps_no_hook(tmp_path: Path) -> None:
     assert not any(key.layer is None for key in found)
 
 
+@pytest.mark.slow
 def test_hooks_are_there_in_the_window_only(tmp_path: Path) -> None:
     """Of 40 steps to the next snapshot the last but one and `WINDOW` before it are watched."""
     hooked: list[int] = []
@@ -143,6 +145,7 @@ def test_hooks_are_there_in_the_window_only(tmp_path: Path) -> None:
     assert hooked == [*range(39 - WINDOW, 39), *range(59 - WINDOW, 59)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*isinstance")
 def test_a_compiled_model_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Compiled(Dino):

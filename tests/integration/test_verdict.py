@@ -66,6 +66,7 @@ def test_uniform_answers_are_diagnosed_by_ln_k(
     assert "Complete collapse since step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_not_judged_where_that_is_switched_off(tmp_path: Path) -> None:
     fit(tmp_path, Soft(), health=HealthLimits(verdict=False), dirpath=tmp_path / "archive")
     snapshots = load_snapshots(tmp_path / "archive")

@@ -255,11 +255,13 @@ def test_frames_that_cannot_be_read(pan: list[np.ndarray[Any, Any]], tmp_path: P
     assert not (tmp_path / "y.webp").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_text("no video")
     assert "nowhere.mp4: does not exist" in mistake("video", MODEL, "nowhere.mp4", "--out", str(tmp_path / "x.gif"))
 
 
+@pytest.mark.slow
 def test_without_pyav_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(b"")
     main = "from attn_monitor.commands.cli import main\nmain()"
@@ -271,6 +273,7 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_frames_are_held_a_batch_at_a_time(pan: list[np.ndarray[Any, Any]]) -> None:
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -303,6 +306,7 @@ def test_fewer_frames_at_a_time_when_memory_runs_out(
         list(attention_video(full(), pan[:7], size=None))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(pan: list[np.ndarray[Any, Any]], tmp_path: Path) -> None:
     """From folder to MP4; the second time is measured, as the first fills caches."""
     pytest.importorskip("av")

@@ -56,6 +56,7 @@ def networks() -> dict[str, Wrapper]:
     return {"student": Wrapper(), "teacher": Wrapper()}
 
 
+@pytest.mark.slow
 def test_three_lines_in_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models, writer = networks(), SummaryWriter(tmp_path)
     watch = Watch(models, loader(), loggers=[writer], folder=tmp_path, every_n_train_steps=2)
@@ -151,6 +152,7 @@ def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
         Watch(tiny_vit(), **arguments)
 
 
+@pytest.mark.slow
 def test_a_resumed_loop_goes_on_in_its_archive(tmp_path: Path) -> None:
     """Killed at step 5, resumed from a checkpoint of step 3."""
     models = networks()

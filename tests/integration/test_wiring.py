@@ -118,6 +118,7 @@ def test_a_flag_goes_wherever_flags_go(tmp_path: Path, capsys: pytest.CaptureFix
     assert snapshot_from_state(snapshot_state(snapshots[1])).flags == (flag,)
 
 
+@pytest.mark.slow
 @told
 def test_wandb_is_alerted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -179,6 +180,7 @@ class Copied(BeforeStep):
             self.copies.append(copies if self.copies else (pickle.loads(pickle.dumps(copies[0])), copies[1]))
 
 
+@pytest.mark.slow
 @told
 def test_copies_are_made_and_nothing_stays(tmp_path: Path) -> None:
     module, watch = Copied(), AttentionMapCallback(PROBE, dirpath=False, health=LIMITS, every_n_train_steps=20)

@@ -96,6 +96,7 @@ def loaded_by(code: str) -> set[str]:
     return set(found.stdout.split())
 
 
+@pytest.mark.slow
 def test_capture_needs_no_lightning_and_no_optional_package() -> None:
     code = """
 import attn_monitor.commands.cli
@@ -106,6 +107,7 @@ from attn_monitor.trackers.publisher import Publisher
     assert not loaded_by(code) & (heavy | {"transformers", "mlflow", "scipy", "av"})
 
 
+@pytest.mark.slow
 def test_the_callback_needs_no_optional_package() -> None:
     before = loaded_by("import lightning.pytorch")
     after = loaded_by("import lightning.pytorch\nfrom attn_monitor import AttentionMapCallback")

@@ -95,6 +95,7 @@ def test_budget_of_curves(tmp_path: Path, snapshot: AttentionSnapshot, monkeypat
     assert {tag.split("/")[2] for tag in tags if tag.startswith("attn/teacher")} == {f"layer{i}" for i in range(LAYERS)}
 
 
+@pytest.mark.slow
 def test_wandb_stays_under_the_number_it_advises() -> None:
     """Of a model as large as a ViT-L with all of its layers watched, and so of each of several callbacks."""
     models = {"student": tiny_vit(depth=24, embed_dim=64, num_heads=16)}

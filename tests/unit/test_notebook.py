@@ -57,6 +57,7 @@ def test_a_figure_holds_the_maps(tmp_path: Path) -> None:
         snapshot.plot(role="other")
 
 
+@pytest.mark.slow
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     write_run(tmp_path, [0], sharpness=[5])
     code = (

@@ -16,6 +16,7 @@ from attn_monitor.capture.token_places.shifted_images import _fit
 from tests.support import families
 from tests.support.families import _registered
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven
 
 
@@ -23,8 +24,12 @@ def xcit() -> nn.Module:
     return _registered("xcit_nano_12_p8_224", img_size=64, embed_dim=32, depth=4, num_heads=4)()
 
 
-@pytest.mark.parametrize(("build", "read"), [(xcit, (4, 5)), (families._caformer, (0, 1))])
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(
+    ("build", "read", "seed"),
+    sweep(
+        [(xcit, (4, 5), 1), (families._caformer, (0, 1), 1), (xcit, (4, 5), 0), (families._caformer, (0,), 0)], quick=2
+    ),
+)
 def test_with_all_weights_redrawn(build: Callable[[], nn.Module], read: tuple[int, ...], seed: int) -> None:
     """XCiT's class attention and CAFormer's stages behind convolutions: their tokens are row by row by their code."""
     torch.manual_seed(seed)

@@ -135,6 +135,7 @@ class CompiledInItsFirstStep(Distillation):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_model_that_is_compiled_in_a_watched_step_is_one_graph(tmp_path: Path, watched: bool) -> None:
     """PyTorch's warning about global hooks, too, would fail this."""

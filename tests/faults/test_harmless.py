@@ -169,7 +169,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     "ignore:.*isinstance",
     "ignore:`torch.cpu.amp.autocast:FutureWarning",  # by torch.utils.checkpoint of PyTorch 2.4
 )
-@pytest.mark.parametrize("name", sweep(RUNS, quick=3))
+@pytest.mark.parametrize("name", sweep(RUNS, quick=2))
 def test_bit_identical(tmp_path: Path, name: str) -> None:
     plain = run(tmp_path / "plain", RUNS[name])
     watch = AttentionMapCallback(every_n_train_steps=1, layers="all")
@@ -184,7 +184,8 @@ def test_bit_identical_with_workers(tmp_path: Path) -> None:
     assert_equal(plain, run(tmp_path / "watched", RUNS["adamw"], watch, workers=2))
 
 
-@pytest.mark.parametrize("schedule", sweep([{}, {"every_n_train_steps": 2}, {"every_n_epochs": 1}], quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [{}, {"every_n_train_steps": 2}, {"every_n_epochs": 1}])
 def test_bit_identical_at_every_schedule(tmp_path: Path, schedule: dict[str, int]) -> None:
     plain = run(tmp_path / "plain", RUNS["adamw"])
     assert_equal(plain, run(tmp_path / "watched", RUNS["adamw"], AttentionMapCallback(**schedule)))

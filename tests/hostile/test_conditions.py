@@ -20,6 +20,7 @@ from tests.support import styles
 from tests.support.oracle import attention_matrices
 from tests.support.releases import TORCH, since_torch
 from tests.support.styles import PlainViT
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven, timm_vit
 
 
@@ -168,7 +169,7 @@ WAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [4, 3], ids=["4 heads", "as many heads as images"])
+@pytest.mark.parametrize("heads", sweep([4, 3], quick=1), ids=["4 heads", "as many heads as images"])
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_call_attention(way: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(styles, "HEADS", heads)

@@ -12,6 +12,7 @@ from attn_monitor.capture.recheck_places import places_hold
 from attn_monitor.capture.recorder import AttentionRecorder
 from tests.hostile.test_wrong_places import Change, assert_map, changed, noise, unchanged
 from tests.support.styles import DIM
+from tests.support.tiers import sweep
 
 Norm = Callable[[int], nn.Module]
 NORMS: dict[str, Norm] = {"batch norm": nn.BatchNorm2d, "no norm": lambda _: nn.Identity()}
@@ -25,7 +26,7 @@ def with_stem(norm: Norm, act: type[nn.Module], tokens: Change = unchanged, seed
     return model
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", sweep([0, 1], quick=1))
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_stem_of_small_convolutions_on_a_small_grid(norm: str, act: type[nn.Module], seed: int) -> None:

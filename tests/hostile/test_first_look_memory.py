@@ -22,6 +22,7 @@ from attn_monitor.capture.token_places import ablating_observer, traced_products
 from attn_monitor.probe.probe_batch import ProbeBatch
 from tests.support.helpers import tiny_vit
 from tests.support.live_bytes import LiveBytes
+from tests.support.tiers import sweep
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def counted() -> Iterator[LiveBytes]:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "explicit"])
-@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("images", sweep([4, 1], quick=1))
 def test_the_first_look_takes_what_a_forward_takes(fused: bool, images: int) -> None:
     """On the model's device below 1.2 × a forward of one image, or of the few that run together."""
     model, probe = vit(160, fused), torch.randn(images, 3, 160, 160)

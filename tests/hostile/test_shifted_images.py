@@ -27,7 +27,7 @@ def xcit() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "read", "seed"),
     sweep(
-        [(xcit, (4, 5), 1), (families._caformer, (0, 1), 1), (xcit, (4, 5), 0), (families._caformer, (0,), 0)], quick=2
+        [(xcit, (4, 5), 1), (families._caformer, (0, 1), 1), (xcit, (4, 5), 0), (families._caformer, (0,), 0)], quick=1
     ),
 )
 def test_with_all_weights_redrawn(build: Callable[[], nn.Module], read: tuple[int, ...], seed: int) -> None:

@@ -101,7 +101,7 @@ def test_csv_rows_have_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", sweep([3, 1, 4, 6], quick=1))
-@pytest.mark.parametrize("end", [8, None], ids=["goes on", "is complete"])
+@pytest.mark.parametrize("end", sweep([8, None], quick=1), ids=["goes on", "is complete"])
 def test_resumed_with_two_optimizers(tmp_path: Path, stop: int, end: int | None) -> None:
     """Stopped within an epoch, at its end, and after it: no step twice, none missing, none under another's number."""
     saved = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=2 * stop)

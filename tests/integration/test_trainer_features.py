@@ -107,7 +107,8 @@ def test_other_loops_are_not_watched(tmp_path: Path, loop: str, probe: Tensor | 
     assert steps(tmp_path) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("loop", sweep(["validate", "test", "predict"], quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 def test_other_loops_load_checkpoints_of_watched_runs(tmp_path: Path, loop: str) -> None:
     module = Evaluates()
     running = trainer(tmp_path / "a", watch(), max_steps=2)
@@ -147,7 +148,8 @@ def lr_find(running: pl.Trainer, module: Tunable) -> None:
     assert len(finder.results["lr"]) > 1
 
 
-@pytest.mark.parametrize("tune", sweep([scale_batch_size, lr_find], quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", [scale_batch_size, lr_find])
 @pytest.mark.parametrize("probe", [None, torch.randn(2, 3, 32, 32)], ids=["adopted", "given"])
 def test_tuners_leave_the_callback_as_it_was(tmp_path: Path, tune: Any, probe: Tensor | None) -> None:
     callback, module = watch(probe=probe), Tunable()

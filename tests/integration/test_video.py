@@ -32,6 +32,7 @@ from tests.integration.test_cli import MODEL, mistake
 from tests.integration.test_replay import read
 from tests.integration.test_show import fragile, full, lively
 from tests.support.helpers import tiny_vit
+from tests.support.tiers import sweep
 
 SMALL = {"size": 32, "weights": False, "batch": 4}
 
@@ -81,7 +82,7 @@ def test_maps_are_those_of_record_attention(pan: list[np.ndarray[Any, Any]]) -> 
         torch.testing.assert_close(maps, expected.maps, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".webp", ".gif"])
+@pytest.mark.parametrize("ending", sweep([".mp4", ".webp", ".gif"], quick=2))
 def test_from_file_to_file(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str) -> None:
     out = tmp_path / "new" / f"x{ending}"
     video(MODEL, str(clip), out=str(out), **SMALL)

@@ -49,7 +49,7 @@ told = pytest.mark.filterwarnings("ignore:AttentionMapCallback. attention health
 
 
 @told
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", sweep(WRONG, quick=9))
 def test_faults_are_told(tmp_path: Path, fault: str) -> None:
     module, kind, words = WRONG[fault]
     flags = fit(tmp_path, module())

@@ -13,6 +13,7 @@ from attn_monitor.capture.rollout import attention_rollout
 from attn_monitor.errors import QueryError, UnsupportedAttentionError
 from tests.integration.test_capture import Watch, vit
 from tests.support.oracle import attention_matrices
+from tests.support.tiers import sweep
 from tests.support.zoo import enliven, timm_model
 
 IMAGES = torch.randn(2, 3, 80, 72, generator=torch.Generator().manual_seed(3))  # more tokens than are taken at a time
@@ -31,7 +32,7 @@ def explicit_product(model: nn.Module, fusion: str, residual: float) -> Tensor:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "explicit"])
 @pytest.mark.parametrize("fusion", ["mean", "max", "min"])
-@pytest.mark.parametrize("residual", [0.5, 0.1])
+@pytest.mark.parametrize("residual", sweep([0.5, 0.1], quick=1))
 def test_rollout_equals_the_product(fusion: Any, residual: float, fused: bool) -> None:
     model = vit(depth=3, fused=fused, img_size=(80, 72))
     product = explicit_product(model, fusion, residual)

@@ -271,11 +271,9 @@ class Run:
                     try:
                         monitor = self._check(looked_at)
                     except (ForwardError, ProbeError) as error:
-                        on_images = isinstance(error, ProbeError) or error.batch is not None
-                        waits = on_images and not self.errors.strict
-                        if waits and self.probe.await_entering(models.values(), wanted.batch):
-                            return None
-                        raise
+                        if self.errors.strict or not self.probe.await_entering(error, models.values(), wanted.batch):
+                            raise
+                        return None
                 looked_at = {role: model for role, model in looked_at.items() if role not in monitor.failed}
             started = time.perf_counter()
             if (evaluate := self._evaluate) is not None:

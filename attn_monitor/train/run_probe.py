@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from attn_monitor.distributed import RankZero
-from attn_monitor.errors import NoImagesError
+from attn_monitor.errors import ForwardError, NoImagesError, ProbeError
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.train.backbone_inputs import BackboneInputs
 from attn_monitor.train.cost import Cost
@@ -87,14 +87,17 @@ class RunProbe:
         """Observe what enters the models after a first snapshot, unless that is known; return whether that is done."""
         return not self._is_known and not self._kept.resumed and self._observe(models, batch)
 
-    def await_entering(self, models: Iterable[nn.Module], batch: Any) -> bool:
+    def await_entering(self, error: ForwardError | ProbeError, models: Iterable[nn.Module], batch: Any) -> bool:
         """Drop images of the run's data that the models refuse, as its steps may turn, stack or clean them.
 
         Those that enter the models in the next step are watched then.
 
         Returns:
-            Whether that is done; not where the images were given, or models are known to receive them.
+            Whether that is done; not where the images were given, models are known to receive them, or the error is
+            of another kind, such as a forward that is random.
         """
+        if isinstance(error, ForwardError) and error.batch is None:
+            return False
         if self._kept.options.probe.are_given or self._is_known or self._kept.resumed:
             return False
         if not self._observe(models, batch):

@@ -6,6 +6,7 @@ import builtins
 import fcntl
 import io
 import os
+import pathlib
 import shutil
 import threading
 import time
@@ -44,6 +45,9 @@ class HangingDisk:
         monkeypatch.setattr(owner, name.rpartition(".")[2], self._instead_of(real))
         if name == "io.open":
             monkeypatch.setattr(builtins, "open", self._instead_of(real))
+        accessor: Any = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10 keeps the functions of os in it
+        if getattr(accessor, name, None) is real:
+            monkeypatch.setattr(accessor, name, staticmethod(self._instead_of(real)))
 
     def _instead_of(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **settings: Any) -> Any:

@@ -80,6 +80,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert {6, 8} <= set(logged)  # of those before, TensorBoard's writer may have held some back
 
 
+@pytest.mark.filterwarnings("ignore:.*`torch.load` with `weights_only=False`:FutureWarning")  # Lightning's, 2.4
 @pytest.mark.parametrize(
     "damage", sweep([None, b"", b"broken"], quick=1), ids=["contradicting itself", "empty", "broken"]
 )

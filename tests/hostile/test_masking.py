@@ -20,7 +20,7 @@ from attn_monitor.capture.recorder import AttentionRecorder
 from attn_monitor.errors import ForwardError, NoAttentionError
 from tests.support.helpers import loader, tiny_vit, trainer
 from tests.support.oracle import attention_matrices
-from tests.support.zoo import enliven
+from tests.support.zoo import enliven, make_eager
 
 
 class ShufflingEncoder(nn.Module):
@@ -177,7 +177,7 @@ def test_hugging_face_vit_mae() -> None:
     assert model.config.mask_ratio == 0.75
     eager = copy.deepcopy(model.vit)
     eager.config.mask_ratio = 0.0
-    eager.set_attn_implementation("eager")
+    make_eager(eager)
     rising = torch.arange(16.0).expand(2, -1)
     expected = eager(images, noise=rising, output_attentions=True).attentions[-1][:, :, 0]
     torch.testing.assert_close(found.rows, expected)

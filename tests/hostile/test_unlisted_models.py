@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attn_monitor import record_attention
 from attn_monitor.errors import AttentionError, ForwardError, QueryError, UnsupportedAttentionError, VerificationError
 from tests.hostile.test_unseen_attention import IMAGES, Block, Core, ViT, check_layers, plain, scores
+from tests.support.releases import since_torch
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,6 +63,7 @@ class Named(Tensor):
     """A tensor with a type of its own and no operations of its own, as MONAI's ``MetaTensor``."""
 
 
+@since_torch(2, 6, "such tensors run under dispatch modes")
 @pytest.mark.parametrize("where", ["images", "position"])
 def test_a_type_of_tensor_without_operations_of_its_own_is_read(where: str) -> None:
     model, images = ViT(plain, plain), IMAGES

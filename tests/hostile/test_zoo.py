@@ -17,7 +17,7 @@ from attn_monitor.capture.observe.forward import default_forward
 from attn_monitor.capture.recorder import AttentionRecorder, record_attention
 from tests.support.oracle import attention_matrices
 from tests.support.tiers import sweep
-from tests.support.zoo import CASES, Case
+from tests.support.zoo import CASES, Case, make_eager
 
 LIMIT = 1e-3  # of uniform attention: |difference| times the number of keys
 PARAMETERS = [pytest.param(c, id=c.id, marks=[pytest.mark.slow] if c.slow else []) for c in CASES]
@@ -92,7 +92,7 @@ HUGGING_FACE = [p for p in PARAMETERS if p.values[0].library == "transformers"] 
 def test_maps_equal_output_attentions(case: Case) -> None:
     """Hugging Face's own eager path in float64, asked for its attentions."""
     model, images = copy.deepcopy(case.model()).double(), case.images()
-    model.set_attn_implementation("eager")
+    make_eager(model)
     model.config.output_attentions = True
     with torch.no_grad():
         attentions = (case.forward or default_forward)(model, images.double()).attentions

@@ -75,6 +75,7 @@ def watched(head: Head, backbone_by: Call = plain, head_by: Call = plain, *, sta
     return watch.values(STEPS)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # checkpoint's own, in PyTorch 2.4
 @pytest.mark.parametrize(
     ("backbone_by", "head_by"),
     [(repeated_as_a_whole, plain), (repeated, plain), (plain, repeated), (repeated, repeated)],

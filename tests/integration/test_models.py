@@ -173,11 +173,11 @@ def test_torchvision_takes_its_checkpoints_of_another_size(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        ("code", "[Ww]eights.only"),
+        ("code", "[Ww]eights.only|Unable to load weights"),
         ("truncated", "header|incomplete|SafetensorError"),
         ("config", "JSON|json"),
-        ("remote code", "custom code"),
-        ("empty", "config.json|model_type"),
+        ("remote code", "custom code|trust_remote_code"),
+        ("empty", "config.json|model_type|no file named"),
         ("nowhere", "nowhere is no folder"),
     ],
 )

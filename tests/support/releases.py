@@ -14,7 +14,7 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 TORCH, LIGHTNING = _numbers(torch.__version__), _numbers(lightning.__version__)
-TRANSFORMERS = _numbers(version("transformers"))
+TRANSFORMERS, JSONARGPARSE = _numbers(version("transformers")), _numbers(version("jsonargparse"))
 """Major and minor number, such as (2, 14)."""
 
 

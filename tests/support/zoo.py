@@ -64,6 +64,12 @@ def _built(case: Case) -> nn.Module:
         return enliven(case.build()).eval()
 
 
+def make_eager(model: Any) -> None:
+    """Let a model of Transformers compute attention by its own explicit code."""
+    if hasattr(model, "set_attn_implementation"):  # older releases do so by themselves where attention is asked for
+        model.set_attn_implementation("eager")
+
+
 @torch.no_grad()
 def enliven(model: nn.Module) -> nn.Module:
     """Redraw the weights so that attention is sharp and every gate, scale and bias takes part."""

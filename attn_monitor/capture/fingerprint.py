@@ -169,7 +169,9 @@ class _Reader:
             self.anything((*key, "method"), function.__func__)
         else:
             self._items[key] = Item("code", function.__code__)
-            self._arguments(key, {**dict(enumerate(function.__defaults__ or ())), **(function.__kwdefaults__ or {})})
+            if function.__defaults__ or function.__kwdefaults__:
+                defaults = dict(enumerate(function.__defaults__ or ()))
+                self._arguments(key, {**defaults, **(function.__kwdefaults__ or {})})
             if not _is_ours(function):
                 self._reach(key, function)
         self._open.remove(id(function))
@@ -195,10 +197,12 @@ class _Reader:
                 self.anything((*key, name), content)
         for name in _names(function.__code__):
             value = function.__globals__.get(name)
+            if value is None or isinstance(value, (types.ModuleType, type)):
+                continue  # most names
             where = (*key, "global", name)
             if isinstance(value, types.FunctionType):
                 self._items[where] = Item("code", value.__code__)
-            elif value is not None and (isinstance(value, _PLAIN) or (of_user and _is_object(value))):
+            elif isinstance(value, _PLAIN) or (of_user and _is_object(value)):
                 self.value(where, value)
 
     def _comparable_key(self, value: Any, budget: int) -> Any:

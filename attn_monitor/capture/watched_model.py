@@ -52,8 +52,7 @@ class WatchedModel:
 
     def doubt(self, images: Tensor, *, last: bool = False) -> Doubt:
         """Return whether the discovery still holds, see `AttentionRecorder.doubt`."""
-        discovery = self.look(images)[1]
-        return discovery.known.doubt(self.model, discovery.option.forward, last=last)
+        return self._doubt(self.look(images)[1], last=last)
 
     def check_places(self, images: Tensor) -> Doubt:
         """Run the model on a few coded images to check the token-to-patch assignment."""
@@ -72,10 +71,13 @@ class WatchedModel:
 
     def follow(self, images: Tensor, *, recording: bool) -> tuple[Tensor, Discovery]:
         """Repeat the discovery if it is in doubt, then return as `look`; check the tokens only before a recording."""
-        doubt = self.doubt(images)
+        found = self.look(images)
+        doubt = self._doubt(found[1])
         if doubt == Doubt.DUE and recording:
             doubt = self.check_places(images)
-        if doubt >= Doubt.CHANGED and self.discover_again(images, doubt):
+        if doubt < Doubt.CHANGED:
+            return found
+        if self.discover_again(images, doubt):
             warnings.warn(
                 f"the tokens of {type(self.model).__name__} hold other parts of the image than before, and its "
                 "attention is read in the new order from now on. Recordings since the latest check of the places "
@@ -83,6 +85,9 @@ class WatchedModel:
                 stacklevel=4,
             )
         return self.look(images)
+
+    def _doubt(self, discovery: Discovery, *, last: bool = False) -> Doubt:
+        return discovery.known.doubt(self.model, discovery.option.forward, last=last)
 
     def drop(self, *, with_cache: bool) -> None:
         """Discover the sites again the next time, or take them from the cache if they still hold."""

@@ -65,7 +65,7 @@ _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 }
-_TABLES_LEFT_ALONE = vars(nn.Module()).keys() - _OWN_TABLES
+_TABLES = frozenset(vars(nn.Module()))
 _NOTHING: dict[Any, Any] = {}  # stands for every empty container
 _Path = tuple[Any, ...]  # (path of the owner, name or key); formatted only for reports
 
@@ -95,6 +95,7 @@ class HeldState:
         self.tensors: list[Tensor] = []
         self._bytes_left = _LARGEST_COPIES
         self._containers: list[tuple[Any, Any]] = []  # each with a copy of its items
+        self._empty: list[Any] = []  # tables of modules, thousands of them
         self._saved: list[_Saved] = []
         self._thorough = thorough
         self.modules = list(modules)
@@ -116,6 +117,8 @@ class HeldState:
         for container, before in self._containers:
             if (container or before) and not same_items(container, before):
                 refill(container, before)
+        for table in filter(None, self._empty):
+            refill(table, _NOTHING)
         lost = []
         for path, changed, restore in self._saved:
             if changed():
@@ -173,15 +176,20 @@ class HeldState:
         """Save a module's attributes; its tables, thousands of them and mostly empty, are copied without a walk."""
         attributes = vars(module)
         self._containers.append((attributes, attributes.copy()))
+        for name in _OWN_TABLES & attributes.keys():
+            table = attributes[name]
+            if type(table) not in CONTAINERS:  # a ScriptModule's are views of C++ objects
+                continue
+            if table:
+                self._containers.append((table, table.copy()))
+            else:
+                self._empty.append(table)
         for name, item in attributes.items():
-            if type(item) in _LEAVES or name in _TABLES_LEFT_ALONE:
+            if name in _TABLES or type(item) in _LEAVES:
                 continue
             if isinstance(item, (types.MethodType, functools.partial)) and hasattr(type(module), name):
                 continue  # a user's wrapper of the module's own method
-            if type(item) in CONTAINERS and (name in _OWN_TABLES or not item):
-                self._containers.append((item, item.copy() if item else _NOTHING))
-            elif name not in _OWN_TABLES:  # a ScriptModule's are views of C++ objects
-                self._later(((type(module).__name__,), name), item)
+            self._later(((type(module).__name__,), name), item)
 
     def _save_dict(self, path: _Path, value: dict[Any, Any]) -> None:
         before = dict(value)  # not .copy(): a subclass may have another constructor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
@@ -34,6 +35,11 @@ class StopForward(BaseException):
 
     It is no `Exception`, so that a model's `except Exception` does not catch it.
     """
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantises(func: Any) -> bool:
+    return "linear_dynamic" in str(func)
 
 
 class AttentionObserver(TorchDispatchMode):
@@ -168,7 +174,7 @@ class AttentionObserver(TorchDispatchMode):
                 each.on_other_operation(operation, out)
         if operation.func is torch.ops.aten.convolution.default:
             self._convolution(operation.args, out)
-        elif "linear_dynamic" in str(operation.func):
+        elif _quantises(operation.func):
             self.quantised = True
         return out
 

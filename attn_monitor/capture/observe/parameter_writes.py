@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Ca
     every = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
     plain = [p for p in every if p.layout is torch.strided and not p.is_meta and type(p.data) is Tensor]
     before = [(p.data, p.requires_grad, p._version) for p in plain]
-    known, copies = _WRITTEN.get(model), _Copies(data for data, _, _ in before)
+    known, copies = _WRITTEN.get(model), _Copies([data for data, _, _ in before])
     for parameter in plain:
         if known and id(parameter) in known:
             copies.save(parameter.data)
@@ -49,13 +49,15 @@ def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Ca
     finally:
         copies.restore()
         for parameter, (data, requires_grad, version) in zip(plain, before, strict=True):
-            if _storage_id(parameter.data) != _storage_id(data):
+            if _storage_id(parameter) != _storage_id(data):
                 parameter.data = data
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-            if known is not None and (copies.has(data) or parameter._version != version):
+            written = parameter._version != version
+            copied = copies.has(data)
+            if known is not None and (copied or written):
                 known.add(id(parameter))
-            if not copies.has(data) and parameter._version != version:
+            if written and not copied:
                 names = (name for name, p in model.named_parameters() if p is parameter)
                 lost(f"parameter {next(names, 'of a module that it holds')}")
 
@@ -63,9 +65,13 @@ def parameters_restored(model: nn.Module, modules: Sequence[nn.Module], lost: Ca
 class _Copies:
     """Copy the storages of tensors on request."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._storages = {_storage_id(t): t.untyped_storage() for t in tensors}
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
         self._copies: dict[int, torch.UntypedStorage] = {}
+
+    @functools.cached_property
+    def _storages(self) -> dict[int, torch.UntypedStorage]:
+        return {_storage_id(t): t.untyped_storage() for t in self._tensors}
 
     def save(self, tensor: Tensor) -> None:
         """Copy the storage of a tensor, once, if it is one of those given."""
@@ -75,7 +81,7 @@ class _Copies:
 
     def has(self, tensor: Tensor) -> bool:
         """Return whether the storage of a tensor has been copied."""
-        return _storage_id(tensor) in self._copies
+        return bool(self._copies) and _storage_id(tensor) in self._copies
 
     def restore(self) -> None:
         """Write all copies back."""

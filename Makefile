@@ -15,11 +15,11 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist l
 
 # Every promise by some of its cases: what a change should pass before it is pushed.
 test: $(VENV)/.setup-dev
-	$(RUN_TESTS) -m "not slow" $(PYTEST)
+	$(RUN_TESTS) -m "not slow" --junitxml build/test.xml $(PYTEST)
 
 # The other cases: sweeps over models, seeds and failures, and runs of many seconds. CI runs both.
 test-slow: $(VENV)/.setup-dev
-	$(RUN_TESTS) -m slow $(PYTEST)
+	$(RUN_TESTS) -m slow --junitxml build/test-slow.xml $(PYTEST)
 
 # The same as `make test` on the oldest releases that pyproject.toml promises.
 test-oldest:
@@ -50,7 +50,7 @@ site: $(VENV)/.setup-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/site/index.html; for the search too: $(BIN)/python -m http.server -d build/site"
 
-# About twelve minutes on two quiet cores; only on a quiet machine are the figures worth keeping.
+# About half an hour on two quiet cores; only on a quiet machine are the figures worth keeping.
 bench: $(VENV)/.setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
 

@@ -22,6 +22,7 @@ from benchmarks.results import Results
 from benchmarks.scaling import measure_growth
 from benchmarks.speed import LEFT_OUT, SETTINGS, SMALL, TINY, measure_speed
 from benchmarks.startup import measure_startup
+from benchmarks.suite import latest_runs
 from benchmarks.training import measure_training
 
 TRAINED = Size("ViT-Ti/16", width=192, depth=12, heads=3, pixels=224, batch=4)
@@ -37,6 +38,7 @@ def main() -> None:
     started, load = time.perf_counter(), os.getloadavg()[0]
     results = Results(machine(), given.quick, {} if given.quick else LEFT_OUT)
     (_quick if given.quick else _full)(results)
+    results.suite = latest_runs()
     results.minutes, results.loads = (time.perf_counter() - started) / 60, (load, os.getloadavg()[0])
     write_report(results, given.out)
     _tell(f"written to {given.out / 'benchmarks.md'} after {results.minutes:.1f} minutes")

@@ -101,6 +101,7 @@ def ours(size: Size) -> dict[str, Run]:
     return {
         "plain": no_grad(model, images),
         "ours, last": recorder(model, images, -1),
+        "ours, last by index": recorder(model, images, size.depth - 1),
         "ours, all": recorder(model, images, "all"),
         "ours, last, verified": recorder(model, images, -1, True),
         "ours, all, verified": recorder(model, images, "all", True),

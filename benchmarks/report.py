@@ -20,7 +20,8 @@ sites are known, and row · V is compared with the model's output only where it 
 
 Peers are set up as their users would do for speed. Each ratio is to the plain no-gradient forward of the peer's own
 model in its fastest form (Hugging Face's with fused attention; vit-pytorch has explicit attention only); "over ours"
-divides that ratio by ours on timm's model for as many layers, and "same model" is the peer's time over ours on the
+divides that ratio by ours on timm's model for as many layers (by the layer's index where the peer leaves the model
+after it too), and "same model" is the peer's time over ours on the
 very model that the peer ran on. Hugging Face and vit-pytorch give all layers or nothing, so they are compared with
 both. timm's `AttentionExtract` sees no fused attention: *as documented* it is switched off in all blocks; *tuned by
 hand* it is off in the last block alone, and the traced model is cut off after its softmax. The DINO-style function
@@ -30,14 +31,17 @@ _TARGETS = """Up to 480 px nothing can be much faster or slower than the model i
 matrices of a ViT-S/16 are 4 % of a forward's multiplications at 224 px. There the only target beside the fastest peer
 is to be no more than 5 % slower; at 960 px all others are to take twice as long."""
 
-_FLOOR = """The last layer's row needs everything up to q and k of the last block, and nothing after. What can be left
-out is therefore that block's attention, projection and MLP: counting multiplications, {floors}. What is above it:
+_FLOOR = """The row of the last layer needs everything up to q and k of the last block, and nothing after. Named by its
+index, the layer is the last thing that runs, and that block's attention, projection and MLP are left out: counting
+multiplications, {floors}. Counted from the end, as by default, the forward runs to its end, since nothing else shows
+that no later layer runs on these images: it cannot take less than one forward. What is above it:
 
-- Python at each operation of a watched module (a dozen to twenty for each layer), its hooks, and once per snapshot
-  the walk over the modules that tells whether the model has changed: well under a millisecond for one layer, two or
-  three for twelve. It does not grow with the images, so it weighs most for small models and a single image.
+- Once per snapshot, whatever the images: what the model keeps is compared with what was known, saved and put back, in
+  Python, some milliseconds for the three hundred modules of a ViT. That weighs most for small models and one image.
+- Python at each operation of a watched module (a dozen to twenty for each layer) and its hooks. It does not grow with
+  the images either.
 - One row of attention: a product of q's row with k for each head, O(tokens).
-- With verification, the last block's attention itself and one product with V for each layer.
+- With verification, one product with V for each layer.
 
 Where a peer comes close, it leaves out the same part of the model: a graph traced for one layer and cut off there
 does no more work than ours but for the softmax over all queries of the last layer, which is one layer of twelve. An
@@ -220,6 +224,9 @@ def _rest(results: Results) -> Iterator[str]:
             f"{a.model} is asked {a.images} images once, which with the recording takes {_figure(a.first)} plain "
             f"forwards of one image. `record_attention` takes {_figure(a.again)} from its second call on."
         )
+    if results.suite:
+        yield "## The tests"
+        yield "The last time that they ran here: " + "; ".join(map(str, results.suite)) + "."
     if (s := results.startup) is not None:
         yield "## Start"
         yield (

@@ -14,6 +14,7 @@ from benchmarks.player import Player
 from benchmarks.scaling import Growth
 from benchmarks.speed import Table
 from benchmarks.startup import Startup
+from benchmarks.suite import SuiteRun
 from benchmarks.training import Training
 
 
@@ -36,6 +37,7 @@ class Results:
     dense: Spread | None = None
     startup: Startup | None = None
     asking: Asking | None = None
+    suite: list[SuiteRun] = field(default_factory=list)
     minutes: float = 0.0
     loads: tuple[float, float] = (0.0, 0.0)
 

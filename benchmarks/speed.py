@@ -112,7 +112,9 @@ def _row(peer: Peer, rounds: Rounds) -> Row:
     own = (peer.run, peer.floor)
     # Whatever gives all layers or nothing is also what one has to run for the last one.
     layers = ["last"] if peer.layers == "last" else ["last", "all"]
-    speedup = {which: rounds.quotient(own, (f"ours, {which}", "plain")) for which in layers}
+    # Who leaves the model after a layer does not look for later ones either.
+    against = {"last": "ours, last by index" if peer.layers == "last" else "ours, last", "all": "ours, all"}
+    speedup = {which: rounds.quotient(own, (against[which], "plain")) for which in layers}
     same = {which: f"ours on {peer.run}, {which}" for which in layers}
     on_same = {which: rounds.ratio(peer.run, name) for which, name in same.items() if name in rounds.seconds}
     return Row(peer.title, peer.layers, rounds.ratio(*own), speedup, on_same)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from attn_monitor import AttentionMapCallback, Watch, load_snapshots
+from attn_monitor.errors import ForwardError
 from attn_monitor.train.backbone_inputs import BackboneInputs, alike, find_preparation
 from tests.support.helpers import Distillation, tiny_vit, trainer
 from tests.support.more_axes import AnyViT
@@ -225,3 +226,10 @@ def test_images_that_the_step_turns_are_watched_as_they_enter(
     assert callback.monitor is not None
     assert torch.equal(callback.monitor.probe.images, module.seen[0])
     assert load_snapshots(tmp_path / "run" / "version_0" / "attn_monitor")
+
+
+def test_where_a_layer_is_named_images_that_the_model_refuses_end_the_run_before_its_first_step(tmp_path: Path) -> None:
+    module, loader = Turns(lambda batch: batch[:, None]), DataLoader([VOLUME[0]] * 4, batch_size=2)  # type: ignore[arg-type]
+    with pytest.raises(ForwardError, match=r"AnyViT failed on images \(\d, 8, 32, 24\)"):
+        trainer(tmp_path, AttentionMapCallback(layers="all"), max_steps=2).fit(module, loader)
+    assert not module.seen

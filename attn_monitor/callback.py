@@ -129,7 +129,7 @@ class AttentionMapCallback(Base):
         query: Literal["cls", "mean"] | int | tuple[int, int] = "cls",
         metrics: list[str] | str | MetricOptions | None = None,
         features: bool = False,
-        evaluation: EvaluationOptions | str | os.PathLike[str] | tuple[Tensor, Tensor] | Dataset[Any] | None = None,
+        evaluation: EvaluationOptions | str | os.PathLike[str] | tuple[Tensor, Tensor] | Dataset | None = None,  # type: ignore[type-arg]
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         drawing: DrawingOptions = DrawingOptions(),

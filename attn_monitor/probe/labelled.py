@@ -17,7 +17,7 @@ from attn_monitor.errors import ArgumentError, ProbeError
 from attn_monitor.probe.image_folder import images_in, read_files
 from attn_monitor.probe.probe_batch import ProbeBatch
 
-Labelled = str | os.PathLike[str] | tuple[Tensor, Tensor] | Dataset[Any]
+Labelled = str | os.PathLike[str] | tuple[Tensor, Tensor] | Dataset  # type: ignore[type-arg]  # as in options.py
 """A folder of a folder for each class, (images, labels), or a data set of (image, label)."""
 
 EXPECTED = (

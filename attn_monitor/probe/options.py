@@ -17,7 +17,8 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 
 NUM_IMAGES, IMAGE_SIZE = 8, 224  # defaults; the size is in pixels
 
-Images = str | os.PathLike[str] | Tensor | ProbeBatch | Dataset[Any] | Iterable[Any]
+# Not Dataset[Any], of which jsonargparse 4.42 to 4.50 can make no option.
+Images = str | os.PathLike[str] | Tensor | ProbeBatch | Dataset | Iterable[Any]  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ from attn_monitor.background import job_queue
 from attn_monitor.train import cost
 from tests.support import processes
 
-settings.register_profile("shared machine", deadline=None)  # a slow example is no fault of the code
+# A slow example is no fault of the code; and what passed does not fail by another draw.
+settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.load_profile("shared machine")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +40,12 @@ def momentum(before: Tensor, after: Tensor, student: Tensor) -> float | None:
     return momentum_of(before.double(), after.double(), student.double(), precision)
 
 
+def largest_error(before: Tensor, student: Tensor, precision: float) -> float:
+    """Of a fit weighted by precision, if every value is rounded twice and all in the direction that is worst."""
+    parts = (student - before).abs() / (precision * (before.abs() + student.abs())).clamp(min=1e-300)
+    return 2 * float(parts.sum() / parts.square().sum())
+
+
 @settings(deadline=None, max_examples=60)
 @given(seeds, momenta, distances, st.sampled_from(list(DTYPES)), st.integers(0, 2))
 def test_the_momentum_of_an_average_is_found(
@@ -48,10 +53,10 @@ def test_the_momentum_of_an_average_is_found(
 ) -> None:
     before, student = values(seed).to(dtype), (values(seed) + distance * values(seed + 1)).to(dtype)
     found = momentum(before, averaged(before, student, m, how), student)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and (1 - m) * distance > 1e-3:  # else rounding may hide it
         assert found is not None
     if found is not None:
-        assert found == pytest.approx(m, abs=2 * DTYPES[dtype] + 1e-4 * (dtype == torch.float32))
+        assert abs(found - m) <= largest_error(before.double(), student.double(), DTYPES[dtype]) + 1e-6
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.player import write_run
+
+# From a small process of its own: until it runs its program, a child counts the memory of its parent.
+_MEASURED = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid, 0)
+print(json.dumps([time.perf_counter() - started, usage.ru_maxrss * 1024]))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,7 @@ def measure_long_run(steps: int, layers: int) -> LongRun:
         archive.mkdir()
         write_run(archive, 8, steps, layers=layers)
         command = [sys.executable, "-m", "attn_monitor", "report", folder, "--out", str(page)]
-        started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - started
-        if status:
-            raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+        done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, check=True)
+        seconds, peak = json.loads(done.stdout)
         size = sum(file.stat().st_size for file in archive.iterdir())
-        return LongRun(steps, layers, size, page.stat().st_size, seconds, usage.ru_maxrss * 1024)
+        return LongRun(steps, layers, size, page.stat().st_size, seconds, peak)

@@ -161,7 +161,8 @@ class _Told(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if "on the training thread" in message:
-            parts = [float(s) for s in re.findall(r"([\d.]+) s (?:on the training thread|waiting at the end)", message)]
+            ways = "on the training thread|for the first look|waiting at the end"
+            parts = [float(s) for s in re.findall(rf"([\d.]+) s (?:{ways})", message)]
             self.seconds = sum(parts)
 
     def __enter__(self) -> _Told:

@@ -101,10 +101,12 @@ def events_at_snapshot(
         drawing: how to draw them.
         layers: the layers with a panel and a film strip for each image.
     """
+    # Once for all events, which are listed while training waits.
+    photos, truths = probe.pixels, None if probe.masks is None else probe.plane_masks.numpy()
     for (index, image), layer in itertools.product(enumerate(snapshot.names), layers):
         suffix, caption = f"/layer{layer}" if len(layers) > 1 else "", f"{image}, step {snapshot.step}"
         settings: dict[str, Any] = {"layer": layer, "options": drawing}
-        photo, truth = probe.pixels[index], None if probe.masks is None else probe.plane_masks[index].numpy()
+        photo, truth = photos[index], None if truths is None else truths[index]
         shown: dict[str, Any] = {"caption": probe.shown_caption, "frames": probe.frames_of(index)}
         panel = partial(_panel, history[-1], index, photo, truth=truth, **shown, **settings)
         yield ev.Picture(f"attn_maps/{image}{suffix}", panel, caption=caption)
@@ -126,7 +128,7 @@ def events_at_snapshot(
     attention = snapshot.layer(snapshot.roles[-1], layers[-1]).in_plane()
     masks = ev.Once(lambda: map_statistics(attention.maps, drawing.threshold).mask)
     for index, image in enumerate(snapshot.names[:MASKED_IMAGES]):
-        yield ev.Masks(f"attn_overlay/{image}", partial(_head_masks, attention, masks, index, probe.pixels[index]))
+        yield ev.Masks(f"attn_overlay/{image}", partial(_head_masks, attention, masks, index, photos[index]))
 
 
 def events_at_end(

@@ -51,12 +51,13 @@ CLAIMS = {
         integration/test_callback.py::test_failure_in_mid_training_is_one_warning""",
     "What is promised": LINKS,
     "Cheap.": NO_CLAIM + "a heading",
-    "Capturing the last layer costs": """
+    "Capturing the last layer of": """
         integration/test_benchmarks.py::test_a_quick_run_writes_the_document
-        integration/test_capture.py::test_the_forward_is_left_after_the_last_wanted_layer
+        integration/test_capture.py::test_the_forward_is_left_after_the_last_wanted_layer""",
+    "Memory for attention is": """
         integration/test_capture.py::test_memory_is_linear_in_tokens
         faults/test_job_queue.py::test_putting_never_waits_and_drops_the_oldest_pictures""",
-    "Benchmarks of an earlier state": LINKS,
+    "Benchmarks, beside five peers": LINKS,
     "Is the run healthy?": NO_CLAIM + "a question",
     "Rank and spread of global features": """
         integration/test_training_features.py::test_values_are_those_of_trainings_own_forwards

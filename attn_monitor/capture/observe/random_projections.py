@@ -60,8 +60,11 @@ def precision_of(x: Tensor) -> torch.dtype:
         return x.dtype
     numbers = x.detach().flatten()
     sample = numbers[:: numbers.numel() // _SAMPLE | 1].abs()  # an odd step passes through all channels
-    values, mantissas = (int(t.unique().numel()) for t in (sample, torch.frexp(sample).mantissa))
     halves = ((torch.bfloat16, 128), (torch.float16, 1024))  # each with its number of mantissas, without that of 0
+    mantissa = torch.frexp(sample).mantissa
+    if mantissa[: _SAMPLE // 4].unique().numel() > halves[-1][1] + 1:  # full precision shows in a part of them
+        return x.dtype
+    values, mantissas = (int(t.unique().numel()) for t in (sample, mantissa))
     return next((half for half, most in halves if mantissas <= most + 1 and values >= 2 * mantissas), x.dtype)
 
 

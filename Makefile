@@ -23,7 +23,7 @@ test-slow: $(VENV)/.setup-dev
 
 # The same as `make test` on the oldest releases that pyproject.toml promises.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt PYTEST="--junitxml build/test-oldest.xml $(PYTEST)"
 
 # What only a GPU can show; kernels of flash-attn and xFormers where they are installed. The figures are printed.
 test-gpu: $(VENV)/.setup-dev

@@ -86,11 +86,11 @@ class WatchedModel:
             )
         return self.look(images)
 
-    def _doubt(self, discovery: Discovery, *, last: bool = False) -> Doubt:
-        return discovery.known.doubt(self.model, discovery.option.forward, last=last)
-
     def drop(self, *, with_cache: bool) -> None:
         """Discover the sites again the next time, or take them from the cache if they still hold."""
         self.discovery = None
         if with_cache:
             forget(self.model)
+
+    def _doubt(self, discovery: Discovery, *, last: bool = False) -> Doubt:
+        return discovery.known.doubt(self.model, discovery.option.forward, last=last)

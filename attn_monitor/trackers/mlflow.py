@@ -39,12 +39,11 @@ class MLflow(Tracker):
         return Path(url2pathname(address.path)) if address.scheme in ("", "file") else None
 
     def _scalars(self, scalars: Scalars, step: int) -> None:
-        """Log through Lightning's method, which replaces characters that MLflow forbids in names."""
-        self.logger.log_metrics(dict(scalars.content), step=step)
+        """Log through Lightning's method, which cuts out what MLflow forbids in a name, and warns."""
+        self.logger.log_metrics({_key(tag): value for tag, value in scalars.content.items()}, step=step)
 
     def _picture(self, picture: Picture, step: int) -> None:
-        key = re.sub(r"[^\w ./-]", "_", picture.tag)
-        self.logger.experiment.log_image(self.logger.run_id, picture.content, key=key, step=step)
+        self.logger.experiment.log_image(self.logger.run_id, picture.content, key=_key(picture.tag), step=step)
 
     def _animation(self, animation: Animation, step: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +54,13 @@ class MLflow(Tracker):
     def _tag(self, text: Text, step: int) -> None:
         """Make a line on the whole run a tag, a column of the table of runs; flags come as alerts."""
         if text.sums_up:
-            self.logger.experiment.set_tag(self.logger.run_id, text.tag, text.content)
+            self.logger.experiment.set_tag(self.logger.run_id, _key(text.tag), text.content)
 
     def _file(self, text: str, path: str) -> None:
         self.logger.experiment.log_text(self.logger.run_id, text, path)
+
+
+def _key(tag: str) -> str:
+    """Spell a tag in MLflow's letters, which are ASCII's; Punycode keeps other names apart, and short."""
+    parts = (part if part.isascii() else part.encode("punycode").decode() for part in tag.split("/"))
+    return re.sub(r"[^\w ./-]", "_", "/".join(parts))

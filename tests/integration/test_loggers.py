@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from attn_monitor import AttentionMapCallback, load_snapshots
+from attn_monitor.trackers.events import Picture, Scalars, Text
+from attn_monitor.trackers.mlflow import MLflow
 from attn_monitor.train.lightning_run import run_folder
 from tests.support import forked, wandb_runs
 from tests.support.events import Events
@@ -112,6 +115,24 @@ def test_mlflow_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (archive,) = tmp_path.rglob("attn_monitor")
     check_mlflow(logger.experiment, logger.run_id, archive)
     assert archive.parent == tmp_path / "mlruns" / logger.experiment_id / logger.run_id / "artifacts"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_mlflow_forbids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes ASCII alone: a photo of any other name is logged too, under a name of its own."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    photos = ("фото", "кофе", "猫 1", "a (1)", "plain", "ж" * 40)
+    with MLflow(logger).batch(0) as log:
+        for photo in photos:
+            log(Picture(f"attn_filmstrip-é+1/{photo}", lambda: np.zeros((8, 8, 3), np.uint8)))
+        log(Text("attn-é+1/health/verdict", lambda: "healthy", sums_up=True))
+        log(Scalars("attn", lambda: {"attn-é/loss": 1.0, "attn-ü/loss": 2.0}))
+    run = logger.experiment.get_run(logger.run_id).data
+    assert "healthy" in run.tags.values()
+    assert sorted(run.metrics.values()) == [1.0, 2.0], "names that Lightning would cut to the same"
+    files = [Path(f.path).name for f in logger.experiment.list_artifacts(logger.run_id, "images")]
+    assert len({name.partition("+step")[0] for name in files if name.endswith(".png")}) == len(photos)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ A run that logs to TensorBoard while a task is open needs none of this: ClearML 
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import Any
 
@@ -48,6 +49,8 @@ class ClearML(Tracker):
     def _scalars(self, scalars: Scalars, step: int) -> None:
         """Put heads of one layer into one chart, and of each metric all roles and layers."""
         for tag, value in scalars.content.items():
+            if not math.isfinite(value):  # ClearML would draw NaN and infinity as 0
+                continue
             first, *middle, last = tag.split("/")
             of_head = re.fullmatch(r"head\d+", last) or not middle
             title, series = tag.rpartition("/")[::2] if of_head else (f"{first}/{last}", "/".join(middle))

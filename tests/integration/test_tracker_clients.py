@@ -7,6 +7,7 @@ these are installed. Stand-ins have the signatures of the methods that are used,
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 
 from attn_monitor.hugging_face import CURRENT_RUN, current_runs
+from attn_monitor.trackers.events import Scalars
 from attn_monitor.trackers.registry import tracker_for
 from tests.support import forked, tracker_runs
 
@@ -216,6 +218,17 @@ def test_methods_of_trackio(stand_ins: dict[str, Any]) -> None:
     assert run.of("attn_timelapse")[0][1].args[0].startswith(b"GIF8")
     assert run.of("attn_report")[0][1].args == (tracker_runs.PAGE,)
     assert run.alerts == [("attention health", f"- {tracker_runs.FLAG}")]
+
+
+def test_clearml_draws_no_0_for_nan() -> None:
+    """Which would be a collapse, of entropy say."""
+    points: list[tuple[Any, ...]] = []
+    methods = {"__module__": "clearml.logger", "report_scalar": lambda _, *point: points.append(point)}
+    logger = type("Logger", (), methods)
+    values = {"attn/student/layer1/entropy": math.nan, "attn/student/layer1/peak": math.inf, "attn/loss": 2.0}
+    with tracker_for(logger()).batch(3) as log:
+        log(Scalars("attn", lambda: values))
+    assert points == [("attn", "loss", 2.0, 3)]
 
 
 def test_what_each_does_not_take_is_named_once(stand_ins: dict[str, Any]) -> None:

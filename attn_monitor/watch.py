@@ -28,6 +28,7 @@ from attn_monitor.probe.options import Images, ProbeOptions
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.picture_plan import KEEP
 from attn_monitor.trackers.publisher import Heads
+from attn_monitor.trackers.registry import check_loggers
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
 from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_source
@@ -48,7 +49,7 @@ class Watch:
         probe: a folder, a tensor (images, channels, H, W) of normalised images, a `ProbeBatch`, a data set or its
             loader, or `ProbeOptions`. Data with ``__len__`` and ``__getitem__`` give evenly spaced images, others their
             first batch. None takes the first ``batch`` that `step` receives.
-        loggers: TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
+        loggers: a list of TensorBoard ``SummaryWriter``, W&B runs, or anything with ``log_metrics``.
         folder: the run's folder; the archive is in ``attn_monitor`` below it. None keeps no archive.
         every_n_train_steps: optimizer steps between snapshots; None is as in `AttentionMapCallback`, about 50 in a run.
             Without ``total_steps`` the distances grow: steps 1, 2, 4, …, 64, then 50 steps and more.
@@ -56,7 +57,7 @@ class Watch:
         layers: this and the arguments after it are those of `AttentionMapCallback`.
 
     Raises:
-        ArgumentError: An argument is invalid, or neither ``loggers`` nor ``folder`` is given.
+        ArgumentError: An argument is invalid, a logger takes nothing, or neither ``loggers`` nor ``folder`` is given.
         ProbeError: The images cannot be used.
 
     Example:
@@ -97,7 +98,9 @@ class Watch:
         image_size: int | tuple[int, ...] | None = None,
         threshold: float | None = None,
     ) -> None:
-        if not loggers and folder is None:
+        # Rank zero of this process alone: the others do nothing, and need no logger.
+        rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
+        if watched and not loggers and folder is None:
             raise ArgumentError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
         self.options = RunOptions(
             probe,
@@ -118,13 +121,11 @@ class Watch:
         )
         self.models, self.loggers, self.folder = (
             check_models(models),
-            list(loggers),
+            check_loggers(loggers) if watched else [],
             None if folder is None else Path(folder),
         )
         self.kept = Kept(self.options, Schedule(every_n_train_steps))
         self.kept.schedule.start(total_steps or float("inf"))
-        # Rank zero of this process alone: the others do nothing.
-        rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
         self.run: Run | None = Run(self.kept, rank_zero, warn=_warn, inform=_inform, watched=watched)
         if isinstance(models, nn.Module):
             self.kept.set_enclosing(models)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from attn_monitor.trackers.events import KINDS, Event, Histogram, Picture, Scalars, Table, Text
@@ -33,19 +35,22 @@ class Generic(Tracker):
     """Log to any logger by the methods that it has.
 
     These are the methods in ``LOGGER_METHODS`` and ``WRITER_METHODS`` (also of its ``experiment``), and
-    ``log_attention_event(event, step)``, which receives every event that none of the others takes.
+    ``log_attention_event(event, step)``, which receives every event that none of the others takes. A method of such a
+    name with other arguments does not count.
     """
 
     names_ignored = True
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
-        if own := _method(logger, "log_attention_event"):
+        own = _method(logger, "log_attention_event")
+        if own and _takes(own, lambda log, event, step: log(event, step)):
             self.methods = dict.fromkeys(KINDS, own)
         writer = next((w for w in (logger, _attribute(logger, "experiment")) if _method(w, "add_image")), logger)
         for owner, methods in ((writer, WRITER_METHODS), (logger, LOGGER_METHODS)):
             for name, (kind, call) in methods.items():
-                if method := _method(owner, name):
+                method = _method(owner, name)
+                if method and _takes(method, call):
                     self.methods[kind] = partial(call, method)
 
     @classmethod
@@ -72,6 +77,19 @@ class CSV(Generic):
 def _method(owner: Any, name: str) -> Callable[..., Any] | None:
     method = _attribute(owner, name)
     return method if callable(method) else None
+
+
+def _takes(method: Callable[..., Any], call: Callable[[Any, Any, int], object]) -> bool:
+    """Whether a method has the parameters that it is called with, as far as its signature is known."""
+    try:
+        bind = inspect.signature(method).bind
+    except Exception:  # some of C have none, and the user's may raise anything
+        return True
+    try:
+        call(bind, SimpleNamespace(tag="", content=(), columns=()), 0)
+    except TypeError:
+        return False
+    return True
 
 
 def _attribute(owner: Any, name: str) -> Any:

@@ -116,11 +116,11 @@ def settings_text(options: RunOptions, paths: Mapping[str, str], schedule: Sched
 
 
 def ignored_text(loggers: Sequence[Any]) -> str:
-    """Name what loggers do not get, as they lack a method; empty if nothing."""
+    """Name what loggers do not get, as no method takes it; empty if nothing."""
     generic = [tracker for tracker in map(tracker_for, loggers) if tracker.names_ignored and tracker.ignored]
     return "; ".join(
-        f"{tracker.label} gets no {', '.join(map(str.lower, tracker.ignored))}: it has no methods for "
-        "these, see docs/trackers.md"
+        f"{tracker.label} gets no {', '.join(map(str.lower, tracker.ignored))}: it has no methods that "
+        "take these, see docs/trackers.md"
         for tracker in generic
     )
 

@@ -16,7 +16,7 @@ from attn_monitor.background.failures import Failures
 from attn_monitor.background.wait_budget import WaitBudget
 from attn_monitor.draw.options import DrawingOptions
 from attn_monitor.trackers.destination import Destination
-from attn_monitor.trackers.events import KINDS, Event, Histogram, Layout, Lines, Once, Picture, Scalars, Text
+from attn_monitor.trackers.events import KINDS, Event, Histogram, Layout, Lines, Once, Picture, Scalars, Table, Text
 from attn_monitor.trackers.generic import CSV, Generic
 from attn_monitor.trackers.mlflow import MLflow
 from attn_monitor.trackers.publisher import Publisher
@@ -256,6 +256,22 @@ def test_what_a_logger_does_not_get_is_named() -> None:
     text = ignored_text([Recorder("log_metrics", "log_table")])
     assert text.startswith("Recorder gets no picture, masks, histogram, lines, layout, animation, page, text, alert")
     assert "docs/trackers.md" in text
+
+
+def test_methods_with_other_arguments_do_not_count() -> None:
+    """They are named with what the logger does not get, and are not called in vain with each snapshot."""
+
+    class Odd(Recorder):
+        def log_image(self, name: str, image: Any, step: int) -> None: ...  # mlflow's has other arguments, too
+
+        def add_text(self, tag: str, text: str, step: int | None = None) -> None: ...
+
+        def log_attention_event(self, event: Any) -> None: ...
+
+    odd = tracker_for(Odd("log_metrics", "log_table", "add_image"))
+    assert odd.methods.keys() == {Scalars, Table, Picture, Text}
+    assert odd.methods[Picture].args == (odd.logger.add_image,), "the one that takes pictures"
+    assert tracker_for(Odd("log_metrics")).methods.keys() == {Scalars, Text}
 
 
 def test_a_property_that_raises_is_no_method() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -138,6 +139,10 @@ def test_a_model_without_attention_is_left_alone(tmp_path: Path) -> None:
     [
         ({}, "expected a place to write to"),
         ({"folder": "x", "on_error": "no"}, "on_error='no'"),
+        ({"folder": "x", "loggers": "tensorboard"}, "loggers='tensorboard': expected a list"),
+        ({"folder": "x", "loggers": NoiseImages}, r"loggers=type\(…\): expected a list"),
+        ({"folder": "x", "loggers": [math]}, r"loggers\[0\]=<module 'math'.*: it has no method that takes"),
+        ({"folder": "x", "loggers": [None]}, r"loggers\[0\]=None: it has no method that takes"),
         ({"folder": "x", "every_n_train_steps": 0}, "every_n_train_steps=0"),
         ({"folder": "x", "probe": torch.zeros(4, 3, 32, 32), "num_images": 2}, r"num_images=2: probe is a Tensor"),
         ({"folder": "x", "probe": ProbeBatch(torch.zeros(4, 3, 32, 32)), "num_images": 8}, "num_images=8: probe is a"),

@@ -12,16 +12,21 @@ from attn_monitor import record_attention
 from attn_monitor.capture.site_cache import forget
 from attn_monitor.capture.site_discovery import discover
 from benchmarks.measure import Spread, take_turns
-from benchmarks.peers import Size, no_grad, timm_vit
+from benchmarks.peers import Size, no_grad, timm_vit, under_empty_mode
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Images that a plain ViT is asked, and times in plain forwards of one image."""
+    """Images that a plain ViT is asked, and times in plain forwards of one image.
+
+    ``least`` is that of forwards on as many images under an empty dispatch mode, which see each operation too.
+    """
 
     model: str
     images: int
+    forwards: int
     first: Spread  # asking, once
+    least: Spread
     again: Spread  # record_attention from the second call on
 
 
@@ -45,5 +50,8 @@ def measure_asking(size: Size, budget: float) -> Asking:
         forget(model)
         record_attention(model, images)
 
-    first = take_turns({"plain": ways["plain"], "first": anew}, budget=budget, most=5)
-    return Asking(size.name, sum(shown), first.ratio("first", "plain"), again.ratio("again", "plain"))
+    alike = [under_empty_mode(model, images.expand(count, *images.shape[1:])) for count in shown]
+    firsts = {"plain": ways["plain"], "first": anew, "empty": lambda: [run() for run in alike]}
+    first = take_turns(firsts, budget=budget, most=5)
+    ratios = (first.ratio("first", "plain"), first.ratio("empty", "plain"), again.ratio("again", "plain"))
+    return Asking(size.name, sum(shown), len(shown), *ratios)

@@ -106,6 +106,7 @@ def _ours(rounds: Rounds) -> Iterator[Row]:
         if name.startswith("ours, "):
             _, layers, *verified = name.split(", ")
             yield Row("ours" + ", verified" * bool(verified), layers, rounds.ratio(name, "plain"))
+    yield Row("an empty dispatch mode", "all", rounds.ratio("empty mode", "plain"))
 
 
 def _row(peer: Peer, rounds: Rounds) -> Row:

@@ -53,7 +53,7 @@ def targets(results: Results) -> Iterator[Target]:
         yield Target(f"{run}, seconds", 60, Spread.of([long.seconds]))
         yield Target(f"{run}, peak memory in GB", 1, Spread.of([long.peak_bytes / 1e9]))
     if (training := results.training) is not None:
-        yield Target("training held up for a snapshot, over the probe's plain forward", 1.0, training.blocked)
+        yield Target("training held up for a snapshot, over the probe's plain forward", 1.15, training.blocked)
         gap = Spread.of([abs(training.told - training.measured)])
         yield Target("the callback's own share of wall time, apart from the profiler's", 0.01, gap)
     for growth in results.growth:
@@ -61,8 +61,8 @@ def targets(results: Results) -> Iterator[Target]:
         yield Target(f"own cost on a straight line over {growth.of}: R²", 0.95, fit, at_most=False)
     if results.asking is not None:
         yield Target("images that a plain ViT is asked once, 224 px", 20, Spread.of([float(results.asking.images)]))
-        yield Target("first look at a model, in plain forwards of one image", 20, results.asking.first)
-        yield Target("record_attention from its second call on, in plain forwards", 1.1, results.asking.again)
+        over_least = Spread.of([results.asking.first.median / results.asking.least.median])
+        yield Target("first look at a model, over as many images under an empty dispatch mode", 1.5, over_least)
     if results.startup is not None:
         yield Target("milliseconds that the import adds", 50, results.startup.milliseconds)
         yield Target("unwanted packages imported", 0, Spread.of([float(len(results.startup.unwanted))]))
@@ -70,6 +70,8 @@ def targets(results: Results) -> Iterator[Target]:
 
 def _captures(table: Table) -> Iterator[Target]:
     """Counted from the end, a forward runs to its end, so that it cannot take less than one; verified likewise."""
+    if not _is_long(table):
+        return
     bounds = {
         ("ours", "last"): 1.05,
         ("ours", "last by index"): 1.0,
@@ -77,18 +79,24 @@ def _captures(table: Table) -> Iterator[Target]:
         ("ours, verified", "last"): 1.05,
     }
     for row in table.rows:
-        if table.size.pixels >= 224 and (bound := bounds.get((row.way, row.layers))) is not None:
+        if (bound := bounds.get((row.way, row.layers))) is not None:
             yield Target(f"{row.way}, {row.layers}: {table.title}, in plain forwards", bound, row.ratio)
 
 
 def _peers(table: Table) -> Iterator[Target]:
     """Where attention is a large part of a forward, peers are to be slower; nowhere is one to be faster by much."""
     peers = {row.way: row.speedup["last"] for row in table.rows if "last" in row.speedup}
-    if not peers or table.size.pixels < 224:
+    if not peers or not _is_long(table):
         return
     fastest = min(peers, key=lambda way: peers[way].median)
     what = f"last layer, the fastest peer ({fastest}) over ours: {table.title}"
     yield Target(what, 0.95, peers.pop(fastest), at_most=False)
     if table.size.pixels >= 960:
         for way, speedup in peers.items():
-            yield Target(f"last layer, {way} over ours: {table.title}", 2.0, speedup, at_most=False)
+            bound = 1.0 if "vit-pytorch" in way else 2.0  # its model computes the matrices anyway
+            yield Target(f"last layer, {way} over ours: {table.title}", bound, speedup, at_most=False)
+
+
+def _is_long(table: Table) -> bool:
+    """Whether a forward is long beside the milliseconds of Python that a snapshot takes whatever the images."""
+    return table.size.pixels > 224 or (table.size.pixels == 224 and table.size.batch > 1)

@@ -54,7 +54,7 @@ class DiscoveringObserver(AttentionObserver):
         memory: What unseen kernels leave.
     """
 
-    discovers = True
+    discovers = sees_every_operation = True
 
     def __init__(self, report: Callable[[SiteKey, Observation], None], images: Tensor) -> None:
         super().__init__(images, report, lambda key: 0, queries=(0,))

@@ -22,7 +22,7 @@ def test_a_quick_run_writes_the_document(tmp_path: Path) -> None:
     (table,) = stored["speed"]
     ways = {(row["way"], row["layers"]) for row in table["rows"]}
     assert {("ours", "last"), ("ours", "all"), ("DINO-style `get_last_selfattention`", "last")} <= ways
-    assert len(ways) + len(table["skipped"]) == 10, "each peer has a row, or a reason"
+    assert len(ways) + len(table["skipped"]) == 11, "each peer has a row, or a reason"
     assert stored["training"]["snapshots"] == 4  # before steps 0, 2 and 4, and after the last
     assert 0 < stored["training"]["told"] < 1
     assert {target["what"] for target in stored["targets"] if target["at_most"] and target["bound"] == 0} == {

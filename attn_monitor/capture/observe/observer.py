@@ -42,6 +42,12 @@ def _quantises(func: Any) -> bool:
     return "linear_dynamic" in str(func)
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_of_interest(func: Any) -> bool:
+    """Return whether an observer looks at calls of an operation even where no softmax is followed."""
+    return kinds.kind_of(func) is not None or func is torch.ops.aten.convolution.default
+
+
 class AttentionObserver(TorchDispatchMode):
     """Report each attention operation that runs inside the watched modules.
 
@@ -60,6 +66,8 @@ class AttentionObserver(TorchDispatchMode):
     supports_higher_order_operators = True
     discovers = False
     """Whether attention may be found that earlier forwards have not shown."""
+    sees_every_operation = False
+    """Whether `_dispatched` receives operations that cannot be attention too, such as views and linear layers."""
 
     def __init__(
         self,
@@ -143,6 +151,8 @@ class AttentionObserver(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._passes_over(func):  # nearly all: a snapshot of all layers waits for each of them
+            return func(*args, **(kwargs or {}))
         operation = Operation(func, args, kwargs or {})
         if self.failure is None and not self.stopped:
             try:
@@ -153,6 +163,11 @@ class AttentionObserver(TorchDispatchMode):
                     raise
                 self.failure = error  # raised after the forward: TorchScript may not survive an exception in it
         return operation.run()
+
+    def _passes_over(self, func: Any) -> bool:
+        if self.sees_every_operation or _is_of_interest(func) or torch.is_inference_mode_enabled():
+            return False
+        return not any(kind.follows_others for kind in self._kinds.values())
 
     @errors_from("monitor")
     def _dispatched(self, operation: Operation) -> Any:

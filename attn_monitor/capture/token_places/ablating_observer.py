@@ -69,6 +69,7 @@ class AblatingObserver(AttentionObserver):
         sketch_size: int = SIZE,
     ) -> None:
         super().__init__(images)
+        self.sees_every_operation = uses is not None or bool(nudged)
         self.formats, self.marks, self.nudged, self.uses, self.by_head = formats, marks, nudged, uses, by_head
         self.exchanged, self.sketch_size = exchanged or {}, sketch_size
         self.tokens = Tokens()

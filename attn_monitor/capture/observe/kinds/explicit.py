@@ -80,6 +80,11 @@ class ExplicitAttention(AttentionKind):
             return out, None
         return out, replace(call, out=out, residual=residual, images=self.state.images)
 
+    @property
+    def follows_others(self) -> bool:
+        """Return whether a softmax has not met its V yet."""
+        return bool(self.pending)
+
     def on_other_operation(self, operation: Operation, out: Any) -> None:
         """Take note of what is made of the softmaxes by an operation of no kind."""
         if self.pending:

@@ -161,6 +161,11 @@ class AttentionKind(ABC):
             The operation's result, and the attention if one is complete with it.
         """
 
+    @property
+    def follows_others(self) -> bool:
+        """Return whether `on_other_operation` would do anything now."""
+        return False
+
     def on_other_operation(self, operation: Operation, out: Any) -> None:  # noqa: B027 - most kinds need not know
         """Take note of an operation that concerns no kind."""
 

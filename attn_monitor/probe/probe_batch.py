@@ -230,6 +230,11 @@ class ProbeBatch:
         settings: dict[str, Any] = {"source": source, "bands": bands, "axes": None if axes == "chw" else axes}
         return cls(images, mean=mean, std=std, masks=read.masks, names=read.names, **settings)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Return how many bytes `save` writes, about."""
+        return sum(tensor.nbytes for tensor in stored_tensors(self).values())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe to an `.npz` file, in 8 bits if that is lossless."""
         header: dict[str, Any] = {"names": list(self.names), "mean": self.mean, "std": self.std}

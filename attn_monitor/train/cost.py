@@ -79,8 +79,9 @@ class Cost:
             waited: seconds that the run waited at its end.
             behind: seconds spent on background threads.
         """
-        wall = time.perf_counter() - self.started
-        spread = f", spread to take {SHARE:.0%} of the loop" if self.postponed else ""
+        wall = time.perf_counter() - self.started - waited
+        limit = f"{FREE:g} s and {SHARE:.0%} of the loop"
+        spread = f", spread to take {limit} beside the first and the last" if self.postponed else ""
         return (
             f"{self.snapshots} snapshots{spread}, {self.blocked:.1f} s on the training thread "
             f"({self.blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) and {self.discovery:.1f} s for the first look, "

@@ -12,7 +12,7 @@ from attn_monitor.grid import Grid
 from attn_monitor.measurements import HealthFlag, Verdict
 from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.registry import tracker_for
-from attn_monitor.train.cost import SHARE
+from attn_monitor.train.cost import FREE, SHARE
 from attn_monitor.train.options import RunOptions
 from attn_monitor.train.schedule import Schedule
 
@@ -26,6 +26,7 @@ def found_text(
     seconds: float,
     folder: Path | None,
     size: int,
+    images: int,
     note: str = "",
 ) -> str:
     """Describe in three lines what is watched, on which images, and when and where.
@@ -38,6 +39,7 @@ def found_text(
         seconds: what the first snapshot took.
         folder: of the archive, None without one.
         size: bytes of a snapshot in it.
+        images: bytes of the probe in it.
         note: what was not found, empty if nothing is missing.
     """
     groups: dict[str, list[str]] = {}
@@ -47,10 +49,13 @@ def found_text(
     count = schedule.count()
     cost = f"about {_seconds(seconds)} each"
     if not schedule.is_given:
-        cost += f", and fewer where they would take more than {SHARE:.0%} of the loop"
+        cost += f", and fewer where they would take more than {FREE:g} s and {SHARE:.0%} of the loop in all"
     elif count is not None:
         cost += f", {_seconds(seconds * count)} in all"
-    space = f"about {_bytes(size)} each" if count is None else f"about {_bytes(size * count)} in all"
+    if count is None:
+        space = f"about {_bytes(images)}, and {_bytes(size)} for each snapshot"
+    else:
+        space = f"about {_bytes(images + size * count)} in all, without the report"
     notes = list(dict.fromkeys(note for one in found.values() for note in one.notes))
     lines = [
         "watching " + "; ".join([*models, *([note] if note else []), *notes]),

@@ -165,6 +165,7 @@ class RunOutput:
             seconds=seconds,
             folder=self.folder,
             size=stored_bytes(snapshot),
+            images=monitor.probe.stored_bytes,
             note=note,
         )
         self._inform(found)

@@ -54,7 +54,7 @@ class Schedule:
         if self.every_n_epochs is not None:
             return "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
         if self._interval is None:
-            return "at ever wider distances, as the length of the run is not known,"
+            return "at ever wider distances, as the length of the run is not known"
         return "every step" if self._interval == 1 else f"every {self._interval} steps"
 
     def count(self) -> float | None:

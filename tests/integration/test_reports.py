@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from attn_monitor import AttentionMapCallback, AttentionSnapshot
+from attn_monitor.train import cost
 from attn_monitor.train.schedule import Schedule
 from tests.hostile.test_masking import Pretraining, hugging_face_mae
 from tests.support.events import Events
@@ -34,12 +36,15 @@ def test_what_was_found_is_three_lines_and_in_the_dashboard(tmp_path: Path, capl
         "4 heads, grid 4 × 4"
     )
     assert images == "on 8 validation images of 32 × 32"
-    assert when.startswith("a snapshot every step, about ")
+    assert re.match(
+        r"a snapshot every step, about [0-9.]+ m?s each, and fewer where they would take more than 1 s and 5% of", when
+    )
     where, _, size = when.rpartition(", about ")
     assert where.endswith(f"; archive in {tmp_path / ARCHIVE}")
-    number, unit, *_ = size.split()
-    written = sum(file.stat().st_size for file in (tmp_path / ARCHIVE).glob("step-*.npz"))
-    assert float(number) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.4)
+    number, unit, *more = size.split()
+    written = sum(file.stat().st_size for file in (tmp_path / ARCHIVE).glob("*.npz"))
+    assert float(number) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.25)
+    assert more == ["in", "all,", "without", "the", "report"]
     text = Events(tmp_path / "run" / "version_0").text("attn_monitor/how_to_read")
     assert found in text
     assert "images are normalised by: `an unknown normalisation" in text
@@ -94,8 +99,17 @@ def test_how_often_is_told_in_words() -> None:
     assert (str(schedule), schedule.count()) == ("every 20 steps", 51)
     assert str(Schedule(every_n_epochs=1)) == "every epoch"
     schedule.start(float("inf"))
-    assert "not known" in str(schedule)
+    assert str(schedule) == "at ever wider distances, as the length of the run is not known"
     assert schedule.count() is None
+
+
+def test_the_share_of_time_is_that_of_the_run_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: 110.0)
+    monkeypatch.setattr(cost, "SHARE", 0.05)
+    spent = cost.Cost(snapshots=2, blocked=2.0, started=100.0)
+    assert "2 snapshots, 2.0 s on the training thread (40.0% of 5 s)" in spent.text(waited=5.0, behind=0.0)
+    spent.postponed = 1
+    assert ", spread to take 1 s and 5% of the loop beside the first and the last" in spent.text(waited=0.0, behind=0.0)
 
 
 def test_warnings_show_no_source_line(tmp_path: Path) -> None:

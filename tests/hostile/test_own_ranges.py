@@ -40,6 +40,12 @@ def _z_score(x: Tensor) -> Tensor:
     return (x - x.mean(_over(x), keepdim=True)) / (x.std(_over(x), keepdim=True) + 1e-6)
 
 
+def _only_0_to_1(x: Tensor) -> Tensor:
+    if float(x.min()) < 0 or float(x.max()) > 1:
+        raise ValueError(f"expected values from 0 to 1, received {float(x.min())} to {float(x.max())}")
+    return (x - 0.45) / 0.25
+
+
 class Inside(nn.Module):
     """A ViT behind a step of its own."""
 
@@ -65,6 +71,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "clipped Hounsfield units": (lambda p: p * 1500 - 900, lambda x: (x.clamp(-1000, 1000) + 1000) / 2000),
     "soft tissue of a whole scan": (lambda p: p * 2500 - 1000, lambda x: (x.clamp(-160, 240) + 160) / 400),
     "clipped to 0 and 1": (lambda p: p, lambda x: (x.clamp(0, 1) - 0.45) / 0.25),
+    "refused outside of 0 to 1": (lambda p: p, _only_0_to_1),
     "least and most of each image": (lambda p: p * 255, _min_max),
     "standardised by each image": (lambda p: p * 255, _z_score),
     "rounded to bytes": (lambda p: (p * 255).round(), lambda x: x.round().clamp(0, 255) / 255),

@@ -209,15 +209,20 @@ def cell_weights(cells: int) -> Tensor:
 def _scaled_noise(
     image: Tensor, scales: Sequence[Tensor], strength: float, seed: int, *, inside: bool = False
 ) -> Tensor:
-    """Stack a (C, *size) image and, for each scale, the image with noise of that scale."""
+    """Stack a (C, *size) image and, for each scale from 0 to 1, the image with noise of that scale.
+
+    Noise that would leave the range of its channel is added with the other sign, as a model may refuse such values.
+    """
     values = image.detach().float().cpu()
     spread = values.flatten(1).std(1, correction=0)
     each = (-1, *(1 for _ in image.shape[1:]))  # a number for each channel
     spread = torch.where(spread > 0, spread, float(values.std(correction=0)) or 1.0).view(each)
+    low, high = (end.view(each) for end in values.flatten(1).aminmax(dim=1))
     if inside:
-        low, high = (values.flatten(1).aminmax(dim=1)[end].view(each) for end in (0, 1))
         spread = torch.minimum(spread, torch.minimum(values - low, high - values))
-    noise = (_normal(image.shape, seed) * strength * spread).to(image)
+    noise = _normal(image.shape, seed) * strength * spread
+    leaves = (values + noise < low) | (values + noise > high)
+    noise = torch.where(leaves, -noise, noise).to(image)
     return torch.stack([image, *(image + noise * scale.to(image) for scale in scales)])
 
 

@@ -77,7 +77,9 @@ def set_aside(archive: Path, after: int) -> str:
     for path in later:
         path.rename(folder / path.name)
     steps = ", ".join(str(step_of(path)) for path in later[:20]) + (", …" if len(later) > 20 else "")
+    one = len(later) == 1
+    what = f"The snapshot of step {steps} was" if one else f"Snapshots of steps {steps} were"
     return (
-        f"this run resumed from step {after}, and had reached step {step_of(later[-1])} before. Snapshots of steps "
-        f"{steps} were moved to {folder}; loggers may hold these steps twice"
+        f"this run resumed from step {after}, and had reached step {step_of(later[-1])} before. {what} moved to "
+        f"{folder}; loggers may hold {'this step' if one else 'these steps'} twice"
     )

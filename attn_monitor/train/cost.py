@@ -80,10 +80,11 @@ class Cost:
             behind: seconds spent on background threads.
         """
         wall = time.perf_counter() - self.started - waited
+        share = f"{self.blocked / max(wall, 1e-9):.1%} of {wall:.{0 if wall >= 10 else 1}f} s"
         limit = f"{FREE:g} s and {SHARE:.0%} of the loop"
         spread = f", spread to take {limit} beside the first and the last" if self.postponed else ""
         return (
-            f"{self.snapshots} snapshots{spread}, {self.blocked:.1f} s on the training thread "
-            f"({self.blocked / max(wall, 1e-9):.1%} of {wall:.0f} s) and {self.discovery:.1f} s for the first look, "
-            f"{waited:.1f} s waiting at the end, {behind:.1f} s behind training"
+            f"{self.snapshots} snapshots{spread}, {self.blocked:.1f} s on the training thread ({share}) and "
+            f"{self.discovery:.1f} s for the first look, {waited:.1f} s waiting at the end, "
+            f"{behind:.1f} s behind training"
         )

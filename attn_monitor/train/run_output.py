@@ -103,10 +103,9 @@ class RunOutput:
             last = None if monitor is None else monitor.previous
             flags = [] if monitor is None else monitor.health.flags
             self._inform(reports.health_text(flags, None if last is None else last.verdict))
-            if self.folder is not None:
-                self._inform(
-                    reports.where_text(self.folder, self.publisher.report)
-                )  # the last line is the one to click
+            if self.folder is not None and self.publisher.archived is not None:
+                # The last line is the one to click.
+                self._inform(reports.where_text(self.folder, self.publisher.report))
 
     def abort(self) -> None:
         """After an exception, write what was captured for a few seconds."""

@@ -79,6 +79,17 @@ def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog:
     assert "on 2 given images of 32 × 32" in said(caplog, "watching")[0]
 
 
+def test_an_archive_that_could_not_be_made_is_not_named_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    callback = AttentionMapCallback(dirpath=tmp_path / "file" / "archive")
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="writing the archive") as warned:
+        trainer(tmp_path, callback, max_steps=1).fit(Distillation(), loader(), loader(8))
+    assert "this was not done:\n  writing the archive: steps 0, 1" in str(warned[-1].message)
+    assert said(caplog)[-1].startswith("verdict: ")
+
+
 @pytest.mark.slow
 def test_what_had_to_be_done_differently_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
@@ -107,7 +118,7 @@ def test_the_share_of_time_is_that_of_the_run_before_it_waits(monkeypatch: pytes
     monkeypatch.setattr(cost.time, "perf_counter", lambda: 110.0)
     monkeypatch.setattr(cost, "SHARE", 0.05)
     spent = cost.Cost(snapshots=2, blocked=2.0, started=100.0)
-    assert "2 snapshots, 2.0 s on the training thread (40.0% of 5 s)" in spent.text(waited=5.0, behind=0.0)
+    assert "2 snapshots, 2.0 s on the training thread (40.0% of 5.0 s)" in spent.text(waited=5.0, behind=0.0)
     spent.postponed = 1
     assert ", spread to take 1 s and 5% of the loop beside the first and the last" in spent.text(waited=0.0, behind=0.0)
 

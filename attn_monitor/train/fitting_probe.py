@@ -39,7 +39,7 @@ def fit_probe(kept: Kept, models: Mapping[str, nn.Module], rank_zero: RankZero) 
     try:
         kept.monitor.check(models)
     except ForwardError as error:
-        if not options.other_sizes_fit:
+        if not options.other_sizes_fit or error.__cause__ is None:  # refused before its forward: by no size
             raise
         for size in sizes_in(text_of(error.__cause__ or error), IMAGE_SIZE):
             other = rank_zero.run(partial(replace(options, image_size=size).load, *taken))

@@ -81,7 +81,8 @@ class Run:
         if options.evaluation is not None:
             self._evaluate = Evaluation(options.evaluation, kept.first_accuracy, self.failures, inform)
         kept.start(distributed=distributed)
-        self.probe.find(options.probe.load)
+        if watched:
+            self.probe.find(options.probe.load)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy or a pickle of what holds a run has none: no threads, locks and models

@@ -28,6 +28,7 @@ WINDOW = 16  # optimizer steps before a snapshot
 GRACE = 0.05  # seconds that a snapshot waits for the thread
 PART = "measuring features in training"  # the part's name in `Failures`
 NOT_MEASURED = "global features of {} are not measured: {}"
+COMPILED = "this process uses torch.compile, in training or in a library, and a hook could make it compile again"
 
 
 class TrainingWatch:
@@ -184,7 +185,7 @@ class TrainingWatch:
         for error in filter(None, errors):
             raise error
         for role in self._roles:
-            reason = "training is compiled, and a hook would compile it again" if self._compiled or compiles(()) else ""
+            reason = COMPILED if self._compiled or compiles(()) else ""
             reason = reason or role.unread or "training does not call it, or another method than its forward"
             if not role.chunks and self._batches > 1 and self._failures.is_new((PART, role.role)):
                 self._inform(NOT_MEASURED.format(role.role, reason))

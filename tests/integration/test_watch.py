@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -155,6 +156,23 @@ def test_a_model_without_attention_is_left_alone(tmp_path: Path) -> None:
 def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Watch(tiny_vit(), **arguments)
+
+
+def test_processes_other_than_the_first_need_no_logger_and_no_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_monitor.distributed.is_rank_zero", lambda: False)
+    for loggers in ([], [None]):
+        with Watch(tiny_vit(), "on another machine", loggers=loggers) as watch:
+            assert watch.step(0) is None
+
+
+def test_no_size_is_the_remedy_of_what_is_refused_before_a_forward(tmp_path: Path) -> None:
+    model = tiny_vit()
+    model.cls_token = nn.Parameter(torch.empty(0))
+    model.cls_token.ds_id = 1  # as ZeRO stage 3 leaves it
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    with pytest.warns(UserWarning, match="ZeRO stage 3") as caught, Watch(model, tmp_path, folder=tmp_path) as watch:
+        watch.step(0)
+    assert not [str(one.message) for one in caught if "image_size" in str(one.message)]
 
 
 @pytest.mark.slow

@@ -73,8 +73,10 @@ class ClearML(Tracker):
     def _lines(self, lines: Lines, step: int) -> None:
         steps, heads = lines.content
         for head, values in enumerate(heads):
-            points = list(zip(steps, values, strict=True))
-            self.run.report_scatter2d(lines.title, f"head {head}", points, step, xaxis="step", mode="lines")
+            # NaN would be written as the text "nan", of which Plotly makes categories where it prevails.
+            points = [(at, value) for at, value in zip(steps, values, strict=True) if math.isfinite(value)]
+            if points:
+                self.run.report_scatter2d(lines.title, f"head {head}", points, step, xaxis="step", mode="lines")
 
 
 def _title_and_series(event: Event[Any]) -> tuple[str, str]:

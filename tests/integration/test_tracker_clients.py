@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from attn_monitor.hugging_face import CURRENT_RUN, current_runs
-from attn_monitor.trackers.events import Scalars
+from attn_monitor.trackers.events import Lines, Scalars
 from attn_monitor.trackers.registry import tracker_for
 from tests.support import forked, tracker_runs
 
@@ -223,11 +223,22 @@ def test_methods_of_trackio(stand_ins: dict[str, Any]) -> None:
 def test_clearml_draws_no_0_for_nan() -> None:
     """Which would be a collapse, of entropy say."""
     points: list[tuple[Any, ...]] = []
-    methods = {"__module__": "clearml.logger", "report_scalar": lambda _, *point: points.append(point)}
+    lines: list[list[tuple[int, float]]] = []
+    methods = {
+        "__module__": "clearml.logger",
+        "report_scalar": lambda _, *point: points.append(point),
+        "report_scatter2d": lambda _, title, series, line, step, **style: lines.append(line),
+    }
     logger = type("Logger", (), methods)
     values = {"attn/student/layer1/entropy": math.nan, "attn/student/layer1/peak": math.inf, "attn/loss": 2.0}
     with tracker_for(logger()).batch(3) as log:
         log(Scalars("attn", lambda: values))
+        log(
+            Lines(
+                "attn_heads_chart/student/layer1", lambda: ((0, 3), ((0.5, math.nan), (math.nan, math.nan))), "entropy"
+            )
+        )
+    assert lines == [[(0, 0.5)]]
     assert points == [("attn", "loss", 2.0, 3)]
 
 

@@ -104,6 +104,16 @@ def total_steps(trainer: pl.Trainer) -> float:
     return total
 
 
+def epochs(trainer: pl.Trainer) -> float:
+    """Return how many epochs the run has at most, infinite if Lightning does not know it."""
+    limit, steps, batches = trainer.max_epochs, total_steps(trainer), trainer.num_training_batches
+    most = math.inf if limit is None or limit < 0 else float(limit)
+    # By hand a batch may end in no step, and of an iterable the batches are not known.
+    if trainer.lightning_module.automatic_optimization and math.isfinite(steps) and math.isfinite(batches):
+        most = min(most, math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches))))
+    return most
+
+
 @contextmanager
 def find_targets(
     trainer: pl.Trainer,
@@ -150,7 +160,7 @@ def open_output(
     trainer: pl.Trainer, run: Run, images: LightningImages, dirpath: Path | Literal[False] | None, name: str | None
 ) -> None:
     """Set up the schedule, find images, and open the archive, at ``dirpath`` if there is one, and the loggers."""
-    run.kept.schedule.start(total_steps(trainer))
+    run.kept.schedule.start(total_steps(trainer), epochs(trainer))
     found = run.failures.result_of("finding the run's folder", lambda: run.rank_zero.run(lambda: run_folder(trainer)))
     folder, step = found or Path(trainer.default_root_dir), steps_done(trainer)
     run.kept.begin_or_continue(step, folder, run.rank_zero)

@@ -35,12 +35,12 @@ class Schedule:
         self.last_step: int | None = None
         self.not_before = 0  # step until which the next one is put off
         self._interval: int | None = every_n_train_steps
-        self._total_steps = math.inf
+        self._total_steps = self._epochs = math.inf
         self._epoch_steps: int | None = None  # between the latest two snapshots, with `every_n_epochs`
 
-    def start(self, total_steps: float) -> None:
-        """Set the length of the run in steps, infinite if it is unknown."""
-        self._total_steps = total_steps
+    def start(self, total_steps: float, epochs: float = math.inf) -> None:
+        """Set the length of the run in steps and in epochs, infinite if it is unknown."""
+        self._total_steps, self._epochs = total_steps, epochs
         if self.every_n_train_steps is None and self.every_n_epochs is None:
             count = min(SNAPSHOTS, max(FEWEST, total_steps / CLOSEST))
             self._interval = max(1, round(total_steps / count)) if math.isfinite(total_steps) else None
@@ -58,11 +58,13 @@ class Schedule:
         return "every step" if self._interval == 1 else f"every {self._interval} steps"
 
     def count(self) -> float | None:
-        """Return how many snapshots the run will take, None if that is unknown."""
-        total = self._total_steps
-        if self._interval is None or not math.isfinite(total):
+        """Return how many snapshots the run will take at most, None if that is unknown."""
+        total, each = self._total_steps, self._interval
+        if self.every_n_epochs is not None:
+            total, each = self._epochs, self.every_n_epochs
+        if each is None or not math.isfinite(total):
             return None
-        return total // self._interval + 1 + (total % self._interval > 0)
+        return total // each + 1 + (total % each > 0)
 
     def due(self, step: int) -> bool:
         """Whether to take a snapshot after this many optimizer steps, before the next batch."""

@@ -79,6 +79,20 @@ def test_the_first_look_is_kept_apart_from_the_snapshots(tmp_path: Path, caplog:
     assert "on 2 given images of 32 × 32" in said(caplog, "watching")[0]
 
 
+@pytest.mark.parametrize("limit", [{"max_epochs": 4}, {"max_epochs": 90, "max_steps": 7}])
+def test_a_run_by_epochs_announces_its_snapshots_and_spreads_their_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: dict[str, int]
+) -> None:
+    callback = AttentionMapCallback(torch.randn(2, 3, 32, 32), every_n_epochs=1, keep_pictures=2)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callback, limit_train_batches=2, **limit).fit(Distillation(), loader(8))
+    (found,) = said(caplog, "watching")
+    steps = [step for step, _ in Events(tmp_path / "run" / "version_0").images("attn_maps/image0")]
+    last = min(limit.get("max_steps", 8), 8)
+    assert steps == [0, 6, last]  # of five snapshots every third, and the last
+    assert re.search(r"every epoch, about \S+ m?s each, \S+ m?s in all; .* in all, without the report$", found)
+
+
 def test_an_archive_that_could_not_be_made_is_not_named_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

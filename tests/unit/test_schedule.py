@@ -61,6 +61,9 @@ def test_by_epoch() -> None:
     schedule = Schedule(every_n_epochs=2)
     assert taken(schedule, range(50)) == [0]  # only the one before the first step
     assert [epoch for epoch in range(6) if schedule.due_at_epoch_end(epoch, step=10 * epoch + 10)] == [1, 3, 5]
+    assert schedule.count() is None
+    schedule.start(50, epochs=5)
+    assert schedule.count() == 4  # after 0, 2, 4 and 5
 
 
 class Clock:

@@ -208,7 +208,7 @@ class AttentionMapCallback(Base):
         if not lightning_run.configures_late(pl_module):
             self.run.errors.attempt("finding backbones", lambda: check_paths(pl_module, self.targets))
         if not trainer.loggers:
-            _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or trainer.default_root_dir))
+            _warn(reports.no_logger_text(self.dirpath is not False, self.dirpath or lightning_run.run_folder(trainer)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's attention, on images of the probe's size, now that it is on its device."""

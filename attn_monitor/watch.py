@@ -29,6 +29,7 @@ from attn_monitor.probe.probe_batch import ProbeBatch
 from attn_monitor.trackers.picture_plan import KEEP
 from attn_monitor.trackers.publisher import Heads
 from attn_monitor.trackers.registry import check_loggers
+from attn_monitor.trackers.tracker import local_folder
 from attn_monitor.train.kept import Kept
 from attn_monitor.train.options import OnError, RunOptions
 from attn_monitor.train.probe_search import TRAINING_CAPTION, probe_from_batch, probe_from_source
@@ -102,6 +103,8 @@ class Watch:
         rank_zero, watched = distributed.RankZero(), distributed.is_rank_zero()
         if watched and not loggers and folder is None:
             raise ArgumentError("loggers=(), folder=None: expected a place to write to, such as folder='runs/1'")
+        if folder is not None and local_folder(folder) is None:
+            raise ArgumentError(f"folder={folder!r}: expected a local folder, such as 'runs/1', or None")
         self.options = RunOptions(
             probe,
             num_images=num_images,

@@ -69,17 +69,15 @@ class Tracker(ABC):
 
         Every Lightning logger has a ``log_dir``, which may be None.
         """
-        folder = getattr(self.logger, "log_dir", None)
-        return Path(folder) if folder else None
+        return local_folder(getattr(self.logger, "log_dir", None))
 
     @property
     def media_folder(self) -> Path | None:
         """Return a folder on the disk that pictures are written to, None if there is no such disk."""
         # In this order: Lightning's loggers and SummaryWriter, its W&B and MLflow loggers, a W&B run.
         for name in ("log_dir", "save_dir", "dir"):
-            folder = getattr(self.logger, name, None)
-            if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder):
-                return Path(folder)
+            if folder := local_folder(getattr(self.logger, name, None)):
+                return folder
         return None
 
     def stored_bytes(self, event: Event[Any]) -> int:
@@ -103,6 +101,12 @@ class RowTracker(Tracker):
         yield lambda event: row.update(self.methods[type(event)](event))
         if row:
             self.log_row(row, step)
+
+
+def local_folder(folder: Any) -> Path | None:
+    """Return a folder as a path, None where there is none or it is an address, such as ``s3://bucket/runs``."""
+    is_path = isinstance(folder, (str, os.PathLike)) and os.fspath(folder) and "://" not in str(folder)
+    return Path(folder) if is_path else None
 
 
 def is_a(logger: Any, package: str, *names: str) -> bool:

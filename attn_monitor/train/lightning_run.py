@@ -20,6 +20,7 @@ from attn_monitor.measure.dense_quality import DENSE
 from attn_monitor.measurements import MetricKey
 from attn_monitor.trackers.naming import prefixed
 from attn_monitor.trackers.registry import tracker_for
+from attn_monitor.trackers.tracker import local_folder
 from attn_monitor.train.lightning_images import LightningImages
 from attn_monitor.train.run import Run
 from attn_monitor.train.targets import NO_TEACHER, Targets
@@ -33,18 +34,22 @@ def rank_zero(trainer: pl.Trainer) -> RankZero:
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Return the run's local folder, that of the first logger that has one; for rank zero."""
+    """Return the run's local folder, that of the first logger that has one; for rank zero.
+
+    Where all folders are remote, such as ``s3://bucket``, it is below the working directory.
+    """
+    root = local_folder(trainer.default_root_dir) or Path.cwd()
     for logger in trainer.loggers:
         folder = tracker_for(logger).run_folder
         if folder is not None:
             return folder
     if trainer.logger is None:
-        return Path(trainer.default_root_dir)
+        return root
     # No logger has a local folder: use the one that ModelCheckpoint uses.
     logger, version = trainer.logger, trainer.logger.version
     version = version if version is None or isinstance(version, str) else f"version_{version}"
     parts = [str(part) for part in (logger.name, version) if part not in (None, "")]
-    return Path(logger.save_dir or trainer.default_root_dir, *parts)
+    return Path(local_folder(logger.save_dir) or root, *parts)
 
 
 def steps_done(trainer: pl.Trainer) -> int:

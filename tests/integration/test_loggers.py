@@ -328,3 +328,13 @@ def test_the_archive_lies_beside_the_first_logger_that_keeps_its_run_locally(tmp
     board = TensorBoardLogger(tmp_path, name="run", version=0)
     assert run_folder(trainer(tmp_path, logger=[Foreign(), board])) == tmp_path / "run" / "version_0"
     assert run_folder(trainer(tmp_path, logger=False)) == tmp_path
+
+
+def test_a_remote_folder_is_no_path_on_this_machine(tmp_path: Path) -> None:
+    """fsspec's addresses, which Lightning takes, would be folders named ``memory:`` in the working directory."""
+    remote = CSVLogger("memory://bucket", name="run", version=0)
+    local = TensorBoardLogger(tmp_path, name="run", version=0)
+    assert run_folder(trainer(tmp_path, logger=[remote, local])) == tmp_path / "run" / "version_0"
+    assert run_folder(trainer(tmp_path, logger=remote)) == tmp_path / "run" / "version_0"
+    for logger, folder in ((remote, Path("run/version_0").absolute()), (False, Path.cwd())):
+        assert run_folder(pl.Trainer(logger=logger, default_root_dir="memory://bucket")) == folder

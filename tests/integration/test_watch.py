@@ -140,6 +140,7 @@ def test_a_model_without_attention_is_left_alone(tmp_path: Path) -> None:
     [
         ({}, "expected a place to write to"),
         ({"folder": "x", "on_error": "no"}, "on_error='no'"),
+        ({"folder": "s3://bucket/x"}, "folder='s3://bucket/x': expected a local folder"),
         ({"folder": "x", "loggers": "tensorboard"}, "loggers='tensorboard': expected a list"),
         ({"folder": "x", "loggers": NoiseImages}, r"loggers=type\(…\): expected a list"),
         ({"folder": "x", "loggers": [math]}, r"loggers\[0\]=<module 'math'.*: it has no method that takes"),

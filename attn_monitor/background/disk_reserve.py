@@ -47,9 +47,11 @@ def require_space(folder: Path | None, size: int, reserve: int | None) -> None:
     kept = min(10**9, usage.total // 100) if reserve is None else reserve
     if usage.free - size < kept:
         raise DiskReserveError(
-            f"{_amount(usage.free)} are free in {folder}, and disk_reserve is {_amount(kept)}. Free more than that"
+            f"{_amount(usage.free)} are free in {folder}, {_amount(size)} are to be written, and disk_reserve is "
+            f"{_amount(kept)}. Delete files there, or set a smaller disk_reserve"
         )
 
 
 def _amount(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "KB")
+    return f"{size / unit:.1f} {name}"

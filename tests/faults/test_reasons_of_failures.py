@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from attn_monitor import AttentionMapCallback, load_snapshots, record_attention
-from attn_monitor.background.disk_reserve import require_space
+from attn_monitor.background.disk_reserve import DiskReserveError, require_space
 from attn_monitor.distributed import is_out_of_memory
 from attn_monitor.errors import ForwardError
 from tests.support.helpers import Distillation, loader, tiny_vit, trainer
@@ -75,6 +76,16 @@ def test_data_that_a_copy_cannot_ask_are_not_said_to_be_tried_again(tmp_path: Pa
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a file system without a size, which Linux has")
 def test_where_nothing_can_be_written_the_disk_is_not_said_to_be_full() -> None:
     require_space(Path("/proc/attn_monitor"), 1000, None)  # no DiskReserveError: writing itself says why
+
+
+def test_a_small_file_that_does_not_fit_beside_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much is free as is to stay so: the message says what the file would take of it, and what to do."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=705_000))
+    with pytest.raises(
+        DiskReserveError, match=r"^0\.7 MB are free in .*, 12\.0 KB are to be written, and .* 0\.7 MB\."
+    ):
+        require_space(tmp_path, 12_000, 700_000)
+    require_space(tmp_path, 12_000, 690_000)  # a smaller reserve, as the message advises
 
 
 def test_one_exception_that_is_raised_again_and_again() -> None:

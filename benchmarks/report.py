@@ -35,10 +35,9 @@ is to be no more than 5 % slower; at 960 px all others are to take twice as long
 computed the matrices anyway and whose `Recorder` only copies them.
 
 One image of 224 px has no targets: some milliseconds of Python for each snapshot and a millisecond for each layer,
-most of it PyTorch's own dispatch mode (see its row), are a tenth and more of so short a forward, and the same in a
-longer one; a probe has eight images or more. For the same reason a first look has a target in images and beside the
-empty mode, not in forwards. A snapshot in training cannot hold the loop up for less than one forward of its probe, see
-below; 15 % are left to metrics and logging."""
+more than half of it PyTorch's own dispatch mode (see its row), are a tenth and more of so short a forward, and the
+same in a longer one; a probe has eight images or more. A snapshot in training cannot hold the loop up for less than one
+forward of its probe, see below; 15 % are left to metrics and logging."""
 
 _FLOOR = """The row of the last layer needs everything up to q and k of the last block, and nothing after. Named by its
 index, the layer is the last thing that runs, and that block's attention, projection and MLP are left out: counting

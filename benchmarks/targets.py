@@ -61,8 +61,7 @@ def targets(results: Results) -> Iterator[Target]:
         yield Target(f"own cost on a straight line over {growth.of}: R²", 0.95, fit, at_most=False)
     if results.asking is not None:
         yield Target("images that a plain ViT is asked once, 224 px", 20, Spread.of([float(results.asking.images)]))
-        over_least = Spread.of([results.asking.first.median / results.asking.least.median])
-        yield Target("first look at a model, over as many images under an empty dispatch mode", 1.5, over_least)
+        yield Target("first look at a model, in plain forwards of one image", 20, results.asking.first)
     if results.startup is not None:
         yield Target("milliseconds that the import adds", 50, results.startup.milliseconds)
         yield Target("unwanted packages imported", 0, Spread.of([float(len(results.startup.unwanted))]))

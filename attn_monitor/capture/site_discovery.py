@@ -92,7 +92,7 @@ def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site,
     reasons: dict[SiteKey, str] = {}
     if observer.quantised:
         reason = "its linear layers are quantised by the range of the whole image, on which each token depends"
-        reasons = {key: reason for key, site in places.items() if site.layout is None}
+        reasons = {key: reason for key, site in places.items() if site.layout is None or site.cls is None}
     stacks = second_stacks(
         [ObservedLayer(c.key[0], c.seen.queries * c.seen.batch // IMAGES) for c in candidates],
         dict(model.named_modules()),
@@ -107,7 +107,7 @@ def _discover(model: nn.Module, images: Tensor, forward: Forward) -> tuple[Site,
             )
             later = (c.key for c, _ in layers[index + 1 :])
             reasons |= {key: reason for key in later if key in places and places[key].layout is None}
-    found = {**places, **{key: replace(places[key], reason=reason) for key, reason in reasons.items()}}
+    found = {**places, **{key: replace(places[key], layout=None, reason=reason) for key, reason in reasons.items()}}
     return tuple(
         _site(index, candidate, found.get(candidate.key, SitePlaces()), checks.get(candidate.key), stack, others)
         for index, (candidate, stack) in enumerate(layers)

@@ -188,7 +188,7 @@ def test_a_resumed_loop_goes_on_in_its_archive(tmp_path: Path) -> None:
     watch.close()
     again = Watch(models, folder=tmp_path, every_n_train_steps=1)
     again.load_state_dict(torch.load(tmp_path / "watch.pt", weights_only=True))
-    with pytest.warns(UserWarning, match=r"resumed from step 4.*steps 5 were moved"):
+    with pytest.warns(UserWarning, match=r"resumed from step 4.*The snapshot of step 5 was moved"):
         again.step(4)
     again.step(5)
     again.close(6)

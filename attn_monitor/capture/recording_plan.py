@@ -158,5 +158,5 @@ class ModelSummary:
     def __str__(self) -> str:
         many = f"layers {', '.join(map(str, self.layers))}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         every = 1 < len(self.layers) == self.num_layers
-        which = f"all {self.num_layers} layers" if every else f"{many} of 0 to {self.num_layers - 1}"
+        which = f"all {self.num_layers} layers" if every else f"{many} (of layers 0 to {self.num_layers - 1})"
         return f"{self.model}, {which}, {self.heads} heads, grid {self.grid}"

@@ -136,11 +136,11 @@ def test_the_second_stack_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     recorder = AttentionRecorder(MaskedAutoencoderViT())
     recorder.check(IMAGES)
     assert text in recorder.notes
-    assert str(recorder.summary()).startswith("MaskedAutoencoderViT, layer 2 of 0 to 2,")
+    assert str(recorder.summary()).startswith("MaskedAutoencoderViT, layer 2 (of layers 0 to 2),")
     chosen = AttentionRecorder(recorder.model, layers="decoder_blocks")
     chosen.check(IMAGES)
     assert text not in chosen.notes
-    assert str(chosen.summary()).startswith("MaskedAutoencoderViT, layers 3, 4 of 0 to 4,")
+    assert str(chosen.summary()).startswith("MaskedAutoencoderViT, layers 3, 4 (of layers 0 to 4),")
     watch = Watch(recorder.model, IMAGES, folder=tmp_path)
     snapshot = watch.step(0)
     watch.close()

@@ -35,8 +35,8 @@ def test_what_was_found_is_three_lines_and_in_the_dashboard(
     (found,) = said(caplog, "watching")
     models, images, when = found.split("\n  ")
     assert models == (
-        "watching student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 of 0 to 1, "
-        "4 heads, grid 4 × 4"
+        "watching student (student_backbone) and teacher (teacher_backbone): VisionTransformer, layer 1 "
+        "(of layers 0 to 1), 4 heads, grid 4 × 4"
     )
     assert images == "on 8 validation images of 32 × 32"
     assert re.match(

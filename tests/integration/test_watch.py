@@ -72,7 +72,7 @@ def test_three_lines_in_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(events.encoded("attn_timelapse")) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "student (backbone) and teacher (backbone): VisionTransformer, layer 1 of 0 to 1" in said.err
+    assert "student (backbone) and teacher (backbone): VisionTransformer, layer 1 (of layers 0 to 1)" in said.err
     assert "4 snapshots, " in said.err
     assert "health flag" in said.err
 
